@@ -159,3 +159,7 @@ def _row_stats_backward(ctx, upstream: Tensor):
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_for_grad)
+
+# The form in which graphs hold the operators.
+ROW_STATS = torch.ops.inductor_ce.row_stats.default
+ROW_GRAD = torch.ops.inductor_ce.row_grad.default

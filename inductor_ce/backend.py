@@ -1,0 +1,155 @@
+"""install, uninstall, and the backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import lowering
+from .compat import (
+    check_torch,
+    compile_fx,
+    inductor_config,
+    list_mode_options,
+    list_options,
+    passes_in,
+    slot_value,
+)
+from .config import Options, make_options, option_names
+from .errors import OptionError
+from .passes import FuseLosses, RecomputeChains
+
+SLOTS = {"pre_grad_custom_pass": FuseLosses, "joint_custom_post_pass": RecomputeChains}
+OURS = (FuseLosses, RecomputeChains)
+
+
+class Installation:
+    """What `install` returns. Leaving the `with` block, or `uninstall()`, takes this installation back."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def uninstall(self) -> None:
+        if self in _installed:
+            _installed.remove(self)
+            _apply()
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def __repr__(self) -> str:
+        return f"<inductor_ce installed with {self.options}>"
+
+
+# The last one is in force. Its passes stand in Inductor's configuration behind those of others.
+_installed: list[Installation] = []
+_before: dict[str, Any] = {}
+
+
+def install(**options: Any) -> Installation:
+    """Let every `torch.compile` with Inductor fuse the losses that it finds.
+
+    Installing again puts the new options in force; passes of others that are configured already keep
+    running, before ours.
+
+    Args:
+        **options: fields of `Options`.
+
+    Returns:
+        A handle; as a context manager it restores everything on leaving the block, exceptions included.
+
+    Raises:
+        OptionError: an option of the wrong name or value.
+        UnsupportedTorchError: a torch outside the supported range.
+    """
+    check_torch()
+    handle = Installation(make_options(options))
+    lowering.register()
+    _installed.append(handle)
+    _apply()
+    return handle
+
+
+def uninstall() -> None:
+    """Take back every `install`. Without one, nothing happens."""
+    _installed.clear()
+    _apply()
+
+
+def installed_options() -> Options:
+    """The options in force, the defaults where nothing is installed."""
+    return _installed[-1].options if _installed else Options()
+
+
+def _apply() -> None:
+    """Make Inductor's configuration say what `_installed` says, and no more."""
+    for slot, make_pass in SLOTS.items():
+        value = getattr(inductor_config, slot)
+        foreign = _foreign(value)
+        if _installed:
+            if len(foreign) == len(passes_in(value)):
+                _before[slot] = value
+            value = slot_value((*foreign, make_pass(_installed[-1].options)))
+        else:
+            before = _before.pop(slot, value)
+            value = before if passes_in(before) == foreign else slot_value(foreign)
+        setattr(inductor_config, slot, value)
+
+
+def _foreign(value: Any) -> tuple[Any, ...]:
+    return tuple(p for p in passes_in(value) if not isinstance(p, OURS))
+
+
+def inductor_ce_backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Any:
+    """`torch.compile(f, backend="inductor_ce", mode=..., options={...})`. Changes nothing global.
+
+    Args:
+        gm: the torch-level graph.
+        example_inputs: its inputs.
+        mode: as for the backend "inductor".
+        options: fields of `Options` and options of Inductor, side by side.
+
+    Raises:
+        OptionError: an option that neither has, or of the wrong value.
+        UnsupportedTorchError: a torch outside the supported range.
+    """
+    check_torch()
+    lowering.register()
+    ours, patches = _split(options or {})
+    patches = {**(list_mode_options(mode) if mode else {}), **patches}
+    for slot, make_pass in SLOTS.items():
+        foreign = _foreign(patches.get(slot, getattr(inductor_config, slot)))
+        patches[slot] = slot_value((*foreign, make_pass(make_options(ours))))
+    return compile_fx(gm, example_inputs, config_patches=patches)
+
+
+def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(our options, Inductor's)."""
+    inductors = {name.replace("-", "_") for name in list_options()}
+    ours = {name: value for name, value in options.items() if name in option_names()}
+    rest = {name.replace("-", "_"): value for name, value in options.items() if name not in ours}
+    unknown = sorted(set(rest) - inductors)
+    if unknown:
+        raise OptionError(
+            f"unknown option {', '.join(map(repr, unknown))}; valid options are "
+            f"{', '.join(option_names())}, and those of torch._inductor.list_options()"
+        )
+    return ours, rest

@@ -1,0 +1,172 @@
+"""Every private name of torch that inductor_ce uses, and what moves between its releases.
+
+Nothing else in the package imports from `torch._inductor`. A difference between releases is met here, by
+probing for the capability where one can, so that no other file knows which torch it runs on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+from torch._inductor.virtualized import V as inductor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph
+
+from .errors import UnsupportedTorchError
+
+__all__ = [
+    "CustomGraphPass",
+    "SymbolicGridFn",
+    "call_lowering",
+    "check_torch",
+    "choose",
+    "compile_fx",
+    "contiguous_layout",
+    "counters",
+    "fake_mode_of",
+    "get_hash_for_files",
+    "inductor_config",
+    "is_plain_tensor",
+    "list_mode_options",
+    "list_options",
+    "passes_in",
+    "readable",
+    "register_lowering",
+    "slot_value",
+    "template",
+]
+
+# --- lowering ---------------------------------------------------------------------------------------------
+
+Node = Any  # an Inductor IR value: what lowerings take and return
+
+
+def call_lowering(op: Any, *args: Any, **kwargs: Any) -> Node:
+    """The IR of `op(*args)`, by Inductor's own lowering of `op`."""
+    return lowerings[op](*args, **kwargs)
+
+
+def readable(x: Node, *, absorb: bool = False) -> Node:
+    """`x` as a buffer with strides, which a template can read.
+
+    With `absorb`, a pointwise chain that ends in `x` gets a buffer with no other reader, and the scheduler
+    is told to fuse it into the template that reads it. Left to itself it would not where the chain has
+    another use, is written through a view, or is 16-bit and needs float32 within.
+    """
+    if absorb and not ir.is_storage_and_layout(x):
+        x = call_lowering(torch.ops.aten.clone.default, x)
+        x.realize()
+        inductor.graph.invoke_quant_ops.add(x.get_operation_name())
+    x = ir.ExternKernel.realize_input(x)
+    x.freeze_layout()
+    return x
+
+
+def contiguous_layout(like: Node, dtype: torch.dtype, size: Sequence[Any]) -> ir.Layout:
+    return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
+
+
+# --- templates --------------------------------------------------------------------------------------------
+
+
+def template(name: str, source: str, grid: Callable[..., tuple[Any, Any, Any]]) -> TritonTemplate:
+    """The template `name`, made by the first call: up to 2.13 a second one of a name is refused."""
+    known = TritonTemplate.all_templates.get(name)
+    return known or TritonTemplate(name=name, source=source, grid=SymbolicGridFn(grid))
+
+
+def choose(
+    source: TritonTemplate,
+    inputs: Sequence[Node],
+    layout: ir.Layout,
+    call_sizes: Sequence[Any],
+    configurations: Sequence[dict[str, Any]],
+) -> Node:
+    """The output of `source` under the fastest of `configurations`, or the first where none can be timed."""
+    choices: list[Any] = []
+    for configuration in configurations:
+        refused = source.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            call_sizes=list(call_sizes),
+            **configuration,
+        )
+        if refused is not None:
+            raise refused
+    try:
+        # NOTE return_multi_template
+        # Deferred selection would time the fusions as well and may decide against one. Here a fusion always
+        # saves a pass over [N, V].
+        best = autotune_select_algorithm(
+            source.name, choices, list(inputs), layout, return_multi_template=False
+        )
+    except torch.OutOfMemoryError:
+        return choices[0].output_node()
+    return best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
+
+
+# --- passes -----------------------------------------------------------------------------------------------
+
+FIRST, AFTER_LAST = (2, 11), (2, 16)
+HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
+
+
+def check_torch(version: str = torch.__version__) -> None:
+    """Raise UnsupportedTorchError, naming the supported versions, unless `version` is one of them."""
+    major, minor = (int(part) for part in version.split(".")[:2])
+    if not FIRST <= (major, minor) < AFTER_LAST:
+        supported = f">={'.'.join(map(str, FIRST))},<{'.'.join(map(str, AFTER_LAST))}"
+        raise UnsupportedTorchError(f"inductor_ce supports torch{supported}; this is torch {version}")
+
+
+def is_plain_tensor(example: torch.Tensor) -> bool:
+    """Whether the example of a node stands for an ordinary tensor, not for a subclass such as DTensor."""
+    return isinstance(example, FakeTensor)
+
+
+def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
+    """The mode in which the example of a node was made."""
+    assert isinstance(example, FakeTensor)
+    return example.fake_mode
+
+
+class ChainedPass(CustomGraphPass):
+    """Several passes in one, for releases whose configuration holds only one."""
+
+    def __init__(self, passes: tuple[Any, ...]):
+        self.passes = passes
+
+    def __call__(self, graph: Graph) -> None:
+        for each in self.passes:
+            each(graph)
+
+    def uuid(self) -> Any:
+        """None, which turns Inductor's cache off, where a pass has none of its own."""
+        uuids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes)
+        return None if None in uuids else uuids
+
+
+def passes_in(value: Any) -> tuple[Any, ...]:
+    """The passes that a configuration slot holds: none, one, or several from 2.13."""
+    if value is None:
+        return ()
+    if isinstance(value, ChainedPass):
+        return value.passes
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def slot_value(passes: tuple[Any, ...]) -> Any:
+    """The value for a configuration slot that holds `passes`."""
+    if len(passes) < 2:
+        return passes[0] if passes else None
+    return list(passes) if HAS_PASS_LISTS else ChainedPass(passes)

@@ -1,0 +1,50 @@
+"""Options: what a user may set, checked once at the door."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import OptionError
+
+ON_MISS = ("ignore", "warn", "raise")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `install(**options)` and `torch.compile(..., options={...})` accept.
+
+    Attributes:
+        min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
+            there. At least 2.
+        on_miss: what happens when a loss is seen and left as it was: "ignore" (it is still counted,
+            logged and listed by `explain`), "warn", or "raise" a `MissError`.
+    """
+
+    min_vocab: int = 1024
+    on_miss: str = "ignore"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
+            raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
+        if self.on_miss not in ON_MISS:
+            raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
+
+    def key(self) -> tuple[tuple[str, Any], ...]:
+        """A stable value that differs whenever the options do, for cache keys."""
+        return tuple(sorted(asdict(self).items()))
+
+
+def option_names() -> list[str]:
+    return [f.name for f in fields(Options)]
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """Options from keywords. Raises OptionError, with the valid names, for one that does not exist."""
+    unknown = sorted(set(given) - set(option_names()))
+    if unknown:
+        raise OptionError(
+            f"unknown option{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
+            f"valid options are {', '.join(option_names())}"
+        )
+    return Options(**given)

@@ -1,0 +1,56 @@
+"""explain: what is fused in a function, what is not, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from .backend import installed_options
+from .compat import check_torch
+from .passes import fuse_losses
+from .report import Report
+
+
+def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run `f(*args, **kwargs)` once and report the losses found in the graphs that torch.compile captures.
+
+    Every graph is captured afresh and read outside all caches, so the report is the same on a machine where
+    everything is compiled already. The graphs themselves run unfused, and nothing that is compiled for `f`
+    is touched. The options are those of the `install` in force, or the defaults.
+
+    Args:
+        f: a function or module, compiled or not.
+        *args, **kwargs: its arguments.
+
+    Returns:
+        A `Report`: `.sites`, `.misses`, `.to_dict()`, and `str()` of it to read.
+    """
+    check_torch()
+    report = Report()
+    options = installed_options()
+
+    def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                found = fuse_losses(_copy(module.graph), options)
+                report.sites += found.sites
+                report.misses += found.misses
+        return gm.forward
+
+    torch.compile(_uncompiled(f), backend=read)(*args, **kwargs)
+    return report
+
+
+def _uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` was given, where `f` is its result."""
+    inner = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", None))
+    return f if inner is None else inner
+
+
+def _copy(graph: Graph) -> Graph:
+    copy = Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy

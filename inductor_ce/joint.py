@@ -1,0 +1,68 @@
+"""The joint pass: what the partitioner must know about the chain before the logits.
+
+`row_stats` and `row_grad` are opaque to AOTAutograd's min-cut partitioner, which therefore saves what they
+read. Where a pointwise chain (cast, scale, soft-cap, bias) leads to the logits, that would be one more
+[N, V] tensor, in float32 more often than not. Tagged for recomputation, the chain is rebuilt in the
+backward, where the gradient's kernel absorbs it, and only the raw logits are saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from . import ops
+from .rows import hint
+from .timeline import tensor_of
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+_VIEWS = {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
+    *(aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.expand.default, aten.t.default),
+}
+_CASTS = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
+
+
+def recompute_chains(graph: Graph) -> None:
+    """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
+    returned = set(graph.output_node().all_input_nodes)
+    for node in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        for link in _chain(node.args[0], returned):
+            link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            link.meta.setdefault("ac_graph_id", 0)
+
+
+def _chain(logits: Node, returned: set[Node]) -> list[Node]:
+    """The nodes between the logits as they are in memory and the logits as the loss reads them."""
+    links: list[Node] = []
+    node: Node | None = logits
+    while node is not None and node not in returned:
+        source = _source(node)
+        if source is not None:
+            links.append(node)
+        node = source
+    return links if any(_is_pointwise(link) for link in links) else []
+
+
+def _source(node: Node) -> Node | None:
+    """The one input of a view or pointwise node that is as large as its result; None ends the chain."""
+    if node.op != "call_function" or not (node.target in _VIEWS or _is_pointwise(node)):
+        return None
+    size = tensor_of(node).numel()  # type: ignore[union-attr]
+    large = [a for a in node.all_input_nodes if _is_large(a, size)]
+    return large[0] if len(large) == 1 else None
+
+
+def _is_large(node: Node, size: int | torch.SymInt) -> bool:
+    """Whether a tensor has a good part of `size` elements: a slice or a pad still counts, a row does not."""
+    example = tensor_of(node)
+    return example is not None and bool(4 * hint(example.numel()) >= hint(size))
+
+
+def _is_pointwise(node: Node) -> bool:
+    if node.target in _CASTS:
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -1,0 +1,267 @@
+"""Legality: which of the values that recognition read may be replaced, where, and why not the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import algebra
+from .compat import is_plain_tensor
+from .config import Options
+from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
+from .rows import shape_of
+from .sites import Miss, Reason, make_miss, user_line
+from .timeline import tensor_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Replaceable = RowValue | LossValue
+
+
+@dataclass
+class Group:
+    """Nodes to be computed from one `row_stats` call, which goes before the node at `place`."""
+
+    logits: Logits
+    vocab_size: int
+    first: int
+    last: int
+    grad_mode: bool
+    place: int
+    nodes: list[Node] = field(default_factory=list)
+    labels: dict[sympy.Symbol, Label] = field(default_factory=dict)
+
+
+@dataclass
+class Verdict:
+    """What is to be rewritten, and what is not."""
+
+    groups: list[Group]
+    misses: list[Miss]
+
+
+def judge(reading: Reading, options: Options) -> Verdict:
+    """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
+    misses = list(reading.misses)
+    groups: list[Group] = []
+    for logits, nodes in _losses(reading).items():
+        refusal = _refusal(logits, options)
+        if refusal is not None:
+            misses.append(make_miss(_headline(reading, nodes), *refusal))
+            continue
+        allowed, escapes = _without_escapes(reading, nodes)
+        misses += escapes
+        if _is_loss(reading, allowed):
+            found, mutated = _grouped(reading, logits, allowed)
+            groups += found
+            misses += mutated
+    return Verdict(groups, misses + _unread(reading, groups, misses, options))
+
+
+# ---- what is a loss
+
+
+def _losses(reading: Reading) -> dict[Logits, list[Node]]:
+    """For each logits with a loss on them, the nodes where the algebra ends and the user's own rows begin."""
+    ends: dict[Logits, list[Node]] = defaultdict(list)
+    for node, value in reading.values.items():
+        if isinstance(value, LossValue) or (isinstance(value, RowValue) and _is_end(reading, node, value)):
+            ends[value.logits].append(node)
+    return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
+
+
+def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
+    # Where the maximum does not cancel, the user's own node is as good as ours, and has its gradient.
+    return not value.expr.has(algebra.MAX) and any(u not in reading.values for u in node.users)
+
+
+def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
+    """A loss weighs the normaliser of a row against some of its logits."""
+    exprs = [_value(reading, node).expr for node in nodes]
+    normalised = any(e.has(algebra.LSE, algebra.LSE_EXTENDED) for e in exprs)
+    return normalised and any(algebra.labels_of(e) or e.has(algebra.SUM) for e in exprs)
+
+
+def _value(reading: Reading, node: Node) -> Replaceable:
+    value = reading.values[node]
+    assert isinstance(value, (RowValue, LossValue))
+    return value
+
+
+def _headline(reading: Reading, nodes: list[Node]) -> Node:
+    """The node to name the loss by: the first that picks a label."""
+    return next((n for n in nodes if algebra.labels_of(_value(reading, n).expr)), nodes[0])
+
+
+def headline(reading: Reading, group: Group) -> Node:
+    """The node to name a group by."""
+    return _headline(reading, group.nodes)
+
+
+# ---- may it be replaced
+
+
+def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
+    example = tensor_of(logits.node)
+    assert example is not None
+    if not is_plain_tensor(example):
+        return Reason.UNSUPPORTED_TENSOR, f"The logits are a {type(example).__name__}, not a plain tensor."
+    if example.dtype not in DTYPES:
+        return Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}."
+    size = vocab_size(logits)
+    if size < options.min_vocab:
+        return Reason.SMALL_VOCAB, f"The vocabulary of {size} is below min_vocab={options.min_vocab}."
+    return None
+
+
+def vocab_size(logits: Logits) -> int:
+    """V as a number. A symbolic V is specialised: the kernels are built for one vocabulary."""
+    return int(shape_of(logits.node)[logits.axis])
+
+
+def _without_escapes(reading: Reading, nodes: list[Node]) -> tuple[list[Node], list[Miss]]:
+    """Leave out the nodes whose log-probabilities [N, V] somebody else needs as well.
+
+    They would have to be computed in any case, and the statistics would be one more sweep.
+    """
+    allowed, misses = list(nodes), []
+    while True:
+        needed = _needed(reading, set(allowed))
+        escaped = {n: w for n in allowed if (w := sorted(_value(reading, n).wide & needed, key=str))}
+        if not escaped:
+            return allowed, misses
+        allowed = [n for n in allowed if n not in escaped]
+        node, wide = next(iter(escaped.items()))
+        misses.append(make_miss(node, Reason.LOG_PROBS_ESCAPE, _escape_fact(reading, wide[0], needed)))
+
+
+def _needed(reading: Reading, replaced: set[Node]) -> set[Node]:
+    """The nodes that stay alive once `replaced` are computed otherwise."""
+    needed: set[Node] = set()
+    for node in reversed(reading.timeline.nodes):
+        if node in replaced:
+            continue
+        if node not in reading.values or any(user in needed for user in node.users):
+            needed.add(node)
+    return needed
+
+
+def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
+    user = next(u for u in wide.users if u in needed)
+    shape = "x".join(map(str, shape_of(wide)))
+    if user.op == "output":
+        return f"The {_name(wide)} of all classes [{shape}] is returned, so it is in memory anyway."
+    location, code = user_line(user)
+    return f"The {_name(wide)} of all classes [{shape}] is also used by {_name(user)} at {location} ({code})."
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+# ---- where it may be placed
+
+
+def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> tuple[list[Group], list[Miss]]:
+    """As few groups as in-place edits and changes of the gradient mode allow, each with its place."""
+    groups: list[Group] = []
+    misses: list[Miss] = []
+    for node in sorted(nodes, key=reading.timeline.position.__getitem__):
+        alone = _alone(reading, logits, node)
+        if alone is None:
+            fact = "The logits or the labels are changed in place between their uses by this loss."
+            misses.append(make_miss(node, Reason.MUTATED, fact))
+        elif not any(_merge(reading, group, alone) for group in groups):
+            groups.append(alone)
+    return groups, misses
+
+
+def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
+    """The group of one node, None where no place sees all its tensors as the node did."""
+    timeline, value = reading.timeline, _value(reading, node)
+    position = timeline.position[node]
+    captured = reading.labels.get(logits, {})
+    labels = {y: captured[y] for y in _labels(value)}
+    windows = [(0, _first_use(reading, node))]
+    windows.append(_logits_window(reading, logits))
+    windows += [timeline.window(label.node, label.position) for label in labels.values()]
+    first, last = max(w[0] for w in windows), min(w[1] for w in windows)
+    if first > last:
+        return None
+    place = min(max(first, position), last)
+    if timeline.grad_mode(place) != logits.grad_mode:
+        return None
+    return Group(logits, vocab_size(logits), first, last, logits.grad_mode, place, [node], labels)
+
+
+def _labels(value: Replaceable) -> list[sympy.Symbol]:
+    picked = algebra.labels_of(value.expr)
+    masked = [value.masked.y] if isinstance(value, LossValue) else []
+    return list(dict.fromkeys(picked + masked))
+
+
+def _first_use(reading: Reading, node: Node) -> int:
+    return min((reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node])
+
+
+def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:
+    """Where the logits read as they did at the version that the loss is of."""
+    timeline = reading.timeline
+    start = timeline.position[logits.node] + 1
+    moments = range(start, len(timeline.nodes))
+    moment = next(i for i in moments if timeline.version(logits.node, i) == logits.version)
+    return timeline.window(logits.node, moment)
+
+
+def _merge(reading: Reading, group: Group, other: Group) -> bool:
+    """Take `other` into `group` if one place serves both."""
+    first, last = max(group.first, other.first), min(group.last, other.last)
+    place = max(first, group.place)
+    if place > last or reading.timeline.grad_mode(place) != group.grad_mode:
+        return False
+    group.first, group.last, group.place = first, last, place
+    group.nodes += other.nodes
+    group.labels |= other.labels
+    return True
+
+
+# ---- what was seen and not read
+
+
+def _unread(reading: Reading, groups: list[Group], misses: list[Miss], options: Options) -> list[Miss]:
+    """Log-probabilities over a vocabulary that end in something the algebra does not have."""
+    done = {n for g in groups for n in g.nodes}
+    needed = _needed(reading, done)
+    told = {m.location for m in misses}
+    found = []
+    for node, value in reading.values.items():
+        if node not in needed or not isinstance(value, (VocabValue, RowValue)) or not _normalises(node):
+            continue
+        size = shape_of(value.logits.node)[value.logits.axis]
+        if isinstance(size, int) and size >= options.min_vocab and user_line(node)[0] not in told:
+            found.append(make_miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node)))
+            told.add(found[-1].location)
+    return found
+
+
+def _normalises(node: Node) -> bool:
+    return _name(node) in ("log_softmax", "logsumexp")
+
+
+def _unread_fact(reading: Reading, node: Node) -> str:
+    """Name the step after which the reading broke off."""
+    frontier = [node]
+    while frontier:
+        here = frontier.pop(0)
+        for user in here.users:
+            if user.op == "output":
+                return f"The result of {_name(node)} is returned; no loss is taken from it here."
+            if user not in reading.values:
+                location, code = user_line(user)
+                return f"The result of {_name(node)} goes into {_name(user)} at {location} ({code})."
+            frontier.append(user)
+    return f"The result of {_name(node)} is not used."

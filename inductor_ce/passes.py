@@ -1,0 +1,140 @@
+"""The passes: recognise, judge and rewrite over a torch-level graph; tag the chains of a joint graph."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from .algebra import statistics_of
+from .compat import CustomGraphPass, counters, get_hash_for_files
+from .config import Options
+from .errors import MissError
+from .joint import recompute_chains
+from .legal import Group, headline, judge
+from .reading import LossValue, Reading
+from .recognise import recognise
+from .report import Report, form_of_loss, form_of_row, miss_line, site_line
+from .rewrite import rewrite
+from .rows import hint, shape_of
+from .sites import Miss, Reason, Site, make_miss, user_line
+from .timeline import tensor_of
+
+log = logging.getLogger("inductor_ce")
+
+MATERIALISE = "materialise"
+
+
+@functools.cache
+def _sources() -> bytes:
+    """A hash of this package: what it compiles to changes with any of its files."""
+    folder = Path(__file__).parent
+    return get_hash_for_files(tuple(sorted(map(str, [*folder.glob("*.py"), *folder.glob("templates/*.jinja")]))))
+
+
+class _Pass(CustomGraphPass):
+    """A pass whose cache key is our sources and options."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def uuid(self) -> Any:
+        return type(self).__name__, _sources(), self.options.key()
+
+
+class FuseLosses(_Pass):
+    """Before autograd: losses become `row_stats` and arithmetic of size [N]."""
+
+    def __call__(self, graph: Graph) -> None:
+        publish(fuse_losses(graph, self.options), self.options)
+
+
+class RecomputeChains(_Pass):
+    """Before partitioning: the chain before the logits is not saved for the backward."""
+
+    def __call__(self, graph: Graph) -> None:
+        recompute_chains(graph)
+
+
+def fuse_losses(graph: Graph, options: Options) -> Report:
+    """Rewrite every loss in a torch-level graph that is recognised and may be rewritten.
+
+    A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss.
+    """
+    report = Report()
+    try:
+        reading = recognise(graph)
+        verdict = judge(reading, options)
+    except Exception as error:
+        report.misses.append(_internal_error(next(iter(graph.nodes)), error))
+        return report
+    report.misses += verdict.misses
+    for group in verdict.groups:
+        site = _site(reading, group)
+        try:
+            rewrite(graph, reading, group)
+            report.sites.append(site)
+        except Exception as error:
+            report.misses.append(_internal_error(headline(reading, group), error))
+    return report
+
+
+def _site(reading: Reading, group: Group) -> Site:
+    values = [(node, reading.values[node]) for node in group.nodes]
+    forms = [_form(value) for _, value in values]
+    statistics = [name for _, value in values for name in statistics_of(value.expr)]
+    location, code = user_line(headline(reading, group))
+    return Site(
+        location,
+        code,
+        "; ".join(dict.fromkeys(forms)),
+        tuple(dict.fromkeys(statistics)),
+        sharded=False,
+        strategy=MATERIALISE,
+        logits_bytes=_nbytes(group.logits.node),
+    )
+
+
+def _nbytes(node: Node) -> int:
+    size = math.prod(map(hint, shape_of(node)))
+    return size * tensor_of(node).element_size()  # type: ignore[union-attr]
+
+
+def _form(value: Any) -> str:
+    if isinstance(value, LossValue):
+        masked = value.masked
+        return form_of_loss(value.expr, masked.y, masked.ignore_index, masked.reduction)
+    return form_of_row(value.expr)
+
+
+_warned = False
+
+
+def _internal_error(node: Node, error: Exception) -> Miss:
+    global _warned
+    log.error("a pass of inductor_ce failed; the graph is left as it was", exc_info=error)
+    if not _warned:
+        _warned = True
+        warnings.warn(f"inductor_ce left a loss as it was: {type(error).__name__}: {error}", stacklevel=2)
+    return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
+
+
+def publish(report: Report, options: Options) -> None:
+    """Counters, the log, and what the user asked to happen on a miss."""
+    counts = counters["inductor_ce"]
+    for site in report.sites:
+        counts["sites"] += 1
+        counts[site.strategy] += 1
+        log.info("%s", site_line(site))
+    for miss in report.misses:
+        counts["misses"] += 1
+        log.info("%s", miss_line(miss))
+        if options.on_miss == "warn":
+            warnings.warn(miss_line(miss), stacklevel=2)
+    if report.misses and options.on_miss == "raise":
+        raise MissError("\n".join(map(miss_line, report.misses)))

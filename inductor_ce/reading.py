@@ -1,0 +1,188 @@
+"""The values that recognition gives to nodes, and the questions that it may ask about a node's arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import sympy
+from torch.fx import Node
+
+from . import algebra
+from .rows import Step, moved
+from .sites import Miss, Reason, make_miss
+from .timeline import Timeline, tensor_of, written_by
+from .views import keeps_order, step_back, viewed
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The tensor whose rows are z: `node` with the vocabulary on `axis`, as it reads at `version`."""
+
+    node: Node
+    axis: int
+    version: int
+    grad_mode: bool
+
+
+@dataclass(frozen=True)
+class Label:
+    """Class indices, read at `position`, arranged as the rows of the logits after `steps`.
+
+    `kept` is an axis of size 1 that stands where the vocabulary was, if there is one.
+    """
+
+    node: Node
+    steps: tuple[Step, ...]
+    kept: int | None
+    position: int
+
+
+@dataclass(frozen=True)
+class VocabValue:
+    """A node whose `axis` is the vocabulary of `logits`. `wide` are the nodes of that size it is made from."""
+
+    logits: Logits
+    steps: tuple[Step, ...]
+    axis: int
+    expr: algebra.Vocab
+    wide: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True)
+class RowValue:
+    """A node with a number for each row of `logits`; `kept` is the axis of size 1 where V was, if kept."""
+
+    logits: Logits
+    steps: tuple[Step, ...]
+    kept: int | None
+    expr: sympy.Expr
+    wide: frozenset[Node] = frozenset()
+
+
+@dataclass(frozen=True)
+class Masked:
+    """How F.cross_entropy and F.nll_loss reduce a row expression: over rows whose label is not ignored."""
+
+    y: sympy.Symbol
+    label: Label
+    ignore_index: int
+    reduction: str
+
+
+@dataclass(frozen=True)
+class LossValue:
+    """A node that is a reduced row expression. Nothing more is taken from it."""
+
+    logits: Logits
+    steps: tuple[Step, ...]
+    expr: sympy.Expr
+    masked: Masked
+    wide: frozenset[Node] = frozenset()
+
+
+Value = VocabValue | RowValue | LossValue
+
+
+@dataclass
+class Reading:
+    """What recognition knows of a graph."""
+
+    timeline: Timeline
+    values: dict[Node, Value] = field(default_factory=dict)
+    labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
+    misses: list[Miss] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One node, and the questions its step may ask about its arguments."""
+
+    reading: Reading
+    node: Node
+
+    @property
+    def position(self) -> int:
+        return self.reading.timeline.position[self.node]
+
+    @property
+    def grad_mode(self) -> bool:
+        return self.reading.timeline.grad_mode(self.position)
+
+    def known(self, arg: Any) -> Value | None:
+        """The value of an argument, unless its storage changed since it was computed."""
+        value = self.reading.values.get(arg) if isinstance(arg, Node) else None
+        if value is None or value.logits.grad_mode != self.grad_mode:
+            return None
+        return value if self.reading.timeline.unchanged(arg, arg, self.position) else None
+
+    def vocab(self, arg: Any, dim: Any) -> VocabValue | None:
+        """`arg` with the vocabulary on dimension `dim`: as known, or as logits, seen through views and casts."""
+        example = tensor_of(arg)
+        if example is None or not isinstance(dim, int) or not example.dim() or not example.is_floating_point():
+            return None
+        axis = dim % example.dim() if -example.dim() <= dim < example.dim() else None
+        return None if axis is None else self._seen(arg, axis)
+
+    def _seen(self, arg: Node, axis: int) -> VocabValue:
+        value = self.known(arg)
+        if isinstance(value, VocabValue) and value.axis == axis:
+            return value
+        here = self.opaque(arg, axis)
+        if isinstance(value, VocabValue):
+            return here
+        through = self._through(arg, axis)
+        if through is None:
+            return here
+        source, source_axis, steps = through
+        inner = self._seen(source, source_axis)
+        return replace(inner, steps=inner.steps + steps, axis=axis)
+
+    def _through(self, arg: Node, axis: int) -> tuple[Node, int, tuple[Step, ...]] | None:
+        """(source, its axis, steps) where `arg` is a view or a cast of `source` and still reads so."""
+        timeline = self.reading.timeline
+        if timeline.grad_mode(timeline.position[arg]) != self.grad_mode:
+            return None
+        written = next(written_by(arg), None)
+        if written is not None:  # z.div_(t) is z itself
+            return (written, axis, ()) if timeline.shares_storage(arg, written) else None
+        source = viewed(arg)
+        if source is None or not self._still_alike(arg, source):
+            return None
+        stepped = step_back(arg, source, axis)
+        return None if stepped is None else (source, *stepped)
+
+    def _still_alike(self, arg: Node, source: Node) -> bool:
+        """Whether a view or copy of `source` still holds what `source` holds."""
+        timeline = self.reading.timeline
+        return timeline.shares_storage(arg, source) or (
+            timeline.unchanged(arg, arg, self.position) and timeline.unchanged(source, arg, self.position)
+        )
+
+    def label(
+        self, logits: Logits, steps: tuple[Step, ...], node: Node, kept: int | None = None
+    ) -> sympy.Symbol:
+        """The symbol of a label tensor over some logits; the same labels, however viewed, share one."""
+        known = self.reading.labels.setdefault(logits, {})
+        mine = self._origin(node)
+        for symbol, label in known.items():
+            theirs = Place(self.reading, self.reading.timeline.nodes[label.position])._origin(label.node)
+            if mine == theirs and moved(label.steps) == moved(steps):
+                return symbol
+        symbol = algebra.label("y" if not known else f"y{len(known) + 1}")
+        known[symbol] = Label(node, steps, kept, self.position)
+        return symbol
+
+    def _origin(self, node: Node) -> tuple[Node, int]:
+        """The tensor that `node` is a reshape or an integer cast of, and its version here."""
+        while (source := viewed(node)) is not None and keeps_order(node) and self._still_alike(node, source):
+            node = source
+        return node, self.reading.timeline.version(node, self.position)
+
+    def opaque(self, arg: Node, axis: int) -> VocabValue:
+        """`arg` as logits in its own right, whatever it was made from."""
+        version = self.reading.timeline.version(arg, self.position)
+        return VocabValue(Logits(arg, axis, version, self.grad_mode), (), axis, algebra.LOGITS)
+
+    def miss(self, reason: Reason, fact: str) -> None:
+        self.reading.misses.append(make_miss(self.node, reason, fact))

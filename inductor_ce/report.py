@@ -1,0 +1,73 @@
+"""Rendering of what was rewritten and what was not."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import sympy
+
+from . import algebra
+from .sites import Miss, Site
+
+
+def form_of_row(expr: sympy.Expr) -> str:
+    return algebra.render(expr)
+
+
+def form_of_loss(expr: sympy.Expr, y: sympy.Symbol, ignore_index: int, reduction: str) -> str:
+    """For example `mean[y != -100](lse - pick(y))`; without `mean` or `sum` where nothing is reduced."""
+    return f"{'' if reduction == 'none' else reduction}[{y} != {ignore_index}]({algebra.render(expr)})"
+
+
+@dataclasses.dataclass
+class Report:
+    """What `explain` returns: the losses that are rewritten, and those that are not."""
+
+    sites: list[Site] = dataclasses.field(default_factory=list)
+    misses: list[Miss] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON-serialisable values."""
+        misses = [dataclasses.asdict(m) | {"reason": m.reason.name} for m in self.misses]
+        return {"sites": [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites], "misses": misses}
+
+    def __str__(self) -> str:
+        lines = [f"inductor_ce: {_count(len(self.sites), 'loss', 'losses')} fused, {len(self.misses)} left as written"]
+        for site in self.sites:
+            lines += _site_lines(site)
+        for miss in self.misses:
+            lines += _miss_lines(miss)
+        return "\n".join(lines)
+
+
+def site_line(site: Site) -> str:
+    """One line for the log."""
+    return f"{site.location}: fused {site.form} ({site.strategy}, logits {mebibytes(site.logits_bytes)})"
+
+
+def miss_line(miss: Miss) -> str:
+    """One line for the log and for warnings."""
+    return f"{miss.location}: left as written [{miss.reason.name}] {miss.message}"
+
+
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _site_lines(site: Site) -> list[str]:
+    facts = [
+        ("form", site.form),
+        ("statistics", ", ".join(site.statistics)),
+        ("strategy", site.strategy + (", vocabulary sharded" if site.sharded else "")),
+        ("logits", mebibytes(site.logits_bytes)),
+    ]
+    return [f"  fused   {site.location}  {site.code}", *(f"    {name:<11}{fact}" for name, fact in facts)]
+
+
+def _miss_lines(miss: Miss) -> list[str]:
+    return [f"  missed  {miss.location}  {miss.code}", f"    {miss.reason.name}: {miss.message}"]
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n} {one if n == 1 else many}"

@@ -1,0 +1,134 @@
+"""How the rows of a value are arranged, and how to go between arrangements.
+
+A value with the vocabulary axis may be a view of the logits: reshaped, transposed, sliced. What a view
+does to the rows is a list of steps over the shape without the vocabulary axis, so that statistics taken
+once over the logits themselves follow it forward, and labels follow it backward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .timeline import tensor_of
+
+Size = int | torch.SymInt
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """The rows of `source` as the rows of `result`, in the same order. Axes are the vocabulary's."""
+
+    source: Node
+    source_axis: int
+    result: Node
+    result_axis: int
+
+
+@dataclass(frozen=True)
+class Permute:
+    """Dimension i of the result is dimension order[i] of the source."""
+
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Contiguous ranges: `left` and `right` rows are cut off each dimension."""
+
+    left: tuple[int, ...]
+    right: tuple[int, ...]
+
+
+Step = Reshape | Permute | Slice
+
+
+def moved(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps that change which row comes when: all but the reshapes."""
+    return tuple(s for s in steps if not isinstance(s, Reshape))
+
+
+def shape_of(node: Node) -> tuple[Size, ...]:
+    value = tensor_of(node)
+    assert value is not None, f"{node} is no tensor"
+    return tuple(value.shape)
+
+
+def row_shape(node: Node, axis: int | None) -> tuple[Size, ...]:
+    """The shape of `node` without its vocabulary axis, if it has one."""
+    return tuple(s for i, s in enumerate(shape_of(node)) if i != axis)
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    return a == b if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+def constant(size: Size) -> int | None:
+    """The value of a size that does not depend on a symbol."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_Integer else None
+
+
+def hint(size: Size) -> int:
+    """A size as a number, for reports and estimates only."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def follow_axis(source: Sequence[Size], axis: int, result: Sequence[Size]) -> int | None:
+    """Where a reshape puts the axis: the place in `result` with its size and as many rows before it."""
+    before = math.prod(source[:axis])
+    for place, size in enumerate(result):
+        if equal(size, source[axis]) and equal(math.prod(result[:place]), before):
+            return place
+    return None
+
+
+def slice_steps(index: Any, source: Sequence[Size], result: Sequence[Size], axis: int) -> Slice | None:
+    """The Slice over rows that `x[index]` is: ranges with step 1 that leave the axis whole, else None."""
+    cut = _as_slices(index, len(source))
+    if cut is None or len(result) != len(source):
+        return None
+    left, right = [], []
+    for i, piece in enumerate(cut):
+        start = _start(piece, source[i])
+        removed = constant(source[i] - result[i])
+        if start is None or removed is None or start > removed or piece.step not in (None, 1):
+            return None
+        if i == axis:
+            if removed:
+                return None
+            continue
+        left.append(start)
+        right.append(removed - start)
+    return Slice(tuple(left), tuple(right))
+
+
+def _as_slices(index: Any, rank: int) -> list[slice] | None:
+    items = list(index) if isinstance(index, tuple) else [index]
+    if items.count(Ellipsis) > 1 or not all(i is Ellipsis or isinstance(i, slice) for i in items):
+        return None
+    missing = [slice(None)] * (rank - sum(i is not Ellipsis for i in items))
+    if Ellipsis not in items:
+        items.append(Ellipsis)
+    place = items.index(Ellipsis)
+    return items[:place] + missing + items[place + 1 :]
+
+
+def _start(piece: slice, size: Size) -> int | None:
+    start = 0 if piece.start is None else piece.start
+    if not isinstance(start, int):
+        return None
+    return start if start >= 0 else constant(size + start)

@@ -1,0 +1,115 @@
+"""Views, casts and copies, read backwards: where did this tensor come from, and what became of its rows?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Node
+
+from . import spellings
+from .rows import Permute, Reshape, Slice, Step, follow_axis, row_shape, same_shape, shape_of, slice_steps
+from .timeline import tensor_of
+
+# (the vocabulary's axis in the source, what happened to the rows since)
+Back = tuple[int, tuple[Step, ...]]
+
+
+def keeps_order(node: Node) -> bool:
+    spelled = spellings.read(node)
+    return spelled is not None and spelled[0] in ("same", "reshape")
+
+
+def viewed(node: Node) -> Node | None:
+    """The source of a view, a cast between dtypes of one kind, or a copy."""
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0] not in _VIEWS:
+        return None
+    source = spelled[1].get("input")
+    a, b = tensor_of(node), tensor_of(source)
+    if a is None or b is None or a.device != b.device or type(a) is not type(b):
+        return None
+    return source if a.is_floating_point() == b.is_floating_point() and not a.is_complex() else None
+
+
+def step_back(node: Node, source: Node, axis: int) -> Back | None:
+    """(the vocabulary's axis in the source, steps over rows) of a view with the vocabulary on `axis`."""
+    spelled = spellings.read(node)
+    assert spelled is not None
+    return _VIEWS[spelled[0]](node, source, axis, spelled[1])
+
+
+def _same_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
+    return (axis, ()) if same_shape(shape_of(node), shape_of(source)) else None
+
+
+def _reshape_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
+    from_axis = follow_axis(shape_of(node), axis, shape_of(source))
+    return None if from_axis is None else (from_axis, (Reshape(source, from_axis, node, axis),))
+
+
+def _slice_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
+    index = args["index"] if "index" in args else _narrowed(len(shape_of(source)), args)
+    cut = slice_steps(index, shape_of(source), shape_of(node), axis)
+    if cut is None or not _most_rows_left(row_shape(source, axis), cut):
+        return None
+    return axis, (cut,) if any(cut.left + cut.right) else ()
+
+
+def _narrowed(rank: int, args: dict[str, Any]) -> tuple[Any, ...] | None:
+    """The index that `x.narrow(dim, start, length)` is."""
+    if not isinstance(args["dim"], int):
+        return None
+    return (slice(None),) * (args["dim"] % rank) + (slice(args["start"], None), ...)
+
+
+def _most_rows_left(shape: tuple[Any, ...], cut: Slice) -> bool:
+    """Statistics of rows that are cut off are wasted work: worth it for few of them."""
+    return all(
+        not isinstance(size, int) or 2 * (left + right) <= size
+        for size, left, right in zip(shape, cut.left, cut.right, strict=True)
+    )
+
+
+def _order_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
+    order = _dimension_order(len(shape_of(source)), args)
+    if order is None:
+        return None
+    from_axis = order[axis]
+    rows = [d for d in range(len(order)) if d != from_axis]
+    moved = tuple(rows.index(d) for d in order if d != from_axis)
+    return from_axis, (Permute(moved),) if moved != tuple(range(len(moved))) else ()
+
+
+def _dimension_order(rank: int, args: dict[str, Any]) -> list[int] | None:
+    """The `permute` argument that a transpose, permute or movedim amounts to."""
+    if not all(isinstance(d, int) for d in _flat(args)):
+        return None
+    order = list(range(rank))
+    if "dims" in args:
+        return [d % rank for d in args["dims"]]
+    if "dim0" in args:
+        a, b = args["dim0"] % rank, args["dim1"] % rank
+        order[a], order[b] = order[b], order[a]
+        return order
+    source, destination = args["source"], args["destination"]
+    if not isinstance(source, int) or not isinstance(destination, int):
+        return None
+    order.insert(destination % rank, order.pop(source % rank))
+    return order
+
+
+def _flat(args: dict[str, Any]) -> list[Any]:
+    values = [v for name, v in args.items() if name != "input"]
+    return [d for v in values for d in (v if isinstance(v, (tuple, list)) else (v,))]
+
+
+_VIEWS: dict[str, Callable[..., Back | None]] = {
+    "same": _same_back,
+    "reshape": _reshape_back,
+    "permute": _order_back,
+    "transpose": _order_back,
+    "movedim": _order_back,
+    "getitem": _slice_back,
+    "narrow": _slice_back,
+}

@@ -1,0 +1,63 @@
+"""How the tests compile: every pass of Inductor runs, the final graphs run eagerly, code is generated on request."""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.utils import counters
+from torch._inductor.compile_fx import compile_fx
+from torch.fx import GraphModule
+
+import inductor_ce
+
+
+@contextlib.contextmanager
+def clean_slate():
+    """Nothing compiled, nothing installed, no counts; caches off, so that passes run in every test."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.manual_seed(0)
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+    inductor_ce.uninstall()
+
+
+class Graphs:
+    """A torch.compile backend that keeps the graphs it is given: `forward` and `backward` after all passes."""
+
+    def __init__(self) -> None:
+        self.final: list[GraphModule] = []
+
+    def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        self.final.append(gm)
+        return make_boxed_func(gm.forward)
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_fx(gm, example_inputs, inner_compile=self.inner_compile)
+
+    @property
+    def nodes(self) -> list[torch.fx.Node]:
+        return [node for gm in self.final for node in gm.graph.nodes]
+
+    def count(self, op: Any) -> int:
+        return sum(node.target == op for node in self.nodes)
+
+
+def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = None, **options: Any):
+    """(f compiled with inductor_ce installed under `options`, its Graphs). min_vocab is 2 unless given.
+
+    The installation stays until the test ends.
+    """
+    inductor_ce.install(**{"min_vocab": 2, **options})
+    graphs = Graphs()
+    return torch.compile(f, backend=graphs, dynamic=dynamic), graphs
+
+
+def sites() -> int:
+    return counters["inductor_ce"]["sites"]
+
+
+def misses() -> int:
+    return counters["inductor_ce"]["misses"]
