@@ -159,8 +159,13 @@ def peak(value: Vocab) -> sympy.Expr | None:
 
 def total(value: Vocab) -> sympy.Expr | None:
     """The sum over the vocabulary."""
-    parts = [_total_of(b, c) for b, c in value.terms]
-    return None if None in parts else sympy.expand(sum(parts, sympy.Integer(0)))
+    result = sympy.Integer(0)
+    for b, c in value.terms:
+        part = _total_of(b, c)
+        if part is None:
+            return None
+        result += part
+    return sympy.expand(result)
 
 
 def _total_of(b: Monomial, c: sympy.Expr) -> sympy.Expr | None:
@@ -214,7 +219,9 @@ class _Printer(StrPrinter):
         parts = [self._print(terms[0])]
         for term in terms[1:]:
             minus = term.could_extract_minus_sign()
-            parts.append(f" {'-' if minus else '+'} {self.parenthesize(-term if minus else term, PRECEDENCE['Add'])}")
+            parts.append(
+                f" {'-' if minus else '+'} {self.parenthesize(-term if minus else term, PRECEDENCE['Add'])}"
+            )
         return "".join(parts)
 
 

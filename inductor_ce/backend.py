@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from . import lowering

@@ -25,6 +25,7 @@ from .errors import UnsupportedTorchError
 
 __all__ = [
     "CustomGraphPass",
+    "OpOverload",
     "SymbolicGridFn",
     "call_lowering",
     "check_torch",
@@ -35,12 +36,14 @@ __all__ = [
     "fake_mode_of",
     "get_hash_for_files",
     "inductor_config",
+    "is_function_transform",
     "is_plain_tensor",
     "list_mode_options",
     "list_options",
     "passes_in",
     "readable",
     "register_lowering",
+    "set_grad_enabled",
     "slot_value",
     "template",
 ]
@@ -170,3 +173,14 @@ def slot_value(passes: tuple[Any, ...]) -> Any:
     if len(passes) < 2:
         return passes[0] if passes else None
     return list(passes) if HAS_PASS_LISTS else ChainedPass(passes)
+
+
+# --- graphs -----------------------------------------------------------------------------------------------
+
+set_grad_enabled = torch._C._set_grad_enabled  # the node that switches gradients on or off
+OpOverload = torch._ops.OpOverload
+
+
+def is_function_transform(target: Any) -> bool:
+    """Whether a node belongs to torch.func (vmap, grad, ...), under whose levels other nodes run."""
+    return "functorch" in (getattr(target, "__module__", None) or "")

@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import ops
+from .compat import OpOverload
 from .rows import hint
 from .timeline import tensor_of
 
@@ -65,4 +66,4 @@ def _is_large(node: Node, size: int | torch.SymInt) -> bool:
 def _is_pointwise(node: Node) -> bool:
     if node.target in _CASTS:
         return True
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags

@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from . import algebra
-from .compat import is_plain_tensor
+from .compat import is_function_transform, is_plain_tensor
 from .config import Options
 from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
 from .rows import shape_of
@@ -18,6 +18,8 @@ from .sites import Miss, Reason, make_miss, user_line
 from .timeline import tensor_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+TRANSFORMED = (Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap.")
 
 Replaceable = RowValue | LossValue
 
@@ -48,8 +50,9 @@ def judge(reading: Reading, options: Options) -> Verdict:
     """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
     misses = list(reading.misses)
     groups: list[Group] = []
+    transformed = any(is_function_transform(node.target) for node in reading.timeline.nodes)
     for logits, nodes in _losses(reading).items():
-        refusal = _refusal(logits, options)
+        refusal = TRANSFORMED if transformed else _refusal(logits, options)
         if refusal is not None:
             misses.append(make_miss(_headline(reading, nodes), *refusal))
             continue
@@ -81,9 +84,14 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
 
 def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
     """A loss weighs the normaliser of a row against some of its logits."""
-    exprs = [_value(reading, node).expr for node in nodes]
+    exprs = [row_expr(reading, node) for node in nodes]
     normalised = any(e.has(algebra.LSE, algebra.LSE_EXTENDED) for e in exprs)
     return normalised and any(algebra.labels_of(e) or e.has(algebra.SUM) for e in exprs)
+
+
+def row_expr(reading: Reading, node: Node) -> sympy.Expr:
+    """The row expression of a node that may be replaced."""
+    return _value(reading, node).expr
 
 
 def _value(reading: Reading, node: Node) -> Replaceable:
@@ -94,7 +102,7 @@ def _value(reading: Reading, node: Node) -> Replaceable:
 
 def _headline(reading: Reading, nodes: list[Node]) -> Node:
     """The node to name the loss by: the first that picks a label."""
-    return next((n for n in nodes if algebra.labels_of(_value(reading, n).expr)), nodes[0])
+    return next((n for n in nodes if algebra.labels_of(row_expr(reading, n))), nodes[0])
 
 
 def headline(reading: Reading, group: Group) -> Node:
@@ -128,7 +136,8 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> tuple[list[Node], l
 
     They would have to be computed in any case, and the statistics would be one more sweep.
     """
-    allowed, misses = list(nodes), []
+    allowed = list(nodes)
+    misses: list[Miss] = []
     while True:
         needed = _needed(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(_value(reading, n).wide & needed, key=str))}
@@ -205,7 +214,9 @@ def _labels(value: Replaceable) -> list[sympy.Symbol]:
 
 
 def _first_use(reading: Reading, node: Node) -> int:
-    return min((reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node])
+    return min(
+        (reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node]
+    )
 
 
 def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:

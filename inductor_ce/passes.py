@@ -34,7 +34,9 @@ MATERIALISE = "materialise"
 def _sources() -> bytes:
     """A hash of this package: what it compiles to changes with any of its files."""
     folder = Path(__file__).parent
-    return get_hash_for_files(tuple(sorted(map(str, [*folder.glob("*.py"), *folder.glob("templates/*.jinja")]))))
+    return get_hash_for_files(
+        tuple(sorted(map(str, [*folder.glob("*.py"), *folder.glob("templates/*.jinja")])))
+    )
 
 
 class _Pass(CustomGraphPass):

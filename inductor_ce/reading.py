@@ -40,7 +40,7 @@ class Label:
 
 @dataclass(frozen=True)
 class VocabValue:
-    """A node whose `axis` is the vocabulary of `logits`. `wide` are the nodes of that size it is made from."""
+    """A node whose `axis` is the vocabulary of `logits`, made by way of the nodes `wide` of that size."""
 
     logits: Logits
     steps: tuple[Step, ...]
@@ -117,9 +117,14 @@ class Place:
         return value if self.reading.timeline.unchanged(arg, arg, self.position) else None
 
     def vocab(self, arg: Any, dim: Any) -> VocabValue | None:
-        """`arg` with the vocabulary on dimension `dim`: as known, or as logits, seen through views and casts."""
+        """`arg` with the vocabulary on `dim`: as known, or as logits, seen through views and casts."""
         example = tensor_of(arg)
-        if example is None or not isinstance(dim, int) or not example.dim() or not example.is_floating_point():
+        if (
+            example is None
+            or not isinstance(dim, int)
+            or not example.dim()
+            or not example.is_floating_point()
+        ):
             return None
         axis = dim % example.dim() if -example.dim() <= dim < example.dim() else None
         return None if axis is None else self._seen(arg, axis)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import sympy
 from torch.fx import Graph, Node
@@ -23,6 +23,7 @@ from .timeline import Timeline, tensor_of
 from .views import step_back
 
 Number = int | float
+Operand = VocabValue | RowValue | Number
 
 
 def recognise(graph: Graph) -> Reading:
@@ -87,7 +88,7 @@ def _gather(place: Place, args: dict[str, Any]) -> Value | None:
     value = place.vocab(args.get("input"), args.get("dim"))
     if value is None or not _is_labels(index):
         return None
-    shape = list(shape_of(args["input"]))
+    shape = [*shape_of(args["input"])]
     shape[value.axis] = 1
     if not same_shape(shape, shape_of(index)):
         return None
@@ -96,7 +97,7 @@ def _gather(place: Place, args: dict[str, Any]) -> Value | None:
     return None if expr is None else RowValue(value.logits, value.steps, value.axis, expr, value.wide)
 
 
-def _is_labels(node: Any) -> bool:
+def _is_labels(node: Any) -> TypeGuard[Node]:
     example = tensor_of(node)
     return example is not None and not example.is_floating_point() and not example.is_complex()
 
@@ -137,8 +138,7 @@ def _losses_arguments(place: Place, args: dict[str, Any]) -> bool:
     """Whether the arguments are ones that the algebra has; a miss tells why not."""
     target, weight = args.get("target"), args.get("weight")
     if not _is_labels(target):
-        shape = tuple(tensor_of(target).shape) if tensor_of(target) is not None else "unknown shape"
-        place.miss(Reason.SOFT_TARGETS, f"The target, {shape}, holds class probabilities, not class indices.")
+        place.miss(Reason.SOFT_TARGETS, "The target holds class probabilities, not class indices.")
     elif weight is not None:
         place.miss(Reason.CLASS_WEIGHTS, "The loss has class weights (weight=...).")
     elif args.get("size_average") is not None or args.get("reduce") is not None:
@@ -202,14 +202,13 @@ def _binary(
     def step(place: Place, args: dict[str, Any]) -> Value | None:
         if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
             return None
-        pair = _same_rows(place, args.get("input"), args.get("other"))
-        if pair is None:
+        operands = _same_rows(place, args.get("input"), args.get("other"))
+        if operands is None:
             return None
-        left, right = pair
-        expr = combine(*(v.expr if isinstance(v, (VocabValue, RowValue)) else algebra.number(v) for v in pair))
+        values = [v for v in operands if not isinstance(v, Number)]
+        expr = combine(*(algebra.number(v) if isinstance(v, Number) else v.expr for v in operands))
         if expr is None:
             return None
-        values = [v for v in pair if isinstance(v, (VocabValue, RowValue))]
         shaped = next((v for v in values if isinstance(v, VocabValue)), values[0])
         wide = frozenset().union(*(v.wide for v in values))
         if isinstance(shaped, VocabValue):
@@ -219,10 +218,10 @@ def _binary(
     return step
 
 
-def _same_rows(place: Place, left: Any, right: Any) -> tuple[Any, Any] | None:
+def _same_rows(place: Place, left: Any, right: Any) -> list[Operand] | None:
     """The operands as values over one arrangement of the same rows, or as numbers; None if they are not."""
     known = [place.known(a) for a in (left, right)]
-    operands: list[Any] = []
+    operands: list[Operand | None] = []
     for arg, value, other in zip((left, right), known, reversed(known), strict=True):
         if isinstance(arg, Number) and math.isfinite(arg):
             operands.append(arg)
@@ -231,10 +230,9 @@ def _same_rows(place: Place, left: Any, right: Any) -> tuple[Any, Any] | None:
         elif isinstance(other, (VocabValue, RowValue)):
             axis = other.axis if isinstance(other, VocabValue) else other.kept
             operands.append(place.vocab(arg, axis))
-    if len(operands) < 2 or None in operands:
-        return None
-    values = [v for v in operands if not isinstance(v, Number)]
-    return tuple(operands) if values and _agree(place, values) else None  # type: ignore[return-value]
+    found = [v for v in operands if v is not None]
+    values = [v for v in found if not isinstance(v, Number)]
+    return found if len(found) == 2 and values and _agree(place, values) else None
 
 
 def _agree(place: Place, values: list[VocabValue | RowValue]) -> bool:

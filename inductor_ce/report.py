@@ -30,10 +30,14 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-serialisable values."""
         misses = [dataclasses.asdict(m) | {"reason": m.reason.name} for m in self.misses]
-        return {"sites": [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites], "misses": misses}
+        return {
+            "sites": [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites],
+            "misses": misses,
+        }
 
     def __str__(self) -> str:
-        lines = [f"inductor_ce: {_count(len(self.sites), 'loss', 'losses')} fused, {len(self.misses)} left as written"]
+        fused = f"{len(self.sites)} {'loss' if len(self.sites) == 1 else 'losses'} fused"
+        lines = [f"inductor_ce: {fused}, {len(self.misses)} left as written"]
         for site in self.sites:
             lines += _site_lines(site)
         for miss in self.misses:
@@ -67,7 +71,3 @@ def _site_lines(site: Site) -> list[str]:
 
 def _miss_lines(miss: Miss) -> list[str]:
     return [f"  missed  {miss.location}  {miss.code}", f"    {miss.reason.name}: {miss.message}"]
-
-
-def _count(n: int, one: str, many: str) -> str:
-    return f"{n} {one if n == 1 else many}"

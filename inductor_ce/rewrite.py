@@ -12,9 +12,9 @@ from torch.fx import Graph, Node
 
 from . import algebra, ops
 from .compat import fake_mode_of
-from .legal import Group
+from .legal import Group, row_expr
 from .reading import Label, LossValue, Masked, Reading, RowValue
-from .rows import Permute, Reshape, Slice, Step, constant, row_shape, same_shape, shape_of
+from .rows import Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
 from .timeline import tensor_of
 
 # Fills the rows that a slice cut off: a label that names no column.
@@ -85,7 +85,7 @@ class _Statistics:
     """The one `row_stats` of a group, and its rows as the algebra names them after `algebra.shifted`."""
 
     def __init__(self, build: Builder, reading: Reading, group: Group):
-        exprs = [reading.values[node].expr for node in group.nodes]
+        exprs = [row_expr(reading, node) for node in group.nodes]
         self.build = build
         self.logits = group.logits
         self.vocab_size = group.vocab_size
@@ -183,8 +183,12 @@ def _range(left: int, right: int) -> slice:
 
 def _row_sizes(build: Builder, node: Node, axis: int) -> list[int | Node]:
     """The sizes of `node` without the vocabulary, as numbers where they are, else read off the tensor."""
-    sizes = enumerate(shape_of(node))
-    return [constant(s) if constant(s) is not None else build("size", node, i) for i, s in sizes if i != axis]
+    return [_size(build, node, i) for i in range(len(shape_of(node))) if i != axis]
+
+
+def _size(build: Builder, node: Node, dim: int) -> int | Node:
+    number = constant(shape_of(node)[dim])
+    return build("size", node, dim) if number is None else number
 
 
 # ---- the values themselves

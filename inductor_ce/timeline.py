@@ -11,9 +11,12 @@ import inspect
 import operator
 from bisect import bisect_left
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+
+from .compat import set_grad_enabled
 
 _INPLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
@@ -34,7 +37,11 @@ def written_by(node: Node) -> Iterator[Node]:
     """The arguments that `node` changes in place."""
     if node.op == "call_method":
         name = str(node.target)
-        if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__" or name.startswith("__i"):
+        if (
+            (name.endswith("_") and not name.endswith("__"))
+            or name == "__setitem__"
+            or name.startswith("__i")
+        ):
             yield from _nodes(node.args[:1])
     elif node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
@@ -56,7 +63,7 @@ def _nodes(args: tuple[object, ...]) -> Iterator[Node]:
             yield from _nodes(tuple(arg))
 
 
-def _written_by_schema(node: Node, schema: torch._C.FunctionSchema) -> Iterator[Node]:
+def _written_by_schema(node: Node, schema: Any) -> Iterator[Node]:
     for position, parameter in enumerate(schema.arguments):
         if parameter.alias_info is not None and parameter.alias_info.is_write and parameter.name != "out":
             given = node.args[position] if position < len(node.args) else node.kwargs.get(parameter.name)
@@ -85,7 +92,7 @@ class Timeline:
         for i, node in enumerate(self.nodes):
             for written in written_by(node):
                 self._writes.setdefault(self._storage(written), []).append(i)
-            if node.target is torch._C._set_grad_enabled:
+            if node.target is set_grad_enabled:
                 self._switches.append(i)
                 modes.append(bool(node.args[0]))
         self._modes = modes
