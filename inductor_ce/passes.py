@@ -20,7 +20,7 @@ from .legal import Group, headline, judge
 from .reading import LossValue, Reading
 from .recognise import recognise
 from .report import Report, form_of_loss, form_of_row, miss_line, site_line
-from .rewrite import rewrite
+from .rewrite import rewrite, sweep
 from .rows import hint, shape_of
 from .sites import Miss, Reason, Site, make_miss, user_line
 from .timeline import tensor_of
@@ -83,6 +83,8 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
             report.sites.append(site)
         except Exception as error:
             report.misses.append(_internal_error(headline(reading, group), error))
+    if report.sites:
+        sweep(graph, reading)
     return report
 
 

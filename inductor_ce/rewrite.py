@@ -57,7 +57,7 @@ class Builder:
 
 
 def rewrite(graph: Graph, reading: Reading, group: Group) -> None:
-    """Compute the nodes of `group` from statistics. On an exception the graph is as it was."""
+    """Use statistics in place of the nodes of `group`. On an exception the graph is as it was."""
     build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
     try:
         stats = _Statistics(build, reading, group)
@@ -67,14 +67,12 @@ def rewrite(graph: Graph, reading: Reading, group: Group) -> None:
         raise
     for node, result in results:
         node.replace_all_uses_with(result)
-    _erase_dead(graph, reading, [node for node, _ in results])
 
 
-def _erase_dead(graph: Graph, reading: Reading, nodes: list[Node]) -> None:
-    """Erase the replaced nodes, and what the algebra read on the way to them where nobody else needs it."""
-    replaced = set(nodes)
+def sweep(graph: Graph, reading: Reading) -> None:
+    """Erase what the algebra has read and nobody uses any more. To be called once, after all rewrites."""
     for node in reversed(reading.timeline.nodes):
-        if (node in replaced or node in reading.values) and not node.users and node.graph is graph:
+        if node in reading.values and not node.users:
             graph.erase_node(node)
 
 
