@@ -43,6 +43,7 @@ __all__ = [
     "passes_in",
     "readable",
     "register_lowering",
+    "specialised",
     "set_grad_enabled",
     "slot_value",
     "template",
@@ -72,6 +73,11 @@ def readable(x: Node, *, absorb: bool = False) -> Node:
     x = ir.ExternKernel.realize_input(x)
     x.freeze_layout()
     return x
+
+
+def specialised(size: Any) -> int:
+    """A size as a number, which the compiled code may then depend on."""
+    return inductor.graph.sizevars.guard_int(size)
 
 
 def contiguous_layout(like: Node, dtype: torch.dtype, size: Sequence[Any]) -> ir.Layout:

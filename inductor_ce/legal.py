@@ -13,7 +13,7 @@ from . import algebra
 from .compat import is_function_transform, is_plain_tensor
 from .config import Options
 from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
-from .rows import shape_of
+from .rows import hint, shape_of
 from .sites import Miss, Reason, make_miss, user_line
 from .timeline import tensor_of
 
@@ -252,8 +252,8 @@ def _unread(reading: Reading, groups: list[Group], misses: list[Miss], options: 
     for node, value in reading.values.items():
         if node not in needed or not isinstance(value, (VocabValue, RowValue)) or not _normalises(node):
             continue
-        size = shape_of(value.logits.node)[value.logits.axis]
-        if isinstance(size, int) and size >= options.min_vocab and user_line(node)[0] not in told:
+        size = hint(shape_of(value.logits.node)[value.logits.axis])
+        if size >= options.min_vocab and user_line(node)[0] not in told:
             found.append(make_miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node)))
             told.add(found[-1].location)
     return found

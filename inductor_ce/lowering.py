@@ -71,11 +71,6 @@ def _is_empty(z: Node) -> bool:
     return any(size == 0 for size in z.get_size())
 
 
-def _columns(z: Node) -> int:
-    """V, which is always specialised."""
-    return int(z.get_size()[1])
-
-
 def _stats_dtype(z: Node) -> torch.dtype:
     return torch.float64 if z.get_dtype() == torch.float64 else torch.float32
 
@@ -154,26 +149,26 @@ def _template(name: str, grid: Any) -> Any:
 
 
 def _stats_template(z: Node, labels: list[Node], rows: list[str]) -> Node:
-    n, v = z.get_size()
+    n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     z = compat.readable(z, absorb=True)
     return compat.choose(
         _template("row_stats", _one_program_a_row),
         inputs=[z, z, z, *map(compat.readable, labels)],
         layout=compat.contiguous_layout(z, _stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
-        configurations=stats_configurations(_columns(z), z.get_dtype(), len(labels), ops.SUM in rows),
+        configurations=stats_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows),
     )
 
 
 def _grad_template(z: Node, labels: list[Node], m: Node, coefficients: Node, rows: list[str]) -> Node:
-    n, v = z.get_size()
+    n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     z = compat.readable(z, absorb=True)
     return compat.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *map(compat.readable, (m, coefficients, *labels))],
         layout=compat.contiguous_layout(z, z.get_dtype(), [n, v]),
         call_sizes=[n, v],
-        configurations=grad_configurations(_columns(z), z.get_dtype(), len(labels), ops.SUM in rows),
+        configurations=grad_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows),
     )
 
 

@@ -296,6 +296,13 @@ def _view_of_rows(node: Node, source: Node, value: RowValue) -> RowValue | None:
     return None
 
 
+def _detach(place: Place, args: dict[str, Any]) -> Value | None:
+    """A maximum that only shifts has no gradient to lose; anything else is a stranger once detached."""
+    value = place.known(args.get("input"))
+    shift = isinstance(value, RowValue) and (value.expr - algebra.MAX).is_number
+    return value if shift else None
+
+
 def _rows_order_kept(place: Place, args: dict[str, Any]) -> Value | None:
     """Transposes move rows about: statistics follow them no further, log-probabilities do."""
     return None if isinstance(place.known(args.get("input")), RowValue) else _view(place, args)
@@ -339,6 +346,7 @@ _STEPS: dict[str, Callable[[Place, dict[str, Any]], Value | None]] = {
     "mul": _binary(_times),
     "div": _binary(_over),
     "same": _view,
+    "detach": _detach,
     "reshape": _view,
     "permute": _rows_order_kept,
     "transpose": _rows_order_kept,

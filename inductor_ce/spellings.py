@@ -66,6 +66,7 @@ _spell("div", "input other rounding_mode", torch.div, operator.truediv, "div")
 
 _spell("same", "input", "contiguous", "clone", "float", "double", "half", "bfloat16", "type_as", "to", "type")
 _spell("same", "input", torch.clone)
+_spell("detach", "input", "detach")
 _spell(
     "reshape",
     "input *shape",

@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import Node
 
 from . import spellings
+from .ops import stats_dtype
 from .rows import Permute, Reshape, Slice, Step, follow_axis, row_shape, same_shape, shape_of, slice_steps
 from .timeline import tensor_of
 
@@ -21,7 +22,7 @@ def keeps_order(node: Node) -> bool:
 
 
 def viewed(node: Node) -> Node | None:
-    """The source of a view, a cast between dtypes of one kind, or a copy."""
+    """The source of a view, of a copy, or of a cast that leaves the precision of statistics as it is."""
     spelled = spellings.read(node)
     if spelled is None or spelled[0] not in _VIEWS:
         return None
@@ -29,7 +30,9 @@ def viewed(node: Node) -> Node | None:
     a, b = tensor_of(node), tensor_of(source)
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
-    return source if a.is_floating_point() == b.is_floating_point() and not a.is_complex() else None
+    if a.is_complex() or a.is_floating_point() != b.is_floating_point():
+        return None
+    return source if stats_dtype(a) == stats_dtype(b) else None
 
 
 def step_back(node: Node, source: Node, axis: int) -> Back | None:

@@ -1,0 +1,90 @@
+"""The command line of the benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ce, record, render
+from .losses import LOSSES
+from .measure import Budget, fresh_caches
+from .peers import PEERS
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS, QUICK_ROUNDS = 7, 3
+NO_GPU = "the benchmark times GPU kernels, and torch.cuda sees no GPU here: nothing was measured"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 0, 1 where eager, torch.compile or ours failed or was wrong, 2 for bad usage or no GPU."""
+    options = parse(arguments)
+    if not torch.cuda.is_available():
+        print(NO_GPU, file=sys.stderr)
+        return 2
+    return run_ce(options)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m inductor_ce.bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    ce_parser = commands.add_parser("ce", help="cross entropy over given logits", description=ce.__doc__)
+    ce_parser.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        metavar="NxV",
+        help="rows x vocabulary (default: those of the table)",
+    )
+    ce_parser.add_argument(
+        "--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="(default: all of them)"
+    )
+    ce_parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder for the JSON and the plot (default: %(default)s)"
+    )
+    ce_parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
+    ce_parser.add_argument("--commit", help="what to record as the commit where git cannot tell")
+    options = parser.parse_args(arguments)
+    options.shapes = options.shapes or list(ce.SHAPES[:1] if options.quick else ce.SHAPES)
+    return options
+
+
+def shape(text: str) -> tuple[int, int]:
+    """(N, V) from "8192x128256"."""
+    try:
+        N, V = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 8192x128256") from None
+    if N < 2 or V < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} needs two rows and two columns at least")
+    return N, V
+
+
+def run_ce(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON complete after every shape, print the table, draw the plot."""
+    budget = Budget(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    result: dict[str, Any] = {
+        "benchmark": "ce",
+        "environment": record.environment(options.commit),
+        "method": {**ce.method(budget), "seed": torch.seed()},
+        "shapes": [],
+    }
+    path = record.json_path(result, options.out)
+    with fresh_caches():
+        for found in ce.table(options.shapes, [LOSSES[name] for name in options.losses], budget):
+            result["shapes"].append(found)
+            record.write(result, path)
+    render.plot(result, path.with_suffix(".png"))
+    print(render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
+    return int(any(map(failed, result["shapes"])))
+
+
+def failed(found: dict[str, Any]) -> bool:
+    """Whether a system that must work did not, or was wrong. Peers may be absent, and may err."""
+    wrong = [row["system"] for row in found["rows"] if row["problems"]]
+    absent = [each["system"] for each in found["not_measured"]]
+    return any(name not in PEERS for name in wrong + absent)

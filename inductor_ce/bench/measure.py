@@ -1,0 +1,132 @@
+"""Time and memory on a GPU, of anything that can be called. Times in ms, memory in bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+try:
+    from triton.testing import do_bench
+except ModuleNotFoundError:  # torch's CPU builds bring no triton, and nothing is timed without a GPU
+    do_bench = None
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: in each of `rounds`, `warmup_ms` and `rep_ms` of do_bench for every system."""
+
+    rounds: int
+    warmup_ms: int = 10
+    rep_ms: int = 60
+
+    def time_ms(self, step: Step) -> float:
+        """The median time of `step` in one do_bench, which empties the L2 cache before every call."""
+        return do_bench(step, warmup=self.warmup_ms, rep=self.rep_ms, return_mode="median")
+
+
+def median_and_spread(round_ms: Sequence[float]) -> tuple[float, float]:
+    """(the median of the rounds in ms, the distance of the slowest from the fastest over that median)."""
+    median = statistics.median(round_ms)
+    return median, (max(round_ms) - min(round_ms)) / median
+
+
+def interleaved(
+    steps: Mapping[str, Step], budget: Budget, before_each: Step, after_each: Step
+) -> dict[str, list[float]]:
+    """The time of every step in every round, in ms; each round times each step once.
+
+    Odd rounds go through the steps backwards, so that none always follows the same neighbour.
+
+    Args:
+        steps: what to time, warm.
+        budget: rounds, and the length of each measurement.
+        before_each: called before each measurement, to put inputs right.
+        after_each: called after each measurement, to show progress.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(budget.rounds):
+        for name in list(steps)[:: -1 if i % 2 else 1]:
+            before_each()
+            times[name].append(budget.time_ms(steps[name]))
+            after_each()
+    return times
+
+
+def peak_extra_bytes(step: Step) -> int:
+    """The most memory that one call of `step` holds beyond what was allocated before it, results included."""
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del result
+    return peak - before
+
+
+def poison(like: Tensor) -> None:
+    """Leave NaN in the memory that the next allocation of this size gets, so that an unwritten output shows."""
+    torch.full_like(like, torch.nan)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The least time in ms for `size` bytes: `copy_ms` to read and write them, `read_ms` to read them."""
+
+    size: int
+    copy_ms: float
+    read_ms: float
+
+    @property
+    def two_pass_ms(self) -> float:
+        """Read once and write once: a gradient that is made in the forward, logits read once."""
+        return self.copy_ms
+
+    @property
+    def three_pass_ms(self) -> float:
+        """Read in the forward, then read and write in the backward."""
+        return self.read_ms + self.copy_ms
+
+
+def ceilings(buffer: Tensor, budget: Budget) -> Ceilings:
+    """How fast this GPU copies `buffer`, and how fast the best of a few torch reductions reads it."""
+    target = torch.empty_like(buffer)
+    flat = buffer.view(-1)
+    words = flat[: flat.numel() // 2 * 2].view(torch.float32)
+    readers: list[Step] = [words.sum, words.amax, lambda: buffer.sum(dim=1, dtype=torch.float32)]
+
+    def median_ms(step: Step) -> float:
+        return statistics.median(budget.time_ms(step) for _ in range(3))
+
+    return Ceilings(
+        size=buffer.numel() * buffer.element_size(),
+        copy_ms=median_ms(lambda: target.copy_(buffer)),
+        read_ms=min(map(median_ms, readers)),
+    )
+
+
+@contextlib.contextmanager
+def fresh_caches() -> Iterator[None]:
+    """Inductor's and Triton's caches in a folder of their own, which goes on leaving the block.
+
+    NOTE no cache of another run
+    The caches may hold what another version of a pass, or of a template, made.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        places = {"TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": str(Path(folder, "triton"))}
+        with mock.patch.dict(os.environ, places):
+            yield

@@ -1,0 +1,66 @@
+"""Adapters of other libraries' cross entropy over given logits, for those that are installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+from .losses import IGNORED, Loss, LossFunction
+
+
+@dataclass(frozen=True)
+class NotOffered:
+    """Why a system does not take part."""
+
+    reason: str
+
+
+def find(module: str, name: str) -> Any:
+    """`module.name`, or NotOffered where it cannot be had."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a peer may raise anything while it is imported; ours must run all the same
+        package = module.partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and error.name == package:
+            return NotOffered(f"{package} is not installed")
+        return NotOffered(f"{module} cannot be imported: {type(error).__name__}: {error}")
+
+
+def liger_kernel(loss: Loss) -> LossFunction | NotOffered:
+    """Liger's loss over logits. It writes the gradient over the logits."""
+    module = find("liger_kernel.transformers.cross_entropy", "LigerCrossEntropyLoss")
+    if isinstance(module, NotOffered):
+        return module
+    return module(
+        ignore_index=IGNORED,
+        label_smoothing=loss.smoothing,
+        lse_square_scale=loss.z_loss,
+        softcap=loss.soft_cap or None,
+    )
+
+
+def quack(loss: Loss) -> LossFunction | NotOffered:
+    function = find("quack.cross_entropy", "cross_entropy")
+    if isinstance(function, NotOffered):
+        return function
+    if not loss.is_plain:
+        return NotOffered("quack has no smoothing, z-loss or soft-cap")
+    return functools.partial(function, ignore_index=IGNORED, reduction="mean")
+
+
+PEERS = {"liger_kernel": liger_kernel, "quack": quack}
+DISTRIBUTIONS = {"liger_kernel": "liger-kernel", "quack": "quack-kernels"}
+
+
+def versions() -> dict[str, str | None]:
+    """The installed version of each peer, None where it is absent."""
+    found: dict[str, str | None] = {}
+    for name, distribution in DISTRIBUTIONS.items():
+        try:
+            found[name] = importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

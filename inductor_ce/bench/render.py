@@ -1,0 +1,124 @@
+"""A result of `bench ce`, as its JSON has it, as a text table and as a picture. MB are 2**20 bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .losses import LOSSES
+from .systems import BASELINE, SYSTEMS
+
+HEADER = ("loss", "system", "ms", "spread", "ratio", "MB", "loss error", "dz error", "compile s", "")
+LEFT = (0, 1, 9)  # the columns of words
+BAR_WIDTH = 0.8
+
+
+def table(result: dict[str, Any]) -> str:
+    """Every number of every shape, and below them what was not measured."""
+    where = result["environment"]
+    versions = f"torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
+    heading = f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
+    return "\n\n".join([heading, *map(_shape_table, result["shapes"])])
+
+
+def _shape_table(shape: dict[str, Any]) -> str:
+    lines = [_shape_heading(shape), *_aligned([HEADER, *(_cells(row) for row in shape["rows"])])]
+    skipped: dict[tuple[str, str], list[str]] = {}
+    for each in shape["not_measured"]:
+        skipped.setdefault((each["system"], each["reason"]), []).append(each["loss"])
+    lines += [f"{name} ({', '.join(losses)}): {reason}" for (name, reason), losses in skipped.items()]
+    return "\n".join(lines)
+
+
+def _shape_heading(shape: dict[str, Any]) -> str:
+    return (
+        f"{shape['N']} x {shape['V']}: logits {_mb(shape['logits_bytes'])} MB; "
+        f"2 passes {shape['two_pass_ms']:.3f} ms, 3 passes {shape['three_pass_ms']:.3f} ms "
+        f"(copy {shape['copy_bytes_per_s'] / 1e12:.2f} TB/s, read {shape['read_bytes_per_s'] / 1e12:.2f} TB/s)"
+    )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    notes = ["writes over the logits"] * row["overwrites_logits"] + row["problems"]
+    return (
+        row["loss"],
+        row["system"],
+        f"{row['ms']:.3f}",
+        f"{100 * row['spread']:.1f}%",
+        "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+        _mb(row["extra_bytes"]),
+        f"{row['loss_error']:.1e}",
+        f"{row['dz_error']:.1e}",
+        f"{row['first_call_s']:.1f}",
+        "; ".join(notes),
+    )
+
+
+def _mb(size: int) -> str:
+    return f"{size / 2**20:.0f}"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i in LEFT else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars for each loss and system, a column for each shape: time above, memory below."""
+    shapes = result["shapes"]
+    figure = Figure(figsize=(1 + 4.5 * len(shapes), 7), layout="constrained")
+    axes = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
+    for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
+        upper.set_title(f"{shape['N']} x {shape['V']}")
+        _bars(upper, shape, "ratio", 1.0)
+        _bars(lower, shape, "extra_bytes", 2.0**-20)
+        _limits(upper, shape)
+        lower.axhline(shape["logits_bytes"] / 2**20, color="black", linestyle=":", linewidth=1)
+    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(dashed: limit of three passes)")
+    axes[1, 0].set_ylabel("extra memory at the peak, MB\n(dotted: the size of the logits)")
+    handles = {h.get_label(): h for a in axes[0] for h in a.containers}
+    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
+    where = result["environment"]
+    figure.supxlabel(f"{where['gpu']}, torch {where['torch']}, {where['date'][:10]}", fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _losses(shape: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["loss"] for row in shape["rows"]))
+
+
+def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float) -> None:
+    """The bars of one quantity; a system that did not run leaves a gap in its place."""
+    losses = _losses(shape)
+    systems = [name for name in SYSTEMS if any(row["system"] == name for row in shape["rows"])]
+    width = BAR_WIDTH / max(1, len(systems))
+    for k, name in enumerate(systems):
+        rows = [row for row in shape["rows"] if row["system"] == name and row[key] is not None]
+        x = [losses.index(row["loss"]) + (k + 0.5) * width - BAR_WIDTH / 2 for row in rows]
+        heights = [scale * row[key] for row in rows]
+        bars = axes.bar(x, heights, width, label=name, color=f"C{list(SYSTEMS).index(name)}")
+        axes.bar_label(bars, fmt="%.2f" if key == "ratio" else "%.0f", fontsize=6, rotation=90, padding=2)
+    axes.margins(y=0.15)
+    axes.set_xticks(
+        range(len(losses)), [LOSSES[name].title.replace(", ", "\n") for name in losses], fontsize=8
+    )
+
+
+def _limits(axes: Axes, shape: dict[str, Any]) -> None:
+    """The time of three passes beside the bars of each loss, in units of the baseline's."""
+    for i, loss in enumerate(_losses(shape)):
+        for row in shape["rows"]:
+            if row["loss"] == loss and row["system"] == BASELINE:
+                ends = (i - BAR_WIDTH / 2, i + BAR_WIDTH / 2)
+                axes.hlines(
+                    shape["three_pass_ms"] / row["ms"], *ends, color="black", linestyle="--", linewidth=1
+                )
