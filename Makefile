@@ -1,0 +1,71 @@
+# Every target sets up .venv by itself, from constraints.txt, when it is missing or out of date.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# The first interpreter that runs (a pyenv shim may not), is new enough for constraints.txt, and can make an environment.
+PYTHON ?= $(shell for python in python3.11 python3 python3.12 python3.13 python; do \
+	$$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Inductor compiles its CPU kernels with $CXX or g++; without either, a wheel brings a compiler.
+ifeq ($(origin CXX),default)
+ifeq ($(shell command -v g++ 2>/dev/null),)
+export CXX := $(CURDIR)/tools/zig-c++
+COMPILER := ziglang
+endif
+endif
+
+# Inductor hashes its precompiled headers with the openssl command.
+ifeq ($(shell command -v openssl 2>/dev/null),)
+export TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS ?= 0
+endif
+
+.PHONY: help setup demo test accept lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+setup: $(STAMP)  ## create .venv with the pinned versions
+
+# NOTE: triton apart from the rest
+# torch's CUDA build requires a triton of its own and must get it, so the first resolution does not see our pin. The CPU
+# build brings none; the tests that run kernels under Triton's interpreter then need the pinned one.
+$(STAMP): constraints.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv and ensurepip was found: try make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	sed '/^triton==/d' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools torch $(COMPILER)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[test,examples,bench,lint]'
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt triton
+	@touch $@
+
+demo: $(STAMP)  ## train a small language model with and without inductor_ce; options: make demo ARGS=--help
+	$(BIN)/python examples/quickstart.py $(ARGS)
+
+# Two workers with one thread each: the tests are many and small.
+test: export OMP_NUM_THREADS := 1
+test: export TORCHINDUCTOR_COMPILE_THREADS := 1
+test: $(STAMP)  ## run the tests; one of them: make test ARGS="-k name"
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+accept: export EXPECTTEST_ACCEPT := 1
+accept: test  ## run the tests and take what they print as the new golden outputs
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## time cross entropy against eager, plain torch.compile and installed peers (needs a GPU)
+	$(BIN)/python -m inductor_ce.bench ce $(ARGS)
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""What the distribution promises, and that the commands the documents name exist."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="the standard library reads TOML from Python 3.11")
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {re.match(r"[\w.-]+", requirement)[0] for requirement in requirements}
+
+
+def test_distribution_facts():
+    assert PROJECT["name"] == "inductor-ce"
+    assert PROJECT["license"] == "BSD-3-Clause"
+    assert PROJECT["requires-python"] == ">=3.10"
+    assert PROJECT["dependencies"] == ["torch>=2.11,<2.16", "sympy"]
+    assert set(PROJECT["optional-dependencies"]) == {"test", "examples", "bench", "lint"}
+    assert PROJECT["dynamic"] == ["version"]
+    assert (ROOT / "LICENSE").read_text().startswith("BSD 3-Clause License")
+
+
+def test_triton_is_required_nowhere():
+    extras = PROJECT["optional-dependencies"].values()
+    assert "triton" not in names(PROJECT["dependencies"]).union(*map(names, extras))
+
+
+def test_backend_entry_point_names_a_callable():
+    (target,) = PROJECT["entry-points"]["torch_dynamo_backends"].values()
+    assert target == "inductor_ce.backend:inductor_ce_backend"
+    module, name = target.split(":")
+    source = (ROOT / module.replace(".", "/")).with_suffix(".py").read_text()
+    assert re.search(rf"^(def {name}\b|{name} =)", source, re.MULTILINE)
+
+
+def test_torch_finds_the_installed_backend():
+    torch = pytest.importorskip("torch")
+    assert "inductor_ce" in torch.compiler.list_backends()
+
+
+def test_wheel_holds_the_package_data(tmp_path: Path):
+    pytest.importorskip("setuptools")
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "inductor_ce", source / "inductor_ce")
+    for name in ["pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, source)
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path,
+        source,
+    ]
+    subprocess.run(command, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    data = [ROOT / "inductor_ce/py.typed", *ROOT.glob("inductor_ce/templates/*.jinja")]
+    assert len(data) > 1
+    assert {str(path.relative_to(ROOT)) for path in data} <= held
+    assert not any(name.startswith(("tests/", "examples/", "patterns/")) for name in held)
+
+
+def test_every_extra_is_pinned():
+    wanted = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
+    assert wanted <= PINS.keys()
+    assert PINS["torch"] == "2.13.0"
+    assert PINS["triton"] == "3.6.0"
+
+
+def test_installed_versions_are_the_pinned_ones():
+    """In the environment that `make` made; any other is the user's own affair."""
+    if Path(sys.prefix) != ROOT / ".venv":
+        pytest.skip("not running in .venv")
+    command = [sys.executable, "-m", "pip", "list", "--format=freeze", "--disable-pip-version-check"]
+    frozen = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    installed = dict(line.split("==") for line in frozen.splitlines() if "==" in line)
+    assert {name: version.split("+")[0] for name, version in installed.items() if name in PINS} == {
+        name: version for name, version in PINS.items() if name in installed
+    }
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", ".ci/run"])
+def test_named_make_targets_exist(document: str):
+    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(code_of((ROOT / document).read_text(), document))))
+    assert named
+    assert named <= TARGETS
+
+
+def code_of(text: str, document: str) -> list[str]:
+    """The code in a Markdown document, between backticks or indented; all of any other file."""
+    return re.findall(r"`[^`\n]+`|^    .*$", text, re.MULTILINE) if document.endswith(".md") else [text]
+
+
+def test_ci_is_executable_and_stops_at_the_first_failure():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert "set -euo pipefail" in script.read_text()
+
+
+def test_committed_text_names_no_index_and_no_home():
+    for name in ["pyproject.toml", "constraints.txt", "Makefile", ".ci/run", "tools/zig-c++"]:
+        text = (ROOT / name).read_text()
+        assert not re.search(r"index-url|find-links|https?://|file://|/home/|/root/", text), name
+
+
+def test_quickstart_help():
+    pytest.importorskip("tokenizers")
+    command = [sys.executable, ROOT / "examples/quickstart.py", "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for option in ["--steps", "--untied", "--device", "--out"]:
+        assert option in text
+
+
+def test_quickstart_refuses_too_few_steps():
+    pytest.importorskip("tokenizers")
+    command = [sys.executable, ROOT / "examples/quickstart.py", "--steps", "3"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--steps must be more than the 3 that warm up" in result.stderr
