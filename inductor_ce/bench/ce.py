@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import traceback
@@ -31,10 +32,11 @@ METHOD = {
     "compiled": "fullgraph, static shapes, caches empty at the start of the run",
     "ms": "median over the rounds of do_bench's median; the systems take turns within a round",
     "spread": "(slowest round - fastest round) / median",
+    "in place": "a system that writes over its input meets fresh logits once in every do_bench",
     "ratio": f"ms / ms of {BASELINE} for the same shape and loss",
-    "extra_bytes": "most memory allocated during a warm step beyond what was before it: no inputs, with the gradient",
+    "extra_bytes": "peak of the memory allocated in a warm step less that before it: no inputs, but dz",
     "errors": "relative to float64 over all rows: |loss - ref| / |ref| and norm(dz - ref) / norm(ref)",
-    "limits": "two passes: one copy of the logits; three passes: one read and one copy; measured at each shape",
+    "limits": "two passes: a copy of the logits; three passes: a read and a copy; measured at each shape",
 }
 
 
@@ -72,7 +74,7 @@ def table(
     total = len(shapes) * len(losses) * len(SYSTEMS) * (1 + budget.rounds)
     with tqdm(total=total, file=sys.stderr, desc="starting", unit="measurement") as bar:
         for N, V in shapes:
-            bar.set_description(f"{N} x {V}")
+            bar.set_description(f"{N} x {V}, limits")
             inputs = Inputs.random(N, V, device)
             limits = measure.ceilings(inputs.pristine, budget)
             found: dict[str, Any] = {"N": N, "V": V, "logits_bytes": limits.size, **_numbers(limits)}
@@ -98,19 +100,21 @@ def _numbers(limits: measure.Ceilings) -> dict[str, float]:
 def case(loss: Loss, inputs: Inputs, budget: Budget, bar: tqdm) -> tuple[list[dict], list[dict]]:
     """(a row for each system that ran, a reason for each that did not) for one loss at one shape."""
     torch.compiler.reset()
+    N, V = inputs.logits.shape
     rows: dict[str, dict[str, Any]] = {}
     steps: dict[str, measure.Step] = {}
     not_measured = []
     for name, build in SYSTEMS.items():
-        bar.set_description(f"{bar.desc.partition(',')[0]}, {loss.name}, {name}")
+        bar.set_description(f"{N} x {V}, {loss.name}, {name}")
         function = admit(name, build, loss, inputs, rows)
         if isinstance(function, NotOffered):
             not_measured.append({"loss": loss.name, "system": name, "reason": function.reason})
-            tqdm.write(f"{loss.name}: {name} skipped: {function.reason}", file=sys.stderr)
+            tqdm.write(f"{loss.name}: {name} left out: {function.reason}", file=sys.stderr)
             bar.update(1 + budget.rounds)
         else:
-            steps[name] = lambda f=function: inputs.step(f)
+            steps[name] = functools.partial(inputs.step, function)
             bar.update()
+    bar.set_description(f"{N} x {V}, {loss.name}, timing")
     times = measure.interleaved(steps, budget, before_each=inputs.restore, after_each=bar.update)
     for name, round_ms in times.items():
         ms, spread = measure.median_and_spread(round_ms)
@@ -172,11 +176,12 @@ def check(name: str, function: LossFunction, loss: Loss, inputs: Inputs) -> dict
 def _problems(value: Tensor, loss_error: float, dz: Tensor, dz_error: float) -> list[str]:
     """What is wrong with a result. NaN never passes.
 
-    The limit for dz is that of one rounding to its dtype; the loss, a float32 sum of N rows, gets 1e-5.
+    The limit for dz is that of one rounding to its dtype and a twentieth; the loss, a float32 sum of N rows,
+    gets 1e-5.
     """
     limits = {
         "loss": (loss_error, max(1e-5, torch.finfo(value.dtype).eps)),
-        "dz": (dz_error, torch.finfo(dz.dtype).eps / 2),
+        "dz": (dz_error, 1.05 * torch.finfo(dz.dtype).eps / 2),
     }
     return [
         f"{name}: error {error:.1e}, above {limit:.1e}"

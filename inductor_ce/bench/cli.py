@@ -21,7 +21,7 @@ NO_GPU = "the benchmark times GPU kernels, and torch.cuda sees no GPU here: noth
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit status: 0, 1 where eager, torch.compile or ours failed or was wrong, 2 for bad usage or no GPU."""
+    """The exit status: 0; 1 where a system that is no peer failed or was wrong; 2 for bad usage or no GPU."""
     options = parse(arguments)
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -44,7 +44,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="(default: all of them)"
     )
     ce_parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder for the JSON and the plot (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder for the JSON and the plot (default: bench/results of the package)",
     )
     ce_parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
     ce_parser.add_argument("--commit", help="what to record as the commit where git cannot tell")

@@ -70,14 +70,14 @@ LOSSES = {
         Loss("plain", "cross entropy", cross_entropy),
         Loss(
             "smooth_z",
-            f"smoothing {SMOOTHING:g}, z-loss {Z_LOSS:g}",
+            "smoothing 0.1, z-loss 1e-4",
             smoothed_with_z_loss,
             smoothing=SMOOTHING,
             z_loss=Z_LOSS,
         ),
         Loss(
             "smooth_z_cap",
-            f"smoothing {SMOOTHING:g}, z-loss {Z_LOSS:g}, soft-cap {SOFT_CAP:g}",
+            "smoothing 0.1, z-loss 1e-4, soft-cap 30",
             smoothed_with_z_loss_and_soft_cap,
             smoothing=SMOOTHING,
             z_loss=Z_LOSS,

@@ -79,7 +79,8 @@ def peak_extra_bytes(step: Step) -> int:
 
 
 def poison(like: Tensor) -> None:
-    """Leave NaN in the memory that the next allocation of this size gets, so that an unwritten output shows."""
+    """Leave NaN where the next allocation of this size goes, so that an output not written shows."""
+    torch.cuda.empty_cache()
     torch.full_like(like, torch.nan)
 
 

@@ -31,7 +31,7 @@ def find(module: str, name: str) -> Any:
 
 def liger_kernel(loss: Loss) -> LossFunction | NotOffered:
     """Liger's loss over logits. It writes the gradient over the logits."""
-    module = find("liger_kernel.transformers.cross_entropy", "LigerCrossEntropyLoss")
+    module = find("liger_kernel.transformers", "LigerCrossEntropyLoss")
     if isinstance(module, NotOffered):
         return module
     return module(

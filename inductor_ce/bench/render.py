@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from .systems import BASELINE, SYSTEMS
 HEADER = ("loss", "system", "ms", "spread", "ratio", "MB", "loss error", "dz error", "compile s", "")
 LEFT = (0, 1, 9)  # the columns of words
 BAR_WIDTH = 0.8
+CUT = 1.5  # bars of time end here, so that those below 1 can be told apart
 
 
 def table(result: dict[str, Any]) -> str:
@@ -34,10 +36,11 @@ def _shape_table(shape: dict[str, Any]) -> str:
 
 
 def _shape_heading(shape: dict[str, Any]) -> str:
+    copy, read = (shape[f"{key}_bytes_per_s"] / 1e12 for key in ("copy", "read"))
     return (
         f"{shape['N']} x {shape['V']}: logits {_mb(shape['logits_bytes'])} MB; "
         f"2 passes {shape['two_pass_ms']:.3f} ms, 3 passes {shape['three_pass_ms']:.3f} ms "
-        f"(copy {shape['copy_bytes_per_s'] / 1e12:.2f} TB/s, read {shape['read_bytes_per_s'] / 1e12:.2f} TB/s)"
+        f"(copy {copy:.2f} TB/s, read {read:.2f} TB/s)"
     )
 
 
@@ -79,11 +82,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
     for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
         upper.set_title(f"{shape['N']} x {shape['V']}")
-        _bars(upper, shape, "ratio", 1.0)
+        _bars(upper, shape, "ratio", 1.0, cut=CUT)
         _bars(lower, shape, "extra_bytes", 2.0**-20)
         _limits(upper, shape)
         lower.axhline(shape["logits_bytes"] / 2**20, color="black", linestyle=":", linewidth=1)
-    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(dashed: limit of three passes)")
+    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {CUT}; dashed: limit of three passes)")
     axes[1, 0].set_ylabel("extra memory at the peak, MB\n(dotted: the size of the logits)")
     handles = {h.get_label(): h for a in axes[0] for h in a.containers}
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
@@ -96,7 +99,7 @@ def _losses(shape: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["loss"] for row in shape["rows"]))
 
 
-def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float) -> None:
+def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float, cut: float = math.inf) -> None:
     """The bars of one quantity; a system that did not run leaves a gap in its place."""
     losses = _losses(shape)
     systems = [name for name in SYSTEMS if any(row["system"] == name for row in shape["rows"])]
@@ -105,8 +108,15 @@ def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float) -> None:
         rows = [row for row in shape["rows"] if row["system"] == name and row[key] is not None]
         x = [losses.index(row["loss"]) + (k + 0.5) * width - BAR_WIDTH / 2 for row in rows]
         heights = [scale * row[key] for row in rows]
-        bars = axes.bar(x, heights, width, label=name, color=f"C{list(SYSTEMS).index(name)}")
-        axes.bar_label(bars, fmt="%.2f" if key == "ratio" else "%.0f", fontsize=6, rotation=90, padding=2)
+        bars = axes.bar(
+            x,
+            [min(height, cut) for height in heights],
+            width,
+            label=name,
+            color=f"C{list(SYSTEMS).index(name)}",
+        )
+        texts = [f"{height:.2f}" if key == "ratio" else f"{height:.0f}" for height in heights]
+        axes.bar_label(bars, texts, fontsize=6, rotation=90, padding=2)
     axes.margins(y=0.15)
     axes.set_xticks(
         range(len(losses)), [LOSSES[name].title.replace(", ", "\n") for name in losses], fontsize=8
