@@ -214,8 +214,10 @@ class _Printer(StrPrinter):
         return repr(float(value))
 
     def _print_Add(self, expr: sympy.Add, order: Any = None) -> str:
-        """Positive terms first."""
-        terms = sorted(expr.args, key=lambda t: (t.could_extract_minus_sign(), str(t)))
+        """Positive terms first, and lse before picked logits before their sum."""
+        terms = sorted(
+            expr.args, key=lambda t: (t.could_extract_minus_sign(), t.has(SUM), t.has(pick), str(t))
+        )
         parts = [self._print(terms[0])]
         for term in terms[1:]:
             minus = term.could_extract_minus_sign()

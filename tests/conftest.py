@@ -1,4 +1,4 @@
-"""Shared by all tests: the gpu marker, a clean slate round each test, and compilation without code generation."""
+"""Shared by all tests: the gpu marker, and a clean slate round each test."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How the tests compile: every pass of Inductor runs, the final graphs run eagerly, code is generated on request."""
+"""How most tests compile: every pass of Inductor runs, and the final graphs run eagerly."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -25,12 +25,14 @@ def clean_slate():
 
 
 class Graphs:
-    """A torch.compile backend that keeps the graphs it is given: `forward` and `backward` after all passes."""
+    """A torch.compile backend that runs Inductor's passes and keeps the final graphs."""
 
     def __init__(self) -> None:
         self.final: list[GraphModule] = []
 
-    def inner_compile(self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+    def inner_compile(
+        self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
+    ) -> Callable[..., Any]:
         self.final.append(gm)
         return make_boxed_func(gm.forward)
 
