@@ -15,7 +15,6 @@ gives the first. Whatever cannot be written so is None here, never an exception.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +44,17 @@ def label(name: str) -> sympy.Symbol:
 
 
 def number(value: float) -> sympy.Expr:
-    """A finite Python number, exactly: coefficients that cancel in a formula cancel here."""
-    return sympy.Rational(value)
+    """A finite Python number as the decimal that was written: 0.9 + 0.1 is 1 here, and cancels as 1."""
+    return sympy.Rational(repr(value))
+
+
+Block = dict[str, Any]
+
+
+def expand(value: sympy.Expr) -> sympy.Expr:
+    """Products multiplied out, and products of exponentials gathered into one: it is what stays finite."""
+    expanded = sympy.expand(value, power_exp=False)
+    return sympy.powsimp(expanded, combine="exp") if expanded.has(sympy.exp) else expanded
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Vocab:
     @staticmethod
     def of(terms: dict[Monomial, sympy.Expr]) -> Vocab:
         """Coefficients expanded, zero terms dropped, in a fixed order: equal values compare equal."""
-        kept = {b: sympy.expand(c) for b, c in terms.items()}
+        kept = {b: expand(c) for b, c in terms.items()}
         order = sorted(kept, key=lambda b: (b.z, b.p, sorted(map(str, b.at))), reverse=True)
         return Vocab(tuple((b, kept[b]) for b in order if kept[b] != 0))
 
@@ -118,7 +126,7 @@ def exp(value: Vocab) -> Vocab | None:
     if value + (-as_vocab(constant)) != LOGITS:
         return None
     lse = LSE_EXTENDED if constant.has(LSE_EXTENDED) else LSE
-    return Vocab.of({P: sympy.exp(sympy.expand(lse + constant))})
+    return Vocab.of({P: sympy.exp(expand(lse + constant))})
 
 
 def log(value: Vocab) -> Vocab | None:
@@ -131,7 +139,7 @@ def log(value: Vocab) -> Vocab | None:
 
 def row_log(value: sympy.Expr) -> sympy.Expr:
     """log of a row expression, products taken apart: the statistics are real, the factors positive."""
-    return sympy.expand(sympy.expand_log(sympy.log(value), force=True))
+    return expand(sympy.expand_log(sympy.log(value), force=True))
 
 
 def log_softmax(value: Vocab) -> Vocab | None:
@@ -165,7 +173,7 @@ def total(value: Vocab) -> sympy.Expr | None:
         if part is None:
             return None
         result += part
-    return sympy.expand(result)
+    return expand(result)
 
 
 def _total_of(b: Monomial, c: sympy.Expr) -> sympy.Expr | None:
@@ -179,7 +187,7 @@ def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
     """The value in column y."""
     if any(b.at - {y} for b, _ in value.terms):
         return None
-    return sympy.expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
+    return expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
 
 
 def _at(b: Monomial, y: sympy.Symbol) -> sympy.Expr:
@@ -195,7 +203,7 @@ def shifted(value: sympy.Expr) -> sympy.Expr:
     """
     over_max = {LSE: MAX + LOG_SUMEXP, LSE_EXTENDED: MAX + LOG_SUMEXP_EXTENDED, SUM: V * MAX + SUM_SHIFTED}
     over_max |= {p: MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
-    return sympy.expand(value.subs(over_max, simultaneous=True))
+    return expand(value.subs(over_max, simultaneous=True))
 
 
 def labels_of(value: sympy.Expr) -> list[sympy.Symbol]:
@@ -233,19 +241,26 @@ def render(value: sympy.Expr) -> str:
     return _Printer().doprint(decimal)
 
 
-def combine(
-    left: dict[str, Any],
-    right: dict[str, Any],
-    maximum: Callable[[Any, Any], Any],
-    exp_difference: Callable[[Any, Any], Any],
-) -> dict[str, Any]:
-    """The monoid: statistics of a row from those of two blocks that make it up.
+def combine(left: Block, right: Block, xp: Any) -> Block:
+    """The monoid: the statistics of a row from those of two blocks that make it up.
 
-    A block is {"max": m, "sumexp": d} and, where wanted, "sum" and "pick" (0 where the label lies in
-    another block); the identity is m = -inf, d = 0. Works on numbers and on arrays alike, given their
-    maximum and exp(a - b), the latter with exp(-inf - -inf) = 0.
+    Args:
+        left, right: numbers or arrays under the names "max" (m), "sumexp" (sum exp(z - m)), and where wanted
+            "sum" (sum z - m) with "count" (how many z), and "pick" (0 where the label lies in the other
+            block). The identity is m = -inf and 0 for the rest. Differences from m = -inf are differences
+            from 0.
+        xp: numpy or torch, for `maximum`, `where` and `exp`.
     """
-    m = maximum(left["max"], right["max"])
-    d = sum(block["sumexp"] * exp_difference(block["max"], m) for block in (left, right))
-    rest = {name: left[name] + right[name] for name in left if name not in ("max", "sumexp")}
-    return {"max": m, "sumexp": d, **rest}
+    m = xp.maximum(left["max"], right["max"])
+    lowered = [_lowered(block, m, xp) for block in (left, right)]
+    return {"max": m} | {name: lowered[0][name] + lowered[1][name] for name in left if name != "max"}
+
+
+def _lowered(block: Block, m: Any, xp: Any) -> Block:
+    """A block with its differences taken from m, which is at least its own maximum."""
+    empty = block["max"] == -float("inf")
+    gap = xp.where(empty, 0.0, block["max"] - m)
+    result = block | {"sumexp": xp.where(empty, 0.0, block["sumexp"] * xp.exp(gap))}
+    if "sum" in block:
+        result["sum"] = block["sum"] + xp.where(empty, 0.0, block["count"] * gap)
+    return result

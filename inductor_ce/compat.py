@@ -6,10 +6,12 @@ probing for the capability where one can, so that no other file knows which torc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
@@ -20,6 +22,7 @@ from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, aut
 from torch._inductor.virtualized import V as inductor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph
+from torch.utils._pytree import tree_leaves
 
 from .errors import UnsupportedTorchError
 
@@ -33,30 +36,43 @@ __all__ = [
     "compile_fx",
     "contiguous_layout",
     "counters",
+    "enable_python_dispatcher",
     "fake_mode_of",
     "get_hash_for_files",
     "inductor_config",
+    "is_buffer",
     "is_function_transform",
     "is_plain_tensor",
     "list_mode_options",
     "list_options",
+    "may_overwrite",
     "passes_in",
     "readable",
     "register_lowering",
-    "specialised",
     "set_grad_enabled",
     "slot_value",
+    "specialised",
     "template",
+    "uncompiled",
 ]
 
 # --- lowering ---------------------------------------------------------------------------------------------
 
 Node = Any  # an Inductor IR value: what lowerings take and return
 
+aten = torch.ops.aten
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+VIEWS = {aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default, aten.transpose.int}
+
 
 def call_lowering(op: Any, *args: Any, **kwargs: Any) -> Node:
     """The IR of `op(*args)`, by Inductor's own lowering of `op`."""
     return lowerings[op](*args, **kwargs)
+
+
+def is_buffer(x: Node) -> bool:
+    """Whether `x` is in memory, or a strided view of what is; else it is a chain yet to be computed."""
+    return ir.is_storage_and_layout(x)
 
 
 def readable(x: Node, *, absorb: bool = False) -> Node:
@@ -66,8 +82,8 @@ def readable(x: Node, *, absorb: bool = False) -> Node:
     is told to fuse it into the template that reads it. Left to itself it would not where the chain has
     another use, is written through a view, or is 16-bit and needs float32 within.
     """
-    if absorb and not ir.is_storage_and_layout(x):
-        x = call_lowering(torch.ops.aten.clone.default, x)
+    if absorb and not is_buffer(x):
+        x = call_lowering(aten.clone.default, x)
         x.realize()
         inductor.graph.invoke_quant_ops.add(x.get_operation_name())
     x = ir.ExternKernel.realize_input(x)
@@ -82,6 +98,53 @@ def specialised(size: Any) -> int:
 
 def contiguous_layout(like: Node, dtype: torch.dtype, size: Sequence[Any]) -> ir.Layout:
     return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
+
+
+def may_overwrite(z: Node) -> bool:
+    """Whether the operator being lowered may write its result over `z`, and gains by it.
+
+    It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
+    donated activation or the output of a library's kernel; not where the scheduler may yet fuse the
+    producer of `z` into a template. It gains where matrix products read the result: a pointwise reader
+    would be fused, and then nothing needs to be stored but what that one writes.
+    """
+    buffer = _buffer(z)
+    if not isinstance(buffer, (ir.DonatedBuffer, ir.ExternKernelOut)):
+        return False
+    known = inductor.graph.sizevars.statically_known_equals
+    row_stride, column_stride = z.get_stride()
+    whole = (
+        list(buffer.get_size()) == list(z.get_size())
+        and list(buffer.get_stride()) == [row_stride, column_stride]
+        and known(buffer.get_layout().offset, 0)
+    )
+    apart = known(column_stride, 1) and inductor.graph.sizevars.statically_known_geq(
+        row_stride, z.get_size()[1]
+    )
+    if not (whole and apart):
+        return False
+    current = inductor.graph.current_node
+    later = set(itertools.dropwhile(lambda node: node is not current, current.graph.nodes)) - {current}
+    read_later = any(
+        not later.isdisjoint(node.users)
+        for node, value in inductor.graph.env.items()
+        if any(_buffer(leaf) is buffer for leaf in tree_leaves(value))
+    )
+    return not read_later and _only_products_read(current)
+
+
+def _only_products_read(node: Node) -> bool:
+    """Whether matrix products alone read the value of an FX node, be it through transpositions and views."""
+    return all(
+        user.target in PRODUCTS or (user.target in VIEWS and _only_products_read(user)) for user in node.users
+    )
+
+
+def _buffer(value: Any) -> Any:
+    """What an IR value is a view of; itself where it is none."""
+    while isinstance(value, (ir.BaseView, ir.MutableBox)):
+        value = value.unwrap_view() if isinstance(value, ir.BaseView) else value.data
+    return value
 
 
 # --- templates --------------------------------------------------------------------------------------------
@@ -99,8 +162,15 @@ def choose(
     layout: ir.Layout,
     call_sizes: Sequence[Any],
     configurations: Sequence[dict[str, Any]],
+    over: Node | None = None,
 ) -> Node:
-    """The output of `source` under the fastest of `configurations`, or the first where none can be timed."""
+    """The output of `source` under the fastest of `configurations`, or the first where none can be timed.
+
+    It is written over `over`, where that is given: a value that it `may_overwrite`.
+    """
+    if over is not None:
+        # What has been lowered but not realised may read it: realise that first, as it was lowered first.
+        inductor.graph.mark_buffer_mutated(over.get_name())
     choices: list[Any] = []
     for configuration in configurations:
         refused = source.maybe_append_choice(
@@ -120,8 +190,12 @@ def choose(
             source.name, choices, list(inputs), layout, return_multi_template=False
         )
     except torch.OutOfMemoryError:
-        return choices[0].output_node()
-    return best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
+        best = choices[0].output_node()
+    node = best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
+    if over is None:
+        return node
+    _buffer(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
+    return ir.TensorBox(over)
 
 
 # --- passes -----------------------------------------------------------------------------------------------
@@ -190,3 +264,11 @@ OpOverload = torch._ops.OpOverload
 def is_function_transform(target: Any) -> bool:
     """Whether a node belongs to torch.func (vmap, grad, ...), under whose levels other nodes run."""
     return "functorch" in (getattr(target, "__module__", None) or "")
+
+
+def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` or `Module.compile` was given, where `f` is the result."""
+    if getattr(f, "_compiled_call_impl", None) is not None:
+        return f._call_impl  # type: ignore[attr-defined]
+    inner = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", None))
+    return f if inner is None else inner

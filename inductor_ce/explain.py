@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from .backend import installed_options
-from .compat import check_torch
+from .compat import check_torch, uncompiled
 from .passes import fuse_losses
 from .report import Report
 
@@ -40,14 +40,8 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 report.misses += found.misses
         return gm.forward
 
-    torch.compile(_uncompiled(f), backend=read)(*args, **kwargs)
+    torch.compile(uncompiled(f), backend=read)(*args, **kwargs)
     return report
-
-
-def _uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """What `torch.compile` was given, where `f` is its result."""
-    inner = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", None))
-    return f if inner is None else inner
 
 
 def _copy(graph: Graph) -> Graph:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import sympy
@@ -14,7 +15,7 @@ from .compat import is_function_transform, is_plain_tensor
 from .config import Options
 from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
 from .rows import hint, shape_of
-from .sites import Miss, Reason, make_miss, user_line
+from .sites import Reason, user_line
 from .timeline import tensor_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -38,31 +39,20 @@ class Group:
     labels: dict[sympy.Symbol, Label] = field(default_factory=dict)
 
 
-@dataclass
-class Verdict:
-    """What is to be rewritten, and what is not."""
-
-    groups: list[Group]
-    misses: list[Miss]
-
-
-def judge(reading: Reading, options: Options) -> Verdict:
+def judge(reading: Reading, options: Options) -> list[Group]:
     """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
-    misses = list(reading.misses)
     groups: list[Group] = []
     transformed = any(is_function_transform(node.target) for node in reading.timeline.nodes)
     for logits, nodes in _losses(reading).items():
         refusal = TRANSFORMED if transformed else _refusal(logits, options)
         if refusal is not None:
-            misses.append(make_miss(_headline(reading, nodes), *refusal))
+            reading.miss(_headline(reading, nodes), *refusal)
             continue
-        allowed, escapes = _without_escapes(reading, nodes)
-        misses += escapes
+        allowed = _without_escapes(reading, nodes)
         if _is_loss(reading, allowed):
-            found, mutated = _grouped(reading, logits, allowed)
-            groups += found
-            misses += mutated
-    return Verdict(groups, misses + _unread(reading, groups, misses, options))
+            groups += _grouped(reading, logits, allowed)
+    _tell_unread(reading, groups, options)
+    return groups
 
 
 # ---- what is a loss
@@ -79,7 +69,9 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
     # Where the maximum does not cancel, the user's own node is as good as ours, and has its gradient.
-    return not value.expr.has(algebra.MAX) and any(u not in reading.values for u in node.users)
+    return not value.expr.has(algebra.MAX) and any(
+        u not in reading.values or reading.values[u].logits != value.logits for u in node.users
+    )
 
 
 def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
@@ -131,21 +123,21 @@ def vocab_size(logits: Logits) -> int:
     return int(shape_of(logits.node)[logits.axis])
 
 
-def _without_escapes(reading: Reading, nodes: list[Node]) -> tuple[list[Node], list[Miss]]:
+def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
     """Leave out the nodes whose log-probabilities [N, V] somebody else needs as well.
 
     They would have to be computed in any case, and the statistics would be one more sweep.
     """
     allowed = list(nodes)
-    misses: list[Miss] = []
     while True:
         needed = _needed(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(_value(reading, n).wide & needed, key=str))}
         if not escaped:
-            return allowed, misses
+            return allowed
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        misses.append(make_miss(node, Reason.LOG_PROBS_ESCAPE, _escape_fact(reading, wide[0], needed)))
+        reading.miss(node, Reason.LOG_PROBS_ESCAPE, _escape_fact(reading, wide[0], needed))
+        reading.refused |= escaped.keys()
 
 
 def _needed(reading: Reading, replaced: set[Node]) -> set[Node]:
@@ -160,12 +152,14 @@ def _needed(reading: Reading, replaced: set[Node]) -> set[Node]:
 
 
 def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
+    what = f"The {_name(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
     user = next(u for u in wide.users if u in needed)
-    shape = "x".join(map(str, shape_of(wide)))
+    while isinstance(reading.values.get(user), VocabValue):
+        user = next(u for u in user.users if u in needed)
     if user.op == "output":
-        return f"The {_name(wide)} of all classes [{shape}] is returned, so it is in memory anyway."
+        return f"{what} is returned, so it is in memory anyway."
     location, code = user_line(user)
-    return f"The {_name(wide)} of all classes [{shape}] is also used by {_name(user)} at {location} ({code})."
+    return f"{what} is also used by {_name(user)} at {location} ({code})."
 
 
 def _name(node: Node) -> str:
@@ -175,18 +169,17 @@ def _name(node: Node) -> str:
 # ---- where it may be placed
 
 
-def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> tuple[list[Group], list[Miss]]:
+def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]:
     """As few groups as in-place edits and changes of the gradient mode allow, each with its place."""
     groups: list[Group] = []
-    misses: list[Miss] = []
     for node in sorted(nodes, key=reading.timeline.position.__getitem__):
         alone = _alone(reading, logits, node)
         if alone is None:
             fact = "The logits or the labels are changed in place between their uses by this loss."
-            misses.append(make_miss(node, Reason.MUTATED, fact))
+            reading.miss(node, Reason.MUTATED, fact)
         elif not any(_merge(reading, group, alone) for group in groups):
             groups.append(alone)
-    return groups, misses
+    return groups
 
 
 def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
@@ -197,7 +190,7 @@ def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
     labels = {y: captured[y] for y in _labels(value)}
     windows = [(0, _first_use(reading, node))]
     windows.append(_logits_window(reading, logits))
-    windows += [timeline.window(label.node, label.position) for label in labels.values()]
+    windows += [_label_window(reading, label) for label in labels.values()]
     first, last = max(w[0] for w in windows), min(w[1] for w in windows)
     if first > last:
         return None
@@ -217,6 +210,12 @@ def _first_use(reading: Reading, node: Node) -> int:
     return min(
         (reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node]
     )
+
+
+def _label_window(reading: Reading, label: Label) -> tuple[int, int]:
+    """Where the labels can be had: before they were made from `label.base`, or as they are after."""
+    first, _ = reading.timeline.window(label.base, label.position)
+    return first, reading.timeline.window(label.node, label.position)[1]
 
 
 def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:
@@ -243,36 +242,43 @@ def _merge(reading: Reading, group: Group, other: Group) -> bool:
 # ---- what was seen and not read
 
 
-def _unread(reading: Reading, groups: list[Group], misses: list[Miss], options: Options) -> list[Miss]:
-    """Log-probabilities over a vocabulary that end in something the algebra does not have."""
-    done = {n for g in groups for n in g.nodes}
-    needed = _needed(reading, done)
-    told = {m.location for m in misses}
-    found = []
+def _tell_unread(reading: Reading, groups: list[Group], options: Options) -> None:
+    """Tell of log-probabilities over a vocabulary that end in something the algebra does not have."""
+    needed = _needed(reading, {n for g in groups for n in g.nodes})
     for node, value in reading.values.items():
-        if node not in needed or not isinstance(value, (VocabValue, RowValue)) or not _normalises(node):
+        if node not in needed or isinstance(value, LossValue) or not _normalises(node):
+            continue
+        if value.logits.node in reading.values:  # rows of another loss, over which the user normalises
             continue
         size = hint(shape_of(value.logits.node)[value.logits.axis])
-        if size >= options.min_vocab and user_line(node)[0] not in told:
-            found.append(make_miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node)))
-            told.add(found[-1].location)
-    return found
+        if size >= options.min_vocab and not _is_told(reading, node):
+            reading.miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node))
 
 
 def _normalises(node: Node) -> bool:
     return _name(node) in ("log_softmax", "logsumexp")
 
 
+def _readers(reading: Reading, node: Node) -> Iterator[Node]:
+    """The users of a node, and those of the ones that the algebra has read, nearest first."""
+    frontier, seen = [node], {node}
+    while frontier:
+        fresh = [user for user in frontier.pop(0).users if user not in seen]
+        yield from fresh
+        seen.update(fresh)
+        frontier += [user for user in fresh if user in reading.values]
+
+
+def _is_told(reading: Reading, node: Node) -> bool:
+    return any(user in reading.refused for user in _readers(reading, node))
+
+
 def _unread_fact(reading: Reading, node: Node) -> str:
     """Name the step after which the reading broke off."""
-    frontier = [node]
-    while frontier:
-        here = frontier.pop(0)
-        for user in here.users:
-            if user.op == "output":
-                return f"The result of {_name(node)} is returned; no loss is taken from it here."
-            if user not in reading.values:
-                location, code = user_line(user)
-                return f"The result of {_name(node)} goes into {_name(user)} at {location} ({code})."
-            frontier.append(user)
+    for user in _readers(reading, node):
+        if user.op == "output":
+            return f"The result of {_name(node)} is returned; no loss is taken from it here."
+        if user not in reading.values:
+            location, code = user_line(user)
+            return f"The result of {_name(node)} goes into {_name(user)} at {location} ({code})."
     return f"The result of {_name(node)} is not used."

@@ -42,6 +42,7 @@ class Grad(NamedTuple):
 
 # The first of each is the one to take where nothing can be timed.
 STATS = (Stats(4, 8), Stats(2, 8), Stats(4, 4), Stats(4, 16))
+STATS_OF_A_CHAIN = (Stats(4, 4),)  # timing would leave the chain out, which wants the smaller loop
 GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
 
 
@@ -78,7 +79,9 @@ def _stats_dtype(z: Node) -> torch.dtype:
 # Templates
 
 
-def stats_configurations(v: int, dtype: torch.dtype, n_labels: int, with_sum: bool) -> list[dict[str, Any]]:
+def stats_configurations(
+    v: int, dtype: torch.dtype, n_labels: int, with_sum: bool, chained: bool = False
+) -> list[dict[str, Any]]:
     """What to try for row_stats at V = v, without repetition."""
     k = 2 + n_labels + with_sum
     configurations = [
@@ -91,7 +94,7 @@ def stats_configurations(v: int, dtype: torch.dtype, n_labels: int, with_sum: bo
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
         }
-        for tried in STATS
+        for tried in (STATS_OF_A_CHAIN if chained else STATS)
     ]
     return _distinct(configurations)
 
@@ -108,7 +111,9 @@ def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
     return {"U": unroll, "L": lanes, "num_warps": max(1, min(tried.warps, lanes // (32 * LANE)))}
 
 
-def grad_configurations(v: int, dtype: torch.dtype, n_labels: int, with_sum: bool) -> list[dict[str, Any]]:
+def grad_configurations(
+    v: int, dtype: torch.dtype, n_labels: int, with_sum: bool, over: bool = False
+) -> list[dict[str, Any]]:
     """What to try for row_grad at V = v, without repetition."""
     largest = 1 << (v.bit_length() - 1)
     configurations = [
@@ -119,6 +124,7 @@ def grad_configurations(v: int, dtype: torch.dtype, n_labels: int, with_sum: boo
             "V": v,
             "LABELS": n_labels,
             "SUM": int(with_sum),
+            "OVER": int(over),
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
         }
@@ -150,25 +156,28 @@ def _template(name: str, grid: Any) -> Any:
 
 def _stats_template(z: Node, labels: list[Node], rows: list[str]) -> Node:
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
+    chained = not compat.is_buffer(z)
     z = compat.readable(z, absorb=True)
     return compat.choose(
         _template("row_stats", _one_program_a_row),
         inputs=[z, z, z, *map(compat.readable, labels)],
         layout=compat.contiguous_layout(z, _stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
-        configurations=stats_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows),
+        configurations=stats_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows, chained),
     )
 
 
 def _grad_template(z: Node, labels: list[Node], m: Node, coefficients: Node, rows: list[str]) -> Node:
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     z = compat.readable(z, absorb=True)
+    over = compat.may_overwrite(z)
     return compat.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *map(compat.readable, (m, coefficients, *labels))],
         layout=compat.contiguous_layout(z, z.get_dtype(), [n, v]),
         call_sizes=[n, v],
-        configurations=grad_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows),
+        configurations=grad_configurations(v, z.get_dtype(), len(labels), ops.SUM in rows, over),
+        over=z if over else None,
     )
 
 
@@ -182,8 +191,8 @@ def _stats_loops(z: Node, labels: list[Node], rows: list[str]) -> Node:
         m = _full([n], -torch.inf, x)
     else:
         m = call_lowering(aten.amax.default, x, [1])
-    shift = _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m)
-    d = call_lowering(aten.sum.dim_IntList, call_lowering(aten.exp.default, _minus_row(x, shift)), [1])
+    shifted = _minus_row(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m))
+    d = call_lowering(aten.sum.dim_IntList, call_lowering(aten.exp.default, shifted), [1])
     values = [m, d]
     for y in labels:
         inside = _inside(y, v)
@@ -191,8 +200,8 @@ def _stats_loops(z: Node, labels: list[Node], rows: list[str]) -> Node:
         picked = _squeeze(call_lowering(aten.gather.default, x, 1, _unsqueeze(index, 1))) if v else m
         values.append(_where(inside, picked, 0.0))
     if ops.SUM in rows:
-        values.append(call_lowering(aten.sum.dim_IntList, x, [1]))
-    return call_lowering(aten.cat.default, [_unsqueeze(value, 0) for value in values], 0)
+        values.append(call_lowering(aten.sum.dim_IntList, shifted, [1]))
+    return _stack(values)
 
 
 def _grad_loops(z: Node, labels: list[Node], m: Node, coefficients: Node, rows: list[str]) -> Node:
@@ -201,21 +210,34 @@ def _grad_loops(z: Node, labels: list[Node], m: Node, coefficients: Node, rows: 
 
     x = _cast(z, _stats_dtype(z))
     dz = call_lowering(aten.mul.Tensor, coefficient(1), call_lowering(aten.exp.default, _minus_row(x, m)))
-    column = call_lowering(
-        prims.iota.default,
-        z.get_size()[1],
-        start=0,
-        step=1,
-        dtype=torch.int64,
-        device=z.get_device(),
-        requires_grad=False,
-    )
+    column = _iota(z.get_size()[1], z)
     for j, y in enumerate(labels):
         hit = call_lowering(aten.eq.Tensor, _unsqueeze(column, 0), _unsqueeze(_cast(y, torch.int64), 1))
         dz = call_lowering(aten.add.Tensor, dz, _where(hit, coefficient(2 + j), 0.0))
     if ops.SUM in rows:
         dz = call_lowering(aten.add.Tensor, dz, coefficient(2 + len(labels)))
     return call_lowering(aten.clone.default, _cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+
+
+def _stack(values: list[Node]) -> Node:
+    """[K, N] of K rows. Not by `cat`, whose lowering on a GPU looks at the node that is being lowered."""
+    k = _unsqueeze(_iota(len(values), values[0]), 1)
+    packed = _unsqueeze(values[-1], 0)
+    for i, value in reversed(list(enumerate(values[:-1]))):
+        packed = _where(call_lowering(aten.eq.Scalar, k, i), _unsqueeze(value, 0), packed)
+    return packed
+
+
+def _iota(size: Any, like: Node) -> Node:
+    return call_lowering(
+        prims.iota.default,
+        size,
+        start=0,
+        step=1,
+        dtype=torch.int64,
+        device=like.get_device(),
+        requires_grad=False,
+    )
 
 
 def _inside(y: Node, v: Any) -> Node:

@@ -11,14 +11,16 @@ All passes before this file emit these operators, all after it lower them.
     max       m = max_i z_i                             0, see the note
     sumexp    d = sum_i exp(z_i - m)                    exp(z_i - m)
     pick      z_y, 0 where the label is outside [0, V)  [i = y]      one per label tensor
-    sum       sum_i z_i                                 1
+    sum       sum_i (z_i - m)                           1
+
+In a row of -inf, where m is -inf, differences are taken from 0 in place of m.
 
 NOTE Why (max, sumexp) and not lse. lse = m + log d depends on m only through the shift, which cancels:
 holding m constant, d(lse)/d(z_i) = exp(z_i - m) / d = p_i, the exact derivative. So `max` carries no
 gradient, and a consumer must use it only in expressions that do not change with the shift (m + log d,
-z - m, ...). In return losses are computed as log d + (m - z_y), which does not lose the digits that
-lse - z_y loses where logits are large, the pairs combine exactly over any split of V (`algebra.py`),
-and the gradient of a block needs nothing from the other blocks.
+z_y - m, V m + sum, ...). In return losses are computed from differences, as log d + (m - z_y), which
+do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
+split of V (`algebra.py`), and the gradient of a block needs nothing from the other blocks.
 
 Labels may be any integer dtype. A label outside [0, V) belongs to no column: this is what a shard of V
 needs, and what makes ignored rows free; callers that must refuse such labels do so themselves.
@@ -60,14 +62,15 @@ def _check(z: Tensor, labels: list[Tensor], which: str) -> list[str]:
 
 
 def _columns(y: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:
-    """(label as int64 made safe to index with, mask of the labels that name a column)."""
+    """(labels as int64 that are safe to index with, which of them name a column)."""
+    y = y.to(torch.int64)  # a narrow integer cannot be compared with V
     inside = (y >= 0) & (y < n_columns)
-    return torch.where(inside, y, 0).to(torch.int64), inside
+    return torch.where(inside, y, 0), inside
 
 
-def _exp_shifted(z: Tensor, m: Tensor) -> Tensor:
-    """exp(z - m) with exp(-inf - -inf) = 0, so that a row of -inf has d = 0 and lse = -inf."""
-    return torch.exp(z - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1))
+def _shifted(z: Tensor, m: Tensor) -> Tensor:
+    """z - m, but z in a row of -inf, so that such a row has d = 0 and lse = -inf."""
+    return z - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)
 
 
 @torch.library.custom_op("inductor_ce::row_stats", mutates_args=())
@@ -95,13 +98,14 @@ def row_stats(z: Tensor, labels: list[Tensor], which: str) -> Tensor:
         m = x.new_full((n,), -torch.inf)
     else:
         m = x.amax(-1)
-    values = [m, _exp_shifted(x, m).sum(-1)]
+    shifted = _shifted(x, m)
+    values = [m, shifted.exp().sum(-1)]
     for y in labels:
         index, inside = _columns(y, v)
         picked = x.gather(-1, index.unsqueeze(-1)).squeeze(-1) if v else m
         values.append(torch.where(inside, picked, 0.0))
     if SUM in rows:
-        values.append(x.sum(-1))
+        values.append(shifted.sum(-1))
     return torch.stack(values)
 
 

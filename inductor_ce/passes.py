@@ -6,8 +6,9 @@ import functools
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 
@@ -22,12 +23,14 @@ from .recognise import recognise
 from .report import Report, form_of_loss, form_of_row, miss_line, site_line
 from .rewrite import rewrite, sweep
 from .rows import hint, shape_of
-from .sites import Miss, Reason, Site, make_miss, user_line
+from .sites import Reason, Site, make_miss, user_line
 from .timeline import tensor_of
 
 log = logging.getLogger("inductor_ce")
 
 MATERIALISE = "materialise"
+
+T = TypeVar("T")
 
 
 @functools.cache
@@ -60,7 +63,9 @@ class RecomputeChains(_Pass):
     """Before partitioning: the chain before the logits is not saved for the backward."""
 
     def __call__(self, graph: Graph) -> None:
-        recompute_chains(graph)
+        report = Report()
+        _attempt(report, graph, recompute_chains, graph)
+        publish(report, self.options)
 
 
 def fuse_losses(graph: Graph, options: Options) -> Report:
@@ -69,23 +74,41 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
     A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss.
     """
     report = Report()
-    try:
-        reading = recognise(graph)
-        verdict = judge(reading, options)
-    except Exception as error:
-        report.misses.append(_internal_error(next(iter(graph.nodes)), error))
+    reading = _attempt(report, graph, recognise, graph)
+    groups = _attempt(report, graph, judge, reading, options) if reading else None
+    if reading is None or groups is None:
         return report
-    report.misses += verdict.misses
-    for group in verdict.groups:
-        site = _site(reading, group)
-        try:
-            rewrite(graph, reading, group)
-            report.sites.append(site)
-        except Exception as error:
-            report.misses.append(_internal_error(headline(reading, group), error))
+    report.misses += reading.misses
+    for group in groups:
+        site = _attempt(report, graph, _fuse, graph, reading, group)
+        report.sites += [site] if site else []
     if report.sites:
-        sweep(graph, reading)
+        _attempt(report, graph, sweep, graph, reading)
     return report
+
+
+def _attempt(report: Report, graph: Graph, step: Callable[..., T], *args: Any) -> T | None:
+    """The result of a step of ours; None, with a miss, where it fails: the user's program must run."""
+    global _warned
+    try:
+        return step(*args)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        log.error("a pass of inductor_ce failed; the loss is left as it was", exc_info=error)
+        report.misses.append(make_miss(graph.output_node(), Reason.INTERNAL_ERROR, f"{what}."))
+        if not _warned:
+            _warned = True
+            warnings.warn(f"inductor_ce left a loss as it was: {what}", stacklevel=2)
+        return None
+
+
+_warned = False
+
+
+def _fuse(graph: Graph, reading: Reading, group: Group) -> Site:
+    site = _site(reading, group)
+    rewrite(graph, reading, group)
+    return site
 
 
 def _site(reading: Reading, group: Group) -> Site:
@@ -114,18 +137,6 @@ def _form(value: Any) -> str:
         masked = value.masked
         return form_of_loss(value.expr, masked.y, masked.ignore_index, masked.reduction)
     return form_of_row(value.expr)
-
-
-_warned = False
-
-
-def _internal_error(node: Node, error: Exception) -> Miss:
-    global _warned
-    log.error("a pass of inductor_ce failed; the graph is left as it was", exc_info=error)
-    if not _warned:
-        _warned = True
-        warnings.warn(f"inductor_ce left a loss as it was: {type(error).__name__}: {error}", stacklevel=2)
-    return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
 
 
 def publish(report: Report, options: Options) -> None:

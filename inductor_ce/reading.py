@@ -9,7 +9,7 @@ import sympy
 from torch.fx import Node
 
 from . import algebra
-from .rows import Step, moved
+from .rows import Step, arrangement
 from .sites import Miss, Reason, make_miss
 from .timeline import Timeline, tensor_of, written_by
 from .views import keeps_order, step_back, viewed
@@ -29,10 +29,12 @@ class Logits:
 class Label:
     """Class indices, read at `position`, arranged as the rows of the logits after `steps`.
 
-    `kept` is an axis of size 1 that stands where the vocabulary was, if there is one.
+    `kept` is an axis of size 1 that stands where the vocabulary was, if there is one. `base` is the tensor
+    that `node` is a view or a copy of, from which it can be made again at an earlier place.
     """
 
     node: Node
+    base: Node
     steps: tuple[Step, ...]
     kept: int | None
     position: int
@@ -65,7 +67,6 @@ class Masked:
     """How F.cross_entropy and F.nll_loss reduce a row expression: over rows whose label is not ignored."""
 
     y: sympy.Symbol
-    label: Label
     ignore_index: int
     reduction: str
 
@@ -84,6 +85,11 @@ class LossValue:
 Value = VocabValue | RowValue | LossValue
 
 
+def is_shift(value: Value) -> bool:
+    """Whether a value is the maximum of a row: subtracted from all logits, it changes no loss."""
+    return isinstance(value, RowValue) and bool((value.expr - algebra.MAX).is_number)
+
+
 @dataclass
 class Reading:
     """What recognition knows of a graph."""
@@ -92,6 +98,12 @@ class Reading:
     values: dict[Node, Value] = field(default_factory=dict)
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
+    refused: set[Node] = field(default_factory=set)
+
+    def miss(self, node: Node, reason: Reason, fact: str) -> None:
+        """Tell why the loss at `node` is left as it was."""
+        self.refused.add(node)
+        self.misses.append(make_miss(node, reason, fact))
 
 
 @dataclass(frozen=True)
@@ -112,9 +124,11 @@ class Place:
     def known(self, arg: Any) -> Value | None:
         """The value of an argument, unless its storage changed since it was computed."""
         value = self.reading.values.get(arg) if isinstance(arg, Node) else None
-        if value is None or value.logits.grad_mode != self.grad_mode:
+        if value is None or not self.reading.timeline.unchanged(arg, arg, self.position):
             return None
-        return value if self.reading.timeline.unchanged(arg, arg, self.position) else None
+        if is_shift(value):  # has no gradient to lose
+            return replace(value, logits=replace(value.logits, grad_mode=self.grad_mode))
+        return value if value.logits.grad_mode == self.grad_mode else None
 
     def vocab(self, arg: Any, dim: Any) -> VocabValue | None:
         """`arg` with the vocabulary on `dim`: as known, or as logits, seen through views and casts."""
@@ -172,15 +186,24 @@ class Place:
         mine = self._origin(node)
         for symbol, label in known.items():
             theirs = Place(self.reading, self.reading.timeline.nodes[label.position])._origin(label.node)
-            if mine == theirs and moved(label.steps) == moved(steps):
+            if mine == theirs and arrangement(label.steps) == arrangement(steps):
                 return symbol
         symbol = algebra.label("y" if not known else f"y{len(known) + 1}")
-        known[symbol] = Label(node, steps, kept, self.position)
+        known[symbol] = Label(node, self._base(node), steps, kept, self.position)
         return symbol
+
+    def _base(self, node: Node) -> Node:
+        while (source := viewed(node)) is not None and self._still_alike(node, source):
+            if node.all_input_nodes != [source]:
+                break
+            node = source
+        return node
 
     def _origin(self, node: Node) -> tuple[Node, int]:
         """The tensor that `node` is a reshape or an integer cast of, and its version here."""
-        while (source := viewed(node)) is not None and keeps_order(node) and self._still_alike(node, source):
+        while (source := viewed(node)) is not None:
+            if not keeps_order(node, source) or not self._still_alike(node, source):
+                break
             node = source
         return node, self.reading.timeline.version(node, self.position)
 
@@ -190,4 +213,4 @@ class Place:
         return VocabValue(Logits(arg, axis, version, self.grad_mode), (), axis, algebra.LOGITS)
 
     def miss(self, reason: Reason, fact: str) -> None:
-        self.reading.misses.append(make_miss(self.node, reason, fact))
+        self.reading.miss(self.node, reason, fact)

@@ -16,8 +16,8 @@ import sympy
 from torch.fx import Graph, Node
 
 from . import algebra, spellings
-from .reading import LossValue, Masked, Place, Reading, RowValue, Value, VocabValue
-from .rows import row_shape, same_shape, shape_of
+from .reading import LossValue, Masked, Place, Reading, RowValue, Value, VocabValue, is_shift
+from .rows import index_per_dimension, row_shape, same_shape, shape_of
 from .sites import Reason
 from .timeline import Timeline, tensor_of
 from .views import step_back
@@ -34,7 +34,7 @@ def recognise(graph: Graph) -> Reading:
         if spelled is None:
             continue
         step, args = spelled
-        value = _STEPS[step](Place(reading, node), args)
+        value = _STEPS[step](Place(reading, node), args) if step in _STEPS else None
         if value is not None:
             reading.values[node] = value
     return reading
@@ -56,11 +56,14 @@ def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Call
     return step
 
 
-def _over_vocab(function: Callable[[algebra.Vocab], sympy.Expr | None]) -> Callable[..., Value | None]:
-    """The step of a reduction over the vocabulary."""
+def _over_vocab(
+    function: Callable[[algebra.Vocab], sympy.Expr | None],
+    see_through: Callable[[Place, Any], Any] = lambda place, operand: operand,
+) -> Callable[..., Value | None]:
+    """The step of a reduction over the vocabulary, of an operand that `see_through` may replace."""
 
     def step(place: Place, args: dict[str, Any]) -> Value | None:
-        value = place.vocab(args.get("input"), _one_dim(args.get("dim")))
+        value = place.vocab(see_through(place, args.get("input")), _one_dim(args.get("dim")))
         if value is None or tensor_of(place.node) is None:
             return None
         expr = function(value.expr)
@@ -70,9 +73,18 @@ def _over_vocab(function: Callable[[algebra.Vocab], sympy.Expr | None]) -> Calla
     return step
 
 
+def _undetached(place: Place, operand: Any) -> Any:
+    """A maximum has no gradient to lose: that of detached logits is that of the logits."""
+    spelled = spellings.read(operand) if isinstance(operand, Node) else None
+    return spelled[1]["input"] if spelled is not None and spelled[0] == "detach" else operand
+
+
+_PEAK = _over_vocab(algebra.peak, _undetached)
+
+
 def _mean(value: algebra.Vocab) -> sympy.Expr | None:
     total = algebra.total(value)
-    return None if total is None else sympy.expand(total / algebra.V)
+    return None if total is None else algebra.expand(total / algebra.V)
 
 
 def _one_dim(dim: Any) -> Any:
@@ -163,9 +175,8 @@ def _negative_log_likelihood(
     if picked is None or uniform is None:
         return None
     e = algebra.number(smoothing)
-    expr = sympy.expand(-(1 - e) * picked - e * uniform / algebra.V)
-    label = place.reading.labels[value.logits][y]
-    masked = Masked(y, label, args.get("ignore_index", -100), args.get("reduction", "mean"))
+    expr = algebra.expand(-(1 - e) * picked - e * uniform / algebra.V)
+    masked = Masked(y, args.get("ignore_index", -100), args.get("reduction", "mean"))
     return LossValue(value.logits, value.steps, expr, masked, value.wide)
 
 
@@ -299,8 +310,7 @@ def _view_of_rows(node: Node, source: Node, value: RowValue) -> RowValue | None:
 def _detach(place: Place, args: dict[str, Any]) -> Value | None:
     """A maximum that only shifts has no gradient to lose; anything else is a stranger once detached."""
     value = place.known(args.get("input"))
-    shift = isinstance(value, RowValue) and (value.expr - algebra.MAX).is_number
-    return value if shift else None
+    return value if value is not None and is_shift(value) else None
 
 
 def _rows_order_kept(place: Place, args: dict[str, Any]) -> Value | None:
@@ -312,19 +322,21 @@ def _getitem(place: Place, args: dict[str, Any]) -> Value | None:
     source, index = args.get("input"), args.get("index")
     spelled = spellings.read(source) if isinstance(source, Node) else None
     if spelled is not None and spelled[0] == "max" and index == 0:
-        return _over_vocab(algebra.peak)(place, spelled[1])
-    if isinstance(place.known(source), RowValue) and not _only_kept_axis(index, place.known(source)):
+        return _PEAK(place, spelled[1])
+    value = place.known(source)
+    if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(args["input"]))):
         return None
     return _view(place, args)
 
 
-def _only_kept_axis(index: Any, value: Any) -> bool:
+def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
     """Whether x[index] only drops the axis of size 1, as x[..., 0] does, or adds it, as x[..., None] does."""
-    items = index if isinstance(index, tuple) else (index,)
-    if not all(i is None or i == 0 or i is Ellipsis or i == slice(None) for i in items):
-        return False
-    zeros = [place for place, i in enumerate(items) if isinstance(i, int)]
-    return not zeros or (value.kept is not None and zeros == [len(items) - 1] and items[0] is Ellipsis)
+    if isinstance(index, tuple) and None in index:
+        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+    pieces = index_per_dimension(index, rank)
+    return pieces is not None and all(
+        p == slice(None) or (axis == value.kept and isinstance(p, int)) for axis, p in enumerate(pieces)
+    )
 
 
 _STEPS: dict[str, Callable[[Place, dict[str, Any]], Value | None]] = {
@@ -335,8 +347,7 @@ _STEPS: dict[str, Callable[[Place, dict[str, Any]], Value | None]] = {
     "logsumexp": _over_vocab(algebra.logsumexp),
     "sum": _over_vocab(algebra.total),
     "mean": _over_vocab(_mean),
-    "amax": _over_vocab(algebra.peak),
-    "max": lambda place, args: None,
+    "amax": _PEAK,
     "gather": _gather,
     "exp": _unary(algebra.exp, lambda row: None),
     "log": _unary(algebra.log, _row_log),

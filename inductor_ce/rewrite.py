@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from typing import Any
 
 import sympy
@@ -10,15 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from . import algebra, ops
-from .compat import fake_mode_of
+from . import algebra, ops, spellings
+from .compat import enable_python_dispatcher, fake_mode_of
 from .legal import Group, row_expr
 from .reading import Label, LossValue, Masked, Reading, RowValue
 from .rows import Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
-from .timeline import tensor_of
+from .timeline import Timeline, tensor_of
+from .views import viewed
 
-# Fills the rows that a slice cut off: a label that names no column.
-NO_LABEL = -1
+# The label of rows that a slice cut off. Any column will do: nothing is made of what is picked there.
+ANY_LABEL = 0
 
 
 class Builder:
@@ -47,7 +49,7 @@ class Builder:
         if isinstance(target, str):
             receiver, *real_args = real_args
             target = getattr(receiver, target)
-        with self._fake_mode, torch.no_grad():
+        with self._fake_mode, enable_python_dispatcher(), torch.no_grad():
             return target(*real_args, **real_kwargs)
 
     def undo(self) -> None:
@@ -87,16 +89,24 @@ class _Statistics:
         self.build = build
         self.logits = group.logits
         self.vocab_size = group.vocab_size
-        self.labels = {y: _flat_labels(build, label) for y, label in group.labels.items()}
+        self.named = {
+            y: _before(build, label.node, reading, group.place) for y, label in group.labels.items()
+        }
+        self.labels = {y: _flat_labels(build, self.named[y], label) for y, label in group.labels.items()}
         picked = [y for y in self.labels if any(y in algebra.labels_of(e) for e in exprs)]
         with_sum = any(e.has(algebra.SUM) for e in exprs)
         which = ",".join([ops.MAX, ops.SUMEXP] + [ops.PICK] * len(picked) + [ops.SUM] * with_sum)
-        z = _flat_logits(build, group.logits.node, group.logits.axis, group.vocab_size)
+        z = _flat_logits(build, reading.timeline, group)
         packed = build(ops.ROW_STATS, z, [self.labels[y] for y in picked], which)
         rows = build(torch.unbind, packed, 0)
         self._row = [build(operator.getitem, rows, k) for k in range(which.count(",") + 1)]
         self._picked = {y: self._row[2 + j] for j, y in enumerate(picked)}
-        self._known: dict[sympy.Expr, Node] = {algebra.MAX: self._row[0]}
+        self._checked: dict[sympy.Symbol, Node] = {}
+        self._ignored: dict[sympy.Symbol, set[int]] = defaultdict(set)
+        for value in map(reading.values.get, group.nodes):
+            if isinstance(value, LossValue) and not 0 <= value.masked.ignore_index < group.vocab_size:
+                self._ignored[value.masked.y].add(value.masked.ignore_index)
+        self._known: dict[sympy.Expr, Node] = {algebra.MAX: self._row[0], algebra.SUM_SHIFTED: self._row[-1]}
 
     def __getitem__(self, symbol: sympy.Expr) -> Node:
         if symbol not in self._known:
@@ -108,29 +118,88 @@ class _Statistics:
         if symbol == algebra.LOG_SUMEXP:
             return build(torch.log, self._row[1])
         if symbol == algebra.LOG_SUMEXP_EXTENDED:
-            # d is NaN in a row that holds +inf, whose logsumexp is +inf.
-            return build(torch.where, build(torch.eq, m, torch.inf), 0.0, self[algebra.LOG_SUMEXP])
-        if symbol == algebra.SUM_SHIFTED:
-            return build(torch.sub, self._row[-1], build(torch.mul, m, self.vocab_size))
-        return self._pick_shifted(symbol.args[0])
+            # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
+            return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, self._row[1]))
+        return build(torch.sub, self._picked[symbol.args[0]], m)
 
-    def _pick_shifted(self, y: sympy.Symbol) -> Node:
-        """z_y - m, and NaN for a label outside [0, V): never a plausible number."""
-        build, label = self.build, self.labels[y]
-        inside = build(torch.logical_and, build(torch.ge, label, 0), build(torch.lt, label, self.vocab_size))
-        return build(torch.where, inside, build(torch.sub, self._picked[y], self._row[0]), torch.nan)
+    def checked(self, y: sympy.Symbol) -> Node:
+        """1, but NaN for a label that is neither in [0, V) nor ignored: nothing plausible is made of it."""
+        if y not in self._checked:
+            build, label = self.build, self.labels[y]
+            known = build(
+                torch.logical_and, build(torch.ge, label, 0), build(torch.lt, label, self.vocab_size)
+            )
+            for ignored in sorted(self._ignored[y]):
+                known = build(torch.logical_or, known, build(torch.eq, label, ignored))
+            self._checked[y] = build(torch.where, known, 1.0, torch.nan)
+        return self._checked[y]
 
 
-def _flat_logits(build: Builder, node: Node, axis: int, vocab_size: int) -> Node:
+def _flat_logits(build: Builder, timeline: Timeline, group: Group) -> Node:
+    """The logits [N, V].
+
+    Reshaped before the pointwise chain that leads to them, not after: the reshape of a result stands
+    between a template and the derivative of the chain, which then is a second kernel in torch 2.11.
+    """
+    node, axis = group.logits.node, group.logits.axis
     rank = len(shape_of(node))
+    if rank == 2 and axis == 1:
+        return node
+    links = _chain(timeline, node, group.place)
+    flat = links[0].all_input_nodes[0] if links else node
     if axis != rank - 1:
-        node = build(torch.movedim, node, axis, -1)
-    return node if rank == 2 else build("reshape", node, -1, vocab_size)
+        flat = build(torch.movedim, flat, axis, -1)
+    if rank != 2:
+        flat = build("reshape", flat, -1, group.vocab_size)
+    for link in links:
+        flat = _again(build, link, flat)
+    return flat
 
 
-def _flat_labels(build: Builder, label: Label) -> Node:
-    """The labels [N] in the order of the rows of the logits, NO_LABEL in rows that were cut off."""
-    node, steps = label.node, _needed_steps(label.steps)
+def _again(build: Builder, node: Node, source: Node) -> Node:
+    """The operation of `node`, which reads one tensor, on another one."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda _: source)
+    return build(node.target, *args, **kwargs)
+
+
+def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
+    """The elementwise nodes of one tensor and numbers that lead to `node`, first to last."""
+    links: list[Node] = []
+    read_at, mode = place, timeline.grad_mode(place)
+    while (source := _elementwise_source(node)) is not None:
+        at = timeline.position[node]
+        as_made = timeline.unchanged(node, node, read_at)
+        if not as_made or not timeline.unchanged(source, at, place) or timeline.grad_mode(at) != mode:
+            break
+        links.insert(0, node)
+        node, read_at = source, at
+    return links
+
+
+def _elementwise_source(node: Node) -> Node | None:
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0] not in spellings.ELEMENTWISE or len(node.all_input_nodes) != 1:
+        return None
+    source = node.all_input_nodes[0]
+    a, b = tensor_of(source), tensor_of(node)
+    alike = a is not None and b is not None and a.device == b.device and a.is_floating_point()
+    return source if alike and same_shape(shape_of(source), shape_of(node)) else None
+
+
+def _before(build: Builder, node: Node, reading: Reading, place: int) -> Node:
+    """`node`, made again from what it is a view of if it comes only after `place`."""
+    if reading.timeline.position[node] < place:
+        return node
+    source = viewed(node)
+    assert source is not None, f"{node} is no view"
+    return _again(build, node, _before(build, source, reading, place))
+
+
+def _flat_labels(build: Builder, node: Node, label: Label) -> Node:
+    """The labels [N] in the order of the rows of the logits, ANY_LABEL in rows that were cut off."""
+    steps = _needed_steps(label.steps)
+    if tensor_of(node).dtype not in (torch.int32, torch.int64):  # type: ignore[union-attr]
+        node = build("long", node)  # the bounds of V must be representable
     if steps and label.kept is not None:
         node = build("squeeze", node, label.kept)
     for step in reversed(steps):
@@ -149,7 +218,7 @@ def _undo_step(build: Builder, node: Node, step: Step) -> Node:
     if isinstance(step, Permute):
         return build("permute", node, [step.order.index(i) for i in range(len(step.order))])
     pads = [p for pair in zip(reversed(step.left), reversed(step.right), strict=True) for p in pair]
-    return build(F.pad, node, pads, value=NO_LABEL)
+    return build(F.pad, node, pads, value=ANY_LABEL)
 
 
 def _arranged(build: Builder, flat: Node, logits: Node, axis: int, steps: tuple[Step, ...]) -> Node:
@@ -194,18 +263,19 @@ def _size(build: Builder, node: Node, dim: int) -> int | Node:
 
 def _result(build: Builder, stats: _Statistics, node: Node, value: Any) -> Node:
     flat = _Emitter(build, stats).row(value.expr)
+    for y in algebra.labels_of(value.expr):
+        flat = build(torch.mul, flat, stats.checked(y))
     result = _arranged(build, flat, stats.logits.node, stats.logits.axis, value.steps)
     if isinstance(value, LossValue):
-        result = _reduced(build, result, value.masked)
+        result = _reduced(build, result, stats.named[value.masked.y], value.masked)
     elif isinstance(value, RowValue) and value.kept is not None:
         result = build("unsqueeze", result, value.kept)
     dtype = tensor_of(node).dtype  # type: ignore[union-attr]
     return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
 
 
-def _reduced(build: Builder, per_row: Node, masked: Masked) -> Node:
+def _reduced(build: Builder, per_row: Node, label: Node, masked: Masked) -> Node:
     """As torch.nn.functional.cross_entropy reduces: 0 for ignored rows, which do not count in the mean."""
-    label = masked.label.node
     if not same_shape(shape_of(label), shape_of(per_row)):
         label = build("reshape_as", label, per_row)
     valid = build(torch.ne, label, masked.ignore_index)
@@ -241,8 +311,8 @@ class _Emitter:
         return self.stats[expr]
 
     def _folded(self, args: tuple[sympy.Expr, ...], combine: Any) -> Any:
-        """Numbers last, so that every operation has a tensor first."""
-        terms = sorted(args, key=lambda a: (bool(a.is_number), str(a)))
+        """Numbers last, so that an operation has a tensor first; what is added before what is taken off."""
+        terms = sorted(args, key=lambda a: (bool(a.is_number), a.could_extract_minus_sign(), str(a)))
         result = self._emit(terms[0])
         for term in terms[1:]:
             negative = combine == self._add and term.could_extract_minus_sign()

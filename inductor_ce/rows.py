@@ -49,9 +49,15 @@ class Slice:
 Step = Reshape | Permute | Slice
 
 
-def moved(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps that change which row comes when: all but the reshapes."""
-    return tuple(s for s in steps if not isinstance(s, Reshape))
+def arrangement(steps: tuple[Step, ...]) -> tuple[object, ...]:
+    """What makes two arrangements of the rows alike: nothing where there are only reshapes."""
+    if all(isinstance(s, Reshape) for s in steps):
+        return ()
+    return tuple(_sizes(s) if isinstance(s, Reshape) else s for s in steps)
+
+
+def _sizes(step: Reshape) -> tuple[str, ...]:
+    return tuple(map(str, row_shape(step.result, step.result_axis)))
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:
@@ -72,6 +78,10 @@ def equal(a: Size, b: Size) -> bool:
 
 def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(map(equal, a, b))
+
+
+def same_count(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return equal(math.prod(a), math.prod(b))
 
 
 def constant(size: Size) -> int | None:
@@ -117,13 +127,18 @@ def slice_steps(index: Any, source: Sequence[Size], result: Sequence[Size], axis
 
 
 def _as_slices(index: Any, rank: int) -> list[slice] | None:
+    pieces = index_per_dimension(index, rank)
+    return pieces if pieces is not None and all(isinstance(p, slice) for p in pieces) else None
+
+
+def index_per_dimension(index: Any, rank: int) -> list[Any] | None:
+    """What `x[index]` asks of each dimension of x; None where the index adds dimensions or is a tensor."""
     items = list(index) if isinstance(index, tuple) else [index]
-    if items.count(Ellipsis) > 1 or not all(i is Ellipsis or isinstance(i, slice) for i in items):
+    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1 or not all(i is Ellipsis or isinstance(i, (int, slice)) for i in items):
         return None
-    missing = [slice(None)] * (rank - sum(i is not Ellipsis for i in items))
-    if Ellipsis not in items:
-        items.append(Ellipsis)
-    place = items.index(Ellipsis)
+    missing = [slice(None)] * (rank - len(items) + len(ellipses))
+    place = ellipses[0] if ellipses else len(items)
     return items[:place] + missing + items[place + 1 :]
 
 

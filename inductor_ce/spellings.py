@@ -59,12 +59,15 @@ _spell("max", "input dim keepdim", torch.max, "max")
 _spell("exp", "input", torch.exp, "exp")
 _spell("log", "input", torch.log, "log")
 _spell("neg", "input", torch.neg, operator.neg, "neg", "negative")
+_spell("tanh", "input", torch.tanh, F.tanh, "tanh")
+_spell("sigmoid", "input", torch.sigmoid, F.sigmoid, "sigmoid")
 _spell("add", "input other alpha", torch.add, operator.add, "add")
 _spell("sub", "input other alpha", torch.sub, operator.sub, "sub")
 _spell("mul", "input other", torch.mul, operator.mul, "mul")
 _spell("div", "input other rounding_mode", torch.div, operator.truediv, "div")
 
-_spell("same", "input", "contiguous", "clone", "float", "double", "half", "bfloat16", "type_as", "to", "type")
+_spell("same", "input", "contiguous", "clone", "type_as", "to", "type")
+_spell("same", "input", "float", "double", "half", "bfloat16", "long", "int")
 _spell("same", "input", torch.clone)
 _spell("detach", "input", "detach")
 _spell(
@@ -82,6 +85,10 @@ _spell("transpose", "input dim0 dim1", torch.transpose, torch.swapaxes, "transpo
 _spell("movedim", "input source destination", torch.movedim, "movedim")
 _spell("getitem", "input index", operator.getitem)
 _spell("narrow", "input dim start length", torch.narrow, "narrow")
+
+
+# What a chain before the logits is made of: soft-cap, scale, temperature, casts.
+ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "exp", "same"}
 
 
 def read(node: Node) -> tuple[str, dict[str, Any]] | None:

@@ -5,24 +5,44 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from . import spellings
-from .ops import stats_dtype
-from .rows import Permute, Reshape, Slice, Step, follow_axis, row_shape, same_shape, shape_of, slice_steps
+from .rows import (
+    Permute,
+    Reshape,
+    Slice,
+    Step,
+    follow_axis,
+    row_shape,
+    same_count,
+    same_shape,
+    shape_of,
+    slice_steps,
+)
 from .timeline import tensor_of
 
 # (the vocabulary's axis in the source, what happened to the rows since)
 Back = tuple[int, tuple[Step, ...]]
 
 
-def keeps_order(node: Node) -> bool:
+def keeps_order(node: Node, source: Node) -> bool:
+    """Whether a view or copy holds all elements of its source in the same order."""
     spelled = spellings.read(node)
-    return spelled is not None and spelled[0] in ("same", "reshape")
+    assert spelled is not None
+    step, args = spelled
+    whole = step == "getitem" and _is_basic(args["index"]) and same_count(shape_of(node), shape_of(source))
+    return step in ("same", "reshape") or whole
+
+
+def _is_basic(index: Any) -> bool:
+    items = index if isinstance(index, tuple) else (index,)
+    return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in items)
 
 
 def viewed(node: Node) -> Node | None:
-    """The source of a view, of a copy, or of a cast that leaves the precision of statistics as it is."""
+    """The source of a view, of a copy, or of a cast by which labels or statistics lose nothing."""
     spelled = spellings.read(node)
     if spelled is None or spelled[0] not in _VIEWS:
         return None
@@ -30,9 +50,15 @@ def viewed(node: Node) -> Node | None:
     a, b = tensor_of(node), tensor_of(source)
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
-    if a.is_complex() or a.is_floating_point() != b.is_floating_point():
-        return None
-    return source if stats_dtype(a) == stats_dtype(b) else None
+    return source if _cast_keeps(b.dtype, a.dtype) else None
+
+
+def _cast_keeps(source: torch.dtype, result: torch.dtype) -> bool:
+    """Statistics are taken in one precision whatever float is read; integers must not be narrowed."""
+    if source.is_floating_point and result.is_floating_point:
+        return (source == torch.float64) == (result == torch.float64)
+    integers = not any(d.is_floating_point or d.is_complex or d == torch.bool for d in (source, result))
+    return source == result or (integers and source.itemsize < result.itemsize)
 
 
 def step_back(node: Node, source: Node, axis: int) -> Back | None:

@@ -1,0 +1,308 @@
+"""The report: its text, its fields, and that making it changes nothing; counters and the log."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from harness import compile_without_codegen, misses, sites
+from torch import nn
+from torch._dynamo.utils import counters
+
+import inductor_ce
+from inductor_ce import Miss, Options, Reason, Report, Site
+
+N, V = 6, 2048
+ROOT = Path(__file__).parent.parent
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(N, V, dtype=dtype, requires_grad=True), torch.arange(N)
+
+
+def loss(z, y):
+    return F.cross_entropy(z, y, label_smoothing=0.1) + 1e-4 * z.logsumexp(-1).square().mean()  # the loss
+
+
+def weighted(z, y):
+    return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
+
+
+def line_of(text: str) -> str:
+    """ "file.py:NN" of the first line here that holds the text."""
+    lines = Path(__file__).read_text().splitlines()
+    return f"test_explain.py:{next(i for i, line in enumerate(lines, 1) if text in line)}"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, V)
+
+    def forward(self, h, y):
+        return F.cross_entropy(self.head(h), y)
+
+
+class Text(TestCase):
+    """EXPECTTEST_ACCEPT=1 accepts new ones."""
+
+    maxDiff = None
+
+    def test_fused_and_missed(self):
+        site = Site(
+            location="train.py:41",
+            code="loss = F.cross_entropy(logits, labels)",
+            form="mean[y != -100](lse - pick(y)); lse",
+            statistics=("lse", "pick(y)"),
+            sharded=False,
+            strategy="materialise",
+            logits_bytes=8192 * 128256 * 2,
+        )
+        miss = Miss("eval.py:7", "q = z.log_softmax(-1)", Reason.NOT_UNDERSTOOD, "Fact, then remedy.")
+        report = Report([site], [miss])
+        self.assertExpectedInline(
+            str(report),
+            """\
+inductor_ce: 1 loss fused, 1 left as written
+  fused   train.py:41  loss = F.cross_entropy(logits, labels)
+    form       mean[y != -100](lse - pick(y)); lse
+    statistics lse, pick(y)
+    strategy   materialise
+    logits     2004.0 MiB
+  missed  eval.py:7  q = z.log_softmax(-1)
+    NOT_UNDERSTOOD: Fact, then remedy.""",
+        )
+
+    def test_nothing(self):
+        report = inductor_ce.explain(torch.relu, torch.ones(3))
+        self.assertExpectedInline(str(report), """inductor_ce: 0 losses fused, 0 left as written""")
+
+    def test_two_losses(self):
+        report = inductor_ce.explain(weighted, *inputs())
+        text = str(report).replace(report.sites[0].location, "LINE")
+        text = text.replace(Reason.CLASS_WEIGHTS.value, "REMEDY")
+        self.assertExpectedInline(
+            text,
+            """\
+inductor_ce: 1 loss fused, 1 left as written
+  fused   LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
+    form       mean[y != -100](lse - pick(y))
+    statistics lse, pick(y)
+    strategy   materialise
+    logits     0.0 MiB
+  missed  LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
+    CLASS_WEIGHTS: The loss has class weights (weight=...). REMEDY""",
+        )
+
+
+def test_fields_of_a_site():
+    (site,) = inductor_ce.explain(loss, *inputs(torch.bfloat16)).sites
+    assert isinstance(site, Site)
+    assert site.location == line_of("# the loss")
+    assert site.code.startswith("return F.cross_entropy(z, y, label_smoothing=0.1)")
+    assert site.form.startswith("mean[y != -100](lse - ")
+    assert set(site.statistics) == {"lse", "sum", "pick(y)"}
+    assert site.sharded is False
+    assert site.strategy == "materialise"
+    assert site.logits_bytes == N * V * 2
+
+
+def test_fields_of_a_miss():
+    report = inductor_ce.explain(weighted, *inputs())
+    (miss,) = report.misses
+    assert isinstance(miss, Miss)
+    assert miss.location == report.sites[0].location == line_of("weight=torch.ones(V)")
+    assert miss.code == "return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))"
+    assert miss.reason is Reason.CLASS_WEIGHTS
+    assert miss.message == (
+        "The loss has class weights (weight=...). "
+        "Gather the weights of the labels and multiply the per-token loss by them."
+    )
+
+
+def test_dictionary_survives_json():
+    report = inductor_ce.explain(weighted, *inputs())
+    d = report.to_dict()
+    assert json.loads(json.dumps(d)) == d
+    (site,), (miss,) = d["sites"], d["misses"]
+    assert set(site) == {
+        *("location", "code", "form", "statistics", "sharded", "strategy", "logits_bytes"),
+    }
+    assert (site["statistics"], site["sharded"], site["strategy"]) == (
+        ["lse", "pick(y)"],
+        False,
+        "materialise",
+    )
+    assert set(miss) == {"location", "code", "reason", "message"}
+    assert miss["reason"] == "CLASS_WEIGHTS"
+
+
+def test_every_reason_has_a_remedy():
+    assert all(reason.value.endswith(".") for reason in Reason)
+
+
+@pytest.mark.parametrize("how", ["as it is", "compiled", "compiled and run", "backend"])
+def test_functions(how: str):
+    z, y = inputs()
+    f = loss
+    if how == "backend":
+        f = torch.compile(loss, backend="eager")
+    elif how != "as it is":
+        inductor_ce.install()
+        f, _ = compile_without_codegen(loss)
+    if how == "compiled and run":
+        f(z, y)
+    assert len(inductor_ce.explain(f, z, y).sites) == 1
+
+
+@pytest.mark.parametrize("how", ["as it is", "compiled", "compiled and run", "in place"])
+def test_modules(how: str):
+    model, h, y = Model(), torch.randn(N, 4), torch.arange(N)
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how != "as it is":
+        model, _ = compile_without_codegen(model)
+    if how == "compiled and run":
+        model(h, y)
+    (site,) = inductor_ce.explain(model, h, y).sites
+    assert site.location == line_of("F.cross_entropy(self.head(h), y)")
+
+
+def test_keyword_arguments():
+    z, y = inputs()
+    assert len(inductor_ce.explain(loss, z, y=y).sites) == 1
+
+
+def test_a_compiled_function_inside():
+    inner = torch.compile(loss, backend="eager")
+    assert len(inductor_ce.explain(lambda z, y: inner(z * 2, y), *inputs()).sites) == 1
+
+
+def test_graph_breaks():
+    def f(z, y):
+        first = F.cross_entropy(z, y)
+        torch._dynamo.graph_break()
+        return first + F.cross_entropy(z * 2, y, reduction="sum")
+
+    forms = [site.form for site in inductor_ce.explain(f, *inputs()).sites]
+    assert forms == ["mean[y != -100](lse - pick(y))", "sum[y != -100](lse - pick(y))"]
+
+
+def test_checkpointed_loss_is_listed():
+    def f(z, y):
+        return torch.utils.checkpoint.checkpoint(F.cross_entropy, z, y, use_reentrant=False)
+
+    report = inductor_ce.explain(f, *inputs())
+    assert len(report.sites) + len(report.misses) == 1
+
+
+def test_sizes_that_are_marked_dynamic():
+    def f(z, y):
+        return F.cross_entropy(z[:, :-1].transpose(1, 2), y[:, 1:])
+
+    z, y = torch.randn(2, 5, V), torch.arange(10).view(2, 5)
+    for tensor in (z, y):
+        torch._dynamo.mark_dynamic(tensor, 1)
+    (site,) = inductor_ce.explain(f, z, y).sites
+    assert site.logits_bytes == 10 * V * 4
+
+
+def test_same_report_twice_and_after_compiling():
+    z, y = inputs()
+    first = inductor_ce.explain(loss, z, y)
+    compiled, _ = compile_without_codegen(loss, min_vocab=Options().min_vocab)
+    compiled(z, y)
+    assert inductor_ce.explain(compiled, z, y).to_dict() == inductor_ce.explain(loss, z, y).to_dict()
+    assert first.to_dict() == inductor_ce.explain(loss, z, y).to_dict()
+
+
+def test_options_in_force_are_used():
+    assert len(inductor_ce.explain(loss, *inputs()).sites) == 1
+    with inductor_ce.install(min_vocab=V + 1):
+        assert inductor_ce.explain(loss, *inputs()).misses[0].reason is Reason.SMALL_VOCAB
+    assert len(inductor_ce.explain(loss, *inputs()).sites) == 1
+
+
+def test_explaining_raises_no_miss():
+    inductor_ce.install(on_miss="raise")
+    assert len(inductor_ce.explain(weighted, *inputs()).misses) == 1
+
+
+def test_explaining_leaves_counters_and_compiled_code_alone():
+    z, y = inputs()
+    compiled, graphs = compile_without_codegen(loss)
+    compiled(z, y)
+    before, compilations = dict(counters["inductor_ce"]), len(graphs.final)
+    inductor_ce.explain(compiled, z, y)
+    compiled(z, y)
+    assert dict(counters["inductor_ce"]) == before
+    assert len(graphs.final) == compilations
+
+
+def test_explaining_changes_no_gradient():
+    z, y = inputs()
+    inductor_ce.explain(loss, z, y)
+    assert z.grad is None
+
+
+def test_counters():
+    compiled, _ = compile_without_codegen(weighted)
+    compiled(*inputs())
+    assert counters["inductor_ce"] == {"sites": 1, "materialise": 1, "misses": 1}
+
+
+def test_log(caplog: pytest.LogCaptureFixture):
+    compiled, _ = compile_without_codegen(weighted)
+    with caplog.at_level(logging.INFO, logger="inductor_ce"):
+        compiled(*inputs())
+    lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce" and r.levelno == logging.INFO]
+    where = line_of("weight=torch.ones(V)")
+    assert lines == [
+        f"{where}: fused mean[y != -100](lse - pick(y)) (materialise, logits 0.0 MiB)",
+        f"{where}: left as written [CLASS_WEIGHTS] The loss has class weights (weight=...). "
+        + Reason.CLASS_WEIGHTS.value,
+    ]
+
+
+def test_one_line_a_site(caplog: pytest.LogCaptureFixture):
+    compiled, _ = compile_without_codegen(lambda z, y: loss(z, y) + loss(z * 2, y))
+    with caplog.at_level(logging.INFO, logger="inductor_ce"):
+        compiled(*inputs())
+    lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce"]
+    assert (sites(), misses(), len(lines)) == (2, 0, 2)
+    assert all("\n" not in line for line in lines)
+
+
+SCRIPT = """
+    import torch, inductor_ce
+    inductor_ce.install(min_vocab=2)
+    def f(z, y):
+        return torch.nn.functional.cross_entropy(z, y)
+    graphs = lambda gm, inputs: torch._inductor.compile_fx.compile_fx(
+        gm, inputs, inner_compile=lambda gm, inputs, **kwargs: gm.forward
+    )
+    with torch.no_grad():
+        torch.compile(f, backend=graphs)(torch.randn(4, 16), torch.arange(4))
+"""
+
+
+@pytest.mark.parametrize("logs", ["+inductor_ce", None])
+def test_torch_logs(logs: str | None, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("TORCH_LOGS", None)
+    if logs:
+        environment["TORCH_LOGS"] = logs
+    run = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert ("script.py:5: fused mean[y != -100](lse - pick(y))" in run.stderr) == bool(logs)
