@@ -128,7 +128,14 @@ def test_failed_install_installs_nothing():
     assert slots() == [None, None]
 
 
-@pytest.mark.parametrize("lists", [True, False], ids=["lists", "one pass a slot"])
+@pytest.mark.parametrize(
+    "lists",
+    [
+        pytest.param(True, marks=pytest.mark.skipif(not compat.HAS_PASS_LISTS, reason="from torch 2.13")),
+        False,
+    ],
+    ids=["lists", "one pass a slot"],
+)
 def test_foreign_pass_runs_before_ours(lists: bool, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compat, "HAS_PASS_LISTS", lists)
     theirs = Foreign()
@@ -395,8 +402,11 @@ def test_second_process_hits_the_cache(tmp_path: Path):
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
 
+    # Up to 2.11 the pass before autograd runs ahead of the look-up in the cache.
+    runs_on_a_hit = int(not hasattr(inductor_config, "pre_grad_pass_timing"))
     cold, warm, other = run("2"), run("2"), run("3")
-    assert [(p["hits"], p["sites"]) for p in (cold, warm, other)] == [([0, 0], 1), ([1, 1], 0), ([0, 0], 1)]
+    assert [p["hits"] for p in (cold, warm, other)] == [[0, 0], [1, 1], [0, 0]]
+    assert [p["sites"] for p in (cold, warm, other)] == [1, runs_on_a_hit, 1]
     assert warm["key"] == cold["key"] != other["key"]
     assert warm["explained"] == cold["explained"]
     assert len(cold["explained"]["sites"]) == 1

@@ -125,6 +125,9 @@ def test_chain_is_computed_once_in_the_backward() -> None:
     assert ttir.count("__nv_tanhf") == 1
 
 
+@pytest.mark.skipif(
+    not compat.HAS_PASS_LISTS, reason="before 2.13 a view stands between template and epilogue"
+)
 def test_view_of_a_chain_is_absorbed() -> None:
     x = torch.empty(8, 1024, V, dtype=torch.bfloat16, device="meta", requires_grad=True)
     y, weight = (a.reshape(-1) for a in gpu_arguments()[1:])
