@@ -16,7 +16,7 @@ from .compat import enable_python_dispatcher, fake_mode_of
 from .legal import Group, row_expr
 from .reading import Label, LossValue, Masked, Reading, RowValue
 from .rows import Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
-from .timeline import Timeline, tensor_of
+from .timeline import Timeline, tensor_of, written_by
 from .views import viewed
 
 # The label of rows that a slice cut off. Any column will do: nothing is made of what is picked there.
@@ -72,9 +72,9 @@ def rewrite(graph: Graph, reading: Reading, group: Group) -> None:
 
 
 def sweep(graph: Graph, reading: Reading) -> None:
-    """Erase what the algebra has read and nobody uses any more. To be called once, after all rewrites."""
+    """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
     for node in reversed(reading.timeline.nodes):
-        if node in reading.values and not node.users:
+        if not node.users and spellings.read(node) is not None and not any(written_by(node)):
             graph.erase_node(node)
 
 
