@@ -45,7 +45,7 @@ def label(name: str) -> sympy.Symbol:
 
 def number(value: float) -> sympy.Expr:
     """A finite Python number as the decimal that was written: 0.9 + 0.1 is 1 here, and cancels as 1."""
-    return sympy.Rational(repr(value))
+    return sympy.Integer(int(value)) if isinstance(value, int) else sympy.Rational(repr(float(value)))
 
 
 Block = dict[str, Any]
@@ -84,6 +84,10 @@ class Vocab:
         kept = {b: expand(c) for b, c in terms.items()}
         order = sorted(kept, key=lambda b: (b.z, b.p, sorted(map(str, b.at))), reverse=True)
         return Vocab(tuple((b, kept[b]) for b in order if kept[b] != 0))
+
+    @property
+    def degree(self) -> int:
+        return max((b.z + b.p for b, _ in self.terms), default=0)
 
     def get(self, monomial: Monomial) -> sympy.Expr:
         return dict(self.terms).get(monomial, sympy.Integer(0))
@@ -132,7 +136,7 @@ def exp(value: Vocab) -> Vocab | None:
 def log(value: Vocab) -> Vocab | None:
     """log(c p) = z - lse + log c."""
     constant = value.get(P)
-    if constant == 0 or value != Vocab.of({P: constant}):
+    if constant == 0 or constant.could_extract_minus_sign() or value != Vocab.of({P: constant}):
         return None
     return Vocab.of({Z: sympy.Integer(1), ONE: row_log(constant) - LSE})
 

@@ -58,7 +58,9 @@ _before: dict[str, Any] = {}
 
 
 def install(**options: Any) -> Installation:
-    """Let every `torch.compile` with Inductor fuse the losses that it finds.
+    """Let every `torch.compile` with Inductor fuse the losses that it finds, in this thread.
+
+    It sets Inductor's configuration, of which each thread has its own from torch 2.13.
 
     Installing again puts the new options in force; passes of others that are configured already keep
     running, before ours.
@@ -88,8 +90,9 @@ def uninstall() -> None:
 
 
 def installed_options() -> Options:
-    """The options in force, the defaults where nothing is installed."""
-    return _installed[-1].options if _installed else Options()
+    """The options in force in this thread, the defaults where nothing is installed."""
+    passes = passes_in(inductor_config.pre_grad_custom_pass)
+    return next((p.options for p in passes if isinstance(p, FuseLosses)), Options())
 
 
 def _apply() -> None:

@@ -6,30 +6,38 @@ probing for the capability where one can, so that no other file knows which torc
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
-from torch._dynamo.utils import counters
-from torch._inductor import config as inductor_config
-from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch._inductor.lowering import lowerings, register_lowering
-from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
-from torch._inductor.virtualized import V as inductor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import Graph
-from torch.utils._pytree import tree_leaves
 
-from .errors import UnsupportedTorchError
+from .errors import AFTER_LAST_TORCH, FIRST_TORCH, UnsupportedTorchError, unsupported
+
+try:
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo.utils import counters
+    from torch._guards import TracingContext
+    from torch._inductor import config as inductor_config
+    from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+    from torch._inductor.virtualized import V as inductor
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.utils._pytree import tree_leaves
+except ImportError as missing:
+    raise UnsupportedTorchError(unsupported(torch.__version__)) from missing
 
 __all__ = [
     "CustomGraphPass",
     "OpOverload",
     "SymbolicGridFn",
+    "autocast_switches",
     "call_lowering",
     "check_torch",
     "choose",
@@ -37,15 +45,20 @@ __all__ = [
     "contiguous_layout",
     "counters",
     "enable_python_dispatcher",
+    "enter_inference_mode",
+    "exit_inference_mode",
     "fake_mode_of",
     "get_hash_for_files",
     "inductor_config",
     "is_buffer",
     "is_function_transform",
+    "is_kept_dynamic",
+    "is_mutating_higher_order",
     "is_plain_tensor",
     "list_mode_options",
     "list_options",
     "may_overwrite",
+    "no_recompile_limit",
     "passes_in",
     "readable",
     "register_lowering",
@@ -200,16 +213,14 @@ def choose(
 
 # --- passes -----------------------------------------------------------------------------------------------
 
-FIRST, AFTER_LAST = (2, 11), (2, 16)
 HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 
 
 def check_torch(version: str = torch.__version__) -> None:
     """Raise UnsupportedTorchError, naming the supported versions, unless `version` is one of them."""
     major, minor = (int(part) for part in version.split(".")[:2])
-    if not FIRST <= (major, minor) < AFTER_LAST:
-        supported = f">={'.'.join(map(str, FIRST))},<{'.'.join(map(str, AFTER_LAST))}"
-        raise UnsupportedTorchError(f"inductor_ce supports torch{supported}; this is torch {version}")
+    if not FIRST_TORCH <= (major, minor) < AFTER_LAST_TORCH:
+        raise UnsupportedTorchError(unsupported(version))
 
 
 def is_plain_tensor(example: torch.Tensor) -> bool:
@@ -257,13 +268,46 @@ def slot_value(passes: tuple[Any, ...]) -> Any:
 
 # --- graphs -----------------------------------------------------------------------------------------------
 
-set_grad_enabled = torch._C._set_grad_enabled  # the node that switches gradients on or off
+# The nodes by which a graph switches modes.
+set_grad_enabled = torch._C._set_grad_enabled
+enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
+exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
+autocast_switches = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 OpOverload = torch._ops.OpOverload
+
+
+def is_mutating_higher_order(target: Any) -> bool:
+    """Whether a node is a higher-order operator that writes to its arguments, as a Triton kernel may."""
+    return isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in target.name()
+
+
+def is_kept_dynamic(size: torch.SymInt) -> bool:
+    """Whether the user insists on this size being dynamic, by `mark_dynamic` on an input."""
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+    symbols = size.node.shape_env.source_to_var
+    return any(
+        constraint is not None and symbols.get(f"{_source_name(symbolic)}.size()[{dim}]") == size.node.expr
+        for symbolic in context.tensor_to_context.values()
+        for dim, constraint in enumerate(getattr(symbolic, "constraint_sizes", None) or ())
+    )
+
+
+def _source_name(symbolic: Any) -> str:
+    """How guards call the tensor: a method of its source in some releases, a property in others."""
+    name = symbolic.tensor_source.name
+    return name() if callable(name) else name
 
 
 def is_function_transform(target: Any) -> bool:
     """Whether a node belongs to torch.func (vmap, grad, ...), under whose levels other nodes run."""
     return "functorch" in (getattr(target, "__module__", None) or "")
+
+
+def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Compile as often as is asked."""
+    return dynamo_config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
 
 
 def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:

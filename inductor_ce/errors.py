@@ -1,5 +1,7 @@
 """The exceptions that users can meet."""
 
+FIRST_TORCH, AFTER_LAST_TORCH = (2, 11), (2, 16)
+
 
 class InductorCEError(Exception):
     """Base of every exception raised by inductor_ce."""
@@ -7,6 +9,12 @@ class InductorCEError(Exception):
 
 class OptionError(InductorCEError, ValueError):
     """An option of the wrong name or value."""
+
+
+def unsupported(version: str) -> str:
+    """The sentence that says which versions of torch are supported, and that `version` is none of them."""
+    first, after = (".".join(map(str, v)) for v in (FIRST_TORCH, AFTER_LAST_TORCH))
+    return f"inductor_ce supports torch>={first},<{after}; this is torch {version}"
 
 
 class UnsupportedTorchError(InductorCEError, ImportError):

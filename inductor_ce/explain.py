@@ -9,7 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule
 
 from .backend import installed_options
-from .compat import check_torch, uncompiled
+from .compat import check_torch, no_recompile_limit, uncompiled
 from .passes import fuse_losses
 from .report import Report
 
@@ -40,8 +40,19 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 report.misses += found.misses
         return gm.forward
 
-    torch.compile(uncompiled(f), backend=read)(*args, **kwargs)
+    with no_recompile_limit():
+        torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
     return report
+
+
+def _apart(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` called from code of its own: what Dynamo keeps for a piece of code is kept for this one."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return f(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace()
+    return run
 
 
 def _copy(graph: Graph) -> Graph:

@@ -30,10 +30,10 @@ _CASTS = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.
 def recompute_chains(graph: Graph) -> None:
     """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
     returned = set(graph.output_node().all_input_nodes)
-    for node in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
-        for link in _chain(node.args[0], returned):
-            link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-            link.meta.setdefault("ac_graph_id", 0)
+    sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
+    for link in [link for node in sites for link in _chain(node.args[0], returned)]:
+        link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        link.meta.setdefault("ac_graph_id", 0)
 
 
 def _chain(logits: Node, returned: set[Node]) -> list[Node]:

@@ -11,12 +11,12 @@ import torch
 from torch.fx import Node
 
 from . import algebra
-from .compat import is_function_transform, is_plain_tensor
+from .compat import is_function_transform, is_kept_dynamic, is_plain_tensor
 from .config import Options
 from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
 from .rows import hint, shape_of
 from .sites import Reason, user_line
-from .timeline import tensor_of
+from .timeline import Mode, tensor_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,13 +30,17 @@ class Group:
     """Nodes to be computed from one `row_stats` call, which goes before the node at `place`."""
 
     logits: Logits
-    vocab_size: int
     first: int
     last: int
-    grad_mode: bool
+    grad_mode: Mode
     place: int
     nodes: list[Node] = field(default_factory=list)
     labels: dict[sympy.Symbol, Label] = field(default_factory=dict)
+
+    @property
+    def vocab_size(self) -> int:
+        """V as a number. A symbolic V is specialised by this: the kernels are built for one vocabulary."""
+        return int(shape_of(self.logits.node)[self.logits.axis])
 
 
 def judge(reading: Reading, options: Options) -> list[Group]:
@@ -46,7 +50,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     for logits, nodes in _losses(reading).items():
         refusal = TRANSFORMED if transformed else _refusal(logits, options)
         if refusal is not None:
-            reading.miss(_headline(reading, nodes), *refusal)
+            reading.miss(headline(reading, nodes), *refusal)
             continue
         allowed = _without_escapes(reading, nodes)
         if _is_loss(reading, allowed):
@@ -92,14 +96,9 @@ def _value(reading: Reading, node: Node) -> Replaceable:
     return value
 
 
-def _headline(reading: Reading, nodes: list[Node]) -> Node:
-    """The node to name the loss by: the first that picks a label."""
+def headline(reading: Reading, nodes: list[Node]) -> Node:
+    """The node to name a loss by: the first that picks a label."""
     return next((n for n in nodes if algebra.labels_of(row_expr(reading, n))), nodes[0])
-
-
-def headline(reading: Reading, group: Group) -> Node:
-    """The node to name a group by."""
-    return _headline(reading, group.nodes)
 
 
 # ---- may it be replaced
@@ -112,15 +111,12 @@ def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
         return Reason.UNSUPPORTED_TENSOR, f"The logits are a {type(example).__name__}, not a plain tensor."
     if example.dtype not in DTYPES:
         return Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}."
-    size = vocab_size(logits)
-    if size < options.min_vocab:
-        return Reason.SMALL_VOCAB, f"The vocabulary of {size} is below min_vocab={options.min_vocab}."
+    size = shape_of(logits.node)[logits.axis]
+    if hint(size) < options.min_vocab:
+        return Reason.SMALL_VOCAB, f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
+    if not isinstance(size, int) and is_kept_dynamic(size):
+        return Reason.DYNAMIC_VOCAB, "The vocabulary dimension is marked dynamic."
     return None
-
-
-def vocab_size(logits: Logits) -> int:
-    """V as a number. A symbolic V is specialised: the kernels are built for one vocabulary."""
-    return int(shape_of(logits.node)[logits.axis])
 
 
 def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
@@ -136,7 +132,7 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
             return allowed
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        reading.miss(node, Reason.LOG_PROBS_ESCAPE, _escape_fact(reading, wide[0], needed))
+        reading.miss(node, Reason.LOGITS_ESCAPE, _escape_fact(reading, wide[0], needed))
         reading.refused |= escaped.keys()
 
 
@@ -179,7 +175,20 @@ def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]
             reading.miss(node, Reason.MUTATED, fact)
         elif not any(_merge(reading, group, alone) for group in groups):
             groups.append(alone)
-    return groups
+    return [group for group in groups if not _edited_later(reading, group)]
+
+
+def _edited_later(reading: Reading, group: Group) -> bool:
+    """Whether the logits are written after the loss, while its backward has to read them. Tells so."""
+    timeline, node = reading.timeline, group.logits.node
+    example = tensor_of(node)
+    if group.grad_mode is not True or example is None or not example.requires_grad:
+        return False
+    edited = not timeline.unchanged(node, group.place, len(timeline.nodes))
+    if edited:
+        fact = "The logits are changed in place after this loss, whose backward reads them."
+        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
+    return edited
 
 
 def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
@@ -197,7 +206,7 @@ def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
     place = min(max(first, position), last)
     if timeline.grad_mode(place) != logits.grad_mode:
         return None
-    return Group(logits, vocab_size(logits), first, last, logits.grad_mode, place, [node], labels)
+    return Group(logits, first, last, logits.grad_mode, place, [node], labels)
 
 
 def _labels(value: Replaceable) -> list[sympy.Symbol]:

@@ -11,6 +11,7 @@ and it holds for whatever buffer the fused chains read, which need not be as lar
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch
 
 from . import compat, ops
 from .compat import Node, call_lowering
+from .shield import attempt
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -55,16 +57,20 @@ def register() -> None:
 
 def _row_stats(z: Node, labels: list[Node], which: str) -> Node:
     rows = ops.parse(which, len(labels))
-    if z.get_device().type in GPUS and not _is_empty(z):
-        return _stats_template(z, labels, rows)
-    return _stats_loops(z, labels, rows)
+    return _lowered(z, _stats_template, _stats_loops, z, labels, rows)
 
 
 def _row_grad(z: Node, labels: list[Node], m: Node, coefficients: Node, which: str) -> Node:
     rows = ops.parse(which, len(labels))
+    return _lowered(z, _grad_template, _grad_loops, z, labels, m, coefficients, rows)
+
+
+def _lowered(z: Node, template: Callable[..., Node], loops: Callable[..., Node], *args: Any) -> Node:
+    """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
+    result = None
     if z.get_device().type in GPUS and not _is_empty(z):
-        return _grad_template(z, labels, m, coefficients, rows)
-    return _grad_loops(z, labels, m, coefficients, rows)
+        result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
+    return loops(*args) if result is None else result
 
 
 def _is_empty(z: Node) -> bool:

@@ -40,7 +40,7 @@ def parse(which: str, n_labels: int) -> list[str]:
     expected = [MAX, SUMEXP] + [PICK] * n_labels + [SUM] * (SUM in rows)
     if rows != expected:
         raise ValueError(
-            f"row_stats: which={which!r} with {n_labels} label tensor(s); expected "
+            f"which={which!r} with {n_labels} label tensor(s); expected "
             f"'max,sumexp' + ',pick' per label tensor [+ ',sum']"
         )
     return rows
@@ -53,12 +53,24 @@ def stats_dtype(z: Tensor) -> torch.dtype:
 
 def _check(z: Tensor, labels: list[Tensor], which: str) -> list[str]:
     if z.dim() != 2 or not z.is_floating_point():
-        raise ValueError(f"row_stats: z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
+        raise ValueError(f"z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
     for y in labels:
         if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-            raise ValueError(f"row_stats: labels must be integers [N], got {y.dtype} {tuple(y.shape)}")
-        torch._check(y.shape[0] == z.shape[0], lambda: "row_stats: labels and z differ in N")
+            raise ValueError(f"labels must be integers [N], got {y.dtype} {tuple(y.shape)}")
+        torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
     return parse(which, len(labels))
+
+
+def _check_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, which: str) -> list[str]:
+    rows = _check(z, labels, which)
+    if m.dim() != 1 or coefficients.dim() != 2 or coefficients.shape[0] != len(rows):
+        raise ValueError(
+            f"m must be [N] and coefficients [{len(rows)}, N] for which={which!r}, "
+            f"got {tuple(m.shape)} and {tuple(coefficients.shape)}"
+        )
+    for n in (m.shape[0], coefficients.shape[1]):
+        torch._check(n == z.shape[0], lambda: "m or coefficients and z differ in N")
+    return rows
 
 
 def _columns(y: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:
@@ -132,7 +144,7 @@ def row_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, w
     Returns:
         [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
     """
-    rows = _check(z, labels, which)
+    rows = _check_grad(z, labels, m, coefficients, which)
     coefficient = dict(zip(rows, coefficients.unbind(0), strict=True))
     x = z.to(stats_dtype(z))
     dz = coefficient[SUMEXP].unsqueeze(-1) * torch.exp(x - m.unsqueeze(-1))
@@ -148,7 +160,7 @@ def row_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, w
 
 @row_grad.register_fake
 def _(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, which: str) -> Tensor:
-    _check(z, labels, which)
+    _check_grad(z, labels, m, coefficients, which)
     return z.new_empty(z.shape)
 
 

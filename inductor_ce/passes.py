@@ -6,9 +6,8 @@ import functools
 import logging
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch.fx import Graph, Node
 
@@ -23,14 +22,15 @@ from .recognise import recognise
 from .report import Report, form_of_loss, form_of_row, miss_line, site_line
 from .rewrite import rewrite, sweep
 from .rows import hint, shape_of
-from .sites import Reason, Site, make_miss, user_line
+from .shield import attempt
+from .sites import Miss, Reason, Site, make_miss, user_line
 from .timeline import tensor_of
 
 log = logging.getLogger("inductor_ce")
 
 MATERIALISE = "materialise"
 
-T = TypeVar("T")
+LEFT = "the loss is left as it was"
 
 
 @functools.cache
@@ -63,9 +63,7 @@ class RecomputeChains(_Pass):
     """Before partitioning: the chain before the logits is not saved for the backward."""
 
     def __call__(self, graph: Graph) -> None:
-        report = Report()
-        _attempt(report, graph, recompute_chains, graph)
-        publish(report, self.options)
+        attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
 
 
 def fuse_losses(graph: Graph, options: Options) -> Report:
@@ -74,35 +72,30 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
     A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss.
     """
     report = Report()
-    reading = _attempt(report, graph, recognise, graph)
-    groups = _attempt(report, graph, judge, reading, options) if reading else None
-    if reading is None or groups is None:
+    judged, error = attempt(LEFT, _read_and_judge, graph, options)
+    if judged is None:
+        report.misses.append(_internal_error(graph.output_node(), error))
         return report
+    reading, groups = judged
     report.misses += reading.misses
     for group in groups:
-        site = _attempt(report, graph, _fuse, graph, reading, group)
-        report.sites += [site] if site else []
+        site, error = attempt(LEFT, _fuse, graph, reading, group)
+        if site is not None:
+            report.sites.append(site)
+        else:
+            report.misses.append(_internal_error(headline(reading, group.nodes), error))
     if report.sites:
-        _attempt(report, graph, sweep, graph, reading)
+        attempt("unused nodes are left in the graph", sweep, graph, reading)
     return report
 
 
-def _attempt(report: Report, graph: Graph, step: Callable[..., T], *args: Any) -> T | None:
-    """The result of a step of ours; None, with a miss, where it fails: the user's program must run."""
-    global _warned
-    try:
-        return step(*args)
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        log.error("a pass of inductor_ce failed; the loss is left as it was", exc_info=error)
-        report.misses.append(make_miss(graph.output_node(), Reason.INTERNAL_ERROR, f"{what}."))
-        if not _warned:
-            _warned = True
-            warnings.warn(f"inductor_ce left a loss as it was: {what}", stacklevel=2)
-        return None
+def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group]]:
+    reading = recognise(graph)
+    return reading, judge(reading, options)
 
 
-_warned = False
+def _internal_error(node: Node, error: Exception | None) -> Miss:
+    return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
 
 
 def _fuse(graph: Graph, reading: Reading, group: Group) -> Site:
@@ -115,7 +108,7 @@ def _site(reading: Reading, group: Group) -> Site:
     values = [(node, reading.values[node]) for node in group.nodes]
     forms = [_form(value) for _, value in values]
     statistics = [name for _, value in values for name in statistics_of(value.expr)]
-    location, code = user_line(headline(reading, group))
+    location, code = user_line(headline(reading, group.nodes))
     return Site(
         location,
         code,

@@ -11,7 +11,7 @@ from torch.fx import Node
 from . import algebra
 from .rows import Step, arrangement
 from .sites import Miss, Reason, make_miss
-from .timeline import Timeline, tensor_of, written_by
+from .timeline import Mode, Timeline, tensor_of, written_by
 from .views import keeps_order, step_back, viewed
 
 
@@ -22,7 +22,7 @@ class Logits:
     node: Node
     axis: int
     version: int
-    grad_mode: bool
+    grad_mode: Mode
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Place:
         return self.reading.timeline.position[self.node]
 
     @property
-    def grad_mode(self) -> bool:
+    def grad_mode(self) -> Mode:
         return self.reading.timeline.grad_mode(self.position)
 
     def known(self, arg: Any) -> Value | None:
@@ -206,6 +206,12 @@ class Place:
                 break
             node = source
         return node, self.reading.timeline.version(node, self.position)
+
+    def is_edited_view(self, source: Node) -> bool:
+        """Whether this node is a view of `source` and either is written later, for the other to see."""
+        timeline = self.reading.timeline
+        edited = not timeline.unchanged(self.node, self.node, len(timeline.nodes))
+        return edited and timeline.shares_storage(self.node, source)
 
     def opaque(self, arg: Node, axis: int) -> VocabValue:
         """`arg` as logits in its own right, whatever it was made from."""

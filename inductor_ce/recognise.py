@@ -23,6 +23,10 @@ from .timeline import Timeline, tensor_of
 from .views import step_back
 
 Number = int | float
+
+# Of z and p together in one term: the entropy has 2, and nothing that a reduction knows has more.
+MAX_DEGREE = 2
+
 Operand = VocabValue | RowValue | Number
 
 
@@ -202,7 +206,8 @@ def _unary(
 
 def _row_log(expr: sympy.Expr) -> sympy.Expr | None:
     """log where it undoes an exponential; any other logarithm of a row stays the user's own operation."""
-    return algebra.row_log(expr) if expr.has(sympy.exp) else None
+    undoes = expr.has(sympy.exp) and not expr.could_extract_minus_sign()
+    return algebra.row_log(expr) if undoes else None
 
 
 def _binary(
@@ -267,7 +272,8 @@ def _minus(a: Any, b: Any) -> Any:
 def _times(a: Any, b: Any) -> Any:
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not (a.is_number or b.is_number):
         return None  # a product of two row values is the user's own, of size [N]
-    return b * a if isinstance(b, algebra.Vocab) else a * b
+    product = b * a if isinstance(b, algebra.Vocab) else a * b
+    return None if isinstance(product, algebra.Vocab) and product.degree > MAX_DEGREE else product
 
 
 def _over(a: Any, b: Any) -> Any:
@@ -283,7 +289,7 @@ def _view(place: Place, args: dict[str, Any]) -> Value | None:
     if not isinstance(source, Node) or tensor_of(place.node) is None:
         return None
     if isinstance(value, RowValue):
-        return _view_of_rows(place.node, source, value)
+        return None if place.is_edited_view(source) else _view_of_rows(place.node, source, value)
     if not isinstance(value, VocabValue):
         return None
     for axis in range(len(shape_of(place.node))):

@@ -89,9 +89,8 @@ class _Statistics:
         self.build = build
         self.logits = group.logits
         self.vocab_size = group.vocab_size
-        self.named = {
-            y: _before(build, label.node, reading, group.place) for y, label in group.labels.items()
-        }
+        place = group.place
+        self.named = {y: _before(build, at.node, reading, place) for y, at in group.labels.items()}
         self.labels = {y: _flat_labels(build, self.named[y], label) for y, label in group.labels.items()}
         picked = [y for y in self.labels if any(y in algebra.labels_of(e) for e in exprs)]
         with_sum = any(e.has(algebra.SUM) for e in exprs)
@@ -168,8 +167,9 @@ def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
     read_at, mode = place, timeline.grad_mode(place)
     while (source := _elementwise_source(node)) is not None:
         at = timeline.position[node]
+        same_modes = timeline.grad_mode(at) == mode and timeline.same_autocast(at, place)
         as_made = timeline.unchanged(node, node, read_at)
-        if not as_made or not timeline.unchanged(source, at, place) or timeline.grad_mode(at) != mode:
+        if not (same_modes and as_made and timeline.unchanged(source, at, place)):
             break
         links.insert(0, node)
         node, read_at = source, at

@@ -16,9 +16,10 @@ class Reason(enum.Enum):
     """Why a loss was left as it was. The value is the remedy, told to the user after the fact."""
 
     SMALL_VOCAB = "Lower the option min_vocab if you want it fused all the same."
+    DYNAMIC_VOCAB = "Leave the vocabulary dimension static: a kernel is built for one size."
     CLASS_WEIGHTS = "Gather the weights of the labels and multiply the per-token loss by them."
     SOFT_TARGETS = "Pass class indices where the targets are one-hot."
-    LOG_PROBS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
+    LOGITS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
     NOT_UNDERSTOOD = "Write this step in one of the spellings that the README lists."
     MUTATED = "Make the edit out of place, or move it before or after the whole loss."
     UNSUPPORTED_DTYPE = "Use float16, bfloat16, float32 or float64 logits."

@@ -1,8 +1,8 @@
 """When a torch-level graph, which is not functional, changes what its names mean.
 
 Nodes run in graph order. An in-place operation changes a storage, and with it every view of that storage;
-`torch.no_grad` blocks switch gradients off and on again. A Timeline answers, for any place between two
-nodes: which version of a storage is read here, and are gradients on?
+`torch.no_grad`, `inference_mode` and autocast blocks switch their modes on and off. A Timeline answers, for
+any place between two nodes: which version of a storage is read here, and under which modes?
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from .compat import set_grad_enabled
+from .compat import (
+    autocast_switches,
+    enter_inference_mode,
+    exit_inference_mode,
+    is_mutating_higher_order,
+    set_grad_enabled,
+)
+
+Mode = bool | str
+INFERENCE = "inference"
 
 _INPLACE_OPERATORS = {
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
@@ -46,7 +55,9 @@ def written_by(node: Node) -> Iterator[Node]:
     elif node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
         name = getattr(node.target, "__name__", "")
-        if schema is not None:
+        if is_mutating_higher_order(node.target):
+            yield from node.all_input_nodes
+        elif schema is not None:
             yield from _written_by_schema(node, schema)
         elif node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
             yield from _nodes(node.args[:1])
@@ -88,14 +99,25 @@ class Timeline:
         self.position = {node: i for i, node in enumerate(self.nodes)}
         self._writes: dict[Hashable, list[int]] = {}
         self._switches: list[int] = []
-        modes = [True]
+        self._autocasts: list[int] = []
+        self._modes: list[Mode] = [torch.is_grad_enabled()]
+        outside: list[Mode] = []
         for i, node in enumerate(self.nodes):
             for written in written_by(node):
                 self._writes.setdefault(self._storage(written), []).append(i)
             if node.target is set_grad_enabled:
-                self._switches.append(i)
-                modes.append(bool(node.args[0]))
-        self._modes = modes
+                self._switch(i, bool(node.args[0]))
+            elif node.target is enter_inference_mode:
+                outside.append(self._modes[-1])
+                self._switch(i, INFERENCE if node.args[0] else self._modes[-1])
+            elif node.target is exit_inference_mode:
+                self._switch(i, outside.pop())
+            elif node.target in autocast_switches:
+                self._autocasts.append(i)
+
+    def _switch(self, position: int, mode: Mode) -> None:
+        self._switches.append(position)
+        self._modes.append(mode)
 
     @staticmethod
     def _storage(node: Node) -> Hashable:
@@ -125,6 +147,10 @@ class Timeline:
         last = writes[version] if version < len(writes) else len(self.nodes) - 1
         return max(first, self.position[node] + 1), last
 
-    def grad_mode(self, position: int) -> bool:
-        """Whether gradients are on at `position`, if they are on where the graph begins."""
+    def grad_mode(self, position: int) -> Mode:
+        """Whether gradients are on at `position`, or INFERENCE."""
         return self._modes[bisect_left(self._switches, position)]
+
+    def same_autocast(self, a: int, b: int) -> bool:
+        """Whether no autocast region begins or ends between two positions."""
+        return bisect_left(self._autocasts, a) == bisect_left(self._autocasts, b)

@@ -48,6 +48,8 @@ def viewed(node: Node) -> Node | None:
         return None
     source = spelled[1].get("input")
     a, b = tensor_of(node), tensor_of(source)
+    if spelled[0] == "reshape" and a is not None and b is not None and a.dtype != b.dtype:
+        return None  # x.view(dtype) reads the same bits as something else
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
     return source if _cast_keeps(b.dtype, a.dtype) else None

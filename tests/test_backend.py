@@ -25,7 +25,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import inductor_ce
-from inductor_ce import Options, backend, compat, ops, passes, rewrite
+from inductor_ce import Options, backend, compat, ops, passes, rewrite, shield
 from inductor_ce.passes import FuseLosses, RecomputeChains
 
 N, V = 4, 16
@@ -417,7 +417,7 @@ def test_second_process_hits_the_cache(tmp_path: Path):
 
 @pytest.fixture
 def not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_warned", False)
+    monkeypatch.setattr(shield, "_warned", False)
 
 
 def boom(*args: Any) -> Any:

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import what stands on a line above its own.
 LAYERS = [
-    {"errors", "algebra"},
+    {"errors", "algebra", "shield"},
     {"config", "compat", "ops"},
     {"timeline", "spellings", "sites"},
     {"rows"},

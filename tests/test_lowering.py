@@ -12,7 +12,7 @@ from interpreter import triton_ir
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from inductor_ce import compat, lowering, ops
+from inductor_ce import compat, lowering, ops, shield
 
 N, V = 8192, 32000
 WHICH = "max,sumexp,pick,pick,sum"
@@ -228,3 +228,20 @@ def test_gradient_is_written_over_logits_of_the_same_graph() -> None:
 def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> None:
     _, backward = generate(f, *head_arguments())
     assert (512, V) in backward.allocations
+
+
+def test_template_that_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inductor's loops take over, with a traceback in the log and one warning."""
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(compat, "choose", refuse)
+    monkeypatch.setattr(shield, "_warned", False)
+    x, y, weight = gpu_arguments()
+    with pytest.warns(UserWarning, match="no such instruction"):
+        forward, backward = generate(reference.loss, x, y, weight)
+    assert not any(name.startswith("triton_tem") for name in forward.launches + backward.launches)
+    assert "Traceback" in caplog.text

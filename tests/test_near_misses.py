@@ -143,7 +143,7 @@ def probabilities_returned(z, y):
 @pytest.mark.parametrize("f", [returned, returned_beside_nll_loss, probabilities_returned])
 def test_log_probabilities_returned(f: Callable[..., tuple[Tensor, Tensor]]):
     args = logits(), labels(ignore=None)
-    check_left(f, *args, reason=Reason.LOG_PROBS_ESCAPE, fact="of all classes [10x11] is returned")
+    check_left(f, *args, reason=Reason.LOGITS_ESCAPE, fact="of all classes [10x11] is returned")
 
 
 def test_log_probabilities_used_elementwise():
@@ -153,7 +153,7 @@ def test_log_probabilities_used_elementwise():
         return loss + torch.relu(logp + 2).sum()
 
     fact = "is also used by relu at test_near_misses.py:"
-    check_left(f, logits(), labels(), reason=Reason.LOG_PROBS_ESCAPE, fact=fact)
+    check_left(f, logits(), labels(), reason=Reason.LOGITS_ESCAPE, fact=fact)
 
 
 def test_only_log_probabilities():

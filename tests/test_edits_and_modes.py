@@ -1,0 +1,203 @@
+"""In-place edits seen through aliases, and modes that switch inside the graph: numbers are always eager's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compile_without_codegen, misses, sites
+from torch import Tensor
+
+import inductor_ce
+
+N, V = 6, 16
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(N, V, requires_grad=True), torch.arange(N), torch.rand(N)
+
+
+def run(f: Callable[..., Any], z: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
+    """Results of f and the gradient of their sum, if they have one."""
+    outputs = f(z, y.clone(), w)
+    outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+    wanted = [o.sum() for o in outputs if o.requires_grad]
+    return outputs + ([*torch.autograd.grad(sum(wanted), z)] if wanted else [])
+
+
+def check(f: Callable[..., Any], n_sites: int | None = None) -> None:
+    args = inputs()
+    compiled, _ = compile_without_codegen(f)
+    actual, expected = run(compiled, *args), run(f, *args)
+    assert [a.requires_grad for a in actual] == [e.requires_grad for e in expected]
+    torch.testing.assert_close(actual, expected)
+    assert n_sites is None or sites() == n_sites
+
+
+# A row value and a view of it, one of them edited for the other to see
+
+
+def edited_flat_view(z, y, w):
+    lp = z.log_softmax(-1).gather(-1, y[:, None])
+    flat = lp.view(-1)
+    flat *= w
+    return -lp.mean()
+
+
+def edited_squeeze(z, y, w):
+    p = z.log_softmax(-1).gather(-1, y[:, None])
+    n = p.squeeze(-1)
+    n.mul_(2)
+    return p.sum()
+
+
+def edited_base_of_unsqueeze(z, y, w):
+    nll = F.cross_entropy(z, y, reduction="none")
+    column = nll.unsqueeze(0)
+    nll.mul_(3)
+    return column.sum()
+
+
+def edited_result(z, y, w):
+    nll = F.cross_entropy(z, y, reduction="none")
+    nll *= w
+    return nll.sum()
+
+
+@pytest.mark.parametrize(
+    "f", [edited_flat_view, edited_squeeze, edited_base_of_unsqueeze, edited_result], ids=lambda f: f.__name__
+)
+def test_edit_of_a_row_value_is_seen_by_its_views(f: Callable[..., Tensor]):
+    check(f)
+
+
+# The backward of a loss reads logits and labels after it
+
+
+def test_logits_edited_after_the_loss():
+    def f(z, y, w):
+        x = z * 1
+        first = F.cross_entropy(x, y)
+        x.mul_(2)
+        return first + F.cross_entropy(x, y)
+
+    check(f, n_sites=1)
+    assert misses() == 1
+
+
+def test_logits_edited_after_the_loss_without_a_gradient():
+    def f(z, y, w):
+        x = z.detach() * 1
+        first = F.cross_entropy(x, y)
+        x.mul_(2)
+        return first + F.cross_entropy(x, y)
+
+    check(f, n_sites=2)
+
+
+def test_labels_edited_after_the_loss():
+    """Refused as eager refuses it, since the backward reads them."""
+
+    def f(z, y, w):
+        loss = F.cross_entropy(z, y)
+        y.fill_(0)
+        return loss
+
+    args = inputs()
+    compiled, _ = compile_without_codegen(f)
+    for g in (f, compiled):
+        with pytest.raises(Exception, match="modified by an inplace operation"):
+            run(g, *args)
+
+
+# Modes
+
+
+def metric_in_inference_mode(z, y, w):
+    with torch.inference_mode():
+        metric = F.cross_entropy(z, y).clone()
+    return metric, F.cross_entropy(z, y)
+
+
+def metric_without_grad(z, y, w):
+    with torch.no_grad():
+        metric = F.cross_entropy(z, y)
+    return metric, F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("f", [metric_in_inference_mode, metric_without_grad], ids=lambda f: f.__name__)
+def test_metric_beside_the_loss(f: Callable[..., Any]):
+    z, y, w = inputs()
+    compiled, _ = compile_without_codegen(f)
+    metric, loss = compiled(z, y, w)
+    assert (metric.requires_grad, loss.requires_grad) == (False, True)
+    torch.testing.assert_close(metric, f(z, y, w)[0])
+    torch.testing.assert_close(torch.autograd.grad(loss, z), torch.autograd.grad(F.cross_entropy(z, y), z))
+
+
+def test_gradients_switched_on_inside():
+    def f(z, y, w):
+        metric = F.cross_entropy(z, y)
+        with torch.enable_grad():
+            return metric, F.cross_entropy(z, y)
+
+    z, y, w = inputs()
+    compiled, _ = compile_without_codegen(f)
+    with torch.no_grad():
+        metric, loss = compiled(z, y, w)
+    assert (metric.requires_grad, loss.requires_grad) == (False, True)
+
+
+# Bits are not numbers, and sizes that must stay free
+
+
+def test_view_as_another_dtype():
+    def f(z, y, w):
+        return F.cross_entropy(z.half().view(torch.bfloat16).float(), y, reduction="none")
+
+    z, y, w = inputs()
+    compiled, _ = compile_without_codegen(f)
+    torch.testing.assert_close(compiled(z, y, w), f(z, y, w), equal_nan=True)
+
+
+def test_small_vocabulary_is_not_specialised():
+    def f(z, y):
+        return -z.log_softmax(-1).gather(-1, y[:, None]).mean()
+
+    compiled, graphs = compile_without_codegen(f, dynamic=True, min_vocab=1000)
+    for v in (50, 60, 70, 80):
+        compiled(torch.randn(N, v), torch.arange(N))
+    assert len(graphs.final) == 1
+
+
+def test_vocabulary_that_is_marked_dynamic():
+    def f(z, y):
+        return F.cross_entropy(z, y)
+
+    z, y = torch.randn(N, V), torch.arange(N)
+    torch._dynamo.mark_dynamic(z, 1)
+    compiled, _ = compile_without_codegen(f)
+    torch.testing.assert_close(compiled(z, y), f(z, y))
+    assert (sites(), misses()) == (0, 1)
+
+
+def test_logarithm_of_a_negative_probability():
+    def f(z, y, w):
+        return torch.log(-z.softmax(-1)).gather(-1, y[:, None]).sum()
+
+    z, y, w = inputs()
+    compiled, _ = compile_without_codegen(f)
+    assert compiled(z, y, w).isnan()
+
+
+def test_explaining_often_spoils_nothing():
+    def f(z, y, w):
+        return F.cross_entropy(z, y)
+
+    args = inputs()
+    inductor_ce.install(min_vocab=2)
+    assert [len(inductor_ce.explain(f, *args).sites) for _ in range(20)] == [1] * 20
+    compiled, _ = compile_without_codegen(f)
+    compiled(*args)
+    assert sites() == 1
