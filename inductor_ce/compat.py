@@ -52,8 +52,8 @@ __all__ = [
     "inductor_config",
     "is_buffer",
     "is_function_transform",
+    "is_higher_order",
     "is_kept_dynamic",
-    "is_mutating_higher_order",
     "is_plain_tensor",
     "list_mode_options",
     "list_options",
@@ -276,9 +276,9 @@ autocast_switches = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast
 OpOverload = torch._ops.OpOverload
 
 
-def is_mutating_higher_order(target: Any) -> bool:
-    """Whether a node is a higher-order operator that writes to its arguments, as a Triton kernel may."""
-    return isinstance(target, torch._ops.HigherOrderOperator) and "mutation" in target.name()
+def is_higher_order(target: Any) -> bool:
+    """Whether a node calls an operator that is given graphs, or a user's Triton kernel."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
 
 
 def is_kept_dynamic(size: torch.SymInt) -> bool:
@@ -288,7 +288,8 @@ def is_kept_dynamic(size: torch.SymInt) -> bool:
         return False
     symbols = size.node.shape_env.source_to_var
     return any(
-        constraint is not None and symbols.get(f"{_source_name(symbolic)}.size()[{dim}]") == size.node.expr
+        not getattr(constraint, "warn_only", True)
+        and symbols.get(f"{_source_name(symbolic)}.size()[{dim}]") == size.node.expr
         for symbolic in context.tensor_to_context.values()
         for dim, constraint in enumerate(getattr(symbolic, "constraint_sizes", None) or ())
     )

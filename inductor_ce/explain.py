@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -35,7 +36,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for module in gm.modules():
             if isinstance(module, GraphModule):
-                found = fuse_losses(_copy(module.graph), options)
+                found = fuse_losses(_copy(module), options)
                 report.sites += found.sites
                 report.misses += found.misses
         return gm.forward
@@ -46,16 +47,20 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _apart(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` called from code of its own: what Dynamo keeps for a piece of code is kept for this one."""
+    """`f` called from code of its own, by a name of its own: by these Dynamo keeps what it has compiled
+    and which sizes it has seen change."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         return f(*args, **kwargs)
 
-    run.__code__ = run.__code__.replace()
+    run.__code__ = run.__code__.replace(co_name=f"explain_{next(_calls)}")
     return run
 
 
-def _copy(graph: Graph) -> Graph:
-    copy = Graph()
-    copy.output(copy.graph_copy(graph, {}))
+_calls = itertools.count()
+
+
+def _copy(module: GraphModule) -> Graph:
+    copy = Graph(owning_module=module)
+    copy.output(copy.graph_copy(module.graph, {}))
     return copy

@@ -10,7 +10,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from . import algebra
+from . import algebra, spellings
 from .compat import is_function_transform, is_kept_dynamic, is_plain_tensor
 from .config import Options
 from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
@@ -255,8 +255,10 @@ def _tell_unread(reading: Reading, groups: list[Group], options: Options) -> Non
     """Tell of log-probabilities over a vocabulary that end in something the algebra does not have."""
     needed = _needed(reading, {n for g in groups for n in g.nodes})
     for node, value in reading.values.items():
-        if node not in needed or isinstance(value, LossValue) or not _normalises(node):
+        if node not in needed or isinstance(value, LossValue) or not _normalises(reading, node):
             continue
+        if isinstance(value, RowValue) and value.logits in {g.logits for g in groups}:
+            continue  # the statistic of a loss that is fused, needed for something else as well
         if value.logits.node in reading.values:  # rows of another loss, over which the user normalises
             continue
         size = hint(shape_of(value.logits.node)[value.logits.axis])
@@ -264,8 +266,17 @@ def _tell_unread(reading: Reading, groups: list[Group], options: Options) -> Non
             reading.miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node))
 
 
-def _normalises(node: Node) -> bool:
-    return _name(node) in ("log_softmax", "logsumexp")
+def _normalises(reading: Reading, node: Node) -> bool:
+    """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
+    step = _step(node)
+    if step == "softmax":
+        return any(_step(user) == "log" for user in _readers(reading, node))
+    return step in ("log_softmax", "logsumexp", "log")
+
+
+def _step(node: Node) -> str | None:
+    spelled = spellings.read(node)
+    return None if spelled is None else spelled[0]
 
 
 def _readers(reading: Reading, node: Node) -> Iterator[Node]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Node
 
 from . import algebra
@@ -42,13 +43,17 @@ class Label:
 
 @dataclass(frozen=True)
 class VocabValue:
-    """A node whose `axis` is the vocabulary of `logits`, made by way of the nodes `wide` of that size."""
+    """A node whose `axis` is the vocabulary of `logits`, made by way of the nodes `wide` of that size.
+
+    `rounded` is the dtype that it was rounded to on the way. Picking is all that may follow then.
+    """
 
     logits: Logits
     steps: tuple[Step, ...]
     axis: int
     expr: algebra.Vocab
     wide: frozenset[Node] = frozenset()
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ class RowValue:
     kept: int | None
     expr: sympy.Expr
     wide: frozenset[Node] = frozenset()
+    rounded: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,9 @@ class Reading:
     def miss(self, node: Node, reason: Reason, fact: str) -> None:
         """Tell why the loss at `node` is left as it was."""
         self.refused.add(node)
-        self.misses.append(make_miss(node, reason, fact))
+        miss = make_miss(node, reason, fact)
+        if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
+            self.misses.append(miss)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,16 @@ from dataclasses import replace
 from typing import Any, TypeGuard
 
 import sympy
+import torch
 from torch.fx import Graph, Node
 
 from . import algebra, spellings
 from .reading import LossValue, Masked, Place, Reading, RowValue, Value, VocabValue, is_shift
 from .rows import index_per_dimension, row_shape, same_shape, shape_of
+from .shield import attempt
 from .sites import Reason
 from .timeline import Timeline, tensor_of
-from .views import step_back
+from .views import HALF, cast_keeps, step_back, viewed
 
 Number = int | float
 
@@ -38,7 +40,9 @@ def recognise(graph: Graph) -> Reading:
         if spelled is None:
             continue
         step, args = spelled
-        value = _STEPS[step](Place(reading, node), args) if step in _STEPS else None
+        if step not in _STEPS:
+            continue
+        value, _ = attempt("a step is not read", _STEPS[step], Place(reading, node), args)
         if value is not None:
             reading.values[node] = value
     return reading
@@ -52,7 +56,7 @@ def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Call
 
     def step(place: Place, args: dict[str, Any]) -> Value | None:
         value = place.vocab(args.get("input"), _one_dim(args.get("dim")))
-        if value is None:
+        if value is None or value.rounded or not _dtype_keeps(args):
             return None
         expr = function(value.expr)
         return None if expr is None else _wider(place.node, value, expr)
@@ -68,7 +72,7 @@ def _over_vocab(
 
     def step(place: Place, args: dict[str, Any]) -> Value | None:
         value = place.vocab(see_through(place, args.get("input")), _one_dim(args.get("dim")))
-        if value is None or tensor_of(place.node) is None:
+        if value is None or value.rounded or tensor_of(place.node) is None or not _dtype_keeps(args):
             return None
         expr = function(value.expr)
         kept = value.axis if args.get("keepdim") else None
@@ -95,6 +99,12 @@ def _one_dim(dim: Any) -> Any:
     return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
 
 
+def _dtype_keeps(args: dict[str, Any]) -> bool:
+    """Whether the argument `dtype=` casts the operand without loss, if it is given."""
+    example, dtype = tensor_of(args.get("input")), args.get("dtype")
+    return dtype is None or example is None or cast_keeps(example.dtype, dtype)
+
+
 def _wider(node: Node, value: VocabValue, expr: algebra.Vocab) -> VocabValue:
     return replace(value, expr=expr, wide=value.wide | {node})
 
@@ -110,7 +120,9 @@ def _gather(place: Place, args: dict[str, Any]) -> Value | None:
         return None
     y = place.label(value.logits, value.steps, index, kept=value.axis)
     expr = algebra.at(value.expr, y)
-    return None if expr is None else RowValue(value.logits, value.steps, value.axis, expr, value.wide)
+    if expr is None:
+        return None
+    return RowValue(value.logits, value.steps, value.axis, expr, value.wide, value.rounded)
 
 
 def _is_labels(node: Any) -> TypeGuard[Node]:
@@ -137,7 +149,8 @@ def _cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
 
 
 def _nll_loss(place: Place, args: dict[str, Any]) -> Value | None:
-    if not isinstance(place.known(args.get("input")), VocabValue):
+    known = place.known(args.get("input"))
+    if not isinstance(known, VocabValue) or known.rounded:
         return None
     value = _class_axis(place, args)
     if value is None or not _losses_arguments(place, args):
@@ -193,13 +206,13 @@ def _unary(
 ) -> Callable[..., Value | None]:
     def step(place: Place, args: dict[str, Any]) -> Value | None:
         value = place.known(args.get("input"))
+        if isinstance(value, LossValue) or value is None or value.rounded:
+            return None
         if isinstance(value, RowValue):
             row = on_row(value.expr)
             return None if row is None else replace(value, expr=row)
-        if isinstance(value, VocabValue):
-            vocab = on_vocab(value.expr)
-            return None if vocab is None else _wider(place.node, value, vocab)
-        return None
+        vocab = on_vocab(value.expr)
+        return None if vocab is None else _wider(place.node, value, vocab)
 
     return step
 
@@ -248,6 +261,8 @@ def _same_rows(place: Place, left: Any, right: Any) -> list[Operand] | None:
             operands.append(place.vocab(arg, axis))
     found = [v for v in operands if v is not None]
     values = [v for v in found if not isinstance(v, Number)]
+    if any(v.rounded for v in values):
+        return None
     return found if len(found) == 2 and values and _agree(place, values) else None
 
 
@@ -286,7 +301,11 @@ def _over(a: Any, b: Any) -> Any:
 def _view(place: Place, args: dict[str, Any]) -> Value | None:
     source = args.get("input")
     value = place.known(source)
-    if not isinstance(source, Node) or tensor_of(place.node) is None:
+    if value is None or not isinstance(source, Node):
+        return None
+    if isinstance(value, VocabValue) and _is_rounding(place.node, source):
+        return replace(value, rounded=tensor_of(place.node).dtype, wide=value.wide | {place.node})  # type: ignore
+    if viewed(place.node) is not source:
         return None
     if isinstance(value, RowValue):
         return None if place.is_edited_view(source) else _view_of_rows(place.node, source, value)
@@ -300,11 +319,17 @@ def _view(place: Place, args: dict[str, Any]) -> Value | None:
     return None
 
 
+def _is_rounding(node: Node, source: Node) -> bool:
+    """Whether log-probabilities are cast down before they are picked, to be picked as they were rounded."""
+    a, b = tensor_of(source), tensor_of(node)
+    if a is None or b is None or a.device != b.device or spellings.read(node)[0] != "same":  # type: ignore[index]
+        return False
+    return a.dtype == torch.float32 and b.dtype in HALF
+
+
 def _view_of_rows(node: Node, source: Node, value: RowValue) -> RowValue | None:
     """Casts, and views that only drop or add the axis where the vocabulary was."""
     rows, result = row_shape(source, value.kept), shape_of(node)
-    if not tensor_of(node).is_floating_point():  # type: ignore[union-attr]
-        return None
     if same_shape(rows, result):
         return replace(value, kept=None)
     for axis in reversed(range(len(result))):

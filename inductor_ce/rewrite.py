@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from typing import Any
 
 import sympy
@@ -18,6 +17,9 @@ from .reading import Label, LossValue, Masked, Reading, RowValue
 from .rows import Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
 from .timeline import Timeline, tensor_of, written_by
 from .views import viewed
+
+# Integers up to here are exact in float64, and small enough for any scalar argument.
+EXACT = 2**53
 
 # The label of rows that a slice cut off. Any column will do: nothing is made of what is picked there.
 ANY_LABEL = 0
@@ -100,11 +102,7 @@ class _Statistics:
         rows = build(torch.unbind, packed, 0)
         self._row = [build(operator.getitem, rows, k) for k in range(which.count(",") + 1)]
         self._picked = {y: self._row[2 + j] for j, y in enumerate(picked)}
-        self._checked: dict[sympy.Symbol, Node] = {}
-        self._ignored: dict[sympy.Symbol, set[int]] = defaultdict(set)
-        for value in map(reading.values.get, group.nodes):
-            if isinstance(value, LossValue) and not 0 <= value.masked.ignore_index < group.vocab_size:
-                self._ignored[value.masked.y].add(value.masked.ignore_index)
+        self._checked: dict[tuple[sympy.Symbol, int | None], Node] = {}
         self._known: dict[sympy.Expr, Node] = {algebra.MAX: self._row[0], algebra.SUM_SHIFTED: self._row[-1]}
 
     def __getitem__(self, symbol: sympy.Expr) -> Node:
@@ -121,17 +119,17 @@ class _Statistics:
             return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, self._row[1]))
         return build(torch.sub, self._picked[symbol.args[0]], m)
 
-    def checked(self, y: sympy.Symbol) -> Node:
+    def checked(self, y: sympy.Symbol, ignored: int | None) -> Node:
         """1, but NaN for a label that is neither in [0, V) nor ignored: nothing plausible is made of it."""
-        if y not in self._checked:
+        if (y, ignored) not in self._checked:
             build, label = self.build, self.labels[y]
             known = build(
                 torch.logical_and, build(torch.ge, label, 0), build(torch.lt, label, self.vocab_size)
             )
-            for ignored in sorted(self._ignored[y]):
+            if ignored is not None:
                 known = build(torch.logical_or, known, build(torch.eq, label, ignored))
-            self._checked[y] = build(torch.where, known, 1.0, torch.nan)
-        return self._checked[y]
+            self._checked[y, ignored] = build(torch.where, known, 1.0, torch.nan)
+        return self._checked[y, ignored]
 
 
 def _flat_logits(build: Builder, timeline: Timeline, group: Group) -> Node:
@@ -179,6 +177,8 @@ def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
 def _elementwise_source(node: Node) -> Node | None:
     spelled = spellings.read(node)
     if spelled is None or spelled[0] not in spellings.ELEMENTWISE or len(node.all_input_nodes) != 1:
+        return None
+    if any(isinstance(a, torch.memory_format) for a in (*node.args, *node.kwargs.values())):
         return None
     source = node.all_input_nodes[0]
     a, b = tensor_of(source), tensor_of(node)
@@ -263,15 +263,19 @@ def _size(build: Builder, node: Node, dim: int) -> int | Node:
 
 def _result(build: Builder, stats: _Statistics, node: Node, value: Any) -> Node:
     flat = _Emitter(build, stats).row(value.expr)
+    ignored = value.masked.ignore_index if isinstance(value, LossValue) else None
     for y in algebra.labels_of(value.expr):
-        flat = build(torch.mul, flat, stats.checked(y))
+        flat = build(torch.mul, flat, stats.checked(y, ignored))
     result = _arranged(build, flat, stats.logits.node, stats.logits.axis, value.steps)
     if isinstance(value, LossValue):
         result = _reduced(build, result, stats.named[value.masked.y], value.masked)
     elif isinstance(value, RowValue) and value.kept is not None:
         result = build("unsqueeze", result, value.kept)
-    dtype = tensor_of(node).dtype  # type: ignore[union-attr]
-    return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
+    rounded = value.rounded if isinstance(value, RowValue) else None
+    for dtype in (rounded, tensor_of(node).dtype):  # type: ignore[union-attr]
+        if dtype is not None and tensor_of(result).dtype != dtype:  # type: ignore[union-attr]
+            result = build("to", result, dtype)
+    return result
 
 
 def _reduced(build: Builder, per_row: Node, label: Node, masked: Masked) -> Node:
@@ -294,12 +298,13 @@ class _Emitter:
 
     def row(self, expr: sympy.Expr) -> Node:
         value = self._emit(algebra.shifted(expr).subs(algebra.V, self.stats.vocab_size))
-        assert isinstance(value, Node), f"{expr} reads no statistic"
-        return value
+        return (
+            value if isinstance(value, Node) else self.build(torch.full_like, self.stats[algebra.MAX], value)
+        )
 
     def _emit(self, expr: sympy.Expr) -> Any:
         if expr.is_number:
-            return int(expr) if expr.is_Integer else float(expr)
+            return int(expr) if expr.is_Integer and abs(expr) < EXACT else float(expr)
         if expr.is_Add:
             return self._folded(expr.args, self._add)
         if expr.is_Mul:

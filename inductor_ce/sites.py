@@ -70,13 +70,13 @@ class Miss:
 
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
-_TORCH = os.path.dirname(torch.__file__) + os.sep
+_NOT_THE_USERS = tuple(os.path.dirname(f) + os.sep for f in (torch.__file__, __file__))
 
 
 def user_line(node: Node) -> tuple[str, str]:
-    """("file.py:41", the text of that line): the innermost frame outside torch that made `node`."""
+    """("file.py:41", the text of that line): the innermost frame outside torch and us that made `node`."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    outside = [f for f in frames if not f[0].startswith(_TORCH)] or frames
+    outside = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
     if not outside:
         return "<unknown>:0", ""
     file, line = outside[-1]

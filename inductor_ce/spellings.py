@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 _REQUIRED = inspect.Parameter.empty
-_ALIASES = {"axis": "dim", "keepdims": "keepdim", "self": "input", "x": "input"}
+_ALIASES = {
+    "axis": "dim",
+    "axis0": "dim0",
+    "axis1": "dim1",
+    "keepdims": "keepdim",
+    "self": "input",
+    "x": "input",
+}
 
 
 @dataclass(frozen=True)

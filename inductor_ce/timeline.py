@@ -20,7 +20,7 @@ from .compat import (
     autocast_switches,
     enter_inference_mode,
     exit_inference_mode,
-    is_mutating_higher_order,
+    is_higher_order,
     set_grad_enabled,
 )
 
@@ -55,8 +55,8 @@ def written_by(node: Node) -> Iterator[Node]:
     elif node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
         name = getattr(node.target, "__name__", "")
-        if is_mutating_higher_order(node.target):
-            yield from node.all_input_nodes
+        if is_higher_order(node.target):
+            yield from node.all_input_nodes if _writes_inside(node) else ()
         elif schema is not None:
             yield from _written_by_schema(node, schema)
         elif node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
@@ -64,6 +64,16 @@ def written_by(node: Node) -> Iterator[Node]:
         elif _asked_inplace(node):
             yield from _nodes(node.args[:1] or tuple(node.kwargs.values())[:1])
     yield from _nodes((node.kwargs.get("out"),))
+
+
+def _writes_inside(node: Node) -> bool:
+    """Whether a higher-order operator writes: its name says so, or a graph that it is given does."""
+    bodies = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    if not bodies:
+        return "mutation" in str(node.target)
+    modules = dict(node.graph.owning_module.named_modules()) if node.graph.owning_module else {}
+    graphs = [getattr(modules.get(str(body.target)), "graph", None) for body in bodies]
+    return any(graph is None or any(any(written_by(n)) for n in graph.nodes) for graph in graphs)
 
 
 def _nodes(args: tuple[object, ...]) -> Iterator[Node]:

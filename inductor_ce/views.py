@@ -23,6 +23,8 @@ from .rows import (
 )
 from .timeline import tensor_of
 
+HALF = (torch.float16, torch.bfloat16)
+
 # (the vocabulary's axis in the source, what happened to the rows since)
 Back = tuple[int, tuple[Step, ...]]
 
@@ -52,13 +54,13 @@ def viewed(node: Node) -> Node | None:
         return None  # x.view(dtype) reads the same bits as something else
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
-    return source if _cast_keeps(b.dtype, a.dtype) else None
+    return source if cast_keeps(b.dtype, a.dtype) else None
 
 
-def _cast_keeps(source: torch.dtype, result: torch.dtype) -> bool:
-    """Statistics are taken in one precision whatever float is read; integers must not be narrowed."""
-    if source.is_floating_point and result.is_floating_point:
-        return (source == torch.float64) == (result == torch.float64)
+def cast_keeps(source: torch.dtype, result: torch.dtype) -> bool:
+    """Whether a cast loses nothing, and statistics are taken in the same precision before it and after."""
+    if source.is_floating_point:
+        return source == result or (source in HALF and result == torch.float32)
     integers = not any(d.is_floating_point or d.is_complex or d == torch.bool for d in (source, result))
     return source == result or (integers and source.itemsize < result.itemsize)
 

@@ -201,3 +201,137 @@ def test_explaining_often_spoils_nothing():
     compiled, _ = compile_without_codegen(f)
     compiled(*args)
     assert sites() == 1
+
+
+# What a step loses must not be lost sight of
+
+
+def checkpointed_edit(z, y, w):
+    def body(x):
+        x.mul_(2)
+        return x.sum()
+
+    x = z.detach() * 1
+    lse = x.logsumexp(-1)
+    s = torch.utils.checkpoint.checkpoint(body, x, use_reentrant=False)
+    return lse - x.gather(-1, y[:, None]).squeeze(-1) + s * 0
+
+
+def integer_log_probs(z, y, w):
+    return z.log_softmax(-1).int().float().gather(-1, y[:, None]).sum()
+
+
+def quantised_logits(z, y, w):
+    return F.cross_entropy(z.to(torch.float8_e4m3fn).float(), y)
+
+
+def halved_logits(z, y, w):
+    return F.cross_entropy((z * 1e5).half().float(), y, reduction="none")
+
+
+def rounded_log_probs(z, y, w):
+    return z.log_softmax(-1).bfloat16().gather(-1, y[:, None]).float().squeeze(-1)
+
+
+def rounded_rows(z, y, w):
+    return z.log_softmax(-1).gather(-1, y[:, None]).half().float() * 3
+
+
+def double_log_softmax(z, y, w):
+    return F.log_softmax(100 * z, -1, dtype=torch.float64).gather(-1, y[:, None]).sum()
+
+
+def sum_of_probabilities(z, y, w):
+    return F.cross_entropy(z, y), z.softmax(-1).sum(-1)
+
+
+def switched_off(z, y, w):
+    return (z.log_softmax(-1).gather(-1, y[:, None]) * 0.0).sum() + F.cross_entropy(z, y)
+
+
+def large_coefficient(z, y, w):
+    return (z.logsumexp(-1) - z.gather(-1, y[:, None]).squeeze(-1)) * 1e20
+
+
+def numpy_axes(z, y, w):
+    return F.cross_entropy(z.view(2, 3, V).swapaxes(axis0=1, axis1=2), y.view(2, 3))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        checkpointed_edit,
+        integer_log_probs,
+        quantised_logits,
+        halved_logits,
+        rounded_log_probs,
+        rounded_rows,
+        double_log_softmax,
+        sum_of_probabilities,
+        switched_off,
+        large_coefficient,
+        numpy_axes,
+    ],
+    ids=lambda f: f.__name__,
+)
+def test_numbers_are_eagers(f: Callable[..., Any]):
+    z, y, w = inputs()
+    compiled, _ = compile_without_codegen(f)
+    actual, expected = compiled(z, y, w), f(z, y, w)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
+
+
+def test_rounded_log_probs_are_read():
+    check(rounded_log_probs, n_sites=1)
+
+
+def test_image_logits_in_channels_last():
+    def f(z, y):
+        return F.cross_entropy(z.contiguous(memory_format=torch.channels_last) / 2, y)
+
+    z, y = torch.randn(2, V, 3, 4, requires_grad=True), torch.randint(0, V, (2, 3, 4))
+    compiled, _ = compile_without_codegen(f)
+    torch.testing.assert_close(compiled(z, y), f(z, y))
+    assert sites() == 1
+
+
+def test_device_of_the_result():
+    def f(z, y):
+        return z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1).to("meta")
+
+    compiled, _ = compile_without_codegen(f)
+    assert compiled(torch.randn(N, V), torch.arange(N)).device.type == "meta"
+
+
+@pytest.mark.parametrize("other", ["ignored otherwise", "gathered"])
+def test_label_that_one_of_two_losses_does_not_know(other: str):
+    """Ignored by one loss, impossible in the other: never a plausible number."""
+
+    def f(z, y):
+        loss = F.cross_entropy(z, y, ignore_index=-1)
+        if other == "gathered":
+            return loss - z.log_softmax(-1).gather(-1, y[:, None]).mean()
+        return loss + F.cross_entropy(z, y, ignore_index=-100)
+
+    y = torch.arange(N)
+    y[2] = -1
+    compiled, _ = compile_without_codegen(f)
+    assert compiled(torch.randn(N, V), y).isnan()
+
+
+def test_logarithm_of_probabilities_is_told():
+    def f(z, y):
+        return -(z.softmax(-1) + 1e-9).log().gather(-1, y[:, None]).mean()
+
+    compiled, _ = compile_without_codegen(f)
+    compiled(torch.randn(N, V), torch.arange(N))
+    assert (sites(), misses()) == (0, 1)
+
+
+def test_vocabulary_that_changed():
+    """Dynamo guesses that it is dynamic; nobody insists on it, and it is specialised."""
+    compiled, _ = compile_without_codegen(lambda z, y: F.cross_entropy(z, y))
+    for v in (10, 11):
+        z, y = torch.randn(N, v), torch.arange(N)
+        torch.testing.assert_close(compiled(z, y), F.cross_entropy(z, y))
+    assert (sites(), misses()) == (2, 0)

@@ -126,7 +126,7 @@ STEPS: dict[str, tuple[Callable[[Tensor], Tensor], int, Any]] = {
     "slice that leaves little": (lambda x: x[:, :1], 2, None),
     "slice of the vocabulary": (lambda x: x[..., :-1], 2, None),
     "copy": (lambda x: x.clone(), 2, (2, ())),
-    "cast": (lambda x: x.bfloat16(), 2, (2, ())),
+    "cast that rounds": (lambda x: x.bfloat16(), 2, None),
     "cast to other statistics": (lambda x: x.double(), 2, None),
     "cast to integers": (lambda x: x.to(torch.int32), 2, None),
     "reshape that splits the vocabulary": (lambda x: x.view(B, -1), 1, None),
