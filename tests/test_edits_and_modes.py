@@ -10,6 +10,7 @@ from harness import compile_without_codegen, misses, sites
 from torch import Tensor
 
 import inductor_ce
+from inductor_ce import compat
 
 N, V = 6, 16
 
@@ -205,6 +206,8 @@ def test_explaining_often_spoils_nothing():
 
 # What a step loses must not be lost sight of
 
+rounds = pytest.mark.skipif(not compat.HAS_PASS_LISTS, reason="before 2.13 Inductor itself drops these casts")
+
 
 def checkpointed_edit(z, y, w):
     def body(x):
@@ -264,8 +267,8 @@ def numpy_axes(z, y, w):
         integer_log_probs,
         quantised_logits,
         halved_logits,
-        rounded_log_probs,
-        rounded_rows,
+        pytest.param(rounded_log_probs, marks=rounds),
+        pytest.param(rounded_rows, marks=rounds),
         double_log_softmax,
         sum_of_probabilities,
         switched_off,
@@ -281,6 +284,7 @@ def test_numbers_are_eagers(f: Callable[..., Any]):
     torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
+@rounds
 def test_rounded_log_probs_are_read():
     check(rounded_log_probs, n_sites=1)
 
