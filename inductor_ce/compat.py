@@ -69,7 +69,7 @@ __all__ = [
     "uncompiled",
 ]
 
-# --- lowering ---------------------------------------------------------------------------------------------
+# Lowering
 
 Node = Any  # an Inductor IR value: what lowerings take and return
 
@@ -160,7 +160,7 @@ def _buffer(value: Any) -> Any:
     return value
 
 
-# --- templates --------------------------------------------------------------------------------------------
+# Templates
 
 
 def template(name: str, source: str, grid: Callable[..., tuple[Any, Any, Any]]) -> TritonTemplate:
@@ -211,7 +211,7 @@ def choose(
     return ir.TensorBox(over)
 
 
-# --- passes -----------------------------------------------------------------------------------------------
+# Passes
 
 HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
 
@@ -266,7 +266,7 @@ def slot_value(passes: tuple[Any, ...]) -> Any:
     return list(passes) if HAS_PASS_LISTS else ChainedPass(passes)
 
 
-# --- graphs -----------------------------------------------------------------------------------------------
+# Graphs
 
 # The nodes by which a graph switches modes.
 set_grad_enabled = torch._C._set_grad_enabled

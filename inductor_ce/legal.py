@@ -59,7 +59,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     return groups
 
 
-# ---- what is a loss
+# What is a loss
 
 
 def _losses(reading: Reading) -> dict[Logits, list[Node]]:
@@ -101,7 +101,7 @@ def headline(reading: Reading, nodes: list[Node]) -> Node:
     return next((n for n in nodes if algebra.labels_of(row_expr(reading, n))), nodes[0])
 
 
-# ---- may it be replaced
+# May it be replaced
 
 
 def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
@@ -162,7 +162,7 @@ def _name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-# ---- where it may be placed
+# Where it may be placed
 
 
 def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]:
@@ -248,7 +248,7 @@ def _merge(reading: Reading, group: Group, other: Group) -> bool:
     return True
 
 
-# ---- what was seen and not read
+# What was seen and not read
 
 
 def _tell_unread(reading: Reading, groups: list[Group], options: Options) -> None:

@@ -48,7 +48,7 @@ def recognise(graph: Graph) -> Reading:
     return reading
 
 
-# ---- from logits to their log-probabilities and statistics
+# From logits to their log-probabilities and statistics
 
 
 def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Callable[..., Value | None]:
@@ -130,7 +130,7 @@ def _is_labels(node: Any) -> TypeGuard[Node]:
     return example is not None and not example.is_floating_point() and not example.is_complex()
 
 
-# ---- the losses of torch.nn.functional
+# The losses of torch.nn.functional
 
 
 def _cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
@@ -197,7 +197,7 @@ def _negative_log_likelihood(
     return LossValue(value.logits, value.steps, expr, masked, value.wide)
 
 
-# ---- arithmetic
+# Arithmetic
 
 
 def _unary(
@@ -295,7 +295,7 @@ def _over(a: Any, b: Any) -> Any:
     return _times(a, 1 / b) if isinstance(b, sympy.Expr) and b != 0 else None
 
 
-# ---- views, casts and copies of values
+# Views, casts and copies of values
 
 
 def _view(place: Place, args: dict[str, Any]) -> Value | None:

@@ -80,7 +80,7 @@ def sweep(graph: Graph, reading: Reading) -> None:
             graph.erase_node(node)
 
 
-# ---- statistics as nodes of size [N]
+# Statistics as nodes of size [N]
 
 
 class _Statistics:
@@ -258,7 +258,7 @@ def _size(build: Builder, node: Node, dim: int) -> int | Node:
     return build("size", node, dim) if number is None else number
 
 
-# ---- the values themselves
+# The values themselves
 
 
 def _result(build: Builder, stats: _Statistics, node: Node, value: Any) -> Node:

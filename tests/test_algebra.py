@@ -41,7 +41,7 @@ finite = st.floats(-1e4, 1e4)
 logit = finite | st.sampled_from([-INF, -INF, 0.0, 1e4, -1e4])
 row = st.lists(logit, min_size=1, max_size=12)
 
-# ---- the monoid
+# The monoid
 
 
 def block(values: list[float], offset: int, y: int) -> dict[str, float]:
@@ -144,7 +144,7 @@ def tensor_block(z: Tensor, y: Tensor, start: int, stop: int) -> dict[str, Tenso
     }
 
 
-# ---- values, evaluated on a row of numbers
+# Values, evaluated on a row of numbers
 
 
 def evaluate(value: sympy.Expr, z: Tensor, **labels: int) -> float:
@@ -231,7 +231,7 @@ def test_functions_that_reduce_it(value: Vocab, function: Any, meaning: Any) -> 
     assert evaluate(function(value), z, y=4) == pytest.approx(expected, rel=1e-12)
 
 
-# ---- normal forms
+# Normal forms
 
 
 def test_a_hand_written_logsumexp_is_lse() -> None:
@@ -293,7 +293,7 @@ def test_equal_values_compare_equal() -> None:
     assert hash(LOG_P + LSE) == hash(LOGITS)
 
 
-# ---- relative to the maximum
+# Relative to the maximum
 
 SHIFT_INVARIANT = {
     "loss": -algebra.at(LOG_P, Y),
@@ -345,7 +345,7 @@ def test_any_smoothing_cancels_exactly(e: float) -> None:
     assert not shifted(-total(smoothed(e) * LOG_P)).has(MAX)
 
 
-# ---- refusals
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -380,7 +380,7 @@ def test_what_cannot_be_written_is_none(refused: Any) -> None:
     assert refused is None
 
 
-# ---- as text
+# As text
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def assert_as_eager(f: Callable[..., Tensor], z: Tensor, *args: Any, fused: int 
     torch.testing.assert_close(ours.gradient, eager.gradient, equal_nan=True)
 
 
-# ---- 1
+# 1
 
 
 def leave_nan(*like: Tensor) -> None:
@@ -144,7 +144,7 @@ def test_trap_01_ignored_rows_are_written(
     assert sites() == 2  # with gradients, and without
 
 
-# ---- 2, 3
+# 2, 3
 
 UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
     "scaled": lambda loss: (loss * 0.37).sum(),
@@ -196,7 +196,7 @@ def test_trap_03_upstream_gradients_of_any_strides(transposed: bool, upstream: s
     torch.testing.assert_close(z.grad, expected)
 
 
-# ---- 4
+# 4
 
 
 def test_trap_04_the_reference_is_independent() -> None:
@@ -235,7 +235,7 @@ def test_trap_04_a_wrong_result_is_seen(what: str, dtype: torch.dtype) -> None:
         assert_fair(wrong, naive.gradient, exact.gradient)
 
 
-# ---- 5, 6
+# 5, 6
 
 
 def filled(z: Tensor, rows: slice, value: float, *but: int) -> Tensor:
@@ -307,7 +307,7 @@ def test_trap_06_padding_lanes_before_a_chain(v: int, chain: str, device: str) -
     assert_as_fair(ours, measure(loss, z, y), exact)
 
 
-# ---- 10
+# 10
 
 
 @pytest.mark.gpu
@@ -334,7 +334,7 @@ def test_trap_10_offsets_beyond_32_bits(n: int, smoothing: float) -> None:
         assert_as_fair(ours, measure(loss, *few), exactly(*few, Terms("none", smoothing=smoothing)))
 
 
-# ---- 12
+# 12
 
 A_PROCESS = """
 import json
@@ -385,7 +385,7 @@ def test_trap_12_explain_is_right_on_a_warm_machine(tmp_path: Path) -> None:
     assert warm["numbers"] == cold["numbers"]
 
 
-# ---- 13
+# 13
 
 SLOTS = ("pre_grad_custom_pass", "joint_custom_post_pass")
 
@@ -504,7 +504,7 @@ def test_trap_13_foreign_passes_that_come_later_are_kept(slot: str) -> None:
         assert getattr(inductor_config, slot) is foreign
 
 
-# ---- 14
+# 14
 
 
 def logits_returned(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
@@ -577,7 +577,7 @@ def test_trap_14_logits_that_are_a_leaf(f: Callable[[Tensor, Tensor], Tensor], d
     assert sites() == 1
 
 
-# ---- 16
+# 16
 
 REDUCTIONS = ["none", "mean", "sum"]
 
@@ -607,7 +607,7 @@ def test_trap_16_hardly_anything_gathered(n: int, f: Callable[[Tensor, Tensor], 
     assert_as_eager(lambda z, y: f(z, y).mean(), logits(n=n), labels(n=n))
 
 
-# ---- 17
+# 17
 
 
 def divided(z: Tensor, y: Tensor, num_items: int | Tensor) -> Tensor:
@@ -629,7 +629,7 @@ def test_trap_17_a_divisor_does_not_recompile(as_tensor: bool, device: str) -> N
     assert sites() == ours
 
 
-# ---- 18
+# 18
 
 
 @on_devices
@@ -652,7 +652,7 @@ def test_trap_18_the_first_call_equals_the_second(
     torch.testing.assert_close(first.gradient, measure(f, z, y).gradient)
 
 
-# ---- 19
+# 19
 
 
 @on_devices
@@ -674,7 +674,7 @@ def test_trap_19_operators_before_a_transpose_a_view_and_a_cast(device: str) -> 
         torch.testing.assert_close(ours, eager)
 
 
-# ---- 20
+# 20
 
 
 @on_devices
@@ -702,7 +702,7 @@ def test_trap_20_any_batch_and_length(device: str) -> None:
     assert sites() == counters["stats"]["unique_graphs"] == 1
 
 
-# ---- 21
+# 21
 
 
 @on_devices
@@ -728,7 +728,7 @@ def test_trap_21_zero_equals_absent(reduction: str, what: str, device: str) -> N
     assert not torch.equal(some.gradient, absent.gradient)
 
 
-# ---- 23
+# 23
 
 
 @on_devices
@@ -750,7 +750,7 @@ def test_trap_23_two_backwards(f: Callable[[Tensor, Tensor], Tensor], device: st
     assert sites() == 1
 
 
-# ---- 24
+# 24
 
 
 @pytest.mark.gpu
@@ -788,7 +788,7 @@ def test_trap_24_nothing_waits_for_the_gpu() -> None:
     torch.testing.assert_close(z.grad, eager.gradient, rtol=2e-2, atol=1e-6)
 
 
-# ---- 25
+# 25
 
 
 @on_devices
@@ -818,7 +818,7 @@ def test_trap_25_any_ignore_index(ignore_index: int, occurs: bool, reduction: st
     assert_as_fair(ours, measure(loss, z, y), exact)
 
 
-# ---- 26
+# 26
 
 
 @on_devices
@@ -848,7 +848,7 @@ def test_trap_26_a_label_out_of_range_is_not_averaged_away(reduction: str, devic
     assert sites() == 1
 
 
-# ---- 28
+# 28
 
 RAW = {
     "plain": lambda z: z,
