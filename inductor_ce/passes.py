@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .algebra import statistics_of
+from .algebra import render, statistics_of
 from .compat import CustomGraphPass, counters, get_hash_for_files
 from .config import Options
 from .errors import MissError
@@ -19,7 +19,7 @@ from .joint import recompute_chains
 from .legal import Group, headline, judge
 from .reading import LossValue, Reading
 from .recognise import recognise
-from .report import Report, form_of_loss, form_of_row, miss_line, site_line
+from .report import Report, form_of_loss, miss_line, site_line
 from .rewrite import rewrite, sweep
 from .rows import hint, shape_of
 from .shield import attempt
@@ -129,7 +129,7 @@ def _form(value: Any) -> str:
     if isinstance(value, LossValue):
         masked = value.masked
         return form_of_loss(value.expr, masked.y, masked.ignore_index, masked.reduction)
-    return form_of_row(value.expr)
+    return render(value.expr)
 
 
 def publish(report: Report, options: Options) -> None:

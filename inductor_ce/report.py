@@ -11,10 +11,6 @@ from . import algebra
 from .sites import Miss, Site
 
 
-def form_of_row(expr: sympy.Expr) -> str:
-    return algebra.render(expr)
-
-
 def form_of_loss(expr: sympy.Expr, y: sympy.Symbol, ignore_index: int, reduction: str) -> str:
     """For example `mean[y != -100](lse - pick(y))`; without `mean` or `sum` where nothing is reduced."""
     return f"{'' if reduction == 'none' else reduction}[{y} != {ignore_index}]({algebra.render(expr)})"
