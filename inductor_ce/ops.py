@@ -2,8 +2,8 @@
 
 All passes before this file emit these operators, all after it lower them.
 
-    row_stats(z [N, V], labels, which)                    -> [K, N]
-    row_grad (z, labels, m [N], coefficients [K, N], which) -> dz [N, V]
+    row_stats(z [N, V], labels, weights, which)                    -> [K, N]
+    row_grad (z, labels, weights, m [N], coefficients [K, N], which) -> dz [N, V]
 
 `which` names the K rows of the packed result, comma-separated, in this order:
 
@@ -12,18 +12,28 @@ All passes before this file emit these operators, all after it lower them.
     sumexp    d = sum_i exp(z_i - m)                    exp(z_i - m)
     pick      z_y, 0 where the label is outside [0, V)  [i = y]      one per label tensor
     sum       sum_i (z_i - m)                           1
+    sumexpz   t = sum_i (z_i - m) exp(z_i - m)          (1 + z_i - m) exp(z_i - m)
+    argmax    the first i with z_i = m                  0
 
-In a row of -inf, where m is -inf, differences are taken from 0 in place of m.
+and then, for each weight tensor q_j, [V] or [N, V], at least one of
+
+    dot:j     sum_i q_ji (z_i - m)                      q_ji
+    mass:j    sum_i q_ji                                0
+    expdot:j  sum_i q_ji exp(z_i - m)                   q_ji exp(z_i - m)
+
+In a row of -inf, where m is -inf, differences are taken from 0 in place of m. In `sumexpz` a logit of -inf
+counts 0, as the limit is. In `argmax`, which is held as a floating number, NaN is the largest.
 
 NOTE Why (max, sumexp) and not lse. lse = m + log d depends on m only through the shift, which cancels:
 holding m constant, d(lse)/d(z_i) = exp(z_i - m) / d = p_i, the exact derivative. So `max` carries no
 gradient, and a consumer must use it only in expressions that do not change with the shift (m + log d,
-z_y - m, V m + sum, ...). In return losses are computed from differences, as log d + (m - z_y), which
-do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
+z_y - m, V m + sum, m + t / d, ...). In return losses are computed from differences, as log d + (m - z_y),
+which do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
 split of V (`algebra.py`), and the gradient of a block needs nothing from the other blocks.
 
 Labels may be any integer dtype. A label outside [0, V) belongs to no column: this is what a shard of V
-needs, and what makes ignored rows free; callers that must refuse such labels do so themselves.
+needs, and what makes ignored rows free; callers that must refuse such labels do so themselves. Weights are
+constants: no gradient flows to them.
 """
 
 from __future__ import annotations
@@ -31,17 +41,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX, SUMEXP, PICK, SUM = "max", "sumexp", "pick", "sum"
+MAX, SUMEXP, PICK, SUM, SUMEXPZ, ARGMAX = "max", "sumexp", "pick", "sum", "sumexpz", "argmax"
+DOT, MASS, EXPDOT = "dot", "mass", "expdot"
+
+# From here on float32 does not hold every integer, and `argmax` not every column.
+MAX_COLUMNS = 2**24
 
 
-def parse(which: str, n_labels: int) -> list[str]:
+def weighed(row: str) -> tuple[str, int] | None:
+    """("dot", 1) for the row dot:1; None for a row without a weight tensor."""
+    name, colon, index = row.partition(":")
+    return (name, int(index)) if colon else None
+
+
+def parse(which: str, n_labels: int, n_weights: int = 0) -> list[str]:
     """The row names in `which`, checked. Raises ValueError for an unknown, misplaced or missing row."""
     rows = which.split(",")
-    expected = [MAX, SUMEXP] + [PICK] * n_labels + [SUM] * (SUM in rows)
+    expected = [MAX, SUMEXP] + [PICK] * n_labels + [row for row in (SUM, SUMEXPZ, ARGMAX) if row in rows]
+    for j in range(n_weights):
+        wanted = [row for name in (DOT, MASS, EXPDOT) if (row := f"{name}:{j}") in rows]
+        expected += wanted or [f"one of {DOT}:{j}, {MASS}:{j}, {EXPDOT}:{j}"]
     if rows != expected:
         raise ValueError(
-            f"which={which!r} with {n_labels} label tensor(s); expected "
-            f"'max,sumexp' + ',pick' per label tensor [+ ',sum']"
+            f"which={which!r} with {n_labels} label tensor(s) and {n_weights} weight tensor(s); expected "
+            f"'max,sumexp' + ',pick' per label tensor [+ ',sum'] [+ ',sumexpz'] [+ ',argmax'] "
+            f"+ some of ',dot:j' ',mass:j' ',expdot:j' per weight tensor j"
         )
     return rows
 
@@ -51,18 +75,29 @@ def stats_dtype(z: Tensor) -> torch.dtype:
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
-def _check(z: Tensor, labels: list[Tensor], which: str) -> list[str]:
+def _check(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> list[str]:
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
     for y in labels:
         if y.dim() != 1 or y.is_floating_point() or y.is_complex():
             raise ValueError(f"labels must be integers [N], got {y.dtype} {tuple(y.shape)}")
         torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
-    return parse(which, len(labels))
+    for q in weights:
+        if q.dim() not in (1, 2) or q.is_complex():
+            raise ValueError(f"weights must be real [V] or [N, V], got {q.dtype} {tuple(q.shape)}")
+        torch._check(q.shape[-1] == z.shape[1], lambda: "weights and z differ in V")
+        if q.dim() == 2:
+            torch._check(q.shape[0] == z.shape[0], lambda: "weights and z differ in N")
+    rows = parse(which, len(labels), len(weights))
+    if ARGMAX in rows and stats_dtype(z) == torch.float32:
+        torch._check(z.shape[1] <= MAX_COLUMNS, lambda: f"argmax over more than {MAX_COLUMNS} columns")
+    return rows
 
 
-def _check_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, which: str) -> list[str]:
-    rows = _check(z, labels, which)
+def _check_grad(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+) -> list[str]:
+    rows = _check(z, labels, weights, which)
     if m.dim() != 1 or coefficients.dim() != 2 or coefficients.shape[0] != len(rows):
         raise ValueError(
             f"m must be [N] and coefficients [{len(rows)}, N] for which={which!r}, "
@@ -86,14 +121,15 @@ def _shifted(z: Tensor, m: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("inductor_ce::row_stats", mutates_args=())
-def row_stats(z: Tensor, labels: list[Tensor], which: str) -> Tensor:
+def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
     """Row statistics of `z` over its last axis, packed.
 
-    As `torch.logsumexp` beside a gather and a sum, in one sweep.
+    As `torch.logsumexp` beside a gather and sums, in one sweep.
 
     Args:
         z: logits [N, V], any floating dtype; statistics are computed in float32 (float64 for float64).
         labels: integer tensors [N], one per `pick` row.
+        weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j`.
         which: the rows wanted, see the table above.
 
     Returns:
@@ -103,40 +139,49 @@ def row_stats(z: Tensor, labels: list[Tensor], which: str) -> Tensor:
     Raises:
         ValueError: wrong rank or dtype, unknown rows.
     """
-    rows = _check(z, labels, which)
+    rows = _check(z, labels, weights, which)
     n, v = z.shape
     x = z.to(stats_dtype(z))
-    if v == 0:
-        m = x.new_full((n,), -torch.inf)
-    else:
-        m = x.amax(-1)
+    m = x.amax(-1) if v else x.new_full((n,), -torch.inf)
     shifted = _shifted(x, m)
-    values = [m, shifted.exp().sum(-1)]
+    exp = shifted.exp()
+    values = [m, exp.sum(-1)]
     for y in labels:
         index, inside = _columns(y, v)
         picked = x.gather(-1, index.unsqueeze(-1)).squeeze(-1) if v else m
         values.append(torch.where(inside, picked, 0.0))
     if SUM in rows:
         values.append(shifted.sum(-1))
+    if SUMEXPZ in rows:
+        values.append(torch.where(shifted == -torch.inf, 0.0, shifted * exp).sum(-1))
+    if ARGMAX in rows:
+        values.append(x.argmax(-1).to(x.dtype) if v else torch.zeros_like(m))
+    for name, j in filter(None, map(weighed, rows)):
+        q = weights[j].to(x.dtype)
+        terms = {DOT: lambda q=q: q * shifted, MASS: lambda q=q: q.expand(n, v), EXPDOT: lambda q=q: q * exp}
+        values.append(terms[name]().sum(-1))
     return torch.stack(values)
 
 
 @row_stats.register_fake
-def _(z: Tensor, labels: list[Tensor], which: str) -> Tensor:
-    rows = _check(z, labels, which)
+def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
+    rows = _check(z, labels, weights, which)
     return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
-def row_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, which: str) -> Tensor:
+def row_grad(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+) -> Tensor:
     """The gradient of `row_stats` with respect to z.
 
-    dz_i = a exp(z_i - m) + sum_j b_j [i = y_j] + c, with a, b_j, c the rows of `coefficients` (the
-    gradients that reach `sumexp`, each `pick`, `sum`); its first row, for `max`, is not read.
+    dz_i = exp(z_i - m) (a + e (1 + z_i - m) + sum_j f_j q_ji) + sum_j b_j [i = y_j] + c + sum_j g_j q_ji,
+    with a, b_j, c, e, f_j, g_j the rows of `coefficients` (the gradients that reach `sumexp`, each `pick`,
+    `sum`, `sumexpz`, each `expdot`, each `dot`); those for `max`, `argmax` and `mass` are not read.
 
     Args:
         z: logits [N, V].
-        labels: as for `row_stats`.
+        labels, weights: as for `row_stats`.
         m: row maxima [N], the first row of the statistics.
         coefficients: [K, N], dtype of the statistics, any strides.
         which: as for `row_stats`.
@@ -144,34 +189,48 @@ def row_grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, w
     Returns:
         [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
     """
-    rows = _check_grad(z, labels, m, coefficients, which)
-    coefficient = dict(zip(rows, coefficients.unbind(0), strict=True))
+    rows = _check_grad(z, labels, weights, m, coefficients, which)
+    coefficient = {row: c.unsqueeze(-1) for row, c in zip(rows, coefficients.unbind(0), strict=True)}
     x = z.to(stats_dtype(z))
-    dz = coefficient[SUMEXP].unsqueeze(-1) * torch.exp(x - m.unsqueeze(-1))
+    gap = x - m.unsqueeze(-1)
+    exp = torch.exp(gap)
+    dz = coefficient[SUMEXP] * exp
     for j, y in enumerate(labels):
         index, inside = _columns(y, z.shape[1])
         b = torch.where(inside, coefficients[2 + j], 0.0)
         if z.shape[1]:
             dz = dz.scatter_add(-1, index.unsqueeze(-1), b.unsqueeze(-1))
     if SUM in rows:
-        dz = dz + coefficient[SUM].unsqueeze(-1)
+        dz = dz + coefficient[SUM]
+    if SUMEXPZ in rows:
+        dz = dz + coefficient[SUMEXPZ] * torch.where(gap == -torch.inf, 0.0, (1 + gap) * exp)
+    for row in rows:
+        name, j = weighed(row) or ("", 0)
+        if name in (DOT, EXPDOT):
+            term = coefficient[row] * weights[j].to(x.dtype)
+            dz = dz + (term if name == DOT else term * exp)
     return dz.to(z.dtype).contiguous()
 
 
 @row_grad.register_fake
-def _(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, which: str) -> Tensor:
-    _check_grad(z, labels, m, coefficients, which)
+def _(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+) -> Tensor:
+    _check_grad(z, labels, weights, m, coefficients, which)
     return z.new_empty(z.shape)
 
 
 def _save_for_grad(ctx, inputs, output) -> None:
-    z, labels, ctx.which = inputs
-    ctx.save_for_backward(z, output[0], *labels)
+    z, labels, weights, ctx.which = inputs
+    ctx.n_labels = len(labels)
+    ctx.save_for_backward(z, output[0], *labels, *weights)
 
 
 def _row_stats_backward(ctx, upstream: Tensor):
-    z, m, *labels = ctx.saved_tensors
-    return row_grad(z, labels, m, upstream, ctx.which), [None] * len(labels), None
+    z, m, *rest = ctx.saved_tensors
+    labels, weights = rest[: ctx.n_labels], rest[ctx.n_labels :]
+    dz = row_grad(z, labels, weights, m, upstream, ctx.which)
+    return dz, [None] * len(labels), [None] * len(weights), None
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_for_grad)
