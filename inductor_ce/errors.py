@@ -11,6 +11,10 @@ class OptionError(InductorCEError, ValueError):
     """An option of the wrong name or value."""
 
 
+class InputError(InductorCEError, ValueError):
+    """An argument of a loss function that has no meaning."""
+
+
 def unsupported(version: str) -> str:
     """The sentence that says which versions of torch are supported, and that `version` is none of them."""
     first, after = (".".join(map(str, v)) for v in (FIRST_TORCH, AFTER_LAST_TORCH))
