@@ -1,16 +1,29 @@
-"""Fused online-softmax cross entropy for torch.compile, however the loss is spelled."""
+"""Fused online-softmax cross entropy for torch.compile, however the loss is spelled.
 
-from .backend import Installation, inductor_ce_backend, install, uninstall
-from .config import Options
-from .errors import InductorCEError, MissError, OptionError, UnsupportedTorchError
-from .explain import explain
-from .report import Report
-from .sites import Miss, Reason, Site
+NOTE Why names are imported when they are first used
+Importing Inductor and sympy takes seconds. `import inductor_ce` must cost a program nothing that does not
+compile in the end, so a name brings its module along only when somebody asks for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .backend import Installation, inductor_ce_backend, install, uninstall
+    from .config import Options
+    from .errors import InductorCEError, InputError, MissError, OptionError, UnsupportedTorchError
+    from .explanation import explain
+    from .functional import cross_entropy
+    from .report import Report
+    from .sites import Miss, Reason, Site
 
 __version__ = "0.1.0"
 
 __all__ = [
     "InductorCEError",
+    "InputError",
     "Installation",
     "Miss",
     "MissError",
@@ -20,8 +33,32 @@ __all__ = [
     "Report",
     "Site",
     "UnsupportedTorchError",
+    "cross_entropy",
     "explain",
     "inductor_ce_backend",
     "install",
     "uninstall",
 ]
+
+_HOMES = {
+    "backend": ("Installation", "inductor_ce_backend", "install", "uninstall"),
+    "config": ("Options",),
+    "errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
+    "explanation": ("explain",),
+    "functional": ("cross_entropy",),
+    "report": ("Report",),
+    "sites": ("Miss", "Reason", "Site"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,31 +2,43 @@
 
 A loss reads a row z of logits only through a few numbers, its statistics:
 
-    lse      log sum_i exp(z_i)
-    max      max_i z_i
-    sum      sum_i z_i
-    pick(y)  z_y
+    lse          log sum_i exp(z_i)
+    max, argmax  max_i z_i, and the first i where it is
+    sum          sum_i z_i
+    pick(y)      z_y, 0 where y is no column
+    mean_p       sum_i p_i z_i, with p_i = exp(z_i - lse)
+    dot(q)       sum_i q_i z_i
+    mean_p(q)    sum_i p_i q_i
 
 Two kinds of value follow from that. A *row expression* has no vocabulary axis: it is a sympy expression
-over the statistics. A *vocabulary expression* has one: it is a sum of c b, with c a row expression and b
-a product of z_i, p_i = exp(z_i - lse) and indicators [i = y]. Reducing the second over the vocabulary
-gives the first. Whatever cannot be written so is None here, never an exception.
+over the statistics and over numbers that the user's rows bring along. A *vocabulary expression* has one: it
+is a sum of c b, with c a row expression and b a product of z_i, p_i, indicators [i = y] and tensors q_i that
+the user brings along. Reducing the second over the vocabulary gives the first. Whatever cannot be written
+so is None here, never an exception.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sympy
-from sympy.printing.precedence import PRECEDENCE
-from sympy.printing.str import StrPrinter
 
 V = sympy.Symbol("V", positive=True, integer=True)
 LSE = sympy.Symbol("lse", real=True)
 MAX = sympy.Symbol("max", real=True)
+MAX_HELD = sympy.Symbol("max", extended_real=True)  # the same, detached: a constant to every gradient
+ARGMAX = sympy.Symbol("argmax", integer=True)
 SUM = sympy.Symbol("sum", real=True)
+MEAN_P = sympy.Symbol("mean_p", real=True)
 pick = sympy.Function("pick", real=True)
+dot = sympy.Function("dot", real=True)
+mean_p_of = sympy.Function("mean_p", real=True)
+
+# Of what the user brings along: sum_i q_i, and q_y.
+mass = sympy.Function("mass", real=True)
+entry = sympy.Function("entry", real=True)
 
 # torch.logsumexp of a row that holds +inf is +inf where log_softmax gives NaN: same name, own symbol.
 LSE_EXTENDED = sympy.Symbol("lse", extended_real=True)
@@ -35,12 +47,32 @@ LSE_EXTENDED = sympy.Symbol("lse", extended_real=True)
 LOG_SUMEXP = sympy.Symbol("log_sumexp", real=True)
 LOG_SUMEXP_EXTENDED = sympy.Symbol("log_sumexp", extended_real=True)
 SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
+MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
+dot_shifted = sympy.Function("dot_shifted", real=True)
+
+# Powers of z and p beyond this are nobody's loss, and cost time to multiply out.
+MAX_DEGREE = 8
 
 
-def label(name: str) -> sympy.Symbol:
-    """The symbol of a label tensor, the argument of `pick`."""
-    return sympy.Symbol(name, integer=True)
+class hit(sympy.Function):
+    """1 where a label names a column, else 0."""
+
+    is_real = True
+
+    @classmethod
+    def eval(cls, y: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(1) if y.is_nonnegative else None
+
+
+def label(name: str, named: bool = True) -> sympy.Symbol:
+    """The symbol of a label tensor, the argument of `pick`. Unless `named`, it need not name a column."""
+    return sympy.Symbol(name, integer=True, nonnegative=True) if named else sympy.Symbol(name, integer=True)
+
+
+def outside(name: str) -> sympy.Symbol:
+    """The symbol of a tensor that is not made of the logits, with the vocabulary axis or without."""
+    return sympy.Symbol(name, real=True)
 
 
 def number(value: float) -> sympy.Expr:
@@ -59,14 +91,20 @@ def expand(value: sympy.Expr) -> sympy.Expr:
 
 @dataclass(frozen=True)
 class Monomial:
-    """z^z p^p [i = y] for each y in `at`."""
+    """z^z p^p, [i = y] for each y in `at`, and q_i for each q in `q`."""
 
     z: int = 0
     p: int = 0
     at: frozenset[sympy.Symbol] = frozenset()
+    q: tuple[sympy.Symbol, ...] = ()
 
     def __mul__(self, other: Monomial) -> Monomial:
-        return Monomial(self.z + other.z, self.p + other.p, self.at | other.at)
+        q = tuple(sorted(self.q + other.q, key=str))
+        return Monomial(self.z + other.z, self.p + other.p, self.at | other.at, q)
+
+    @property
+    def sort_key(self) -> tuple[Any, ...]:
+        return self.z, self.p, sorted(map(str, self.at)), list(map(str, self.q))
 
 
 ONE, Z, P = Monomial(), Monomial(z=1), Monomial(p=1)
@@ -82,15 +120,27 @@ class Vocab:
     def of(terms: dict[Monomial, sympy.Expr]) -> Vocab:
         """Coefficients expanded, zero terms dropped, in a fixed order: equal values compare equal."""
         kept = {b: expand(c) for b, c in terms.items()}
-        order = sorted(kept, key=lambda b: (b.z, b.p, sorted(map(str, b.at))), reverse=True)
+        order = sorted(kept, key=lambda b: b.sort_key, reverse=True)
         return Vocab(tuple((b, kept[b]) for b in order if kept[b] != 0))
 
     @property
     def degree(self) -> int:
-        return max((b.z + b.p for b, _ in self.terms), default=0)
+        return max((b.z + b.p + len(b.q) for b, _ in self.terms), default=0)
+
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """Those of its labels and coefficients."""
+        labels = {y for b, _ in self.terms for y in b.at}
+        return labels.union(*(c.free_symbols for _, c in self.terms))
 
     def get(self, monomial: Monomial) -> sympy.Expr:
         return dict(self.terms).get(monomial, sympy.Integer(0))
+
+    def renamed(self, names: dict[sympy.Symbol, sympy.Symbol]) -> Vocab:
+        """The same with other symbols for its labels."""
+        return Vocab.of(
+            {replace(b, at=frozenset(names.get(y, y) for y in b.at)): c.subs(names) for b, c in self.terms}
+        )
 
     def __add__(self, other: Vocab | sympy.Expr) -> Vocab:
         terms = dict(self.terms)
@@ -122,12 +172,47 @@ def indicator(y: sympy.Symbol) -> Vocab:
     return Vocab.of({Monomial(at=frozenset({y})): sympy.Integer(1)})
 
 
+def columns(q: sympy.Symbol) -> Vocab:
+    """q_i"""
+    return Vocab.of({Monomial(q=(q,)): sympy.Integer(1)})
+
+
+def power(value: Vocab, exponent: int) -> Vocab | None:
+    """A power, multiplied out."""
+    if not 0 <= exponent * max(value.degree, 1) <= MAX_DEGREE:
+        return None
+    result = as_vocab(sympy.Integer(1))
+    for _ in range(exponent):
+        result = result * value
+    return result
+
+
+def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
+    """`yes` where `mask`, made of indicators, is 1, and `no` where it is 0."""
+    return mask * yes + (as_vocab(sympy.Integer(1)) + (-mask)) * no
+
+
+def in_each_column(function: Callable[[sympy.Expr], sympy.Expr], value: Vocab) -> Vocab | None:
+    """A function of numbers applied to a + b [i = y], with a and b numbers."""
+    if any(b.z or b.p or b.q or len(b.at) > 1 or not c.is_number for b, c in value.terms):
+        return None
+    marked = [(b, c) for b, c in value.terms if b.at]
+    base = value.get(ONE)
+    elsewhere = as_vocab(function(base))
+    if not marked:
+        return elsewhere
+    if len(marked) > 1:
+        return None
+    (b, c), *_ = marked
+    return elsewhere + Vocab.of({b: function(base + c) - function(base)})
+
+
 def exp(value: Vocab) -> Vocab | None:
     """exp(z + c) = p exp(lse + c); exp(c) stays a row number."""
     constant = value.get(ONE)
     if value == as_vocab(constant):
         return as_vocab(sympy.exp(constant))
-    if value + (-as_vocab(constant)) != LOGITS:
+    if not _is_shifted_logits(value):
         return None
     lse = LSE_EXTENDED if constant.has(LSE_EXTENDED) else LSE
     return Vocab.of({P: sympy.exp(expand(lse + constant))})
@@ -136,55 +221,82 @@ def exp(value: Vocab) -> Vocab | None:
 def log(value: Vocab) -> Vocab | None:
     """log(c p) = z - lse + log c."""
     constant = value.get(P)
-    if constant == 0 or constant.could_extract_minus_sign() or value != Vocab.of({P: constant}):
+    if constant == 0 or value != Vocab.of({P: constant}):
         return None
-    return Vocab.of({Z: sympy.Integer(1), ONE: row_log(constant) - LSE})
+    logarithm = row_log(constant)
+    return None if logarithm is None else Vocab.of({Z: sympy.Integer(1), ONE: logarithm - LSE})
 
 
-def row_log(value: sympy.Expr) -> sympy.Expr:
-    """log of a row expression, products taken apart: the statistics are real, the factors positive."""
-    return expand(sympy.expand_log(sympy.log(value), force=True))
+def row_log(value: sympy.Expr) -> sympy.Expr | None:
+    """log of one product of positive numbers and exponentials."""
+    result = sympy.Integer(0)
+    for factor in sympy.Mul.make_args(value):
+        if isinstance(factor, sympy.exp):
+            result += factor.args[0]
+        elif factor.is_positive:
+            result += sympy.log(factor)
+        else:
+            return None
+    return expand(result)
+
+
+def _is_shifted_logits(value: Vocab) -> bool:
+    """Whether a value is z + c."""
+    return value + (-as_vocab(value.get(ONE))) == LOGITS
 
 
 def log_softmax(value: Vocab) -> Vocab | None:
     """z - lse for z + c."""
-    constant = value.get(ONE)
-    return LOGITS + (-LSE) if value + (-as_vocab(constant)) == LOGITS else None
+    return LOGITS + (-LSE) if _is_shifted_logits(value) else None
 
 
 def softmax(value: Vocab) -> Vocab | None:
     """p for z + c."""
-    return None if log_softmax(value) is None else Vocab.of({P: sympy.Integer(1)})
+    return Vocab.of({P: sympy.Integer(1)}) if _is_shifted_logits(value) else None
 
 
 def logsumexp(value: Vocab) -> sympy.Expr | None:
     """lse + c for z + c."""
-    constant = value.get(ONE)
-    return None if log_softmax(value) is None else LSE_EXTENDED + constant
+    return LSE_EXTENDED + value.get(ONE) if _is_shifted_logits(value) else None
 
 
 def peak(value: Vocab) -> sympy.Expr | None:
-    """The maximum over the vocabulary: max + c for z + c."""
-    constant = value.get(ONE)
-    return None if log_softmax(value) is None else MAX + constant
+    """The maximum over the vocabulary: max + c for z + c, exp(max - lse + c) for c p."""
+    if _is_shifted_logits(value):
+        return MAX + value.get(ONE)
+    return value.get(P) * sympy.exp(MAX - LSE) if _is_positive_multiple_of_p(value) else None
+
+
+def _is_positive_multiple_of_p(value: Vocab) -> bool:
+    constant = value.get(P)
+    positive = all(f.is_positive or isinstance(f, sympy.exp) for f in sympy.Mul.make_args(constant))
+    return positive and value == Vocab.of({P: constant})
+
+
+def argmax(value: Vocab) -> sympy.Expr | None:
+    """Where the maximum over the vocabulary is, that of z: for z + c, and for c p with c positive."""
+    return ARGMAX if _is_shifted_logits(value) or _is_positive_multiple_of_p(value) else None
 
 
 def total(value: Vocab) -> sympy.Expr | None:
     """The sum over the vocabulary."""
     result = sympy.Integer(0)
     for b, c in value.terms:
-        part = _total_of(b, c)
+        part = _total_of(b)
         if part is None:
             return None
-        result += part
+        result += c * part
     return expand(result)
 
 
-def _total_of(b: Monomial, c: sympy.Expr) -> sympy.Expr | None:
-    if len(b.at) == 1:
-        return c * _at(b, next(iter(b.at)))
-    sums = {ONE: V, Z: SUM, P: sympy.Integer(1)}
-    return c * sums[b] if b in sums else None
+def _total_of(b: Monomial) -> sympy.Expr | None:
+    if b.at:
+        (y, *more) = b.at
+        return None if more else hit(y) * _at(b, y)
+    if b.q:
+        sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of}
+        return sums[b.z, b.p](*b.q) if (b.z, b.p) in sums else None
+    return {ONE: V, Z: SUM, P: sympy.Integer(1), Z * P: MEAN_P}.get(b)
 
 
 def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
@@ -195,54 +307,53 @@ def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
 
 
 def _at(b: Monomial, y: sympy.Symbol) -> sympy.Expr:
-    return pick(y) ** b.z * sympy.exp(b.p * (pick(y) - LSE))
+    entries = sympy.Mul(*(entry(q, y) for q in b.q))
+    return pick(y) ** b.z * sympy.exp(b.p * (pick(y) - LSE)) * entries
 
 
 def shifted(value: sympy.Expr) -> sympy.Expr:
     """The same row expression over statistics taken relative to the row's maximum.
 
-    lse = max + log_sumexp, pick = max + pick_shifted, sum = V max + sum_shifted. In a loss that does
-    not change when a constant is added to all logits, and almost every loss is such, `max` cancels
-    here, before any rounding.
+    lse = max + log_sumexp, pick = hit max + pick_shifted, sum = V max + sum_shifted, mean_p = max +
+    mean_p_shifted, dot = mass max + dot_shifted. In a loss that does not change when a constant is added to
+    all logits, and almost every loss is such, `max` cancels here, before any rounding.
     """
-    over_max = {LSE: MAX + LOG_SUMEXP, LSE_EXTENDED: MAX + LOG_SUMEXP_EXTENDED, SUM: V * MAX + SUM_SHIFTED}
-    over_max |= {p: MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
+    over_max = {
+        LSE: MAX + LOG_SUMEXP,
+        LSE_EXTENDED: MAX + LOG_SUMEXP_EXTENDED,
+        MAX_HELD: MAX,
+        SUM: V * MAX + SUM_SHIFTED,
+        MEAN_P: MAX + MEAN_P_SHIFTED,
+    }
+    over_max |= {p: hit(*p.args) * MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
+    over_max |= {d: mass(*d.args) * MAX + dot_shifted(*d.args) for d in value.atoms(dot)}
     return expand(value.subs(over_max, simultaneous=True))
 
 
 def labels_of(value: sympy.Expr) -> list[sympy.Symbol]:
-    """The labels picked in a row expression, by name."""
-    return sorted((p.args[0] for p in value.atoms(pick)), key=str)
+    """The labels that a row expression reads, by name."""
+    read = {f.args[-1] for f in value.atoms(pick, hit, entry)}
+    return sorted(read, key=str)
 
 
-def statistics_of(value: sympy.Expr) -> list[str]:
-    """The names of the statistics in a row expression, in the order of the table above."""
-    names = [s.name for s in (LSE, LSE_EXTENDED, MAX, SUM) if value.has(s)]
-    return list(dict.fromkeys(names)) + [f"pick({y})" for y in labels_of(value)]
+def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
+    """The labels whose logit a row expression reads, by name."""
+    return sorted({f.args[0] for f in value.atoms(pick)}, key=str)
 
 
-class _Printer(StrPrinter):
-    def _print_Float(self, value: sympy.Float) -> str:
-        return repr(float(value))
-
-    def _print_Add(self, expr: sympy.Add, order: Any = None) -> str:
-        """Positive terms first, and lse before picked logits before their sum."""
-        terms = sorted(
-            expr.args, key=lambda t: (t.could_extract_minus_sign(), t.has(SUM), t.has(pick), str(t))
-        )
-        parts = [self._print(terms[0])]
-        for term in terms[1:]:
-            minus = term.could_extract_minus_sign()
-            parts.append(
-                f" {'-' if minus else '+'} {self.parenthesize(-term if minus else term, PRECEDENCE['Add'])}"
-            )
-        return "".join(parts)
+def products_of(value: sympy.Expr) -> list[tuple[sympy.Symbol, ...]]:
+    """What is summed against z or p in a row expression, each a product of tensors from outside."""
+    return sorted({f.args for f in value.atoms(dot, mean_p_of)}, key=str)
 
 
-def render(value: sympy.Expr) -> str:
-    """The normal form as text, for example `lse - 0.9*pick(y) - 0.1*sum/V`."""
-    decimal = value.replace(lambda e: e.is_Rational and not e.is_Integer, sympy.Float)
-    return _Printer().doprint(decimal)
+def is_normalised(value: sympy.Expr) -> bool:
+    """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
+    return value.has(LSE, LSE_EXTENDED, MEAN_P) or bool(value.atoms(mean_p_of))
+
+
+def weighs_logits(value: sympy.Expr) -> bool:
+    """Whether an expression has some of the logits of a row, apart from its normaliser."""
+    return value.has(SUM, MEAN_P, MAX, MAX_HELD, ARGMAX) or bool(value.atoms(pick, dot, mean_p_of))
 
 
 def combine(left: Block, right: Block, xp: Any) -> Block:

@@ -37,6 +37,7 @@ __all__ = [
     "CustomGraphPass",
     "OpOverload",
     "SymbolicGridFn",
+    "all_gather_blocks",
     "autocast_switches",
     "call_lowering",
     "check_torch",
@@ -48,9 +49,11 @@ __all__ = [
     "enter_inference_mode",
     "exit_inference_mode",
     "fake_mode_of",
+    "get_data",
     "get_hash_for_files",
     "inductor_config",
     "is_buffer",
+    "is_function_body",
     "is_function_transform",
     "is_higher_order",
     "is_kept_dynamic",
@@ -60,6 +63,7 @@ __all__ = [
     "may_overwrite",
     "no_recompile_limit",
     "passes_in",
+    "rank_in_group",
     "readable",
     "register_lowering",
     "set_grad_enabled",
@@ -274,6 +278,7 @@ enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
 exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
 autocast_switches = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
 OpOverload = torch._ops.OpOverload
+get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
 
 
 def is_higher_order(target: Any) -> bool:
@@ -306,6 +311,22 @@ def is_function_transform(target: Any) -> bool:
     return "functorch" in (getattr(target, "__module__", None) or "")
 
 
+def is_function_body(nodes: Sequence[torch.fx.Node]) -> bool:
+    """Whether a graph is the forward of an autograd.Function, as Dynamo captures it.
+
+    Such a body switches gradients off before anything else, on again at its end, and returns a pair: its
+    outputs, and what its backward is given.
+    """
+    inner = [node for node in nodes if node.op != "placeholder"]
+    if len(inner) < 3:
+        return False
+    first, last, output = inner[0], inner[-2], inner[-1]
+    switched = all(node.target is set_grad_enabled for node in (first, last))
+    returned = output.args[0] if output.args else None
+    pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
+    return switched and pair and (first.args, last.args) == ((False,), (True,))
+
+
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
     """Compile as often as is asked."""
     return dynamo_config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
@@ -317,3 +338,21 @@ def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
         return f._call_impl  # type: ignore[attr-defined]
     inner = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", None))
     return f if inner is None else inner
+
+
+# Process groups
+
+if torch.distributed.is_available():
+    from torch.distributed import _functional_collectives, distributed_c10d
+
+
+def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:
+    """[P * K, ...] of the [K, ...] that each of the P ranks of a group gives, without a gradient."""
+    # Renamed in 2.13, where the old name warns.
+    new = getattr(_functional_collectives, "all_gather_single", None)
+    return (new or _functional_collectives.all_gather_tensor)(x, 0, group_name)
+
+
+def rank_in_group(group_name: Any) -> int:
+    """The rank of this process in a group."""
+    return distributed_c10d._resolve_process_group(group_name).rank()

@@ -59,6 +59,8 @@ def _source(node: Node) -> Node | None:
 
 def _is_large(node: Node, size: int | torch.SymInt) -> bool:
     """Whether a tensor has a good part of `size` elements: a slice or a pad still counts, a row does not."""
+    while node.target is aten.expand.default:
+        node = node.args[0]  # type: ignore[assignment]
     example = tensor_of(node)
     return example is not None and bool(4 * hint(example.numel()) >= hint(size))
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import sympy
 import torch
 from torch.fx import Node
 
-from . import algebra, spellings
-from .compat import is_function_transform, is_kept_dynamic, is_plain_tensor
+from . import algebra
+from .compat import is_function_body, is_function_transform, is_kept_dynamic, is_plain_tensor
 from .config import Options
-from .reading import Label, Logits, LossValue, Reading, RowValue, VocabValue
-from .rows import hint, shape_of
-from .sites import Reason, user_line
-from .timeline import Mode, tensor_of
+from .hoist import earliest
+from .reading import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
+from .rows import constant, hint, shape_of
+from .sites import Reason
+from .timeline import INFERENCE, tensor_of
+from .unread import escape_fact, needed_nodes, tell_unread
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 TRANSFORMED = (Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap.")
+OWN_BACKWARD = (Reason.OWN_BACKWARD, "The loss is inside an autograd.Function, whose backward is its own.")
 
 Replaceable = RowValue | LossValue
 
@@ -32,10 +34,11 @@ class Group:
     logits: Logits
     first: int
     last: int
-    grad_mode: Mode
+    attached: bool
     place: int
     nodes: list[Node] = field(default_factory=list)
     labels: dict[sympy.Symbol, Label] = field(default_factory=dict)
+    outside: dict[sympy.Symbol, Outside] = field(default_factory=dict)
 
     @property
     def vocab_size(self) -> int:
@@ -46,17 +49,18 @@ class Group:
 def judge(reading: Reading, options: Options) -> list[Group]:
     """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
     groups: list[Group] = []
-    transformed = any(is_function_transform(node.target) for node in reading.timeline.nodes)
+    everywhere = _refusal_of_graph(reading)
     for logits, nodes in _losses(reading).items():
-        refusal = TRANSFORMED if transformed else _refusal(logits, options)
+        refusal = everywhere or _refusal(logits, options)
         if refusal is not None:
             reading.miss(headline(reading, nodes), *refusal)
             continue
         allowed = _without_escapes(reading, nodes)
         if _is_loss(reading, allowed):
             groups += _grouped(reading, logits, allowed)
-    _tell_unread(reading, groups, options)
-    return groups
+    replaced = {node for group in groups for node in group.nodes}
+    tell_unread(reading, replaced, options.min_vocab, everywhere)
+    return sorted(groups, key=lambda group: group.place)
 
 
 # What is a loss
@@ -73,24 +77,37 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
     # Where the maximum does not cancel, the user's own node is as good as ours, and has its gradient.
-    return not value.expr.has(algebra.MAX) and any(
-        u not in reading.values or reading.values[u].logits != value.logits for u in node.users
+    if row_expr(value).has(algebra.MAX) and not value.detached and _wants_gradient(value.logits):
+        return False
+    return any(_is_strange(reading, user, value.logits) for user in node.users)
+
+
+def _wants_gradient(logits: Logits) -> bool:
+    example = tensor_of(logits.node)
+    return example is not None and example.requires_grad
+
+
+def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
+    """Whether a user is not of these logits, nor what joins rows of them to others."""
+    value = reading.values.get(user)
+    return (
+        value is None or isinstance(value, Columns) or (value.logits != logits and user not in reading.joined)
     )
 
 
 def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
     """A loss weighs the normaliser of a row against some of its logits."""
-    exprs = [row_expr(reading, node) for node in nodes]
-    normalised = any(e.has(algebra.LSE, algebra.LSE_EXTENDED) for e in exprs)
-    return normalised and any(algebra.labels_of(e) or e.has(algebra.SUM) for e in exprs)
+    exprs = [expr_of(reading, node) for node in nodes]
+    return any(map(algebra.is_normalised, exprs)) and any(map(algebra.weighs_logits, exprs))
 
 
-def row_expr(reading: Reading, node: Node) -> sympy.Expr:
+def expr_of(reading: Reading, node: Node) -> sympy.Basic:
     """The row expression of a node that may be replaced."""
-    return _value(reading, node).expr
+    return row_expr(value_of(reading, node))
 
 
-def _value(reading: Reading, node: Node) -> Replaceable:
+def value_of(reading: Reading, node: Node) -> Replaceable:
+    """The value of a node that may be replaced."""
     value = reading.values[node]
     assert isinstance(value, (RowValue, LossValue))
     return value
@@ -98,10 +115,16 @@ def _value(reading: Reading, node: Node) -> Replaceable:
 
 def headline(reading: Reading, nodes: list[Node]) -> Node:
     """The node to name a loss by: the first that picks a label."""
-    return next((n for n in nodes if algebra.labels_of(row_expr(reading, n))), nodes[0])
+    return next((n for n in nodes if algebra.labels_of(expr_of(reading, n))), nodes[0])
 
 
 # May it be replaced
+
+
+def _refusal_of_graph(reading: Reading) -> tuple[Reason, str] | None:
+    if any(is_function_transform(node.target) for node in reading.timeline.nodes):
+        return TRANSFORMED
+    return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
 
 
 def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
@@ -126,40 +149,14 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
     """
     allowed = list(nodes)
     while True:
-        needed = _needed(reading, set(allowed))
-        escaped = {n: w for n in allowed if (w := sorted(_value(reading, n).wide & needed, key=str))}
+        needed = needed_nodes(reading, set(allowed))
+        escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
         if not escaped:
             return allowed
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        reading.miss(node, Reason.LOGITS_ESCAPE, _escape_fact(reading, wide[0], needed))
+        reading.miss(node, Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed))
         reading.refused |= escaped.keys()
-
-
-def _needed(reading: Reading, replaced: set[Node]) -> set[Node]:
-    """The nodes that stay alive once `replaced` are computed otherwise."""
-    needed: set[Node] = set()
-    for node in reversed(reading.timeline.nodes):
-        if node in replaced:
-            continue
-        if node not in reading.values or any(user in needed for user in node.users):
-            needed.add(node)
-    return needed
-
-
-def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
-    what = f"The {_name(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
-    user = next(u for u in wide.users if u in needed)
-    while isinstance(reading.values.get(user), VocabValue):
-        user = next(u for u in user.users if u in needed)
-    if user.op == "output":
-        return f"{what} is returned, so it is in memory anyway."
-    location, code = user_line(user)
-    return f"{what} is also used by {_name(user)} at {location} ({code})."
-
-
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
 
 
 # Where it may be placed
@@ -181,8 +178,7 @@ def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]
 def _edited_later(reading: Reading, group: Group) -> bool:
     """Whether the logits are written after the loss, while its backward has to read them. Tells so."""
     timeline, node = reading.timeline, group.logits.node
-    example = tensor_of(node)
-    if group.grad_mode is not True or example is None or not example.requires_grad:
+    if not group.attached or not _wants_gradient(group.logits):
         return False
     edited = not timeline.unchanged(node, group.place, len(timeline.nodes))
     if edited:
@@ -193,26 +189,46 @@ def _edited_later(reading: Reading, group: Group) -> bool:
 
 def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
     """The group of one node, None where no place sees all its tensors as the node did."""
-    timeline, value = reading.timeline, _value(reading, node)
+    timeline, value = reading.timeline, value_of(reading, node)
     position = timeline.position[node]
-    captured = reading.labels.get(logits, {})
-    labels = {y: captured[y] for y in _labels(value)}
+    names = _names(value)
+    labels = {y: held for y, held in reading.labels.get(logits, {}).items() if y in names}
+    outside = {q: held for q, held in reading.outside.get(logits, {}).items() if q in names}
     windows = [(0, _first_use(reading, node))]
     windows.append(_logits_window(reading, logits))
     windows += [_label_window(reading, label) for label in labels.values()]
+    windows += [_outside_window(reading, held) for held in outside.values()]
     first, last = max(w[0] for w in windows), min(w[1] for w in windows)
-    if first > last:
+    group = Group(logits, first, last, not value.detached, position, [node], labels, outside)
+    place = _place(reading, group, position)
+    if place is None:
         return None
-    place = min(max(first, position), last)
-    if timeline.grad_mode(place) != logits.grad_mode:
-        return None
-    return Group(logits, first, last, logits.grad_mode, place, [node], labels)
+    group.place = place
+    return group
 
 
-def _labels(value: Replaceable) -> list[sympy.Symbol]:
-    picked = algebra.labels_of(value.expr)
-    masked = [value.masked.y] if isinstance(value, LossValue) else []
-    return list(dict.fromkeys(picked + masked))
+def _names(value: Replaceable) -> set[sympy.Symbol]:
+    """The symbols of all labels and outside tensors that a value needs."""
+    names = set(row_expr(value).free_symbols)
+    if isinstance(value, LossValue):
+        names |= {s for s in (value.reduction.y, value.reduction.weight) if s is not None}
+    return names
+
+
+def _place(reading: Reading, group: Group, wanted: int) -> int | None:
+    """A place in the window of a group with the gradient mode that it needs, as near `wanted` as can be."""
+
+    def fits(place: int) -> bool:
+        mode = reading.timeline.grad_mode(place)
+        return (
+            mode is True
+            if group.attached and not group.logits.inference
+            else (mode == INFERENCE) == group.logits.inference
+        )
+
+    wanted = min(max(group.first, wanted), group.last)
+    later, earlier = range(wanted, group.last + 1), range(wanted - 1, group.first - 1, -1)
+    return next((place for places in (later, earlier) for place in places if fits(place)), None)
 
 
 def _first_use(reading: Reading, node: Node) -> int:
@@ -222,9 +238,21 @@ def _first_use(reading: Reading, node: Node) -> int:
 
 
 def _label_window(reading: Reading, label: Label) -> tuple[int, int]:
-    """Where the labels can be had: before they were made from `label.base`, or as they are after."""
-    first, _ = reading.timeline.window(label.base, label.position)
-    return first, reading.timeline.window(label.node, label.position)[1]
+    """Where the labels can be had as they read where they are used."""
+    timeline = reading.timeline
+    if label.node is None:
+        return 0, len(timeline.nodes) - 1
+    return earliest(reading, label.node, label.position), timeline.window(label.node, label.position)[1]
+
+
+def _outside_window(reading: Reading, held: Outside) -> tuple[int, int]:
+    """The same for a tensor from outside, which may have to be expanded to sizes read off another one."""
+    timeline = reading.timeline
+    first = earliest(reading, held.node, held.position)
+    _, last = timeline.window(held.node, held.position)
+    if any(constant(size) is None for size in shape_of(held.like)):
+        first = max(first, timeline.position[held.like] + 1)
+    return first, last
 
 
 def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:
@@ -239,66 +267,15 @@ def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:
 def _merge(reading: Reading, group: Group, other: Group) -> bool:
     """Take `other` into `group` if one place serves both."""
     first, last = max(group.first, other.first), min(group.last, other.last)
-    place = max(first, group.place)
-    if place > last or reading.timeline.grad_mode(place) != group.grad_mode:
+    if first > last:
         return False
-    group.first, group.last, group.place = first, last, place
+    attached = group.attached or other.attached
+    both = Group(group.logits, first, last, attached, group.place, group.nodes + other.nodes)
+    place = _place(reading, both, group.place)
+    if place is None:
+        return False
+    group.first, group.last, group.attached, group.place = first, last, attached, place
     group.nodes += other.nodes
     group.labels |= other.labels
+    group.outside |= other.outside
     return True
-
-
-# What was seen and not read
-
-
-def _tell_unread(reading: Reading, groups: list[Group], options: Options) -> None:
-    """Tell of log-probabilities over a vocabulary that end in something the algebra does not have."""
-    needed = _needed(reading, {n for g in groups for n in g.nodes})
-    for node, value in reading.values.items():
-        if node not in needed or isinstance(value, LossValue) or not _normalises(reading, node):
-            continue
-        if isinstance(value, RowValue) and value.logits in {g.logits for g in groups}:
-            continue  # the statistic of a loss that is fused, needed for something else as well
-        if value.logits.node in reading.values:  # rows of another loss, over which the user normalises
-            continue
-        size = hint(shape_of(value.logits.node)[value.logits.axis])
-        if size >= options.min_vocab and not _is_told(reading, node):
-            reading.miss(node, Reason.NOT_UNDERSTOOD, _unread_fact(reading, node))
-
-
-def _normalises(reading: Reading, node: Node) -> bool:
-    """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
-    step = _step(node)
-    if step == "softmax":
-        return any(_step(user) == "log" for user in _readers(reading, node))
-    return step in ("log_softmax", "logsumexp", "log")
-
-
-def _step(node: Node) -> str | None:
-    spelled = spellings.read(node)
-    return None if spelled is None else spelled[0]
-
-
-def _readers(reading: Reading, node: Node) -> Iterator[Node]:
-    """The users of a node, and those of the ones that the algebra has read, nearest first."""
-    frontier, seen = [node], {node}
-    while frontier:
-        fresh = [user for user in frontier.pop(0).users if user not in seen]
-        yield from fresh
-        seen.update(fresh)
-        frontier += [user for user in fresh if user in reading.values]
-
-
-def _is_told(reading: Reading, node: Node) -> bool:
-    return any(user in reading.refused for user in _readers(reading, node))
-
-
-def _unread_fact(reading: Reading, node: Node) -> str:
-    """Name the step after which the reading broke off."""
-    for user in _readers(reading, node):
-        if user.op == "output":
-            return f"The result of {_name(node)} is returned; no loss is taken from it here."
-        if user not in reading.values:
-            location, code = user_line(user)
-            return f"The result of {_name(node)} goes into {_name(user)} at {location} ({code})."
-    return f"The result of {_name(node)} is not used."

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .algebra import render, statistics_of
 from .compat import CustomGraphPass, counters, get_hash_for_files
 from .config import Options
 from .errors import MissError
 from .joint import recompute_chains
-from .legal import Group, headline, judge
-from .reading import LossValue, Reading
+from .legal import Group, Replaceable, headline, judge, value_of
+from .notation import render, statistics_of
+from .reading import LossValue, Reading, row_expr
 from .recognise import recognise
 from .report import Report, form_of_loss, miss_line, site_line
 from .rewrite import rewrite, sweep
@@ -99,21 +99,20 @@ def _internal_error(node: Node, error: Exception | None) -> Miss:
 
 
 def _fuse(graph: Graph, reading: Reading, group: Group) -> Site:
-    site = _site(reading, group)
-    rewrite(graph, reading, group)
-    return site
+    return _site(reading, group, rewrite(graph, reading, group))
 
 
-def _site(reading: Reading, group: Group) -> Site:
-    values = [(node, reading.values[node]) for node in group.nodes]
-    forms = [_form(value) for _, value in values]
-    statistics = [name for _, value in values for name in statistics_of(value.expr)]
+def _site(reading: Reading, group: Group, which: str) -> Site:
+    values = [value_of(reading, node) for node in group.nodes]
+    forms = [_form(value) for value in values]
+    statistics = [name for value in values for name in statistics_of(row_expr(value))]
     location, code = user_line(headline(reading, group.nodes))
     return Site(
         location,
         code,
         "; ".join(dict.fromkeys(forms)),
         tuple(dict.fromkeys(statistics)),
+        which,
         sharded=False,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
@@ -125,11 +124,10 @@ def _nbytes(node: Node) -> int:
     return size * tensor_of(node).element_size()  # type: ignore[union-attr]
 
 
-def _form(value: Any) -> str:
+def _form(value: Replaceable) -> str:
     if isinstance(value, LossValue):
-        masked = value.masked
-        return form_of_loss(value.expr, masked.y, masked.ignore_index, masked.reduction)
-    return render(value.expr)
+        return form_of_loss(value.expr, value.reduction.how, value.reduction.y, value.reduction.ignore_index)
+    return ", ".join(map(render, value.exprs))
 
 
 def publish(report: Report, options: Options) -> None:

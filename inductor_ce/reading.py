@@ -1,4 +1,4 @@
-"""The values that recognition gives to nodes, and the questions that it may ask about a node's arguments."""
+"""The values that recognition gives to nodes, and what it knows of a graph."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import torch
 from torch.fx import Node
 
 from . import algebra
-from .rows import Step, arrangement
+from .rows import Step
 from .sites import Miss, Reason, make_miss
-from .timeline import Mode, Timeline, tensor_of, written_by
-from .views import keeps_order, step_back, viewed
+from .timeline import Timeline
 
 
 @dataclass(frozen=True)
@@ -23,29 +22,61 @@ class Logits:
     node: Node
     axis: int
     version: int
-    grad_mode: Mode
+    inference: bool
+
+
+# What is done to each element of log-probabilities before they are picked.
+Afterwards = torch.dtype | Node
 
 
 @dataclass(frozen=True)
 class Label:
     """Class indices, read at `position`, arranged as the rows of the logits after `steps`.
 
-    `kept` is an axis of size 1 that stands where the vocabulary was, if there is one. `base` is the tensor
-    that `node` is a view or a copy of, from which it can be made again at an earlier place.
+    `kept` is an axis of size 1 that stands where the vocabulary was, if there is one; where that axis is
+    longer, these are the labels in its `column`. Where it `wraps`, -1 is the last column.
+
+    Without a `node`, the label of all rows is `column`, or that of row i is i if there is none.
     """
 
-    node: Node
-    base: Node
+    node: Node | None
     steps: tuple[Step, ...]
     kept: int | None
     position: int
+    wraps: bool = False
+    column: int | None = None
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A tensor that is not made of the logits, read at `position`, arranged as they are after `steps`.
+
+    kind     what it is
+    scalar   one number
+    row      a number for each row, broadcastable to the shape of the rows with `axis` of size 1
+    classes  a number for each class, [V]
+    columns  a number for each row and class, with the classes on `axis`
+
+    `made` names a function of its elements that is meant in its place: "exp", "xlogx", or, of truth values by
+    which somebody chooses, "where" and "where not".
+    """
+
+    node: Node
+    kind: str
+    steps: tuple[Step, ...]
+    axis: int | None
+    like: Node
+    position: int
+    made: str = ""
 
 
 @dataclass(frozen=True)
 class VocabValue:
     """A node whose `axis` is the vocabulary of `logits`, made by way of the nodes `wide` of that size.
 
-    `rounded` is the dtype that it was rounded to on the way. Picking is all that may follow then.
+    `after` is what was done to each element since, in order: a dtype that it was rounded to, or a node with
+    a function that the algebra does not have. Picking is all that may follow then.
+    No gradient flows through it to the logits where it is `detached`.
     """
 
     logits: Logits
@@ -53,28 +84,47 @@ class VocabValue:
     axis: int
     expr: algebra.Vocab
     wide: frozenset[Node] = frozenset()
-    rounded: torch.dtype | None = None
+    after: tuple[Afterwards, ...] = ()
+    detached: bool = False
 
 
 @dataclass(frozen=True)
 class RowValue:
-    """A node with a number for each row of `logits`; `kept` is the axis of size 1 where V was, if kept."""
+    """A node with a number for each row of `logits`; `kept` is the axis of size 1 where V was, if kept.
+
+    Several labels a row make that axis longer: `more` are the expressions that stand behind the first.
+    """
 
     logits: Logits
     steps: tuple[Step, ...]
     kept: int | None
     expr: sympy.Expr
     wide: frozenset[Node] = frozenset()
-    rounded: torch.dtype | None = None
+    after: tuple[Afterwards, ...] = ()
+    detached: bool = False
+    more: tuple[sympy.Expr, ...] = ()
+
+    @property
+    def exprs(self) -> tuple[sympy.Expr, ...]:
+        """What stands along the axis `kept`, one expression or several."""
+        return self.expr, *self.more
 
 
 @dataclass(frozen=True)
-class Masked:
-    """How F.cross_entropy and F.nll_loss reduce a row expression: over rows whose label is not ignored."""
+class Reduction:
+    """How a row expression is reduced over the rows, all of them or those whose label is not ignored.
 
-    y: sympy.Symbol
-    ignore_index: int
-    reduction: str
+    Attributes:
+        how: "none", "sum", "mean", or "batchmean", the sum over the size of the first dimension of `batch`.
+        y, ignore_index: rows with this label give 0 and do not count in the mean.
+        weight: the class weights by which rows count in the mean.
+    """
+
+    how: str
+    y: sympy.Symbol | None = None
+    ignore_index: int = -100
+    weight: sympy.Symbol | None = None
+    batch: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -84,16 +134,45 @@ class LossValue:
     logits: Logits
     steps: tuple[Step, ...]
     expr: sympy.Expr
-    masked: Masked
+    reduction: Reduction
     wide: frozenset[Node] = frozenset()
+    detached: bool = False
 
 
-Value = VocabValue | RowValue | LossValue
+@dataclass(frozen=True)
+class Columns:
+    """A node with a vocabulary axis that is made of labels and numbers alone, such as a smoothed target.
+
+    Its labels, and its numbers for each row, are named in `Reading.loose` until it meets logits. `axis` is
+    None where all columns of all axes are alike.
+    """
+
+    expr: algebra.Vocab
+    axis: int | None
+
+
+OnLogits = VocabValue | RowValue | LossValue
+Value = OnLogits | Columns
 
 
 def is_shift(value: Value) -> bool:
     """Whether a value is the maximum of a row: subtracted from all logits, it changes no loss."""
-    return isinstance(value, RowValue) and bool((value.expr - algebra.MAX).is_number)
+    return isinstance(value, RowValue) and any(
+        (value.expr - m).is_number for m in (algebra.MAX, algebra.MAX_HELD)
+    )
+
+
+def detached(value: OnLogits) -> OnLogits:
+    """A value through which no gradient flows. Its maximum is a constant then."""
+    if isinstance(value, RowValue) and is_shift(value):
+        value = replace(value, expr=value.expr.subs(algebra.MAX, algebra.MAX_HELD))
+    return replace(value, detached=True)
+
+
+def row_expr(value: RowValue | LossValue) -> sympy.Basic:
+    """The expression of a value, or all of them, to look for statistics in."""
+    more = value.more if isinstance(value, RowValue) else ()
+    return sympy.Tuple(*value.exprs) if more else value.expr  # type: ignore[union-attr]
 
 
 @dataclass
@@ -102,9 +181,18 @@ class Reading:
 
     timeline: Timeline
     values: dict[Node, Value] = field(default_factory=dict)
+    edits: dict[tuple[Node, int], Columns] = field(default_factory=dict)
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
+    outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
+    loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
+    joined: set[Node] = field(default_factory=set)
+    parted: set[Node] = field(default_factory=set)  # results of several tensors, of which some are read
+    weighers: dict[Node, Node] = field(default_factory=dict)  # who weighs classes by what wants a gradient
     misses: list[Miss] = field(default_factory=list)
     refused: set[Node] = field(default_factory=set)
+    results: dict[Node, tuple[Node, int]] = field(
+        default_factory=dict
+    )  # what nodes were replaced by, and where
 
     def miss(self, node: Node, reason: Reason, fact: str) -> None:
         """Tell why the loss at `node` is left as it was."""
@@ -113,118 +201,16 @@ class Reading:
         if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
             self.misses.append(miss)
 
+    def on_logits(self, node: Any) -> OnLogits | None:
+        """The value of a node, if it is made of logits."""
+        value = self.values.get(node)
+        return None if isinstance(value, Columns) else value
 
-@dataclass(frozen=True)
-class Place:
-    """One node, and the questions its step may ask about its arguments."""
-
-    reading: Reading
-    node: Node
-
-    @property
-    def position(self) -> int:
-        return self.reading.timeline.position[self.node]
-
-    @property
-    def grad_mode(self) -> Mode:
-        return self.reading.timeline.grad_mode(self.position)
-
-    def known(self, arg: Any) -> Value | None:
-        """The value of an argument, unless its storage changed since it was computed."""
-        value = self.reading.values.get(arg) if isinstance(arg, Node) else None
-        if value is None or not self.reading.timeline.unchanged(arg, arg, self.position):
-            return None
-        if is_shift(value):  # has no gradient to lose
-            return replace(value, logits=replace(value.logits, grad_mode=self.grad_mode))
-        return value if value.logits.grad_mode == self.grad_mode else None
-
-    def vocab(self, arg: Any, dim: Any) -> VocabValue | None:
-        """`arg` with the vocabulary on `dim`: as known, or as logits, seen through views and casts."""
-        example = tensor_of(arg)
-        if (
-            example is None
-            or not isinstance(dim, int)
-            or not example.dim()
-            or not example.is_floating_point()
-        ):
-            return None
-        axis = dim % example.dim() if -example.dim() <= dim < example.dim() else None
-        return None if axis is None else self._seen(arg, axis)
-
-    def _seen(self, arg: Node, axis: int) -> VocabValue:
-        value = self.known(arg)
-        if isinstance(value, VocabValue) and value.axis == axis:
-            return value
-        here = self.opaque(arg, axis)
-        if isinstance(value, VocabValue):
-            return here
-        through = self._through(arg, axis)
-        if through is None:
-            return here
-        source, source_axis, steps = through
-        inner = self._seen(source, source_axis)
-        return replace(inner, steps=inner.steps + steps, axis=axis)
-
-    def _through(self, arg: Node, axis: int) -> tuple[Node, int, tuple[Step, ...]] | None:
-        """(source, its axis, steps) where `arg` is a view or a cast of `source` and still reads so."""
-        timeline = self.reading.timeline
-        if timeline.grad_mode(timeline.position[arg]) != self.grad_mode:
-            return None
-        written = next(written_by(arg), None)
-        if written is not None:  # z.div_(t) is z itself
-            return (written, axis, ()) if timeline.shares_storage(arg, written) else None
-        source = viewed(arg)
-        if source is None or not self._still_alike(arg, source):
-            return None
-        stepped = step_back(arg, source, axis)
-        return None if stepped is None else (source, *stepped)
-
-    def _still_alike(self, arg: Node, source: Node) -> bool:
-        """Whether a view or copy of `source` still holds what `source` holds."""
-        timeline = self.reading.timeline
-        return timeline.shares_storage(arg, source) or (
-            timeline.unchanged(arg, arg, self.position) and timeline.unchanged(source, arg, self.position)
-        )
-
-    def label(
-        self, logits: Logits, steps: tuple[Step, ...], node: Node, kept: int | None = None
-    ) -> sympy.Symbol:
-        """The symbol of a label tensor over some logits; the same labels, however viewed, share one."""
-        known = self.reading.labels.setdefault(logits, {})
-        mine = self._origin(node)
-        for symbol, label in known.items():
-            theirs = Place(self.reading, self.reading.timeline.nodes[label.position])._origin(label.node)
-            if mine == theirs and arrangement(label.steps) == arrangement(steps):
-                return symbol
-        symbol = algebra.label("y" if not known else f"y{len(known) + 1}")
-        known[symbol] = Label(node, self._base(node), steps, kept, self.position)
-        return symbol
-
-    def _base(self, node: Node) -> Node:
-        while (source := viewed(node)) is not None and self._still_alike(node, source):
-            if node.all_input_nodes != [source]:
-                break
-            node = source
-        return node
-
-    def _origin(self, node: Node) -> tuple[Node, int]:
-        """The tensor that `node` is a reshape or an integer cast of, and its version here."""
-        while (source := viewed(node)) is not None:
-            if not keeps_order(node, source) or not self._still_alike(node, source):
-                break
-            node = source
-        return node, self.reading.timeline.version(node, self.position)
-
-    def is_edited_view(self, source: Node) -> bool:
-        """Whether this node is a view of `source` and either is written later, for the other to see."""
-        timeline = self.reading.timeline
-        edited = not timeline.unchanged(self.node, self.node, len(timeline.nodes))
-        return edited and timeline.shares_storage(self.node, source)
-
-    def opaque(self, arg: Node, axis: int) -> VocabValue:
-        """`arg` as logits in its own right, whatever it was made from."""
-        version = self.reading.timeline.version(arg, self.position)
-        return VocabValue(Logits(arg, axis, version, self.grad_mode), (), axis, algebra.LOGITS)
-
-    def miss(self, reason: Reason, fact: str) -> None:
-        self.reading.miss(self.node, reason, fact)
+    def brought(self, value: RowValue | LossValue) -> set[Node]:
+        """The tensors, other than the logits, that a value needs when it is computed otherwise."""
+        labels, outside = self.labels.get(value.logits, {}), self.outside.get(value.logits, {})
+        names = row_expr(value).free_symbols
+        if isinstance(value, LossValue):
+            names = names | {s for s in (value.reduction.y, value.reduction.weight) if s is not None}
+        nodes = (held[s].node for held in (labels, outside) for s in names if s in held)
+        return {node for node in nodes if node is not None}

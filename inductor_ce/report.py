@@ -7,13 +7,17 @@ from typing import Any
 
 import sympy
 
-from . import algebra
+from . import notation
 from .sites import Miss, Site
 
 
-def form_of_loss(expr: sympy.Expr, y: sympy.Symbol, ignore_index: int, reduction: str) -> str:
-    """For example `mean[y != -100](lse - pick(y))`; without `mean` or `sum` where nothing is reduced."""
-    return f"{'' if reduction == 'none' else reduction}[{y} != {ignore_index}]({algebra.render(expr)})"
+def form_of_loss(expr: sympy.Expr, how: str, y: sympy.Symbol | None, ignore_index: int) -> str:
+    """For example `mean[y != -100](lse - pick(y))`; without `mean` or `sum` where nothing is reduced.
+
+    Without `[y != ...]` it is over all rows.
+    """
+    rows = "" if y is None else f"[{y} != {ignore_index}]"
+    return f"{'' if how == 'none' else how}{rows}({notation.render(expr)})"
 
 
 @dataclasses.dataclass
@@ -59,6 +63,7 @@ def _site_lines(site: Site) -> list[str]:
     facts = [
         ("form", site.form),
         ("statistics", ", ".join(site.statistics)),
+        ("operator", f"row_stats[{site.which}]"),
         ("strategy", site.strategy + (", vocabulary sharded" if site.sharded else "")),
         ("logits", mebibytes(site.logits_bytes)),
     ]

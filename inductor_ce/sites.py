@@ -17,13 +17,14 @@ class Reason(enum.Enum):
 
     SMALL_VOCAB = "Lower the option min_vocab if you want it fused all the same."
     DYNAMIC_VOCAB = "Leave the vocabulary dimension static: a kernel is built for one size."
-    CLASS_WEIGHTS = "Gather the weights of the labels and multiply the per-token loss by them."
-    SOFT_TARGETS = "Pass class indices where the targets are one-hot."
+    CLASS_WEIGHTS = "Detach the class weights: no gradient reaches them through the kernels."
+    SOFT_TARGETS = "Detach the targets: no gradient reaches them through the kernels."
     LOGITS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
     NOT_UNDERSTOOD = "Write this step in one of the spellings that the README lists."
     MUTATED = "Make the edit out of place, or move it before or after the whole loss."
     UNSUPPORTED_DTYPE = "Use float16, bfloat16, float32 or float64 logits."
     UNSUPPORTED_TENSOR = "Compute the loss on plain tensors."
+    OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
     INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."
 
@@ -38,6 +39,7 @@ class Site:
         form: the normal form of each value taken from the logits, for example
             "mean[y != -100](lse - pick(y))", joined by "; ".
         statistics: the statistics of a row that it needs, for example ("lse", "pick(y)").
+        which: the rows of `row_stats` that hold them, for example "max,sumexp,pick".
         sharded: whether the vocabulary is split over ranks.
         strategy: how the logits are dealt with; "materialise" keeps them.
         logits_bytes: size of the logits, with a hint in place of a symbolic N.
@@ -47,6 +49,7 @@ class Site:
     code: str
     form: str
     statistics: tuple[str, ...]
+    which: str
     sharded: bool
     strategy: str
     logits_bytes: int

@@ -161,6 +161,15 @@ class Timeline:
         """Whether gradients are on at `position`, or INFERENCE."""
         return self._modes[bisect_left(self._switches, position)]
 
+    def calm_since(self, position: int) -> int:
+        """The first place from which to `position` no mode is switched."""
+        before = [
+            switches[i - 1] + 1
+            for switches in (self._switches, self._autocasts)
+            if (i := bisect_left(switches, position))
+        ]
+        return max(before, default=0)
+
     def same_autocast(self, a: int, b: int) -> bool:
         """Whether no autocast region begins or ends between two positions."""
         return bisect_left(self._autocasts, a) == bisect_left(self._autocasts, b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,10 @@ from . import spellings
 from .rows import (
     Permute,
     Reshape,
+    Size,
     Slice,
     Step,
+    equal,
     follow_axis,
     row_shape,
     same_count,
@@ -119,6 +122,8 @@ def _dimension_order(rank: int, args: dict[str, Any]) -> list[int] | None:
     if not all(isinstance(d, int) for d in _flat(args)):
         return None
     order = list(range(rank))
+    if len(args) == 1:  # x.t()
+        return order[::-1]
     if "dims" in args:
         return [d % rank for d in args["dims"]]
     if "dim0" in args:
@@ -142,7 +147,52 @@ _VIEWS: dict[str, Callable[..., Back | None]] = {
     "reshape": _reshape_back,
     "permute": _order_back,
     "transpose": _order_back,
+    "transposed": _order_back,
     "movedim": _order_back,
     "getitem": _slice_back,
     "narrow": _slice_back,
 }
+
+
+def counted(node: Any) -> tuple[int, Size] | None:
+    """(dimension from the end, length) of what holds 0, 1, 2, ... along one dimension."""
+    if isinstance(node, (list, tuple, range)):
+        return (-1, len(node)) if list(node) == list(range(len(node))) else None
+    spelled = spellings.read(node) if isinstance(node, Node) else None
+    example = tensor_of(node)
+    if spelled is None or example is None or example.is_floating_point():
+        return None
+    step, args = spelled
+    if step == "arange":
+        return (-1, example.shape[0]) if _from_zero(args["numbers"], args, example) else None
+    source = viewed(node) if step in _VIEWS else args.get("input") if step == "expand" else None
+    inner = None if source is None else counted(source)
+    if inner is None or source is None:
+        return None
+    dim, length = inner
+    if step == "expand":
+        return inner if equal(example.shape[dim], length) else None
+    if not keeps_order(node, source):
+        return None
+    along = [i for i, size in enumerate(example.shape) if equal(size, length)]
+    if len(along) != 1 or not equal(math.prod(example.shape), length):
+        return None
+    return along[0] - example.dim(), length
+
+
+def _from_zero(numbers: tuple[Any, ...], args: dict[str, Any], example: torch.Tensor) -> bool:
+    start = numbers[0] if len(numbers) > 1 else args.get("start", 0)
+    step = numbers[2] if len(numbers) > 2 else args.get("step", 1)
+    return (start, step) == (0, 1) and example.dim() == 1
+
+
+def broadcast_operand(node: Node) -> Node | None:
+    """Which tensor an element of the result of torch.broadcast_tensors is."""
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0] != "getitem":
+        return None
+    source, index = spelled[1]["input"], spelled[1]["index"]
+    inner = spellings.read(source) if isinstance(source, Node) else None
+    if inner is None or inner[0] != "broadcast_tensors" or not isinstance(index, int):
+        return None
+    return inner[1]["tensors"][index]

@@ -1,0 +1,230 @@
+"""Steps that compute nothing: views, casts, copies, detachment, and the choice of elements by a label."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from . import algebra, spellings
+from .place import Place, is_labels
+from .reading import Columns, RowValue, Value, VocabValue, detached
+from .rows import arrangement, constant, equal, index_per_dimension, row_shape, same_shape, shape_of
+from .timeline import tensor_of
+from .views import HALF, counted, step_back, viewed
+
+# A row of statistics for each label of a row: beyond this a gather is the better kernel.
+MAX_LABELS = 16
+
+
+def view(place: Place, args: dict[str, Any]) -> Value | None:
+    source = args.get("input")
+    value = place.known(source)
+    if value is None or not isinstance(source, Node):
+        return None
+    if isinstance(value, VocabValue) and _is_rounding(place.node, source):
+        after = (*value.after, tensor_of(place.node).dtype)  # type: ignore[union-attr]
+        return replace(value, after=after, wide=value.wide | {place.node})
+    if isinstance(value, Columns):
+        return _view_of_columns(place, source, value)
+    if viewed(place.node) is not source:
+        return None
+    if isinstance(value, RowValue):
+        if value.more:
+            return value if same_shape(shape_of(place.node), shape_of(source)) else None
+        return None if place.is_edited_view(source) else _view_of_rows(place.node, source, value)
+    if not isinstance(value, VocabValue):
+        return None
+    for axis in range(len(shape_of(place.node))):
+        back = step_back(place.node, source, axis)
+        if back is not None and back[0] == value.axis:
+            moved = replace(value, axis=axis, steps=value.steps + back[1])
+            return replace(moved, wide=value.wide | {place.node})
+    return None
+
+
+def _is_rounding(node: Node, source: Node) -> bool:
+    """Whether log-probabilities are cast down before they are picked, to be picked as they were rounded."""
+    a, b = tensor_of(source), tensor_of(node)
+    if a is None or b is None or a.device != b.device or spellings.read(node)[0] != "same":  # type: ignore[index]
+        return False
+    return a.dtype == torch.float32 and b.dtype in HALF
+
+
+def _view_of_rows(node: Node, source: Node, value: RowValue) -> RowValue | None:
+    """Casts, and views that only drop or add the axis where the vocabulary was."""
+    rows, result = row_shape(source, value.kept), shape_of(node)
+    if same_shape(rows, result):
+        return replace(value, kept=None)
+    for axis in reversed(range(len(result))):
+        if len(result) == len(rows) + 1 and result[axis] == 1 and same_shape(rows, row_shape(node, axis)):
+            return replace(value, kept=axis)
+    return None
+
+
+def _view_of_columns(place: Place, source: Node, value: Columns) -> Columns | None:
+    """Casts, and views that leave the rows in their order. A cast to bool must find but 0 and 1."""
+    a, b = tensor_of(source), tensor_of(place.node)
+    if a is None or b is None or (b.dtype == torch.bool and a.dtype != torch.bool and not _is_mask(value)):
+        return None
+    if not b.is_floating_point() and a.is_floating_point() and not _is_mask(value):
+        return None
+    if same_shape(a.shape, b.shape) and spellings.read(place.node)[0] == "same":  # type: ignore[index]
+        return value
+    if value.axis is None:
+        return value
+    for axis in range(b.dim()):
+        back = step_back(place.node, source, axis)
+        if (
+            back is not None
+            and back[0] == value.axis
+            and _rows_stay(back[1], source, place.node, axis, value)
+        ):
+            return replace(value, axis=axis)
+    return None
+
+
+def _rows_stay(steps: tuple[Any, ...], source: Node, node: Node, axis: int, value: Columns) -> bool:
+    return not steps or same_shape(row_shape(source, value.axis), row_shape(node, axis))
+
+
+def _is_mask(value: Columns) -> bool:
+    """Whether a value is 0 or 1 in every column, for one label."""
+    squared = algebra.power(value.expr, 2)
+    return squared == value.expr
+
+
+def detach(place: Place, args: dict[str, Any]) -> Value | None:
+    value = place.known(args.get("input"))
+    return None if value is None or isinstance(value, Columns) else detached(value)
+
+
+def reorder(place: Place, args: dict[str, Any]) -> Value | None:
+    """Transposes move rows about: statistics follow them no further, log-probabilities do."""
+    return None if isinstance(place.known(args.get("input")), RowValue) else view(place, args)
+
+
+def getitem(place: Place, args: dict[str, Any]) -> Value | None:
+    source, index = args.get("input"), args.get("index")
+    if isinstance(index, tuple) and is_labels(index[-1]):
+        return picked_by_index(place, source, index)
+    value = place.known(source)
+    if isinstance(value, VocabValue):
+        columns = _columns_of(index, value, len(shape_of(source)))  # type: ignore[arg-type]
+        if columns is not None:
+            return _picked_columns(place, value, *columns)
+    if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(source))):  # type: ignore
+        return None
+    return view(place, args)
+
+
+def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
+    """Whether x[index] only drops the axis of size 1, as x[..., 0] does, or adds it, as x[..., None] does."""
+    if isinstance(index, tuple) and None in index:
+        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+    pieces = index_per_dimension(index, rank)
+    return pieces is not None and all(
+        p == slice(None) or (axis == value.kept and isinstance(p, int)) for axis, p in enumerate(pieces)
+    )
+
+
+def select(place: Place, args: dict[str, Any]) -> Value | None:
+    value, dim, column = place.known(args.get("input")), args.get("dim"), args.get("index")
+    if not isinstance(value, VocabValue) or not isinstance(dim, int) or not isinstance(column, int):
+        return None
+    on_axis = dim % len(shape_of(args["input"])) == value.axis
+    return _picked_columns(place, value, [column], None) if on_axis else None
+
+
+def _columns_of(index: Any, value: VocabValue, rank: int) -> tuple[list[int], int | None] | None:
+    """The columns that x[..., 3] and x[..., [3, 5]] take of all rows, and the axis where they stand."""
+    several = next((i for i in (index if isinstance(index, tuple) else ()) if isinstance(i, list)), None)
+    plain = tuple(0 if i is several else i for i in index) if several else index
+    pieces = index_per_dimension(plain, rank)
+    if pieces is None or not isinstance(pieces[value.axis], int):
+        return None
+    if any(piece != slice(None) for axis, piece in enumerate(pieces) if axis != value.axis):
+        return None
+    if several is None:
+        return [pieces[value.axis]], None
+    return (several, value.axis) if all(isinstance(i, int) for i in several) else None
+
+
+def _picked_columns(place: Place, value: VocabValue, columns: list[int], kept: int | None) -> Value | None:
+    size = constant(shape_of(value.logits.node)[value.logits.axis])
+    if size is None or not 1 <= len(columns) <= MAX_LABELS or not all(-size <= c < size for c in columns):
+        return None
+    return _picked(value, [place.label(value, None, column=c % size) for c in columns], kept)
+
+
+def diagonal(place: Place, args: dict[str, Any]) -> Value | None:
+    """x.diag() and x.diagonal(), where row i is picked at i; of logits that nobody has normalised, later."""
+    value = place.known(args.get("input"))
+    return diagonal_of(place, args, value) if isinstance(value, VocabValue) else None
+
+
+def diagonal_of(place: Place, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+    shape = shape_of(args["input"])
+    plain = not args.get("offset") and args.get("dim1", 0) in (0, -2) and args.get("dim2", 1) in (1, -1)
+    if len(shape) != 2 or not plain or not equal(*shape) or arrangement(value.steps):
+        return None
+    if len(shape_of(value.logits.node)) != 2:
+        return None
+    return _picked(value, [place.label(value, None)], None)
+
+
+def gather(place: Place, args: dict[str, Any]) -> Value | None:
+    index = args.get("index")
+    value = place.vocab(args.get("input"), args.get("dim"))
+    if value is None or not is_labels(index):
+        return None
+    if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
+        return None
+    count = constant(shape_of(index)[value.axis])
+    if count is None or not 1 <= count <= MAX_LABELS:
+        return None
+    columns = [None] if count == 1 else range(count)
+    labels = [place.label(value, index, kept=value.axis, column=column) for column in columns]
+    return _picked(value, labels, value.axis)
+
+
+def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> RowValue | None:
+    exprs = [algebra.at(value.expr, y) for y in labels]
+    if None in exprs:
+        return None
+    first, *more = exprs
+    return RowValue(
+        value.logits, value.steps, kept, first, value.wide, value.after, value.detached, tuple(more)
+    )
+
+
+def picked_by_index(place: Place, source: Any, index: tuple[Any, ...]) -> Value | None:
+    """x[arange, y]: the label counts from the end where it is negative."""
+    axis = label_axis(source, index)
+    value = None if axis is None else place.vocab(source, axis)
+    if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
+        return None
+    return _picked(value, [place.label(value, index[axis], wraps=True)], None)
+
+
+def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
+    """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
+    shape = shape_of(source)
+    if len(index) != len(shape):
+        return None
+    counts = [counted(i) for i in index]
+    free = [axis for axis, count in enumerate(counts) if count is None]
+    if len(free) != 1:
+        return None
+    (axis,) = free
+    if not is_labels(index[axis]):
+        return None
+    rows = [i for i in range(len(shape)) if i != axis]
+    for place, i in enumerate(rows):
+        dim, length = counts[i]  # type: ignore[misc]
+        if dim != place - len(rows) or not equal(length, shape[i]):
+            return None
+    return axis
