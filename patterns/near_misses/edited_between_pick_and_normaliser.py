@@ -1,0 +1,26 @@
+"""A slip: the temperature divides in place, after the logits of the labels were taken.
+
+Source: none; what a refactoring leaves behind
+Family: Look-alikes
+"""
+
+import torch
+
+N, V, D = 16, 48, 12
+
+
+def inputs():
+    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+
+
+def loss(hidden, weight, labels):
+    logits = hidden @ weight.t()
+    picked = logits[torch.arange(N), labels]
+    logits.div_(0.7)
+    return (logits.logsumexp(-1) - picked).mean()
+
+
+EXPECTED = """\
+NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (logits.logsumexp(-1) -
+    picked).mean()). Write this step in one of the spellings that the README lists.
+"""

@@ -1,0 +1,29 @@
+"""Keras: probabilities scaled to sum to one and clipped, before the logarithm.
+
+Source: keras-team/keras, keras/src/backend/torch/nn.py
+Family: Look-alikes
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V = 16, 48
+
+
+def inputs():
+    return (2 * torch.randn(N, V)).requires_grad_(), torch.randint(V, (N,))
+
+
+def loss(scores, labels, epsilon=1e-7):
+    output = F.softmax(scores, dim=-1)
+    output = output / torch.sum(output, dim=-1, keepdim=True)
+    output = torch.clip(output, epsilon, 1.0 - epsilon)
+    return -torch.sum(F.one_hot(labels, V) * torch.log(output), dim=-1).mean()
+
+
+EXPECTED = """\
+NOT_UNDERSTOOD: The result of softmax goes into mul (return -torch.sum(F.one_hot(labels, V) *
+    torch.log(output), dim=-1).mean()). Write this step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The result of log goes into mul (return -torch.sum(F.one_hot(labels, V) *
+    torch.log(output), dim=-1).mean()). Write this step in one of the spellings that the README lists.
+"""

@@ -1,0 +1,26 @@
+"""MIL-NCE: several positives, so one logsumexp over them less another over all candidates.
+
+Source: antoine77340/MIL-NCE_HowTo100M, loss.py
+Family: Look-alikes
+"""
+
+import torch
+
+B, K, D = 8, 3, 12  # K captions for each clip
+
+
+def inputs():
+    return torch.randn(B, D, requires_grad=True), torch.randn(B * K, D, requires_grad=True)
+
+
+def loss(video, text):
+    x = (video @ text.t()).view(B, B, K)
+    positives = torch.logsumexp((x * torch.eye(B)[:, :, None]).sum(dim=1), dim=1)
+    candidates = torch.logsumexp(torch.cat([x, x.permute(1, 0, 2)], dim=1).view(B, -1), dim=1)
+    return (candidates - positives).mean()
+
+
+EXPECTED = """\
+NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()).
+    Write this step in one of the spellings that the README lists.
+"""

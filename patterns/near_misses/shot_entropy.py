@@ -1,0 +1,29 @@
+"""SHOT: entropy with an epsilon inside the logarithm, and that of the mean prediction.
+
+Source: tim-learn/SHOT, object/loss.py and object/image_target.py
+Family: Look-alikes
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V = 16, 48
+
+
+def inputs():
+    return ((2 * torch.randn(N, V)).requires_grad_(),)
+
+
+def loss(outputs, eps=1e-5):
+    probs = F.softmax(outputs, dim=1)
+    entropy = (-probs * torch.log(probs + eps)).sum(dim=1).mean()
+    mean = probs.mean(dim=0)
+    return entropy + (mean * torch.log(mean + eps)).sum()
+
+
+EXPECTED = """\
+NOT_UNDERSTOOD: The result of softmax goes into mul (entropy = (-probs * torch.log(probs +
+    eps)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The result of log goes into mul (entropy = (-probs * torch.log(probs +
+    eps)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
+"""

@@ -1,0 +1,33 @@
+"""Unlikelihood training: nll_loss, and log(1 - p), clamped, of every candidate of the context.
+
+Source: facebookresearch/unlikelihood_training, custom/candidate_penalty_ce_loss.py
+Family: Look-alikes
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V, PAD = 16, 48, 1
+
+
+def inputs():
+    return (2 * torch.randn(N, V)).requires_grad_(), torch.randint(2, V, (N,))
+
+
+def loss(logits, target):
+    lprobs = F.log_softmax(logits, dim=-1)
+    mle = F.nll_loss(lprobs, target, ignore_index=PAD, reduction="sum")
+    context = target.unsqueeze(0).expand(N, N).tril(-1)
+    context = context.masked_fill(context == target.unsqueeze(1), PAD)
+    negative = torch.zeros_like(lprobs).scatter_(1, context, 1)
+    one_minus_probs = torch.clamp(1.0 - lprobs.exp(), min=1e-5)
+    return mle + (-torch.log(one_minus_probs) * negative).sum()
+
+
+EXPECTED = """\
+LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by mul (return mle +
+    (-torch.log(one_minus_probs) * negative).sum()). Compute the loss from the logits, apart from the
+    log-probabilities that you keep.
+NOT_UNDERSTOOD: The result of log goes into mul (return mle + (-torch.log(one_minus_probs) *
+    negative).sum()). Write this step in one of the spellings that the README lists.
+"""

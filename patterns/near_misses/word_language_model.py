@@ -1,0 +1,25 @@
+"""Word language model: the model returns the log-probabilities that its loss is taken from.
+
+Source: pytorch/examples, word_language_model/model.py
+Family: Look-alikes
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V, D = 16, 48, 12
+
+
+def inputs():
+    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+
+
+def loss(hidden, weight, targets):
+    output = F.log_softmax(F.linear(hidden, weight), dim=1)
+    return F.nll_loss(output, targets), output
+
+
+EXPECTED = """\
+LOGITS_ESCAPE: The log_softmax of all classes [16x48] is returned, so it is in memory anyway.
+    Compute the loss from the logits, apart from the log-probabilities that you keep.
+"""

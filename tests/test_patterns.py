@@ -1,0 +1,76 @@
+"""The gallery: every spelling of patterns/ is fused and right; every near miss is right and told of.
+
+EXPECTTEST_ACCEPT=1 writes EXPECTED and the README's table, for the files whose numbers and graphs are right.
+"""
+
+import ast
+from pathlib import Path
+
+import gallery
+import pytest
+from gallery_graphs import check_graphs
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", gallery.PATTERNS, ids=name)
+def test_pattern(path: Path):
+    module = gallery.load(path)
+    graphs = gallery.compile_and_check(module)
+    report = gallery.explained(module)
+    assert report.sites, report
+    assert not report.misses, report
+    check_graphs(graphs)
+    gallery.settle(path, gallery.rendered(report))
+
+
+@pytest.mark.parametrize("path", gallery.NEAR_MISSES, ids=name)
+def test_near_miss(path: Path):
+    module = gallery.load(path)
+    gallery.compile_and_check(module)
+    report = gallery.explained(module)
+    if not report.sites:
+        gallery.check_as_without_us(module)
+    gallery.settle(path, gallery.rendered(report))
+
+
+EVERY_FILE = pytest.mark.parametrize("path", gallery.PATTERNS + gallery.NEAR_MISSES, ids=name)
+
+
+@EVERY_FILE
+def test_a_file_says_what_it_is_and_needs_torch_only(path: Path):
+    gallery.about(path)
+    tree = ast.parse(path.read_text())
+    imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+    imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+    assert {module.split(".")[0] for module in imported} <= {"math", "torch"}
+
+
+def test_the_readme_lists_the_spellings():
+    if gallery.accepting():
+        gallery.write_readme()
+    assert gallery.readme_region(gallery.README.read_text()) == gallery.table(), f"stale: {gallery.HINT}"
+
+
+SOURCE = '"""Doc."""\n\nEXPECTED = """\\\nold\n"""\nAFTER = "é"\n'
+
+
+def test_accepting_replaces_the_literal_in_its_place():
+    accepted = gallery.with_expected(SOURCE, 'a "b" \\ é\n')
+    assert accepted == '"""Doc."""\n\nEXPECTED = """\\\na "b" \\\\ é\n"""\nAFTER = "é"\n'
+    assert gallery.with_expected(accepted, "old\n") == SOURCE
+
+
+def test_accepting_adds_what_a_new_file_lacks():
+    accepted = gallery.with_expected('"""Doc."""\n', "new\n")
+    assert accepted == '"""Doc."""\n\n\nEXPECTED = """\\\nnew\n"""\n'
+
+
+def test_a_file_without_expected_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("EXPECTTEST_ACCEPT", raising=False)
+    path = tmp_path / "new.py"
+    path.write_text('"""Project: idea.\n\nSource: a/b, c.py\nFamily: Heads\n"""\n')
+    with pytest.raises(AssertionError, match="has no EXPECTED: `make accept`"):
+        gallery.settle(path, "lse\n")
