@@ -19,6 +19,7 @@ so is None here, never an exception.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,8 +52,17 @@ MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
 dot_shifted = sympy.Function("dot_shifted", real=True)
 
+# More labels than this on one row are nobody's target.
+MAX_INDICATORS = 4
+
 # Powers of z and p beyond this are nobody's loss, and cost time to multiply out.
 MAX_DEGREE = 8
+
+
+class same(sympy.Function):
+    """1 where two labels name one column, else 0."""
+
+    is_real = True
 
 
 class hit(sympy.Function):
@@ -192,19 +202,28 @@ def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
     return mask * yes + (as_vocab(sympy.Integer(1)) + (-mask)) * no
 
 
-def in_each_column(function: Callable[[sympy.Expr], sympy.Expr], value: Vocab) -> Vocab | None:
-    """A function of numbers applied to a + b [i = y], with a and b numbers."""
-    if any(b.z or b.p or b.q or len(b.at) > 1 or not c.is_number for b, c in value.terms):
+def in_each_column(
+    function: Callable[[sympy.Expr], sympy.Expr], value: Vocab, masks: frozenset[sympy.Symbol] = frozenset()
+) -> Vocab | None:
+    """A function of numbers, 0 at 0, applied to what is made of numbers, indicators and masks of rows.
+
+    Which of k labels name a column gives 2^k cases, each with its number; by inclusion and exclusion these
+    are products of indicators again.
+    """
+    labels = sorted(frozenset().union(*(b.at for b, _ in value.terms)), key=str)
+    if len(labels) > MAX_INDICATORS or any(b.z or b.p or b.q for b, _ in value.terms):
         return None
-    marked = [(b, c) for b, c in value.terms if b.at]
-    base = value.get(ONE)
-    elsewhere = as_vocab(function(base))
-    if not marked:
-        return elsewhere
-    if len(marked) > 1:
+    common: set[sympy.Symbol] = next((c.free_symbols & masks for _, c in value.terms), set())
+    mask = sympy.Mul(*sorted(common, key=str))
+    numbers = {b.at: expand(c / mask) for b, c in value.terms}
+    if not all(c.is_number for c in numbers.values()):
         return None
-    (b, c), *_ = marked
-    return elsewhere + Vocab.of({b: function(base + c) - function(base)})
+    cases = [frozenset(case) for k in range(len(labels) + 1) for case in itertools.combinations(labels, k)]
+    results: dict[frozenset[sympy.Symbol], sympy.Expr] = {}
+    for case in cases:
+        here = sum((c for at, c in numbers.items() if at <= case), sympy.Integer(0))
+        results[case] = function(here) - sum((r for at, r in results.items() if at < case), sympy.Integer(0))
+    return Vocab.of({Monomial(at=case): mask * result for case, result in results.items()})
 
 
 def exp(value: Vocab) -> Vocab | None:
@@ -291,8 +310,8 @@ def total(value: Vocab) -> sympy.Expr | None:
 
 def _total_of(b: Monomial) -> sympy.Expr | None:
     if b.at:
-        (y, *more) = b.at
-        return None if more else hit(y) * _at(b, y)
+        y = min(b.at, key=str)
+        return hit(y) * _at(b, y)
     if b.q:
         sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of}
         return sums[b.z, b.p](*b.q) if (b.z, b.p) in sums else None
@@ -301,13 +320,11 @@ def _total_of(b: Monomial) -> sympy.Expr | None:
 
 def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
     """The value in column y."""
-    if any(b.at - {y} for b, _ in value.terms):
-        return None
     return expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
 
 
 def _at(b: Monomial, y: sympy.Symbol) -> sympy.Expr:
-    entries = sympy.Mul(*(entry(q, y) for q in b.q))
+    entries = sympy.Mul(*(entry(q, y) for q in b.q), *(same(y, other) for other in b.at - {y}))
     return pick(y) ** b.z * sympy.exp(b.p * (pick(y) - LSE)) * entries
 
 
@@ -333,6 +350,7 @@ def shifted(value: sympy.Expr) -> sympy.Expr:
 def labels_of(value: sympy.Expr) -> list[sympy.Symbol]:
     """The labels that a row expression reads, by name."""
     read = {f.args[-1] for f in value.atoms(pick, hit, entry)}
+    read |= {y for f in value.atoms(same) for y in f.args}
     return sorted(read, key=str)
 
 

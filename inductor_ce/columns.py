@@ -14,14 +14,14 @@ from . import algebra
 from .movement import label_axis
 from .place import Place, is_labels
 from .reading import Columns, Value
-from .rows import equal, row_shape, same_shape, shape_of
+from .rows import constant, equal, index_per_dimension, row_shape, same_shape, shape_of
 from .timeline import tensor_of
 from .views import counted
 
 Step = Callable[[Place, dict[str, Any]], Value | None]
 
 
-def constant(value: Any) -> Columns | None:
+def everywhere(value: Any) -> Columns | None:
     """The same number in every column."""
     if not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -29,11 +29,11 @@ def constant(value: Any) -> Columns | None:
 
 
 def filled(number: float) -> Step:
-    return lambda place, args: constant(number)
+    return lambda place, args: everywhere(number)
 
 
 def full(place: Place, args: dict[str, Any]) -> Value | None:
-    return constant(args.get("value"))
+    return everywhere(args.get("value"))
 
 
 def one_hot(place: Place, args: dict[str, Any]) -> Value | None:
@@ -114,26 +114,43 @@ def scatter(place: Place, args: dict[str, Any]) -> Value | None:
 
 
 def setitem(place: Place, args: dict[str, Any]) -> Value | None:
-    """q[arange, y] = number; q[:] = number."""
-    base, index, value = (
-        place.known(args.get("input")),
-        args.get("index"),
-        _number_of(place, args.get("value")),
-    )
+    """q[arange, y] = number; q[:, 3] = number."""
+    base, index = place.known(args.get("input")), args.get("index")
+    value = _number_of(place, args.get("value"))
     if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
         return None
-    axis = label_axis(args["input"], index)
-    if axis is None or base.axis not in (None, axis):
+    fixed = _fixed_column(args["input"], index)
+    if fixed is not None:
+        axis = fixed[0]
+        hit = algebra.indicator(place.loose_label(None, column=fixed[1]))
+        same_axis = base.axis in (None, axis)
+        return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), axis) if same_axis else None
+    at = label_axis(args["input"], index)
+    if at is None or base.axis not in (None, at):
         return None
-    if not same_shape(row_shape(args["input"], axis), shape_of(index[axis])):
+    if not same_shape(row_shape(args["input"], at), shape_of(index[at])):
         return None
-    hit = algebra.indicator(place.loose_label(index[axis], wraps=True))
-    return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), axis)
+    hit = algebra.indicator(place.loose_label(index[at], wraps=True))
+    return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), at)
+
+
+def _fixed_column(source: Any, index: tuple[Any, ...]) -> tuple[int, int] | None:
+    """(axis, column) where `x[index]` is one column of all rows."""
+    shape = shape_of(source)
+    pieces = index_per_dimension(index, len(shape))
+    if pieces is None:
+        return None
+    fixed = [(axis, piece) for axis, piece in enumerate(pieces) if piece != slice(None)]
+    if len(fixed) != 1 or not isinstance(fixed[0][1], int):
+        return None
+    ((axis, column),) = fixed
+    size = constant(shape[axis])
+    return (axis, column % size) if size is not None and -size <= column < size else None
 
 
 def _number_of(place: Place, arg: Any) -> sympy.Expr | None:
     """A number, or a tensor that holds the same one everywhere."""
-    value = constant(arg) or place.known(arg)
+    value = everywhere(arg) or place.known(arg)
     if not isinstance(value, Columns):
         return None
     number = value.expr.get(algebra.ONE)

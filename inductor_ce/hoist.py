@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from . import spellings
 from .builder import Builder
-from .reading import Reading
+from .reading import LossValue, Reading, RowValue
 from .timeline import written_by
 
 # What takes more steps than this is no view or mask.
@@ -32,8 +32,8 @@ def earliest(reading: Reading, node: Node, position: int, steps: int = MAX_STEPS
 def _can_be_made_again(reading: Reading, node: Node, position: int) -> bool:
     if spellings.read(node) is None or any(written_by(node)):
         return False
-    of_logits = reading.on_logits(node) is not None or node in reading.parted
-    return not of_logits and reading.timeline.unchanged(node, node, position)
+    may_be_replaced = isinstance(reading.values.get(node), (RowValue, LossValue)) or node in reading.parted
+    return not may_be_replaced and reading.timeline.unchanged(node, node, position)
 
 
 def made_before(build: Builder, reading: Reading, node: Node, place: int) -> Node:

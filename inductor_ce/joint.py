@@ -39,22 +39,45 @@ def recompute_chains(graph: Graph) -> None:
 def _chain(logits: Node, returned: set[Node]) -> list[Node]:
     """The nodes between the logits as they are in memory and the logits as the loss reads them."""
     links: list[Node] = []
-    node: Node | None = logits
-    while node is not None and node not in returned:
-        source = _source(node)
-        if source is not None:
-            links.append(node)
-        node = source
+    node = logits
+    while node not in returned and _is_link(node):
+        large = _large_inputs(node)
+        if len(large) != 1:
+            links += _branches(node, returned)
+            break
+        links.append(node)
+        (node,) = large
     return links if any(_is_pointwise(link) for link in links) else []
 
 
-def _source(node: Node) -> Node | None:
-    """The one input of a view or pointwise node that is as large as its result; None ends the chain."""
-    if node.op != "call_function" or not (node.target in _VIEWS or _is_pointwise(node)):
-        return None
+def _branches(node: Node, returned: set[Node]) -> list[Node]:
+    """The links above a node with several large inputs, if one tensor that must be kept is at their root.
+
+    The graph's own inputs, such as a mask, are in memory in any case. Where more is at the root, the one
+    result is less to keep than what it is made of.
+    """
+    links: list[Node] = []
+    roots: set[Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node in returned or not _is_link(node):
+            roots.add(node)
+        elif node not in links:
+            links.append(node)
+            stack += _large_inputs(node)
+    made = [root for root in roots if root.all_input_nodes]
+    return links if len(made) <= 1 else []
+
+
+def _is_link(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in _VIEWS or _is_pointwise(node))
+
+
+def _large_inputs(node: Node) -> list[Node]:
+    """The inputs that are as large as the result."""
     size = tensor_of(node).numel()  # type: ignore[union-attr]
-    large = [a for a in node.all_input_nodes if _is_large(a, size)]
-    return large[0] if len(large) == 1 else None
+    return [source for source in node.all_input_nodes if _is_large(source, size)]
 
 
 def _is_large(node: Node, size: int | torch.SymInt) -> bool:

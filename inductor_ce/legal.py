@@ -77,9 +77,23 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
     # Where the maximum does not cancel, the user's own node is as good as ours, and has its gradient.
-    if row_expr(value).has(algebra.MAX) and not value.detached and _wants_gradient(value.logits):
+    gradient = _wants_gradient(value.logits) and not value.detached
+    if row_expr(value).has(algebra.MAX) and gradient and any(map(_differentiable, node.users)):
         return False
-    return any(_is_strange(reading, user, value.logits) for user in node.users)
+    return any(
+        _is_strange(reading, user, value.logits) or _is_label_of(reading, node, user) for user in node.users
+    )
+
+
+def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
+    value = reading.values.get(user)
+    return isinstance(value, (RowValue, LossValue)) and node in reading.brought(value)
+
+
+def _differentiable(user: Node) -> bool:
+    """Whether a gradient may flow through a node: through a comparison none does."""
+    example = tensor_of(user)
+    return example is None or example.is_floating_point()
 
 
 def _wants_gradient(logits: Logits) -> bool:
@@ -172,7 +186,11 @@ def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]
             reading.miss(node, Reason.MUTATED, fact)
         elif not any(_merge(reading, group, alone) for group in groups):
             groups.append(alone)
-    return [group for group in groups if not _edited_later(reading, group)]
+    return [
+        group
+        for group in groups
+        if not (_edited_later(reading, group) or _input_edited_later(reading, group))
+    ]
 
 
 def _edited_later(reading: Reading, group: Group) -> bool:
@@ -183,6 +201,27 @@ def _edited_later(reading: Reading, group: Group) -> bool:
     edited = not timeline.unchanged(node, group.place, len(timeline.nodes))
     if edited:
         fact = "The logits are changed in place after this loss, whose backward reads them."
+        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
+    return edited
+
+
+def _input_edited_later(reading: Reading, group: Group) -> bool:
+    """Whether labels that are an argument of the graph are written after the loss. Tells so.
+
+    AOTAutograd writes arguments at the end of the forward, and its backward may read them after that.
+    """
+    timeline = reading.timeline
+    arguments = [node for node in timeline.nodes if node.op == "placeholder"]
+    edited = group.attached and any(
+        held.node is not None
+        and not timeline.unchanged(held.node, group.place, len(timeline.nodes))
+        and any(timeline.shares_storage(held.node, argument) for argument in arguments)
+        for held in group.labels.values()
+    )
+    if edited:
+        fact = (
+            "The labels are an argument that is changed in place after this loss, whose backward reads them."
+        )
         reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
     return edited
 
@@ -264,8 +303,16 @@ def _logits_window(reading: Reading, logits: Logits) -> tuple[int, int]:
     return timeline.window(logits.node, moment)
 
 
+def _reads(group: Group, other: Group) -> bool:
+    """Whether a group needs what another one computes, seen through views."""
+    held: list[Label | Outside] = [*group.labels.values(), *group.outside.values()]
+    return any(tensor.node in other.nodes for tensor in held)
+
+
 def _merge(reading: Reading, group: Group, other: Group) -> bool:
-    """Take `other` into `group` if one place serves both."""
+    """Take `other` into `group` if one place serves both, and neither is made of the other's results."""
+    if _reads(other, group) or _reads(group, other):
+        return False
     first, last = max(group.first, other.first), min(group.last, other.last)
     if first > last:
         return False

@@ -7,11 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Node
 
 from . import algebra
-from .arithmetic import minus, operands, times
+from .arithmetic import minus, times
 from .movement import diagonal
+from .operands import operands
 from .place import Place, is_labels
 from .reading import Columns, LossValue, Reduction, RowValue, Value, VocabValue
 from .sites import Reason
@@ -39,12 +41,25 @@ def cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
 
 def nll_loss(place: Place, args: dict[str, Any]) -> Value | None:
     known = place.known(args.get("input"))
-    if not isinstance(known, VocabValue) or known.after or not is_labels(args.get("target")):
+    if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
         return None
     value = _class_axis(place, args)
     if value is None or not _arguments(place, args):
         return None
+    if value.after:
+        return _picked_afterwards(place, args, value) if args.get("weight") is None else None
     return _from_indices(place, args, value, value.expr, sympy.Integer(0))
+
+
+def _picked_afterwards(place: Place, args: dict[str, Any], value: VocabValue) -> Value | None:
+    """nll_loss of a function of log-probabilities."""
+    y = place.label(value, args["target"])
+    picked = algebra.at(value.expr, y)
+    if picked is None:
+        return None
+    reduction = Reduction(args.get("reduction", "mean"), y, args.get("ignore_index", -100))
+    after = (*value.after, torch.neg)
+    return LossValue(value.logits, value.steps, picked, reduction, value.wide, value.detached, after)
 
 
 def _class_axis(place: Place, args: dict[str, Any]) -> VocabValue | None:
@@ -155,7 +170,7 @@ def _divergence(
     log_q = algebra.log(q)
     negentropy = None if log_q is None else times(q, log_q)
     if negentropy is None:
-        negentropy = algebra.in_each_column(_xlogx, q)
+        negentropy = algebra.in_each_column(_xlogx, q, place.masks(frame))
     if negentropy is None:
         negentropy = place.outside(args["target"], frame, args["input"], made="xlogx")
     return None if negentropy is None else minus(negentropy, q * log_p)

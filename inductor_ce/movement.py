@@ -99,7 +99,7 @@ def _is_mask(value: Columns) -> bool:
 
 def detach(place: Place, args: dict[str, Any]) -> Value | None:
     value = place.known(args.get("input"))
-    return None if value is None or isinstance(value, Columns) else detached(value)
+    return value if value is None or isinstance(value, Columns) else detached(value)
 
 
 def reorder(place: Place, args: dict[str, Any]) -> Value | None:

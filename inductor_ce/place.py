@@ -129,20 +129,26 @@ class Place:
     # Labels
 
     def loose_label(
-        self, node: Node, kept: int | None = None, *, named: bool = True, wraps: bool = False
+        self,
+        node: Node | None,
+        kept: int | None = None,
+        *,
+        named: bool = True,
+        wraps: bool = False,
+        column: int | None = None,
     ) -> sympy.Symbol:
         """A symbol for labels that have met no logits yet."""
         symbol = algebra.label(f"loose{len(self.reading.loose) + 1}", named)
-        self.reading.loose[symbol] = Label(node, (), kept, self.position, wraps)
+        self.reading.loose[symbol] = Label(node, (), kept, self.position, wraps, column)
         return symbol
 
-    def loose_outside(self, arg: Any, like: Node, axis: int) -> sympy.Symbol | None:
+    def loose_outside(self, arg: Any, like: Node, axis: int, made: str = "") -> sympy.Symbol | None:
         """A symbol for numbers of rows that have met no logits yet, beside labels in columns of `like`."""
         kind = _kind(arg, like, axis)
         if kind not in ("scalar", "row"):
             return None
         symbol = algebra.outside(f"loose{len(self.reading.loose) + 1}")
-        self.reading.loose[symbol] = Outside(arg, kind, (), axis, like, self.position)
+        self.reading.loose[symbol] = Outside(arg, kind, (), axis, like, self.position, made)
         return symbol
 
     def label(
@@ -188,7 +194,8 @@ class Place:
     def _label_met(
         self, loose: sympy.Symbol, label: Label, columns: Columns, arg: Node, value: VocabValue
     ) -> sympy.Symbol | None:
-        assert label.node is not None
+        if label.node is None:
+            return self.label(value, None, column=label.column)
         sizes = row_shape(label.node, label.kept)
         if arrangement(value.steps) and not same_shape(sizes, row_shape(arg, columns.axis)):
             return None
@@ -198,7 +205,7 @@ class Place:
     def _outside_met(self, held: Outside, arg: Node, value: VocabValue) -> sympy.Symbol | None:
         if held.axis != value.axis or not same_shape(shape_of(held.like), shape_of(arg)):
             return None
-        return self._outside_symbol(held.node, held.kind, value, held.like, "")
+        return self._outside_symbol(held.node, held.kind, value, held.like, held.made)
 
     def _origin(self, node: Node) -> tuple[Node, int]:
         """The tensor that `node` is a reshape or an integer cast of, and its version here."""
@@ -217,6 +224,11 @@ class Place:
             return None
         symbol = self._outside_symbol(arg, kind, value, like, made)
         return algebra.columns(symbol) if kind in ("classes", "columns") else algebra.as_vocab(symbol)
+
+    def masks(self, value: VocabValue) -> frozenset[sympy.Symbol]:
+        """The symbols that are 0 or 1 in each row."""
+        known = self.reading.outside.get(value.logits, {})
+        return frozenset(symbol for symbol, held in known.items() if held.made.startswith("where"))
 
     def weights(self, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | None:
         """Class weights [V], whose axis is the vocabulary's wherever that is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,8 +26,8 @@ class Logits:
     inference: bool
 
 
-# What is done to each element of log-probabilities before they are picked.
-Afterwards = torch.dtype | Node
+# What is done to each log-probability before some are picked: a cast, what a node does, a function.
+Afterwards = torch.dtype | Node | Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ class LossValue:
     reduction: Reduction
     wide: frozenset[Node] = frozenset()
     detached: bool = False
+    after: tuple[Afterwards, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import sympy
 from torch.fx import Graph, Node
 
 from . import algebra, arithmetic, columns, losses, movement, spellings, stacks
-from .arithmetic import operands, times
+from .arithmetic import times
+from .operands import operands
 from .place import Place
 from .reading import Columns, Reading, RowValue, Value, VocabValue, detached
 from .rows import same_shape, shape_of
@@ -52,13 +53,20 @@ def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Step
     """The step of a function of the whole axis that keeps it, such as log_softmax."""
 
     def step(place: Place, args: dict[str, Any]) -> Value | None:
-        value = place.readable(args.get("input"), _one_dim(args.get("dim")), function)
+        dim = _default_dim(args) if args.get("dim") is None else _one_dim(args["dim"])
+        value = place.readable(args.get("input"), dim, function)
         if value is None or value.after or not _dtype_keeps(args):
             return None
         expr = function(value.expr)
         return None if expr is None else replace(value, expr=expr, wide=value.wide | {place.node})
 
     return step
+
+
+def _default_dim(args: dict[str, Any]) -> int | None:
+    """The dimension of softmax where none is given, as torch guesses it, with a warning."""
+    example = tensor_of(args.get("input"))
+    return None if example is None else 0 if example.dim() in (0, 1, 3) else 1
 
 
 def _over_vocab(

@@ -54,9 +54,7 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
         result = build(torch.stack, rows, value.kept)
     else:
         result = rows[0] if value.kept is None else build("unsqueeze", rows[0], value.kept)
-    after = value.after if isinstance(value, RowValue) else ()
-    for step in (*after, tensor_of(node).dtype):  # type: ignore[union-attr]
-        result = _done(build, step, result)
+    result = _done(build, tensor_of(node).dtype, result)  # type: ignore[union-attr]
     if value.detached and reading.timeline.grad_mode(group.place) is True:
         result = build("detach", result)
     edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
@@ -67,12 +65,16 @@ def _done(build: Builder, step: Afterwards, result: Node) -> Node:
     """What was to be done to each element, done to those that were picked."""
     if isinstance(step, Node):
         return build.again(step, {step.all_input_nodes[0]: result})
+    if not isinstance(step, torch.dtype):
+        return build(step, result)
     return result if tensor_of(result).dtype == step else build("to", result, step)  # type: ignore[union-attr]
 
 
 def _rows(build: Builder, stats: Statistics, group: Group, value: Any, expr: sympy.Expr) -> Node:
     """A row expression, arranged as the user has his rows."""
     flat = stats.row(expr)
+    for step in value.after:
+        flat = _done(build, step, flat)
     ignored = value.reduction.ignore_index if isinstance(value, LossValue) else None
     for y in algebra.labels_of(expr):
         if y.is_nonnegative and group.labels[y].node is not None:

@@ -18,9 +18,14 @@ class Reason(enum.Enum):
     SMALL_VOCAB = "Lower the option min_vocab if you want it fused all the same."
     DYNAMIC_VOCAB = "Leave the vocabulary dimension static: a kernel is built for one size."
     CLASS_WEIGHTS = "Detach the class weights: no gradient reaches them through the kernels."
-    SOFT_TARGETS = "Detach the targets: no gradient reaches them through the kernels."
+    SOFT_TARGETS = (
+        "Detach the targets if they are meant as constants; no gradient reaches them through the kernels."
+    )
     LOGITS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
-    NOT_UNDERSTOOD = "Write this step in one of the spellings that the README lists."
+    NOT_UNDERSTOOD = (
+        "If this is a cross entropy, write this step in one of the spellings that the README lists; "
+        "if not, it runs as written."
+    )
     MUTATED = "Make the edit out of place, or move it before or after the whole loss."
     UNSUPPORTED_DTYPE = "Use float16, bfloat16, float32 or float64 logits."
     UNSUPPORTED_TENSOR = "Compute the loss on plain tensors."

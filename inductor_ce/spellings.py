@@ -172,6 +172,10 @@ def read(node: Node) -> tuple[str, dict[str, Any]] | None:
     """(step, arguments by name) of a node, None for a callable that the table does not have."""
     if node.op not in ("call_function", "call_method"):
         return None
+    if node.target is getattr and node.args[1:] == ("T",):
+        return "transposed", {"input": node.args[0]}
+    if node.target is getattr and node.args[1:] == ("mT",):
+        return "transpose", {"input": node.args[0], "dim0": -2, "dim1": -1}
     try:
         spelling = TABLE.get(node.target)
     except TypeError:  # an unhashable callable is none of ours

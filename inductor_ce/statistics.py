@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,12 +18,16 @@ from .hoist import made_before
 from .legal import Group
 from .reading import Outside, Reading, row_expr
 from .rows import shape_of
+from .timeline import tensor_of
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
 
 # The maximum where it stands alone, and nothing beside it tells of NaN.
 MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
+
+# log d in float64, where it is to cancel.
+LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
 
 Product = tuple[sympy.Symbol, ...]
 
@@ -33,6 +38,10 @@ _MADE: dict[str, Callable[[Builder, Node], Node]] = {
     "where": lambda build, node: node,
     "where not": lambda build, node: build(torch.logical_not, node),
 }
+
+
+def _is_mask(node: Node) -> bool:
+    return tensor_of(node).dtype == torch.bool  # type: ignore[union-attr]
 
 
 class Statistics:
@@ -47,7 +56,7 @@ class Statistics:
         ]
         self.reading, self.place = reading, group.place
         self.named = {
-            y: made_before(build, reading, held.node, group.place)
+            y: self._kept(held.node, made_before(build, reading, held.node, group.place))
             for y, held in group.labels.items()
             if held.node is not None
         }
@@ -72,6 +81,13 @@ class Statistics:
         self.which = which
         unbound = build(torch.unbind, packed, 0)
         self._rows = {key: build(operator.getitem, unbound, k) for k, (_, key) in enumerate(rows)}
+
+    def _kept(self, label: Node, made: Node) -> Node:
+        """Labels, copied where the user writes over them later: the backward reads them again."""
+        timeline = self.reading.timeline
+        return (
+            made if timeline.unchanged(label, self.place, len(timeline.nodes)) else self.build("clone", made)
+        )
 
     def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], list[tuple[str, Any]]]:
         """The tensors that are summed against z or p, and the rows that hold these sums."""
@@ -125,6 +141,8 @@ class Statistics:
             return build(torch.where, unseen, torch.nan, m)
         if key == algebra.LOG_SUMEXP:
             return build(torch.log, d)
+        if key == LOG_SUMEXP_WIDE:
+            return build(torch.log, build("double", d))
         if key == algebra.LOG_SUMEXP_EXTENDED:
             # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
             return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
@@ -142,6 +160,9 @@ class Statistics:
             (y,) = key.args
             gap = build(torch.sub, self._rows[algebra.pick(y)], m)
             return gap if y.is_nonnegative else build(torch.where, self.inside(y), gap, 0.0)
+        if key.func == algebra.same:
+            one, other = (self.labels[y] for y in key.args)
+            return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
         if key.func == algebra.hit:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
         if key.func == algebra.mean_p_of:
@@ -187,10 +208,50 @@ class Statistics:
         moved = algebra.shifted(expr).subs(algebra.V, self.vocab_size)
         if not moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED):
             moved = moved.subs(algebra.MAX, MAX_OR_NAN)
-        value = self._emit(moved)
+        value = self._emit_with_masses(moved)
         if isinstance(value, Node) and len(shape_of(value)) == 1:
             return value
         return self.build(torch.add, self.build(torch.zeros_like, self._rows[algebra.MAX]), value)
+
+    def _emit_with_masses(self, expr: sympy.Expr) -> Any:
+        """As `_emit`, with what is summed of tensors from outside in one sum over the classes.
+
+        NOTE Divergences cancel
+        KL(q | p) = sum_i q_i log q_i + mass(q) log d - dot(q) is small where its terms are near log V. Column
+        by column the first two cancel before they are rounded as sums: sum_i q_i (log q_i + log d), held
+        constant and summed in float64. The gradient flows through mass(q) (log d - the log d held constant),
+        which also gives back what that lost when it was rounded.
+        """
+        masses = [t for t in expr.as_ordered_terms() if self._weighs_rows_of_columns(t)]
+        if len(masses) < 2:
+            return self._emit(expr)
+        column_terms, corrections = [], []
+        for term in masses:
+            (mass,) = term.atoms(algebra.mass)
+            factor = self._emit((term / mass).subs(algebra.LOG_SUMEXP, LOG_SUMEXP_WIDE))
+            product = self._in_stats_dtype(self.product(mass.args))
+            if isinstance(factor, Node):
+                factor = self._in_stats_dtype(factor) if _is_mask(factor) else factor
+                held = self._in_stats_dtype(self.build("detach", factor))
+                corrections.append(self._mul(self[mass], self.build(torch.sub, factor, held)))
+                factor = self.build("unsqueeze", held, -1) if shape_of(factor) else held
+            column_terms.append(self._mul(product, factor))
+        total = self.build(torch.sum, functools.reduce(self._add, column_terms), -1, dtype=torch.float64)
+        rest = expr - sympy.Add(*masses)
+        others = [self._emit(rest)] if rest != 0 else []
+        return functools.reduce(self._add, [total, *corrections, *others])
+
+    def _weighs_rows_of_columns(self, term: sympy.Expr) -> bool:
+        """Whether a term is a row factor times the sum over the classes of one product [N, V]."""
+        masses = term.atoms(algebra.mass)
+        if len(masses) != 1 or term.atoms(algebra.entry):
+            return False
+        (mass,) = masses
+        return not (term / mass).has(mass) and len(shape_of(self.product(mass.args))) == 2
+
+    def _in_stats_dtype(self, node: Node) -> Node:
+        dtype = tensor_of(self._rows[algebra.MAX]).dtype  # type: ignore[union-attr]
+        return node if tensor_of(node).dtype == dtype else self.build("to", node, dtype)  # type: ignore[union-attr]
 
     def _emit(self, expr: sympy.Expr) -> Any:
         if expr.is_number:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Node
 
 from . import spellings
-from .reading import LossValue, Reading, RowValue, VocabValue
+from .reading import LossValue, OnLogits, Reading, RowValue, VocabValue
 from .rows import hint, shape_of
 from .sites import Reason, user_line
 from .views import broadcast_operand
@@ -26,36 +26,54 @@ def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
 
 
 def _read_by(node: Node) -> Sequence[Node]:
-    """The nodes whose elements, not only their shape, a node reads."""
+    """The nodes whose elements, not only their shape or dtype, a node reads."""
     operand = broadcast_operand(node)
     if operand is not None:
         return [operand]
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return [] if name in SHAPE_ONLY else node.all_input_nodes
+    name = _name(node)
+    if name in SHAPE_ONLY:
+        return []
+    return [node.args[0]] if name in FIRST_ONLY and isinstance(node.args[0], Node) else node.all_input_nodes
 
 
 SHAPE_ONLY = {
     *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
-    *("size", "dim", "numel", "broadcast_tensors"),
+    *("rand_like", "randn_like", "randint_like", "size", "dim", "numel", "broadcast_tensors"),
 }
+# Of their second argument these read the shape or the dtype.
+FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+
+
+def _name(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _where(node: Node) -> str:
+    location, code = user_line(node)
+    return f"at {location} ({code})"
 
 
 def escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
     """Who else needs the log-probabilities `wide`."""
     what = f"The {_name(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
     user: Node | None = wide
-    while user is not None and (user is wide or isinstance(reading.values.get(user), VocabValue)):
+    while user is not None and (user is wide or _is_followed(reading, user)):
         user = next((u for u in user.users if u in needed and user in _read_by(u)), None)
     if user is None:
         return f"{what} is needed elsewhere."
     if user.op == "output":
         return f"{what} is returned, so it is in memory anyway."
-    location, code = user_line(user)
-    return f"{what} is also used by {_name(user)} at {location} ({code})."
+    return f"{what} is also used by {_name(user)} {_where(user)}."
 
 
-def _name(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
+def _is_followed(reading: Reading, node: Node) -> bool:
+    return isinstance(reading.values.get(node), VocabValue) and not _waits(reading, node)
+
+
+def _waits(reading: Reading, node: Node) -> bool:
+    """Whether a node is a function that the algebra does not have, to be applied to what is picked."""
+    value = reading.values.get(node)
+    return isinstance(value, VocabValue) and bool(value.after)
 
 
 def tell_unread(
@@ -70,22 +88,113 @@ def tell_unread(
     brought = {n for node in replaced for n in _brought(reading, node)}
     for node in reading.timeline.nodes:
         value = reading.on_logits(node)
-        if (
-            value is None
-            or node not in needed
-            or isinstance(value, LossValue)
-            or not _normalises(reading, node)
-        ):
+        if value is None or node not in needed or not _normalises(reading, node, value):
             continue
         if isinstance(value, RowValue) and value.logits in fused:
             continue  # the statistic of a loss that is fused, needed for something else as well
-        if value.logits.node in reading.values and reading.on_logits(value.logits.node) is not None:
+        if isinstance(reading.on_logits(value.logits.node), RowValue):
             continue  # rows of another loss, over which the user normalises
-        if brought & {node, *_readers(reading, node)}:
+        if brought & {node, *_readers(reading, node, value)}:
             continue  # what another loss is weighed by
         size = hint(shape_of(value.logits.node)[value.logits.axis])
-        if size >= min_vocab and not _is_told(reading, node):
-            reading.miss(node, *(everywhere or _unread_fact(reading, node)))
+        if size >= min_vocab and not _is_told(reading, node, value):
+            reading.miss(node, *(everywhere or _unread_fact(reading, node, value)))
+
+
+def _brought(reading: Reading, node: Node) -> set[Node]:
+    value = reading.values[node]
+    return reading.brought(value) if isinstance(value, (RowValue, LossValue)) else set()
+
+
+def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
+    """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
+    if isinstance(value, LossValue) or _waits(reading, node):
+        return False
+    step = _step(node)
+    return _has_log(node) if step == "softmax" else step in ("log_softmax", "logsumexp", "log")
+
+
+def _step(node: Node) -> str | None:
+    spelled = spellings.read(node)
+    return None if spelled is None else spelled[0]
+
+
+# Through these a logarithm is still one of the probabilities.
+_BETWEEN = {
+    *("add", "sub", "mul", "div", "neg", "clamp", "pow", "square", "same", "reshape", "permute", "transpose"),
+    *("getitem", "split", "chunk", "sum", "mean"),
+}
+
+
+def _has_log(node: Node) -> bool:
+    """Whether a logarithm is taken of what probabilities are clamped, raised by an epsilon or mixed into."""
+    frontier, seen = [node], {node}
+    while frontier:
+        fresh = [user for user in frontier.pop().users if user not in seen]
+        if any(_step(user) in ("log", "xlogy") for user in fresh):
+            return True
+        seen.update(fresh)
+        frontier += [user for user in fresh if _step(user) in _BETWEEN]
+    return False
+
+
+def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:
+    """The users of a node, and those of what is read as being of the same logits, nearest first."""
+    frontier, seen = [node], {node}
+    while frontier:
+        head = frontier.pop(0)
+        fresh = [user for user in head.users if user not in seen and head in _read_by(user)]
+        yield from fresh
+        seen.update(fresh)
+        frontier += [user for user in fresh if _stays(reading, user, value)]
+
+
+def _stays(reading: Reading, user: Node, value: OnLogits) -> bool:
+    """Whether a user is read as being of the same logits."""
+    its_own = reading.on_logits(user)
+    return its_own is not None and its_own.logits == value.logits
+
+
+def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
+    return any(user in reading.refused for user in _readers(reading, node, value))
+
+
+def _unread_fact(reading: Reading, node: Node, value: OnLogits) -> tuple[Reason, str]:
+    """Name the step after which the reading broke off."""
+    for user in _readers(reading, node, value):
+        weigher = reading.weighers.get(user)
+        if weigher is not None and not _is_made_of(weigher, node):
+            return _weigher_fact(weigher)
+        if user.op == "output":
+            fact = f"The result of {_name(node)} is returned; no loss is taken from it here."
+            return Reason.NOT_UNDERSTOOD, fact
+        if not _stays(reading, user, value) or _waits(reading, user):
+            return _break_fact(reading, node, value, user)
+    return Reason.NOT_UNDERSTOOD, f"The result of {_name(node)} is not used."
+
+
+def _break_fact(reading: Reading, node: Node, value: OnLogits, user: Node) -> tuple[Reason, str]:
+    """Why the reading broke off at `user`."""
+    other = reading.on_logits(user)
+    if _step(user) in ("nll_loss", "gather") and other is not None and other.logits.node is node:
+        theirs = f"{_name(user)} {_where(user)} takes classes on dimension {other.logits.axis}"
+        fact = f"The {_name(node)} is over dimension {value.logits.axis}, and {theirs}."
+        return Reason.NOT_UNDERSTOOD, fact
+    beside = [reading.on_logits(a) for a in user.all_input_nodes]
+    same = [v.logits.version for v in beside if v is not None and v.logits.node is value.logits.node]
+    if len(set(same)) > 1:
+        return (
+            Reason.MUTATED,
+            f"The logits are changed in place between what {_name(user)} {_where(user)} joins.",
+        )
+    return Reason.NOT_UNDERSTOOD, f"The result of {_name(node)} goes into {_name(user)} {_where(user)}."
+
+
+def _weigher_fact(weigher: Node) -> tuple[Reason, str]:
+    what = "an input" if weigher.op == "placeholder" else f"{_name(weigher)} {_where(weigher)}"
+    shape = list(shape_of(weigher))
+    fact = f"The classes are weighed by {what} {shape}, of which a gradient is wanted."
+    return (Reason.CLASS_WEIGHTS if len(shape) == 1 else Reason.SOFT_TARGETS), fact
 
 
 def _is_made_of(node: Node, source: Node) -> bool:
@@ -99,53 +208,3 @@ def _is_made_of(node: Node, source: Node) -> bool:
                 seen.add(argument)
                 frontier.append(argument)
     return False
-
-
-def _brought(reading: Reading, node: Node) -> set[Node]:
-    value = reading.values[node]
-    return reading.brought(value) if isinstance(value, (RowValue, LossValue)) else set()
-
-
-def _normalises(reading: Reading, node: Node) -> bool:
-    """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
-    step = _step(node)
-    if step == "softmax":
-        return any(_step(user) == "log" for user in _readers(reading, node))
-    return step in ("log_softmax", "logsumexp", "log")
-
-
-def _step(node: Node) -> str | None:
-    spelled = spellings.read(node)
-    return None if spelled is None else spelled[0]
-
-
-def _readers(reading: Reading, node: Node) -> Iterator[Node]:
-    """The users of a node, and those of the ones that the algebra has read, nearest first."""
-    frontier, seen = [node], {node}
-    while frontier:
-        fresh = [user for user in frontier.pop(0).users if user not in seen]
-        yield from fresh
-        seen.update(fresh)
-        frontier += [user for user in fresh if user in reading.values]
-
-
-def _is_told(reading: Reading, node: Node) -> bool:
-    return any(user in reading.refused for user in _readers(reading, node))
-
-
-def _unread_fact(reading: Reading, node: Node) -> tuple[Reason, str]:
-    """Name the step after which the reading broke off."""
-    for user in _readers(reading, node):
-        weigher = reading.weighers.get(user)
-        if weigher is not None and not _is_made_of(weigher, node):
-            what = f"{weigher.name} {list(shape_of(weigher))}"
-            fact = f"The classes are weighed by {what}, of which a gradient is wanted."
-            return Reason.SOFT_TARGETS, fact
-        if user.op == "output":
-            fact = f"The result of {_name(node)} is returned; no loss is taken from it here."
-            return Reason.NOT_UNDERSTOOD, fact
-        if user not in reading.values:
-            location, code = user_line(user)
-            fact = f"The result of {_name(node)} goes into {_name(user)} at {location} ({code})."
-            return Reason.NOT_UNDERSTOOD, fact
-    return Reason.NOT_UNDERSTOOD, f"The result of {_name(node)} is not used."

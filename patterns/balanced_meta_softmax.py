@@ -18,3 +18,10 @@ def loss(logits, labels, sample_per_class):
     spc = sample_per_class.type_as(logits)
     spc = spc.unsqueeze(0).expand(logits.shape[0], -1)
     return F.cross_entropy(input=logits + spc.log(), target=labels, reduction="mean")
+
+
+EXPECTED = """\
+mean[y != -100](lse - pick(y))
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
+"""

@@ -17,5 +17,12 @@ def inputs():
 def loss(x, r_adv, weight):
     with torch.no_grad():
         pred = F.softmax(F.linear(x, weight), dim=1)
-    logp_hat = F.log_softmax(F.linear(x + 0.1 * r_adv, weight), dim=1)
+    logp_hat = F.log_softmax(F.linear(x + r_adv, weight), dim=1)
     return F.kl_div(logp_hat, pred, reduction="batchmean")
+
+
+EXPECTED = """\
+batchmean(lse*mass(q) + mass(q2) - dot(q))
+row_stats: max,sumexp,dot:0,mass:0
+sharded: all_gather [4, N]
+"""

@@ -1,10 +1,10 @@
 """What the final graphs of a fused loss may hold: the logits, and nothing more of their size.
 
 In the forward the logits and the pointwise chain that leads to them, and the weights that `row_stats` reads,
-with terms of these alone such as q log q, which Inductor fuses with their sum; in the backward the result
-of `row_grad` and what is made of it, with the derivative of the chain. The kernels absorb both chains, so
-nothing of them is saved for the backward but where they begin. What the logits were made of, by a product
-for example, is the user's model and not looked at.
+with terms of these and of statistics, such as q log q, that Inductor fuses with their sum; in the backward
+the result of `row_grad` and what is made of it, with the derivative of the chain. The kernels absorb both
+chains, so nothing of them is saved for the backward but where they begin. What the logits were made of, by a
+product for example, is the user's model and not looked at.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def check_graphs(graphs: Graphs) -> None:
     """Raises AssertionError, with the nodes, where a graph holds more than it may or sweeps a row twice."""
     every = [node for gm in graphs.final for node in _kernels(gm.graph)]
     assert any(node.target == ops.ROW_STATS for node in every), "no row_stats in the final graphs"
-    size = min(z.numel() for z in (_example(node.args[0]) for node in every) if z.shape[1] >= FEW_COLUMNS)
+    logits = [_example(node.args[0]) for node in every]
+    size = min(z.numel() for z in [z for z in logits if z.shape[1] >= FEW_COLUMNS] or logits)
     for gm in graphs.final:
         more = _more_than_allowed(gm.graph, size)
         assert not more, "of the size of the logits, and not absorbed:\n" + "\n".join(map(_shown, more))
@@ -83,7 +84,7 @@ def _more_than_allowed(graph: Graph, size: int) -> list[Node]:
     assert not logits & outside, "weights are made of the logits"
     gradients = _down([n for n in kernels if n.target == ops.ROW_GRAD])
     derivatives = _up([n for n in gradients if _is_chain(n)], size, _is_derivative)
-    of_logits = _down(chains)
+    of_logits = _down(chains, stop=KERNELS)
     terms = {n for n in _down(outside) if _is_pointwise(n) and n not in of_logits}
     allowed = chains | outside | terms | gradients | derivatives
     kept = {n for n in graph.output_node().all_input_nodes if _is_pointwise(n)} - outside - gradients
@@ -127,15 +128,15 @@ def _up(nodes: Iterable[Node], size: int, through: Any) -> set[Node]:
     return seen
 
 
-def _down(nodes: Iterable[Node]) -> set[Node]:
-    """`nodes` and all that is made of them."""
+def _down(nodes: Iterable[Node], stop: tuple[Any, ...] = ()) -> set[Node]:
+    """`nodes` and all that is made of them, but not what is made of the results of `stop`."""
     seen: set[Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack += node.users
+            stack += () if node.target in stop else node.users
     return seen
 
 
@@ -191,4 +192,4 @@ def _example(node: Any) -> Any:
 
 
 def _shown(node: Node) -> str:
-    return f"{node.format_node()}  {tuple(_example(node).shape)}"
+    return f"{node.format_node()}  {[tuple(part.shape) for part in _parts(node)]}"

@@ -98,8 +98,31 @@ def test_logits_edited_after_the_loss_without_a_gradient():
 
 
 def test_labels_edited_after_the_loss():
-    """Refused as eager refuses it, since the backward reads them."""
+    """Our backward reads them, which that of the user's spelling need not: it has a copy then."""
 
+    def f(z, y, w):
+        y = y.clone()
+        q = F.one_hot(y, z.shape[-1]).float()
+        y.fill_(0)
+        return -(q * z.log_softmax(-1)).sum(-1).mean()
+
+    check(f, n_sites=1)
+
+
+def test_labels_that_are_an_argument_and_edited_after_the_loss():
+    """AOTAutograd writes arguments at the end of its forward and its backward reads them: a loss to leave."""
+
+    def f(z, y):
+        loss = -(F.one_hot(y, z.shape[-1]) * z.log_softmax(-1)).sum(-1).mean()
+        y[y < 5] = 0
+        return loss
+
+    compiled, _ = compile_without_codegen(f)
+    compiled(torch.randn(N, V, requires_grad=True), torch.arange(N))
+    assert (sites(), misses()) == (0, 1)
+
+
+def test_labels_edited_after_a_loss_whose_eager_backward_reads_them():
     def f(z, y, w):
         loss = F.cross_entropy(z, y)
         y.fill_(0)
@@ -323,12 +346,23 @@ def test_label_that_one_of_two_losses_does_not_know(other: str):
     assert compiled(torch.randn(N, V), y).isnan()
 
 
-def test_logarithm_of_probabilities_is_told():
+def test_a_function_of_each_probability_is_applied_to_those_picked():
     def f(z, y):
         return -(z.softmax(-1) + 1e-9).log().gather(-1, y[:, None]).mean()
 
     compiled, _ = compile_without_codegen(f)
-    compiled(torch.randn(N, V), torch.arange(N))
+    z, y = 30 * torch.randn(N, V), torch.arange(N)
+    torch.testing.assert_close(compiled(z, y), f(z, y))
+    assert (sites(), misses()) == (1, 0)
+
+
+def test_a_function_of_each_probability_that_is_summed_is_told():
+    def f(z):
+        p = z.softmax(-1)
+        return -(p * (p + 1e-9).log()).sum(-1).mean()
+
+    compiled, _ = compile_without_codegen(f)
+    compiled(torch.randn(N, V))
     assert (sites(), misses()) == (0, 1)
 
 

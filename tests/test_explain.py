@@ -31,8 +31,8 @@ def loss(z, y):
     return F.cross_entropy(z, y, label_smoothing=0.1) + 1e-4 * z.logsumexp(-1).square().mean()  # the loss
 
 
-def weighted(z, y):
-    return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
+def half_fused(z, y):
+    return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))
 
 
 def line_of(text: str) -> str:
@@ -61,6 +61,7 @@ class Text(TestCase):
             code="loss = F.cross_entropy(logits, labels)",
             form="mean[y != -100](lse - pick(y)); lse",
             statistics=("lse", "pick(y)"),
+            which="max,sumexp,pick",
             sharded=False,
             strategy="materialise",
             logits_bytes=8192 * 128256 * 2,
@@ -74,6 +75,7 @@ inductor_ce: 1 loss fused, 1 left as written
   fused   train.py:41  loss = F.cross_entropy(logits, labels)
     form       mean[y != -100](lse - pick(y)); lse
     statistics lse, pick(y)
+    operator   row_stats[max,sumexp,pick]
     strategy   materialise
     logits     2004.0 MiB
   missed  eval.py:7  q = z.log_softmax(-1)
@@ -85,20 +87,21 @@ inductor_ce: 1 loss fused, 1 left as written
         self.assertExpectedInline(str(report), """inductor_ce: 0 losses fused, 0 left as written""")
 
     def test_two_losses(self):
-        report = inductor_ce.explain(weighted, *inputs())
+        report = inductor_ce.explain(half_fused, *inputs())
         text = str(report).replace(report.sites[0].location, "LINE")
-        text = text.replace(Reason.CLASS_WEIGHTS.value, "REMEDY")
+        text = text.replace(Reason.SOFT_TARGETS.value, "REMEDY")
         self.assertExpectedInline(
             text,
             """\
 inductor_ce: 1 loss fused, 1 left as written
-  fused   LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
+  fused   LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))
     form       mean[y != -100](lse - pick(y))
     statistics lse, pick(y)
+    operator   row_stats[max,sumexp,pick]
     strategy   materialise
     logits     0.0 MiB
-  missed  LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))
-    CLASS_WEIGHTS: The loss has class weights (weight=...). REMEDY""",
+  missed  LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))
+    SOFT_TARGETS: The target holds class probabilities of which a gradient is wanted. REMEDY""",
         )
 
 
@@ -115,25 +118,25 @@ def test_fields_of_a_site():
 
 
 def test_fields_of_a_miss():
-    report = inductor_ce.explain(weighted, *inputs())
+    report = inductor_ce.explain(half_fused, *inputs())
     (miss,) = report.misses
     assert isinstance(miss, Miss)
-    assert miss.location == report.sites[0].location == line_of("weight=torch.ones(V)")
-    assert miss.code == "return F.cross_entropy(z, y) + F.cross_entropy(z, y, weight=torch.ones(V))"
-    assert miss.reason is Reason.CLASS_WEIGHTS
+    assert miss.location == report.sites[0].location == line_of("z.softmax(-1))")
+    assert miss.code == "return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))"
+    assert miss.reason is Reason.SOFT_TARGETS
     assert miss.message == (
-        "The loss has class weights (weight=...). "
-        "Gather the weights of the labels and multiply the per-token loss by them."
+        "The target holds class probabilities of which a gradient is wanted. Detach the targets if they are "
+        "meant as constants; no gradient reaches them through the kernels."
     )
 
 
 def test_dictionary_survives_json():
-    report = inductor_ce.explain(weighted, *inputs())
+    report = inductor_ce.explain(half_fused, *inputs())
     d = report.to_dict()
     assert json.loads(json.dumps(d)) == d
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
-        *("location", "code", "form", "statistics", "sharded", "strategy", "logits_bytes"),
+        *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],
@@ -141,7 +144,7 @@ def test_dictionary_survives_json():
         "materialise",
     )
     assert set(miss) == {"location", "code", "reason", "message"}
-    assert miss["reason"] == "CLASS_WEIGHTS"
+    assert miss["reason"] == "SOFT_TARGETS"
 
 
 def test_every_reason_has_a_remedy():
@@ -232,7 +235,7 @@ def test_options_in_force_are_used():
 
 def test_explaining_raises_no_miss():
     inductor_ce.install(on_miss="raise")
-    assert len(inductor_ce.explain(weighted, *inputs()).misses) == 1
+    assert len(inductor_ce.explain(half_fused, *inputs()).misses) == 1
 
 
 def test_explaining_leaves_counters_and_compiled_code_alone():
@@ -253,21 +256,21 @@ def test_explaining_changes_no_gradient():
 
 
 def test_counters():
-    compiled, _ = compile_without_codegen(weighted)
+    compiled, _ = compile_without_codegen(half_fused)
     compiled(*inputs())
     assert counters["inductor_ce"] == {"sites": 1, "materialise": 1, "misses": 1}
 
 
 def test_log(caplog: pytest.LogCaptureFixture):
-    compiled, _ = compile_without_codegen(weighted)
+    compiled, _ = compile_without_codegen(half_fused)
     with caplog.at_level(logging.INFO, logger="inductor_ce"):
         compiled(*inputs())
     lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce" and r.levelno == logging.INFO]
-    where = line_of("weight=torch.ones(V)")
+    where = line_of("z.softmax(-1))")
     assert lines == [
         f"{where}: fused mean[y != -100](lse - pick(y)) (materialise, logits 0.0 MiB)",
-        f"{where}: left as written [CLASS_WEIGHTS] The loss has class weights (weight=...). "
-        + Reason.CLASS_WEIGHTS.value,
+        f"{where}: left as written [SOFT_TARGETS] The target holds class probabilities of which a gradient "
+        f"is wanted. {Reason.SOFT_TARGETS.value}",
     ]
 
 

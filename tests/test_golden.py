@@ -106,7 +106,7 @@ class Golden(TestCase):
             """\
 z = <placeholder>
 y = <placeholder>
-row_stats = row_stats(z, [y], 'max,sumexp,pick')
+row_stats = row_stats(z, [y], [], 'max,sumexp,pick')
 unbind = unbind(row_stats, 0)
 getitem = unbind[0]
 getitem2 = unbind[1]
@@ -145,7 +145,7 @@ reshape2 = reshape.reshape([2, 4])
 pad = pad(reshape2, [0, 1, 0, 0], value=0)
 reshape3 = pad.reshape(-1)
 reshape4 = z.reshape(-1, 11)
-row_stats = row_stats(reshape4, [reshape3], 'max,sumexp,pick')
+row_stats = row_stats(reshape4, [reshape3], [], 'max,sumexp,pick')
 unbind = unbind(row_stats, 0)
 getitem2 = unbind[0]
 getitem3 = unbind[1]
@@ -184,7 +184,7 @@ z = <placeholder>
 y = <placeholder>
 reshape = y.reshape(-1)
 reshape2 = z.reshape(-1, 11)
-row_stats = row_stats(reshape2, [reshape], 'max,sumexp,pick,sum')
+row_stats = row_stats(reshape2, [reshape], [], 'max,sumexp,pick,sum')
 unbind = unbind(row_stats, 0)
 getitem = unbind[0]
 getitem2 = unbind[1]
@@ -234,7 +234,7 @@ z = <placeholder>
 y = <placeholder>
 unsqueeze = y.unsqueeze(-1)
 reshape = unsqueeze.reshape(-1)
-row_stats = row_stats(z, [reshape], 'max,sumexp,pick')
+row_stats = row_stats(z, [reshape], [], 'max,sumexp,pick')
 unbind = unbind(row_stats, 0)
 getitem = unbind[0]
 getitem2 = unbind[1]
@@ -271,7 +271,7 @@ float = reshape.float()
 truediv = truediv(float, 30)
 tanh = tanh(truediv)
 mul = mul(30, tanh)
-row_stats = row_stats(mul, [view], 'max,sumexp,pick')
+row_stats = row_stats(mul, [view], [], 'max,sumexp,pick')
 unbind = unbind(row_stats, 0)
 getitem = unbind[0]
 getitem2 = unbind[1]
@@ -311,7 +311,7 @@ getitem = y[(:, 1:)]
 pad = pad(getitem, [0, 1, 0, 0], value=0)
 reshape = pad.reshape(-1)
 reshape2 = z.reshape(-1, 11)
-row_stats = row_stats(reshape2, [reshape], 'max,sumexp,pick')
+row_stats = row_stats(reshape2, [reshape], [], 'max,sumexp,pick')
 unbind = unbind(row_stats, 0)
 getitem2 = unbind[0]
 getitem3 = unbind[1]
@@ -342,7 +342,7 @@ return (where2)""",
             """\
 primals_1 = <placeholder>
 primals_2 = <placeholder>
-row_stats = row_stats(primals_1, [primals_2], 'max,sumexp,pick')
+row_stats = row_stats(primals_1, [primals_2], [], 'max,sumexp,pick')
 select = select.int(row_stats, 0, 0)
 unbind = unbind.int(row_stats)
 getitem = unbind[0]
@@ -392,7 +392,7 @@ neg2 = neg(neg)
 div2 = div.Tensor(mul, getitem_1)
 cat = cat([neg2, div2, neg])
 view = view(cat, [3, 10])
-row_grad = row_grad(primals_1, [primals_2], select, view, 'max,sumexp,pick')
+row_grad = row_grad(primals_1, [primals_2], [], select, view, 'max,sumexp,pick')
 return (row_grad, None)""",
         )
 
@@ -418,7 +418,7 @@ convert_element_type = convert_element_type(mm, float32)
 div = div.Tensor(convert_element_type, 30)
 tanh = tanh(div)
 mul = mul.Tensor(tanh, 30)
-row_stats = row_stats(mul, [primals_3], 'max,sumexp,pick')
+row_stats = row_stats(mul, [primals_3], [], 'max,sumexp,pick')
 select = select.int(row_stats, 0, 0)
 unbind = unbind.int(row_stats)
 getitem = unbind[0]
@@ -475,7 +475,7 @@ convert_element_type = convert_element_type(mm, float32)
 div3 = div.Tensor(convert_element_type, 30)
 tanh = tanh(div3)
 mul2 = mul.Tensor(tanh, 30)
-row_grad = row_grad(mul2, [primals_3], select, view, 'max,sumexp,pick')
+row_grad = row_grad(mul2, [primals_3], [], select, view, 'max,sumexp,pick')
 mul3 = mul.Tensor(row_grad, 30)
 mul4 = mul.Tensor(tanh, tanh)
 sub = sub.Tensor(1, mul4)

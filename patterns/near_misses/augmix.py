@@ -26,4 +26,10 @@ EXPECTED = """\
 mean[y != -100](lse - pick(y))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
+NOT_UNDERSTOOD: The result of softmax goes into kl_div (divergence = sum(F.kl_div(mixture, p,
+    reduction="batchmean") for p in views) / 3.0). If this is a cross entropy, write this step in one of
+    the spellings that the README lists; if not, it runs as written.
+SOFT_TARGETS: The classes are weighed by add (mixture = torch.clamp(sum(views) / 3.0, 1e-7,
+    1).log()) [8, 48], of which a gradient is wanted. Detach the targets if they are meant as constants;
+    no gradient reaches them through the kernels.
 """

@@ -21,5 +21,6 @@ def loss(logits, labels):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of log_softmax goes into dropout (return F.nll_loss(F.dropout(log_probs,
-    0.3, training=True), labels)). Write this step in one of the spellings that the README lists.
+    0.3, training=True), labels)). If this is a cross entropy, write this step in one of the spellings
+    that the README lists; if not, it runs as written.
 """

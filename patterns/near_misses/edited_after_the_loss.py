@@ -1,6 +1,6 @@
 """Decoding beside training: the padding class is struck out of the logits, once the loss is taken.
 
-Source: none; the plain loss keeps its log-probabilities for the backward, the fused one reads the logits again
+Source: none; the plain loss keeps its log-probabilities, the fused one reads the logits again in the backward
 Family: Look-alikes
 """
 
@@ -11,7 +11,11 @@ N, V, D = 16, 48, 12
 
 
 def inputs():
-    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+    return (
+        torch.randn(N, D, requires_grad=True),
+        torch.randn(V, D, requires_grad=True),
+        torch.randint(V, (N,)),
+    )
 
 
 def loss(hidden, weight, labels):

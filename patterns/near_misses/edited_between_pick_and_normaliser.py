@@ -10,7 +10,11 @@ N, V, D = 16, 48, 12
 
 
 def inputs():
-    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+    return (
+        torch.randn(N, D, requires_grad=True),
+        torch.randn(V, D, requires_grad=True),
+        torch.randint(V, (N,)),
+    )
 
 
 def loss(hidden, weight, labels):
@@ -21,6 +25,6 @@ def loss(hidden, weight, labels):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (logits.logsumexp(-1) -
-    picked).mean()). Write this step in one of the spellings that the README lists.
+MUTATED: The logits are changed in place between what sub (return (logits.logsumexp(-1) -
+    picked).mean()) joins. Make the edit out of place, or move it before or after the whole loss.
 """

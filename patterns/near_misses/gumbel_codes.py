@@ -26,7 +26,6 @@ def loss(logits, codebook, noise, tau=0.9):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of softmax goes into mul (diff = 5e-4 * (q * torch.log(q * V +
-    1e-10)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
-NOT_UNDERSTOOD: The result of log goes into mul (diff = 5e-4 * (q * torch.log(q * V +
-    1e-10)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
+    1e-10)).sum(dim=1).mean()). If this is a cross entropy, write this step in one of the spellings that
+    the README lists; if not, it runs as written.
 """

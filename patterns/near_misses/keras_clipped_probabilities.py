@@ -22,8 +22,7 @@ def loss(scores, labels, epsilon=1e-7):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into mul (return -torch.sum(F.one_hot(labels, V) *
-    torch.log(output), dim=-1).mean()). Write this step in one of the spellings that the README lists.
-NOT_UNDERSTOOD: The result of log goes into mul (return -torch.sum(F.one_hot(labels, V) *
-    torch.log(output), dim=-1).mean()). Write this step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The result of softmax goes into clip (output = torch.clip(output, epsilon, 1.0 -
+    epsilon)). If this is a cross entropy, write this step in one of the spellings that the README
+    lists; if not, it runs as written.
 """

@@ -11,7 +11,11 @@ N, V = 16, 48
 
 
 def inputs():
-    return (2 * torch.randn(N, V)).requires_grad_(), torch.zeros(V, requires_grad=True), torch.randint(V, (N,))
+    return (
+        (2 * torch.randn(N, V)).requires_grad_(),
+        torch.zeros(V, requires_grad=True),
+        torch.randint(V, (N,)),
+    )
 
 
 def loss(logits, log_weights, labels):
@@ -21,5 +25,6 @@ def loss(logits, log_weights, labels):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of log_softmax goes into mul (weighted = F.softmax(log_weights, dim=0) *
-    V * F.log_softmax(logits, dim=-1)). Write this step in one of the spellings that the README lists.
+    V * F.log_softmax(logits, dim=-1)). If this is a cross entropy, write this step in one of the
+    spellings that the README lists; if not, it runs as written.
 """

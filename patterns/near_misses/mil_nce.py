@@ -21,6 +21,7 @@ def loss(video, text):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()).
-    Write this step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()). If
+    this is a cross entropy, write this step in one of the spellings that the README lists; if not, it
+    runs as written.
 """

@@ -11,7 +11,10 @@ N, V, D, EXPERTS = 8, 48, 12, 3
 
 
 def inputs():
-    latent, prior = torch.randn(N, EXPERTS, D, requires_grad=True), torch.randn(N, EXPERTS, requires_grad=True)
+    latent, prior = (
+        torch.randn(N, EXPERTS, D, requires_grad=True),
+        torch.randn(N, EXPERTS, requires_grad=True),
+    )
     return latent, prior, torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
 
 
@@ -24,5 +27,7 @@ def loss(latent, prior_logits, weight, targets):
 
 
 EXPECTED = """\
-nothing to fuse
+NOT_UNDERSTOOD: The result of softmax goes into mul (probs = (probs *
+    prior.unsqueeze(2).expand_as(probs)).sum(1)). If this is a cross entropy, write this step in one of
+    the spellings that the README lists; if not, it runs as written.
 """

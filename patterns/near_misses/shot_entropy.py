@@ -22,8 +22,6 @@ def loss(outputs, eps=1e-5):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into mul (entropy = (-probs * torch.log(probs +
-    eps)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
-NOT_UNDERSTOOD: The result of log goes into mul (entropy = (-probs * torch.log(probs +
-    eps)).sum(dim=1).mean()). Write this step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The result of softmax goes into mean (mean = probs.mean(dim=0)). If this is a cross
+    entropy, write this step in one of the spellings that the README lists; if not, it runs as written.
 """

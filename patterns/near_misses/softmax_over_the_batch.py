@@ -20,6 +20,7 @@ def loss(logits, labels):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of log_softmax is returned; no loss is taken from it here. Write this
-    step in one of the spellings that the README lists.
+NOT_UNDERSTOOD: The log_softmax is over dimension 0, and nll_loss (return F.nll_loss(log_probs,
+    labels)) takes classes on dimension 1. If this is a cross entropy, write this step in one of the
+    spellings that the README lists; if not, it runs as written.
 """

@@ -25,9 +25,7 @@ def loss(logits, target):
 
 
 EXPECTED = """\
-LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by mul (return mle +
-    (-torch.log(one_minus_probs) * negative).sum()). Compute the loss from the logits, apart from the
+LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by clamp (one_minus_probs =
+    torch.clamp(1.0 - lprobs.exp(), min=1e-5)). Compute the loss from the logits, apart from the
     log-probabilities that you keep.
-NOT_UNDERSTOOD: The result of log goes into mul (return mle + (-torch.log(one_minus_probs) *
-    negative).sum()). Write this step in one of the spellings that the README lists.
 """

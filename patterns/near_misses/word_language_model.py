@@ -11,7 +11,11 @@ N, V, D = 16, 48, 12
 
 
 def inputs():
-    return torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+    return (
+        torch.randn(N, D, requires_grad=True),
+        torch.randn(V, D, requires_grad=True),
+        torch.randint(V, (N,)),
+    )
 
 
 def loss(hidden, weight, targets):

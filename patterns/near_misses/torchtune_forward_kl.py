@@ -1,7 +1,7 @@
 """torchtune: forward KL without its constant, -inf logits of the student masked out, over tokens that count.
 
 Source: pytorch/torchtune, torchtune/modules/loss/kd_losses.py
-Family: KL divergence
+Family: Look-alikes
 """
 
 import torch
@@ -24,3 +24,10 @@ def loss(student_logits, teacher_logits, labels):
     x = torch.sum(products, dim=-1).view(-1)
     mask = (labels != -100).int()
     return -torch.sum(x * mask.view(-1), dim=0) / torch.sum(mask.view(-1), dim=0)
+
+
+EXPECTED = """\
+NOT_UNDERSTOOD: The result of log_softmax goes into masked_fill (products =
+    torch.masked_fill(teacher_prob * student_logprob, inf_mask, 0)). If this is a cross entropy, write
+    this step in one of the spellings that the README lists; if not, it runs as written.
+"""
