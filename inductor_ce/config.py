@@ -19,14 +19,20 @@ class Options:
             there. At least 2.
         on_miss: what happens when a loss is seen and left as it was: "ignore" (it is still counted,
             logged and listed by `explain`), "warn", or "raise" a `MissError`.
+        verify: compute each rewritten loss both ways, compare values and gradients when they are first
+            made, and use the original, with an error in the log, where they differ. For a run of a few
+            steps: it costs the time and memory of both.
     """
 
     min_vocab: int = 1024
     on_miss: str = "ignore"
+    verify: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
             raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
+        if not isinstance(self.verify, bool):
+            raise OptionError(f"verify must be True or False, got {self.verify!r}")
         if self.on_miss not in ON_MISS:
             raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
 

@@ -79,7 +79,7 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
     reading, groups = judged
     report.misses += reading.misses
     for group in groups:
-        site, error = attempt(LEFT, _fuse, graph, reading, group)
+        site, error = attempt(LEFT, _fuse, graph, reading, group, options.verify)
         if site is not None:
             report.sites.append(site)
         else:
@@ -98,8 +98,8 @@ def _internal_error(node: Node, error: Exception | None) -> Miss:
     return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
 
 
-def _fuse(graph: Graph, reading: Reading, group: Group) -> Site:
-    return _site(reading, group, rewrite(graph, reading, group))
+def _fuse(graph: Graph, reading: Reading, group: Group, verify: bool) -> Site:
+    return _site(reading, group, rewrite(graph, reading, group, verify))
 
 
 def _site(reading: Reading, group: Group, which: str) -> Site:

@@ -14,27 +14,60 @@ from .builder import Builder
 from .legal import Group
 from .reading import Afterwards, LossValue, Reading, Reduction, RowValue
 from .rows import same_shape, shape_of
+from .sites import user_line
 from .statistics import Statistics
-from .timeline import tensor_of, written_by
+from .timeline import Timeline, tensor_of, written_by
+from .verify import ORIGINAL, TAPPED, VERIFIED, new_key
 
 
-def rewrite(graph: Graph, reading: Reading, group: Group) -> str:
+def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) -> str:
     """Use statistics in place of the nodes of `group`; returns the rows of them.
 
-    On an exception the graph is as it was.
+    With `verify` the nodes stay, to be compared with. On an exception the graph is as it was.
     """
     build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
     try:
-        stats = Statistics(build, reading, group)
+        key = new_key(user_line(group.nodes[0])[0]) if verify else None
+        stats = Statistics(build, reading, group, key)
         results = [(node, _result(build, stats, reading, group, node)) for node in group.nodes]
     except Exception:
         build.undo()
         raise
+    if key is not None:
+        results = _beside_originals(graph, reading, group, stats, results, key)
     for node, result in results:
         # Nodes of other groups were given what may stand at their places.
         node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
         reading.results[node] = result, group.place
     return stats.which
+
+
+def _beside_originals(
+    graph: Graph,
+    reading: Reading,
+    group: Group,
+    stats: Statistics,
+    results: list[tuple[Node, Node]],
+    key: str,
+) -> list[tuple[Node, Node]]:
+    """Each result with the node that it is to replace, one of which is used when the program runs."""
+    timeline = reading.timeline
+    chosen = []
+    for index, (node, result) in enumerate(results):
+        after = max(group.place, timeline.position[node] + 1)
+        build = Builder(graph, timeline.nodes[after], like=node)
+        chosen.append((node, build(VERIFIED, result, node, key, index)))
+    if stats.is_tapped:
+        logits = group.logits.node
+        after = max(timeline.position[logits] + 1, _first_operation(timeline))
+        build = Builder(graph, timeline.nodes[after], like=logits)
+        original = build(TAPPED, logits, key, ORIGINAL)
+        logits.replace_all_uses_with(original, delete_user_cb=timeline.position.__contains__)
+    return chosen
+
+
+def _first_operation(timeline: Timeline) -> int:
+    return next(i for i, node in enumerate(timeline.nodes) if node.op != "placeholder")
 
 
 def sweep(graph: Graph, reading: Reading) -> None:

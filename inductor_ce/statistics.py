@@ -19,6 +19,7 @@ from .legal import Group
 from .reading import Outside, Reading, row_expr
 from .rows import shape_of
 from .timeline import tensor_of
+from .verify import FUSED, TAPPED
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
@@ -40,6 +41,23 @@ _MADE: dict[str, Callable[[Builder, Node], Node]] = {
 }
 
 
+def _only_losses_read(reading: Reading, group: Group) -> bool:
+    """Whether the gradient of the logits is that of the group alone, and dz is in memory as they are."""
+    node, timeline = group.logits.node, reading.timeline
+    last = group.logits.axis == len(shape_of(node)) - 1
+    if not (group.attached and last and timeline.unchanged(node, node, len(timeline.nodes))):
+        return False
+    stack, seen = [user for user in node.users if user in timeline.position], set(group.nodes)
+    while stack:
+        user = stack.pop()
+        if user not in seen:
+            if not user.users:
+                return False
+            seen.add(user)
+            stack += user.users
+    return True
+
+
 def _is_mask(node: Node) -> bool:
     return tensor_of(node).dtype == torch.bool  # type: ignore[union-attr]
 
@@ -47,7 +65,7 @@ def _is_mask(node: Node) -> bool:
 class Statistics:
     """Nodes for the symbols of row expressions, made when they are asked for."""
 
-    def __init__(self, build: Builder, reading: Reading, group: Group):
+    def __init__(self, build: Builder, reading: Reading, group: Group, verify_key: str | None = None):
         self.build, self.vocab_size = build, group.vocab_size
         self.outside = group.outside
         exprs = [row_expr(reading.values[node]) for node in group.nodes]  # type: ignore[arg-type]
@@ -76,6 +94,9 @@ class Statistics:
         rows += [(name, symbol) for name, symbol in optional if any(e.has(symbol) for e in exprs)]
         rows += names
         z = flat_logits(build, reading, group.logits, group.place, self.vocab_size)
+        self.is_tapped = verify_key is not None and _only_losses_read(reading, group)
+        if self.is_tapped:
+            z = build(TAPPED, z, verify_key, FUSED)
         which = ",".join(name for name, _ in rows)
         packed = build(ops.ROW_STATS, z, [self.labels[y] for y in picked], weights, which)
         self.which = which

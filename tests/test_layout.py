@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import what stands on a line above its own.
 LAYERS = [
-    {"errors", "algebra", "shield"},
+    {"errors", "algebra", "shield", "verify"},
     {"config", "compat", "ops", "notation"},
     {"timeline", "spellings", "sites", "shards"},
     {"rows"},
