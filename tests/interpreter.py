@@ -5,18 +5,22 @@ Triton decides when it is imported whether it interprets, so interpretation has 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import multiprocessing
 import os
 import re
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import triton
+import triton.runtime.interpreter
 
 
 def load_kernel(source: str, name: str) -> Any:
@@ -57,5 +61,29 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _run(source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Tensor], index: int) -> Any:
-    load_kernel(source, name)[grid](*arguments)
+    with _only_in(arguments):
+        load_kernel(source, name)[grid](*arguments)
     return arguments[index]
+
+
+@contextlib.contextmanager
+def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
+    """Refuse to read or write anything but the storages of `arguments`, which a GPU might not notice."""
+    storages = [a.untyped_storage() for a in arguments]
+    bounds = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+    builder = triton.runtime.interpreter.interpreter_builder
+
+    def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
+        def check(pointers: Any, *args: Any) -> Any:
+            used = pointers.data[args[mask_at].data]
+            inside = [(used >= first) & (used < end) for first, end in bounds]
+            assert np.logical_or.reduce(inside).all(), "out of bounds"
+            return access(pointers, *args)
+
+        return check
+
+    with (
+        mock.patch.object(builder, "create_masked_load", checked(builder.create_masked_load, 0)),
+        mock.patch.object(builder, "create_masked_store", checked(builder.create_masked_store, 1)),
+    ):
+        yield

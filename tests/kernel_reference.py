@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,24 +13,61 @@ from inductor_ce import ops
 LABELS_OUTSIDE = (-100, -1)
 
 
-def stats(z: Tensor, labels: list[Tensor], with_sum: bool) -> Tensor:
+def rows(n_labels: int, *others: str) -> str:
+    """`which` for so many label tensors, and other rows."""
+    return ",".join(["max", "sumexp", *["pick"] * n_labels, *others])
+
+
+def weighted(n_weights: int) -> list[str]:
+    """All the rows of so many weight tensors."""
+    return [f"{name}:{j}" for j in range(n_weights) for name in ("dot", "mass", "expdot")]
+
+
+def every_row(n_labels: int, n_weights: int) -> str:
+    return rows(n_labels, "sum", "sumexpz", "argmax", *weighted(n_weights))
+
+
+def stats(z: Tensor, labels: Sequence[Tensor], weights: Sequence[Tensor], which: str) -> Tensor:
     """row_stats of z, in float64."""
     x = z.detach().double()
     m = x.max(dim=1).values
-    shift = torch.where(m.isinf() & (m < 0), torch.zeros_like(m), m)
-    below = x - shift[:, None]
-    rows = [m, below.exp().sum(1)]
-    rows += [torch.where(hits(z, y), x, 0.0).sum(1) for y in labels]
-    return torch.stack(rows + [below.sum(1)] * with_sum)
+    below = x - torch.where(m.isneginf(), 0.0, m)[:, None]
+    exp = below.exp()
+    value = {"max": m, "sumexp": exp.sum(1), "sum": below.sum(1)}
+    value |= {"sumexpz": -torch.special.entr(exp).sum(1), "argmax": first_largest(x)}
+    for j, q in enumerate(weights):
+        q = q.double().expand_as(x)
+        value |= {f"dot:{j}": (q * below).sum(1), f"mass:{j}": q.sum(1), f"expdot:{j}": (q * exp).sum(1)}
+    picked = iter([torch.where(hits(z, y), x, 0.0).sum(1) for y in labels])
+    return torch.stack([next(picked) if row == "pick" else value[row] for row in which.split(",")])
 
 
-def grad(z: Tensor, labels: list[Tensor], m: Tensor, coefficients: Tensor, with_sum: bool) -> Tensor:
+def grad(
+    z: Tensor,
+    labels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+) -> Tensor:
     """row_grad of z, in float64."""
-    c = coefficients.double()[:, :, None]
-    dz = c[1] * (z.detach().double() - m.double()[:, None]).exp()
-    for j, y in enumerate(labels):
-        dz = dz + c[2 + j] * hits(z, y)
-    return dz + c[-1] if with_sum else dz
+    exp = (z.detach().double() - m.double()[:, None]).exp()
+    slope = {"sumexp": exp, "sum": torch.ones_like(exp), "sumexpz": exp - torch.special.entr(exp)}
+    for j, q in enumerate(weights):
+        slope |= {f"dot:{j}": q.double(), f"expdot:{j}": q.double() * exp}
+    hit = iter([hits(z, y) for y in labels])
+    dz = torch.zeros_like(exp)
+    for row, c in zip(which.split(","), coefficients.double(), strict=True):
+        if row in ("pick", *slope):
+            dz = dz + c[:, None] * (next(hit) if row == "pick" else slope[row])
+    return dz
+
+
+def first_largest(x: Tensor) -> Tensor:
+    """The first column that nothing exceeds, NaN being the largest."""
+    largest = x.isnan() | (x == x.max(dim=1, keepdim=True).values)
+    columns = torch.arange(x.shape[1], device=x.device)
+    return torch.where(largest, columns, x.shape[1]).amin(1).to(x.dtype)
 
 
 def hits(z: Tensor, y: Tensor) -> Tensor:
@@ -46,9 +83,15 @@ def random_labels(n: int, v: int, dtype: torch.dtype = torch.int64, device: str 
     return y.to(device=device, dtype=dtype)
 
 
+def random_weights(n: int, v: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Soft targets [N, V] in bfloat16, and costs [V]."""
+    q = torch.randn(n, v, device=device).softmax(1).bfloat16()
+    return q, torch.rand(v, device=device)
+
+
 def loss(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     """A loss with a use for every statistic, and an upstream gradient that differs from row to row."""
-    m, d, picked, total = ops.row_stats(z, [y], "max,sumexp,pick,sum").unbind(0)
+    m, d, picked, total = ops.row_stats(z, [y], [], rows(1, "sum")).unbind(0)
     lse = m + d.log()
     return (weight * (lse - picked) + 1e-3 * lse.square() - 1e-4 * (total + z.shape[1] * m)).sum()
 
@@ -58,6 +101,30 @@ def loss_reference(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     lse = z.logsumexp(1)
     picked = torch.where(hits(z, y), z, 0.0).sum(1)
     return (weight * (lse - picked) + 1e-3 * lse.square() - 1e-4 * z.sum(1)).sum()
+
+
+def loss_of_every_row(z: Tensor, y: Tensor, weight: Tensor, q: Tensor, cost: Tensor) -> Tensor:
+    """`loss` with an entropy, soft targets q [N, V], expected costs [V], and a use for the argmax."""
+    which = every_row(1, 2).replace(",mass:1", "")
+    m, d, picked, total, t, first, dot, mass, _, dot_cost, exp_cost = ops.row_stats(
+        z, [y], [q, cost], which
+    ).unbind(0)
+    entropy = d.log() - t / d
+    soft = mass * d.log() - dot
+    costs = exp_cost / d + 1e-4 * (dot_cost + cost.double().sum() * m)
+    mistaken = torch.where(first == y, 1.0, 2.0)
+    nll = d.log() + (m - picked)
+    return (weight * (mistaken * nll + 0.3 * entropy + soft + costs) - 1e-4 * (total + z.shape[1] * m)).sum()
+
+
+def loss_of_every_row_reference(z: Tensor, y: Tensor, weight: Tensor, q: Tensor, cost: Tensor) -> Tensor:
+    """`loss_of_every_row` in plain torch."""
+    lse, p, log_p = z.logsumexp(1), z.softmax(1), z.log_softmax(1)
+    nll = lse - torch.where(hits(z, y), z, 0.0).sum(1)
+    costs = (p * cost).sum(1) + 1e-4 * (z * cost).sum(1)
+    mistaken = torch.where(first_largest(z.detach()) == y, 1.0, 2.0)
+    per_row = mistaken * nll - 0.3 * (p * log_p).sum(1) - (q * log_p).sum(1) + costs
+    return (weight * per_row - 1e-4 * z.sum(1)).sum()
 
 
 def soft_cap(x: Tensor, bias: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from inductor_ce import compat, lowering, ops, shield
 
 N, V = 8192, 32000
 WHICH = "max,sumexp,pick,pick,sum"
+EVERY = reference.every_row(2, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -48,23 +49,69 @@ def test_loss_and_gradient(dtype: torch.dtype) -> None:
     torch.testing.assert_close(dz.double(), dzd, rtol=tolerance, atol=tolerance * dzd.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_loss_of_every_row_and_gradient(dtype: torch.dtype) -> None:
+    n, v = 7, 130
+    z = (3 * torch.randn(n, v)).to(dtype).requires_grad_()
+    y, weight = reference.random_labels(n, v, torch.int32), torch.rand(n)
+    q, cost = reference.random_weights(n, v)
+    actual = torch.compile(reference.loss_of_every_row)(z, y, weight, q, cost)
+    (dz,) = torch.autograd.grad(actual, z)
+    zd = z.detach().double().requires_grad_()
+    expected = reference.loss_of_every_row_reference(zd, y, weight, q.double(), cost.double())
+    (dzd,) = torch.autograd.grad(expected, zd)
+    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+    torch.testing.assert_close(actual.double(), expected, rtol=min(tolerance, 1e-5), atol=0)
+    torch.testing.assert_close(dz.double(), dzd, rtol=tolerance, atol=tolerance * dzd.abs().max().item())
+
+
 def test_no_fallback() -> None:
     z, y, weight = torch.randn(5, 33, requires_grad=True), reference.random_labels(5, 33), torch.rand(5)
 
     def step() -> None:
-        torch.compile(loss)(z, y, weight).backward()
+        every = torch.compile(reference.loss_of_every_row)(z, y, weight, *reference.random_weights(5, 33))
+        (torch.compile(loss)(z, y, weight) + every).backward()
 
     _, codes = run_and_get_code(step)
-    assert len(codes) == 2
+    assert len(codes) == 4
     assert not any("torch.ops.inductor_ce" in code for code in codes)
 
 
 def test_row_count_is_dynamic() -> None:
-    compiled = torch.compile(lambda z, y: ops.row_stats(z, [y, y], WHICH), dynamic=True)
+    compiled = torch.compile(lambda z, y, *q: ops.row_stats(z, [y, y], [*q], EVERY), dynamic=True)
     for n in (5, 7, 1, 0):
-        z, y = torch.randn(n, 9), reference.random_labels(n, 9)
-        expected = reference.stats(z, [y, y], with_sum=True).float()
-        torch.testing.assert_close(compiled(z, y), expected)
+        z, y, q = torch.randn(n, 9), reference.random_labels(n, 9), [torch.randn(n, 9), torch.rand(9)]
+        expected = reference.stats(z, [y, y], q, EVERY).float()
+        torch.testing.assert_close(compiled(z, y, *q), expected)
+
+
+def test_no_columns() -> None:
+    z, y, q = torch.empty(3, 0), torch.zeros(3, dtype=torch.int64), [torch.empty(0), torch.empty(3, 0)]
+    compiled = torch.compile(lambda z, y, *q: ops.row_stats(z, [y, y], [*q], EVERY))
+    assert torch.equal(compiled(z, y, *q), ops.row_stats(z, [y, y], q, EVERY))
+
+
+WEIGHTS: dict[str, Callable[[], Tensor]] = {
+    "bfloat16": lambda: torch.randn(6, 11).bfloat16(),
+    "bool, of columns": lambda: torch.randn(11) > 0,
+    "int64, transposed": lambda: torch.randint(-9, 9, (11, 6)).t(),
+    "expanded over columns": lambda: torch.randn(6, 1).expand(6, 11),
+    "strided, of columns": lambda: torch.randn(22)[::2],
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_of_any_kind(kind: str) -> None:
+    z, y, q = torch.randn(6, 11), reference.random_labels(6, 11), [WEIGHTS[kind](), torch.rand(11)]
+    m, c = z.amax(1), torch.randn(13, 6)
+
+    @torch.compile
+    def both(z: Tensor, y: Tensor, m: Tensor, c: Tensor, *q: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.row_stats(z, [y, y], [*q], EVERY), ops.row_grad(z, [y, y], [*q], m, c, EVERY)
+
+    stats, dz = both(z, y, m, c, *q)
+    torch.testing.assert_close(stats, reference.stats(z, [y, y], q, EVERY).float())
+    torch.testing.assert_close(dz, reference.grad(z, [y, y], q, m, c, EVERY).float())
 
 
 @pytest.mark.parametrize("strided", ["transposed", "expanded"])
@@ -73,8 +120,8 @@ def test_coefficients_of_any_strides(strided: str) -> None:
     z, y = torch.randn(n, v), reference.random_labels(n, v)
     m = z.amax(1)
     coefficients = torch.rand(n, 5).t() if strided == "transposed" else torch.rand(5, 1).expand(5, n)
-    compiled = torch.compile(lambda *args: ops.row_grad(args[0], [y, y.flip(0)], *args[1:], WHICH))
-    expected = reference.grad(z, [y, y.flip(0)], m, coefficients, with_sum=True)
+    compiled = torch.compile(lambda *args: ops.row_grad(args[0], [y, y.flip(0)], [], *args[1:], WHICH))
+    expected = reference.grad(z, [y, y.flip(0)], [], m, coefficients, WHICH)
     torch.testing.assert_close(compiled(z, m, coefficients), expected.float())
 
 
@@ -82,11 +129,36 @@ def test_coefficients_of_any_strides(strided: str) -> None:
 def test_not_finite(value: float) -> None:
     z, y = torch.randn(4, 9), reference.random_labels(4, 9)
     z[1, 3], z[2] = value, value
-    compiled = torch.compile(lambda z, y: ops.row_stats(z, [y, y], WHICH))
-    torch.testing.assert_close(compiled(z, y), ops.row_stats(z, [y, y], WHICH), equal_nan=True)
+    q = [torch.randn(4, 9), torch.rand(9)]
+    compiled = torch.compile(lambda z, y, *q: ops.row_stats(z, [y, y], [*q], EVERY))
+    torch.testing.assert_close(compiled(z, y, *q), ops.row_stats(z, [y, y], q, EVERY), equal_nan=True)
+
+
+@pytest.mark.parametrize("v", [4, 67])
+def test_argmax_is_the_first_of_the_largest(v: int) -> None:
+    """Among ties; and NaN is the largest, in the vectors of a loop as in its tail."""
+    z = torch.randn(5, v).clamp(max=1)
+    z[0, [1, v - 1]], z[1] = 3, 0
+    z[2, [2, v - 1]], z[3], z[4, v - 1] = torch.nan, -torch.inf, torch.inf
+    z[2, 0] = torch.inf
+    actual = torch.compile(lambda z: ops.row_stats(z, [], [], "max,sumexp,argmax"))(z)[2]
+    assert actual.tolist() == [1, 0, 2, 0, v - 1]
+
+
+def test_gradient_of_a_logit_of_minus_infinity() -> None:
+    z, y, q = torch.randn(4, 9), reference.random_labels(4, 9), [torch.randn(4, 9), torch.rand(9)]
+    z[:, [0, 8]] = -torch.inf
+    m, c = z.amax(1), torch.randn(13, 4)
+    compiled = torch.compile(lambda z, y, m, c, *q: ops.row_grad(z, [y, y], [*q], m, c, EVERY))
+    expected = reference.grad(z, [y, y], q, m, c, EVERY).float()
+    torch.testing.assert_close(compiled(z, y, m, c, *q), expected)
 
 
 # On a GPU: one template, nothing of size [N, V] but what is asked for
+
+
+def gpu_weights(v: int = V) -> tuple[Tensor, Tensor]:
+    return torch.empty(N, v, dtype=torch.bfloat16, device="meta"), torch.empty(v, device="meta")
 
 
 def gpu_arguments(v: int = V, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,6 +183,48 @@ def test_chain_is_absorbed(chain: Callable[[Tensor, Tensor], Tensor]) -> None:
         assert "extern_kernels" not in "\n".join(wrapper.kernels)
     assert (N, V) not in forward.allocations
     assert backward.allocations.count((N, V)) == 1
+
+
+@pytest.mark.parametrize("v", [V, 32768])
+@pytest.mark.parametrize("chain", reference.CHAINS)
+def test_chain_is_absorbed_with_every_row(chain: Callable[[Tensor, Tensor], Tensor], v: int) -> None:
+    """At a multiple of the tile too. No weight is copied, not even one of columns to [N, V]."""
+    forward, backward = generate(
+        lambda x, y, weight, bias, *weights: reference.loss_of_every_row(chain(x, bias), y, weight, *weights),
+        *gpu_arguments(v),
+        torch.empty(v, device="meta"),
+        *gpu_weights(v),
+        prepare_joint=reference.recompute_chain,
+    )
+    for wrapper in (forward, backward):
+        assert sum(name.startswith("triton_tem") for name in wrapper.launches) == 1
+        assert "extern_kernels" not in "\n".join(wrapper.kernels)
+    assert (N, v) not in forward.allocations
+    assert backward.allocations.count((N, v)) == 1
+
+
+def test_weights_of_the_same_graph() -> None:
+    """Soft targets are computed once, into memory, and kept for the backward."""
+    forward, backward = generate(
+        lambda z, y, weight, teacher, cost: reference.loss_of_every_row(
+            z, y, weight, teacher.softmax(1), cost * 2
+        ),
+        *gpu_arguments(),
+        *gpu_weights(),
+    )
+    assert forward.allocations.count((N, V)) == 1
+    assert backward.allocations.count((N, V)) == 1
+    for wrapper in (forward, backward):
+        assert sum(name.startswith("triton_tem") for name in wrapper.launches) == 1
+
+
+@pytest.mark.parametrize("others", [["argmax"], ["sumexpz"], reference.weighted(2)], ids=",".join)
+def test_every_row_is_had_from_a_template(others: list[str], recwarn: pytest.WarningsRecorder) -> None:
+    z, y, _ = gpu_arguments()
+    which, weights = reference.rows(1, *others), gpu_weights() if ":" in others[0] else ()
+    for wrapper in generate(lambda z, y, *q: ops.row_stats(z, [y], [*q], which), z, y, *weights):
+        assert [name[:10] for name in wrapper.launches] == ["triton_tem"]
+    assert not any("inductor_ce failed" in str(w.message) for w in recwarn)
 
 
 def test_chain_is_computed_once_in_the_backward() -> None:
@@ -151,15 +265,19 @@ def test_plain_logits_are_read_once_a_graph(v: int) -> None:
     assert not any("torch.ops.inductor_ce" in w.code for w in (forward, backward))
 
 
-def test_dynamic_rows_on_a_gpu() -> None:
-    forward, backward = generate(loss, *gpu_arguments(), dynamic=True)
+@pytest.mark.parametrize("every", [False, True])
+def test_dynamic_rows_on_a_gpu(every: bool) -> None:
+    def f(z: Tensor, y: Tensor, weight: Tensor, q: Tensor) -> Tensor:
+        return reference.loss_of_every_row(z, y, weight, q, q[0]) if every else loss(z, y, weight)
+
+    forward, backward = generate(f, *gpu_arguments(), gpu_weights()[0], dynamic=True)
     assert (-1, V) not in forward.allocations
     assert (-1, V) in backward.allocations
 
 
 def test_empty_on_a_gpu() -> None:
     z, y = torch.empty(0, V, device="meta"), torch.empty(0, dtype=torch.int64, device="meta")
-    (wrapper,) = generate(lambda z, y: ops.row_stats(z, [y], "max,sumexp,pick"), z, y)
+    (wrapper,) = generate(lambda z, y: ops.row_stats(z, [y], [], "max,sumexp,pick"), z, y)
     assert not any(name.startswith("triton_tem") for name in wrapper.launches)
 
 
@@ -208,8 +326,8 @@ def head_loss_and_penalty(h: Tensor, w: Tensor, y: Tensor, weight: Tensor) -> Te
 
 def both_in_one_graph(h: Tensor, w: Tensor, y: Tensor, weight: Tensor) -> Tensor:
     z = h @ w.t()
-    m = ops.row_stats(z, [y], "max,sumexp,pick")[0]
-    return ops.row_grad(z, [y], m, weight.expand(3, -1), "max,sumexp,pick").t() @ h
+    m = ops.row_stats(z, [y], [], "max,sumexp,pick")[0]
+    return ops.row_grad(z, [y], [], m, weight.expand(3, -1), "max,sumexp,pick").t() @ h
 
 
 def test_gradient_is_written_over_logits_that_die() -> None:
@@ -228,6 +346,21 @@ def test_gradient_is_written_over_logits_of_the_same_graph() -> None:
 def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> None:
     _, backward = generate(f, *head_arguments())
     assert (512, V) in backward.allocations
+
+
+def weighed_by(turned: bool, h: Tensor, w: Tensor, c: Tensor) -> Tensor:
+    z = h @ w.t()
+    q = z.t() if turned else c[0].unsqueeze(1).expand_as(z)
+    m = ops.row_stats(z, [], [q], "max,sumexp,dot:0")[0]
+    return ops.row_grad(z, [], [q], m, c, "max,sumexp,dot:0").t() @ h
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_logits_that_are_weights_too_are_kept(turned: bool) -> None:
+    """Another block may yet read, as weights, what one block writes."""
+    h, w = head_arguments()[0].detach(), torch.empty(512, 64, dtype=torch.bfloat16, device="meta")
+    (wrapper,) = generate(lambda *args: weighed_by(turned, *args), h, w, torch.empty(3, 512, device="meta"))
+    assert wrapper.allocations.count((512, 512)) == 1 + turned
 
 
 def test_template_that_cannot_be_had(

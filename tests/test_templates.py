@@ -7,11 +7,12 @@ with any chain that was fused into it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import kernel_reference as reference
 import pytest
 import torch
-from gpu_codegen import generate, interpret
+from gpu_codegen import Wrapper, generate, interpret
 from interpreter import triton_ir
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from inductor_ce import lowering, ops
 
 N = 3
 VOCABULARIES = [1, 2, 7, 128, 257, 1000, 4096, 4097, 5000, 20000]
+RAGGED = [2, 7, 130, 1000, 4097, 9000]
 RELATIVE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6, torch.float64: 1e-13}
 MINUS_INFINITY = -torch.inf
 
@@ -28,10 +30,6 @@ def registered() -> None:
     lowering.register()
 
 
-def rows(n_labels: int, with_sum: bool) -> str:
-    return ",".join(["max", "sumexp"] + ["pick"] * n_labels + ["sum"] * with_sum)
-
-
 def labels_for(v: int, n_labels: int) -> list[Tensor]:
     """Label tensors of alternating dtype, with all the edges in their rows."""
     dtypes = (torch.int64, torch.int32)
@@ -39,105 +37,197 @@ def labels_for(v: int, n_labels: int) -> list[Tensor]:
     return [torch.tensor(edges[j], dtype=dtypes[j]) for j in range(n_labels)]
 
 
+def weights_for(v: int, n_weights: int) -> list[Tensor]:
+    """A weight of columns, and one of rows and columns."""
+    return [torch.randn(v), torch.randn(N, v).bfloat16()][:n_weights]
+
+
 def logits(v: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (3 * torch.randn(N, v)).to(dtype)
+
+
+Chain = Callable[[Tensor], Tensor]
 
 
 def run_stats(
     z: Tensor,
     labels: list[Tensor],
-    with_sum: bool,
+    weights: list[Tensor],
+    which: str,
     configuration: int = 0,
-    chain: Callable[[Tensor], Tensor] = lambda z: z,
+    chain: Chain = lambda z: z,
 ) -> Tensor:
-    which = rows(len(labels), with_sum)
     (wrapper,) = generate(
-        lambda z, *labels: ops.row_stats(chain(z), list(labels), which),
+        lambda z, *rest: ops.row_stats(chain(z), list(rest[: len(labels)]), list(rest[len(labels) :]), which),
         z,
         *labels,
+        *weights,
         configuration=configuration,
     )
     out = torch.full((which.count(",") + 1, N), torch.nan, dtype=ops.stats_dtype(z))
-    interpret(wrapper, [z, *labels], out)
+    interpret(wrapper, [z, *labels, *weights], out)
     return out
 
 
 def run_grad(
     z: Tensor,
     labels: list[Tensor],
+    weights: list[Tensor],
     m: Tensor,
     coefficients: Tensor,
-    with_sum: bool,
+    which: str,
     configuration: int = 0,
-    chain: Callable[[Tensor], Tensor] = lambda z: z,
+    chain: Chain = lambda z: z,
 ) -> Tensor:
-    which = rows(len(labels), with_sum)
-    (wrapper,) = generate(
-        lambda z, m, c, *labels: ops.row_grad(chain(z), list(labels), m, c, which),
-        z,
-        m,
-        coefficients,
-        *labels,
-        configuration=configuration,
-    )
-    out = torch.full_like(z, torch.nan)
-    interpret(wrapper, [z, m, coefficients, *labels], out)
+    def f(z: Tensor, m: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
+        ys, qs = rest[: len(labels)], rest[len(labels) :]
+        return ops.row_grad(chain(z), list(ys), list(qs), m, c, which)
+
+    inputs = [z, m, coefficients, *labels, *weights]
+    (wrapper,) = generate(f, *inputs, configuration=configuration)
+    out = torch.full(z.shape, torch.nan, dtype=z.dtype)
+    interpret(wrapper, inputs, out)
     return out
 
 
-def assert_stats(actual: Tensor, z: Tensor, labels: list[Tensor], with_sum: bool) -> None:
-    expected = reference.stats(z, labels, with_sum)
+def assert_stats(actual: Tensor, z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> None:
+    expected = reference.stats(z, labels, weights, which)
     rtol = 1e-12 if z.dtype == torch.float64 else 1e-5
     torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * 100, equal_nan=True)
 
 
-def check_grad(z: Tensor, labels: list[Tensor], with_sum: bool, configuration: int = 0) -> None:
+def check_stats(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, configuration: int = 0
+) -> None:
+    assert_stats(run_stats(z, labels, weights, which, configuration), z, labels, weights, which)
+
+
+def check_grad(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, configuration: int = 0
+) -> None:
     acc = ops.stats_dtype(z)
-    m, coefficients = z.to(acc).amax(1), torch.randn(2 + len(labels) + with_sum, N, dtype=acc)
-    actual = run_grad(z, labels, m, coefficients, with_sum, configuration)
-    expected = reference.grad(z, labels, m, coefficients, with_sum)
+    m, coefficients = z.to(acc).amax(1), torch.randn(which.count(",") + 1, N, dtype=acc)
+    actual = run_grad(z, labels, weights, m, coefficients, which, configuration)
+    expected = reference.grad(z, labels, weights, m, coefficients, which)
     tolerance = RELATIVE[z.dtype]
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+PLAIN = reference.rows(1, "sum")
+EVERY = reference.every_row(1, 2)
+
+
+def skip_repeated(configuration: int, distinct: list[dict[str, Any]]) -> None:
+    if configuration >= len(distinct):
+        pytest.skip("equal to an earlier configuration at this V")
 
 
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("configuration", range(len(lowering.STATS)))
 def test_stats_at_every_vocabulary(v: int, configuration: int) -> None:
-    if configuration >= len(lowering.stats_configurations(v, torch.float32, 1, True)):
-        pytest.skip("equal to an earlier configuration at this V")
-    z, labels = logits(v), labels_for(v, 1)
-    assert_stats(run_stats(z, labels, True, configuration), z, labels, True)
+    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, PLAIN.split(",")))
+    check_stats(logits(v), labels_for(v, 1), [], PLAIN, configuration)
 
 
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
 def test_grad_at_every_vocabulary(v: int, configuration: int) -> None:
-    if configuration >= len(lowering.grad_configurations(v, torch.float32, 1, True)):
-        pytest.skip("equal to an earlier configuration at this V")
-    check_grad(logits(v), labels_for(v, 1), True, configuration)
+    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, PLAIN.split(",")))
+    check_grad(logits(v), labels_for(v, 1), [], PLAIN, configuration)
+
+
+@pytest.mark.parametrize("v", RAGGED)
+@pytest.mark.parametrize("configuration", range(len(lowering.STATS_OF_MORE)))
+def test_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
+    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, EVERY.split(",")))
+    check_stats(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
+
+
+@pytest.mark.parametrize("v", RAGGED)
+@pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
+def test_gradient_of_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
+    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, EVERY.split(",")))
+    check_grad(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 def test_every_dtype(dtype: torch.dtype) -> None:
     z, labels = logits(257, dtype), labels_for(257, 2)
-    assert_stats(run_stats(z, labels, True), z, labels, True)
-    check_grad(z, labels, True)
+    for weights, which in (([], reference.rows(2, "sum")), (weights_for(257, 2), reference.every_row(2, 2))):
+        check_stats(z, labels, weights, which)
+        check_grad(z, labels, weights, which)
 
 
-@pytest.mark.parametrize("with_sum", [False, True])
+@pytest.mark.parametrize("others", [[], ["sum"]])
 @pytest.mark.parametrize("n_labels", [0, 1, 2])
-def test_every_set_of_rows(n_labels: int, with_sum: bool) -> None:
-    z, labels = logits(300), labels_for(300, n_labels)
-    assert_stats(run_stats(z, labels, with_sum), z, labels, with_sum)
-    check_grad(z, labels, with_sum)
+def test_every_set_of_rows(n_labels: int, others: list[str]) -> None:
+    z, labels, which = logits(300), labels_for(300, n_labels), reference.rows(n_labels, *others)
+    check_stats(z, labels, [], which)
+    check_grad(z, labels, [], which)
+
+
+@pytest.mark.parametrize("n_labels", [0, 1])
+@pytest.mark.parametrize(
+    "others",
+    [
+        ["sumexpz"],
+        ["argmax"],
+        ["sum", "argmax"],
+        ["dot:0"],
+        ["mass:0"],
+        ["expdot:0"],
+        ["dot:0", "mass:0"],
+        ["sumexpz", "mass:0", "dot:1", "expdot:1"],
+        ["expdot:0", "mass:1"],
+    ],
+    ids=",".join,
+)
+def test_some_of_the_rows(n_labels: int, others: list[str]) -> None:
+    n_weights = len({row.split(":")[1] for row in others if ":" in row})
+    z, labels, which = logits(300), labels_for(300, n_labels), reference.rows(n_labels, *others)
+    check_stats(z, labels, weights_for(300, n_weights), which)
+    check_grad(z, labels, weights_for(300, n_weights), which)
+
+
+WEIGHTS: dict[str, Callable[[int], Tensor]] = {
+    "float64": lambda v: torch.randn(N, v).double(),
+    "float16": lambda v: torch.randn(N, v).half(),
+    "bool": lambda v: torch.randn(N, v) > 0,
+    "int64": lambda v: torch.randint(-9, 9, (N, v)),
+    "uint8": lambda v: torch.randint(0, 256, (N, v)).byte(),
+    "of columns, bool": lambda v: torch.randn(v) > 0,
+    "of columns, strided": lambda v: torch.randn(2 * v)[::2],
+    "transposed": lambda v: torch.randn(v, N).t(),
+    "every other column": lambda v: torch.randn(N, 2 * v)[:, ::2],
+    "expanded over rows": lambda v: torch.randn(1, v).expand(N, v),
+    "expanded over columns": lambda v: torch.randn(N, 1).expand(N, v),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights_of_any_kind(kind: str) -> None:
+    z, weights, which = logits(300), [WEIGHTS[kind](300)], reference.rows(0, "dot:0", "mass:0", "expdot:0")
+    check_stats(z, [], weights, which)
+    check_grad(z, [], weights, which)
 
 
 @pytest.mark.parametrize("finite", [0, 4500, 9000, 18999])
 def test_one_finite_column(finite: int) -> None:
     z = torch.full((N, 19000), MINUS_INFINITY)
     z[:, finite] = torch.tensor([1.0, -2.0, MINUS_INFINITY])
-    actual = run_stats(z, [], False)
+    actual = run_stats(z, [], [], "max,sumexp")
     assert actual.tolist() == [[1.0, -2.0, MINUS_INFINITY], [1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("finite", [0, 4500, 9000, 18999])
+def test_every_row_of_one_finite_column(finite: int) -> None:
+    z, q = torch.full((N, 19000), MINUS_INFINITY), torch.randint(1, 9, (19000,)).float()
+    z[:, finite] = torch.tensor([1.0, -2.0, MINUS_INFINITY])
+    actual = run_stats(z, [], [q], reference.rows(0, "sum", "sumexpz", "argmax", *reference.weighted(1)))
+    at, weighed = float(finite), q[finite].item()
+    assert actual[2].tolist() == actual[5].tolist() == [MINUS_INFINITY] * N
+    assert actual[[3, 4]].tolist() == [[0.0] * N, [at, at, 0.0]]
+    assert actual[[6, 7]].tolist() == [[q.sum().item()] * N, [weighed, weighed, 0.0]]
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -145,38 +235,86 @@ def test_one_finite_column(finite: int) -> None:
 def test_not_finite(value: float, column: int) -> None:
     z = logits(19000)
     z[1, column] = value
-    m, d = run_stats(z, [], False)
-    assert d.isnan().tolist() == [False, True, False]
-    assert_stats(torch.stack([m, d])[:, ::2], z[::2], [], False)
+    actual = run_stats(z, [], [], "max,sumexp")
+    assert actual[1].isnan().tolist() == [False, True, False]
+    assert_stats(actual[:, ::2], z[::2], [], [], "max,sumexp")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("columns", [[0], [9000, 11000], [18999], [17000, 18999, 5]], ids=str)
+def test_every_row_of_what_is_not_finite(value: float, columns: list[int]) -> None:
+    """In the last row, after which there is nothing to read."""
+    z, weights, which = logits(19000), weights_for(19000, 1), reference.every_row(0, 1)
+    z[-1, columns] = value
+    actual, expected = run_stats(z, [], weights, which), reference.stats(z, [], weights, which)
+    assert_stats(actual[:, :-1], z[:-1], [], weights, which)
+    assert torch.equal(actual[1:, -1].isnan(), expected[1:, -1].isnan())
+    assert actual[which.split(",").index("argmax"), -1] == min(columns)
+
+
+@pytest.mark.parametrize("v", [130, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_argmax_of_ties_is_the_first(v: int, dtype: torch.dtype) -> None:
+    """The same maximum in lanes and tiles before and after, and a row that is all ties."""
+    z = logits(v, dtype).clamp(max=3)
+    z[0, [v // 3, v // 3 + 1, v - 1]] = 20
+    z[1, [v - 1, v - 2]] = 20
+    z[2] = 0.5
+    actual = run_stats(z, [], [], "max,sumexp,argmax")[2]
+    assert actual.tolist() == [v // 3, v - 2, 0]
+
+
+def test_nan_is_sought_in_the_logits_after_a_chain() -> None:
+    z = logits(9000).abs()
+    z[0, [7000, 8999]] = torch.nan
+    z[1, 5000] = -1
+    actual = run_stats(z, [], [], "max,sumexp,argmax", chain=lambda z: z.sqrt())[2]
+    assert actual.tolist() == [7000, 5000, z[2].argmax()]
+
+
+@pytest.mark.parametrize("v", [7, 9000])
+def test_gradient_of_a_logit_of_minus_infinity(v: int) -> None:
+    """It gets that of its label and weights alone."""
+    z, weights, which = logits(v), weights_for(v, 2), EVERY
+    z[:, [0, v // 2, v - 1]] = MINUS_INFINITY
+    check_grad(z, labels_for(v, 1), weights, which)
 
 
 def test_ignored_rows_are_written() -> None:
     z, labels = logits(5000), [torch.full((N,), -100)]
     z[1, 17] = torch.nan
-    dz = run_grad(z, labels, logits(1)[:, 0], torch.zeros(3, N), False)
+    dz = run_grad(z, labels, [], logits(1)[:, 0], torch.zeros(3, N), "max,sumexp,pick")
     assert dz[::2].eq(0).all()
     assert dz[1].isnan().sum() == 1
 
 
+def test_coefficients_that_are_not_read() -> None:
+    z, weights, coefficients = logits(300), weights_for(300, 2), torch.randn(12, N)
+    coefficients[[row.startswith(("max", "argmax", "mass")) for row in EVERY.split(",")]] = torch.nan
+    assert run_grad(z, labels_for(300, 1), weights, z.amax(1), coefficients, EVERY).isfinite().all()
+
+
 def test_strided_inputs() -> None:
     z, y = logits(5000)[:, 1:4098], torch.arange(2 * N)[::2]
-    assert_stats(run_stats(z, [y], True), z, [y], True)
+    check_stats(z, [y], [], PLAIN)
     m, coefficients = logits(2)[:, 1] + 5, torch.randn(N, 4).t()
-    (wrapper,) = generate(lambda z, m, c, y: ops.row_grad(z, [y], m, c, rows(1, True)), z, m, coefficients, y)
-    out = torch.full(z.shape, torch.nan)
-    interpret(wrapper, [z, m, coefficients, y], out)
-    expected = reference.grad(z, [y], m, coefficients, True)
-    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    actual = run_grad(z, [y], [], m, coefficients, PLAIN)
+    expected = reference.grad(z, [y], [], m, coefficients, PLAIN)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("v", [257, 20000])
-def test_fused_chain(v: int) -> None:
-    z, labels = logits(v), labels_for(v, 2)
+@pytest.mark.parametrize("n_weights", [0, 2])
+@pytest.mark.parametrize("v", [257, 8192, 20000])
+def test_fused_chain(v: int, n_weights: int) -> None:
+    z, labels, weights = logits(v), labels_for(v, 2), weights_for(v, n_weights)
+    which = reference.every_row(2, 2) if n_weights else reference.rows(2, "sum")
     chained = 5 - 1.7 * z
-    assert_stats(run_stats(z, labels, True, chain=lambda z: 5 - 1.7 * z), chained, labels, True)
-    m, coefficients = chained.amax(1), torch.randn(5, N)
-    actual = run_grad(z, labels, m, coefficients, True, chain=lambda z: 5 - 1.7 * z)
-    expected = reference.grad(chained, labels, m, coefficients, True)
+    assert_stats(
+        run_stats(z, labels, weights, which, chain=lambda z: 5 - 1.7 * z), chained, labels, weights, which
+    )
+    m, coefficients = chained.amax(1), torch.randn(which.count(",") + 1, N)
+    actual = run_grad(z, labels, weights, m, coefficients, which, chain=lambda z: 5 - 1.7 * z)
+    expected = reference.grad(chained, labels, weights, m, coefficients, which)
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -186,5 +324,29 @@ def test_triton_accepts_them(v: int) -> None:
     z = torch.empty(N, v, dtype=torch.bfloat16, device="meta", requires_grad=True)
     weight = torch.empty(N, device="meta")
     for wrapper in generate(reference.loss, z, y, weight):
-        name, source = next(item for item in wrapper.kernels.items() if item[0].startswith("triton_tem"))
-        assert triton_ir(source, name, wrapper.signature(name))
+        accept(wrapper)
+
+
+@pytest.mark.parametrize("v", [1, 50257, 65536])
+@pytest.mark.parametrize(
+    "chain", [lambda z: z, lambda z: 30 * torch.tanh(z.float() / 30)], ids=["", "soft-cap"]
+)
+def test_triton_accepts_every_row(v: int, chain: Chain) -> None:
+    y = torch.empty(N, dtype=torch.int64, device="meta")
+    z = torch.empty(N, v, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    q, cost = torch.empty(N, v, dtype=torch.bfloat16, device="meta"), torch.empty(v, device="meta")
+    for wrapper in generate(
+        lambda z, *args: reference.loss_of_every_row(chain(z), *args),
+        z,
+        y,
+        torch.empty(N, device="meta"),
+        q,
+        cost,
+        prepare_joint=reference.recompute_chain,
+    ):
+        accept(wrapper)
+
+
+def accept(wrapper: Wrapper) -> None:
+    ((name, source),) = (item for item in wrapper.kernels.items() if item[0].startswith("triton_tem"))
+    assert triton_ir(source, name, wrapper.signature(name))
