@@ -16,6 +16,7 @@ IGNORED = -100
 SMOOTHING = 0.1
 Z_LOSS = 1e-4
 SOFT_CAP = 30.0
+ENTROPY = 1e-2
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -39,6 +40,15 @@ def smoothed_with_z_loss_and_soft_cap(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(x, y, label_smoothing=SMOOTHING) + Z_LOSS * z_loss
 
 
+def with_entropy_bonus(logits: Tensor, y: Tensor) -> Tensor:
+    """The mean over the rows that count, as in reinforcement learning."""
+    valid = y != IGNORED
+    logp = F.log_softmax(logits.float(), dim=-1)
+    picked = logp.gather(-1, torch.where(valid, y, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    return -torch.where(valid, picked + ENTROPY * entropy, 0.0).sum() / valid.sum()
+
+
 @dataclass(frozen=True)
 class Loss:
     """A loss with its parameters, from which peers and the float64 reference are set up; 0 is without."""
@@ -49,10 +59,11 @@ class Loss:
     smoothing: float = 0.0
     z_loss: float = 0.0
     soft_cap: float = 0.0
+    entropy: float = 0.0
 
     @property
     def is_plain(self) -> bool:
-        return not (self.smoothing or self.z_loss or self.soft_cap)
+        return not (self.smoothing or self.z_loss or self.soft_cap or self.entropy)
 
     def rows(self, z: Tensor, y: Tensor) -> Tensor:
         """The loss of each row [N], by its formula; 0 where the row is ignored. The loss is their mean."""
@@ -61,7 +72,10 @@ class Loss:
         lse = torch.logsumexp(x, dim=1)
         picked = x.gather(1, torch.where(valid, y, 0)[:, None])[:, 0]
         target = (1 - self.smoothing) * picked + self.smoothing * x.mean(dim=1)
-        return torch.where(valid, lse - target + self.z_loss * lse**2, 0.0)
+        row = lse - target + self.z_loss * lse**2
+        if self.entropy:
+            row = row - self.entropy * (lse - (torch.softmax(x, dim=1) * x).sum(dim=1))
+        return torch.where(valid, row, 0.0)
 
 
 LOSSES = {
@@ -83,6 +97,7 @@ LOSSES = {
             z_loss=Z_LOSS,
             soft_cap=SOFT_CAP,
         ),
+        Loss("entropy", "log-probabilities, entropy bonus 1e-2", with_entropy_bonus, entropy=ENTROPY),
     )
 }
 

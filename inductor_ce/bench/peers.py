@@ -34,6 +34,8 @@ def liger_kernel(loss: Loss) -> LossFunction | NotOffered:
     module = find("liger_kernel.transformers", "LigerCrossEntropyLoss")
     if isinstance(module, NotOffered):
         return module
+    if loss.entropy:
+        return NotOffered("Liger's loss over logits has no entropy")
     return module(
         ignore_index=IGNORED,
         label_smoothing=loss.smoothing,
@@ -47,7 +49,7 @@ def quack(loss: Loss) -> LossFunction | NotOffered:
     if isinstance(function, NotOffered):
         return function
     if not loss.is_plain:
-        return NotOffered("quack has no smoothing, z-loss or soft-cap")
+        return NotOffered("quack has no smoothing, z-loss, soft-cap or entropy")
     return functools.partial(function, ignore_index=IGNORED, reduction="mean")
 
 
