@@ -95,6 +95,8 @@ Block = dict[str, Any]
 
 def expand(value: sympy.Expr) -> sympy.Expr:
     """Products multiplied out, and products of exponentials gathered into one: it is what stays finite."""
+    if value.is_Atom:
+        return value
     expanded = sympy.expand(value, power_exp=False)
     return sympy.powsimp(expanded, combine="exp") if expanded.has(sympy.exp) else expanded
 

@@ -54,6 +54,8 @@ def minus(a: Any, b: Any) -> Any:
 def times(a: Any, b: Any) -> Any:
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not (a.is_number or b.is_number):
         return None  # a product of two row values is the user's own, of size [N]
+    if a == 0 or b == 0:
+        return None  # not 0 where the other is NaN
     product = b * a if isinstance(b, algebra.Vocab) else a * b
     return None if isinstance(product, algebra.Vocab) and product.degree > algebra.MAX_DEGREE else product
 

@@ -74,7 +74,9 @@ def flat_labels(build: Builder, node: Node, label: Label, vocab_size: int) -> No
         node, kept = build("select", node, kept, label.column), None
     if tensor_of(node).dtype not in (torch.int32, torch.int64):  # type: ignore[union-attr]
         node = build("long", node)  # the bounds of V must be representable
-    if label.wraps:
+    if label.wraps == "modulo":
+        node = build(torch.remainder, node, vocab_size)
+    elif label.wraps:
         node = build(torch.where, build(torch.lt, node, 0), build(torch.add, node, vocab_size), node)
     if steps and kept is not None:
         node = build("squeeze", node, kept)

@@ -130,7 +130,7 @@ def setitem(place: Place, args: dict[str, Any]) -> Value | None:
         return None
     if not same_shape(row_shape(args["input"], at), shape_of(index[at])):
         return None
-    hit = algebra.indicator(place.loose_label(index[at], wraps=True))
+    hit = algebra.indicator(place.loose_label(index[at], wraps="negative"))
     return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), at)
 
 

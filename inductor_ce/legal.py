@@ -16,13 +16,15 @@ from .hoist import earliest
 from .reading import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
 from .rows import constant, hint, shape_of
 from .sites import Reason
-from .timeline import INFERENCE, tensor_of
+from .timeline import INFERENCE, tensor_of, written_by
 from .unread import escape_fact, needed_nodes, tell_unread
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 TRANSFORMED = (Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap.")
 OWN_BACKWARD = (Reason.OWN_BACKWARD, "The loss is inside an autograd.Function, whose backward is its own.")
+
+MAXIMUM_KEPT = "The maximum of a row is taken off and not added back: add it or detach it."
 
 Replaceable = RowValue | LossValue
 
@@ -51,7 +53,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     groups: list[Group] = []
     everywhere = _refusal_of_graph(reading)
     for logits, nodes in _losses(reading).items():
-        refusal = everywhere or _refusal(logits, options)
+        refusal = everywhere or _refusal(logits, options) or _refusal_of_edit(reading, logits)
         if refusal is not None:
             reading.miss(headline(reading, nodes), *refusal)
             continue
@@ -70,19 +72,36 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
     """For each logits with a loss on them, the nodes where the algebra ends and the user's own rows begin."""
     ends: dict[Logits, list[Node]] = defaultdict(list)
     for node, value in reading.values.items():
-        if isinstance(value, LossValue) or (isinstance(value, RowValue) and _is_end(reading, node, value)):
-            ends[value.logits].append(node)
+        if isinstance(value, LossValue):
+            is_end = not _keeps_maximum(reading, node)
+        else:
+            is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
+        if is_end:
+            ends[value.logits].append(node)  # type: ignore[union-attr]
     return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
 
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
-    # Where the maximum does not cancel, the user's own node is as good as ours, and has its gradient.
-    gradient = _wants_gradient(value.logits) and not value.detached
-    if row_expr(value).has(algebra.MAX) and gradient and any(map(_differentiable, node.users)):
+    if _keeps_maximum(reading, node):
         return False
     return any(
         _is_strange(reading, user, value.logits) or _is_label_of(reading, node, user) for user in node.users
     )
+
+
+def _keeps_maximum(reading: Reading, node: Node) -> bool:
+    """Whether a row's maximum does not cancel, and a gradient flows through it. Tells so where it is a loss.
+
+    The user's own nodes are as good as ours then, and have that gradient.
+    """
+    value = value_of(reading, node)
+    expr = row_expr(value)
+    if not expr.has(algebra.MAX) or value.detached or not _wants_gradient(value.logits):
+        return False
+    kept = any(map(_differentiable, node.users))
+    if kept and algebra.is_normalised(expr) and any(user not in reading.values for user in node.users):
+        reading.miss(node, Reason.NOT_UNDERSTOOD, MAXIMUM_KEPT)
+    return kept
 
 
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
@@ -171,6 +190,26 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
         node, wide = next(iter(escaped.items()))
         reading.miss(node, Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed))
         reading.refused |= escaped.keys()
+
+
+def _refusal_of_edit(reading: Reading, logits: Logits) -> tuple[Reason, str] | None:
+    """Made functional, an edit through a transposed alias may leave other strides than the logits had.
+
+    Nothing tells a kernel that reads them as [N, V], where the user's own operations do not care.
+    """
+    timeline = reading.timeline
+    if not logits.version or len(shape_of(logits.node)) == 2:
+        return None
+    aliases = [
+        alias
+        for node in timeline.nodes
+        for alias in written_by(node)
+        if timeline.shares_storage(alias, logits.node)
+    ]
+    strides = [tensor_of(alias).stride() for alias in aliases]  # type: ignore[union-attr]
+    if all(list(stride) == sorted(stride, reverse=True) for stride in strides):
+        return None
+    return Reason.MUTATED, "The logits are changed in place through a transposed alias before this loss."
 
 
 # Where it may be placed

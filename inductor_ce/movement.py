@@ -98,8 +98,13 @@ def _is_mask(value: Columns) -> bool:
 
 
 def detach(place: Place, args: dict[str, Any]) -> Value | None:
-    value = place.known(args.get("input"))
-    return value if value is None or isinstance(value, Columns) else detached(value)
+    source = args.get("input")
+    value = place.known(source)
+    if value is None or isinstance(value, Columns):
+        return value
+    if not isinstance(value, VocabValue) and place.is_edited_view(source):  # type: ignore[arg-type]
+        return None
+    return detached(value)
 
 
 def reorder(place: Place, args: dict[str, Any]) -> Value | None:
@@ -176,7 +181,12 @@ def diagonal_of(place: Place, args: dict[str, Any], value: VocabValue) -> RowVal
     return _picked(value, [place.label(value, None)], None)
 
 
-def gather(place: Place, args: dict[str, Any]) -> Value | None:
+def take_along(place: Place, args: dict[str, Any]) -> Value | None:
+    """As gather, but that -1 is the last column, and V the first."""
+    return gather(place, args, wraps="modulo")
+
+
+def gather(place: Place, args: dict[str, Any], wraps: str = "") -> Value | None:
     index = args.get("index")
     value = place.vocab(args.get("input"), args.get("dim"))
     if value is None or not is_labels(index):
@@ -187,7 +197,7 @@ def gather(place: Place, args: dict[str, Any]) -> Value | None:
     if count is None or not 1 <= count <= MAX_LABELS:
         return None
     columns = [None] if count == 1 else range(count)
-    labels = [place.label(value, index, kept=value.axis, column=column) for column in columns]
+    labels = [place.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
     return _picked(value, labels, value.axis)
 
 
@@ -207,7 +217,7 @@ def picked_by_index(place: Place, source: Any, index: tuple[Any, ...]) -> Value 
     value = None if axis is None else place.vocab(source, axis)
     if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
         return None
-    return _picked(value, [place.label(value, index[axis], wraps=True)], None)
+    return _picked(value, [place.label(value, index[axis], wraps="negative")], None)
 
 
 def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:

@@ -134,7 +134,7 @@ class Place:
         kept: int | None = None,
         *,
         named: bool = True,
-        wraps: bool = False,
+        wraps: str = "",
         column: int | None = None,
     ) -> sympy.Symbol:
         """A symbol for labels that have met no logits yet."""
@@ -158,7 +158,7 @@ class Place:
         kept: int | None = None,
         *,
         named: bool = True,
-        wraps: bool = False,
+        wraps: str = "",
         column: int | None = None,
     ) -> sympy.Symbol:
         """The symbol of labels of the rows of a value; the same labels, however viewed, share one."""

@@ -35,7 +35,8 @@ class Label:
     """Class indices, read at `position`, arranged as the rows of the logits after `steps`.
 
     `kept` is an axis of size 1 that stands where the vocabulary was, if there is one; where that axis is
-    longer, these are the labels in its `column`. Where it `wraps`, -1 is the last column.
+    longer, these are the labels in its `column`. Where `wraps` is "negative", -1 is
+    the last column; where it is "modulo", V is also the first.
 
     Without a `node`, the label of all rows is `column`, or that of row i is i if there is none.
     """
@@ -44,7 +45,7 @@ class Label:
     steps: tuple[Step, ...]
     kept: int | None
     position: int
-    wraps: bool = False
+    wraps: str = ""
     column: int | None = None
 
 

@@ -171,6 +171,7 @@ _STEPS: dict[str, Step] = {
     "amax": _PEAK,
     "argmax": _ARGMAX,
     "gather": movement.gather,
+    "take_along": movement.take_along,
     "select": movement.select,
     "diagonal": movement.diagonal,
     "trace": losses.trace,

@@ -66,7 +66,7 @@ _spell("softmax", "input dim dtype", torch.softmax, torch.special.softmax, "soft
 _spell("softmax", "input dim _stacklevel dtype", F.softmax)
 _spell("logsumexp", "input dim keepdim", torch.logsumexp, torch.special.logsumexp, "logsumexp")
 _spell("gather", "input dim index", torch.gather, "gather")
-_spell("gather", "input index dim", torch.take_along_dim, "take_along_dim")
+_spell("take_along", "input index dim", torch.take_along_dim, "take_along_dim")
 _spell("sum", "input dim keepdim dtype", torch.sum, "sum")
 _spell("mean", "input dim keepdim dtype", torch.mean, "mean")
 _spell("amax", "input dim keepdim", torch.amax, "amax")

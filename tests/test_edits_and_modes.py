@@ -373,3 +373,64 @@ def test_vocabulary_that_changed():
         z, y = torch.randn(N, v), torch.arange(N)
         torch.testing.assert_close(compiled(z, y), F.cross_entropy(z, y))
     assert (sites(), misses()) == (2, 0)
+
+
+# What random spellings found
+
+
+def test_edit_through_a_detached_alias_of_the_rows():
+    def f(z, y, w):
+        rows = F.cross_entropy(z, y, reduction="none")
+        rows.detach().zero_()
+        return rows * w
+
+    check(f)
+
+
+def test_detached_alias_of_rows_that_are_edited_later():
+    def f(z, y, w):
+        rows = -z.log_softmax(1).gather(1, y[:, None])
+        kept = rows.detach().squeeze(1)
+        rows.zero_()
+        return kept * w, rows
+
+    check(f)
+
+
+def test_edit_of_logits_on_another_dimension_before_the_loss():
+    def f(z, y, w):
+        z = (z.view(2, 3, V) * 2).transpose(1, 2)
+        z.masked_fill_(z > 1, 0.0)
+        return F.cross_entropy(z, y.view(2, 3))
+
+    check(f, n_sites=0)
+
+
+def test_rows_times_zero_stay_rows():
+    def f(z, y, w):
+        rows = z.logsumexp(1) - z.gather(1, y[:, None]).squeeze(1)
+        return (rows * 0.0 + w).sum() + rows.sum()
+
+    check(f, n_sites=1)
+
+
+@pytest.mark.parametrize("how", ["nll_loss", "kl_div", "sum", "einsum"])
+def test_a_maximum_that_does_not_cancel_has_its_gradient(how):
+    def f(z, y, w):
+        logp = z - z.amax(1, keepdim=True) - z.exp().sum(1, keepdim=True).log()
+        q = F.one_hot(y, V).to(z.dtype)
+        if how == "nll_loss":
+            return F.nll_loss(logp, y)
+        if how == "kl_div":
+            return F.kl_div(logp, q, reduction="batchmean")
+        return -(logp * q).sum() if how == "sum" else -torch.einsum("nv,nv->", logp, q)
+
+    check(f, n_sites=0)
+
+
+@pytest.mark.parametrize("label", [-1, 0, V - 1, V])
+def test_take_along_dim_counts_round(label):
+    def f(z, y, w):
+        return torch.take_along_dim(z.log_softmax(1), torch.full_like(y, label)[:, None], 1)
+
+    check(f, n_sites=1)
