@@ -1,4 +1,4 @@
-"""Row statistics, the functions built from them, and the law by which blocks of a row combine.
+"""Row statistics, and the functions that are built from them.
 
 A loss reads a row z of logits only through a few numbers, its statistics:
 
@@ -19,6 +19,7 @@ so is None here, never an exception.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -90,9 +91,11 @@ def number(value: float) -> sympy.Expr:
     return sympy.Integer(int(value)) if isinstance(value, int) else sympy.Rational(repr(float(value)))
 
 
-Block = dict[str, Any]
+# A model has the same softmax many times over.
+remembered = functools.lru_cache(maxsize=4096)
 
 
+@remembered
 def expand(value: sympy.Expr) -> sympy.Expr:
     """Products multiplied out, and products of exponentials gathered into one: it is what stays finite."""
     if value.is_Atom:
@@ -228,6 +231,7 @@ def in_each_column(
     return Vocab.of({Monomial(at=case): mask * result for case, result in results.items()})
 
 
+@remembered
 def exp(value: Vocab) -> Vocab | None:
     """exp(z + c) = p exp(lse + c); exp(c) stays a row number."""
     constant = value.get(ONE)
@@ -239,6 +243,7 @@ def exp(value: Vocab) -> Vocab | None:
     return Vocab.of({P: sympy.exp(expand(lse + constant))})
 
 
+@remembered
 def log(value: Vocab) -> Vocab | None:
     """log(c p) = z - lse + log c."""
     constant = value.get(P)
@@ -266,21 +271,25 @@ def _is_shifted_logits(value: Vocab) -> bool:
     return value + (-as_vocab(value.get(ONE))) == LOGITS
 
 
+@remembered
 def log_softmax(value: Vocab) -> Vocab | None:
     """z - lse for z + c."""
     return LOGITS + (-LSE) if _is_shifted_logits(value) else None
 
 
+@remembered
 def softmax(value: Vocab) -> Vocab | None:
     """p for z + c."""
     return Vocab.of({P: sympy.Integer(1)}) if _is_shifted_logits(value) else None
 
 
+@remembered
 def logsumexp(value: Vocab) -> sympy.Expr | None:
     """lse + c for z + c."""
     return LSE_EXTENDED + value.get(ONE) if _is_shifted_logits(value) else None
 
 
+@remembered
 def peak(value: Vocab) -> sympy.Expr | None:
     """The maximum over the vocabulary: max + c for z + c, exp(max - lse + c) for c p."""
     if _is_shifted_logits(value):
@@ -294,11 +303,13 @@ def _is_positive_multiple_of_p(value: Vocab) -> bool:
     return positive and value == Vocab.of({P: constant})
 
 
+@remembered
 def argmax(value: Vocab) -> sympy.Expr | None:
     """Where the maximum over the vocabulary is, that of z: for z + c, and for c p with c positive."""
     return ARGMAX if _is_shifted_logits(value) or _is_positive_multiple_of_p(value) else None
 
 
+@remembered
 def total(value: Vocab) -> sympy.Expr | None:
     """The sum over the vocabulary."""
     result = sympy.Integer(0)
@@ -320,6 +331,7 @@ def _total_of(b: Monomial) -> sympy.Expr | None:
     return {ONE: V, Z: SUM, P: sympy.Integer(1), Z * P: MEAN_P}.get(b)
 
 
+@remembered
 def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
     """The value in column y."""
     return expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
@@ -330,6 +342,7 @@ def _at(b: Monomial, y: sympy.Symbol) -> sympy.Expr:
     return pick(y) ** b.z * sympy.exp(b.p * (pick(y) - LSE)) * entries
 
 
+@remembered
 def shifted(value: sympy.Expr) -> sympy.Expr:
     """The same row expression over statistics taken relative to the row's maximum.
 
@@ -374,28 +387,3 @@ def is_normalised(value: sympy.Expr) -> bool:
 def weighs_logits(value: sympy.Expr) -> bool:
     """Whether an expression has some of the logits of a row, apart from its normaliser."""
     return value.has(SUM, MEAN_P, MAX, MAX_HELD, ARGMAX) or bool(value.atoms(pick, dot, mean_p_of))
-
-
-def combine(left: Block, right: Block, xp: Any) -> Block:
-    """The monoid: the statistics of a row from those of two blocks that make it up.
-
-    Args:
-        left, right: numbers or arrays under the names "max" (m), "sumexp" (sum exp(z - m)), and where wanted
-            "sum" (sum z - m) with "count" (how many z), and "pick" (0 where the label lies in the other
-            block). The identity is m = -inf and 0 for the rest. Differences from m = -inf are differences
-            from 0.
-        xp: numpy or torch, for `maximum`, `where` and `exp`.
-    """
-    m = xp.maximum(left["max"], right["max"])
-    lowered = [_lowered(block, m, xp) for block in (left, right)]
-    return {"max": m} | {name: lowered[0][name] + lowered[1][name] for name in left if name != "max"}
-
-
-def _lowered(block: Block, m: Any, xp: Any) -> Block:
-    """A block with its differences taken from m, which is at least its own maximum."""
-    empty = block["max"] == -float("inf")
-    gap = xp.where(empty, 0.0, block["max"] - m)
-    result = block | {"sumexp": xp.where(empty, 0.0, block["sumexp"] * xp.exp(gap))}
-    if "sum" in block:
-        result["sum"] = block["sum"] + xp.where(empty, 0.0, block["count"] * gap)
-    return result

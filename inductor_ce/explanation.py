@@ -36,7 +36,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         for module in gm.modules():
             if isinstance(module, GraphModule):
-                found = fuse_losses(_copy(module), options)
+                found = fuse_losses(copied(module), options)
                 report.sites += found.sites
                 report.misses += found.misses
         return gm.forward
@@ -60,7 +60,8 @@ def _apart(f: Callable[..., Any]) -> Callable[..., Any]:
 _calls = itertools.count()
 
 
-def _copy(module: GraphModule) -> Graph:
+def copied(module: GraphModule) -> Graph:
+    """The graph of a module, to be rewritten without the module noticing."""
     copy = Graph(owning_module=module)
     copy.output(copy.graph_copy(module.graph, {}))
     return copy

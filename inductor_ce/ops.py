@@ -29,7 +29,7 @@ holding m constant, d(lse)/d(z_i) = exp(z_i - m) / d = p_i, the exact derivative
 gradient, and a consumer must use it only in expressions that do not change with the shift (m + log d,
 z_y - m, V m + sum, m + t / d, ...). In return losses are computed from differences, as log d + (m - z_y),
 which do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
-split of V (`algebra.py`), and the gradient of a block needs nothing from the other blocks.
+split of V (`monoid.py`), and the gradient of a block needs nothing from the other blocks.
 
 Labels may be any integer dtype. A label outside [0, V) belongs to no column: this is what a shard of V
 needs, and what makes ignored rows free; callers that must refuse such labels do so themselves. Weights are

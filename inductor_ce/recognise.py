@@ -31,11 +31,14 @@ Step = Callable[[Place, dict[str, Any]], Value | None]
 def recognise(graph: Graph) -> Reading:
     """Read a graph. Nodes without an example tensor are passed over."""
     reading = Reading(Timeline(graph))
+    edited: set[Node] = set()  # what had no value when it was made, and has one since
     for node in reading.timeline.nodes:
         spelled = spellings.read(node)
         if spelled is None or spelled[0] not in _STEPS:
             continue
         step, args = spelled
+        if step in _OF_VALUES and not any(n in reading.values or n in edited for n in node.all_input_nodes):
+            continue
         place = Place(reading, node)
         value, _ = attempt("a step is not read", _STEPS[step], place, args)
         if value is None:
@@ -43,6 +46,8 @@ def recognise(graph: Graph) -> Reading:
         if not isinstance(value, Columns) and (value.detached or place.grad_mode is False):
             value = detached(value)
         reading.values[node] = value
+        if step.startswith("edit_"):
+            edited.add(args["input"])
     return reading
 
 
@@ -222,6 +227,26 @@ _STEPS: dict[str, Step] = {
     "edit_mul": columns.edit(arithmetic.binary(arithmetic.times)),
     "edit_div": columns.edit(arithmetic.binary(arithmetic.over)),
 }
+
+# Steps that make nothing of what has no value yet, most of the nodes of a model.
+_OF_VALUES = frozenset(
+    {
+        *("log", "neg", "add", "sub", "rsub", "mul", "div", "pow", "square", "entr", "clamp", "masked_fill"),
+        *(
+            "where",
+            "same",
+            "detach",
+            "reshape",
+            "permute",
+            "transpose",
+            "transposed",
+            "movedim",
+            "narrow",
+            "not",
+        ),
+        *("select", "diagonal", "trace", "matmul", "vecdot", "elementwise", "stack", "cat"),
+    }
+)
 
 # What commutes with picking one element of each row, if nothing better is known of it.
 for _name in ("exp", "log", "neg", "add", "sub", "rsub", "mul", "div", "pow", "square", "clamp"):

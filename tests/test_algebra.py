@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inductor_ce import algebra, notation
+from inductor_ce import algebra, monoid, notation
 from inductor_ce.algebra import (
     LOGITS,
     LSE,
@@ -63,7 +63,7 @@ def difference(a: float, b: float) -> float:
 
 def combine(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     with numpy.errstate(invalid="ignore"):  # -inf - -inf, which is then replaced
-        return algebra.combine(a, b, numpy)
+        return monoid.combine(a, b, numpy)
 
 
 def assert_alike(a: dict[str, float], b: dict[str, float]) -> None:
@@ -122,7 +122,7 @@ def test_blocks_of_arrays_make_the_rows(seed: int) -> None:
     width = int(torch.randint(1, 13, (), generator=generator))
     parts = [tensor_block(z, y, i, i + width) for i in range(0, 24, width)]
     whole = functools.reduce(
-        lambda a, b: algebra.combine(a, b, torch),
+        lambda a, b: monoid.combine(a, b, torch),
         [parts[i] for i in torch.randperm(len(parts), generator=generator)],
     )
     torch.testing.assert_close(whole, tensor_block(z, y, 0, 24))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 import inductor_ce
-from inductor_ce.bench import ce, cli, losses, measure, peers, record, render, systems
+from inductor_ce.bench import ce, cli, losses, measure, peers, recognise, record, render, systems
 from inductor_ce.bench.losses import IGNORED, LOSSES
 
 ROW = {
@@ -33,6 +34,7 @@ ROW = {
 RESULT = {
     "benchmark": "ce",
     "environment": {
+        "cpu": "a CPU",
         "gpu": "A GPU",
         "torch": "2.11.0",
         "cuda": "13.0",
@@ -302,3 +304,22 @@ def test_method_is_recorded():
 def test_commit_outside_a_repository(tmp_path: Path):
     (tmp_path / "__init__.py").touch()
     assert record.git_state(tmp_path) == (None, None)
+
+
+def test_recognition_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(recognise, "ROUNDS", 1)
+    monkeypatch.setattr(recognise, "NODES", 200)
+    assert cli.main(["recognise", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("recognise-*.json")
+    found = json.loads(path.read_text())["found"]
+    assert (found["without a loss"]["sites"], found["with a loss"]["sites"]) == (0, 1)
+    assert found["with a loss"]["nodes"] > found["without a loss"]["nodes"] > 100
+    assert "1 fused:" in capsys.readouterr().out
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, torch; known = set(sys.modules); import inductor_ce; print(set(sys.modules) - known)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "{'inductor_ce'}"

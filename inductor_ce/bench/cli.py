@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from . import ce, record, render
+from . import ce, recognise, record, render
 from .losses import LOSSES
 from .measure import Budget, fresh_caches
 from .peers import PEERS
@@ -23,6 +23,8 @@ NO_GPU = "the benchmark times GPU kernels, and torch.cuda sees no GPU here: noth
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 0; 1 where a system that is no peer failed or was wrong; 2 for bad usage or no GPU."""
     options = parse(arguments)
+    if options.command == "recognise":
+        return run_recognise(options)
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
@@ -43,16 +45,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     ce_parser.add_argument(
         "--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="(default: all of them)"
     )
-    ce_parser.add_argument(
-        "--out",
-        type=Path,
-        default=RESULTS,
-        help="folder for the JSON and the plot (default: bench/results of the package)",
-    )
     ce_parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
-    ce_parser.add_argument("--commit", help="what to record as the commit where git cannot tell")
+    reading = commands.add_parser(
+        "recognise", help="the time that recognition takes; needs no GPU", description=recognise.__doc__
+    )
+    for command in (ce_parser, reading):
+        command.add_argument(
+            "--out",
+            type=Path,
+            default=RESULTS,
+            help="folder for the results (default: bench/results of the package)",
+        )
+        command.add_argument("--commit", help="what to record as the commit where git cannot tell")
     options = parser.parse_args(arguments)
-    options.shapes = options.shapes or list(ce.SHAPES[:1] if options.quick else ce.SHAPES)
+    if options.command == "ce":
+        options.shapes = options.shapes or list(ce.SHAPES[:1] if options.quick else ce.SHAPES)
     return options
 
 
@@ -84,6 +91,20 @@ def run_ce(options: argparse.Namespace) -> int:
     render.plot(result, path.with_suffix(".png"))
     print(render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
     return int(any(map(failed, result["shapes"])))
+
+
+def run_recognise(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON, print the table."""
+    result: dict[str, Any] = {
+        "benchmark": "recognise",
+        "environment": record.environment(options.commit),
+        "method": recognise.METHOD,
+        "found": recognise.measure(recognise.ROUNDS),
+    }
+    path = record.json_path(result, options.out)
+    record.write(result, path)
+    print(recognise.table(result), path, sep="\n")
+    return 0
 
 
 def failed(found: dict[str, Any]) -> bool:

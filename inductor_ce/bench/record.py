@@ -23,6 +23,7 @@ def environment(commit: str | None = None) -> dict[str, Any]:
     """GPU, versions, commit and date. `commit` is what to record where git cannot tell."""
     found, dirty = git_state(PACKAGE)
     return {
+        "cpu": cpu(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -34,6 +35,15 @@ def environment(commit: str | None = None) -> dict[str, Any]:
         "dirty": dirty,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def cpu() -> str:
+    """The processor's name where the system tells it, else its architecture."""
+    try:
+        names = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 def _version(distribution: str) -> str | None:
