@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from . import algebra
+from . import algebra, spellings
 from .compat import is_function_body, is_function_transform, is_kept_dynamic, is_plain_tensor
 from .config import Options
 from .hoist import earliest
@@ -204,7 +204,7 @@ def _refusal_of_edit(reading: Reading, logits: Logits) -> tuple[Reason, str] | N
         alias
         for node in timeline.nodes
         for alias in written_by(node)
-        if timeline.shares_storage(alias, logits.node)
+        if timeline.shares_storage(alias, logits.node) and not spellings.is_arithmetic_edit(node)
     ]
     strides = [tensor_of(alias).stride() for alias in aliases]  # type: ignore[union-attr]
     if all(list(stride) == sorted(stride, reverse=True) for stride in strides):

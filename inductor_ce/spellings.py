@@ -168,6 +168,12 @@ _spell("edit_div", "input other rounding_mode", "div_", operator.itruediv)
 ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "exp", "same"}
 
 
+def is_arithmetic_edit(node: Node) -> bool:
+    """Whether a node is x.add_(y) or the like, whose functional form keeps the strides of x."""
+    spelled = read(node)
+    return spelled is not None and spelled[0] in ("edit_add", "edit_sub", "edit_mul", "edit_div")
+
+
 def read(node: Node) -> tuple[str, dict[str, Any]] | None:
     """(step, arguments by name) of a node, None for a callable that the table does not have."""
     if node.op not in ("call_function", "call_method"):

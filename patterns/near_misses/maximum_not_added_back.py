@@ -20,7 +20,7 @@ def loss(logits, labels):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of log goes into mean (return (normaliser - logits.gather(-1, labels[:,
-    None]).squeeze(-1)).mean()). If this is a cross entropy, write this step in one of the spellings
-    that the README lists; if not, it runs as written.
+NOT_UNDERSTOOD: The maximum of a row is taken off and not added back: add it or detach it. If this
+    is a cross entropy, write this step in one of the spellings that the README lists; if not, it runs
+    as written.
 """
