@@ -10,11 +10,12 @@ import torch
 from torch.fx import Node
 
 from . import algebra
-from .compat import is_function_body, is_function_transform, is_kept_dynamic, is_plain_tensor
+from .compat import is_dtensor, is_function_body, is_function_transform, is_kept_dynamic, is_plain_tensor
 from .config import Options
 from .hoist import earliest
+from .placements import beside_fact, layout_fact, vocab_dim
 from .reading import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
-from .rows import constant, hint, shape_of
+from .rows import Permute, Slice, Step, constant, hint, shape_of
 from .sites import Reason
 from .timeline import INFERENCE, tensor_of
 from .unread import escape_fact, needed_nodes, tell_unread
@@ -44,6 +45,16 @@ class Group:
     def vocab_size(self) -> int:
         """V as a number. A symbolic V is specialised by this: the kernels are built for one vocabulary."""
         return int(shape_of(self.logits.node)[self.logits.axis])
+
+    @property
+    def distributed(self) -> bool:
+        """Whether the logits are a DTensor."""
+        return is_dtensor(tensor_of(self.logits.node))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each rank has some of the vocabulary."""
+        return self.distributed and vocab_dim(tensor_of(self.logits.node), self.logits.axis) is not None
 
 
 def judge(reading: Reading, options: Options) -> list[Group]:
@@ -144,7 +155,11 @@ def _refusal_of_graph(reading: Reading) -> tuple[Reason, str] | None:
 def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
     example = tensor_of(logits.node)
     assert example is not None
-    if not is_plain_tensor(example):
+    if is_dtensor(example):
+        fact = layout_fact(example, logits.axis)
+        if fact is not None:
+            return Reason.PLACEMENTS, fact
+    elif not is_plain_tensor(example):
         return Reason.UNSUPPORTED_TENSOR, f"The logits are a {type(example).__name__}, not a plain tensor."
     if example.dtype not in DTYPES:
         return Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}."
@@ -189,7 +204,11 @@ def _grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]
     return [
         group
         for group in groups
-        if not (_edited_later(reading, group) or _input_edited_later(reading, group))
+        if not (
+            _edited_later(reading, group)
+            or _input_edited_later(reading, group)
+            or _placed_otherwise(reading, group)
+        )
     ]
 
 
@@ -224,6 +243,44 @@ def _input_edited_later(reading: Reading, group: Group) -> bool:
         )
         reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
     return edited
+
+
+def _placed_otherwise(reading: Reading, group: Group) -> bool:
+    """Whether ranks hold other rows or classes of what stands beside the logits than of these. Tells so."""
+    if not group.distributed:
+        return False
+    facts = [_label_fact(group, held) for held in group.labels.values()]
+    facts += [_outside_fact(group, held) for held in group.outside.values()]
+    fact = next((fact for fact in facts if fact is not None), None)
+    if fact is not None:
+        reading.miss(headline(reading, group.nodes), Reason.PLACEMENTS, fact)
+    return fact is not None
+
+
+def _label_fact(group: Group, held: Label) -> str | None:
+    z, axis = tensor_of(group.logits.node), group.logits.axis
+    if held.node is None:
+        # The column of a row that is its number; one column is the same for all rows.
+        return beside_fact(z, axis, "The numbers of the rows", torch.arange(0), 0, None) if held.column is None else None
+    y = tensor_of(held.node)
+    return beside_fact(z, axis, "The labels", y, int(held.kept == 0), None, _first_rows_moved(held.steps))  # type: ignore[arg-type]
+
+
+def _outside_fact(group: Group, held: Outside) -> str | None:
+    z, x = tensor_of(group.logits.node), tensor_of(held.node)
+    assert x is not None and held.axis is not None
+    missing = len(shape_of(held.like)) - x.dim()
+    first = {"row": int(held.axis == 0) - missing, "columns": int(held.axis == 0)}.get(held.kind)
+    classes = held.axis - missing if held.kind in ("classes", "columns") else None
+    if held.kind == "scalar":
+        return None
+    name = "The weights" if classes is not None else "The numbers of the rows"
+    return beside_fact(z, group.logits.axis, name, x, first, classes, _first_rows_moved(held.steps))  # type: ignore[arg-type]
+
+
+def _first_rows_moved(steps: tuple[Step, ...]) -> bool:
+    """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
+    return any(isinstance(s, Permute) or (isinstance(s, Slice) and bool(s.left[0] + s.right[0])) for s in steps)
 
 
 def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:

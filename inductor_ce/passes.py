@@ -113,7 +113,7 @@ def _site(reading: Reading, group: Group, which: str) -> Site:
         "; ".join(dict.fromkeys(forms)),
         tuple(dict.fromkeys(statistics)),
         which,
-        sharded=False,
+        sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
     )
