@@ -200,12 +200,13 @@ def mean(x: DTensor, counted: DTensor) -> DTensor:
     NOTE Both sums are reduced, at once. A mean of the ranks' means is another number where ranks hold
     different numbers of rows that count.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    sums = torch.stack([x.to_local().sum().to(dtype), counted.to_local().sum().to(dtype)])
-    parts = _of_ranks(sums, x)
-    everywhere = [dt.Replicate()] * x.device_mesh.ndim
-    total, count = parts.redistribute(placements=everywhere).to_local().unbind()
-    return on_every_rank((total / count).to(x.dtype), x)
+    local, count = x.to_local().sum(), counted.to_local().sum()
+    if not all(p.is_replicate() for p in x.placements):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        parts = _of_ranks(torch.stack([local.to(dtype), count.to(dtype)]), x)
+        everywhere = [dt.Replicate()] * x.device_mesh.ndim
+        local, count = parts.redistribute(placements=everywhere).to_local().unbind()
+    return on_every_rank((local / count.detach()).to(x.dtype), x)
 
 
 def _of_ranks(part: Tensor, rows: DTensor) -> DTensor:
