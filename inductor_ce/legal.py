@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Any
 
 import sympy
 import torch
@@ -258,29 +259,35 @@ def _placed_otherwise(reading: Reading, group: Group) -> bool:
 
 
 def _label_fact(group: Group, held: Label) -> str | None:
-    z, axis = tensor_of(group.logits.node), group.logits.axis
-    if held.node is None:
-        # The column of a row that is its number; one column is the same for all rows.
-        return beside_fact(z, axis, "The numbers of the rows", torch.arange(0), 0, None) if held.column is None else None
-    y = tensor_of(held.node)
-    return beside_fact(z, axis, "The labels", y, int(held.kept == 0), None, _first_rows_moved(held.steps))  # type: ignore[arg-type]
+    z: Any = tensor_of(group.logits.node)
+    axis, moved = group.logits.axis, _first_rows_moved(held.steps)
+    if held.node is not None:
+        y: Any = tensor_of(held.node)
+        return beside_fact(z, axis, "The labels", y, int(held.kept == 0), None, moved)
+    if held.column is not None:
+        return None
+    return beside_fact(z, axis, "The labels, which are the numbers of the rows,", torch.arange(0), 0, None)
 
 
 def _outside_fact(group: Group, held: Outside) -> str | None:
-    z, x = tensor_of(group.logits.node), tensor_of(held.node)
-    assert x is not None and held.axis is not None
+    z: Any = tensor_of(group.logits.node)
+    x = tensor_of(held.node)
+    assert x is not None
+    assert held.axis is not None
     missing = len(shape_of(held.like)) - x.dim()
     first = {"row": int(held.axis == 0) - missing, "columns": int(held.axis == 0)}.get(held.kind)
     classes = held.axis - missing if held.kind in ("classes", "columns") else None
     if held.kind == "scalar":
         return None
     name = "The weights" if classes is not None else "The numbers of the rows"
-    return beside_fact(z, group.logits.axis, name, x, first, classes, _first_rows_moved(held.steps))  # type: ignore[arg-type]
+    return beside_fact(z, group.logits.axis, name, x, first, classes, _first_rows_moved(held.steps))
 
 
 def _first_rows_moved(steps: tuple[Step, ...]) -> bool:
     """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
-    return any(isinstance(s, Permute) or (isinstance(s, Slice) and bool(s.left[0] + s.right[0])) for s in steps)
+    return any(
+        isinstance(s, Permute) or (isinstance(s, Slice) and bool(s.left[0] + s.right[0])) for s in steps
+    )
 
 
 def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:

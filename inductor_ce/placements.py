@@ -131,7 +131,13 @@ def whole_rows(z: DTensor, labels: list[DTensor], weights: list[DTensor], which:
 
 
 def _over_ranks(
-    z: DTensor, local: Tensor, ys: list[Tensor], weights: list[DTensor], qs: list[Tensor], which: str, vocab: int
+    z: DTensor,
+    local: Tensor,
+    ys: list[Tensor],
+    weights: list[DTensor],
+    qs: list[Tensor],
+    which: str,
+    vocab: int,
 ) -> Tensor:
     group, size = z.device_mesh.get_group(vocab), z.device_mesh.size(vocab)
     total = z.shape[1]

@@ -1,6 +1,8 @@
-"""What is made of losses over DTensor logits, on torch's fake process group. EXPECTTEST_ACCEPT=1 accepts new graphs."""
+"""What is made of losses over DTensor logits, on torch's fake process group.
 
-import functools
+EXPECTTEST_ACCEPT=1 accepts new graphs; read the diff.
+"""
+
 from typing import Any
 
 import dtensor_cases
@@ -12,7 +14,7 @@ from dtensor_cases import Setup, collectives, tensors
 from expecttest import assert_expected_inline
 from harness import compile_without_codegen, misses, sites
 from test_golden import show
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
@@ -67,7 +69,9 @@ def test_collectives(setup: Setup):
 
 def test_golden_of_four_ranks():
     forward, backward = graphs_of(head, LINE)
-    assert_expected_inline(show(forward.graph), """\
+    assert_expected_inline(
+        show(forward.graph),
+        """\
 primals_1 = <placeholder>
 primals_2 = <placeholder>
 primals_3 = <placeholder>
@@ -136,8 +140,11 @@ sum4 = sum(where3)
 sum5 = sum(ne)
 div = div.Tensor(sum4, sum5)
 permute2 = permute(permute, [1, 0])
-return (div, primals_2, primals_1, mm, sub2, select4, getitem3, logical_or, ne, permute2, primals_2)""")
-    assert_expected_inline(show(backward.graph), """\
+return (div, primals_2, primals_1, mm, sub2, select4, getitem3, logical_or, ne, permute2, primals_2)""",
+    )
+    assert_expected_inline(
+        show(backward.graph),
+        """\
 primals_1 = <placeholder>
 mm = <placeholder>
 sub_1 = <placeholder>
@@ -169,12 +176,15 @@ row_grad = row_grad(mm, [sub_1], [], select_4, view, 'max,sumexp,pick,sum')
 permute = permute(row_grad, [1, 0])
 mm2 = mm(permute, primals_1)
 mm3 = mm(row_grad, permute_3)
-return (mm3, primals_2, mm2, primals_2, None)""")
+return (mm3, primals_2, mm2, primals_2, None)""",
+    )
 
 
 def test_golden_of_a_grid():
     forward, backward = graphs_of(bare, GRID)
-    assert_expected_inline(show(forward.graph), """\
+    assert_expected_inline(
+        show(forward.graph),
+        """\
 primals_1 = <placeholder>
 primals_2 = <placeholder>
 primals_3 = <placeholder>
@@ -237,8 +247,11 @@ getitem5 = unbind3[0]
 getitem6 = unbind3[1]
 div = div.Tensor(getitem5, getitem6)
 permute2 = permute(permute, [1, 0])
-return (div, primals_2, primals_1, mm, sub, select3, getitem3, logical_or, ne, getitem6, permute2, primals_2)""")
-    assert_expected_inline(show(backward.graph), """\
+return (div, primals_2, primals_1, mm, sub, select3, getitem3, logical_or, ne, getitem6, permute2, primals_2)""",  # noqa: E501
+    )
+    assert_expected_inline(
+        show(backward.graph),
+        """\
 primals_1 = <placeholder>
 mm = <placeholder>
 sub_1 = <placeholder>
@@ -272,7 +285,8 @@ row_grad = row_grad(mm, [sub_1], [], select_3, view, 'max,sumexp,pick')
 permute = permute(row_grad, [1, 0])
 mm2 = mm(permute, primals_1)
 mm3 = mm(row_grad, permute_3)
-return (mm3, primals_2, mm2, primals_2, None)""")
+return (mm3, primals_2, mm2, primals_2, None)""",
+    )
 
 
 def test_explain():
@@ -298,9 +312,13 @@ def site_of(f, *given):
 
 def test_sequences():
     (h, W, y), mesh = made(GRID)
-    h = distribute_tensor(torch.randn(4, 5, 3, dtype=torch.float64), mesh, GRID.over_rows(), src_data_rank=None)
+    h = distribute_tensor(
+        torch.randn(4, 5, 3, dtype=torch.float64), mesh, GRID.over_rows(), src_data_rank=None
+    )
     y = distribute_tensor(torch.randint(0, 24, (4, 5)), mesh, GRID.over_rows(), src_data_rank=None)
-    assert site_of(lambda h, W, y: F.cross_entropy(F.linear(h, W).flatten(0, 1), y.flatten()), h, W, y).sharded
+    assert site_of(
+        lambda h, W, y: F.cross_entropy(F.linear(h, W).flatten(0, 1), y.flatten()), h, W, y
+    ).sharded
     assert site_of(lambda h, W, y: F.cross_entropy(F.linear(h, W).transpose(1, 2), y), h, W, y).sharded
 
 
@@ -334,7 +352,7 @@ def test_trap_9_replicated_logits_are_no_shards(setup: Setup):
 
 
 def test_two_losses_over_different_dimensions_of_a_mesh():
-    (h, W, y), mesh = made(GRID)
+    (h, W, y), _ = made(GRID)
     y = y.redistribute(placements=[Replicate()] * 2)
     h = h.detach().redistribute(placements=[Replicate()] * 2)
     W2 = W.detach().redistribute(placements=[Shard(0), Replicate()])

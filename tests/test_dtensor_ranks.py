@@ -1,7 +1,7 @@
 """Losses over DTensor logits in real processes, over gloo, against a dense float64 reference.
 
-Traps 7 to 9, 25 and 27: labels on other ranks, smoothing over all classes, the gradient of every shard, ignored
-classes, and means over ranks that have different numbers of rows that count.
+Traps 7 to 9, 25 and 27: labels on other ranks, smoothing over all classes, the gradient of every shard,
+ignored classes, and means over ranks that have different numbers of rows that count.
 """
 
 import functools
