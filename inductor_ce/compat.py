@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.fx import Graph
@@ -53,6 +53,7 @@ __all__ = [
     "get_hash_for_files",
     "inductor_config",
     "is_buffer",
+    "is_dtensor",
     "is_function_body",
     "is_function_transform",
     "is_higher_order",
@@ -232,10 +233,16 @@ def is_plain_tensor(example: torch.Tensor) -> bool:
     return isinstance(example, FakeTensor)
 
 
+def is_dtensor(example: object) -> TypeGuard[Any]:
+    """Whether the example of a node stands for a DTensor."""
+    return torch.distributed.is_available() and isinstance(example, DTensor)
+
+
 def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
     """The mode in which the example of a node was made."""
-    assert isinstance(example, FakeTensor)
-    return example.fake_mode
+    local = example._local_tensor if is_dtensor(example) else example
+    assert isinstance(local, FakeTensor)
+    return local.fake_mode
 
 
 class ChainedPass(CustomGraphPass):
@@ -344,6 +351,7 @@ def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
 
 if torch.distributed.is_available():
     from torch.distributed import _functional_collectives, distributed_c10d
+    from torch.distributed.tensor import DTensor
 
 
 def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:

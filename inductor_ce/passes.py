@@ -14,8 +14,9 @@ from torch.fx import Graph, Node
 from .compat import CustomGraphPass, counters, get_hash_for_files
 from .config import Options
 from .errors import MissError
+from .groups import Group, Replaceable, headline, value_of
 from .joint import recompute_chains
-from .legal import Group, Replaceable, headline, judge, value_of
+from .legal import judge
 from .notation import render, statistics_of
 from .reading import LossValue, Reading, row_expr
 from .recognise import recognise
@@ -113,7 +114,7 @@ def _site(reading: Reading, group: Group, which: str) -> Site:
         "; ".join(dict.fromkeys(forms)),
         tuple(dict.fromkeys(statistics)),
         which,
-        sharded=False,
+        sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
     )

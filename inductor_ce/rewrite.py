@@ -11,7 +11,7 @@ from torch.fx import Graph, Node
 from . import algebra, spellings
 from .arrange import arranged, first_size
 from .builder import Builder
-from .legal import Group
+from .groups import Group
 from .reading import Afterwards, LossValue, Reading, Reduction, RowValue
 from .rows import same_shape, shape_of
 from .sites import user_line
@@ -119,7 +119,7 @@ def _reduced(build: Builder, stats: Statistics, per_row: Node, value: LossValue)
     """As torch.nn.functional reduces: rows with an ignored label are 0 and do not count in the mean."""
     reduction = value.reduction
     if reduction.y is None:
-        return _reduced_over_all(build, per_row, reduction)
+        return _reduced_over_all(build, stats, per_row, reduction)
     label = stats.named[reduction.y]
     if not same_shape(shape_of(label), shape_of(per_row)):
         label = build("reshape_as", label, per_row)
@@ -127,21 +127,21 @@ def _reduced(build: Builder, stats: Statistics, per_row: Node, value: LossValue)
     kept = build(torch.where, valid, per_row, 0.0)
     if reduction.how == "none":
         return kept
-    total = build(torch.sum, kept)
     if reduction.how == "sum":
-        return total
-    if reduction.weight is None:
-        return build(torch.div, total, build(torch.sum, valid))
-    weights = arranged(build, stats.entry(reduction.weight, reduction.y), value.logits, value.steps)
-    return build(torch.div, total, build(torch.sum, build(torch.where, valid, weights, 0.0)))
+        return stats.layout.total(kept)
+    counted = valid
+    if reduction.weight is not None:
+        weights = arranged(build, stats.entry(reduction.weight, reduction.y), value.logits, value.steps)
+        counted = build(torch.where, valid, weights, 0.0)
+    return stats.layout.mean(kept, counted)
 
 
-def _reduced_over_all(build: Builder, per_row: Node, reduction: Reduction) -> Node:
+def _reduced_over_all(build: Builder, stats: Statistics, per_row: Node, reduction: Reduction) -> Node:
     if reduction.how == "none":
         return per_row
     if reduction.how == "mean":
-        return build(torch.mean, per_row)
-    total = build(torch.sum, per_row)
+        return stats.layout.mean_of_all(per_row)
+    total = stats.layout.total(per_row)
     if reduction.how == "sum":
         return total
     assert reduction.batch is not None

@@ -41,16 +41,23 @@ class Shard(NamedTuple):
         size: how many ranks it has.
         start: the first column, int64 [].
         equal: whether all ranks are to have the same number of columns.
+        counts: how many each rank has, [P], where that is known; else the ranks tell.
     """
 
     group_name: str
     size: int
     start: Tensor
     equal: bool
+    counts: Tensor | None = None
 
 
 def whole_row_stats(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, shard: Shard
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    which: str,
+    shard: Shard,
+    masses: dict[int, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.row_stats` over the columns of all ranks.
 
@@ -60,15 +67,18 @@ def whole_row_stats(
         z: the columns of this rank, [N, V of this rank].
         labels: [N], relative to the first of them.
         weights: of these columns, [V of this rank] or [N, V of this rank].
-        which: as for `ops.row_stats`, but without "sumexpz" and "argmax"; with each "dot:j" its "mass:j".
+        which: as for `ops.row_stats`, but with each "dot:j" its "mass:j", unless that is in `masses`.
         shard: of this rank.
+        masses: for weights j that every rank knows, the sum of them over the columns of each rank, [P].
 
     Returns:
         The statistics [K, N], bit for bit the same on every rank, and V as a number in the same dtype, [N]:
         NaN if ranks have columns in different number and are to have the same.
     """
-    how = (which, len(labels), shard.group_name, shard.size, shard.equal)
-    return _WholeRowStats.apply(z, *how, *labels, *weights)
+    known = masses or {}
+    how = (which, len(labels), len(weights), tuple(known), shard.group_name, shard.size, shard.equal)
+    tensors = (*labels, *weights, *known.values())
+    return _WholeRowStats.apply(z, shard.start, *how, shard.counts, *tensors)
 
 
 class _WholeRowStats(torch.autograd.Function):
@@ -76,23 +86,36 @@ class _WholeRowStats(torch.autograd.Function):
     def forward(
         ctx: Any,
         z: Tensor,
+        start: Tensor,
         which: str,
         n_labels: int,
+        n_weights: int,
+        known: tuple[int, ...],
         group_name: str,
         size: int,
         equal: bool,
+        counts: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.which, ctx.n_labels = which, n_labels
-        packed = ops.row_stats(z, list(tensors[:n_labels]), list(tensors[n_labels:]), which)
-        own = torch.cat([packed, torch.full_like(packed[:1], z.shape[1])])
+        ctx.n_inputs = 10 + len(tensors)
+        weights_end = n_labels + n_weights
+        labels, weights = list(tensors[:n_labels]), list(tensors[n_labels:weights_end])
+        own = _own_rows(ops.row_stats(z, labels, weights, which), which, start)
+        if counts is None:
+            own = torch.cat([own, torch.full_like(own[:1], z.shape[1])])
         blocks = all_gather_blocks(own, group_name).view(size, *own.shape)
-        counts = blocks[:, -1]
-        total = counts.sum(0)
+        named = dict(zip(which.split(","), blocks.unbind(1), strict=False))
+        columns = blocks[:, -1] if counts is None else counts.to(own.dtype).unsqueeze(1)
+        of_ranks = {
+            f"{ops.MASS}:{j}": mass.to(own.dtype).unsqueeze(1)
+            for j, mass in zip(known, tensors[weights_end:], strict=True)
+        }
+        rows = _combined(which, blocks, of_ranks | named, columns)
+        total = columns.sum(0)
         if equal:
-            total = torch.where((counts == counts[0]).all(0), total, torch.nan)
-        rows = _combined(dict(zip(which.split(","), blocks.unbind(1), strict=False)), counts)
-        ctx.save_for_backward(z, rows[0], *tensors)
+            total = torch.where((columns == columns[0]).all(0), total, torch.nan)
+        ctx.save_for_backward(z, rows[0], *labels, *weights)
         ctx.mark_non_differentiable(total)
         return rows, total
 
@@ -101,19 +124,50 @@ class _WholeRowStats(torch.autograd.Function):
         z, m, *tensors = ctx.saved_tensors
         labels, weights = tensors[: ctx.n_labels], tensors[ctx.n_labels :]
         dz = ops.row_grad(z, labels, weights, m, upstream, ctx.which)
-        return dz, None, None, None, None, None, *(None for _ in tensors)
+        return dz, *(None for _ in range(ctx.n_inputs - 1))
 
 
-def _combined(blocks: dict[str, Tensor], counts: Tensor) -> Tensor:
-    """The monoid, over the first dimension of rows [P, N]."""
-    peaks = blocks[ops.MAX]
+def _own_rows(packed: Tensor, which: str, start: Tensor) -> Tensor:
+    """What a rank gives: its statistics, with the argmax among the columns of all ranks."""
+    rows = which.split(",")
+    if ops.ARGMAX not in rows:
+        return packed
+    at = rows.index(ops.ARGMAX)
+    return torch.cat([packed[:at], packed[at : at + 1] + start, packed[at + 1 :]])
+
+
+def _combined(which: str, blocks: Tensor, named: dict[str, Tensor], counts: Tensor) -> Tensor:
+    """The monoid, over the first dimension of rows [P, K, N].
+
+    `named` holds [P, N] by name, or [P, 1] of what is the same for all rows; `counts` are the columns.
+    """
+    peaks, sums = named[ops.MAX], named[ops.SUMEXP]
     m = peaks.amax(0)
     gap = torch.where(peaks == -torch.inf, 0.0, peaks - m)
-    rows = [m, (blocks[ops.SUMEXP] * gap.exp()).sum(0)]
-    for name, block in list(blocks.items())[2:]:
+    scale = gap.exp()
+    rows = []
+    for k, name in enumerate(which.split(",")):
+        block = blocks[:, k]  # there are as many rows "pick" as labels
+        if name == ops.MAX:
+            rows.append(m)
+            continue
+        if name == ops.ARGMAX:
+            rows.append(_first_largest(peaks, sums, block))
+            continue
         if name == ops.SUM:
             block = block + counts * gap
+        elif name == ops.SUMEXP or name.startswith(ops.EXPDOT):
+            block = block * scale
+        elif name == ops.SUMEXPZ:
+            block = (block + gap * sums) * scale
         elif name.startswith(ops.DOT):
-            block = block + blocks[name.replace(ops.DOT, ops.MASS)] * gap
+            block = block + named[name.replace(ops.DOT, ops.MASS)] * gap
         rows.append(block.sum(0))
     return torch.stack(rows)
+
+
+def _first_largest(peaks: Tensor, sums: Tensor, columns: Tensor) -> Tensor:
+    """The first column with the maximum, or with NaN, which is the largest: of it a maximum need not tell."""
+    nan = peaks.isnan() | (sums.isnan() & (peaks != torch.inf))
+    largest = torch.where(nan.any(0), nan, peaks == peaks.amax(0))
+    return torch.where(largest, columns, torch.inf).amin(0)

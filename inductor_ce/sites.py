@@ -29,6 +29,10 @@ class Reason(enum.Enum):
     MUTATED = "Make the edit out of place, or move it before or after the whole loss."
     UNSUPPORTED_DTYPE = "Use float16, bfloat16, float32 or float64 logits."
     UNSUPPORTED_TENSOR = "Compute the loss on plain tensors."
+    PLACEMENTS = (
+        "Shard the vocabulary over at most one dimension of the mesh, and the rows of the labels like those "
+        "of the logits."
+    )
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
     INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,10 +11,11 @@ import torch
 from torch.fx import Node
 
 from . import algebra, ops
-from .arrange import fixed_labels, flat_labels, flat_logits, flat_outside
+from .arrange import flat_labels, flat_outside
 from .builder import Builder
+from .groups import Group
 from .hoist import made_before
-from .legal import Group
+from .layouts import layout_of
 from .reading import Outside, Reading, row_expr
 from .rows import shape_of
 from .timeline import tensor_of
@@ -73,15 +73,16 @@ class Statistics:
             algebra.shifted(e) for expr in exprs for e in (expr if isinstance(expr, sympy.Tuple) else (expr,))
         ]
         self.reading, self.place = reading, group.place
+        self.layout = layout_of(build, reading, group)
         self.named = {
-            y: self._kept(held.node, made_before(build, reading, held.node, group.place))
+            y: self._kept(held.node, self._brought(held.node))
             for y, held in group.labels.items()
             if held.node is not None
         }
         self.labels = {
             y: flat_labels(build, self.named[y], held, self.vocab_size)
             if y in self.named
-            else fixed_labels(build, group.logits, held.column)
+            else self.layout.fixed_labels(held.column)
             for y, held in group.labels.items()
         }
         self._flat: dict[sympy.Symbol, Node] = {}
@@ -93,15 +94,18 @@ class Statistics:
         optional = ((ops.SUM, algebra.SUM), (ops.SUMEXPZ, algebra.MEAN_P), (ops.ARGMAX, algebra.ARGMAX))
         rows += [(name, symbol) for name, symbol in optional if any(e.has(symbol) for e in exprs)]
         rows += names
-        z = flat_logits(build, reading, group.logits, group.place, self.vocab_size)
-        self.is_tapped = verify_key is not None and _only_losses_read(reading, group)
+        z = self.layout.logits()
+        self.is_tapped = (
+            verify_key is not None and not group.distributed and _only_losses_read(reading, group)
+        )
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
-        which = ",".join(name for name, _ in rows)
-        packed = build(ops.ROW_STATS, z, [self.labels[y] for y in picked], weights, which)
-        self.which = which
-        unbound = build(torch.unbind, packed, 0)
-        self._rows = {key: build(operator.getitem, unbound, k) for k, (_, key) in enumerate(rows)}
+        self.which = ",".join(name for name, _ in rows)
+        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.which)
+        self._rows = {key: node for (_, key), node in zip(rows, made, strict=True)}
+
+    def _brought(self, node: Node) -> Node:
+        return self.layout.brought(made_before(self.build, self.reading, node, self.place))
 
     def _kept(self, label: Node, made: Node) -> Node:
         """Labels, copied where the user writes over them later: the backward reads them again."""
@@ -141,8 +145,7 @@ class Statistics:
         """A tensor from outside as [N, V], [V], [N] or a number."""
         if symbol not in self._flat:
             held: Outside = self.outside[symbol]
-            node = made_before(self.build, self.reading, held.node, self.place)
-            node = flat_outside(self.build, node, held, self.vocab_size)
+            node = flat_outside(self.build, self._brought(held.node), held, self.vocab_size)
             self._flat[symbol] = _MADE[held.made](self.build, node)
         return self._flat[symbol]
 

@@ -1,0 +1,262 @@
+"""Losses over DTensor logits: the cases, what a rank computes of them, and what is right."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import reference
+import torch
+import torch.nn.functional as F
+from harness import compile_without_codegen, misses, sites
+from reference import Terms
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.fx import GraphModule
+
+D = 3
+
+
+@functools.cache
+def _device_mesh(sizes: tuple[int, ...]) -> DeviceMesh:
+    """One for each shape: torch 2.13 mixes up equal meshes, and then its partitioner fails."""
+    return init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b", "tp")[-len(sizes) :])
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A mesh with the vocabulary on its last dimension, rows on the others where `rows` says so."""
+
+    mesh: tuple[int, ...]
+    N: int = 8
+    V: int = 24
+    rows: tuple[bool, ...] = (True, True)
+    dtype: torch.dtype = torch.float64
+
+    def device_mesh(self) -> DeviceMesh:
+        return _device_mesh(self.mesh)
+
+    def over_rows(self, dim: int = 0) -> list[Placement]:
+        over = self.rows[: len(self.mesh) - 1]
+        return [Shard(dim) if shard else Replicate() for shard in over] + [Replicate()]
+
+    def over_classes(self, dim: int) -> list[Placement]:
+        return [Replicate()] * (len(self.mesh) - 1) + [Shard(dim)]
+
+    @property
+    def logits(self) -> list[Placement]:
+        return [*self.over_rows()[:-1], Shard(1)]
+
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss of (z, y, w [V], q [N, V]) in torch, and the same in float64 by its textbook formula."""
+
+    loss: Loss
+    exact: Loss
+    ignored: int = -100
+
+
+def _log_p(z: Tensor) -> Tensor:
+    return z - reference.log_sum_exp(z)[:, None]
+
+
+def cross_entropy(terms: Terms) -> Case:
+    def loss(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        value = F.cross_entropy(
+            z,
+            y,
+            ignore_index=terms.ignore_index,
+            reduction=terms.reduction,
+            label_smoothing=terms.smoothing,
+        )
+        if not terms.z_weight:
+            return value
+        squares = torch.where(y != terms.ignore_index, torch.logsumexp(z, -1).square(), 0.0)
+        if terms.reduction == "none":
+            return value + terms.z_weight * squares
+        count = (y != terms.ignore_index).sum() if terms.reduction == "mean" else 1
+        return value + terms.z_weight * squares.sum() / count
+
+    return Case(loss, lambda z, y, w, q: reference.cross_entropy(z, y, terms), terms.ignore_index)
+
+
+def _weighted(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    counts, safe = y != -100, torch.where(y != -100, y, 0)
+    log_p = _log_p(z)
+    picked = -w[safe] * log_p.gather(1, safe[:, None])[:, 0]
+    uniform = -(w * log_p).sum(-1) / z.shape[1]
+    rows = torch.where(counts, 0.9 * picked + 0.1 * uniform, 0.0)
+    return rows.sum() / torch.where(counts, w[safe], 0.0).sum()
+
+
+def _entropy(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    log_p = F.log_softmax(z, -1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def _accuracy(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    right = F.softmax(z, -1).argmax(-1) == y
+    return F.cross_entropy(z, y, reduction="none") * torch.where(right, 0.5, 1.0)
+
+
+def _exact_accuracy(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    rows = reference.cross_entropy(z, y, Terms("none"))
+    return rows * torch.where(z.argmax(-1) == y, 0.5, 1.0)
+
+
+CASES = {
+    "plain": cross_entropy(Terms()),
+    "smoothing": cross_entropy(Terms("sum", smoothing=0.1)),
+    "rows, z-loss": cross_entropy(Terms("none", z_weight=0.01)),
+    "all, ignoring 0": cross_entropy(Terms("mean", 0, 0.2, 0.01)),
+    "all, ignoring the last": cross_entropy(Terms("mean", -7, 0.2, 0.01)),  # V - 1, see `terms_of`
+    "class weights": Case(lambda z, y, w, q: F.cross_entropy(z, y, weight=w, label_smoothing=0.1), _weighted),
+    "soft targets": Case(
+        lambda z, y, w, q: F.cross_entropy(z, q), lambda z, y, w, q: -(q * _log_p(z)).sum(-1).mean()
+    ),
+    "entropy": Case(_entropy, lambda z, y, w, q: -(_log_p(z).exp() * _log_p(z)).sum(-1)),
+    "accuracy": Case(_accuracy, _exact_accuracy),
+}
+
+
+def case_of(name: str, V: int) -> Case:
+    """The case; its `ignored` of -7 stands for V - 1."""
+    case = CASES[name]
+    return cross_entropy(Terms("mean", V - 1, 0.2, 0.01)) if case.ignored == -7 else case
+
+
+def tensors(setup: Setup, ignored: int) -> dict[str, Tensor]:
+    """Hidden states, head, labels, class weights and soft targets: the same in every process.
+
+    Half of the first half of the rows is ignored: ranks that share rows have unequal numbers that count.
+    """
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(setup.N, D, generator=generator, dtype=torch.float64)
+    W = 2 * torch.randn(setup.V, D, generator=generator, dtype=torch.float64)
+    W[-1] = W[0]  # a tie over ranks
+    y = torch.randint(0, setup.V, (setup.N,), generator=generator)
+    y[0], y[1], y[-1] = 0, setup.V - 1, setup.V // 2
+    y[2 : setup.N // 2] = ignored
+    w = torch.rand(setup.V, generator=generator, dtype=torch.float64)
+    q = torch.randn(setup.N, setup.V, generator=generator, dtype=torch.float64).softmax(-1)
+    return {
+        "h": h.to(setup.dtype),
+        "W": W.to(setup.dtype),
+        "y": y,
+        "w": w.to(setup.dtype),
+        "q": q.to(setup.dtype),
+    }
+
+
+def distributed(setup: Setup, given: dict[str, Tensor], q_sharded: bool = True) -> dict[str, Any]:
+    """The same as DTensors, with `zero` to add to the logits, whose gradient is theirs."""
+    mesh = setup.device_mesh()
+    placements = {
+        "h": setup.over_rows(),
+        "W": setup.over_classes(0),
+        "y": setup.over_rows(),
+        "w": [Replicate()] * mesh.ndim,
+        "q": setup.logits if q_sharded else setup.over_rows(),
+        "zero": setup.logits,
+    }
+    given = given | {"zero": torch.zeros(setup.N, setup.V, dtype=setup.dtype)}
+    made = {k: distribute_tensor(x, mesh, placements[k], src_data_rank=None) for k, x in given.items()}
+    for name in ("h", "W", "zero"):
+        made[name].requires_grad_()
+    return made
+
+
+def upstream_of(loss: Tensor) -> Tensor:
+    return torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape) + 0.37
+
+
+def on_rank(rank: int, jobs: list[tuple[str, Setup]]) -> dict[Any, dict[str, Any]]:
+    """Of each job: the loss, whole and as this rank has it, and the gradients."""
+    return {job: run(*job) for job in jobs}
+
+
+def collectives(graph: GraphModule) -> dict[str, int]:
+    """How often a graph calls each collective."""
+    names = (str(node.target) for node in graph.graph.nodes if "c10d" in str(node.target))
+    return dict(Counter(name.split(".")[1] for name in names if "wait" not in name))
+
+
+def run(name: str, setup: Setup, q_sharded: bool = True) -> dict[str, Any]:
+    torch._dynamo.reset()
+    case = case_of(name, setup.V)
+    x = distributed(setup, tensors(setup, case.ignored), q_sharded)
+
+    def f(h: Tensor, W: Tensor, zero: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        return case.loss(F.linear(h, W) + zero, y, w, q)
+
+    before = sites(), misses()
+    compiled, graphs = compile_without_codegen(f)
+    loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
+    upstream = upstream_of(loss).to(loss.dtype)
+    upstream = distribute_tensor(
+        upstream,
+        loss.device_mesh,
+        setup.over_rows() if loss.ndim else [Replicate()] * loss.device_mesh.ndim,
+        src_data_rank=None,
+    )
+    loss.backward(upstream)
+    return {
+        "sites": sites() - before[0],
+        "misses": misses() - before[1],
+        "loss": loss.detach().full_tensor(),
+        "collectives": tuple(map(collectives, graphs.final)),
+        "loss placements": tuple(map(str, loss.placements)),
+        "dz": x["zero"].grad.full_tensor(),
+        "dz shard": x["zero"].grad.to_local(),
+        "dW": x["W"].grad.full_tensor(),
+        "dW placements": tuple(map(str, x["W"].grad.placements)),
+        "dh": x["h"].grad.full_tensor(),
+        "dh placements": tuple(map(str, x["h"].grad.placements)),
+    }
+
+
+def exact(name: str, setup: Setup) -> dict[str, Tensor]:
+    """The same in float64, in one process."""
+    case = case_of(name, setup.V)
+    x = {k: v.double() if v.is_floating_point() else v for k, v in tensors(setup, case.ignored).items()}
+    h, W = x["h"].requires_grad_(), x["W"].requires_grad_()
+    z = F.linear(h, W)
+    z.retain_grad()
+    loss = case.exact(z, x["y"], x["w"], x["q"])
+    loss.backward(upstream_of(loss))
+    return {"loss": loss.detach(), "dz": z.grad, "dW": W.grad, "dh": h.grad}
+
+
+def check(ranks: list[dict[Any, dict[str, Any]]], name: str, setup: Setup) -> None:
+    """Every rank has the loss and the gradients of the whole vocabulary and of all rows."""
+    rtol = 1e-10 if setup.dtype == torch.float64 else 1e-5
+    truth = exact(name, setup)
+    for rank in ranks:
+        result = rank[name, setup]
+        assert (result["sites"], result["misses"]) == (1, 0)
+        assert torch.equal(result["loss"], ranks[0][name, setup]["loss"])
+        for key, value in truth.items():
+            torch.testing.assert_close(result[key].double(), value, rtol=rtol, atol=rtol)
+
+
+__all__ = [
+    "CASES",
+    "Case",
+    "D",
+    "DTensor",
+    "Setup",
+    "check",
+    "distributed",
+    "on_rank",
+    "replace",
+    "run",
+    "tensors",
+]

@@ -1,0 +1,416 @@
+"""What is made of losses over DTensor logits, on torch's fake process group.
+
+EXPECTTEST_ACCEPT=1 accepts new graphs; read the diff.
+"""
+
+from typing import Any
+
+import dtensor_cases
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from dtensor_cases import Setup, collectives, tensors
+from expecttest import assert_expected_inline
+from harness import compile_without_codegen, misses, sites
+from test_golden import show
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import inductor_ce
+from inductor_ce import placements
+
+LINE = Setup((4,), V=23)
+GRID = Setup((2, 2), V=24)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _rank_1_of_4():
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield
+    dist.destroy_process_group()
+    dtensor_cases._device_mesh.cache_clear()
+
+
+def head(h, W, y):
+    return F.cross_entropy(F.linear(h, W), y, label_smoothing=0.1)
+
+
+def bare(h, W, y):
+    return F.cross_entropy(F.linear(h, W), y)
+
+
+def made(setup: Setup, **over: Any) -> tuple[DTensor, ...]:
+    """h, W and y, placed as the setup says or as given."""
+    x = dtensor_cases.distributed(setup, tensors(setup, -100))
+    mesh = setup.device_mesh()
+    for name, wanted in over.items():
+        x[name] = x[name].detach().redistribute(placements=wanted) if isinstance(wanted, list) else wanted
+    return tuple(x[name] for name in ("h", "W", "y")), mesh
+
+
+def graphs_of(f, setup: Setup):
+    given, _ = made(setup)
+    compiled, graphs = compile_without_codegen(f)
+    compiled(*given).backward()
+    assert (sites(), misses()) == (1, 0)
+    return graphs.final
+
+
+@pytest.mark.parametrize("setup", [LINE, GRID], ids=["4", "2x2"])
+def test_collectives(setup: Setup):
+    forward, backward = map(collectives, graphs_of(head, setup))
+    means = {"all_reduce": 1} if setup is GRID else {}
+    assert (forward, backward) == ({"all_gather_into_tensor": 1} | means, {})
+
+
+def test_golden_of_four_ranks():
+    forward, backward = graphs_of(head, LINE)
+    assert_expected_inline(
+        show(forward.graph),
+        """\
+primals_1 = <placeholder>
+primals_2 = <placeholder>
+primals_3 = <placeholder>
+primals_4 = <placeholder>
+primals_5 = <placeholder>
+primals_6 = <placeholder>
+permute = permute(primals_3, [1, 0])
+mm = mm(primals_1, permute)
+group_rank = group_rank(mm, '0')
+mul = mul.Tensor(group_rank, 6)
+iota = iota(4, start=0, step=1, dtype=int64, device=device(type='cpu'), requires_grad=False)
+mul2 = mul.Tensor(iota, 6)
+sub = sub.Tensor(23, mul2)
+clamp_min = clamp_min(sub, 0)
+clamp_max = clamp_max(clamp_min, 6)
+sub2 = sub.Tensor(primals_5, mul)
+row_stats = row_stats(mm, [sub2], [], 'max,sumexp,pick,sum')
+all_gather_into_tensor = all_gather_into_tensor(row_stats, 4, '0')
+wait_tensor = wait_tensor(all_gather_into_tensor)
+view = view(wait_tensor, [4, 4, 8])
+unbind = unbind.int(view, 1)
+getitem = unbind[0]
+convert_element_type = convert_element_type(clamp_max, float64)
+unsqueeze = unsqueeze(convert_element_type, 1)
+amax = amax(getitem, [0])
+eq = eq.Scalar(getitem, -inf)
+sub3 = sub.Tensor(getitem, amax)
+full = full([], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(eq, full, sub3)
+exp = exp(where)
+select = select.int(view, 1, 1)
+mul3 = mul.Tensor(select, exp)
+sum = sum.dim_IntList(mul3, [0])
+select2 = select.int(view, 1, 2)
+sum2 = sum.dim_IntList(select2, [0])
+select3 = select.int(view, 1, 3)
+mul4 = mul.Tensor(unsqueeze, where)
+add = add.Tensor(select3, mul4)
+sum3 = sum.dim_IntList(add, [0])
+cat = cat([amax, sum, sum2, sum3])
+view2 = view(cat, [4, 8])
+select4 = select.int(view2, 0, 0)
+unbind2 = unbind.int(view2)
+getitem2 = unbind2[0]
+getitem3 = unbind2[1]
+getitem4 = unbind2[2]
+getitem5 = unbind2[3]
+log = log(getitem3)
+sub4 = sub.Tensor(getitem4, getitem2)
+mul5 = mul.Tensor(sub4, 0.9)
+sub5 = sub.Tensor(log, mul5)
+mul6 = mul.Tensor(getitem5, 0.004347826086956522)
+sub6 = sub.Tensor(sub5, mul6)
+ge = ge.Scalar(primals_5, 0)
+lt = lt.Scalar(primals_5, 23)
+logical_and = logical_and(ge, lt)
+eq2 = eq.Scalar(primals_5, -100)
+logical_or = logical_or(logical_and, eq2)
+full2 = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full3 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full3, full2)
+mul7 = mul.Tensor(sub6, where2)
+ne = ne.Scalar(primals_5, -100)
+where3 = where.self(ne, mul7, full)
+sum4 = sum(where3)
+sum5 = sum(ne)
+div = div.Tensor(sum4, sum5)
+permute2 = permute(permute, [1, 0])
+return (div, primals_2, primals_1, mm, sub2, select4, getitem3, logical_or, ne, permute2, primals_2)""",
+    )
+    assert_expected_inline(
+        show(backward.graph),
+        """\
+primals_1 = <placeholder>
+mm = <placeholder>
+sub_1 = <placeholder>
+select_4 = <placeholder>
+getitem_5 = <placeholder>
+logical_or = <placeholder>
+ne = <placeholder>
+permute_3 = <placeholder>
+primals_2 = <placeholder>
+tangents_1 = <placeholder>
+tangents_2 = <placeholder>
+sum = sum(ne)
+div = div.Tensor(tangents_1, sum)
+expand = expand(div, [8])
+full = full([], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(ne, expand, full)
+full2 = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full3 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full3, full2)
+mul = mul.Tensor(where, where2)
+neg = neg(mul)
+mul2 = mul.Tensor(neg, 0.004347826086956522)
+mul3 = mul.Tensor(neg, 0.9)
+neg2 = neg(mul3)
+div2 = div.Tensor(mul, getitem_5)
+cat = cat([neg2, div2, mul3, mul2])
+view = view(cat, [4, 8])
+row_grad = row_grad(mm, [sub_1], [], select_4, view, 'max,sumexp,pick,sum')
+permute = permute(row_grad, [1, 0])
+mm2 = mm(permute, primals_1)
+mm3 = mm(row_grad, permute_3)
+return (mm3, primals_2, mm2, primals_2, None)""",
+    )
+
+
+def test_golden_of_a_grid():
+    forward, backward = graphs_of(bare, GRID)
+    assert_expected_inline(
+        show(forward.graph),
+        """\
+primals_1 = <placeholder>
+primals_2 = <placeholder>
+primals_3 = <placeholder>
+primals_4 = <placeholder>
+primals_5 = <placeholder>
+primals_6 = <placeholder>
+permute = permute(primals_3, [1, 0])
+mm = mm(primals_1, permute)
+group_rank = group_rank(mm, '3')
+mul = mul.Tensor(group_rank, 12)
+sub = sub.Tensor(primals_5, mul)
+row_stats = row_stats(mm, [sub], [], 'max,sumexp,pick')
+all_gather_into_tensor = all_gather_into_tensor(row_stats, 2, '3')
+wait_tensor = wait_tensor(all_gather_into_tensor)
+view = view(wait_tensor, [2, 3, 4])
+unbind = unbind.int(view, 1)
+getitem = unbind[0]
+amax = amax(getitem, [0])
+eq = eq.Scalar(getitem, -inf)
+sub2 = sub.Tensor(getitem, amax)
+full = full([], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(eq, full, sub2)
+exp = exp(where)
+select = select.int(view, 1, 1)
+mul2 = mul.Tensor(select, exp)
+sum = sum.dim_IntList(mul2, [0])
+select2 = select.int(view, 1, 2)
+sum2 = sum.dim_IntList(select2, [0])
+cat = cat([amax, sum, sum2])
+view2 = view(cat, [3, 4])
+select3 = select.int(view2, 0, 0)
+unbind2 = unbind.int(view2)
+getitem2 = unbind2[0]
+getitem3 = unbind2[1]
+getitem4 = unbind2[2]
+log = log(getitem3)
+sub3 = sub.Tensor(getitem4, getitem2)
+sub4 = sub.Tensor(log, sub3)
+ge = ge.Scalar(primals_5, 0)
+lt = lt.Scalar(primals_5, 24)
+logical_and = logical_and(ge, lt)
+eq2 = eq.Scalar(primals_5, -100)
+logical_or = logical_or(logical_and, eq2)
+full2 = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full3 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full3, full2)
+mul3 = mul.Tensor(sub4, where2)
+ne = ne.Scalar(primals_5, -100)
+where3 = where.self(ne, mul3, full)
+sum3 = sum(where3)
+sum4 = sum(ne)
+convert_element_type = convert_element_type(sum4, float64)
+unsqueeze = unsqueeze(sum3, 0)
+unsqueeze2 = unsqueeze(convert_element_type, 0)
+cat2 = cat([unsqueeze, unsqueeze2])
+all_reduce = all_reduce(cat2, 'sum', '2')
+wait_tensor2 = wait_tensor(all_reduce)
+unbind3 = unbind.int(wait_tensor2)
+getitem5 = unbind3[0]
+getitem6 = unbind3[1]
+div = div.Tensor(getitem5, getitem6)
+permute2 = permute(permute, [1, 0])
+return (div, primals_2, primals_1, mm, sub, select3, getitem3, logical_or, ne, getitem6, permute2, primals_2)""",  # noqa: E501
+    )
+    assert_expected_inline(
+        show(backward.graph),
+        """\
+primals_1 = <placeholder>
+mm = <placeholder>
+sub_1 = <placeholder>
+select_3 = <placeholder>
+getitem_4 = <placeholder>
+logical_or = <placeholder>
+ne = <placeholder>
+getitem_7 = <placeholder>
+permute_3 = <placeholder>
+primals_2 = <placeholder>
+tangents_1 = <placeholder>
+tangents_2 = <placeholder>
+div = div.Tensor(tangents_1, getitem_7)
+unsqueeze = unsqueeze(div, 0)
+full = full([1], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+cat = cat([unsqueeze, full])
+select = select.int(cat, 0, 0)
+expand = expand(select, [4])
+full2 = full([], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(ne, expand, full2)
+full3 = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full4 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full4, full3)
+mul = mul.Tensor(where, where2)
+neg = neg(mul)
+neg2 = neg(neg)
+div2 = div.Tensor(mul, getitem_4)
+cat2 = cat([neg2, div2, neg])
+view = view(cat2, [3, 4])
+row_grad = row_grad(mm, [sub_1], [], select_3, view, 'max,sumexp,pick')
+permute = permute(row_grad, [1, 0])
+mm2 = mm(permute, primals_1)
+mm3 = mm(row_grad, permute_3)
+return (mm3, primals_2, mm2, primals_2, None)""",
+    )
+
+
+def test_explain():
+    given, _ = made(GRID)
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(head, *given)
+    (site,) = report.sites
+    assert (site.sharded, site.strategy) == (True, "materialise")
+    assert site.which == "max,sumexp,pick,sum"
+    assert "vocabulary sharded" in str(report)
+
+
+# What else is taken
+
+
+def site_of(f, *given):
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(f, *given)
+    assert not report.misses, report
+    (site,) = report.sites
+    return site
+
+
+def test_sequences():
+    (h, W, y), mesh = made(GRID)
+    h = distribute_tensor(
+        torch.randn(4, 5, 3, dtype=torch.float64), mesh, GRID.over_rows(), src_data_rank=None
+    )
+    y = distribute_tensor(torch.randint(0, 24, (4, 5)), mesh, GRID.over_rows(), src_data_rank=None)
+    assert site_of(
+        lambda h, W, y: F.cross_entropy(F.linear(h, W).flatten(0, 1), y.flatten()), h, W, y
+    ).sharded
+    assert site_of(lambda h, W, y: F.cross_entropy(F.linear(h, W).transpose(1, 2), y), h, W, y).sharded
+
+
+@pytest.mark.parametrize("context", [loss_parallel, implicit_replication])
+def test_plain_labels_that_all_ranks_hold(context):
+    (h, W, y), _ = made(LINE)
+    with context():
+        assert site_of(bare, h, W, y.to_local()).sharded
+
+
+def test_inside_loss_parallel():
+    (h, W, y), _ = made(LINE)
+    with loss_parallel():
+        assert site_of(bare, h, W, y).sharded
+
+    def within(h, W, y):
+        with loss_parallel():
+            return bare(h, W, y)
+
+    assert site_of(within, h, W, y).sharded
+
+
+@pytest.mark.parametrize("setup", [LINE, GRID], ids=["4", "2x2"])
+def test_trap_9_replicated_logits_are_no_shards(setup: Setup):
+    given, _ = made(setup, W=[Replicate()] * len(setup.mesh))
+    compiled, graphs = compile_without_codegen(head)
+    compiled(*given)
+    assert sites() == 1
+    assert "all_gather_into_tensor" not in collectives(graphs.final[0])
+    assert not site_of(head, *given).sharded
+
+
+def test_two_losses_over_different_dimensions_of_a_mesh():
+    (h, W, y), _ = made(GRID)
+    y = y.redistribute(placements=[Replicate()] * 2)
+    h = h.detach().redistribute(placements=[Replicate()] * 2)
+    W2 = W.detach().redistribute(placements=[Shard(0), Replicate()])
+
+    def two(h, W, W2, y):
+        return head(h, W, y) + head(h, W2, y)
+
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(two, h, W, W2, y)
+    assert [site.sharded for site in report.sites] == [True, True]
+
+
+# What is refused
+
+REFUSED = {
+    "partial sums": (
+        lambda mesh: ([Replicate(), Shard(1)], [Replicate(), Shard(1)], [Replicate(), Replicate()]),
+        "of which a rank does not hold a block",
+    ),
+    "two dimensions": (
+        lambda mesh: ([Replicate()] * 2, [Shard(0), Shard(0)], [Replicate()] * 2),
+        "whose vocabulary 2 mesh dimensions shard",
+    ),
+    "labels on every rank": (
+        lambda mesh: ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate()] * 2),
+        "sharded otherwise",
+    ),
+    "labels over the other dimension": (
+        lambda mesh: ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+        "sharded otherwise",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str):
+    places, fact = REFUSED[name]
+    mesh = GRID.device_mesh()
+    h, W, y = places(mesh)
+    given, _ = made(GRID, h=h, W=W, y=y)
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(head, *given)
+    assert not report.sites
+    (miss,) = report.misses
+    assert miss.reason.name == "PLACEMENTS"
+    assert fact in miss.message
+    assert "a DTensor [8, 24] with placements (" in miss.message
+
+
+# The functions by themselves
+
+
+def test_communication_in_eager_code():
+    mesh = LINE.device_mesh()
+    z = distribute_tensor(torch.randn(8, 23), mesh, [Shard(1)], src_data_rank=None).requires_grad_()
+    y = distribute_tensor(torch.zeros(8, dtype=torch.int64), mesh, [Replicate()], src_data_rank=None)
+    with CommDebugMode() as forward:
+        rows = placements.whole_rows(z, [y], [], "max,sumexp,pick")
+    with CommDebugMode() as backward:
+        (rows[1].log() + rows[0].detach() - rows[2]).sum().backward()
+    assert (forward.get_total_counts(), backward.get_total_counts()) == (1, 0)
