@@ -22,21 +22,18 @@ from .timeline import tensor_of
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def _with_fixed_numbers(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, where a number that Dynamo keeps symbolic is specialised by the options of a loss."""
-    fixed: dict[str, Any] = {n: _fixed(args[n]) for n in ("ignore_index", "label_smoothing") if n in args}
-    return {**args, **fixed}
+def _with_fixed_index(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, the ignore_index specialised where Dynamo keeps it symbolic, as it does under dynamic=True.
 
-
-def _fixed(arg: Any) -> Any:
-    value = arg.meta.get("example_value") if isinstance(arg, Node) else arg
-    if isinstance(value, torch.SymInt):
-        return int(value)
-    return float(value) if isinstance(value, torch.SymFloat) else value
+    A symbolic smoothing is specialised by torch itself, which then begins anew.
+    """
+    index = args.get("ignore_index")
+    value = index.meta.get("example_value") if isinstance(index, Node) else None
+    return {**args, "ignore_index": int(value)} if isinstance(value, torch.SymInt) else args
 
 
 def cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
-    args = _with_fixed_numbers(args)
+    args = _with_fixed_index(args)
     value = _class_axis(place, args)
     smoothing = args.get("label_smoothing", 0.0)
     if value is None or not _arguments(place, args):
@@ -54,7 +51,7 @@ def cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
 
 
 def nll_loss(place: Place, args: dict[str, Any]) -> Value | None:
-    args = _with_fixed_numbers(args)
+    args = _with_fixed_index(args)
     known = place.known(args.get("input"))
     if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
         return None

@@ -184,10 +184,13 @@ def _backward(outputs: tuple[Tensor, ...], tangents: tuple[Tensor, ...], wanted:
 
 def upstreams(results: list[Tensor]) -> list[Tensor]:
     """Of size 0.25 to 1.25 and either sign, in the dtype of each result."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator("cpu").manual_seed(7)
     found = []
     for r in results:
-        size, sign = (torch.rand(r.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+        size, sign = (
+            torch.rand(r.shape, generator=generator, dtype=torch.float64, device="cpu").to(r.device)
+            for _ in range(2)
+        )
         found.append((size + 0.25) * torch.where(sign < 0.5, -1.0, 1.0))
     return [u.to(r.dtype) if r.is_floating_point() else u for u, r in zip(found, results, strict=True)]
 
@@ -231,6 +234,16 @@ def compile_and_check(module: ModuleType) -> Graphs:
             ours = run(compiled, args)
         check_numbers(ours, module.loss, args)
     return graphs
+
+
+def generate_code_and_check(module: ModuleType) -> None:
+    """`module.loss` by generated code, on the default device."""
+    args = inputs(module, 0)
+    options = {"min_vocab": 2, "fallback_random": True, **getattr(module, "OPTIONS", {})}
+    backend = inductor_ce.inductor_ce_backend  # by itself, so that the package need not be installed
+    compiled = torch.compile(module.loss, backend=backend, options=options, fullgraph=True)
+    check_numbers(run(compiled, args), module.loss, args)
+    assert sites() >= 1
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gallery
 import pytest
+import torch
 from gallery_graphs import check_graphs
 
 
@@ -24,6 +25,13 @@ def test_pattern(path: Path):
     assert not report.misses, report
     check_graphs(graphs)
     gallery.settle(path, gallery.rendered(report))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", gallery.PATTERNS, ids=name)
+def test_pattern_on_a_gpu(path: Path):
+    with torch.device("cuda"):
+        gallery.generate_code_and_check(gallery.load(path))
 
 
 @pytest.mark.parametrize("path", gallery.NEAR_MISSES, ids=name)
