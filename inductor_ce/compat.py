@@ -29,6 +29,7 @@ try:
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
     from torch._inductor.virtualized import V as inductor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.nn._reduction import legacy_get_string as legacy_reduction
     from torch.utils._pytree import tree_leaves
 except ImportError as missing:
     raise UnsupportedTorchError(unsupported(torch.__version__)) from missing
@@ -59,6 +60,7 @@ __all__ = [
     "is_higher_order",
     "is_kept_dynamic",
     "is_plain_tensor",
+    "legacy_reduction",
     "list_mode_options",
     "list_options",
     "may_overwrite",

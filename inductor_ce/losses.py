@@ -12,7 +12,8 @@ from torch.fx import Node
 
 from . import algebra
 from .arithmetic import minus, times
-from .movement import diagonal
+from .compat import legacy_reduction
+from .movement import pick_without_label
 from .operands import operands
 from .place import Place, is_labels
 from .reading import Columns, LossValue, Reduction, RowValue, Value, VocabValue
@@ -22,18 +23,22 @@ from .timeline import tensor_of
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def _with_fixed_index(args: dict[str, Any]) -> dict[str, Any]:
-    """The arguments, the ignore_index specialised where Dynamo keeps it symbolic, as it does under dynamic=True.
+def _modernised(args: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, the ignore_index specialised where Dynamo keeps it symbolic, as under dynamic=True.
 
-    A symbolic smoothing is specialised by torch itself, which then begins anew.
+    A symbolic smoothing is specialised by torch itself, which then begins anew. The arguments size_average
+    and reduce, which torch has deprecated, are the reduction that they stand for.
     """
+    if args.get("size_average") is not None or args.get("reduce") is not None:
+        how = legacy_reduction(args.get("size_average"), args.get("reduce"), emit_warning=False)
+        args = {**args, "size_average": None, "reduce": None, "reduction": how}
     index = args.get("ignore_index")
     value = index.meta.get("example_value") if isinstance(index, Node) else None
     return {**args, "ignore_index": int(value)} if isinstance(value, torch.SymInt) else args
 
 
 def cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
-    args = _with_fixed_index(args)
+    args = _modernised(args)
     value = _class_axis(place, args)
     smoothing = args.get("label_smoothing", 0.0)
     if value is None or not _arguments(place, args):
@@ -51,7 +56,7 @@ def cross_entropy(place: Place, args: dict[str, Any]) -> Value | None:
 
 
 def nll_loss(place: Place, args: dict[str, Any]) -> Value | None:
-    args = _with_fixed_index(args)
+    args = _modernised(args)
     known = place.known(args.get("input"))
     if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
         return None
@@ -84,9 +89,7 @@ def _arguments(place: Place, args: dict[str, Any]) -> bool:
     target = tensor_of(args.get("target"))
     if target is None:
         return False
-    if args.get("size_average") is not None or args.get("reduce") is not None:
-        place.miss(Reason.NOT_UNDERSTOOD, "The loss uses size_average or reduce, which torch has deprecated.")
-    elif args.get("reduction", "mean") not in REDUCTIONS:
+    if args.get("reduction", "mean") not in REDUCTIONS:
         place.miss(Reason.NOT_UNDERSTOOD, f"The reduction {args['reduction']!r} is none of torch's.")
     elif not isinstance(args.get("ignore_index", -100), int):
         place.miss(Reason.NOT_UNDERSTOOD, "The ignore_index is not a number that is fixed in the graph.")
@@ -156,9 +159,9 @@ def _columns_of(place: Place, arg: Any, value: VocabValue, like: Node) -> algebr
 
 def kl_div(place: Place, args: dict[str, Any]) -> Value | None:
     """q log q - q input, or exp(q) (q - input) where the target is a logarithm."""
-    deprecated = args.get("size_average") is not None or args.get("reduce") is not None
+    args = _modernised(args)
     how = args.get("reduction", "mean")
-    if deprecated or how not in (*REDUCTIONS, "batchmean"):
+    if how not in (*REDUCTIONS, "batchmean"):
         return None
     source, target = args.get("input"), args.get("target")
     read = operands(place, source, target)
@@ -215,7 +218,7 @@ def reduced(value: VocabValue, how: str, source: Any) -> LossValue | None:
 
 def trace(place: Place, args: dict[str, Any]) -> Value | None:
     """The sum over the rows of what is picked on the diagonal."""
-    rows = diagonal(place, args)
+    rows = pick_without_label("diagonal", place, args)
     if not isinstance(rows, RowValue) or rows.after:
         return None
     return LossValue(rows.logits, rows.steps, rows.expr, Reduction("sum"), rows.wide, rows.detached)

@@ -118,9 +118,9 @@ def getitem(place: Place, args: dict[str, Any]) -> Value | None:
         return picked_by_index(place, source, index)
     value = place.known(source)
     if isinstance(value, VocabValue):
-        columns = _columns_of(index, value, len(shape_of(source)))  # type: ignore[arg-type]
-        if columns is not None:
-            return _picked_columns(place, value, *columns)
+        picked = fixed_pick(place, "getitem", args, value)
+        if picked is not None:
+            return picked
     if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(source))):  # type: ignore
         return None
     return view(place, args)
@@ -136,12 +136,23 @@ def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
     )
 
 
-def select(place: Place, args: dict[str, Any]) -> Value | None:
-    value, dim, column = place.known(args.get("input")), args.get("dim"), args.get("index")
-    if not isinstance(value, VocabValue) or not isinstance(dim, int) or not isinstance(column, int):
-        return None
-    on_axis = dim % len(shape_of(args["input"])) == value.axis
-    return _picked_columns(place, value, [column], None) if on_axis else None
+def pick_without_label(step: str, place: Place, args: dict[str, Any]) -> Value | None:
+    """The step of x.select(-1, 3) and x.diag(); of logits that nobody has normalised yet, see `operands`."""
+    value = place.known(args.get("input"))
+    return fixed_pick(place, step, args, value) if isinstance(value, VocabValue) else None
+
+
+def fixed_pick(place: Place, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+    """What is taken of all rows where no tensor has the labels: a column, several, or the diagonal."""
+    if step == "diagonal":
+        return _diagonal(place, args, value)
+    rank = len(shape_of(args["input"]))
+    if step == "getitem":
+        columns = _columns_of(args["index"], value, rank)
+        return None if columns is None else _picked_columns(place, value, *columns)
+    dim, column = args.get("dim"), args.get("index")
+    on_axis = isinstance(dim, int) and isinstance(column, int) and dim % rank == value.axis
+    return _picked_columns(place, value, [column], None) if on_axis else None  # type: ignore[list-item]
 
 
 def _columns_of(index: Any, value: VocabValue, rank: int) -> tuple[list[int], int | None] | None:
@@ -158,25 +169,21 @@ def _columns_of(index: Any, value: VocabValue, rank: int) -> tuple[list[int], in
     return (several, value.axis) if all(isinstance(i, int) for i in several) else None
 
 
-def _picked_columns(place: Place, value: VocabValue, columns: list[int], kept: int | None) -> Value | None:
+def _picked_columns(place: Place, value: VocabValue, columns: list[int], kept: int | None) -> RowValue | None:
     size = constant(shape_of(value.logits.node)[value.logits.axis])
     if size is None or not 1 <= len(columns) <= MAX_LABELS or not all(-size <= c < size for c in columns):
         return None
     return _picked(value, [place.label(value, None, column=c % size) for c in columns], kept)
 
 
-def diagonal(place: Place, args: dict[str, Any]) -> Value | None:
-    """x.diag() and x.diagonal(), where row i is picked at i; of logits that nobody has normalised, later."""
-    value = place.known(args.get("input"))
-    return diagonal_of(place, args, value) if isinstance(value, VocabValue) else None
-
-
-def diagonal_of(place: Place, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+def _diagonal(place: Place, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+    """Row i picked at i."""
     shape = shape_of(args["input"])
     plain = not args.get("offset") and args.get("dim1", 0) in (0, -2) and args.get("dim2", 1) in (1, -1)
-    if len(shape) != 2 or not plain or not equal(*shape) or arrangement(value.steps):
+    if not plain or len(shape) != 2 or len(shape_of(value.logits.node)) != 2 or arrangement(value.steps):
         return None
-    if len(shape_of(value.logits.node)) != 2:
+    rows, columns = constant(shape[1 - value.axis]), constant(shape[value.axis])
+    if not equal(*shape) and (rows is None or columns is None or rows > columns):
         return None
     return _picked(value, [place.label(value, None)], None)
 
@@ -227,6 +234,8 @@ def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
         return None
     counts = [counted(i) for i in index]
     free = [axis for axis, count in enumerate(counts) if count is None]
+    if not free and len(shape) == 2:
+        free = [1]  # x[arange, arange]
     if len(free) != 1:
         return None
     (axis,) = free

@@ -11,7 +11,7 @@ import sympy
 from torch.fx import Node
 
 from . import algebra, spellings
-from .movement import diagonal_of
+from .movement import fixed_pick
 from .place import Place
 from .reading import Columns, OnLogits, RowValue, Value, VocabValue, is_shift
 from .rows import same_shape, shape_of
@@ -33,7 +33,7 @@ class Operands:
 
 def operands(place: Place, *args: Any) -> Operands | None:
     """Read the arguments of an elementwise operation together; None where they do not belong together."""
-    known = [place.known(a) for a in args]
+    known = _beside_others([place.known(a) for a in args])
     if any(getattr(value, "after", ()) for value in known):
         return None
     lead = _lead(args, known) or _logits_beside_columns(place, args, known)
@@ -55,6 +55,13 @@ def operands(place: Place, *args: Any) -> Operands | None:
     if result is None:
         return None
     return Operands(replace(result, detached=all(told) if told else leader.detached), exprs, wide)
+
+
+def _beside_others(known: list[Value | None]) -> list[Value | None]:
+    """Without what a function made of other logits: beside these it is a tensor from outside."""
+    led = {v.logits for v in known if isinstance(v, (VocabValue, RowValue)) and not v.after}
+    others = [led and getattr(v, "after", ()) and v.logits not in led for v in known]  # type: ignore[union-attr]
+    return [None if other else v for v, other in zip(known, others, strict=True)]
 
 
 def _of_many_rows(args: tuple[Any, ...], known: list[Value | None], leader: OnLogits) -> Operands | None:
@@ -127,7 +134,7 @@ def _operand(
     if isinstance(arg, Number):
         return _Operand(algebra.number(arg)) if math.isfinite(arg) else None
     if value is None and isinstance(leader, RowValue):
-        value = _diagonal(place, arg, leader)
+        value = _fixed_pick(place, arg, leader)
     if isinstance(value, RowValue) and _goes_with(value, leader, frame):
         return _Operand(value.expr, value.wide, None if is_shift(value) else value.detached)
     if frame is None or not isinstance(arg, Node):
@@ -148,17 +155,20 @@ def _operand(
     return None if brought is None else _Operand(plain(brought))
 
 
-def _diagonal(place: Place, arg: Any, leader: RowValue) -> RowValue | None:
-    """The diagonal of logits, of which `leader` says on which axis the vocabulary is."""
+def _fixed_pick(place: Place, arg: Any, leader: RowValue) -> RowValue | None:
+    """A column or the diagonal of logits, of which `leader` says where the vocabulary is."""
     spelled = spellings.read(arg) if isinstance(arg, Node) else None
-    unchanged = isinstance(arg, Node) and place.reading.timeline.unchanged(arg, arg, place.position)
-    if spelled is None or spelled[0] != "diagonal" or not unchanged:
+    if spelled is None or spelled[0] not in ("diagonal", "getitem", "select"):
+        return None
+    step, args = spelled
+    source = tensor_of(args.get("input"))
+    if source is None or not place.reading.timeline.unchanged(arg, arg, place.position):
         return None
     there = Place(place.reading, arg)
-    for axis in (1, 0):
-        logits = there.vocab(spelled[1].get("input"), axis)
-        if logits is not None and logits.logits == leader.logits:
-            return diagonal_of(there, spelled[1], logits)
+    for axis in reversed(range(source.dim())):
+        logits = there.vocab(args["input"], axis)
+        if logits is not None and (logits.logits, logits.steps) == (leader.logits, leader.steps):
+            return fixed_pick(there, step, args, logits)
     return None
 
 

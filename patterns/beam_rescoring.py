@@ -17,7 +17,7 @@ def inputs():
 def loss(logits, hypotheses, lengths, penalty=0.6):
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     positional = logprobs.gather(dim=-1, index=hypotheses.unsqueeze(-1)).squeeze(-1)
-    mask = torch.arange(S) < lengths
+    mask = torch.arange(S, device=lengths.device) < lengths
     scores = positional.masked_fill(~mask, 0.0).sum(-1) / lengths.squeeze(-1) ** penalty
     return scores, scores.argmax(-1)
 

@@ -15,7 +15,7 @@ def inputs():
 
 def loss(Q, docs):
     scores = torch.einsum("qld,kmd->qklm", Q, docs).max(-1).values.sum(-1)
-    labels = torch.arange(0, N * NWAY, NWAY)
+    labels = torch.arange(0, N * NWAY, NWAY, device=Q.device)
     return torch.nn.CrossEntropyLoss()(scores, labels)
 
 

@@ -20,7 +20,7 @@ def loss(logits, targets, weights, label_smoothing=0.1):
     confidence = 1.0 - label_smoothing
     low = (1.0 - confidence) / (V - 1)
     constant = -(confidence * math.log(confidence) + (V - 1) * low * math.log(low + 1e-20))
-    hit = targets[..., None] == torch.arange(V)
+    hit = targets[..., None] == torch.arange(V, device=targets.device)
     soft_targets = torch.where(hit, confidence, low)
     value = -torch.sum(soft_targets * torch.log_softmax(logits, -1), axis=-1) - constant
     return (value * weights).sum(), weights.sum()

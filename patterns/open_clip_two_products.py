@@ -19,7 +19,7 @@ def inputs():
 def loss(image_features, text_features, logit_scale):
     logits_per_image = logit_scale * image_features @ text_features.T
     logits_per_text = logit_scale * text_features @ image_features.T
-    labels = torch.arange(logits_per_image.shape[0], dtype=torch.long)
+    labels = torch.arange(logits_per_image.shape[0], device=image_features.device, dtype=torch.long)
     return (F.cross_entropy(logits_per_image, labels) + F.cross_entropy(logits_per_text, labels)) / 2
 
 

@@ -21,7 +21,7 @@ def inputs():
 def loss(anchors, positives, negatives, scale=20.0):
     candidates = torch.cat([positives, negatives], dim=0)
     scores = torch.mm(F.normalize(anchors, p=2, dim=1), F.normalize(candidates, p=2, dim=1).T) * scale
-    return F.cross_entropy(scores, torch.arange(scores.size(0)))
+    return F.cross_entropy(scores, torch.arange(scores.size(0), device=scores.device))
 
 
 EXPECTED = """\

@@ -16,8 +16,8 @@ def inputs():
 
 def loss(hidden1, hidden2, temperature=0.5):
     a, b = F.normalize(hidden1, dim=-1), F.normalize(hidden2, dim=-1)
-    labels = F.one_hot(torch.arange(N), 2 * N).float()
-    masks = torch.eye(N) * 1e9
+    labels = F.one_hot(torch.arange(N, device=a.device), 2 * N).float()
+    masks = torch.eye(N, device=a.device) * 1e9
     logits_aa, logits_bb = a @ a.T / temperature - masks, b @ b.T / temperature - masks
     logits_ab, logits_ba = a @ b.T / temperature, b @ a.T / temperature
     loss_a = F.cross_entropy(torch.cat([logits_ab, logits_aa], 1), labels)

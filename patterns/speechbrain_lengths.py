@@ -16,7 +16,7 @@ def inputs():
 def loss(logits, targets, length):
     log_probs = logits.log_softmax(-1).transpose(1, -1)
     per_token = torch.nn.functional.nll_loss(log_probs, targets.long(), reduction="none")
-    mask = torch.arange(S)[None, :] < (length * S)[:, None]
+    mask = torch.arange(S, device=length.device)[None, :] < (length * S)[:, None]
     mask = mask.type(per_token.dtype)
     return torch.sum(per_token * mask) / torch.sum(mask)
 

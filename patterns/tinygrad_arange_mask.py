@@ -18,7 +18,7 @@ def inputs():
 def loss(logits, labels, ignore_index=-1, label_smoothing=0.1):
     log_probs = logits.log_softmax(-1)
     loss_mask = labels != ignore_index
-    hits = torch.arange(V) == labels.unsqueeze(-1)
+    hits = torch.arange(V, device=labels.device) == labels.unsqueeze(-1)
     y = hits * loss_mask.unsqueeze(-1)
     smooth = label_smoothing * (log_probs.mean(-1) * loss_mask)
     per_token = (1 - label_smoothing) * (log_probs * y).sum(-1) + smooth

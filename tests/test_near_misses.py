@@ -108,14 +108,6 @@ def test_default_vocabulary_limit():
     assert [len(r.sites) for r in reports] == [0, 1]
 
 
-@pytest.mark.filterwarnings("ignore:size_average")
-def test_deprecated_arguments():
-    def f(z, y):
-        return F.cross_entropy(z, y, size_average=False)  # here
-
-    check_left(f, logits(), labels(), reason=Reason.NOT_UNDERSTOOD, fact="deprecated")
-
-
 # Somebody else needs what the loss would not make
 
 
