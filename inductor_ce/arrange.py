@@ -12,7 +12,7 @@ from . import spellings
 from .builder import Builder
 from .hoist import made_before
 from .reading import Label, Logits, Outside, Reading
-from .rows import Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
+from .rows import Index, Permute, Reshape, Step, constant, row_shape, same_shape, shape_of
 from .timeline import Timeline, tensor_of
 
 # The label of rows that a slice cut off. Any column will do: nothing is made of what is picked there.
@@ -136,6 +136,10 @@ def _undo_step(build: Builder, node: Node, step: Step, classes: tuple[int, ...])
     if isinstance(step, Permute):
         order = [step.order.index(i) for i in range(len(step.order))]
         return build("permute", node, order + [len(order)] * len(classes))
+    if isinstance(step, Index):
+        node = build("unsqueeze", node, step.dim)
+        outer = [0, 0] * (len(shape_of(node)) - 1 - step.dim)
+        return build(F.pad, node, [*outer, step.at, step.size - 1 - step.at], value=ANY_LABEL)
     pads = [p for pair in zip(reversed(step.left), reversed(step.right), strict=True) for p in pair]
     return build(F.pad, node, [0, 0] * len(classes) + pads, value=ANY_LABEL)
 
@@ -159,6 +163,8 @@ def _do_step(build: Builder, node: Node, step: Step) -> Node:
         return build("reshape", node, row_sizes(build, step.result, step.result_axis))
     if isinstance(step, Permute):
         return build("permute", node, step.order)
+    if isinstance(step, Index):
+        return build("select", node, step.dim, step.at)
     cut = tuple(_range(left, right) for left, right in zip(step.left, step.right, strict=True))
     return build(operator.getitem, node, cut)
 

@@ -14,7 +14,7 @@ from .config import Options
 from .groups import Group, expr_of, grouped, headline, value_of
 from .placements import beside_fact, layout_fact
 from .reading import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
-from .rows import Permute, Slice, Step, hint, shape_of
+from .rows import Index, Permute, Slice, Step, hint, shape_of
 from .sites import Reason
 from .timeline import tensor_of, written_by
 from .unread import escape_fact, needed_nodes, tell_unread
@@ -260,6 +260,5 @@ def _outside_fact(group: Group, held: Outside) -> str | None:
 
 def _first_rows_moved(steps: tuple[Step, ...]) -> bool:
     """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
-    return any(
-        isinstance(s, Permute) or (isinstance(s, Slice) and bool(s.left[0] + s.right[0])) for s in steps
-    )
+    cut = any(isinstance(s, Slice) and s.left[0] + s.right[0] for s in steps)
+    return cut or any(isinstance(s, (Permute, Index)) for s in steps)

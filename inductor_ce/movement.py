@@ -12,7 +12,16 @@ from torch.fx import Node
 from . import algebra, spellings
 from .place import Place, is_labels
 from .reading import Columns, RowValue, Value, VocabValue, detached
-from .rows import arrangement, constant, equal, index_per_dimension, row_shape, same_shape, shape_of
+from .rows import (
+    arrangement,
+    constant,
+    equal,
+    index_per_dimension,
+    index_steps,
+    row_shape,
+    same_shape,
+    shape_of,
+)
 from .timeline import tensor_of
 from .views import HALF, counted, step_back, viewed
 
@@ -118,7 +127,7 @@ def getitem(place: Place, args: dict[str, Any]) -> Value | None:
         return picked_by_index(place, source, index)
     value = place.known(source)
     if isinstance(value, VocabValue):
-        picked = fixed_pick(place, "getitem", args, value)
+        picked = fixed_pick(place, "getitem", args, value) or _chosen_rows(place, source, index, value)
         if picked is not None:
             return picked
     if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(source))):  # type: ignore
@@ -136,10 +145,26 @@ def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
     )
 
 
+def _chosen_rows(place: Place, source: Any, index: Any, value: VocabValue) -> VocabValue | None:
+    """x[:, -1] and the like: some rows of log-probabilities that were taken of all."""
+    stepped = index_steps(index, shape_of(source), value.axis)
+    if stepped is None or place.is_edited_view(source):
+        return None
+    axis, steps = stepped
+    return replace(value, axis=axis, steps=value.steps + steps, wide=value.wide | {place.node})
+
+
 def pick_without_label(step: str, place: Place, args: dict[str, Any]) -> Value | None:
     """The step of x.select(-1, 3) and x.diag(); of logits that nobody has normalised yet, see `operands`."""
-    value = place.known(args.get("input"))
-    return fixed_pick(place, step, args, value) if isinstance(value, VocabValue) else None
+    source = args.get("input")
+    value = place.known(source)
+    if not isinstance(value, VocabValue):
+        return None
+    dim, index = args.get("dim"), args.get("index")
+    if step == "select" and isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
+        chosen = (slice(None),) * (dim % len(shape_of(source)))  # type: ignore[arg-type]
+        return _chosen_rows(place, source, (*chosen, index), value)
+    return fixed_pick(place, step, args, value)
 
 
 def fixed_pick(place: Place, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:

@@ -46,7 +46,16 @@ class Slice:
     right: tuple[int, ...]
 
 
-Step = Reshape | Permute | Slice
+@dataclass(frozen=True)
+class Index:
+    """Of dimension `dim`, which has `size` rows, the one `at` a place. The dimension is gone."""
+
+    dim: int
+    at: int
+    size: int
+
+
+Step = Reshape | Permute | Slice | Index
 
 
 def arrangement(steps: tuple[Step, ...]) -> tuple[object, ...]:
@@ -124,6 +133,41 @@ def slice_steps(index: Any, source: Sequence[Size], result: Sequence[Size], axis
         left.append(start)
         right.append(removed - start)
     return Slice(tuple(left), tuple(right))
+
+
+def index_steps(index: Any, source: Sequence[Size], axis: int) -> tuple[int, tuple[Step, ...]] | None:
+    """(the vocabulary's axis in x[index], the steps over rows) for numbers and ranges of step 1."""
+    pieces = index_per_dimension(index, len(source))
+    if pieces is None or pieces[axis] != slice(None):
+        return None
+    rows = [(piece, size) for i, (piece, size) in enumerate(zip(pieces, source, strict=True)) if i != axis]
+    cuts = [_cut(piece, size) for piece, size in rows]
+    if None in cuts:
+        return None
+    left, right = zip(*cuts, strict=True)
+    steps: list[Step] = [Slice(left, right)] if any(left + right) else []
+    taken = [dim for dim, (piece, _) in enumerate(rows) if isinstance(piece, int)]
+    for dim in reversed(taken):
+        piece, size = rows[dim]
+        number = constant(size)
+        if number is None or not -number <= piece < number:
+            return None
+        steps.append(Index(dim, piece % number, number))
+    before = sum(isinstance(piece, int) for piece in pieces[:axis])
+    return axis - before, tuple(steps)
+
+
+def _cut(piece: int | slice, size: Size) -> tuple[int, int] | None:
+    """How many rows a range cuts off on either side; a number cuts none."""
+    if isinstance(piece, int) or piece == slice(None):
+        return 0, 0
+    number = constant(size)
+    if number is None or not all(
+        isinstance(e, (int, type(None))) for e in (piece.start, piece.stop, piece.step)
+    ):
+        return None
+    start, stop, step = piece.indices(number)
+    return (start, number - stop) if step == 1 and start < stop else None
 
 
 def _as_slices(index: Any, rank: int) -> list[slice] | None:

@@ -903,3 +903,42 @@ def test_divisor_that_changes_does_not_recompile_each_time():
     for count in (3, 4, 5, 6, 7):
         torch.testing.assert_close(compiled(z, y, count), f(z, y, count))
     assert sites() <= 2
+
+
+# Some rows of log-probabilities that were taken of all
+
+
+def last_token(z, y):
+    return -z.log_softmax(-1)[:, -1, :].gather(1, y[:, -1:]).mean()
+
+
+def one_token_of_one_sequence(z, y):
+    return -z.log_softmax(-1)[1, 2].gather(0, y[1, 2][None]).mean()
+
+
+def continuation(z, y):
+    logp = z.log_softmax(-1)[0, 3:]
+    return -logp.gather(-1, y[0, 3:, None]).squeeze(-1).sum()
+
+
+def selected(z, y):
+    return -z.log_softmax(-1).select(1, 0).gather(1, y[:, :1]).squeeze(1).sum()
+
+
+def few_rows(z, y):
+    w = torch.arange(1.0, 3.0)
+    logp = z.log_softmax(-1)[:, 1:3]
+    return -(logp.gather(-1, y[:, 1:3, None]).squeeze(-1) * w).sum()
+
+
+def entropy_of_the_last(z, y):
+    logp = z.log_softmax(-1)[:, -1]
+    return (logp.exp() * logp).sum(-1).mean() - logp.gather(-1, y[:, -1, None]).mean()
+
+
+@pytest.mark.parametrize(
+    "f", [last_token, one_token_of_one_sequence, continuation, selected, few_rows, entropy_of_the_last]
+)
+def test_rows_chosen_after_the_normaliser(f):
+    forms = "mean_p - lse; pick(y) - lse" if f is entropy_of_the_last else "pick(y) - lse"
+    check(f, logits(B, S, V), labels(B, S, ignore=None), forms=forms)
