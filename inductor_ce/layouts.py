@@ -48,6 +48,10 @@ class Dense:
         """Labels [N] that are `column` everywhere, or the number of the row if it is None."""
         return fixed_labels(self.build, self.group.logits, column)
 
+    def whole(self, sums: Node) -> Node:
+        """Sums over the vocabulary, of all of it."""
+        return sums
+
     def total(self, rows: Node) -> Node:
         """The sum over all rows."""
         return self.build(torch.sum, rows)
@@ -86,6 +90,9 @@ class Distributed(Dense):
         if column is None:
             return self.brought(super().fixed_labels(None))
         return self.build(placements.rows_of, self.logits(), column)
+
+    def whole(self, sums: Node) -> Node:
+        return self.build(placements.whole, sums)
 
     def total(self, rows: Node) -> Node:
         return self.build(placements.total, rows)

@@ -195,6 +195,12 @@ def rows_of(z: DTensor, number: int) -> DTensor:
     )
 
 
+def whole(x: DTensor) -> DTensor:
+    """Sums over the vocabulary of which each rank has a part, on every rank."""
+    placements = [dt.Replicate() if p.is_partial() else p for p in x.placements]
+    return x.redistribute(placements=placements)
+
+
 def total(x: DTensor) -> DTensor:
     """The sum over rows, a part of it on each rank."""
     return _of_ranks(x.to_local().sum(), x)

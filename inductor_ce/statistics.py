@@ -194,7 +194,7 @@ class Statistics:
         if key.func == algebra.entry:
             return self.entry(*key.args)
         if key not in self._rows and key.func == algebra.mass:
-            return build(torch.sum, self.product(key.args), -1)
+            return self.layout.whole(build(torch.sum, self.product(key.args), -1))
         return self._rows[key]
 
     def inside(self, y: sympy.Symbol) -> Node:
@@ -260,7 +260,8 @@ class Statistics:
                 corrections.append(self._mul(self[mass], self.build(torch.sub, factor, held)))
                 factor = self.build("unsqueeze", held, -1) if shape_of(factor) else held
             column_terms.append(self._mul(product, factor))
-        total = self.build(torch.sum, functools.reduce(self._add, column_terms), -1, dtype=torch.float64)
+        terms = functools.reduce(self._add, column_terms)
+        total = self.layout.whole(self.build(torch.sum, terms, -1, dtype=torch.float64))
         rest = expr - sympy.Add(*masses)
         others = [self._emit(rest)] if rest != 0 else []
         return functools.reduce(self._add, [total, *corrections, *others])

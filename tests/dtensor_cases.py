@@ -124,6 +124,18 @@ CASES = {
     ),
     "entropy": Case(_entropy, lambda z, y, w, q: -(_log_p(z).exp() * _log_p(z)).sum(-1)),
     "accuracy": Case(_accuracy, _exact_accuracy),
+    "divergence": Case(
+        lambda z, y, w, q: F.kl_div(F.log_softmax(z, -1), q, reduction="batchmean"),
+        lambda z, y, w, q: (q * (q.log() - _log_p(z))).sum() / z.shape[0],
+    ),
+    "expectation": Case(
+        lambda z, y, w, q: (F.softmax(z, -1) * w).sum(-1) + F.cross_entropy(z, q, reduction="none"),
+        lambda z, y, w, q: (_log_p(z).exp() * w).sum(-1) - (q * _log_p(z)).sum(-1),
+    ),
+    "fixed column": Case(
+        lambda z, y, w, q: F.log_softmax(z, -1)[:, 3] + F.cross_entropy(z, y, reduction="none"),
+        lambda z, y, w, q: _log_p(z)[:, 3] + reference.cross_entropy(z, y, Terms("none")),
+    ),
 }
 
 

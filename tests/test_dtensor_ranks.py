@@ -51,7 +51,8 @@ def test_one_all_gather_and_none_in_the_backward(size: int, name: str, setup: Se
         forward, backward = rank[name, setup]["collectives"]
         assert forward.pop("all_gather_into_tensor") == 1
         assert forward.keys() <= {"all_reduce"}
-        assert forward.get("all_reduce", 0) <= (len(setup.mesh) > 1) * 3
+        own_terms = name == "divergence"  # those of the target alone, summed over its sharded classes
+        assert forward.get("all_reduce", 0) <= (len(setup.mesh) > 1) * 3 + own_terms
         assert backward == {}
 
 
