@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from reference import Terms
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.fx import GraphModule
 
 D = 3
@@ -36,6 +38,7 @@ class Setup:
     V: int = 24
     rows: tuple[bool, ...] = (True, True)
     dtype: torch.dtype = torch.float64
+    weights: str = "as mostly"  # how w and q lie on the ranks, see `beside`
 
     def device_mesh(self) -> DeviceMesh:
         return _device_mesh(self.mesh)
@@ -51,17 +54,39 @@ class Setup:
     def logits(self) -> list[Placement]:
         return [*self.over_rows()[:-1], Shard(1)]
 
+    @property
+    def beside(self) -> dict[str, list[Placement] | None]:
+        """The placements of w and q; None for a plain tensor that every rank holds."""
+        everywhere = [Replicate()] * len(self.mesh)
+        return {
+            "as mostly": {"w": everywhere, "q": self.logits},
+            "sharded": {"w": self.over_classes(0), "q": self.logits},
+            "whole": {"w": everywhere, "q": self.over_rows()},
+            "plain": {"w": None, "q": None},
+        }[self.weights]
+
 
 Loss = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A loss of (z, y, w [V], q [N, V]) in torch, and the same in float64 by its textbook formula."""
+    """A loss of (z, y, w [V], q [N, V]) in torch, and the same in float64 by its textbook formula.
+
+    Attributes:
+        loss, exact: these.
+        ignored: the label of the rows that do not count.
+        batch: if not 0, what `loss` is given are sequences, z [batch, N / batch, V] and y likewise.
+        offsets: what is added to the logits.
+        outside: whether the first two labels are V and -1.
+    """
 
     loss: Loss
     exact: Loss
     ignored: int = -100
+    batch: int = 0
+    offsets: Callable[[int, int], Tensor] = torch.zeros
+    outside: bool = False
 
 
 def _log_p(z: Tensor) -> Tensor:
@@ -112,6 +137,31 @@ def _exact_accuracy(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
     return rows * torch.where(z.argmax(-1) == y, 0.5, 1.0)
 
 
+def _shifted(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, :-1].reshape(-1, z.shape[-1]), y[:, 1:].reshape(-1))
+
+
+def _exact_shifted(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    z, y = z.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))
+    return reference.cross_entropy(z[:, :-1].flatten(0, 1), y[:, 1:].flatten(), Terms())
+
+
+def _special(n: int, v: int) -> Tensor:
+    """NaN, +inf and -inf on the first or on the last ranks, or on all; the last row has none."""
+    x = torch.zeros(n, v)
+    x[0, 1] = x[1, -1] = torch.nan
+    x[2, 1] = x[3, -1] = torch.inf
+    x[4, : v // 2 + 1], x[5, v // 2 + 1 :] = -torch.inf, -torch.inf
+    x[6] = -torch.inf
+    return x
+
+
+def _exact_outside(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    wrong = torch.arange(y.shape[0]) < 2
+    rows = reference.cross_entropy(z, torch.where(wrong, 0, y), Terms("none"))
+    return rows * torch.where(wrong, torch.nan, 1.0)
+
+
 CASES = {
     "plain": cross_entropy(Terms()),
     "smoothing": cross_entropy(Terms("sum", smoothing=0.1)),
@@ -135,6 +185,19 @@ CASES = {
     "fixed column": Case(
         lambda z, y, w, q: F.log_softmax(z, -1)[:, 3] + F.cross_entropy(z, y, reduction="none"),
         lambda z, y, w, q: _log_p(z)[:, 3] + reference.cross_entropy(z, y, Terms("none")),
+    ),
+    "divergence of rows, a mean": Case(
+        lambda z, y, w, q: F.kl_div(F.log_softmax(z, -1), q, reduction="none").sum(-1).mean(),
+        lambda z, y, w, q: (q * (q.log() - _log_p(z))).sum(-1).mean(),
+    ),
+    "causal shift": Case(_shifted, _exact_shifted, batch=2),
+    "special numbers": Case(
+        lambda z, y, w, q: F.cross_entropy(z, y.clamp_min(0), reduction="none"),
+        lambda z, y, w, q: F.cross_entropy(z, y.clamp_min(0), reduction="none"),
+        offsets=_special,
+    ),
+    "labels outside": Case(
+        lambda z, y, w, q: F.cross_entropy(z, y, reduction="none"), _exact_outside, outside=True
     ),
 }
 
@@ -168,19 +231,29 @@ def tensors(setup: Setup, ignored: int) -> dict[str, Tensor]:
     }
 
 
-def distributed(setup: Setup, given: dict[str, Tensor], q_sharded: bool = True) -> dict[str, Any]:
+def given_to(name: str, setup: Setup) -> dict[str, Tensor]:
+    """What a case is computed of, with `zero` to add to the logits."""
+    case = case_of(name, setup.V)
+    given = tensors(setup, case.ignored)
+    if case.outside:
+        given["y"][:2] = torch.tensor([setup.V, -1])
+    return given | {"zero": case.offsets(setup.N, setup.V).to(setup.dtype)}
+
+
+def distributed(setup: Setup, given: dict[str, Tensor]) -> dict[str, Any]:
     """The same as DTensors, with `zero` to add to the logits, whose gradient is theirs."""
     mesh = setup.device_mesh()
-    placements = {
+    placements: dict[str, list[Placement] | None] = setup.beside | {
         "h": setup.over_rows(),
         "W": setup.over_classes(0),
         "y": setup.over_rows(),
-        "w": [Replicate()] * mesh.ndim,
-        "q": setup.logits if q_sharded else setup.over_rows(),
         "zero": setup.logits,
     }
-    given = given | {"zero": torch.zeros(setup.N, setup.V, dtype=setup.dtype)}
-    made = {k: distribute_tensor(x, mesh, placements[k], src_data_rank=None) for k, x in given.items()}
+    given = {"zero": torch.zeros(setup.N, setup.V, dtype=setup.dtype)} | given
+    made = {
+        k: distribute_tensor(x, mesh, where, src_data_rank=None) if (where := placements[k]) else x
+        for k, x in given.items()
+    }
     for name in ("h", "W", "zero"):
         made[name].requires_grad_()
     return made
@@ -201,17 +274,20 @@ def collectives(graph: GraphModule) -> dict[str, int]:
     return dict(Counter(name.split(".")[1] for name in names if "wait" not in name))
 
 
-def run(name: str, setup: Setup, q_sharded: bool = True) -> dict[str, Any]:
+def run(name: str, setup: Setup) -> dict[str, Any]:
     torch._dynamo.reset()
     case = case_of(name, setup.V)
-    x = distributed(setup, tensors(setup, case.ignored), q_sharded)
+    x = distributed(setup, given_to(name, setup))
 
     def f(h: Tensor, W: Tensor, zero: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        if case.batch:
+            h, zero, y = (x.unflatten(0, (case.batch, -1)) for x in (h, zero, y))
         return case.loss(F.linear(h, W) + zero, y, w, q)
 
     before = sites(), misses()
     compiled, graphs = compile_without_codegen(f)
-    loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
+    with implicit_replication() if setup.weights == "plain" else nullcontext():
+        loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
     upstream = upstream_of(loss).to(loss.dtype)
     upstream = distribute_tensor(
         upstream,
@@ -236,11 +312,12 @@ def run(name: str, setup: Setup, q_sharded: bool = True) -> dict[str, Any]:
 
 
 def exact(name: str, setup: Setup) -> dict[str, Tensor]:
-    """The same in float64, in one process."""
+    """The same in float64 of logits rounded as on the ranks, in one process."""
     case = case_of(name, setup.V)
-    x = {k: v.double() if v.is_floating_point() else v for k, v in tensors(setup, case.ignored).items()}
+    x = {k: v.double() if v.is_floating_point() else v for k, v in given_to(name, setup).items()}
     h, W = x["h"].requires_grad_(), x["W"].requires_grad_()
     z = F.linear(h, W)
+    z = z + (z.detach().to(setup.dtype).double() - z.detach()) + x["zero"]
     z.retain_grad()
     loss = case.exact(z, x["y"], x["w"], x["q"])
     loss.backward(upstream_of(loss))
@@ -249,14 +326,16 @@ def exact(name: str, setup: Setup) -> dict[str, Tensor]:
 
 def check(ranks: list[dict[Any, dict[str, Any]]], name: str, setup: Setup) -> None:
     """Every rank has the loss and the gradients of the whole vocabulary and of all rows."""
-    rtol = 1e-10 if setup.dtype == torch.float64 else 1e-5
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[setup.dtype]
     truth = exact(name, setup)
     for rank in ranks:
         result = rank[name, setup]
         assert (result["sites"], result["misses"]) == (1, 0)
-        assert torch.equal(result["loss"], ranks[0][name, setup]["loss"])
+        torch.testing.assert_close(
+            result["loss"], ranks[0][name, setup]["loss"], rtol=0, atol=0, equal_nan=True
+        )
         for key, value in truth.items():
-            torch.testing.assert_close(result[key].double(), value, rtol=rtol, atol=rtol)
+            torch.testing.assert_close(result[key].double(), value, rtol=rtol, atol=rtol, equal_nan=True)
 
 
 __all__ = [
