@@ -147,11 +147,12 @@ def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
 
 def _chosen_rows(place: Place, source: Any, index: Any, value: VocabValue) -> VocabValue | None:
     """x[:, -1] and the like: some rows of log-probabilities that were taken of all."""
-    stepped = index_steps(index, shape_of(source), value.axis)
-    if stepped is None or place.is_edited_view(source):
+    found = index_steps(index, shape_of(source), shape_of(place.node), value.axis)
+    if found is None or place.is_edited_view(source):
         return None
-    axis, steps = stepped
-    return replace(value, axis=axis, steps=value.steps + steps, wide=value.wide | {place.node})
+    axis, cut, taken = found
+    steps = (*value.steps, *(() if cut.is_whole else (cut,)), *taken)
+    return replace(value, axis=axis, steps=steps, wide=value.wide | {place.node})
 
 
 def pick_without_label(step: str, place: Place, args: dict[str, Any]) -> Value | None:

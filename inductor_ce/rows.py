@@ -45,6 +45,10 @@ class Slice:
     left: tuple[int, ...]
     right: tuple[int, ...]
 
+    @property
+    def is_whole(self) -> bool:
+        return not any(self.left + self.right)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -117,77 +121,66 @@ def follow_axis(source: Sequence[Size], axis: int, result: Sequence[Size]) -> in
 
 def slice_steps(index: Any, source: Sequence[Size], result: Sequence[Size], axis: int) -> Slice | None:
     """The Slice over rows that `x[index]` is: ranges with step 1 that leave the axis whole, else None."""
-    cut = _as_slices(index, len(source))
-    if cut is None or len(result) != len(source):
-        return None
-    left, right = [], []
-    for i, piece in enumerate(cut):
-        start = _start(piece, source[i])
-        removed = constant(source[i] - result[i])
-        if start is None or removed is None or start > removed or piece.step not in (None, 1):
-            return None
-        if i == axis:
-            if removed:
-                return None
-            continue
-        left.append(start)
-        right.append(removed - start)
-    return Slice(tuple(left), tuple(right))
+    found = index_steps(index, source, result, axis)
+    return None if found is None or found[2] else found[1]
 
 
-def index_steps(index: Any, source: Sequence[Size], axis: int) -> tuple[int, tuple[Step, ...]] | None:
-    """(the vocabulary's axis in x[index], the steps over rows) for numbers and ranges of step 1."""
+def index_steps(
+    index: Any, source: Sequence[Size], result: Sequence[Size], axis: int
+) -> tuple[int, Slice, tuple[Index, ...]] | None:
+    """(the vocabulary's axis in x[index], its ranges over rows, its numbers); None if it cuts the axis."""
     pieces = index_per_dimension(index, len(source))
-    if pieces is None or pieces[axis] != slice(None):
+    if pieces is None or isinstance(pieces[axis], int):
         return None
-    rows = [(piece, size) for i, (piece, size) in enumerate(zip(pieces, source, strict=True)) if i != axis]
-    cuts = [_cut(piece, size) for piece, size in rows]
-    if None in cuts:
+    sizes = iter(result)
+    ranged = [0 if isinstance(piece, int) else next(sizes) for piece in pieces]
+    cuts = [_cut(piece, *both) for piece, *both in zip(pieces, source, ranged, strict=True)]
+    if None in cuts or cuts[axis] != (0, 0):
         return None
-    left, right = zip(*cuts, strict=True)
-    steps: list[Step] = [Slice(left, right)] if any(left + right) else []
-    taken = [dim for dim, (piece, _) in enumerate(rows) if isinstance(piece, int)]
-    for dim in reversed(taken):
-        piece, size = rows[dim]
-        number = constant(size)
-        if number is None or not -number <= piece < number:
-            return None
-        steps.append(Index(dim, piece % number, number))
+    rows = [i for i in range(len(source)) if i != axis]
+    left, right = (tuple(cuts[i][side] for i in rows) for side in (0, 1))  # type: ignore[index]
+    taken = [_index(dim, pieces[i], source[i]) for dim, i in enumerate(rows) if isinstance(pieces[i], int)]
+    if None in taken:
+        return None
     before = sum(isinstance(piece, int) for piece in pieces[:axis])
-    return axis - before, tuple(steps)
+    return axis - before, Slice(left, right), tuple(reversed(taken))  # type: ignore[arg-type]
 
 
-def _cut(piece: int | slice, size: Size) -> tuple[int, int] | None:
+def _cut(piece: int | slice, size: Size, result: Size) -> tuple[int, int] | None:
     """How many rows a range cuts off on either side; a number cuts none."""
-    if isinstance(piece, int) or piece == slice(None):
+    if isinstance(piece, int):
         return 0, 0
-    number = constant(size)
-    if number is None or not all(
-        isinstance(e, (int, type(None))) for e in (piece.start, piece.stop, piece.step)
-    ):
+    start, removed = _start(piece, size), constant(size - result)
+    if start is None or removed is None or start > removed or piece.step not in (None, 1):
         return None
-    start, stop, step = piece.indices(number)
-    return (start, number - stop) if step == 1 and start < stop else None
-
-
-def _as_slices(index: Any, rank: int) -> list[slice] | None:
-    pieces = index_per_dimension(index, rank)
-    return pieces if pieces is not None and all(isinstance(p, slice) for p in pieces) else None
-
-
-def index_per_dimension(index: Any, rank: int) -> list[Any] | None:
-    """What `x[index]` asks of each dimension of x; None where the index adds dimensions or is a tensor."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
-    if len(ellipses) > 1 or not all(i is Ellipsis or isinstance(i, (int, slice)) for i in items):
-        return None
-    missing = [slice(None)] * (rank - len(items) + len(ellipses))
-    place = ellipses[0] if ellipses else len(items)
-    return items[:place] + missing + items[place + 1 :]
+    return start, removed - start
 
 
 def _start(piece: slice, size: Size) -> int | None:
     start = 0 if piece.start is None else piece.start
     if not isinstance(start, int):
         return None
-    return start if start >= 0 else constant(size + start)
+    if start >= 0:
+        return start
+    counted = constant(size + start)
+    return None if counted is None else max(0, counted)
+
+
+def _index(dim: int, at: int, size: Size) -> Index | None:
+    number = constant(size)
+    return Index(dim, at % number, number) if number is not None and -number <= at < number else None
+
+
+def index_per_dimension(index: Any, rank: int) -> list[Any] | None:
+    """What `x[index]` asks of each dimension of x; None where the index adds dimensions or is a tensor."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    ellipses = [i for i, item in enumerate(items) if item is Ellipsis]
+    if len(ellipses) > 1 or not all(map(_is_basic, items)):
+        return None
+    missing = [slice(None)] * (rank - len(items) + len(ellipses))
+    place = ellipses[0] if ellipses else len(items)
+    return items[:place] + missing + items[place + 1 :]
+
+
+def _is_basic(item: Any) -> bool:
+    return item is Ellipsis or (isinstance(item, (int, slice)) and not isinstance(item, bool))

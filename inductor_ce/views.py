@@ -89,7 +89,7 @@ def _slice_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Ba
     cut = slice_steps(index, shape_of(source), shape_of(node), axis)
     if cut is None or not _most_rows_left(row_shape(source, axis), cut):
         return None
-    return axis, (cut,) if any(cut.left + cut.right) else ()
+    return axis, () if cut.is_whole else (cut,)
 
 
 def _narrowed(rank: int, args: dict[str, Any]) -> tuple[Any, ...] | None:

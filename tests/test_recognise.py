@@ -936,6 +936,36 @@ def entropy_of_the_last(z, y):
     return (logp.exp() * logp).sum(-1).mean() - logp.gather(-1, y[:, -1, None]).mean()
 
 
+def at_most_a_hundred(z, y):
+    return F.cross_entropy(z[:, -100:].flatten(0, 1), y[:, -100:].flatten())
+
+
+def at_most_a_hundred_after_it(z, y):
+    return -z.log_softmax(-1)[:, -100:-1].gather(-1, y[:, -100:-1, None]).mean()
+
+
+@pytest.mark.parametrize("f", [at_most_a_hundred, at_most_a_hundred_after_it])
+def test_a_range_that_begins_before_the_first_row(f):
+    forms = MEAN if f is at_most_a_hundred else "pick(y) - lse"
+    check(f, logits(B, S, V), labels(B, S, ignore=None), forms=forms)
+
+
+def test_all_of_one_row():
+    def f(z, y):
+        return -z.log_softmax(-1)[:].gather(0, y)
+
+    check(f, logits(V), labels(1, ignore=None), forms=CE)
+
+
+def test_true_as_an_index_adds_a_dimension():
+    def f(z, y):
+        return -z.log_softmax(-1)[True].gather(2, y[None, :, None]).mean()
+
+    z, y = logits(), labels(ignore=None)
+    compiled, _ = compile_without_codegen(f)
+    torch.testing.assert_close(step(compiled, z, y), step(f, z, y))
+
+
 @pytest.mark.parametrize(
     "f", [last_token, one_token_of_one_sequence, continuation, selected, few_rows, entropy_of_the_last]
 )

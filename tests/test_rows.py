@@ -76,10 +76,13 @@ SLICES: list[tuple[Any, Slice | None]] = [
     ((slice(None), slice(1, 4, 1)), Slice((0, 1), (0, 1))),
     (Ellipsis, Slice((0, 0), (0, 0))),
     ((slice(None), slice(None, 100)), Slice((0, 0), (0, 0))),
+    (slice(-100, None), Slice((0, 0), (0, 0))),
+    (slice(-100, 1), Slice((0, 0), (1, 0))),
     ((slice(None), slice(None, None, 2)), None),
     ((Ellipsis, slice(None, 5)), None),
     ((Ellipsis, slice(1, None)), None),
     (0, None),
+    (True, None),
     ((slice(None), None), None),
     ((slice(None), [0, 1]), None),
 ]
