@@ -374,11 +374,6 @@ def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
     return sorted({f.args[0] for f in value.atoms(pick)}, key=str)
 
 
-def products_of(value: sympy.Expr) -> list[tuple[sympy.Symbol, ...]]:
-    """What is summed against z or p in a row expression, each a product of tensors from outside."""
-    return sorted({f.args for f in value.atoms(dot, mean_p_of)}, key=str)
-
-
 def is_normalised(value: sympy.Expr) -> bool:
     """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
     return value.has(LSE, LSE_EXTENDED, MEAN_P) or bool(value.atoms(mean_p_of))

@@ -11,14 +11,12 @@ import torch
 from torch.fx import Node
 
 from . import algebra, spellings
-from .columns import mask_of
-from .operands import Number, applied, operands, plain
+from .columns import Step, mask_of
+from .operands import Number, Operands, applied, operands, plain
 from .place import Place
 from .reading import Columns, OnLogits, RowValue, Value, VocabValue
 from .rows import equal, same_shape, shape_of
 from .timeline import tensor_of
-
-Step = Callable[[Place, dict[str, Any]], Value | None]
 
 
 def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
@@ -98,13 +96,17 @@ def exponential(place: Place, args: dict[str, Any]) -> Value | None:
     return None if exp is None else replace(logits, expr=exp, wide=logits.wide | {place.node})
 
 
+def one_dim(dim: Any) -> Any:
+    """The dimension in a list of one."""
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+
+
 def _summed_dims(node: Node) -> Iterator[int]:
     """The dimensions over which somebody sums this node."""
     for user in node.users:
         spelled = spellings.read(user)
         if spelled is not None and spelled[0] == "sum" and spelled[1].get("input") is node:
-            dim = spelled[1].get("dim")
-            dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+            dim = one_dim(spelled[1].get("dim"))
             if isinstance(dim, int):
                 yield dim
 
@@ -148,6 +150,20 @@ def or_afterwards(step: Step) -> Step:
     return first_now
 
 
+def product_of(read: Operands | None) -> VocabValue | None:
+    """The product of two operands that has the vocabulary axis."""
+    if read is None or not isinstance(read.frame, VocabValue):
+        return None
+    product = times(*map(algebra.as_vocab, read.exprs))
+    return None if product is None else replace(read.frame, expr=product, wide=read.wide)
+
+
+def summed(value: VocabValue, kept: int | None = None) -> RowValue | None:
+    """The sum over the vocabulary."""
+    total = algebra.total(value.expr)
+    return None if total is None else value.reduced_to(total, kept)
+
+
 def matmul(place: Place, args: dict[str, Any]) -> Value | None:
     """p @ w with w [V] or [V, 1]: the sum over the vocabulary of a product."""
     left, right = args.get("input"), args.get("other")
@@ -159,24 +175,15 @@ def matmul(place: Place, args: dict[str, Any]) -> Value | None:
         return None
     weighed = place.weights(right, value, left)
     product = None if weighed is None else times(value.expr, weighed)
-    total = None if product is None else algebra.total(product)
-    if total is None:
-        return None
-    kept = value.axis if column else None
-    return RowValue(value.logits, value.steps, kept, total, value.wide, detached=value.detached)
+    return None if product is None else summed(replace(value, expr=product), value.axis if column else None)
 
 
 def vecdot(place: Place, args: dict[str, Any]) -> Value | None:
     """The sum of a product over one dimension."""
-    read, dim = operands(place, args.get("input"), args.get("other")), args.get("dim", -1)
-    if read is None or not isinstance(read.frame, VocabValue) or tensor_of(place.node) is None:
+    value, dim = product_of(operands(place, args.get("input"), args.get("other"))), args.get("dim", -1)
+    if value is None or tensor_of(place.node) is None:
         return None
-    frame, rank = read.frame, len(shape_of(place.node)) + 1
-    product = times(*map(algebra.as_vocab, read.exprs))
-    total = None if product is None or dim % rank != frame.axis else algebra.total(product)
-    if total is None:
-        return None
-    return RowValue(frame.logits, frame.steps, None, total, read.wide, detached=frame.detached)
+    return summed(value) if dim % (len(shape_of(place.node)) + 1) == value.axis else None
 
 
 def clamp(place: Place, args: dict[str, Any]) -> Value | None:

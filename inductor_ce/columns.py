@@ -119,19 +119,16 @@ def setitem(place: Place, args: dict[str, Any]) -> Value | None:
     value = _number_of(place, args.get("value"))
     if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
         return None
-    fixed = _fixed_column(args["input"], index)
-    if fixed is not None:
-        axis = fixed[0]
-        hit = algebra.indicator(place.loose_label(None, column=fixed[1]))
-        same_axis = base.axis in (None, axis)
-        return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), axis) if same_axis else None
-    at = label_axis(args["input"], index)
-    if at is None or base.axis not in (None, at):
+    axis, column = _fixed_column(args["input"], index) or (label_axis(args["input"], index), None)
+    if axis is None or base.axis not in (None, axis):
         return None
-    if not same_shape(row_shape(args["input"], at), shape_of(index[at])):
+    if column is not None:
+        y = place.loose_label(None, column=column)
+    elif same_shape(row_shape(args["input"], axis), shape_of(index[axis])):
+        y = place.loose_label(index[axis], wraps="negative")
+    else:
         return None
-    hit = algebra.indicator(place.loose_label(index[at], wraps="negative"))
-    return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), at)
+    return Columns(algebra.select(algebra.indicator(y), algebra.as_vocab(value), base.expr), axis)
 
 
 def _fixed_column(source: Any, index: tuple[Any, ...]) -> tuple[int, int] | None:
@@ -166,7 +163,7 @@ def edit(step: Step) -> Step:
         if not isinstance(value, Columns) or not isinstance(target, Node):
             return None
         version = place.reading.timeline.version(target, place.position + 1)
-        place.reading.edits[target, version] = value
+        place.reading.edits.setdefault(target, {})[version] = value
         return value
 
     return edited

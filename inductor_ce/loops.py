@@ -62,8 +62,7 @@ def row_grad(
 
 
 def stats_dtype(z: Node) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
-    return torch.float64 if z.get_dtype() == torch.float64 else torch.float32
+    return ops.stats_dtype_of(z.get_dtype())
 
 
 def over_rows(q: Node, z: Node) -> Node:

@@ -70,9 +70,13 @@ def parse(which: str, n_labels: int, n_weights: int = 0) -> list[str]:
     return rows
 
 
-def stats_dtype(z: Tensor) -> torch.dtype:
+def stats_dtype_of(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 logits, else float32."""
-    return torch.float64 if z.dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def stats_dtype(z: Tensor) -> torch.dtype:
+    return stats_dtype_of(z.dtype)
 
 
 def _check(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> list[str]:

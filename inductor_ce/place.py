@@ -43,7 +43,7 @@ class Place:
         if not isinstance(arg, Node):
             return None
         timeline, value = self.reading.timeline, self.reading.values.get(arg)
-        edited = self.reading.edits.get((arg, timeline.version(arg, self.position)))
+        edited = self.reading.edits.get(arg, {}).get(timeline.version(arg, self.position))
         if edited is not None:
             return edited
         if value is None or not timeline.unchanged(arg, arg, self.position):
@@ -228,7 +228,7 @@ class Place:
     def masks(self, value: VocabValue) -> frozenset[sympy.Symbol]:
         """The symbols that are 0 or 1 in each row."""
         known = self.reading.outside.get(value.logits, {})
-        return frozenset(symbol for symbol, held in known.items() if held.made.startswith("where"))
+        return frozenset(symbol for symbol, held in known.items() if held.is_mask)
 
     def weights(self, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | None:
         """Class weights [V], whose axis is the vocabulary's wherever that is."""

@@ -71,6 +71,11 @@ class Outside:
     position: int
     made: str = ""
 
+    @property
+    def is_mask(self) -> bool:
+        """Whether it is 0 or 1 in each row."""
+        return self.made.startswith("where")
+
 
 @dataclass(frozen=True)
 class VocabValue:
@@ -88,6 +93,10 @@ class VocabValue:
     wide: frozenset[Node] = frozenset()
     after: tuple[Afterwards, ...] = ()
     detached: bool = False
+
+    def reduced_to(self, expr: sympy.Expr, kept: int | None = None) -> RowValue:
+        """What a reduction over the vocabulary gives."""
+        return RowValue(self.logits, self.steps, kept, expr, self.wide, detached=self.detached)
 
 
 @dataclass(frozen=True)
@@ -184,7 +193,7 @@ class Reading:
 
     timeline: Timeline
     values: dict[Node, Value] = field(default_factory=dict)
-    edits: dict[tuple[Node, int], Columns] = field(default_factory=dict)
+    edits: dict[Node, dict[int, Columns]] = field(default_factory=dict)  # by version
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
@@ -203,6 +212,10 @@ class Reading:
         miss = make_miss(node, reason, fact)
         if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
             self.misses.append(miss)
+
+    def has_value(self, node: Node) -> bool:
+        """Whether a node has a value, or has had one since it was edited."""
+        return node in self.values or node in self.edits
 
     def on_logits(self, node: Any) -> OnLogits | None:
         """The value of a node, if it is made of logits."""

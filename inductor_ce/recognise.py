@@ -16,28 +16,26 @@ import sympy
 from torch.fx import Graph, Node
 
 from . import algebra, arithmetic, columns, losses, movement, spellings, stacks
-from .arithmetic import times
+from .arithmetic import one_dim, product_of, summed
+from .columns import Step
 from .operands import operands
 from .place import Place
-from .reading import Columns, Reading, RowValue, Value, VocabValue, detached
+from .reading import Columns, Reading, Value, detached
 from .rows import same_shape, shape_of
 from .shield import attempt
 from .timeline import Timeline, tensor_of
 from .views import broadcast_operand, cast_keeps
 
-Step = Callable[[Place, dict[str, Any]], Value | None]
-
 
 def recognise(graph: Graph) -> Reading:
     """Read a graph. Nodes without an example tensor are passed over."""
     reading = Reading(Timeline(graph))
-    edited: set[Node] = set()  # what had no value when it was made, and has one since
     for node in reading.timeline.nodes:
         spelled = spellings.read(node)
         if spelled is None or spelled[0] not in _STEPS:
             continue
         step, args = spelled
-        if step in _OF_VALUES and not any(n in reading.values or n in edited for n in node.all_input_nodes):
+        if step in _OF_VALUES and not any(map(reading.has_value, node.all_input_nodes)):
             continue
         place = Place(reading, node)
         value, _ = attempt("a step is not read", _STEPS[step], place, args)
@@ -46,8 +44,6 @@ def recognise(graph: Graph) -> Reading:
         if not isinstance(value, Columns) and (value.detached or place.grad_mode is False):
             value = detached(value)
         reading.values[node] = value
-        if step.startswith("edit_"):
-            edited.add(args["input"])
     return reading
 
 
@@ -58,7 +54,7 @@ def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Step
     """The step of a function of the whole axis that keeps it, such as log_softmax."""
 
     def step(place: Place, args: dict[str, Any]) -> Value | None:
-        dim = _default_dim(args) if args.get("dim") is None else _one_dim(args["dim"])
+        dim = _default_dim(args) if args.get("dim") is None else one_dim(args["dim"])
         value = place.readable(args.get("input"), dim, function)
         if value is None or value.after or not _dtype_keeps(args):
             return None
@@ -84,7 +80,7 @@ def _over_vocab(
     def step(place: Place, args: dict[str, Any]) -> Value | None:
         if tensor_of(place.node) is None or not _dtype_keeps(args):
             return None
-        dim = _one_dim(args.get("dim"))
+        dim = one_dim(args.get("dim"))
         if dim is None:
             return over_all(place, args)
         if reads_logits:
@@ -97,7 +93,7 @@ def _over_vocab(
         kept = value.axis if args.get("keepdim") else None
         if expr is None:
             return None
-        return RowValue(value.logits, value.steps, kept, expr, value.wide, detached=value.detached)
+        return value.reduced_to(expr, kept)
 
     return step
 
@@ -109,10 +105,6 @@ _ARGMAX = _over_vocab(algebra.argmax, reads_logits=False)
 def _mean(value: algebra.Vocab) -> sympy.Expr | None:
     total = algebra.total(value)
     return None if total is None else algebra.expand(total / algebra.V)
-
-
-def _one_dim(dim: Any) -> Any:
-    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
 
 
 def _dtype_keeps(args: dict[str, Any]) -> bool:
@@ -138,19 +130,14 @@ def _einsum(place: Place, args: dict[str, Any]) -> Value | None:
     """A sum over the vocabulary, and over everything, of a product: nv,nv->n and nv,nv->."""
     inputs, _, output = _named_dims(str(args["equation"]), args["operands"]).partition("->")
     subscripts = inputs.split(",")
-    read = operands(place, *args["operands"]) if len(subscripts) == 2 else None
-    if read is None or not isinstance(read.frame, VocabValue) or subscripts[0] != subscripts[1]:
+    if len(subscripts) != 2 or subscripts[0] != subscripts[1]:
         return None
-    product = times(*map(algebra.as_vocab, read.exprs))
-    if product is None:
+    value = product_of(operands(place, *args["operands"]))
+    if value is None:
         return None
-    value = replace(read.frame, expr=product, wide=read.wide)
     if not output:
         return losses.reduced(value, "sum", None)
-    total = algebra.total(product)
-    if total is None or output != subscripts[0].replace(subscripts[0][value.axis], ""):
-        return None
-    return RowValue(value.logits, value.steps, None, total, value.wide, detached=value.detached)
+    return summed(value) if output == subscripts[0].replace(subscripts[0][value.axis], "") else None
 
 
 def _named_dims(equation: str, operands: Any) -> str:

@@ -284,7 +284,7 @@ class Statistics:
         if expr.is_Add:
             return self._folded(expr.args, self._add)
         if expr.is_Mul:
-            masks = [a for a in expr.args if a in self.outside and self.outside[a].made.startswith("where")]
+            masks = [a for a in expr.args if a in self.outside and self.outside[a].is_mask]
             rest = self._folded([a for a in expr.args if a not in masks] or [sympy.Integer(1)], self._mul)
             for mask in masks:
                 rest = self.build(torch.where, self[mask], rest, 0.0)

@@ -58,11 +58,6 @@ def new_key(location: str) -> str:
     return f"{location} #{next(_numbers)}"
 
 
-def failures() -> list[str]:
-    """The keys of the losses that were found to differ in this process."""
-    return [key for key, v in _verdicts.items() if v.gradient is False or not all(v.values.values())]
-
-
 @torch.library.custom_op("inductor_ce::verified", mutates_args=())
 def verified(fused: Tensor, original: Tensor, key: str, index: int) -> Tensor:
     """`fused`, or `original` where the two were found to differ."""

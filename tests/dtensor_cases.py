@@ -12,7 +12,7 @@ from typing import Any
 import reference
 import torch
 import torch.nn.functional as F
-from harness import compile_without_codegen, misses, sites
+from harness import clean_slate, compile_without_codegen, misses, sites
 from reference import Terms
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -265,7 +265,8 @@ def upstream_of(loss: Tensor) -> Tensor:
 
 def on_rank(rank: int, jobs: list[tuple[str, Setup]]) -> dict[Any, dict[str, Any]]:
     """Of each job: the loss, whole and as this rank has it, and the gradients."""
-    return {job: run(*job) for job in jobs}
+    with clean_slate():
+        return {job: run(*job) for job in jobs}
 
 
 def collectives(graph: GraphModule) -> dict[str, int]:

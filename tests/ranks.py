@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from harness import clean_slate
 
 
 def _worker(rank: int, size: int, what: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
@@ -20,8 +19,7 @@ def _worker(rank: int, size: int, what: Callable[..., Any], args: tuple[Any, ...
     dist.init_process_group(
         "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300)
     )
-    with clean_slate():
-        torch.save(what(rank, *args), f"{folder}/{rank}.pt")
+    torch.save(what(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -17,7 +17,6 @@ SETUP = Setup((2,), V=24)
 
 def train_step(rank: int, folder: str) -> dict:
     """As a user compiles it, with a cache that is shared with the other rank."""
-    torch._inductor.config.force_disable_caches = False
     given = distributed(SETUP, tensors(SETUP, -100))
     with inductor_ce.install(min_vocab=2), torch._inductor.config.patch(fx_graph_cache=True):
         f = torch.compile(lambda h, W, y: F.cross_entropy(F.linear(h, W), y, label_smoothing=0.1))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import textbook
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import spawn
 from reference import Measured, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -143,31 +141,16 @@ def odds(rank: int, size: int) -> dict[str, Any]:
     return results
 
 
-def worker(rank: int, size: int, what: Callable[[int, int], dict[str, Any]], folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=300),
-    )
-    torch.save(what(rank, size), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def spawn(what: Callable[[int, int], dict[str, Any]], size: int) -> list[dict[str, Any]]:
-    """What each rank gives."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (size, what, folder), nprocs=size)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
-
-
 # In the test's process
 
 sizes = pytest.mark.parametrize("size", [2, 4])
 splits = pytest.mark.parametrize("split", ["equal", "uneven"])
-everywhere = functools.cache(spawn)
+
+
+@functools.cache
+def everywhere(what: Callable[[int, int], dict[str, Any]], size: int) -> list[dict[str, Any]]:
+    """What each rank gives."""
+    return spawn(what, size, size)
 
 
 def check(ranks: list[dict[str, Any]], name: str, split: str) -> None:
@@ -204,7 +187,7 @@ def cache_folder():
 
 
 def test_trap_11_two_ranks_and_one_cache(cache_folder: str) -> None:
-    cold, warm = spawn(compiled, 2), spawn(compiled, 2)
+    cold, warm = spawn(compiled, 2, 2), spawn(compiled, 2, 2)
     for ranks in (cold, warm):
         for name in COMPILED:
             for split in ("equal", "uneven"):
