@@ -20,10 +20,10 @@ from .compat import (
 )
 from .config import Options, make_options, option_names
 from .errors import OptionError
-from .passes import FuseLosses, RecomputeChains
+from .passes import FuseHeads, FuseLosses
 
-SLOTS = {"pre_grad_custom_pass": FuseLosses, "joint_custom_post_pass": RecomputeChains}
-OURS = (FuseLosses, RecomputeChains)
+SLOTS = {"pre_grad_custom_pass": FuseLosses, "joint_custom_post_pass": FuseHeads}
+OURS = (FuseLosses, FuseHeads)
 
 
 class Installation:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -25,20 +25,24 @@ try:
     from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+    from torch._inductor.decomposition import select_decomp_table as decompositions
     from torch._inductor.lowering import lowerings, register_lowering
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
     from torch._inductor.virtualized import V as inductor
-    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
     from torch.utils._pytree import tree_leaves
 except ImportError as missing:
     raise UnsupportedTorchError(unsupported(torch.__version__)) from missing
 
 __all__ = [
+    "ALL_GATHER",
+    "WAIT",
     "CustomGraphPass",
     "OpOverload",
     "SymbolicGridFn",
     "all_gather_blocks",
+    "auto_functionalized",
     "autocast_switches",
     "call_lowering",
     "check_torch",
@@ -46,6 +50,7 @@ __all__ = [
     "compile_fx",
     "contiguous_layout",
     "counters",
+    "decompositions",
     "enable_python_dispatcher",
     "enter_inference_mode",
     "exit_inference_mode",
@@ -60,6 +65,7 @@ __all__ = [
     "is_higher_order",
     "is_kept_dynamic",
     "is_plain_tensor",
+    "is_tangent",
     "legacy_reduction",
     "list_mode_options",
     "list_options",
@@ -74,6 +80,7 @@ __all__ = [
     "specialised",
     "template",
     "uncompiled",
+    "unset_fake_temporarily",
 ]
 
 # Lowering
@@ -81,7 +88,7 @@ __all__ = [
 Node = Any  # an Inductor IR value: what lowerings take and return
 
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+OWNED = (ir.DonatedBuffer, ir.ExternKernelOut)  # storage that nobody else has
 VIEWS = {aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default, aten.transpose.int}
 
 
@@ -120,16 +127,16 @@ def contiguous_layout(like: Node, dtype: torch.dtype, size: Sequence[Any]) -> ir
     return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
 
 
-def may_overwrite(z: Node) -> bool:
+def may_overwrite(z: Node, products: Container[Any]) -> bool:
     """Whether the operator being lowered may write its result over `z`, and gains by it.
 
     It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
-    donated activation or the output of a library's kernel; not where the scheduler may yet fuse the
-    producer of `z` into a template. It gains where matrix products read the result: a pointwise reader
+    donated activation, the output of a library's kernel, or memory that such kernels fill; not where the
+    scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the result: a pointwise reader
     would be fused, and then nothing needs to be stored but what that one writes.
     """
     buffer = _buffer(z)
-    if not isinstance(buffer, (ir.DonatedBuffer, ir.ExternKernelOut)):
+    if not isinstance(buffer, OWNED) and not _was_empty(buffer):
         return False
     known = inductor.graph.sizevars.statically_known_equals
     row_stride, column_stride = z.get_stride()
@@ -150,13 +157,22 @@ def may_overwrite(z: Node) -> bool:
         for node, value in inductor.graph.env.items()
         if any(_buffer(leaf) is buffer for leaf in tree_leaves(value))
     )
-    return not read_later and _only_products_read(current)
+    return not read_later and _only_read_by(products, current)
 
 
-def _only_products_read(node: Node) -> bool:
-    """Whether matrix products alone read the value of an FX node, be it through transpositions and views."""
+def _was_empty(buffer: Any) -> bool:
+    """Whether a buffer was allocated by a node of the graph, to be filled by others."""
+    return any(
+        node.target == aten.empty.memory_format and _buffer(value) is buffer
+        for node, value in inductor.graph.env.items()
+    )
+
+
+def _only_read_by(products: Container[Any], node: Node) -> bool:
+    """Whether only these read the value of an FX node, be it through transpositions and views."""
     return all(
-        user.target in PRODUCTS or (user.target in VIEWS and _only_products_read(user)) for user in node.users
+        user.target in products or (user.target in VIEWS and _only_read_by(products, user))
+        for user in node.users
     )
 
 
@@ -290,6 +306,14 @@ OpOverload = torch._ops.OpOverload
 get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
 
 
+auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether an input of a joint graph is an upstream gradient."""
+    return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
 def is_higher_order(target: Any) -> bool:
     """Whether a node calls an operator that is given graphs, or a user's Triton kernel."""
     return isinstance(target, torch._ops.HigherOrderOperator)
@@ -354,6 +378,11 @@ def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
 if torch.distributed.is_available():
     from torch.distributed import _functional_collectives, distributed_c10d
     from torch.distributed.tensor import DTensor
+
+    ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+    WAIT = torch.ops._c10d_functional.wait_tensor.default
+else:
+    ALL_GATHER = WAIT = None
 
 
 def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import OptionError
+from .plan import MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 
 ON_MISS = ("ignore", "warn", "raise")
+WANTED = ("auto", MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS)
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,11 @@ class Options:
     """What `install(**options)` and `torch.compile(..., options={...})` accept.
 
     Attributes:
+        strategy: how the linear layer before the logits is dealt with. "materialise" keeps all logits in
+            memory; "token_chunks" makes those of some rows at a time, with their gradient; "vocab_slabs"
+            those of some classes at a time, and again in the backward. "auto" chooses.
+        memory_budget: extra memory that the head may take beyond the gradients, in bytes (an int), or as a
+            fraction of the logits (a float).
         min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
             there. At least 2.
         on_miss: what happens when a loss is seen and left as it was: "ignore" (it is still counted,
@@ -24,11 +31,22 @@ class Options:
             steps: it costs the time and memory of both.
     """
 
+    strategy: str = "auto"
+    memory_budget: int | float | None = None
     min_vocab: int = 1024
     on_miss: str = "ignore"
     verify: bool = False
 
     def __post_init__(self) -> None:
+        if self.strategy not in WANTED:
+            raise OptionError(
+                f"strategy must be one of {', '.join(map(repr, WANTED))}, got {self.strategy!r}"
+            )
+        if not _is_budget(self.memory_budget):
+            raise OptionError(
+                f"memory_budget must be bytes (an int), a fraction (a float) or None, and positive, "
+                f"got {self.memory_budget!r}"
+            )
         if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
             raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
         if not isinstance(self.verify, bool):
@@ -39,6 +57,12 @@ class Options:
     def key(self) -> tuple[tuple[str, Any], ...]:
         """A stable value that differs whenever the options do, for cache keys."""
         return tuple(sorted(asdict(self).items()))
+
+
+def _is_budget(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def option_names() -> list[str]:

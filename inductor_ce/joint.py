@@ -1,94 +1,127 @@
-"""The joint pass: what the partitioner must know about the chain before the logits.
-
-`row_stats` and `row_grad` are opaque to AOTAutograd's min-cut partitioner, which therefore saves what they
-read. Where a pointwise chain (cast, scale, soft-cap, bias) leads to the logits, that would be one more
-[N, V] tensor, in float32 more often than not. Tagged for recomputation, the chain is rebuilt in the
-backward, where the gradient's kernel absorbs it, and only the raw logits are saved.
-"""
+"""The joint pass over heads: find them, plan them, rearrange them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.fx import Graph, Node
-from torch.utils.checkpoint import CheckpointPolicy
 
-from . import ops
-from .compat import OpOverload
+from . import heads, ops, plan, sizes
+from .builder import Builder
+from .chunks import Proof, token_chunks
+from .config import Options
+from .exits import replace, result_dtype
+from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
+from .plan import MATERIALISE, VOCAB_SLABS, Plan
 from .rows import hint
+from .shield import attempt
+from .sites import user_line
+from .slabs import vocab_slabs
 from .timeline import tensor_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
-
-_VIEWS = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
-    *(aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.unsqueeze.default),
-    *(aten.squeeze.dim, aten.expand.default, aten.t.default),
-}
-_CASTS = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
+aten = torch.ops.aten
 
 
-def recompute_chains(graph: Graph) -> None:
-    """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
-    returned = set(graph.output_node().all_input_nodes)
-    sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
-    for link in [link for node in sites for link in _chain(node.args[0], returned)]:
-        link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        link.meta.setdefault("ac_graph_id", 0)
+@dataclass(frozen=True)
+class Planned:
+    """What became of one `row_stats`: the user's line, and the plan for its head."""
+
+    location: str
+    plan: Plan
 
 
-def _chain(logits: Node, returned: set[Node]) -> list[Node]:
-    """The nodes between the logits as they are in memory and the logits as the loss reads them."""
-    links: list[Node] = []
-    node = logits
-    while node not in returned and _is_link(node):
-        large = _large_inputs(node)
-        if len(large) != 1:
-            links += _branches(node, returned)
-            break
-        links.append(node)
-        (node,) = large
-    return links if any(_is_pointwise(link) for link in links) else []
+def plan_line(planned: Planned) -> str:
+    """One line for the log."""
+    p = planned.plan
+    pieces = f" in {p.pieces} pieces" if p.pieces > 1 else ""
+    return f"{planned.location}: {p.strategy}{pieces}, {p.extra_bytes / 2**20:.1f} MiB extra: {p.reason}"
 
 
-def _branches(node: Node, returned: set[Node]) -> list[Node]:
-    """The links above a node with several large inputs, if one tensor that must be kept is at their root.
-
-    The graph's own inputs, such as a mask, are in memory in any case. Where more is at the root, the one
-    result is less to keep than what it is made of.
-    """
-    links: list[Node] = []
-    roots: set[Node] = set()
-    stack = [node]
-    while stack:
-        node = stack.pop()
-        if node in returned or not _is_link(node):
-            roots.add(node)
-        elif node not in links:
-            links.append(node)
-            stack += _large_inputs(node)
-    made = [root for root in roots if root.all_input_nodes]
-    return links if len(made) <= 1 else []
+def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
+    """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`."""
+    done: list[Planned] = []
+    if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        sizes.from_inputs(graph)
+    for head, stats, why_not in list(heads.find_heads(graph)):
+        made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
+        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
+        done += [Planned(user_line(node)[0], found) for node in stats]
+    return done
 
 
-def _is_link(node: Node) -> bool:
-    return node.op == "call_function" and (node.target in _VIEWS or _is_pointwise(node))
+def _nbytes(stats: Node) -> int:
+    example = tensor_of(stats.args[0])
+    assert example is not None
+    return hint(example.numel()) * example.element_size()
 
 
-def _large_inputs(node: Node) -> list[Node]:
-    """The inputs that are as large as the result."""
-    size = tensor_of(node).numel()  # type: ignore[union-attr]
-    return [source for source in node.all_input_nodes if _is_large(source, size)]
+def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
+    proof = Proof(head)
+    wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
+    if wanted.strategy == MATERIALISE:
+        return wanted
+    build = Builder(graph, graph.output_node(), head.stats[0], key="val")
+    try:
+        made = _performed(build, head, proof, wanted)
+    except NoHead as why:
+        build.undo()
+        return plan.plan(numbers_of(head, proof.why_not, str(why)))
+    except Exception:
+        build.undo()
+        raise
+    for node, new in made.items():
+        replace(node, new)
+    _sort(graph)
+    graph.eliminate_dead_code()
+    return wanted
 
 
-def _is_large(node: Node, size: int | torch.SymInt) -> bool:
-    """Whether a tensor has a good part of `size` elements: a slice or a pad still counts, a row does not."""
-    while node.target is aten.expand.default:
-        node = node.args[0]  # type: ignore[assignment]
-    example = tensor_of(node)
-    return example is not None and bool(4 * hint(example.numel()) >= hint(size))
+def _performed(build: Builder, head: heads.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
+    if wanted.strategy == VOCAB_SLABS:
+        return vocab_slabs(build, head, wanted.pieces, wanted.wide_sum)
+    return token_chunks(build, head, proof, wanted.pieces, wanted.wide_sum)
 
 
-def _is_pointwise(node: Node) -> bool:
-    if node.target in _CASTS:
-        return True
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+def _sort(graph: Graph) -> None:
+    """Put nodes in an order in which each comes after what it is made of, and as they were otherwise."""
+    placed: set[Node] = set()
+    waits: set[Node] = set()
+    last = graph.output_node()
+    for node in list(graph.nodes):
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            waiting = [source for source in top.all_input_nodes if source not in placed]
+            if waiting:
+                if top in waits:
+                    raise RuntimeError(f"{top} is made of itself")
+                waits.add(top)
+                stack += reversed(waiting)
+                continue
+            stack.pop()
+            if top not in placed and top is not last:
+                placed.add(top)
+                last.prepend(top)
+
+
+def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
+    """What the plan is made from."""
+    kinds = {kind: result_dtype(node) for node, kind in head.exits.items()}
+    weight = kinds.get(WEIGHT, kinds.get(WEIGHT_T))
+    z = tensor_of(head.product)
+    assert z is not None
+    return plan.Head(
+        n=hint(head.n),
+        v=head.v,
+        d=hint(head.d),
+        element=z.element_size(),
+        weight_element=4 if weight is None else weight.itemsize,
+        backward=bool(head.grads),
+        wants_hidden=HIDDEN in kinds,
+        wants_weight=weight is not None,
+        chained=head.chained,
+        float16=torch.float16 in (z.dtype, *kinds.values()),
+        escapes=escapes,
+        varies=varies,
+    )

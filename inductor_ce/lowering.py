@@ -19,10 +19,15 @@ import torch
 
 from . import compat, loops, ops
 from .compat import Node
+from .products import PRODUCT_INTO
 from .shield import attempt
 
 TEMPLATES = Path(__file__).parent / "templates"
 GPUS = ("cuda",)  # HIP calls itself cuda
+PRODUCTS = {
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO),
+}
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
 
@@ -182,7 +187,7 @@ def _grad_template(
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     others = [*map(compat.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
     z = compat.readable(z, absorb=True)
-    over = compat.may_overwrite(z) and all(other.get_name() != z.get_name() for other in others)
+    over = compat.may_overwrite(z, PRODUCTS) and all(other.get_name() != z.get_name() for other in others)
     return compat.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *others],

@@ -15,11 +15,13 @@ from .compat import CustomGraphPass, counters, get_hash_for_files
 from .config import Options
 from .errors import MissError
 from .groups import Group, Replaceable, headline, value_of
-from .joint import recompute_chains
+from .joint import fuse_heads, plan_line
 from .legal import judge
 from .notation import render, statistics_of
+from .plan import MATERIALISE
 from .reading import LossValue, Reading, row_expr
 from .recognise import recognise
+from .recompute import recompute_chains
 from .report import Report, form_of_loss, miss_line, site_line
 from .rewrite import rewrite, sweep
 from .rows import hint, shape_of
@@ -28,8 +30,6 @@ from .sites import Miss, Reason, Site, make_miss, user_line
 from .timeline import tensor_of
 
 log = logging.getLogger("inductor_ce")
-
-MATERIALISE = "materialise"
 
 LEFT = "the loss is left as it was"
 
@@ -60,10 +60,14 @@ class FuseLosses(_Pass):
         publish(fuse_losses(graph, self.options), self.options)
 
 
-class RecomputeChains(_Pass):
-    """Before partitioning: the chain before the logits is not saved for the backward."""
+class FuseHeads(_Pass):
+    """Before partitioning: heads are computed piece by piece, or their logits are kept, but no chain of them."""
 
     def __call__(self, graph: Graph) -> None:
+        planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options)
+        for each in planned or []:
+            counters["inductor_ce"][each.plan.strategy] += 1
+            log.info("%s", plan_line(each))
         attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
 
 
@@ -136,7 +140,6 @@ def publish(report: Report, options: Options) -> None:
     counts = counters["inductor_ce"]
     for site in report.sites:
         counts["sites"] += 1
-        counts[site.strategy] += 1
         log.info("%s", site_line(site))
     for miss in report.misses:
         counts["misses"] += 1

@@ -111,7 +111,7 @@ class _WholeRowStats(torch.autograd.Function):
             f"{ops.MASS}:{j}": mass.to(own.dtype).unsqueeze(1)
             for j, mass in zip(known, tensors[weights_end:], strict=True)
         }
-        rows = _combined(which, blocks, of_ranks | named, columns)
+        rows = combined(which, blocks, of_ranks | named, columns)
         total = columns.sum(0)
         if equal:
             total = torch.where((columns == columns[0]).all(0), total, torch.nan)
@@ -136,7 +136,7 @@ def _own_rows(packed: Tensor, which: str, start: Tensor) -> Tensor:
     return torch.cat([packed[:at], packed[at : at + 1] + start, packed[at + 1 :]])
 
 
-def _combined(which: str, blocks: Tensor, named: dict[str, Tensor], counts: Tensor) -> Tensor:
+def combined(which: str, blocks: Tensor, named: dict[str, Tensor], counts: Tensor) -> Tensor:
     """The monoid, over the first dimension of rows [P, K, N].
 
     `named` holds [P, N] by name, or [P, 1] of what is the same for all rows; `counts` are the columns.

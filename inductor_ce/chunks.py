@@ -1,0 +1,192 @@
+"""Token chunks: the logits of a few rows at a time, and their gradient at once.
+
+The gradient is made in the forward for an upstream gradient of 1, and the scalar that all rows share is
+applied in the backward. That there is one, and that a row needs nothing from the others, is what
+`rowlocal.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .builder import Builder
+from .compat import is_tangent, unset_fake_temporarily
+from .exits import Exit
+from .heads import Head
+from .pieces import ROWS, Pieces, Range
+from .products import ONCE_MADE
+from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
+from .timeline import tensor_of
+
+aten = torch.ops.aten
+
+
+class Proof:
+    """The coefficients of a head's `row_grad` nodes, as functions of the statistics of their rows.
+
+    Attributes:
+        factor: the scalar that all gradients share.
+        why_not: why there is no proof, or "".
+    """
+
+    def __init__(self, head: Head):
+        with unset_fake_temporarily():
+            self._prove(head)
+
+    def _prove(self, head: Head) -> None:
+        self.head = head
+        self.gradients = [(node.args[3], node.args[4], node) for node in head.grads]
+        parts = [part for m, coefficients, _ in self.gradients for part in (m, coefficients)]
+        constants = [c for node in head.grads for group in node.args[1:3] for c in group]  # type: ignore[union-attr]
+        self.facts = facts_about(
+            [*parts, *constants, *head.beside(), *head.factors()], head.stats, is_tangent
+        )
+        self.factor: Factor = ()
+        self.factor, self.why_not = one_factor(self.facts, self.gradients)  # type: ignore[arg-type]
+        if not self.why_not:
+            self.why_not = self._of_the_rest(constants)
+
+    def _of_the_rest(self, constants: list[Node]) -> str:
+        if not all(self.facts[node].is_early for node in [*constants, *self.head.factors()]):
+            return "what the gradient is multiplied with is known in the backward only"
+        return factors_of_wide(self.head.wide, self.head.gradients(), self.facts, self.factor)
+
+
+class Coefficients:
+    """The maxima and the coefficients of one chunk after another."""
+
+    def __init__(self, pieces: Pieces, proof: Proof):
+        self.pieces, self.proof, self.build = pieces, proof, pieces.build
+        wanted = {part for m, coefficients, _ in proof.gradients for part in (m, coefficients)}
+        self._nodes = self._depending(wanted)
+        self._ones: dict[Node, Node] = {}
+
+    def _depending(self, wanted: set[Any]) -> list[Node]:
+        """What must be made anew: all between the statistics, or a factor, and the coefficients."""
+        facts, stats = self.proof.facts, set(self.pieces.head.stats)
+        found: set[Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            fact = facts[node]
+            if node in found or node in stats or (fact.rows is None and not fact.factor):
+                continue
+            found.add(node)
+            if not _is_atom(node, fact):
+                stack += node.all_input_nodes
+        return [node for node in self.pieces.head.product.graph.nodes if node in found]
+
+    def of(self, stats: dict[Node, Node], piece: Range) -> dict[Node, tuple[Node, Node]]:
+        """(m, coefficients) of a chunk, for each `row_grad`, from the statistics of the chunk.
+
+        NOTE All rows. The nodes run on statistics of all rows, of which only those of the chunk are
+        filled in: whatever the views between do to the rows, it stays right, and the rest is not computed,
+        as nobody reads it.
+        """
+        build, pieces = self.build, self.pieces
+        after = self._rows_after(piece)
+        made = {
+            node: build(aten.constant_pad_nd.default, part, [piece.start, after], 0.0)
+            for node, part in stats.items()
+        }
+        for node in self._nodes:
+            if _is_atom(node, self.proof.facts[node]):
+                made[node] = self._one(node)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
+                made[node] = build(node.target, *args, **kwargs)
+        return {
+            node: (pieces.cut(made.get(m, m), piece, 0), pieces.cut(made.get(c, c), piece, 1))
+            for m, c, node in self.proof.gradients
+        }
+
+    def _rows_after(self, piece: Range) -> Any:
+        n = self.pieces.n
+        if isinstance(n, int):
+            return n - piece.end
+        return self.build(operator.sub, n, piece.end)
+
+    def _one(self, node: Node) -> Node:
+        """1 in the place of a factor."""
+        if node not in self._ones:
+            example = tensor_of(node)
+            assert example is not None
+            self._ones[node] = self.build(
+                aten.full.default,
+                list(example.shape),
+                1.0,
+                dtype=example.dtype,
+                device=example.device,
+                pin_memory=False,
+            )
+        return self._ones[node]
+
+
+def _is_atom(node: Node, fact: Fact) -> bool:
+    return fact.factor == ((node, 1),)
+
+
+def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum: bool) -> dict[Node, Node]:
+    """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
+
+    Args:
+        build: makes the nodes.
+        head: the head.
+        proof: about it.
+        chunks: how many, of equal size as nearly as may be.
+        wide_sum: whether 16-bit sums are made in float32.
+    """
+    pieces = Pieces(build, head, ROWS)
+    coefficients = Coefficients(pieces, proof)
+    exits = [Exit(pieces, node, wide_sum) for node in head.exits]
+    gradients = head.gradients()
+    forward = [node for node in head.wide if node not in gradients]
+    parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
+    after: list[Node] = []
+    for i, piece in enumerate(ranges(build, pieces.n, chunks)):
+        z = pieces.logits(piece, after)
+        made = pieces.wide(z, piece, forward)
+        stats = {node: pieces.stats(node, made[node.args[0]], piece) for node in head.stats}  # type: ignore[index]
+        for node, part in stats.items():
+            parts[node].append(part)
+        after = list(stats.values())
+        if exits:
+            of_chunk = coefficients.of(stats, piece)
+            made |= pieces.wide_gradients(made, piece, of_chunk)
+            after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+    whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
+    if exits:
+        whole = {node: build(ONCE_MADE, stats, after) for node, stats in whole.items()}
+    scale = _scalar(build, proof.factor)
+    return whole | {e.node: e.finish(scale) for e in exits}
+
+
+def _scalar(build: Builder, factor: Factor) -> Node | None:
+    """The value of a factor, []."""
+    result = None
+    for node, power in factor:
+        if len(tensor_of(node).shape):  # type: ignore[union-attr]
+            node = build(aten.reshape.default, node, [])
+        for _ in range(abs(power)):
+            if result is None and power < 0:
+                result = build(aten.reciprocal.default, node)
+            elif result is None:
+                result = node
+            else:
+                result = build(aten.mul.Tensor if power > 0 else aten.div.Tensor, result, node)
+    return result
+
+
+def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
+    """`size` cut in so many ranges, equal but for the last."""
+    if isinstance(size, int):
+        step = -(-size // pieces)
+        return [Range(start, min(start + step, size)) for start in range(0, size, step)] or [Range(0, size)]
+    step = build(operator.floordiv, size, pieces)
+    starts = [0, *(build(operator.mul, step, i) for i in range(1, pieces))]
+    return [Range(start, end) for start, end in zip(starts, [*starts[1:], size], strict=True)]

@@ -1,0 +1,231 @@
+"""How a head is computed: numbers in, a `Plan` out. It never looks at free memory or a clock.
+
+A head is the linear layer before the statistics with the products of its gradients. Extra memory is the
+most that is held at once beyond the hidden states, the weight, and their gradients.
+
+    strategy       products  extra memory
+    materialise    6 NVD     N V logits
+    token_chunks   6 NVD     logits of N / K rows; a float32 sum where the weight's gradient is 16-bit
+    vocab_slabs    8 NVD     logits of V / S columns; dh in float32
+    forward_only   2 NVD     logits of one chunk
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS, FORWARD_ONLY = STRATEGIES = (
+    "materialise",
+    "token_chunks",
+    "vocab_slabs",
+    "forward_only",
+)
+MIB = 2**20
+
+SMALL = 128 * MIB  # logits that are not worth dividing
+CHUNK_ROWS = 2048  # products over fewer rows run more slowly
+LEAST_ROWS = 1024
+LEAST_COLUMNS = 8192
+FORWARD_BYTES = 512 * MIB
+SLABS_BUDGET = 0.27  # of the logits, where nothing else is asked
+WORTH = 0.6  # of the logits: what dividing must leave less than
+MOST_PIECES = 128  # the graph grows with each
+
+# Where 16-bit sums may stand in for float32: in few additions, and where most rows of the weight have at
+# most one label, so that a row's gradient is about one hidden state and later additions hardly round it.
+NARROW_CHUNKS = 4
+NARROW_COLUMNS_PER_ROW = 15
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a plan is made from.
+
+    Attributes:
+        n, v, d: rows, classes and hidden size; of this rank where the classes are sharded.
+        element: bytes of a logit.
+        weight_element: bytes of an element of the weight's gradient.
+        backward: whether a gradient is wanted.
+        wants_hidden, wants_weight: which.
+        chained: whether a gradient needs memory of its own beside the logits.
+        float16: whether gradients are float16, which need the true upstream gradient within its range.
+        escapes: why the logits must be in memory, or "".
+        varies: why the gradient cannot be made in the forward, or "".
+        sharded: whether the classes are sharded over ranks, which must then decide alike.
+    """
+
+    n: int
+    v: int
+    d: int
+    element: int = 2
+    weight_element: int = 2
+    backward: bool = True
+    wants_hidden: bool = True
+    wants_weight: bool = True
+    chained: bool = False
+    float16: bool = False
+    escapes: str = ""
+    varies: str = ""
+    sharded: bool = False
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.n * self.v * self.element
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy.
+
+    Attributes:
+        strategy: one of `STRATEGIES`.
+        pieces: how many chunks of rows or slabs of columns; 1 where nothing is divided.
+        wide_sum: whether the weight's gradient is summed in float32 though it is 16-bit.
+        extra_bytes: the extra memory.
+        reason: why, in words.
+    """
+
+    strategy: str
+    pieces: int
+    wide_sum: bool
+    extra_bytes: int
+    reason: str
+
+
+def plan(head: Head, strategy: str = "auto", memory_budget: int | float | None = None) -> Plan:
+    """How to compute a head.
+
+    Args:
+        head: the numbers.
+        strategy: "auto", or the one wanted; where it cannot be had, the nearest that can.
+        memory_budget: extra memory to keep to, in bytes, or as a fraction (a float) of the logits. The
+            fewest pieces that keep to it are taken, and where none do, those that come nearest.
+    """
+    if head.escapes:
+        return _materialise(head, head.escapes)
+    if strategy == MATERIALISE:
+        return _materialise(head, "asked for")
+    budget = int(memory_budget * head.logits_bytes) if isinstance(memory_budget, float) else memory_budget
+    if not head.backward:
+        return _forward_only(head, strategy, budget)
+    if strategy == VOCAB_SLABS:
+        return _slabs(head, budget, "asked for")
+    why_not = _why_no_chunks(head)
+    if strategy == TOKEN_CHUNKS:
+        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for")
+    return _auto(head, budget, why_not)
+
+
+def _auto(head: Head, budget: int | None, why_not: str) -> Plan:
+    whole = _materialise(head, "")
+    if budget is None and head.logits_bytes < SMALL:
+        return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
+    if budget is not None and whole.extra_bytes <= budget:
+        return _materialise(head, "the logits fit in the budget")
+    if why_not:
+        return _slabs(head, budget, why_not)
+    chunks = _chunks(head, budget, "one scalar scales every gradient, so the forward makes them")
+    if budget is not None:
+        slabs = _slabs(head, budget, "the sum over chunks does not fit in the budget")
+        fits_only = slabs.extra_bytes <= budget < chunks.extra_bytes
+        return slabs if fits_only else chunks
+    if chunks.pieces == 1 or chunks.extra_bytes > WORTH * whole.extra_bytes:
+        return _materialise(head, "dividing so few rows would save little")
+    return chunks
+
+
+def _why_no_chunks(head: Head) -> str:
+    if head.varies:
+        return head.varies
+    if head.float16:
+        return "float16 gradients without their upstream gradient may leave its range"
+    return ""
+
+
+# One strategy each
+
+
+def _materialise(head: Head, reason: str) -> Plan:
+    return Plan(MATERIALISE, 1, False, head.logits_bytes * _tensors(head), reason)
+
+
+def _tensors(head: Head) -> int:
+    """Tensors of the size of a piece that are held at once."""
+    return 2 if head.backward and head.chained else 1
+
+
+def _forward_only(head: Head, strategy: str, budget: int | None) -> Plan:
+    if strategy == "auto" and budget is None and head.logits_bytes < SMALL:
+        return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
+    limit = FORWARD_BYTES if budget is None else budget
+    pieces = _pieces(head.n, _at_least(head.logits_bytes, limit))
+    if strategy != "auto" and budget is None:
+        pieces = max(pieces, _pieces(head.n, 2))
+    return Plan(FORWARD_ONLY, pieces, False, _piece(head.n, pieces) * head.v * head.element, "no gradient")
+
+
+def _chunks(head: Head, budget: int | None, reason: str) -> Plan:
+    if budget is None:
+        pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS), 1)
+        if head.n < LEAST_ROWS:
+            pieces = _pieces(head.n, 2)  # it was asked for
+        return _chunks_of(head, _pieces(head.n, pieces), reason)
+    return _fewest([_chunks_of(head, k, reason) for k in _candidates(head.n)], budget)
+
+
+def _chunks_of(head: Head, pieces: int, reason: str) -> Plan:
+    piece = _piece(head.n, pieces) * head.v * head.element * _tensors(head)
+    wide = sums_in_float32(head, pieces)
+    summed = head.v * head.d * 4 if wide else 0
+    beyond = head.v * head.d * (4 - head.weight_element) if wide else 0
+    return Plan(TOKEN_CHUNKS, pieces, wide, max(piece + beyond, summed), reason)
+
+
+def sums_in_float32(head: Head, pieces: int) -> bool:
+    """Whether the sum over chunks needs float32 beside a 16-bit gradient of the weight."""
+    if pieces == 1 or not head.wants_weight or head.weight_element >= 4:
+        return False
+    return pieces > NARROW_CHUNKS or head.v < NARROW_COLUMNS_PER_ROW * head.n
+
+
+def _slabs(head: Head, budget: int | None, reason: str) -> Plan:
+    if budget is None:
+        most = max(head.v // LEAST_COLUMNS, 2)
+        budget = int(SLABS_BUDGET * head.logits_bytes)
+        candidates = [s for s in _candidates(head.v) if s <= most]
+    else:
+        candidates = _candidates(head.v)
+    return _fewest([_slabs_of(head, s, reason) for s in candidates], budget)
+
+
+def _slabs_of(head: Head, pieces: int, reason: str) -> Plan:
+    piece = head.n * _piece(head.v, pieces) * head.element * _tensors(head)
+    wide = head.wants_hidden and head.element < 4
+    return Plan(VOCAB_SLABS, pieces, wide, piece + (head.n * head.d * 4 if wide else 0), reason)
+
+
+# Pieces
+
+
+def _candidates(size: int) -> list[int]:
+    """Numbers of pieces to consider, from 2 where `size` allows it."""
+    return sorted({_pieces(size, k) for k in range(2, MOST_PIECES + 1)}) or [1]
+
+
+def _pieces(size: int, wanted: int) -> int:
+    """As many pieces as wanted, if none is to be empty."""
+    return max(1, min(wanted, size, MOST_PIECES))
+
+
+def _piece(size: int, pieces: int) -> int:
+    """The size of the largest of equal pieces."""
+    return -(-size // pieces)
+
+
+def _at_least(size: int, limit: int) -> int:
+    return -(-size // max(limit, 1))
+
+
+def _fewest(plans: list[Plan], budget: int) -> Plan:
+    """The plan with the fewest pieces that keeps to the budget, or the one that comes nearest."""
+    return next((p for p in plans if p.extra_bytes <= budget), min(plans, key=lambda p: p.extra_bytes))
