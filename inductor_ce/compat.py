@@ -113,7 +113,7 @@ def readable(x: Node, *, absorb: bool = False) -> Node:
 
 
 def auto_chunked_graphs() -> int | None:
-    """How many graphs Inductor's auto_chunker has rewritten in this process; None where that is not counted."""
+    """How many graphs Inductor's auto_chunker has rewritten in this process; None where none are counted."""
     return getattr(metrics, "num_auto_chunking", None)
 
 
