@@ -90,6 +90,7 @@ CASE = {
         row_of_ours("inductor_ce@cce+30%", 55.0, 340),
     ],
     "forward": [{**FORWARD, "system": "inductor_ce"}],
+    "seconds": 93.0,
     "not_measured": [{"system": "auto_chunker", "reason": "this torch has no auto_chunker.enable"}],
 }
 RESULT = {
@@ -196,6 +197,12 @@ def test_absent_peers_say_so():
     reasons = {name: SYSTEMS[name].build(Case(TINY)) for name in ("liger_kernel", "cce", "cce_exact")}
     for name, built in reasons.items():
         assert isinstance(built, (NotOffered, Built)), name
+
+
+def test_what_the_compiler_wrapped_is_the_reason():
+    error = RuntimeError("backend raised:\nmore")
+    error.inner_exception = ValueError("unknown option 'strategy'\nand more")
+    assert NotOffered.because(error).reason == "failed: ValueError: unknown option 'strategy'"
 
 
 def test_the_exact_variant_of_each_release(monkeypatch: pytest.MonkeyPatch):
@@ -377,6 +384,26 @@ def test_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["head"]) == 2
     assert capsys.readouterr().err == cli.NO_GPU + "\n"
+
+
+@pytest.mark.parametrize(("problem", "status"), [([], 0), (["dW: error nan, above 5e-02"], 1)])
+def test_the_record_is_complete_after_every_case(
+    problem: list[str], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    kept = []
+
+    def table(shapes, activations, names, clock):
+        for name in activations:
+            kept.extend(json.loads(path.read_text())["cases"] for path in tmp_path.glob("head-*.json"))
+            yield {**CASE, "activations": name, "rows": [{**ROW, "problems": problem}]}
+
+    monkeypatch.setattr(run, "table", table)
+    options = cli.parse(["head", "--shapes", "gemma", "--out", str(tmp_path), "--commit", "given"])
+    assert command.measured(options) == status
+    assert [case["activations"] for cases in kept for case in cases] == ["random"]
+    (path,) = tmp_path.glob("head-*.json")
+    assert [case["activations"] for case in json.loads(path.read_text())["cases"]] == ["random", "trained"]
+    assert path.with_suffix(".png").exists()
 
 
 def test_merging(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -19,7 +19,8 @@ class NotOffered:
 
     @classmethod
     def because(cls, error: Exception) -> NotOffered:
-        """The first line of what a system raised."""
+        """The first line of what a system raised; of what lies within, where the compiler wrapped it."""
+        error = getattr(error, "inner_exception", error)
         return cls(f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ METHOD = {
     "beyond_gradients": "extra_bytes less dh and dW",
     "ratio, memory_ratio, error_ratio": f"of ms, beyond_gradients, errors to those of {BASELINE}",
     "errors": "against float64, as Errors in reference.py defines them",
+    "seconds": "all that a case took, with training and the compilations that were left to it",
     "product_ms": "h @ W.T by cuBLAS into memory of its own; products_ms: with dz @ W and dz.T @ h",
 }
 
@@ -150,7 +152,9 @@ def table(
             bench = Bench(shape, systems, clock, bar)
             for name in activations:
                 bar.set_description(f"{shape.name}, {name} activations")
-                yield bench.case(name, ACTIVATIONS[name](shape, device))
+                start = time.perf_counter()
+                found = bench.case(name, ACTIVATIONS[name](shape, device))
+                yield found | {"seconds": time.perf_counter() - start}
                 gc.collect()
 
 
