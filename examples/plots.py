@@ -1,4 +1,4 @@
-"""The quickstart's two pictures."""
+"""The examples' pictures."""
 
 from pathlib import Path
 
@@ -33,6 +33,20 @@ def plot_memory(added: dict[str, int], logits: int, path: Path) -> None:
     axes.axvline(logits / 1e6, color="C1", linestyle="--", label="one tensor of logits [N, V]")
     axes.set_xlabel("peak memory that a step adds, MB")
     figure.legend(loc="outside upper right", frameon=False)
+    save(figure, path)
+
+
+def plot_batches(sizes: dict[str, dict[int, int]], limit: int, how: str, path: Path) -> None:
+    """The bytes that a batch of so many tokens needs, for every run, and the limit."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, column in sizes.items():
+        axes.plot(list(column), [size / 1e9 for size in column.values()], "o-", label=name)
+    axes.axhline(limit / 1e9, color="black", linestyle="--", label="limit")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("tokens in a batch")
+    axes.set_ylabel(f"peak memory of a step, GB ({how})")
+    axes.legend(frameon=False)
     save(figure, path)
 
 

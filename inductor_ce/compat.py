@@ -22,7 +22,7 @@ try:
     from torch._dynamo.utils import counters
     from torch._guards import TracingContext
     from torch._inductor import config as inductor_config
-    from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options
+    from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table as decompositions
@@ -43,6 +43,7 @@ __all__ = [
     "SymbolicGridFn",
     "all_gather_blocks",
     "auto_functionalized",
+    "auto_chunked_graphs",
     "autocast_switches",
     "call_lowering",
     "check_torch",
@@ -116,6 +117,11 @@ def readable(x: Node, *, absorb: bool = False) -> Node:
     x = ir.ExternKernel.realize_input(x)
     x.freeze_layout()
     return x
+
+
+def auto_chunked_graphs() -> int | None:
+    """How many graphs Inductor's auto_chunker has rewritten in this process; None where none are counted."""
+    return getattr(metrics, "num_auto_chunking", None)
 
 
 def specialised(size: Any) -> int:

@@ -134,3 +134,24 @@ def test_quickstart_refuses_too_few_steps():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "--steps must be more than the 3 that warm up" in result.stderr
+
+
+def test_memory_plans_on_a_cpu(tmp_path: Path):
+    """Without a GPU the figures are planned, and the example says so."""
+    pytest.importorskip("inductor_ce.plan", reason="inductor_ce has no plan yet")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "examples/memory.py", "--device", "cpu", "--out", tmp_path]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "bytes are planned, not measured" in text
+    plain, ours = map(int, re.findall(r"(\d+)(?: tokens)? with", text))
+    assert ours > 2 * plain
+    assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_memory_refuses_layers_on_a_cpu():
+    pytest.importorskip("inductor_ce.plan", reason="inductor_ce has no plan yet")
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "examples/memory.py", "--device", "cpu", "--layers", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "--layers needs a GPU" in result.stderr

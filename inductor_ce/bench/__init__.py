@@ -1,1 +1,1 @@
-"""Timings on a GPU: `python -m inductor_ce.bench ce`."""
+"""Timings on a GPU: `python -m inductor_ce.bench ce` and `head`."""

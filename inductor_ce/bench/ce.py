@@ -139,7 +139,7 @@ def admit(
         return function
     except Exception as error:  # whatever one system raises, the others are still worth their numbers
         tqdm.write(traceback.format_exc(), file=sys.stderr)
-        return NotOffered(f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+        return NotOffered.because(error)
 
 
 def check(name: str, function: LossFunction, loss: Loss, inputs: Inputs) -> dict[str, Any]:

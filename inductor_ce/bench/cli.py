@@ -11,6 +11,8 @@ from typing import Any
 import torch
 
 from . import ce, recognise, record, render
+from .head import command as head
+from .head import run
 from .losses import LOSSES
 from .measure import Budget, fresh_caches
 from .peers import PEERS
@@ -25,10 +27,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.command == "recognise":
         return run_recognise(options)
+    if options.command == "head" and options.merge:
+        return head.merged(options)
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    return run_ce(options)
+    return head.measured(options) if options.command == "head" else run_ce(options)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,10 +50,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="(default: all of them)"
     )
     ce_parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
+    head_parser = commands.add_parser("head", help="linear layer and cross entropy", description=run.__doc__)
+    head.add_arguments(head_parser)
     reading = commands.add_parser(
         "recognise", help="the time that recognition takes; needs no GPU", description=recognise.__doc__
     )
-    for command in (ce_parser, reading):
+    for command in (ce_parser, head_parser, reading):
         command.add_argument(
             "--out",
             type=Path,

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from unittest import mock
 
 import torch
@@ -22,6 +22,15 @@ except ModuleNotFoundError:  # torch's CPU builds bring no triton, and nothing i
     do_bench = None
 
 Step = Callable[[], Any]
+
+
+class Clock(Protocol):
+    """How often to measure, and how to time a step once."""
+
+    @property
+    def rounds(self) -> int: ...
+
+    def time_ms(self, step: Step) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,25 @@ class Budget:
         return do_bench(step, warmup=self.warmup_ms, rep=self.rep_ms, return_mode="median")
 
 
+@dataclass(frozen=True)
+class Calls:
+    """For steps of tens of ms, of which do_bench would spend six to find out how long one takes."""
+
+    rounds: int
+    calls: int = 2
+
+    def time_ms(self, step: Step) -> float:
+        """The median time of `calls` calls of `step`, after one that is not counted."""
+        step()
+        ends = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.calls)]
+        for start, end in ends:
+            start.record()
+            step()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in ends)
+
+
 def median_and_spread(round_ms: Sequence[float]) -> tuple[float, float]:
     """(the median of the rounds in ms, the distance of the slowest from the fastest over that median)."""
     median = statistics.median(round_ms)
@@ -44,7 +72,7 @@ def median_and_spread(round_ms: Sequence[float]) -> tuple[float, float]:
 
 
 def interleaved(
-    steps: Mapping[str, Step], budget: Budget, before_each: Step, after_each: Step
+    steps: Mapping[str, Step], budget: Clock, before_each: Step, after_each: Step
 ) -> dict[str, list[float]]:
     """The time of every step in every round, in ms; each round times each step once.
 
@@ -76,6 +104,10 @@ def peak_extra_bytes(step: Step) -> int:
     peak = torch.cuda.max_memory_allocated()
     del result
     return peak - before
+
+
+def nothing() -> None:
+    """For inputs that no step changes."""
 
 
 def poison(like: Tensor) -> None:

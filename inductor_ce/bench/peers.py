@@ -17,6 +17,12 @@ class NotOffered:
 
     reason: str
 
+    @classmethod
+    def because(cls, error: Exception) -> NotOffered:
+        """The first line of what a system raised; of what lies within, where the compiler wrapped it."""
+        error = getattr(error, "inner_exception", error)
+        return cls(f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
 
 def find(module: str, name: str) -> Any:
     """`module.name`, or NotOffered where it cannot be had."""
@@ -54,7 +60,11 @@ def quack(loss: Loss) -> LossFunction | NotOffered:
 
 
 PEERS = {"liger_kernel": liger_kernel, "quack": quack}
-DISTRIBUTIONS = {"liger_kernel": "liger-kernel", "quack": "quack-kernels"}
+DISTRIBUTIONS = {
+    "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
 
 
 def versions() -> dict[str, str | None]:

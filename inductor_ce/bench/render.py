@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,17 @@ CUT = 1.5  # bars of time end here, so that those below 1 can be told apart
 
 def table(result: dict[str, Any]) -> str:
     """Every number of every shape, and below them what was not measured."""
-    where = result["environment"]
+    return "\n\n".join([heading(result["environment"]), *map(_shape_table, result["shapes"])])
+
+
+def heading(where: dict[str, Any]) -> str:
+    """Where and when, on one line."""
     versions = f"torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
-    heading = f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
-    return "\n\n".join([heading, *map(_shape_table, result["shapes"])])
+    return f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
 
 
 def _shape_table(shape: dict[str, Any]) -> str:
-    lines = [_shape_heading(shape), *_aligned([HEADER, *(_cells(row) for row in shape["rows"])])]
+    lines = [_shape_heading(shape), *aligned([HEADER, *map(_cells, shape["rows"])], LEFT)]
     skipped: dict[tuple[str, str], list[str]] = {}
     for each in shape["not_measured"]:
         skipped.setdefault((each["system"], each["reason"]), []).append(each["loss"])
@@ -38,7 +42,7 @@ def _shape_table(shape: dict[str, Any]) -> str:
 def _shape_heading(shape: dict[str, Any]) -> str:
     copy, read = (shape[f"{key}_bytes_per_s"] / 1e12 for key in ("copy", "read"))
     return (
-        f"{shape['N']} x {shape['V']}: logits {_mb(shape['logits_bytes'])} MB; "
+        f"{shape['N']} x {shape['V']}: logits {mb(shape['logits_bytes'])} MB; "
         f"2 passes {shape['two_pass_ms']:.3f} ms, 3 passes {shape['three_pass_ms']:.3f} ms "
         f"(copy {copy:.2f} TB/s, read {read:.2f} TB/s)"
     )
@@ -52,7 +56,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ms']:.3f}",
         f"{100 * row['spread']:.1f}%",
         "" if row["ratio"] is None else f"{row['ratio']:.3f}",
-        _mb(row["extra_bytes"]),
+        mb(row["extra_bytes"]),
         f"{row['loss_error']:.1e}",
         f"{row['dz_error']:.1e}",
         f"{row['first_call_s']:.1f}",
@@ -60,15 +64,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _mb(size: int) -> str:
+def mb(size: float) -> str:
     return f"{size / 2**20:.0f}"
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def aligned(lines: Sequence[tuple[str, ...]], left: Collection[int]) -> list[str]:
+    """The cells in columns, those of `left` to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i in LEFT else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines

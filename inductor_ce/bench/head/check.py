@@ -1,0 +1,137 @@
+"""Everything about a system but its time: compilation, errors against float64, memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...compat import auto_chunked_graphs, counters
+from .. import measure
+from ..peers import NotOffered
+from .inputs import HeadFunction, Inputs
+from .reference import Errors, Reference
+from .systems import AUTO_CHUNKER, Case, System
+
+LOSS_LIMIT, GRADIENT_LIMIT = 1e-3, 5e-2  # what is further off is wrong, not inexact
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A system that has run at one shape, and what its first call told."""
+
+    function: HeadFunction
+    about: dict[str, Any]
+
+
+def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
+    """What `work` returns, or why it did not: one system's failure leaves the others their numbers."""
+    try:
+        return work(*arguments)
+    except Exception as error:
+        tqdm.write(traceback.format_exc(), file=sys.stderr)
+        return NotOffered.because(error)
+
+
+def ready(system: System, case: Case, call: Callable[[HeadFunction], Any]) -> Ready | NotOffered:
+    """Build a system and compile it by a first call of its function."""
+    built = system.build(case)
+    if isinstance(built, NotOffered):
+        return built
+    counters.clear()
+    chunked = auto_chunked_graphs()
+    start = time.perf_counter()
+    call(built.function)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    notes = [built.note] if built.note else []
+    if system.name == AUTO_CHUNKER and chunked is not None and auto_chunked_graphs() == chunked:
+        notes.append("did not fire")
+    about = {
+        "first_call_s": time.perf_counter() - start,
+        "counted": {str(key): count for key, count in counters["inductor_ce"].items()},
+        "notes": notes,
+    }
+    return Ready(built.function, about)
+
+
+def check(system: System, ready: Ready, inputs: Inputs, ref: Reference) -> dict[str, Any]:
+    """The row of a system, without its time."""
+    poison_logits(inputs)
+    loss, dh, dW = inputs.step(ready.function)
+    loss_error, errors = ref.loss_error(loss), ref.errors(dh, dW)
+    wrong = problems(loss.dtype, loss_error, errors)
+    gradient_bytes = sum(g.numel() * g.element_size() for g in (dh, dW))
+    del loss, dh, dW
+    extra_bytes = measure.peak_extra_bytes(lambda: inputs.step(ready.function))
+    return {
+        "system": system.name,
+        "budget": system.budget,
+        "extra_bytes": extra_bytes,
+        "beyond_gradients": extra_bytes - gradient_bytes,
+        "loss_error": loss_error,
+        **{name: asdict(each) for name, each in errors.items()},
+        **ready.about,
+        "problems": wrong + unfused(system, ready),
+    }
+
+
+def check_forward(system: System, ready: Ready, inputs: Inputs, ref: Reference) -> dict[str, Any]:
+    """The row of a system's forward alone, without its time."""
+    poison_logits(inputs)
+    loss = inputs.forward(ready.function)
+    loss_error = ref.loss_error(loss)
+    wrong = problems(loss.dtype, loss_error, {})
+    del loss
+    return {
+        "system": system.name,
+        "extra_bytes": measure.peak_extra_bytes(lambda: inputs.forward(ready.function)),
+        "loss_error": loss_error,
+        **ready.about,
+        "problems": wrong + unfused(system, ready),
+    }
+
+
+def poison_logits(inputs: Inputs) -> None:
+    measure.poison(inputs.h.detach().new_empty(()).expand(len(inputs.h), len(inputs.W)))
+
+
+def problems(loss_dtype: torch.dtype, loss_error: float, errors: dict[str, Errors]) -> list[str]:
+    """What is wrong with a result. NaN never passes; a loss may be rounded once to its dtype."""
+    found = {"loss": (loss_error, max(LOSS_LIMIT, torch.finfo(loss_dtype).eps / 2))}
+    found |= {name: (each.norm, GRADIENT_LIMIT) for name, each in errors.items()}
+    return [
+        f"{name}: error {error:.1e}, above {limit:.0e}"
+        for name, (error, limit) in found.items()
+        if not error <= limit
+    ]
+
+
+def unfused(system: System, ready: Ready) -> list[str]:
+    fused = system.kind != "ours" or ready.about["counted"].get("sites")
+    return [] if fused else ["no loss was rewritten"]
+
+
+def ratios(row: dict[str, Any], baseline: dict[str, Any] | None) -> dict[str, Any]:
+    """Time, memory beyond the gradients and errors of a row over the baseline's; None without one."""
+    if baseline is None:
+        return {"ratio": None, "memory_ratio": None, "error_ratio": None}
+    return {
+        "ratio": row["ms"] / baseline["ms"],
+        "memory_ratio": _over(row["beyond_gradients"], baseline["beyond_gradients"]),
+        "error_ratio": {
+            f"{gradient} {kind}": _over(error, baseline[gradient][kind])
+            for gradient in ("dh", "dW")
+            for kind, error in row[gradient].items()
+        },
+    }
+
+
+def _over(a: float, b: float) -> float | None:
+    return a / b if b else None

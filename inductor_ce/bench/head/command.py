@@ -1,0 +1,114 @@
+"""The command `head`: its options, its record, and the merging of records of several calls."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import record
+from ..measure import Calls, fresh_caches
+from ..systems import BASELINE
+from . import bars, render, run
+from .inputs import ACTIVATIONS, SHAPES, Shape
+from .systems import SYSTEMS
+
+ROUNDS, QUICK_ROUNDS = 5, 2
+MUST_AGREE = ("gpu", "torch", "triton", "commit", "peers")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        default=list(SHAPES.values()),
+        metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, or rows x vocabulary x hidden size as NxVxD (default: the three)",
+    )
+    parser.add_argument(
+        "--activations", choices=ACTIVATIONS, nargs="+", default=list(ACTIVATIONS), help="(default: both)"
+    )
+    parser.add_argument(
+        "--systems",
+        choices=SYSTEMS,
+        nargs="+",
+        default=list(SYSTEMS),
+        metavar="SYSTEM",
+        help=f"besides {BASELINE}, which all are compared with: {', '.join(SYSTEMS)} (default: all)",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: put these records together"
+    )
+
+
+def shape(text: str) -> Shape:
+    """A shape by its name, or from "8192x128256x4096"."""
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        N, V, D = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(SHAPES)}, nor like 8192x128256x4096"
+        ) from None
+    if min(N, V, D) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r} needs two of everything at least")
+    return Shape(text, N, V, D)
+
+
+def measured(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON complete after every case, print the tables, draw the plot."""
+    clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    result: dict[str, Any] = {
+        "benchmark": "head",
+        "environment": record.environment(options.commit),
+        "method": {**run.METHOD, **asdict(clock), "seed": torch.seed()},
+        "cases": [],
+        "bars": [],
+    }
+    path = record.json_path(result, options.out)
+    with fresh_caches():
+        for case in run.table(options.shapes, options.activations, {BASELINE, *options.systems}, clock):
+            result["cases"].append(case)
+            result["bars"] = bars.bars(result)
+            record.write(result, path)
+    show(result, path)
+    return int(any(map(failed, result["cases"])))
+
+
+def merged(options: argparse.Namespace) -> int:
+    """Put records of one machine and version together, and print, draw and keep what that gives."""
+    results = [json.loads(path.read_text()) for path in options.merge]
+    first = results[0]
+    for path, result in zip(options.merge, results, strict=True):
+        for key in MUST_AGREE:
+            ours, theirs = first["environment"][key], result["environment"][key]
+            if ours != theirs:
+                print(f"{path} is of another {key}: {theirs}, not {ours}; nothing was merged")
+                return 2
+    cases = [case for result in results for case in result["cases"]]
+    result = {**first, "cases": cases, "merged": [path.name for path in options.merge]}
+    result["bars"] = bars.bars(result)
+    path = record.json_path(result, options.out)
+    path = path.with_stem(f"{path.stem}-merged")
+    record.write(result, path)
+    show(result, path)
+    return 0
+
+
+def show(result: dict[str, Any], path: Path) -> None:
+    render.plot(result, path.with_suffix(".png"))
+    print(render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
+
+
+def failed(case: dict[str, Any]) -> bool:
+    """Whether a system that is no peer did not run, or was wrong."""
+    wrong = [row["system"] for row in case["rows"] + case["forward"] if row["problems"]]
+    broken = [each["system"] for each in case["not_measured"] if each["reason"].startswith("failed")]
+    return any(SYSTEMS[name.partition(",")[0]].kind != "peer" for name in wrong + broken)

@@ -1,0 +1,155 @@
+"""What is compared: plain torch.compile, peers, and inductor_ce by strategy and by memory budget."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ...backend import inductor_ce_backend
+from ...compat import list_options
+from ..losses import IGNORED
+from ..peers import NotOffered, find
+from ..systems import BASELINE, OURS, fresh
+from .inputs import HeadFunction, Shape, cross_entropy
+
+STRATEGIES = ("materialise", "token_chunks", "vocab_slabs")
+BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the materialised logits
+AUTO_CHUNKER, LIGER = "auto_chunker", "liger_kernel"
+CCE, CCE_EXACT = "cce", "cce_exact"
+CCE_BUDGET = f"{OURS}@cce+30%"
+CCE_ROOM = 1.3
+
+
+@dataclass(frozen=True)
+class Case:
+    """The shape a system is built for, and the peak in bytes of each system measured before it."""
+
+    shape: Shape
+    peaks: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A system ready to run at one shape, and what the reader should know of it."""
+
+    function: HeadFunction
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """A name, how to build the system, and what it is: "baseline", "peer" or "ours".
+
+    `budget` is the fraction of the logits that ours was given, where it is a point of the curve.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[Case], Built | NotOffered]
+    budget: float | None = None
+
+
+def compiled(case: Case, **options: Any) -> Built:
+    return Built(torch.compile(fresh(cross_entropy), fullgraph=True, dynamic=False, options=options or None))
+
+
+def ours(case: Case, **options: Any) -> Built:
+    return Built(
+        torch.compile(
+            fresh(cross_entropy),
+            backend=inductor_ce_backend,
+            fullgraph=True,
+            dynamic=False,
+            options=options or None,
+        )
+    )
+
+
+def ours_with_room_of_cce(case: Case) -> Built | NotOffered:
+    """With CCE's peak and 30 % as the budget. The peak counts the gradients, which a budget does not."""
+    if CCE not in case.peaks:
+        return NotOffered(f"{CCE} was not measured, and its peak is the budget")
+    budget = int(CCE_ROOM * case.peaks[CCE]) - case.shape.gradient_bytes
+    return Built(ours(case, memory_budget=budget).function, f"memory_budget={budget}")
+
+
+def auto_chunker(case: Case) -> Built | NotOffered:
+    """Inductor's own chunking, with thresholds low enough for every shape."""
+    options = {
+        "auto_chunker.enable": True,
+        "auto_chunker.output_size_threshold": 1,
+        "auto_chunker.amplify_ratio_threshold": 1,
+    }
+    missing = sorted(options.keys() - set(list_options()))
+    return NotOffered(f"this torch has no {', '.join(missing)}") if missing else compiled(case, **options)
+
+
+def liger_kernel(case: Case) -> Built | NotOffered:
+    module = find("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
+    if isinstance(module, NotOffered):
+        return module
+    loss = module(ignore_index=IGNORED)
+    return Built(lambda h, W, y: loss(W, h, y))
+
+
+def cut_cross_entropy(case: Case, **options: Any) -> Built | NotOffered:
+    function = find("cut_cross_entropy", "linear_cross_entropy")
+    if isinstance(function, NotOffered):
+        return function
+    return Built(functools.partial(function, ignore_index=IGNORED, **options))
+
+
+def cce_exact(case: Case) -> Built | NotOffered:
+    """The variant with the same gradients as everybody's: nothing is filtered."""
+    function = find("cut_cross_entropy", "linear_cross_entropy")
+    if isinstance(function, NotOffered):
+        return function
+    if "accum_c_fp32" in inspect.signature(function).parameters:
+        return cut_cross_entropy(case, impl="cce_exact")
+    exact = functools.partial(function, ignore_index=IGNORED, impl="cce", filter_eps=None)
+    return Built(exact, "this release has no cce_exact: its filter is off, its sums stay 16-bit")
+
+
+def linear_cross_entropy(case: Case) -> Built | NotOffered:
+    """torch's own, with its chunks; compiled or not, that operator runs in eager."""
+    function = getattr(F, "linear_cross_entropy", None)
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        return NotOffered("this torch has no F.linear_cross_entropy with chunks")
+    return Built(functools.partial(function, ignore_index=IGNORED, options=options()))
+
+
+def _all() -> list[System]:
+    peer = functools.partial(System, kind="peer")
+    peers = [
+        peer(AUTO_CHUNKER, build=auto_chunker),
+        peer(LIGER, build=liger_kernel),
+        peer(CCE, build=functools.partial(cut_cross_entropy, impl="cce")),
+        peer(CCE_EXACT, build=cce_exact),
+        peer("cce_torch_compile", build=functools.partial(cut_cross_entropy, impl="torch_compile")),
+        peer("linear_cross_entropy", build=linear_cross_entropy),
+    ]
+    forced = [System(f"{OURS}:{name}", "ours", functools.partial(ours, strategy=name)) for name in STRATEGIES]
+    curve = [
+        System(f"{OURS}@{budget:g}", "ours", functools.partial(ours, memory_budget=budget), budget)
+        for budget in BUDGETS
+    ]
+    return [
+        System(BASELINE, "baseline", compiled),
+        *peers,
+        System(OURS, "ours", ours),
+        *forced,
+        *curve,
+        System(CCE_BUDGET, "ours", ours_with_room_of_cce),
+    ]
+
+
+# CCE stands before ours, whose last budget is read off it.
+SYSTEMS = {system.name: system for system in _all()}
+FORWARD_ALONE = (BASELINE, LIGER, CCE, OURS)
