@@ -82,6 +82,7 @@ __all__ = [
     "template",
     "uncompiled",
     "unset_fake_temporarily",
+    "was_empty",
 ]
 
 # Lowering
@@ -142,7 +143,7 @@ def may_overwrite(z: Node, products: Container[Any]) -> bool:
     would be fused, and then nothing needs to be stored but what that one writes.
     """
     buffer = _buffer(z)
-    if not isinstance(buffer, OWNED) and not _was_empty(buffer):
+    if not isinstance(buffer, OWNED) and not was_empty(z):
         return False
     known = inductor.graph.sizevars.statically_known_equals
     row_stride, column_stride = z.get_stride()
@@ -166,8 +167,9 @@ def may_overwrite(z: Node, products: Container[Any]) -> bool:
     return not read_later and _only_read_by(products, current)
 
 
-def _was_empty(buffer: Any) -> bool:
-    """Whether a buffer was allocated by a node of the graph, to be filled by others."""
+def was_empty(z: Node) -> bool:
+    """Whether the memory of `z` was allocated by a node of the graph, to be filled by others."""
+    buffer = _buffer(z)
     return any(
         node.target == aten.empty.memory_format and _buffer(value) is buffer
         for node, value in inductor.graph.env.items()

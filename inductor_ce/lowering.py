@@ -171,13 +171,14 @@ def _stats_template(z: Node, labels: list[Node], weights: list[Node], rows: list
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     chained = not compat.is_buffer(z)
     others = [*map(compat.readable, labels), *_readable_weights(weights, z)]
+    piece = compat.was_empty(z)
     z = compat.readable(z, absorb=True)
     return compat.choose(
         _template("row_stats", _one_program_a_row),
         inputs=[z] * (4 if ops.ARGMAX in rows else 3) + others,
         layout=compat.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
-        configurations=stats_configurations(v, z.get_dtype(), rows, chained),
+        configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained), piece),
     )
 
 
@@ -193,9 +194,14 @@ def _grad_template(
         inputs=[z, *others],
         layout=compat.contiguous_layout(z, z.get_dtype(), [n, v]),
         call_sizes=[n, v],
-        configurations=grad_configurations(v, z.get_dtype(), rows, over),
+        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), compat.was_empty(z)),
         over=z if over else None,
     )
+
+
+def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, Any]]:
+    """All, but the first alone for a piece of the logits: each of many would be timed anew."""
+    return configurations[:1] if piece else configurations
 
 
 def _readable_weights(weights: list[Node], z: Node) -> list[Node]:

@@ -93,8 +93,7 @@ def _ancestors(targets: Iterable[Node], known: set[Node]) -> list[Node]:
             if source not in found and source not in known:
                 found.add(source)
                 stack.append(source)
-    graph = next(iter(targets)).graph
-    return [node for node in graph.nodes if node in found]
+    return [node for node in next(iter(found)).graph.nodes if node in found] if found else []
 
 
 def _fact(node: Node, facts: dict[Node, Fact], is_late: Callable[[Node], bool]) -> Fact:
