@@ -39,6 +39,7 @@ __all__ = [
     "OpOverload",
     "SymbolicGridFn",
     "all_gather_blocks",
+    "all_reduce_sum",
     "autocast_switches",
     "call_lowering",
     "check_torch",
@@ -361,6 +362,13 @@ def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:
     # Renamed in 2.13, where the old name warns.
     new = getattr(_functional_collectives, "all_gather_single", None)
     return (new or _functional_collectives.all_gather_tensor)(x, 0, group_name)
+
+
+def all_reduce_sum(x: torch.Tensor, group_name: Any) -> torch.Tensor:
+    """The sum of the tensors that the ranks of a group give, which is there when it is returned."""
+    summed = _functional_collectives.all_reduce(x, "sum", group_name)
+    is_pending = isinstance(summed, _functional_collectives.AsyncCollectiveTensor)
+    return summed.wait() if is_pending else summed
 
 
 def rank_in_group(group_name: Any) -> int:
