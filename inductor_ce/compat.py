@@ -70,6 +70,7 @@ __all__ = [
     "rank_in_group",
     "readable",
     "register_lowering",
+    "returns_to_program",
     "set_grad_enabled",
     "slot_value",
     "specialised",
@@ -335,6 +336,15 @@ def is_function_body(nodes: Sequence[torch.fx.Node]) -> bool:
     returned = output.args[0] if output.args else None
     pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
     return switched and pair and (first.args, last.args) == ((False,), (True,))
+
+
+def returns_to_program(module: torch.nn.Module | None) -> bool:
+    """Whether the outputs of a module's graph go to the user's program.
+
+    Those of a body inside another graph do not, nor those of the parts that DDPOptimizer compiles apart.
+    """
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" not in reason.reason
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:

@@ -29,7 +29,7 @@ LAYERS = [
     {"arrange", "lowering"},
     {"layouts"},
     {"statistics"},
-    {"rewrite"},
+    {"rewrite", "drop"},
     {"passes"},
     {"backend"},
     {"explanation", "functional"},
