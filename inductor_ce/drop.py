@@ -30,7 +30,6 @@ VERIFIED = "The option verify computes the original too, which has all logits in
 NOT_PLAIN = "they are no plain tensor"
 INSIDE = "they are returned to other compiled code, not to the program"
 ARGUMENT = "they are an argument of the graph"
-MUTATED = "they are changed in place"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
 
 _WHOLE = {"same", "reshape", "permute", "transpose", "transposed", "movedim", "detach", "getitem"}
@@ -56,9 +55,7 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
     if _is_argument(copies[0]) and not (returned and options.drop_logits):
         return ""  # there is no linear layer
     if not returned:
-        return (
-            "" if reader is None else f"The logits are also used by {reader}, so all of them are in memory."
-        )
+        return f"The logits are also used by {reader}, so all of them are in memory." if reader else ""
     if not options.drop_logits:
         return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
@@ -82,16 +79,9 @@ def _copied(node: Node) -> Node | None:
     if spelled is None or spelled[0] not in _WHOLE:
         return None
     source = spelled[1].get("input")
-    a, b = tensor_of(node), tensor_of(source)
-    if (
-        not isinstance(source, Node)
-        or a is None
-        or b is None
-        or not (a.is_floating_point() and b.is_floating_point())
-    ):
+    floating = [x is not None and x.is_floating_point() for x in (tensor_of(node), tensor_of(source))]
+    if not isinstance(source, Node) or not all(floating):
         return None
-    if spelled[0] == "reshape" and a.dtype != b.dtype:
-        return None  # x.view(dtype) reads the same bits as something else
     return source if spelled[0] != "getitem" or keeps_order(node, source) else None
 
 
@@ -117,18 +107,14 @@ def _are_plain(nodes: list[Node]) -> bool:
 
 
 def _refusal(graph: Graph, reading: Reading, copies: list[Node]) -> str | None:
-    timeline = reading.timeline
-    end = len(timeline.nodes)
     if not _are_plain(copies):
         return NOT_PLAIN
     if not returns_to_program(graph.owning_module):
         return INSIDE
     if _is_argument(copies[0]):
         return ARGUMENT
-    if any(timeline.version(node, end) for node in copies):
-        return MUTATED
     elsewhere = (n for n in graph.nodes if n not in copies and _is_seen_outside(n))
-    if any(timeline.shares_storage(n, node) for n in elsewhere for node in copies):
+    if any(reading.timeline.shares_storage(n, node) for n in elsewhere for node in copies):
         return ALIASED
     return None
 
