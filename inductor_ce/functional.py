@@ -124,8 +124,8 @@ def linear_cross_entropy(
         bias: of the head, [V], the dtype of `weight`.
         softcap: c, for c tanh(z / c) in place of the logits z; positive.
         shift: True or 1 for the causal shift, k for k positions: hidden[..., :-k, :] is paired with
-            target[..., k:], and mask[..., k:], without a copy of the hidden states. At least one position
-            must be left.
+            target[..., k:], and mask[..., k:], without a copy of the hidden states: the last k are computed
+            and ignored, as rows with an ignored target are. At least one position must be left.
         ignore_index, label_smoothing, z_loss_weight, reduction, num_label_tokens: as in `cross_entropy`.
         mask: [...], of any dtype; targets where it is 0 are ignored.
         class_weight: the `weight` of `cross_entropy`, [V], of all V also where the head is a shard.
