@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .config import Options
     from .errors import InductorCEError, InputError, MissError, OptionError, UnsupportedTorchError
     from .explanation import explain
-    from .functional import cross_entropy
+    from .functional import cross_entropy, linear_cross_entropy
     from .report import Report
     from .sites import Miss, Reason, Site
 
@@ -37,6 +37,7 @@ __all__ = [
     "explain",
     "inductor_ce_backend",
     "install",
+    "linear_cross_entropy",
     "uninstall",
 ]
 
@@ -45,7 +46,7 @@ _HOMES = {
     "config": ("Options",),
     "errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
     "explanation": ("explain",),
-    "functional": ("cross_entropy",),
+    "functional": ("cross_entropy", "linear_cross_entropy"),
     "report": ("Report",),
     "sites": ("Miss", "Reason", "Site"),
 }

@@ -15,10 +15,9 @@ from .compat import (
     inductor_config,
     list_mode_options,
     list_options,
-    passes_in,
-    slot_value,
 )
 from .config import Options, make_options, option_names
+from .slots import passes_in, slot_value
 from .errors import OptionError
 from .passes import FuseHeads, FuseLosses
 

@@ -39,11 +39,13 @@ __all__ = [
     "ALL_GATHER",
     "WAIT",
     "CustomGraphPass",
+    "HAS_PASS_LISTS",
     "OpOverload",
     "SymbolicGridFn",
     "all_gather_blocks",
     "auto_functionalized",
     "auto_chunked_graphs",
+    "all_reduce_sum",
     "autocast_switches",
     "call_lowering",
     "check_torch",
@@ -72,12 +74,11 @@ __all__ = [
     "list_options",
     "may_overwrite",
     "no_recompile_limit",
-    "passes_in",
     "rank_in_group",
     "readable",
     "register_lowering",
+    "returns_to_program",
     "set_grad_enabled",
-    "slot_value",
     "specialised",
     "template",
     "uncompiled",
@@ -271,38 +272,6 @@ def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
     return local.fake_mode
 
 
-class ChainedPass(CustomGraphPass):
-    """Several passes in one, for releases whose configuration holds only one."""
-
-    def __init__(self, passes: tuple[Any, ...]):
-        self.passes = passes
-
-    def __call__(self, graph: Graph) -> None:
-        for each in self.passes:
-            each(graph)
-
-    def uuid(self) -> Any:
-        """None, which turns Inductor's cache off, where a pass has none of its own."""
-        uuids = tuple(each.uuid() if isinstance(each, CustomGraphPass) else None for each in self.passes)
-        return None if None in uuids else uuids
-
-
-def passes_in(value: Any) -> tuple[Any, ...]:
-    """The passes that a configuration slot holds: none, one, or several from 2.13."""
-    if value is None:
-        return ()
-    if isinstance(value, ChainedPass):
-        return value.passes
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def slot_value(passes: tuple[Any, ...]) -> Any:
-    """The value for a configuration slot that holds `passes`."""
-    if len(passes) < 2:
-        return passes[0] if passes else None
-    return list(passes) if HAS_PASS_LISTS else ChainedPass(passes)
-
-
 # Graphs
 
 # The nodes by which a graph switches modes.
@@ -368,6 +337,15 @@ def is_function_body(nodes: Sequence[torch.fx.Node]) -> bool:
     return switched and pair and (first.args, last.args) == ((False,), (True,))
 
 
+def returns_to_program(module: torch.nn.Module | None) -> bool:
+    """Whether the outputs of a module's graph go to the user's program.
+
+    Those of a body inside another graph do not, nor those of the parts that DDPOptimizer compiles apart.
+    """
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" not in reason.reason
+
+
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
     """Compile as often as is asked."""
     return dynamo_config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
@@ -398,6 +376,13 @@ def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:
     # Renamed in 2.13, where the old name warns.
     new = getattr(_functional_collectives, "all_gather_single", None)
     return (new or _functional_collectives.all_gather_tensor)(x, 0, group_name)
+
+
+def all_reduce_sum(x: torch.Tensor, group_name: Any) -> torch.Tensor:
+    """The sum of the tensors that the ranks of a group give, which is there when it is returned."""
+    summed = _functional_collectives.all_reduce(x, "sum", group_name)
+    is_pending = isinstance(summed, _functional_collectives.AsyncCollectiveTensor)
+    return summed.wait() if is_pending else summed
 
 
 def rank_in_group(group_name: Any) -> int:

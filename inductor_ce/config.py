@@ -29,6 +29,12 @@ class Options:
         verify: compute each rewritten loss both ways, compare values and gradients when they are first
             made, and use the original, with an error in the log, where they differ. For a run of a few
             steps: it costs the time and memory of both.
+        drop_logits: for programs that never read the logits which a compiled function returns beside its
+            loss. Where a rewritten loss is all else that needs them, NaN of the same shape, dtype and device
+            is returned in their place: one element in memory, expanded, so that any use is loud, and without
+            a gradient: what is computed from it adds nothing to that of the loss. It is the logits
+            themselves that are dropped, cast or viewed or as they are; a part of them, such as the last
+            position's, keeps all of them. So do a DTensor, a change in place, and `verify`.
     """
 
     strategy: str = "auto"
@@ -36,6 +42,7 @@ class Options:
     min_vocab: int = 1024
     on_miss: str = "ignore"
     verify: bool = False
+    drop_logits: bool = False
 
     def __post_init__(self) -> None:
         if self.strategy not in WANTED:
@@ -49,8 +56,9 @@ class Options:
             )
         if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
             raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
-        if not isinstance(self.verify, bool):
-            raise OptionError(f"verify must be True or False, got {self.verify!r}")
+        for name in ("verify", "drop_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
         if self.on_miss not in ON_MISS:
             raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
 

@@ -1,30 +1,28 @@
-"""The functional form: the same losses for those who want to call them, over the same operators."""
+"""The functional forms: the same losses for those who want to call them, over the same operators."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import lowering, ops
+from .arguments import check_beside, check_head, check_logits, check_options, check_shift, check_weights
 from .backend import inductor_ce_backend
 from .compat import no_recompile_limit
 from .errors import InputError
-from .shards import Shard, group_rank, whole_row_stats
+from .loss_rows import Choices, Number, Numbers, loss_and_lse
+from .shards import with_summed_gradient
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup  # which not every build of torch has
 
-REDUCTIONS = ("none", "mean", "sum")
-
 # Where an eager call runs compiled code: the operators' own definitions make float32 copies of z.
 COMPILED_ON = lowering.GPUS
-
-Number = int | float
 
 
 def cross_entropy(
@@ -80,70 +78,137 @@ def cross_entropy(
     Raises:
         InputError: a shape, dtype, device or number that has no meaning.
     """
-    _check_tensors(logits, target, weight, mask)
-    _check_options(reduction, label_smoothing, softcap, num_label_tokens, group, vocab_start)
-    _check_weights("z_loss_weight", z_loss_weight)
-    _check_weights("weight", weight)
-    numbers = _Numbers(z_loss_weight, num_label_tokens, vocab_start)
-    _check_numbers(numbers)
-    if group is not None and group.size() == 1:
-        group = None
+    numbers = Numbers(z_loss_weight, num_label_tokens, vocab_start)
+    check_logits(logits)
+    check_beside({"logits": logits}, logits.shape[-1], target, ("weight", weight), mask)
+    check_options(reduction, label_smoothing, softcap, numbers, group)
+    check_weights("weight", weight)
+    group = _shared(group)
     if group is None and weight is not None and weight.shape[0] != logits.shape[-1]:
         raise InputError(f"weight has {weight.shape[0]} classes and logits have {logits.shape[-1]}")
-    choices = _Choices(
-        ignore_index,
-        reduction,
-        label_smoothing,
-        softcap,
-        None if group is None else group.group_name,
-        1 if group is None else group.size(),
-    )
-    if torch.compiler.is_compiling():
-        _have_lowerings()
-        loss, lse = _loss_and_lse(logits, target, weight, mask, numbers, choices)
-    elif logits.device.type in COMPILED_ON:
-        numbers = _on_device(numbers, logits)
-        with no_recompile_limit():
-            loss, lse = _compiled()(logits, target, weight, mask, numbers, choices)
-    else:
-        loss, lse = _loss_and_lse(logits, target, weight, mask, numbers, choices)
+    choices = Choices(ignore_index, reduction, label_smoothing, softcap, *_named(group))
+    loss, lse = _run(loss_and_lse, (logits, target, weight, mask), numbers, choices)
     return (loss, lse) if return_lse else loss
 
 
-class _Numbers(NamedTuple):
-    """What may change from call to call, as numbers or tensors []."""
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    shift: bool | int = False,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float | Tensor = 0.0,
+    reduction: str = "mean",
+    mask: Tensor | None = None,
+    num_label_tokens: int | Tensor | None = None,
+    class_weight: Tensor | None = None,
+    return_lse: bool = False,
+    group: ProcessGroup | None = None,
+    vocab_start: int | Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `cross_entropy` of the logits `torch.nn.functional.linear(hidden, weight, bias)`.
 
-    z_loss_weight: Number | Tensor
-    num_label_tokens: Number | Tensor | None
-    vocab_start: int | Tensor | None
+    Compiled code, and eager calls on a GPU, which run compiled code too, hold the linear and the loss in one
+    graph, as if written out there. Eager calls on a CPU compute one after the other, with all logits in
+    memory: compiling them would take a C++ compiler, and seconds for each variant of a call. No call waits
+    for the GPU. There is no second derivative.
+
+    Args:
+        hidden: hidden states [..., D], any floating dtype.
+        weight: of the head, [V, D], the dtype of `hidden`; under autocast any, as for a linear layer.
+        target: class indices [...], any integer dtype, or probabilities [..., V], as in `cross_entropy`.
+        bias: of the head, [V], the dtype of `weight`.
+        softcap: c, for c tanh(z / c) in place of the logits z; positive.
+        shift: True or 1 for the causal shift, k for k positions: hidden[..., :-k, :] is paired with
+            target[..., k:], and mask[..., k:], without a copy of the hidden states: the last k are computed
+            and ignored, as rows with an ignored target are. At least one position must be left.
+        ignore_index, label_smoothing, z_loss_weight, reduction, num_label_tokens: as in `cross_entropy`.
+        mask: [...], of any dtype; targets where it is 0 are ignored.
+        class_weight: the `weight` of `cross_entropy`, [V], of all V also where the head is a shard.
+        return_lse: return (loss, lse), with lse = logsumexp of each row that has a target, ignored ones too;
+            it has a gradient.
+        group: the ranks over which V is sharded; `weight`, `bias`, and probabilities, are this rank's part,
+            `hidden` and class indices the same on every rank. One all-gather of a few numbers a row in the
+            forward; in the backward, one all-reduce of the gradient of `hidden`, if it needs one: it is
+            whole, and the same, on every rank. So it must need one on every rank or on none. Each rank has
+            the gradient of its own part of the head, for the same upstream gradient.
+        vocab_start: where this rank's rows of the head start, as in `cross_entropy`.
+
+    Returns:
+        float32, or float64 for float64 logits: [...] for reduction "none", with `shift` [..., S - k] where
+        S is the last dimension of the rows, else [].
+
+    Raises:
+        InputError: a shape, dtype, device or number that has no meaning.
+    """
+    numbers = Numbers(z_loss_weight, num_label_tokens, vocab_start)
+    check_head(hidden, weight, bias)
+    check_beside(
+        {"hidden": hidden, "weight": weight}, weight.shape[0], target, ("class_weight", class_weight), mask
+    )
+    check_options(reduction, label_smoothing, softcap, numbers, group)
+    check_weights("class_weight", class_weight)
+    check_shift(shift, hidden)
+    group = _shared(group)
+    if group is None and class_weight is not None and class_weight.shape[0] != weight.shape[0]:
+        raise InputError(f"class_weight has {class_weight.shape[0]} classes and weight has {weight.shape[0]}")
+    choices = Choices(ignore_index, reduction, label_smoothing, softcap, *_named(group), int(shift))
+    tensors = (hidden, weight, bias, target, class_weight, mask)
+    loss, lse = _run(_linear_loss_and_lse, tensors, numbers, choices)
+    return (loss, lse) if return_lse else loss
 
 
-class _Choices(NamedTuple):
-    """What code is compiled for."""
+def _linear_loss_and_lse(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    mask: Tensor | None,
+    numbers: Numbers,
+    choices: Choices,
+) -> tuple[Tensor, Tensor]:
+    if choices.group_name is not None:
+        hidden = with_summed_gradient(hidden, choices.group_name)
+    return loss_and_lse(F.linear(hidden, weight, bias), target, class_weight, mask, numbers, choices)
 
-    ignore_index: int
-    reduction: str
-    label_smoothing: float
-    softcap: float | None
-    group_name: str | None
-    group_size: int
+
+def _shared(group: ProcessGroup | None) -> ProcessGroup | None:
+    """None for a group of one, which has all of the vocabulary."""
+    return None if group is None or group.size() == 1 else group
 
 
-class _Rows(NamedTuple):
-    """Of each row [N]: its loss, its lse, and its share in the mean."""
-
-    loss: Tensor
-    lse: Tensor
-    share: Tensor
+def _named(group: ProcessGroup | None) -> tuple[str | None, int]:
+    return (None, 1) if group is None else (group.group_name, group.size())
 
 
 # How it runs
 
+Losses = Callable[..., tuple[Tensor, Tensor]]
+
+
+def _run(
+    losses: Losses, tensors: tuple[Tensor | None, ...], numbers: Numbers, choices: Choices
+) -> tuple[Tensor, Tensor]:
+    """`losses`, compiled where that is to be; the first tensor tells the device."""
+    z = tensors[0]
+    assert z is not None
+    if torch.compiler.is_compiling():
+        _have_lowerings()
+    elif z.device.type in COMPILED_ON:
+        with no_recompile_limit():
+            return _compiled(losses)(*tensors, _on_device(numbers, z), choices)
+    return losses(*tensors, numbers, choices)
+
 
 @functools.cache
-def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+def _compiled(losses: Losses) -> Losses:
     """What eager calls on a GPU run."""
-    return torch.compile(_loss_and_lse, backend=inductor_ce_backend)
+    return torch.compile(losses, backend=inductor_ce_backend)
 
 
 @torch.compiler.assume_constant_result
@@ -153,200 +218,13 @@ def _have_lowerings() -> bool:
     return True
 
 
-def _on_device(numbers: _Numbers, logits: Tensor) -> _Numbers:
+def _on_device(numbers: Numbers, z: Tensor) -> Numbers:
     """Tensors [], for which nothing is compiled anew when a value changes, and nobody waits."""
 
     def held(number: Number | Tensor | None) -> Any:
         if number is None or isinstance(number, Tensor):
             return number
-        dtype = torch.int64 if isinstance(number, int) else ops.stats_dtype(logits)
-        return torch.full((), number, dtype=dtype, device=logits.device)
+        dtype = torch.int64 if isinstance(number, int) else ops.stats_dtype(z)
+        return torch.full((), number, dtype=dtype, device=z.device)
 
-    return _Numbers(*map(held, numbers))
-
-
-# What is computed
-
-
-def _loss_and_lse(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    mask: Tensor | None,
-    numbers: _Numbers,
-    choices: _Choices,
-) -> tuple[Tensor, Tensor]:
-    shape = logits.shape[:-1]
-    z = logits.reshape(math.prod(shape), logits.shape[-1])
-    if choices.softcap is not None:
-        z = choices.softcap * torch.tanh(z.to(ops.stats_dtype(z)) / choices.softcap)
-    if weight is not None:
-        weight = _valid_or_nan(weight.to(ops.stats_dtype(z)))
-    counts = z.new_ones(z.shape[0], dtype=torch.bool) if mask is None else mask.reshape(z.shape[0]) != 0
-    shard = _shard(z, numbers, choices)
-    if target.is_floating_point():
-        rows = _of_probabilities(z, target.reshape(z.shape), weight, choices.label_smoothing, shard)
-    else:
-        y = target.reshape(z.shape[0]).long()
-        counts = counts & (y != choices.ignore_index)
-        rows = _of_labels(z, y, counts, weight, choices.label_smoothing, shard)
-    w = _valid_or_nan(z.new_ones((), dtype=rows.lse.dtype) * numbers.z_loss_weight)
-    loss = torch.where(counts, rows.loss + torch.where(w == 0, 0.0, w * rows.lse.square()), 0.0)
-    if choices.reduction == "none":
-        return loss.reshape(shape), rows.lse.reshape(shape)
-    total = loss.sum()
-    if numbers.num_label_tokens is not None:
-        total = total / numbers.num_label_tokens
-    elif choices.reduction == "mean":
-        total = total / torch.where(counts, rows.share, 0.0).sum()
-    return total, rows.lse.reshape(shape)
-
-
-def _shard(z: Tensor, numbers: _Numbers, choices: _Choices) -> Shard | None:
-    if choices.group_name is None:
-        return None
-    if numbers.vocab_start is None:
-        start = group_rank(z, choices.group_name) * z.shape[1]
-    else:
-        start = z.new_ones((), dtype=torch.int64) * numbers.vocab_start
-    return Shard(choices.group_name, choices.group_size, start, numbers.vocab_start is None)
-
-
-def _of_labels(
-    z: Tensor, y: Tensor, counts: Tensor, weight: Tensor | None, smoothing: float, shard: Shard | None
-) -> _Rows:
-    label = y if shard is None else y - shard.start
-    weights = [] if weight is None or not smoothing else [_columns_of(weight, z, shard)]
-    rows, total = _statistics(z, [label], weights, bool(smoothing) and weight is None, shard)
-    log_d = rows[ops.SUMEXP].log()
-    loss = log_d + (rows[ops.MAX] - rows[ops.PICK])
-    known = (y >= 0) & (y < total)
-    share = torch.ones_like(loss)
-    if weight is not None:
-        share = weight.index_select(0, torch.where(known, y, 0))
-        loss = share * loss
-    if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * _to_all(rows, log_d, total, 0)
-    loss = loss * torch.where(counts & ~known, torch.nan, 1.0)
-    return _Rows(loss, rows[ops.MAX] + log_d, share)
-
-
-def _of_probabilities(
-    z: Tensor, q: Tensor, weight: Tensor | None, smoothing: float, shard: Shard | None
-) -> _Rows:
-    weights = [q]
-    if weight is not None:
-        own = _columns_of(weight, z, shard)
-        weights = [q.to(own.dtype) * own] + [own] * bool(smoothing)
-    rows, total = _statistics(z, [], weights, bool(smoothing) and weight is None, shard)
-    log_d = rows[ops.SUMEXP].log()
-    loss = _to_weighted(rows, log_d, 0)
-    if smoothing:
-        loss = (1 - smoothing) * loss + smoothing * _to_all(rows, log_d, total, 1)
-    return _Rows(loss, rows[ops.MAX] + log_d, torch.ones_like(loss))
-
-
-def _to_weighted(rows: dict[str, Tensor], log_d: Tensor, j: int) -> Tensor:
-    """sum_i q_ji (lse - z_i)"""
-    return rows[f"{ops.MASS}:{j}"] * log_d - rows[f"{ops.DOT}:{j}"]
-
-
-def _to_all(rows: dict[str, Tensor], log_d: Tensor, total: int | Tensor, j: int) -> Tensor:
-    """The mean over the V classes of lse - z_i, weighted by q_j where there are class weights."""
-    if ops.SUM in rows:
-        return log_d - rows[ops.SUM] / total
-    return _to_weighted(rows, log_d, j) / total
-
-
-def _statistics(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], with_sum: bool, shard: Shard | None
-) -> tuple[dict[str, Tensor], int | Tensor]:
-    """Statistics of whole rows by name, and V of them, [N] where they are sharded."""
-    names = [ops.MAX, ops.SUMEXP] + [ops.PICK] * len(labels) + [ops.SUM] * with_sum
-    names += [f"{row}:{j}" for j in range(len(weights)) for row in (ops.DOT, ops.MASS)]
-    which = ",".join(names)
-    total: int | Tensor = z.shape[1]
-    if shard is None:
-        packed = ops.row_stats(z, labels, weights, which)
-    else:
-        packed, total = whole_row_stats(z, labels, weights, which, shard)
-    return dict(zip(names, packed.unbind(0), strict=True)), total
-
-
-def _columns_of(weight: Tensor, z: Tensor, shard: Shard | None) -> Tensor:
-    """The weights of the classes in `z`."""
-    if shard is None:
-        return weight
-    return weight.index_select(0, shard.start + torch.arange(z.shape[1], device=z.device))
-
-
-# Checks
-
-
-def _valid_or_nan(weights: Tensor) -> Tensor:
-    """All NaN if one of them is negative, NaN or infinite."""
-    return torch.where(((weights >= 0) & weights.isfinite()).all(), weights, torch.nan)
-
-
-def _check_tensors(logits: Tensor, target: Tensor, weight: Tensor | None, mask: Tensor | None) -> None:
-    if not logits.is_floating_point() or logits.dim() == 0:
-        raise InputError(f"logits must be floating point [..., V], got {_described(logits)}")
-    shape = logits.shape[:-1]
-    if target.is_complex() or target.dtype == torch.bool:
-        raise InputError(f"target must be class indices or probabilities, got {_described(target)}")
-    if target.shape != (logits.shape if target.is_floating_point() else shape):
-        raise InputError(
-            f"target must be class indices {list(shape)} or probabilities {list(logits.shape)} for logits "
-            f"{list(logits.shape)}, classes last, got {_described(target)}"
-        )
-    if weight is not None and (not weight.is_floating_point() or weight.dim() != 1):
-        raise InputError(f"weight must be floating point [V], got {_described(weight)}")
-    if mask is not None and mask.shape != shape:
-        raise InputError(f"mask must be {list(shape)}, as the rows of the logits, got {_described(mask)}")
-    for name, tensor in (("target", target), ("weight", weight), ("mask", mask)):
-        if tensor is not None and tensor.device != logits.device:
-            raise InputError(f"{name} is on {tensor.device} and logits on {logits.device}")
-        if tensor is not None and tensor.requires_grad:
-            raise InputError(f"{name} requires a gradient and would get none; pass {name}.detach()")
-
-
-def _check_options(
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-    num_label_tokens: int | Tensor | None,
-    group: ProcessGroup | None,
-    vocab_start: int | Tensor | None,
-) -> None:
-    if reduction not in REDUCTIONS:
-        raise InputError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
-    if not 0 <= label_smoothing <= 1:
-        raise InputError(f"label_smoothing must be in [0, 1], got {label_smoothing!r}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise InputError(f"softcap must be positive and finite, got {softcap!r}")
-    if num_label_tokens is not None and reduction == "none":
-        raise InputError("num_label_tokens divides a sum: reduction must be 'sum' or 'mean', got 'none'")
-    if vocab_start is not None and group is None:
-        raise InputError("vocab_start is where a shard starts: it needs a group")
-
-
-def _check_numbers(numbers: _Numbers) -> None:
-    for name, value in numbers._asdict().items():
-        if isinstance(value, Tensor) and value.dim() > 0:
-            raise InputError(f"{name} must be a number or a tensor [], got {_described(value)}")
-
-
-def _check_weights(name: str, value: Any) -> None:
-    """Raises for weights that are negative, NaN or infinite, where that can be told without waiting."""
-    if isinstance(value, Tensor):
-        if torch.compiler.is_compiling() or value.device.type != "cpu":
-            return
-        valid = bool((value >= 0).logical_and(value.isfinite()).all())
-    else:
-        valid = value is None or 0 <= value < math.inf
-    if not valid:
-        raise InputError(f"{name} must not be negative, NaN or infinite, got {value!r}")
-
-
-def _described(tensor: Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"
+    return Numbers(*map(held, numbers))

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.fx import Graph, Node
 
 from .compat import CustomGraphPass, counters, get_hash_for_files
 from .config import Options
+from .drop import settle_logits
 from .errors import MissError
 from .groups import Group, Replaceable, headline, value_of
 from .joint import fuse_heads, plan_line
@@ -83,14 +85,20 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
         return report
     reading, groups = judged
     report.misses += reading.misses
+    fused = []
     for group in groups:
         site, error = attempt(LEFT, _fuse, graph, reading, group, options.verify)
         if site is not None:
+            fused.append(group)
             report.sites.append(site)
         else:
             report.misses.append(_internal_error(headline(reading, group.nodes), error))
-    if report.sites:
+    if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
+        heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, fused, options)
+        report.sites = [
+            replace(s, head=h) for s, h in zip(report.sites, heads or [""] * len(fused), strict=True)
+        ]
     return report
 
 

@@ -66,6 +66,7 @@ def _site_lines(site: Site) -> list[str]:
         ("operator", f"row_stats[{site.which}]"),
         ("strategy", site.strategy + (", vocabulary sharded" if site.sharded else "")),
         ("logits", mebibytes(site.logits_bytes)),
+        *([("head", site.head)] if site.head else []),
     ]
     return [f"  fused   {site.location}  {site.code}", *(f"    {name:<11}{fact}" for name, fact in facts)]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .compat import all_gather_blocks, rank_in_group
+from .compat import all_gather_blocks, all_reduce_sum, rank_in_group
 
 
 @torch.library.custom_op("inductor_ce::group_rank", mutates_args=())
@@ -31,6 +31,25 @@ def group_rank(like: Tensor, group_name: str) -> Tensor:
 @group_rank.register_fake
 def _(like: Tensor, group_name: str) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
+
+
+def with_summed_gradient(x: Tensor, group_name: str) -> Tensor:
+    """x, whose gradient is the sum of those that reach it on the ranks of a group.
+
+    Every rank of the group calls, and x requires a gradient on all or on none.
+    """
+    return _WithSummedGradient.apply(x, group_name)
+
+
+class _WithSummedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return all_reduce_sum(upstream.contiguous(), ctx.group_name), None
 
 
 class Shard(NamedTuple):

@@ -52,6 +52,8 @@ class Site:
         sharded: whether the vocabulary is split over ranks.
         strategy: how the logits are dealt with; "materialise" keeps them.
         logits_bytes: size of the logits, with a hint in place of a symbolic N.
+        head: a sentence on why the linear layer before the logits is or is not fused with the loss, for
+            example that the logits are returned; "" where there is nothing to tell.
     """
 
     location: str
@@ -62,6 +64,7 @@ class Site:
     sharded: bool
     strategy: str
     logits_bytes: int
+    head: str = ""
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,16 @@ def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
         is_read = node in reading.values or node in reading.parted
         if node not in replaced and (not is_read or node in wanted):
             needed.add(node)
-            wanted.update(_read_by(node))
+            wanted.update(read_by(node))
     return needed
 
 
-def _read_by(node: Node) -> Sequence[Node]:
+def read_by(node: Node) -> Sequence[Node]:
     """The nodes whose elements, not only their shape or dtype, a node reads."""
     operand = broadcast_operand(node)
     if operand is not None:
         return [operand]
-    name = _name(node)
+    name = name_of(node)
     if name in SHAPE_ONLY:
         return []
     return [node.args[0]] if name in FIRST_ONLY and isinstance(node.args[0], Node) else node.all_input_nodes
@@ -44,26 +44,26 @@ SHAPE_ONLY = {
 FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
 
 
-def _name(node: Node) -> str:
+def name_of(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _where(node: Node) -> str:
+def where_is(node: Node) -> str:
     location, code = user_line(node)
     return f"at {location} ({code})"
 
 
 def escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
     """Who else needs the log-probabilities `wide`."""
-    what = f"The {_name(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
+    what = f"The {name_of(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
     user: Node | None = wide
     while user is not None and (user is wide or _is_followed(reading, user)):
-        user = next((u for u in user.users if u in needed and user in _read_by(u)), None)
+        user = next((u for u in user.users if u in needed and user in read_by(u)), None)
     if user is None:
         return f"{what} is needed elsewhere."
     if user.op == "output":
         return f"{what} is returned, so it is in memory anyway."
-    return f"{what} is also used by {_name(user)} {_where(user)}."
+    return f"{what} is also used by {name_of(user)} {where_is(user)}."
 
 
 def _is_followed(reading: Reading, node: Node) -> bool:
@@ -143,7 +143,7 @@ def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:
     frontier, seen = [node], {node}
     while frontier:
         head = frontier.pop(0)
-        fresh = [user for user in head.users if user not in seen and head in _read_by(user)]
+        fresh = [user for user in head.users if user not in seen and head in read_by(user)]
         yield from fresh
         seen.update(fresh)
         frontier += [user for user in fresh if _stays(reading, user, value)]
@@ -166,32 +166,32 @@ def _unread_fact(reading: Reading, node: Node, value: OnLogits) -> tuple[Reason,
         if weigher is not None and not _is_made_of(weigher, node):
             return _weigher_fact(weigher)
         if user.op == "output":
-            fact = f"The result of {_name(node)} is returned; no loss is taken from it here."
+            fact = f"The result of {name_of(node)} is returned; no loss is taken from it here."
             return Reason.NOT_UNDERSTOOD, fact
         if not _stays(reading, user, value) or _waits(reading, user):
             return _break_fact(reading, node, value, user)
-    return Reason.NOT_UNDERSTOOD, f"The result of {_name(node)} is not used."
+    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used."
 
 
 def _break_fact(reading: Reading, node: Node, value: OnLogits, user: Node) -> tuple[Reason, str]:
     """Why the reading broke off at `user`."""
     other = reading.on_logits(user)
     if _step(user) in ("nll_loss", "gather") and other is not None and other.logits.node is node:
-        theirs = f"{_name(user)} {_where(user)} takes classes on dimension {other.logits.axis}"
-        fact = f"The {_name(node)} is over dimension {value.logits.axis}, and {theirs}."
+        theirs = f"{name_of(user)} {where_is(user)} takes classes on dimension {other.logits.axis}"
+        fact = f"The {name_of(node)} is over dimension {value.logits.axis}, and {theirs}."
         return Reason.NOT_UNDERSTOOD, fact
     beside = [reading.on_logits(a) for a in user.all_input_nodes]
     same = [v.logits.version for v in beside if v is not None and v.logits.node is value.logits.node]
     if len(set(same)) > 1:
         return (
             Reason.MUTATED,
-            f"The logits are changed in place between what {_name(user)} {_where(user)} joins.",
+            f"The logits are changed in place between what {name_of(user)} {where_is(user)} joins.",
         )
-    return Reason.NOT_UNDERSTOOD, f"The result of {_name(node)} goes into {_name(user)} {_where(user)}."
+    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} goes into {name_of(user)} {where_is(user)}."
 
 
 def _weigher_fact(weigher: Node) -> tuple[Reason, str]:
-    what = "an input" if weigher.op == "placeholder" else f"{_name(weigher)} {_where(weigher)}"
+    what = "an input" if weigher.op == "placeholder" else f"{name_of(weigher)} {where_is(weigher)}"
     shape = list(shape_of(weigher))
     fact = f"The classes are weighed by {what} {shape}, of which a gradient is wanted."
     return (Reason.CLASS_WEIGHTS if len(shape) == 1 else Reason.SOFT_TARGETS), fact

@@ -79,7 +79,8 @@ def test_install_and_uninstall():
     handle = inductor_ce.install(min_vocab=2)
     assert installed() == OURS
     assert handle.options == Options(min_vocab=2)
-    assert repr(handle) == "<inductor_ce installed with Options(min_vocab=2, on_miss='ignore', verify=False)>"
+    options = "Options(min_vocab=2, on_miss='ignore', verify=False, drop_logits=False)"
+    assert repr(handle) == f"<inductor_ce installed with {options}>"
     inductor_ce.uninstall()
     assert slots() == [None, None]
 
@@ -295,11 +296,14 @@ def test_backend_keeps_foreign_passes(patches: list[dict[str, Any]]):
 # Options
 
 
+VALID = "min_vocab, on_miss, verify, drop_logits"
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"minvocab": 2}, "unknown option 'minvocab'; valid options are min_vocab, on_miss, verify"),
-        ({"a": 1, "b": 2}, "unknown options 'a', 'b'; valid options are min_vocab, on_miss, verify"),
+        ({"minvocab": 2}, f"unknown option 'minvocab'; valid options are {VALID}"),
+        ({"a": 1, "b": 2}, f"unknown options 'a', 'b'; valid options are {VALID}"),
         ({"min_vocab": 1}, "min_vocab must be an int of at least 2, got 1"),
         ({"min_vocab": "many"}, "min_vocab must be an int of at least 2, got 'many'"),
         ({"min_vocab": True}, "min_vocab must be an int of at least 2, got True"),
@@ -316,9 +320,7 @@ def test_wrong_options(given: dict[str, Any], says: str):
 
 
 def test_wrong_options_of_the_backend():
-    with pytest.raises(
-        Exception, match="unknown option 'max_autotoon'; valid options are min_vocab, on_miss, verify, and"
-    ):
+    with pytest.raises(Exception, match=f"unknown option 'max_autotoon'; valid options are {VALID}, and"):
         compiled_with({"min_vocab": 2, "max_autotoon": True})(*inputs())
     with pytest.raises(Exception, match="min_vocab must be an int of at least 2, got 0"):
         compiled_with({"min_vocab": 0})(*inputs())

@@ -402,6 +402,18 @@ def test_refused(name: str):
     assert "a DTensor [8, 24] with placements (" in miss.message
 
 
+def test_returned_logits_are_not_dropped():
+    def f(h, W, y):
+        z = F.linear(h, W)
+        return F.cross_entropy(z, y), z
+
+    given, _ = made(LINE)
+    compiled, _ = compile_without_codegen(f, drop_logits=True)
+    assert not compiled(*given)[1].to_local().isnan().any()
+    (site,) = inductor_ce.explain(f, *given).sites
+    assert site.head.endswith("drop_logits does not apply, because they are no plain tensor.")
+
+
 # The functions by themselves
 
 

@@ -136,7 +136,7 @@ def test_dictionary_survives_json():
     assert json.loads(json.dumps(d)) == d
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
-        *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
+        *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes", "head"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],

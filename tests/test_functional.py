@@ -374,7 +374,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     ),
     (
         lambda: cross_entropy(Z, Y, mask=torch.ones(3)),
-        "mask must be [2], as the rows of the logits, got torch.float32 [3]",
+        "mask must be [2], as the rows of logits, got torch.float32 [3]",
     ),
     (lambda: cross_entropy(Z, Y.to("meta")), "target is on meta and logits on cpu"),
     (
