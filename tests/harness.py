@@ -1,13 +1,14 @@
 """How most tests compile: every pass of Inductor runs, and the final graphs run eagerly."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.utils import counters
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 import inductor_ce
@@ -25,15 +26,18 @@ def clean_slate():
 
 
 class Graphs:
-    """A torch.compile backend that runs Inductor's passes and keeps the final graphs."""
+    """A torch.compile backend that runs Inductor's passes and keeps the final graphs, before code if any."""
 
-    def __init__(self) -> None:
+    def __init__(self, code: bool = False) -> None:
+        self.code = code
         self.final: list[GraphModule] = []
 
     def inner_compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
-        self.final.append(gm)
+        self.final.append(copy.deepcopy(gm) if self.code else gm)
+        if self.code:
+            return compile_fx_inner(gm, example_inputs, **kwargs)
         return make_boxed_func(gm.forward)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -55,6 +59,13 @@ def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = Non
     inductor_ce.install(**{"min_vocab": 2, **options})
     graphs = Graphs()
     return torch.compile(f, backend=graphs, dynamic=dynamic), graphs
+
+
+def compile_with_codegen(f: Callable[..., Any]):
+    """The same, but what runs is Inductor's code."""
+    inductor_ce.install(min_vocab=2)
+    graphs = Graphs(code=True)
+    return torch.compile(f, backend=graphs), graphs
 
 
 def sites() -> int:
