@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
@@ -12,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 import inductor_ce
+import inductor_ce.backend
 
 
 @contextlib.contextmanager
@@ -23,6 +26,17 @@ def clean_slate():
     with torch._inductor.config.patch(force_disable_caches=True):
         yield
     inductor_ce.uninstall()
+
+
+@contextlib.contextmanager
+def without_codegen() -> Iterator[None]:
+    """Within the block, what is compiled for Inductor runs as the graph that its passes made."""
+    graphs = functools.partial(compile_fx, inner_compile=Graphs().inner_compile)
+    with (
+        mock.patch.object(torch._inductor.compile_fx, "compile_fx", graphs),
+        mock.patch.object(inductor_ce.backend, "compile_fx", graphs),
+    ):
+        yield
 
 
 class Graphs:

@@ -1,1 +1,1 @@
-"""Timings on a GPU: `python -m inductor_ce.bench ce`."""
+"""Timings on GPUs: `python -m inductor_ce.bench ce`, and `tp` under torchrun."""

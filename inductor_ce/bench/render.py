@@ -20,14 +20,18 @@ CUT = 1.5  # bars of time end here, so that those below 1 can be told apart
 
 def table(result: dict[str, Any]) -> str:
     """Every number of every shape, and below them what was not measured."""
+    return "\n\n".join([heading(result), *map(_shape_table, result["shapes"])])
+
+
+def heading(result: dict[str, Any]) -> str:
+    """Of what machine and versions a result is."""
     where = result["environment"]
     versions = f"torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
-    heading = f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
-    return "\n\n".join([heading, *map(_shape_table, result["shapes"])])
+    return f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
 
 
 def _shape_table(shape: dict[str, Any]) -> str:
-    lines = [_shape_heading(shape), *_aligned([HEADER, *(_cells(row) for row in shape["rows"])])]
+    lines = [_shape_heading(shape), *aligned([HEADER, *map(_cells, shape["rows"])], LEFT)]
     skipped: dict[tuple[str, str], list[str]] = {}
     for each in shape["not_measured"]:
         skipped.setdefault((each["system"], each["reason"]), []).append(each["loss"])
@@ -38,7 +42,7 @@ def _shape_table(shape: dict[str, Any]) -> str:
 def _shape_heading(shape: dict[str, Any]) -> str:
     copy, read = (shape[f"{key}_bytes_per_s"] / 1e12 for key in ("copy", "read"))
     return (
-        f"{shape['N']} x {shape['V']}: logits {_mb(shape['logits_bytes'])} MB; "
+        f"{shape['N']} x {shape['V']}: logits {mb(shape['logits_bytes'])} MB; "
         f"2 passes {shape['two_pass_ms']:.3f} ms, 3 passes {shape['three_pass_ms']:.3f} ms "
         f"(copy {copy:.2f} TB/s, read {read:.2f} TB/s)"
     )
@@ -52,7 +56,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ms']:.3f}",
         f"{100 * row['spread']:.1f}%",
         "" if row["ratio"] is None else f"{row['ratio']:.3f}",
-        _mb(row["extra_bytes"]),
+        mb(row["extra_bytes"]),
         f"{row['loss_error']:.1e}",
         f"{row['dz_error']:.1e}",
         f"{row['first_call_s']:.1f}",
@@ -60,15 +64,16 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _mb(size: int) -> str:
+def mb(size: int) -> str:
     return f"{size / 2**20:.0f}"
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+def aligned(lines: list[tuple[str, ...]], left: tuple[int, ...]) -> list[str]:
+    """The cells in columns; those that hold words, `left`, begin where their column does."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i in LEFT else cell.rjust(width)
+            cell.ljust(width) if i in left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
@@ -82,12 +87,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
     for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
         upper.set_title(f"{shape['N']} x {shape['V']}")
-        _bars(upper, shape, "ratio", 1.0, cut=CUT)
-        _bars(lower, shape, "extra_bytes", 2.0**-20)
+        titles = [LOSSES[name].title.replace(", ", "\n") for name in _losses(shape)]
+        bars(upper, _heights(shape, "ratio"), titles, list(SYSTEMS), "{:.2f}", cut=CUT)
+        bars(lower, _heights(shape, "extra_bytes", 2.0**-20), titles, list(SYSTEMS), "{:.0f}")
         _limits(upper, shape)
         lower.axhline(shape["logits_bytes"] / 2**20, color="black", linestyle=":", linewidth=1)
     axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {CUT}; dashed: limit of three passes)")
     axes[1, 0].set_ylabel("extra memory at the peak, MB\n(dotted: the size of the logits)")
+    finish(figure, axes, result, path)
+
+
+def finish(figure: Figure, axes: Any, result: dict[str, Any], path: Path) -> None:
+    """The legend, where and when the numbers were made, and the file."""
     handles = {h.get_label(): h for a in axes[0] for h in a.containers}
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
     where = result["environment"]
@@ -99,28 +110,38 @@ def _losses(shape: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["loss"] for row in shape["rows"]))
 
 
-def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float, cut: float = math.inf) -> None:
-    """The bars of one quantity; a system that did not run leaves a gap in its place."""
-    losses = _losses(shape)
-    systems = [name for name in SYSTEMS if any(row["system"] == name for row in shape["rows"])]
-    width = BAR_WIDTH / max(1, len(systems))
-    for k, name in enumerate(systems):
-        rows = [row for row in shape["rows"] if row["system"] == name and row[key] is not None]
-        x = [losses.index(row["loss"]) + (k + 0.5) * width - BAR_WIDTH / 2 for row in rows]
-        heights = [scale * row[key] for row in rows]
-        bars = axes.bar(
-            x,
-            [min(height, cut) for height in heights],
+def _heights(shape: dict[str, Any], key: str, scale: float = 1.0) -> dict[tuple[str, str], float]:
+    return {
+        (LOSSES[row["loss"]].title.replace(", ", "\n"), row["system"]): scale * row[key]
+        for row in shape["rows"]
+        if row[key] is not None
+    }
+
+
+def bars(
+    axes: Axes,
+    heights: dict[tuple[str, str], float],
+    groups: list[str],
+    systems: list[str],
+    text: str,
+    cut: float = math.inf,
+) -> None:
+    """The bars of one quantity by group and system; a system that did not run leaves a gap in its place."""
+    present = [name for name in systems if any(system == name for _, system in heights)]
+    width = BAR_WIDTH / max(1, len(present))
+    for k, name in enumerate(present):
+        places = [i for i, group in enumerate(groups) if (group, name) in heights]
+        values = [heights[groups[i], name] for i in places]
+        drawn = axes.bar(
+            [i + (k + 0.5) * width - BAR_WIDTH / 2 for i in places],
+            [min(value, cut) for value in values],
             width,
             label=name,
-            color=f"C{list(SYSTEMS).index(name)}",
+            color=f"C{systems.index(name)}",
         )
-        texts = [f"{height:.2f}" if key == "ratio" else f"{height:.0f}" for height in heights]
-        axes.bar_label(bars, texts, fontsize=6, rotation=90, padding=2)
+        axes.bar_label(drawn, [text.format(value) for value in values], fontsize=6, rotation=90, padding=2)
     axes.margins(y=0.15)
-    axes.set_xticks(
-        range(len(losses)), [LOSSES[name].title.replace(", ", "\n") for name in losses], fontsize=8
-    )
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
 
 
 def _limits(axes: Axes, shape: dict[str, Any]) -> None:
