@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from inductor_ce.plan import Head, plan
 
+from inductor_ce.plan import Head, plan
 from plots import plot_batches
 from train import default_device
 from transformer import Transformer

@@ -17,9 +17,9 @@ from .compat import (
     list_options,
 )
 from .config import Options, make_options, option_names
-from .slots import passes_in, slot_value
 from .errors import OptionError
 from .passes import FuseHeads, FuseLosses
+from .slots import passes_in, slot_value
 
 SLOTS = {"pre_grad_custom_pass": FuseLosses, "joint_custom_post_pass": FuseHeads}
 OURS = (FuseLosses, FuseHeads)

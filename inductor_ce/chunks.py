@@ -15,10 +15,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .builder import Builder
-from .compat import is_tangent, unset_fake_temporarily
+from .compat import ALL_GATHER, WAIT, is_tangent, unset_fake_temporarily
 from .exits import Exit
 from .heads import Head
 from .pieces import ROWS, Pieces, Range
+from .plan import piece_size
 from .products import ONCE_MADE
 from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
 from .timeline import tensor_of
@@ -97,6 +98,11 @@ class Coefficients:
         for node in self._nodes:
             if _is_atom(node, self.proof.facts[node]):
                 made[node] = self._one(node)
+            elif node.target == ALL_GATHER:
+                made[node] = self._gathered(node, made, piece)
+            elif node.target == WAIT:
+                waited = build(WAIT, made[node.args[0]])  # type: ignore[index]
+                made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
                 made[node] = build(node.target, *args, **kwargs)
@@ -104,6 +110,11 @@ class Coefficients:
             node: (pieces.cut(made.get(m, m), piece, 0), pieces.cut(made.get(c, c), piece, 1))
             for m, c, node in self.proof.gradients
         }
+
+    def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
+        """Ranks exchange the statistics of the chunk alone."""
+        own, *rest = node.args
+        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)  # type: ignore[index]
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
@@ -185,7 +196,7 @@ def _scalar(build: Builder, factor: Factor) -> Node | None:
 def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
     """`size` cut in so many ranges, equal but for the last."""
     if isinstance(size, int):
-        step = -(-size // pieces)
+        step = max(piece_size(size, pieces), 1)
         return [Range(start, min(start + step, size)) for start in range(0, size, step)] or [Range(0, size)]
     step = build(operator.floordiv, size, pieces)
     starts = [0, *(build(operator.mul, step, i) for i in range(1, pieces))]

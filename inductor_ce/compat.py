@@ -12,7 +12,6 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeGuard
 
 import torch
-from torch.fx import Graph
 
 from .errors import AFTER_LAST_TORCH, FIRST_TORCH, UnsupportedTorchError, unsupported
 
@@ -37,15 +36,15 @@ except ImportError as missing:
 
 __all__ = [
     "ALL_GATHER",
+    "HAS_PASS_LISTS",
     "WAIT",
     "CustomGraphPass",
-    "HAS_PASS_LISTS",
     "OpOverload",
     "SymbolicGridFn",
     "all_gather_blocks",
-    "auto_functionalized",
-    "auto_chunked_graphs",
     "all_reduce_sum",
+    "auto_chunked_graphs",
+    "auto_functionalized",
     "autocast_switches",
     "call_lowering",
     "check_torch",

@@ -24,8 +24,11 @@ MIB = 2**20
 
 SMALL = 128 * MIB  # logits that are not worth dividing
 CHUNK_ROWS = 2048  # products over fewer rows run more slowly
+WIDE_CHUNK_ROWS = 1392  # beside a float32 sum, which takes memory of its own
+ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
 LEAST_ROWS = 1024
 LEAST_COLUMNS = 8192
+FORWARD_ROWS = 512  # a multiple of it
 FORWARD_BYTES = 512 * MIB
 SLABS_BUDGET = 0.27  # of the logits, where nothing else is asked
 WORTH = 0.6  # of the logits: what dividing must leave less than
@@ -158,23 +161,30 @@ def _forward_only(head: Head, strategy: str, budget: int | None) -> Plan:
     if strategy == "auto" and budget is None and head.logits_bytes < SMALL:
         return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
     limit = FORWARD_BYTES if budget is None else budget
-    pieces = _pieces(head.n, _at_least(head.logits_bytes, limit))
+    rows = max(limit // (head.v * head.element), 1) if head.v else head.n
+    if rows > FORWARD_ROWS:
+        rows -= rows % FORWARD_ROWS
+    pieces = _pieces(head.n, -(-head.n // rows))
     if strategy != "auto" and budget is None:
         pieces = max(pieces, _pieces(head.n, 2))
-    return Plan(FORWARD_ONLY, pieces, False, _piece(head.n, pieces) * head.v * head.element, "no gradient")
+    return Plan(
+        FORWARD_ONLY, pieces, False, piece_size(head.n, pieces) * head.v * head.element, "no gradient"
+    )
 
 
 def _chunks(head: Head, budget: int | None, reason: str) -> Plan:
     if budget is None:
-        pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS), 1)
         if head.n < LEAST_ROWS:
-            pieces = _pieces(head.n, 2)  # it was asked for
+            return _chunks_of(head, _pieces(head.n, 2), reason)  # it was asked for
+        pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+        if sums_in_float32(head, pieces):
+            pieces = max(-(-head.n // WIDE_CHUNK_ROWS), pieces)
         return _chunks_of(head, _pieces(head.n, pieces), reason)
     return _fewest([_chunks_of(head, k, reason) for k in _candidates(head.n)], budget)
 
 
 def _chunks_of(head: Head, pieces: int, reason: str) -> Plan:
-    piece = _piece(head.n, pieces) * head.v * head.element * _tensors(head)
+    piece = piece_size(head.n, pieces) * head.v * head.element * _tensors(head)
     wide = sums_in_float32(head, pieces)
     summed = head.v * head.d * 4 if wide else 0
     beyond = head.v * head.d * (4 - head.weight_element) if wide else 0
@@ -199,7 +209,7 @@ def _slabs(head: Head, budget: int | None, reason: str) -> Plan:
 
 
 def _slabs_of(head: Head, pieces: int, reason: str) -> Plan:
-    piece = head.n * _piece(head.v, pieces) * head.element * _tensors(head)
+    piece = head.n * piece_size(head.v, pieces) * head.element * _tensors(head)
     wide = head.wants_hidden and head.element < 4
     return Plan(VOCAB_SLABS, pieces, wide, piece + (head.n * head.d * 4 if wide else 0), reason)
 
@@ -217,13 +227,10 @@ def _pieces(size: int, wanted: int) -> int:
     return max(1, min(wanted, size, MOST_PIECES))
 
 
-def _piece(size: int, pieces: int) -> int:
-    """The size of the largest of equal pieces."""
-    return -(-size // pieces)
-
-
-def _at_least(size: int, limit: int) -> int:
-    return -(-size // max(limit, 1))
+def piece_size(size: int, pieces: int) -> int:
+    """The size of all pieces but the last, which may be smaller."""
+    step = -(-size // pieces)
+    return step if step < 16 * ALIGNED else -(-step // ALIGNED) * ALIGNED
 
 
 def _fewest(plans: list[Plan], budget: int) -> Plan:

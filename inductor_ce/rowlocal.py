@@ -273,8 +273,8 @@ def _reduced(node: Node, facts: dict[Node, Fact]) -> Fact:
 
 def _gathered(node: Node, facts: dict[Node, Fact]) -> Fact:
     fact = _known(node.args[0], facts)
-    if fact.factor or fact.rows is None:
-        raise Unknown("the ranks exchange what depends on the upstream gradient")
+    if fact.factor or fact.rows is None or not _of_own_rows(fact):
+        raise Unknown("the ranks exchange what is no statistic of their own rows")
     return Fact(rows=torch.cat([fact.rows] * node.args[1]))  # type: ignore[operator]
 
 

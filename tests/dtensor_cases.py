@@ -12,7 +12,8 @@ from typing import Any
 import reference
 import torch
 import torch.nn.functional as F
-from harness import clean_slate, compile_without_codegen, misses, sites
+from harness import clean_slate, compile_with_codegen, compile_without_codegen, misses, sites
+from ranks import spawn
 from reference import Terms
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,9 +25,9 @@ D = 3
 
 
 @functools.cache
-def _device_mesh(sizes: tuple[int, ...]) -> DeviceMesh:
+def _device_mesh(sizes: tuple[int, ...], device: str) -> DeviceMesh:
     """One for each shape: torch 2.13 mixes up equal meshes, and then its partitioner fails."""
-    return init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b", "tp")[-len(sizes) :])
+    return init_device_mesh(device, sizes, mesh_dim_names=("a", "b", "tp")[-len(sizes) :])
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,12 @@ class Setup:
     rows: tuple[bool, ...] = (True, True)
     dtype: torch.dtype = torch.float64
     weights: str = "as mostly"  # how w and q lie on the ranks, see `beside`
+    sequence_parallel: bool = False  # whether h comes in sharded over all ranks by its rows
+    device: str = "cpu"
+    code: bool = False  # whether it runs Inductor's code, not the graph that it is made of
 
     def device_mesh(self) -> DeviceMesh:
-        return _device_mesh(self.mesh)
+        return _device_mesh(self.mesh, self.device)
 
     def over_rows(self, dim: int = 0) -> list[Placement]:
         over = self.rows[: len(self.mesh) - 1]
@@ -162,6 +166,26 @@ def _exact_outside(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
     return rows * torch.where(wrong, torch.nan, 1.0)
 
 
+def _smoothed(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    return F.cross_entropy(z, y.clamp_min(0), reduction="none", label_smoothing=0.1)
+
+
+def _dot(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    return F.cross_entropy(z, q, reduction="none")
+
+
+def _entropy_without_zeros(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    """With 0 log 0 = 0, of which torch's own code makes NaN."""
+    log_p = F.log_softmax(z, -1)
+    log_p = torch.where(log_p == -torch.inf, 0.0, log_p)
+    return -(torch.where(z == -torch.inf, 0.0, log_p.exp()) * log_p).sum(-1)
+
+
+def as_eager(loss: Loss) -> Case:
+    """Logits that are NaN or infinite, where torch's own code in one process is what is right."""
+    return Case(loss, loss, offsets=_special)
+
+
 CASES = {
     "plain": cross_entropy(Terms()),
     "smoothing": cross_entropy(Terms("sum", smoothing=0.1)),
@@ -191,19 +215,23 @@ CASES = {
         lambda z, y, w, q: (q * (q.log() - _log_p(z))).sum(-1).mean(),
     ),
     "causal shift": Case(_shifted, _exact_shifted, batch=2),
-    "special numbers": Case(
-        lambda z, y, w, q: F.cross_entropy(z, y.clamp_min(0), reduction="none"),
-        lambda z, y, w, q: F.cross_entropy(z, y.clamp_min(0), reduction="none"),
-        offsets=_special,
-    ),
+    "special numbers": as_eager(lambda z, y, w, q: F.cross_entropy(z, y.clamp_min(0), reduction="none")),
+    "special numbers, smoothing": as_eager(_smoothed),
+    "special numbers, entropy": Case(_entropy, _entropy_without_zeros, offsets=_special),
+    "special numbers, soft targets": as_eager(_dot),
     "labels outside": Case(
         lambda z, y, w, q: F.cross_entropy(z, y, reduction="none"), _exact_outside, outside=True
     ),
 }
 
 
-def case_of(name: str, V: int) -> Case:
+Name = str | Terms  # one of CASES, or a cross entropy that has no name
+
+
+def case_of(name: Name, V: int) -> Case:
     """The case; its `ignored` of -7 stands for V - 1."""
+    if isinstance(name, Terms):
+        return cross_entropy(name)
     case = CASES[name]
     return cross_entropy(Terms("mean", V - 1, 0.2, 0.01)) if case.ignored == -7 else case
 
@@ -231,7 +259,7 @@ def tensors(setup: Setup, ignored: int) -> dict[str, Tensor]:
     }
 
 
-def given_to(name: str, setup: Setup) -> dict[str, Tensor]:
+def given_to(name: Name, setup: Setup) -> dict[str, Tensor]:
     """What a case is computed of, with `zero` to add to the logits."""
     case = case_of(name, setup.V)
     given = tensors(setup, case.ignored)
@@ -244,15 +272,17 @@ def distributed(setup: Setup, given: dict[str, Tensor]) -> dict[str, Any]:
     """The same as DTensors, with `zero` to add to the logits, whose gradient is theirs."""
     mesh = setup.device_mesh()
     placements: dict[str, list[Placement] | None] = setup.beside | {
-        "h": setup.over_rows(),
+        "h": [Shard(0)] * len(setup.mesh) if setup.sequence_parallel else setup.over_rows(),
         "W": setup.over_classes(0),
         "y": setup.over_rows(),
         "zero": setup.logits,
     }
     given = {"zero": torch.zeros(setup.N, setup.V, dtype=setup.dtype)} | given
     made = {
-        k: distribute_tensor(x, mesh, where, src_data_rank=None) if (where := placements[k]) else x
-        for k, x in given.items()
+        name: x.to(setup.device)
+        if (where := placements[name]) is None
+        else distribute_tensor(x, mesh, where, src_data_rank=None)
+        for name, x in given.items()
     }
     for name in ("h", "W", "zero"):
         made[name].requires_grad_()
@@ -263,10 +293,17 @@ def upstream_of(loss: Tensor) -> Tensor:
     return torch.linspace(-1, 2, loss.numel(), dtype=torch.float64).reshape(loss.shape) + 0.37
 
 
-def on_rank(rank: int, jobs: list[tuple[str, Setup]]) -> dict[Any, dict[str, Any]]:
+def on_rank(rank: int, jobs: list[tuple[Name, Setup]]) -> dict[Any, dict[str, Any]]:
     """Of each job: the loss, whole and as this rank has it, and the gradients."""
     with clean_slate():
         return {job: run(*job) for job in jobs}
+
+
+def everywhere(jobs: list[tuple[Name, Setup]], size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
+    """What each of `size` ranks gives of the jobs on a device, by the job."""
+    there = [(name, replace(setup, device=device)) for name, setup in jobs]
+    ranks = spawn(on_rank, size, there, device=device)
+    return [dict(zip(jobs, (found[job] for job in there), strict=True)) for found in ranks]
 
 
 def collectives(graph: GraphModule) -> dict[str, int]:
@@ -275,18 +312,20 @@ def collectives(graph: GraphModule) -> dict[str, int]:
     return dict(Counter(name.split(".")[1] for name in names if "wait" not in name))
 
 
-def run(name: str, setup: Setup) -> dict[str, Any]:
+def run(name: Name, setup: Setup) -> dict[str, Any]:
     torch._dynamo.reset()
     case = case_of(name, setup.V)
     x = distributed(setup, given_to(name, setup))
 
     def f(h: Tensor, W: Tensor, zero: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+        if setup.sequence_parallel:
+            h = h.redistribute(placements=setup.over_rows())
         if case.batch:
             h, zero, y = (x.unflatten(0, (case.batch, -1)) for x in (h, zero, y))
         return case.loss(F.linear(h, W) + zero, y, w, q)
 
     before = sites(), misses()
-    compiled, graphs = compile_without_codegen(f)
+    compiled, graphs = (compile_with_codegen if setup.code else compile_without_codegen)(f)
     with implicit_replication() if setup.weights == "plain" else nullcontext():
         loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
     upstream = upstream_of(loss).to(loss.dtype)
@@ -312,7 +351,7 @@ def run(name: str, setup: Setup) -> dict[str, Any]:
     }
 
 
-def exact(name: str, setup: Setup) -> dict[str, Tensor]:
+def exact(name: Name, setup: Setup) -> dict[str, Tensor]:
     """The same in float64 of logits rounded as on the ranks, in one process."""
     case = case_of(name, setup.V)
     x = {k: v.double() if v.is_floating_point() else v for k, v in given_to(name, setup).items()}
@@ -325,9 +364,11 @@ def exact(name: str, setup: Setup) -> dict[str, Tensor]:
     return {"loss": loss.detach(), "dz": z.grad, "dW": W.grad, "dh": h.grad}
 
 
-def check(ranks: list[dict[Any, dict[str, Any]]], name: str, setup: Setup) -> None:
+def check(ranks: list[dict[Any, dict[str, Any]]], name: Name, setup: Setup) -> None:
     """Every rank has the loss and the gradients of the whole vocabulary and of all rows."""
-    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2}[setup.dtype]
+    rtol = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1.25e-3}[
+        setup.dtype
+    ]
     truth = exact(name, setup)
     for rank in ranks:
         result = rank[name, setup]
@@ -344,9 +385,12 @@ __all__ = [
     "Case",
     "D",
     "DTensor",
+    "Name",
     "Setup",
     "check",
     "distributed",
+    "everywhere",
+    "exact",
     "on_rank",
     "replace",
     "run",

@@ -1,16 +1,20 @@
 """How most tests compile: every pass of Inductor runs, and the final graphs run eagerly."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.utils import counters
-from torch._inductor.compile_fx import compile_fx
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 import inductor_ce
+import inductor_ce.backend
 
 
 @contextlib.contextmanager
@@ -24,16 +28,30 @@ def clean_slate():
     inductor_ce.uninstall()
 
 
-class Graphs:
-    """A torch.compile backend that runs Inductor's passes and keeps the final graphs."""
+@contextlib.contextmanager
+def without_codegen() -> Iterator[None]:
+    """Within the block, what is compiled for Inductor runs as the graph that its passes made."""
+    graphs = functools.partial(compile_fx, inner_compile=Graphs().inner_compile)
+    with (
+        mock.patch.object(torch._inductor.compile_fx, "compile_fx", graphs),
+        mock.patch.object(inductor_ce.backend, "compile_fx", graphs),
+    ):
+        yield
 
-    def __init__(self) -> None:
+
+class Graphs:
+    """A torch.compile backend that runs Inductor's passes and keeps the final graphs, before code if any."""
+
+    def __init__(self, code: bool = False) -> None:
+        self.code = code
         self.final: list[GraphModule] = []
 
     def inner_compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
     ) -> Callable[..., Any]:
-        self.final.append(gm)
+        self.final.append(copy.deepcopy(gm) if self.code else gm)
+        if self.code:
+            return compile_fx_inner(gm, example_inputs, **kwargs)
         return make_boxed_func(gm.forward)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -55,6 +73,13 @@ def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = Non
     inductor_ce.install(**{"min_vocab": 2, **options})
     graphs = Graphs()
     return torch.compile(f, backend=graphs, dynamic=dynamic), graphs
+
+
+def compile_with_codegen(f: Callable[..., Any]):
+    """The same, but what runs is Inductor's code."""
+    inductor_ce.install(min_vocab=2)
+    graphs = Graphs(code=True)
+    return torch.compile(f, backend=graphs), graphs
 
 
 def sites() -> int:

@@ -1,30 +1,62 @@
-"""Real processes that share a vocabulary, over gloo."""
+"""Real processes that share a vocabulary, over gloo or NCCL."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import tempfile
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# What takes long to import, once for all ranks. CUDA must not be looked at before a fork.
+PRELOAD = ["torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "inductor_ce.backend"]
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
-def _worker(rank: int, size: int, what: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def _worker(
+    rank: int,
+    size: int,
+    what: Callable[..., Any],
+    args: tuple[Any, ...],
+    folder: str,
+    device: str,
+    environment: dict[str, str],
+) -> None:
+    os.environ.clear()  # that of the fork server is older
+    os.environ.update(environment)
     torch.set_num_threads(1)
-    store = f"file://{folder}/store"
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=300)
+        BACKENDS[device],
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=300),
     )
     torch.save(what(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def spawn(what: Callable[..., Any], size: int, *args: Any) -> list[Any]:
-    """What each rank gives of `what(rank, *args)`."""
+def spawn(what: Callable[..., Any], size: int, *args: Any, device: str = "cpu") -> list[Any]:
+    """What each rank gives of `what(rank, *args)`, tensors on the CPU. Skips where there are fewer GPUs."""
+    if device == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs, and there are {torch.cuda.device_count()}")
+    multiprocessing.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (size, what, args, folder), nprocs=size)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
+        given = (size, what, args, folder, device, dict(os.environ))
+        mp.start_processes(_worker, given, nprocs=size, start_method=START)
+        return [
+            torch.load(Path(folder) / f"{rank}.pt", weights_only=False, map_location="cpu")
+            for rank in range(size)
+        ]

@@ -25,8 +25,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import inductor_ce
-from inductor_ce import Options, backend, compat, explanation, ops, passes, rewrite, shield
-from inductor_ce.passes import FuseLosses, RecomputeChains
+from inductor_ce import Options, backend, compat, explanation, joint, ops, passes, rewrite, shield
+from inductor_ce import slots as pass_slots
+from inductor_ce.passes import FuseHeads, FuseLosses
 
 N, V = 4, 16
 ROOT = Path(__file__).parent.parent
@@ -58,10 +59,10 @@ def slots() -> list[Any]:
 
 
 def installed() -> list[list[type]]:
-    return [[type(p) for p in compat.passes_in(value)] for value in slots()]
+    return [[type(p) for p in pass_slots.passes_in(value)] for value in slots()]
 
 
-OURS = [[FuseLosses], [RecomputeChains]]
+OURS = [[FuseLosses], [FuseHeads]]
 
 
 def loss(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -138,11 +139,11 @@ def test_failed_install_installs_nothing():
     ids=["lists", "one pass a slot"],
 )
 def test_foreign_pass_runs_before_ours(lists: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(compat, "HAS_PASS_LISTS", lists)
+    monkeypatch.setattr(pass_slots, "HAS_PASS_LISTS", lists)
     theirs = Foreign()
     inductor_config.pre_grad_custom_pass = theirs
     with inductor_ce.install(min_vocab=2):
-        assert installed() == [[Foreign, FuseLosses], [RecomputeChains]]
+        assert installed() == [[Foreign, FuseLosses], [FuseHeads]]
         assert isinstance(slots()[0], list) == lists
         torch.compile(loss, backend=Graphs())(*inputs())
         assert (theirs.calls, sites()) == (1, 1)
@@ -153,9 +154,9 @@ def test_foreign_list_is_kept_as_it_was():
     theirs = [Foreign(), Foreign()]
     inductor_config.joint_custom_post_pass = theirs
     with inductor_ce.install():
-        assert installed() == [[FuseLosses], [Foreign, Foreign, RecomputeChains]]
+        assert installed() == [[FuseLosses], [Foreign, Foreign, FuseHeads]]
         with inductor_ce.install():
-            assert installed()[1] == [Foreign, Foreign, RecomputeChains]
+            assert installed()[1] == [Foreign, Foreign, FuseHeads]
     assert slots()[1] is theirs
     assert len(theirs) == 2
 
@@ -163,7 +164,7 @@ def test_foreign_list_is_kept_as_it_was():
 def test_foreign_pass_that_came_later_is_kept():
     handle = inductor_ce.install()
     later = Foreign()
-    inductor_config.pre_grad_custom_pass = [*compat.passes_in(slots()[0]), later]
+    inductor_config.pre_grad_custom_pass = [*pass_slots.passes_in(slots()[0]), later]
     handle.uninstall()
     assert slots() == [later, None]
 
@@ -171,7 +172,7 @@ def test_foreign_pass_that_came_later_is_kept():
 def test_foreign_pass_that_came_between_is_kept():
     outer = inductor_ce.install(min_vocab=2)
     later = Foreign()
-    inductor_config.pre_grad_custom_pass = [*compat.passes_in(slots()[0]), later]
+    inductor_config.pre_grad_custom_pass = [*pass_slots.passes_in(slots()[0]), later]
     with inductor_ce.install(min_vocab=3):
         assert installed()[0] == [Foreign, FuseLosses]
     assert installed()[0] == [Foreign, FuseLosses]
@@ -187,9 +188,9 @@ def test_foreign_pass_in_our_place_is_left_there():
 
 
 def test_chained_passes_have_a_key():
-    both = compat.ChainedPass((Foreign(), FuseLosses(Options())))
+    both = pass_slots.ChainedPass((Foreign(), FuseLosses(Options())))
     assert both.uuid() == ("foreign", FuseLosses(Options()).uuid())
-    assert compat.ChainedPass((lambda graph: None, Foreign())).uuid() is None
+    assert pass_slots.ChainedPass((lambda graph: None, Foreign())).uuid() is None
 
 
 def test_nothing_is_fused_without_install():
@@ -281,7 +282,7 @@ def test_backend_beside_install_does_not_double(patches: list[dict[str, Any]]):
     inductor_ce.install(min_vocab=V + 1)
     compiled_with({"min_vocab": 2})(*inputs())
     assert (sites(), misses()) == (1, 0)
-    assert [type(p) for p in compat.passes_in(patches[0][SLOTS[0]])] == [FuseLosses]
+    assert [type(p) for p in pass_slots.passes_in(patches[0][SLOTS[0]])] == [FuseLosses]
     assert slots()[0].options.min_vocab == V + 1
 
 
@@ -359,7 +360,7 @@ def test_unsupported_torch_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
 def test_key_is_of_the_options_and_the_pass():
     assert FuseLosses(Options()).uuid() == FuseLosses(Options()).uuid()
     keys = [FuseLosses(Options()), FuseLosses(Options(min_vocab=2)), FuseLosses(Options(on_miss="warn"))]
-    assert len({repr(p.uuid()) for p in [*keys, RecomputeChains(Options())]}) == 4
+    assert len({repr(p.uuid()) for p in [*keys, FuseHeads(Options())]}) == 4
 
 
 def test_key_is_of_the_sources(monkeypatch: pytest.MonkeyPatch):
@@ -434,6 +435,10 @@ FAILURES = {
     "middle of the rewrite": (rewrite.Statistics, "row"),
     "end of the rewrite": (rewrite, "_reduced"),
     "sweep": (passes, "sweep"),
+    "heads": (passes, "fuse_heads"),
+    "proof": (joint, "Proof"),
+    "plan": (joint, "numbers_of"),
+    "pieces": (joint, "token_chunks"),
     "chains": (passes, "recompute_chains"),
 }
 

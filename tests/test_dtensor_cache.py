@@ -6,18 +6,20 @@ import dtensor_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from dtensor_cases import Setup, distributed, tensors
+from dtensor_cases import Setup, distributed, replace, tensors
 from ranks import spawn
 from torch._dynamo.utils import counters
 
 import inductor_ce
 
+pytestmark = pytest.mark.xdist_group("dtensor cache")
+
 SETUP = Setup((2,), V=24)
 
 
-def train_step(rank: int, folder: str) -> dict:
+def train_step(rank: int, device: str) -> dict:
     """As a user compiles it, with a cache that is shared with the other rank."""
-    given = distributed(SETUP, tensors(SETUP, -100))
+    given = distributed(replace(SETUP, device=device), tensors(SETUP, -100))
     with inductor_ce.install(min_vocab=2), torch._inductor.config.patch(fx_graph_cache=True):
         f = torch.compile(lambda h, W, y: F.cross_entropy(F.linear(h, W), y, label_smoothing=0.1))
         loss = f(given["h"], given["W"], given["y"])
@@ -31,11 +33,12 @@ def train_step(rank: int, folder: str) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def runs():
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def runs(request: pytest.FixtureRequest):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
-        yield spawn(train_step, 2, folder), spawn(train_step, 2, folder)
+        device = request.param
+        yield tuple(spawn(train_step, 2, device, device=device) for _ in ("cold", "warm"))
 
 
 def test_trap_11_cold_and_warm_equal_dense(runs):

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import inductor_ce
@@ -412,6 +413,22 @@ def test_returned_logits_are_not_dropped():
     assert not compiled(*given)[1].to_local().isnan().any()
     (site,) = inductor_ce.explain(f, *given).sites
     assert site.head.endswith("drop_logits does not apply, because they are no plain tensor.")
+
+
+def test_strided_shards_are_refused():
+    """As FSDP makes them of a head that is sharded already: a rank's columns are not all neighbours."""
+    (_, _, y), mesh = made(GRID)
+    placed = [_StridedShard(1, split_factor=2), Shard(1)]
+    z = DTensor.from_local(
+        torch.randn(8, 6), mesh, placed, run_check=False, shape=torch.Size([8, 24]), stride=(24, 1)
+    )
+    y = y.redistribute(placements=[Replicate()] * 2)
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(lambda z, y: F.cross_entropy(z, y), z, y)
+    (miss,) = report.misses
+    assert (miss.reason.name, len(report.sites)) == ("PLACEMENTS", 0)
+    assert f"of which a rank does not hold a block: {placed[0]}." in miss.message
+    assert "a DTensor [8, 24] with placements (" in miss.message
 
 
 # The functions by themselves

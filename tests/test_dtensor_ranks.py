@@ -1,4 +1,4 @@
-"""Losses over DTensor logits in real processes, over gloo, against a dense float64 reference.
+"""Losses over DTensor logits in real processes, over gloo or NCCL, against a dense float64 reference.
 
 Traps 7 to 9, 25 and 27: labels on other ranks, smoothing over all classes, the gradient of every shard,
 ignored classes, and means over ranks that have different numbers of rows that count.
@@ -9,8 +9,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dtensor_cases import CASES, Setup, check, on_rank
-from ranks import spawn
+from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
+from ranks import on_devices
+from reference import Terms
+
+pytestmark = pytest.mark.xdist_group("dtensor ranks")
 
 UNEVEN = Setup((2,), V=23)
 EMPTY = Setup((4,), V=5)  # blocks of 2, 2, 1 and 0 columns
@@ -25,6 +28,7 @@ JOBS = {
             for name in ("class weights", "soft targets", "divergence")
         ],
         *[(name, replace(UNEVEN, dtype=torch.bfloat16)) for name in ("class weights", "divergence")],
+        *[(name, replace(UNEVEN, dtype=torch.float16)) for name in ("all, ignoring 0", "entropy")],
     ],
     4: [
         *[
@@ -41,11 +45,13 @@ JOBS = {
     ],
 }
 EVERY_JOB = [(size, *job) for size, jobs in JOBS.items() for job in jobs]
+SEQUENCES = {2: replace(UNEVEN, sequence_parallel=True), 4: replace(GRID, sequence_parallel=True)}
+IN_CODE = ("plain", "all, ignoring 0", "class weights", "soft targets", "entropy", "accuracy")
 
 
 @functools.cache
-def results(size: int):
-    return spawn(on_rank, size, JOBS[size])
+def results(size: int, device: str):
+    return everywhere([*JOBS[size], ("plain", SEQUENCES[size])], size, device)
 
 
 def name_of(value: object) -> str:
@@ -55,14 +61,19 @@ def name_of(value: object) -> str:
     return f"{sizes} {value.weights} {str(value.dtype).removeprefix('torch.')}"
 
 
-@pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=name_of)
-def test_every_rank_equals_dense(size: int, name: str, setup: Setup):
-    check(results(size), name, setup)
+every_job = pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=name_of)
 
 
-@pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=name_of)
-def test_one_all_gather_and_none_in_the_backward(size: int, name: str, setup: Setup):
-    for rank in results(size):
+@on_devices
+@every_job
+def test_every_rank_equals_dense(size: int, name: str, setup: Setup, device: str):
+    check(results(size, device), name, setup)
+
+
+@on_devices
+@every_job
+def test_one_all_gather_and_none_in_the_backward(size: int, name: str, setup: Setup, device: str):
+    for rank in results(size, device):
         forward, backward = rank[name, setup]["collectives"]
         assert forward.pop("all_gather_into_tensor") == 1
         assert forward.keys() <= {"all_reduce"}
@@ -71,10 +82,55 @@ def test_one_all_gather_and_none_in_the_backward(size: int, name: str, setup: Se
         assert backward == {}
 
 
-@pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=name_of)
-def test_gradients_stay_where_the_tensors_are(size: int, name: str, setup: Setup):
-    for rank in results(size):
+@on_devices
+@every_job
+def test_gradients_stay_where_the_tensors_are(size: int, name: str, setup: Setup, device: str):
+    for rank in results(size, device):
         result = rank[name, setup]
         assert result["dW placements"][-1] == "S(0)"
         assert result["dh placements"][-1] == "P(sum)"
         assert result["loss placements"][-1] == "R"
+
+
+@on_devices
+@pytest.mark.parametrize("size", list(SEQUENCES))
+def test_sequence_parallel_hidden_states(size: int, device: str):
+    """They are gathered for the product, and their gradient goes back to its ranks in one collective."""
+    check(results(size, device), "plain", SEQUENCES[size])
+    for rank in results(size, device):
+        result = rank["plain", SEQUENCES[size]]
+        means = {"all_reduce": 1} if size == 4 else {}
+        assert result["collectives"] == ({"all_gather_into_tensor": 2} | means, {"reduce_scatter_tensor": 1})
+        assert set(result["dh placements"]) == {"S(0)"}
+
+
+@on_devices
+@pytest.mark.parametrize("setup", [UNEVEN, EMPTY], ids=name_of)
+def test_trap_9_every_rank_has_the_gradient_of_its_columns(setup: Setup, device: str):
+    """Ranks that do not own the label get zero gradient."""
+    name, size = "all, ignoring the last", setup.mesh[0]
+    block = -(-setup.V // size)
+    for i, rank in enumerate(results(size, device)):
+        own = exact(name, setup)["dz"][:, i * block : (i + 1) * block]
+        torch.testing.assert_close(rank[name, setup]["dz shard"], own, rtol=1e-10, atol=1e-10)
+
+
+@on_devices
+def test_trap_27_the_mean_over_a_mesh_is_no_mean_of_means(device: str):
+    """Half of the ranks have 2 rows that count, the other half 4."""
+    rows, y = exact(Terms("none"), GRID)["loss"], tensors(GRID, -100)["y"]
+    means = [half[counts].mean() for half, counts in zip(rows.chunk(2), (y != -100).chunk(2), strict=True)]
+    right = exact("plain", GRID)["loss"]
+    assert (sum(means) / 2 - right).abs() > 0.01 * right
+    for rank in results(4, device):
+        torch.testing.assert_close(rank["plain", GRID]["loss"], right, rtol=1e-10, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("setup", [UNEVEN, GRID], ids=name_of)
+def test_generated_code_on_every_rank_equals_dense(setup: Setup, dtype: torch.dtype):
+    jobs = [(name, replace(setup, dtype=dtype, code=True)) for name in IN_CODE]
+    ranks = everywhere(jobs, 2 * len(setup.mesh), "cuda")
+    for job in jobs:
+        check(ranks, *job)

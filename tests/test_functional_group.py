@@ -1,4 +1,4 @@
-"""The functional form over ranks that share the vocabulary: real processes, over gloo."""
+"""The functional form over ranks that share the vocabulary: real processes, over gloo or NCCL."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import pytest
 import textbook
 import torch
 import torch.distributed as dist
-from ranks import spawn
+from ranks import on_devices, spawn
 from reference import Measured, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._pytree import tree_map
 
 import inductor_ce
 from inductor_ce.errors import InputError
 from inductor_ce.functional import cross_entropy
+
+pytestmark = pytest.mark.xdist_group("functional group")
 
 N, V = 10, 24
 
@@ -70,14 +73,14 @@ def columns(rank: int, sizes: list[int]) -> slice:
 
 
 def run_cases(
-    rank: int, size: int, names: list[str], compile_it: Callable[..., Any] = lambda f: f
+    rank: int, size: int, names: list[str], device: str, compile_it: Callable[..., Any] = lambda f: f
 ) -> dict[str, Any]:
     """Of each case on equal and uneven shards: loss, lse and the gradient of this rank's columns."""
     results = {}
     group = dist.group.WORLD
     for name in names:
         for split, sizes in (("equal", [V // size] * size), ("uneven", UNEVEN[size])):
-            z, target, upstream, given = case(CASES[name])
+            z, target, upstream, given = on(device, case(CASES[name]))
             here = columns(rank, sizes)
             leaf = z[:, here].contiguous().requires_grad_()
             if target.is_floating_point():
@@ -92,13 +95,19 @@ def run_cases(
     return results
 
 
-def eager(rank: int, size: int) -> dict[str, Any]:
-    return run_cases(rank, size, list(CASES))
+def on(device: str, x: Any) -> Any:
+    """Every tensor of it on the device."""
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, x)
+
+
+def eager(rank: int, size: int, device: str) -> dict[str, Any]:
+    return run_cases(rank, size, list(CASES), device)
 
 
 def compiled(rank: int, size: int) -> dict[str, Any]:
     counters.clear()
-    results = run_cases(rank, size, list(COMPILED), functools.partial(torch.compile, fullgraph=True))
+    compile_it = functools.partial(torch.compile, fullgraph=True)
+    results = run_cases(rank, size, list(COMPILED), "cpu", compile_it)
     return results | {"hits": counters["inductor"]["fxgraph_cache_hit"]}
 
 
@@ -148,9 +157,14 @@ splits = pytest.mark.parametrize("split", ["equal", "uneven"])
 
 
 @functools.cache
-def everywhere(what: Callable[[int, int], dict[str, Any]], size: int) -> list[dict[str, Any]]:
+def everywhere(what: Callable[..., dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """What each rank gives."""
     return spawn(what, size, size)
+
+
+@functools.cache
+def eager_on(device: str, size: int) -> list[dict[str, Any]]:
+    return spawn(eager, size, size, device, device=device)
 
 
 def check(ranks: list[dict[str, Any]], name: str, split: str) -> None:
@@ -170,11 +184,12 @@ def check(ranks: list[dict[str, Any]], name: str, split: str) -> None:
     assert_fair(lses[0], torch.logsumexp(capped.float(), -1), torch.logsumexp(capped.double(), -1))
 
 
+@on_devices
 @sizes
 @splits
 @pytest.mark.parametrize("name", CASES)
-def test_every_rank_equals_dense(name: str, split: str, size: int) -> None:
-    check(everywhere(eager, size), name, split)
+def test_every_rank_equals_dense(name: str, split: str, size: int, device: str) -> None:
+    check(eager_on(device, size), name, split)
 
 
 @pytest.fixture(scope="module")

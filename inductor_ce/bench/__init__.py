@@ -1,1 +1,1 @@
-"""Timings on a GPU: `python -m inductor_ce.bench ce` and `head`."""
+"""Timings on GPUs: `python -m inductor_ce.bench ce` and `head`, and `tp` under torchrun."""

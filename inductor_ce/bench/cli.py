@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import ce, recognise, record, render
+from . import ce, ranks, recognise, record, render, tp, tp_render
 from .head import command as head
 from .head import run
 from .losses import LOSSES
@@ -19,6 +19,7 @@ from .peers import PEERS
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 7, 3
+SHAPES = {"ce": ce.SHAPES, "tp": tp.SHAPES}
 NO_GPU = "the benchmark times GPU kernels, and torch.cuda sees no GPU here: nothing was measured"
 
 
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_recognise(options)
     if options.command == "head" and options.merge:
         return head.merged(options)
+    if options.command == "tp":
+        return run_tp(options)
     if not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
@@ -40,22 +43,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     ce_parser = commands.add_parser("ce", help="cross entropy over given logits", description=ce.__doc__)
     ce_parser.add_argument(
-        "--shapes",
-        type=shape,
-        nargs="+",
-        metavar="NxV",
-        help="rows x vocabulary (default: those of the table)",
-    )
-    ce_parser.add_argument(
         "--losses", choices=LOSSES, nargs="+", default=list(LOSSES), help="(default: all of them)"
     )
-    ce_parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
+    tp_parser = commands.add_parser(
+        "tp", help="the same over a sharded vocabulary, under torchrun", description=tp.__doc__
+    )
+    for command in (ce_parser, tp_parser):
+        command.add_argument(
+            "--shapes",
+            type=shape,
+            nargs="+",
+            metavar="NxV",
+            help="rows x vocabulary (default: those of the table)",
+        )
+        command.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
     head_parser = commands.add_parser("head", help="linear layer and cross entropy", description=run.__doc__)
     head.add_arguments(head_parser)
     reading = commands.add_parser(
         "recognise", help="the time that recognition takes; needs no GPU", description=recognise.__doc__
     )
-    for command in (ce_parser, head_parser, reading):
+    for command in (ce_parser, tp_parser, head_parser, reading):
         command.add_argument(
             "--out",
             type=Path,
@@ -64,8 +71,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         )
         command.add_argument("--commit", help="what to record as the commit where git cannot tell")
     options = parser.parse_args(arguments)
-    if options.command == "ce":
-        options.shapes = options.shapes or list(ce.SHAPES[:1] if options.quick else ce.SHAPES)
+    if options.command in SHAPES:
+        shapes = SHAPES[options.command]
+        options.shapes = options.shapes or list(shapes[:1] if options.quick else shapes)
     return options
 
 
@@ -97,6 +105,38 @@ def run_ce(options: argparse.Namespace) -> int:
     render.plot(result, path.with_suffix(".png"))
     print(render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
     return int(any(map(failed, result["shapes"])))
+
+
+def run_tp(options: argparse.Namespace) -> int:
+    """As `run_ce`, by all ranks; the first one writes, prints and draws."""
+    lacking = ranks.missing()
+    if lacking is not None:
+        if ranks.is_first():
+            print(f"the benchmark compares GPUs that share a vocabulary: {lacking}", file=sys.stderr)
+        return 2
+    with ranks.joined():
+        return measure_tp(options, tp.table)
+
+
+def measure_tp(options: argparse.Namespace, table: Callable[..., Iterable[dict[str, Any]]]) -> int:
+    """What `table` finds, kept by the first rank."""
+    budget = ranks.InStep(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    seed = ranks.of_all(torch.seed())[0]
+    result: dict[str, Any] = {
+        "benchmark": "tp",
+        "environment": record.environment(options.commit),
+        "method": {**tp.method(budget), "seed": seed},
+        "shapes": [],
+    }
+    path = record.json_path(result, options.out)
+    for found in table(options.shapes, budget):
+        result["shapes"].append(found)
+        if ranks.is_first():
+            record.write(result, path)
+    if ranks.is_first():
+        tp_render.plot(result, path.with_suffix(".png"))
+        print(tp_render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
+    return int(any(map(tp.failed, result["shapes"])))
 
 
 def run_recognise(options: argparse.Namespace) -> int:

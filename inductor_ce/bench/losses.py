@@ -102,10 +102,13 @@ LOSSES = {
 }
 
 
-def errors(loss: Loss, z: Tensor, y: Tensor, value: Tensor, dz: Tensor) -> tuple[float, float]:
+def errors(
+    loss: Loss, z: Tensor, y: Tensor, value: Tensor, dz: Tensor, columns: slice = slice(None)
+) -> tuple[float, float]:
     """The relative errors of a mean loss and of its gradient, ‖dz − ref‖ / ‖ref‖, against float64.
 
-    Every row is compared, a few at a time, so that the float64 copies stay small.
+    Every row is compared, a few at a time, so that the float64 copies stay small. `dz` may hold some of the
+    columns.
     """
     valid = (y != IGNORED).sum()
     total = torch.zeros((), dtype=torch.float64, device=z.device)
@@ -114,7 +117,7 @@ def errors(loss: Loss, z: Tensor, y: Tensor, value: Tensor, dz: Tensor) -> tuple
     for rows in (slice(i, i + chunk) for i in range(0, z.shape[0], chunk)):
         x = z[rows].detach().double().requires_grad_()
         part = loss.rows(x, y[rows]).sum() / valid
-        (expected,) = torch.autograd.grad(part, x)
+        expected = torch.autograd.grad(part, x)[0][:, columns]
         total += part.detach()
         distance += (dz[rows].double() - expected).square().sum()
         norm += expected.square().sum()

@@ -87,12 +87,18 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
     for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
         upper.set_title(f"{shape['N']} x {shape['V']}")
-        _bars(upper, shape, "ratio", 1.0, cut=CUT)
-        _bars(lower, shape, "extra_bytes", 2.0**-20)
+        titles = [LOSSES[name].title.replace(", ", "\n") for name in _losses(shape)]
+        bars(upper, _heights(shape, "ratio"), titles, list(SYSTEMS), "{:.2f}", cut=CUT)
+        bars(lower, _heights(shape, "extra_bytes", 2.0**-20), titles, list(SYSTEMS), "{:.0f}")
         _limits(upper, shape)
         lower.axhline(shape["logits_bytes"] / 2**20, color="black", linestyle=":", linewidth=1)
     axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {CUT}; dashed: limit of three passes)")
     axes[1, 0].set_ylabel("extra memory at the peak, MB\n(dotted: the size of the logits)")
+    finish(figure, axes, result, path)
+
+
+def finish(figure: Figure, axes: Any, result: dict[str, Any], path: Path) -> None:
+    """The legend, where and when the numbers were made, and the file."""
     handles = {h.get_label(): h for a in axes[0] for h in a.containers}
     figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
     where = result["environment"]
@@ -104,28 +110,38 @@ def _losses(shape: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["loss"] for row in shape["rows"]))
 
 
-def _bars(axes: Axes, shape: dict[str, Any], key: str, scale: float, cut: float = math.inf) -> None:
-    """The bars of one quantity; a system that did not run leaves a gap in its place."""
-    losses = _losses(shape)
-    systems = [name for name in SYSTEMS if any(row["system"] == name for row in shape["rows"])]
-    width = BAR_WIDTH / max(1, len(systems))
-    for k, name in enumerate(systems):
-        rows = [row for row in shape["rows"] if row["system"] == name and row[key] is not None]
-        x = [losses.index(row["loss"]) + (k + 0.5) * width - BAR_WIDTH / 2 for row in rows]
-        heights = [scale * row[key] for row in rows]
-        bars = axes.bar(
-            x,
-            [min(height, cut) for height in heights],
+def _heights(shape: dict[str, Any], key: str, scale: float = 1.0) -> dict[tuple[str, str], float]:
+    return {
+        (LOSSES[row["loss"]].title.replace(", ", "\n"), row["system"]): scale * row[key]
+        for row in shape["rows"]
+        if row[key] is not None
+    }
+
+
+def bars(
+    axes: Axes,
+    heights: dict[tuple[str, str], float],
+    groups: list[str],
+    systems: list[str],
+    text: str,
+    cut: float = math.inf,
+) -> None:
+    """The bars of one quantity by group and system; a system that did not run leaves a gap in its place."""
+    present = [name for name in systems if any(system == name for _, system in heights)]
+    width = BAR_WIDTH / max(1, len(present))
+    for k, name in enumerate(present):
+        places = [i for i, group in enumerate(groups) if (group, name) in heights]
+        values = [heights[groups[i], name] for i in places]
+        drawn = axes.bar(
+            [i + (k + 0.5) * width - BAR_WIDTH / 2 for i in places],
+            [min(value, cut) for value in values],
             width,
             label=name,
-            color=f"C{list(SYSTEMS).index(name)}",
+            color=f"C{systems.index(name)}",
         )
-        texts = [f"{height:.2f}" if key == "ratio" else f"{height:.0f}" for height in heights]
-        axes.bar_label(bars, texts, fontsize=6, rotation=90, padding=2)
+        axes.bar_label(drawn, [text.format(value) for value in values], fontsize=6, rotation=90, padding=2)
     axes.margins(y=0.15)
-    axes.set_xticks(
-        range(len(losses)), [LOSSES[name].title.replace(", ", "\n") for name in losses], fontsize=8
-    )
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
 
 
 def _limits(axes: Axes, shape: dict[str, Any]) -> None:

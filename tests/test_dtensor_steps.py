@@ -1,0 +1,196 @@
+"""Several steps of one compiled loss over DTensor logits, and two losses at once, in real processes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import dtensor_cases
+import pytest
+import torch
+import torch.nn.functional as F
+from dtensor_cases import Setup, distributed, replace, tensors
+from harness import clean_slate, compile_without_codegen, sites
+from ranks import on_devices, spawn
+from reference import Terms, cross_entropy
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+
+pytestmark = pytest.mark.xdist_group("dtensor steps")
+
+SMOOTHED = Terms(smoothing=0.1)
+SHAPES = {2: Setup((2,), V=23), 4: Setup((2, 2), V=23)}
+LENGTHS = (8, 12, 16, 6)
+DYNAMIC = (True, None)
+
+
+class Exchanged(CommDebugMode):
+    """Counts collectives of compiled code too, which torch does not run under other modes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered: list[int] = []  # how many numbers each all-gather brought together
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if "all_gather_into_tensor" in str(func):
+            self.gathered.append(out.numel())
+        return out
+
+
+def head(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(h, W), y, label_smoothing=0.1)
+
+
+def two_heads(h: Tensor, W: Tensor, V: Tensor, y: Tensor) -> Tensor:
+    return head(h, W, y) + 0.5 * head(h, V, y)
+
+
+# In the ranks
+
+
+def on_rank(rank: int, size: int, device: str) -> dict[str, Any]:
+    setup = replace(SHAPES[size], device=device)
+    results = {"once": once(setup)}
+    if size == 2:
+        lengths_of = {("lengths", dynamic): lengths(setup, dynamic) for dynamic in DYNAMIC}
+        return results | lengths_of | {"replicated": once(setup, replicated=True)}
+    return results | {"two losses": two_losses(setup)}
+
+
+def once(setup: Setup, replicated: bool = False) -> dict[str, Any]:
+    """A step, and what another one exchanges; `replicated`: with logits that every rank has whole."""
+    with clean_slate():
+        x = distributed(setup, tensors(setup, -100))
+        if replicated:
+            x["W"] = x["W"].detach().redistribute(placements=[Replicate()] * len(setup.mesh))
+        compiled, _ = compile_without_codegen(head)
+        given = x["h"], x["W"], x["y"]
+        result = {"steps": [step(compiled, *given)], "sites": sites()}
+        return result | exchanged(compiled, *given) | {"compiled": counters["stats"]["unique_graphs"]}
+
+
+def lengths(setup: Setup, dynamic: bool | None) -> dict[str, Any]:
+    """One compiled function over batches of several lengths."""
+    with clean_slate():
+        compiled, _ = compile_without_codegen(head, dynamic=dynamic)
+        given = [distributed(replace(setup, N=n), tensors(replace(setup, N=n), -100)) for n in LENGTHS]
+        steps = [step(compiled, x["h"], x["W"], x["y"]) for x in given]
+        return {"steps": steps, "compiled": counters["stats"]["unique_graphs"]}
+
+
+def exchanged(compiled: Any, *given: DTensor) -> dict[str, Any]:
+    with Exchanged() as forward:
+        loss = compiled(*leaves_of(given))
+    with Exchanged() as backward:
+        loss.backward()
+    return {"forward": counted(forward), "backward": counted(backward), "gathered": forward.gathered}
+
+
+def counted(mode: CommDebugMode) -> dict[str, int]:
+    return {str(op).split(".")[-1]: count for op, count in mode.get_comm_counts().items()}
+
+
+def leaves_of(given: tuple[DTensor, ...]) -> list[DTensor]:
+    return [x.detach().requires_grad_(x.is_floating_point()) for x in given]
+
+
+def step(compiled: Any, *given: DTensor) -> list[Tensor]:
+    """The loss, and the gradients of what requires one, whole."""
+    leaves = leaves_of(given)
+    loss = compiled(*leaves)
+    loss.backward()
+    return [loss.detach().full_tensor(), *(x.grad.full_tensor() for x in leaves if x.requires_grad)]
+
+
+def second_head(setup: Setup) -> Tensor:
+    return torch.randn(29, dtensor_cases.D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def two_losses(setup: Setup) -> dict[str, Any]:
+    """Each over its own dimension of the mesh."""
+    mesh = setup.device_mesh()
+    x = tensors(setup, -100) | {"V": second_head(setup)}
+    places = {"W": [Replicate(), Shard(0)], "V": [Shard(0), Replicate()]}
+    with clean_slate():
+        given = [
+            dtensor_cases.distribute_tensor(
+                x[name], mesh, places.get(name, [Replicate()] * 2), src_data_rank=None
+            )
+            for name in ("h", "W", "V", "y")
+        ]
+        compiled, _ = compile_without_codegen(two_heads)
+        return {"steps": [step(compiled, *given)], "sites": sites()}
+
+
+# In the test's process
+
+sizes = pytest.mark.parametrize("size", list(SHAPES))
+
+
+@functools.cache
+def results(size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
+    return spawn(on_rank, size, size, device, device=device)
+
+
+def dense(n: int, setup: Setup) -> list[Tensor]:
+    """Loss, dh and dW in float64 in one process."""
+    x = tensors(replace(setup, N=n), -100)
+    h, W = x["h"].requires_grad_(), x["W"].requires_grad_()
+    loss = cross_entropy(F.linear(h, W), x["y"], SMOOTHED)
+    loss.backward()
+    return [loss.detach(), h.grad, W.grad]
+
+
+def assert_steps(steps: list[list[Tensor]], expected: list[list[Tensor]]) -> None:
+    torch.testing.assert_close(steps, expected, rtol=1e-10, atol=1e-10)
+
+
+@on_devices
+@pytest.mark.parametrize("dynamic", DYNAMIC)
+def test_trap_20_one_compilation_for_all_lengths(dynamic: bool | None, device: str):
+    """Left to itself, torch.compile takes the first length for a constant, and none after the second."""
+    for rank in results(2, device):
+        assert rank["lengths", dynamic]["compiled"] == (1 if dynamic else 2)
+        assert_steps(rank["lengths", dynamic]["steps"], [dense(n, SHAPES[2]) for n in LENGTHS])
+
+
+@on_devices
+@sizes
+def test_what_compiled_code_exchanges(size: int, device: str):
+    """Counted while it runs: four statistics a row, and the mean's two sums where ranks share the rows."""
+    rows_of_a_rank = 8 if size == 2 else 4
+    for rank in results(size, device):
+        means = {"all_reduce": 1} if size == 4 else {}
+        assert rank["once"]["forward"] == {"all_gather_into_tensor": 1} | means
+        assert rank["once"]["gathered"] == [2 * 4 * rows_of_a_rank]
+        assert rank["once"]["backward"] == {}
+        assert (rank["once"]["sites"], rank["once"]["compiled"]) == (1, 1)
+
+
+@on_devices
+def test_trap_9_replicated_logits_exchange_nothing(device: str):
+    """Gathered logits taken for shards: the loss is larger by log P."""
+    for rank in results(2, device):
+        assert rank["replicated"]["sites"] == 1
+        assert (rank["replicated"]["forward"], rank["replicated"]["backward"]) == ({}, {})
+        assert_steps(rank["replicated"]["steps"], [dense(8, SHAPES[2])])
+
+
+@on_devices
+def test_two_losses_over_different_dimensions_of_a_mesh(device: str):
+    x = tensors(SHAPES[4], -100)
+    leaves = [t.requires_grad_() for t in (x["h"], x["W"], second_head(SHAPES[4]))]
+    h, W, V = leaves
+    y = x["y"]
+    loss = cross_entropy(F.linear(h, W), y, SMOOTHED) + 0.5 * cross_entropy(F.linear(h, V), y, SMOOTHED)
+    loss.backward()
+    for rank in results(4, device):
+        assert rank["two losses"]["sites"] == 2
+        assert_steps(rank["two losses"]["steps"], [[loss.detach(), *(t.grad for t in leaves)]])
