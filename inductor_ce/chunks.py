@@ -18,11 +18,11 @@ from .builder import Builder
 from .compat import ALL_GATHER, WAIT, is_tangent, unset_fake_temporarily
 from .exits import Exit
 from .heads import Head
+from .nodes import args_of, example_of, grad_call, stats_call
 from .pieces import ROWS, Pieces, Range
 from .plan import piece_size
 from .products import ONCE_MADE
 from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
-from .timeline import tensor_of
 
 aten = torch.ops.aten
 
@@ -31,6 +31,7 @@ class Proof:
     """The coefficients of a head's `row_grad` nodes, as functions of the statistics of their rows.
 
     Attributes:
+        facts: about the coefficients and what they are made of.
         factor: the scalar that all gradients share.
         why_not: why there is no proof, or "".
     """
@@ -40,22 +41,15 @@ class Proof:
             self._prove(head)
 
     def _prove(self, head: Head) -> None:
-        self.head = head
-        self.gradients = [(node.args[3], node.args[4], node) for node in head.grads]
-        parts = [part for m, coefficients, _ in self.gradients for part in (m, coefficients)]
-        constants = [c for node in head.grads for group in node.args[1:3] for c in group]  # type: ignore[union-attr]
-        self.facts = facts_about(
-            [*parts, *constants, *head.beside(), *head.factors()], head.stats, is_tangent
-        )
-        self.factor: Factor = ()
-        self.factor, self.why_not = one_factor(self.facts, self.gradients)  # type: ignore[arg-type]
+        calls = [grad_call(node) for node in head.grads]
+        coefficients = [part for call in calls for part in (call.m, call.coefficients)]
+        constants = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
+        self.facts = facts_about([*coefficients, *constants, *head.beside()], head.stats, is_tangent)
+        self.factor, self.why_not = one_factor(self.facts, head.grads)
+        if not self.why_not and not all(self.facts[node].is_early for node in constants):
+            self.why_not = "what the gradient is made of beside the logits is known in the backward only"
         if not self.why_not:
-            self.why_not = self._of_the_rest(constants)
-
-    def _of_the_rest(self, constants: list[Node]) -> str:
-        if not all(self.facts[node].is_early for node in [*constants, *self.head.factors()]):
-            return "what the gradient is multiplied with is known in the backward only"
-        return factors_of_wide(self.head.wide, self.head.gradients(), self.facts, self.factor)
+            self.why_not = factors_of_wide(head.wide, head.gradients(), self.facts, self.factor)
 
 
 class Coefficients:
@@ -63,11 +57,13 @@ class Coefficients:
 
     def __init__(self, pieces: Pieces, proof: Proof):
         self.pieces, self.proof, self.build = pieces, proof, pieces.build
-        wanted = {part for m, coefficients, _ in proof.gradients for part in (m, coefficients)}
-        self._nodes = self._depending(wanted)
+        self._calls = {node: grad_call(node) for node in pieces.head.grads}
+        self._nodes = self._depending(
+            [p for call in self._calls.values() for p in (call.m, call.coefficients)]
+        )
         self._ones: dict[Node, Node] = {}
 
-    def _depending(self, wanted: set[Any]) -> list[Node]:
+    def _depending(self, wanted: list[Node]) -> list[Node]:
         """What must be made anew: all between the statistics, or a factor, and the coefficients."""
         facts, stats = self.proof.facts, set(self.pieces.head.stats)
         found: set[Node] = set()
@@ -101,20 +97,23 @@ class Coefficients:
             elif node.target == ALL_GATHER:
                 made[node] = self._gathered(node, made, piece)
             elif node.target == WAIT:
-                waited = build(WAIT, made[node.args[0]])  # type: ignore[index]
+                waited = build(WAIT, made[args_of(node)[0]])
                 made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
                 made[node] = build(node.target, *args, **kwargs)
         return {
-            node: (pieces.cut(made.get(m, m), piece, 0), pieces.cut(made.get(c, c), piece, 1))
-            for m, c, node in self.proof.gradients
+            node: (
+                pieces.cut(made.get(call.m, call.m), piece, 0),
+                pieces.cut(made.get(call.coefficients, call.coefficients), piece, 1),
+            )
+            for node, call in self._calls.items()
         }
 
     def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
         """Ranks exchange the statistics of the chunk alone."""
-        own, *rest = node.args
-        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)  # type: ignore[index]
+        own, *rest = args_of(node)
+        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
@@ -125,16 +124,9 @@ class Coefficients:
     def _one(self, node: Node) -> Node:
         """1 in the place of a factor."""
         if node not in self._ones:
-            example = tensor_of(node)
-            assert example is not None
-            self._ones[node] = self.build(
-                aten.full.default,
-                list(example.shape),
-                1.0,
-                dtype=example.dtype,
-                device=example.device,
-                pin_memory=False,
-            )
+            example = example_of(node)
+            kind = {"dtype": example.dtype, "device": example.device, "pin_memory": False}
+            self._ones[node] = self.build(aten.full.default, list(example.shape), 1.0, **kind)
         return self._ones[node]
 
 
@@ -162,7 +154,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum
     for i, piece in enumerate(ranges(build, pieces.n, chunks)):
         z = pieces.logits(piece, after)
         made = pieces.wide(z, piece, forward)
-        stats = {node: pieces.stats(node, made[node.args[0]], piece) for node in head.stats}  # type: ignore[index]
+        stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
             parts[node].append(part)
         after = list(stats.values())
@@ -181,7 +173,7 @@ def _scalar(build: Builder, factor: Factor) -> Node | None:
     """The value of a factor, []."""
     result = None
     for node, power in factor:
-        if len(tensor_of(node).shape):  # type: ignore[union-attr]
+        if example_of(node).dim():
             node = build(aten.reshape.default, node, [])
         for _ in range(abs(power)):
             if result is None and power < 0:
@@ -198,6 +190,6 @@ def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
     if isinstance(size, int):
         step = max(piece_size(size, pieces), 1)
         return [Range(start, min(start + step, size)) for start in range(0, size, step)] or [Range(0, size)]
-    step = build(operator.floordiv, size, pieces)
-    starts = [0, *(build(operator.mul, step, i) for i in range(1, pieces))]
+    part = build(operator.floordiv, size, pieces)
+    starts: list[Any] = [0, *(build(operator.mul, part, i) for i in range(1, pieces))]
     return [Range(start, end) for start, end in zip(starts, [*starts[1:], size], strict=True)]

@@ -139,8 +139,8 @@ def may_overwrite(z: Node, products: Container[Any]) -> bool:
 
     It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
     donated activation, the output of a library's kernel, or memory that such kernels fill; not where the
-    scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the result: a pointwise reader
-    would be fused, and then nothing needs to be stored but what that one writes.
+    scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the
+    result: a pointwise reader would be fused, and then nothing needs to be stored but what that one writes.
     """
     buffer = _buffer(z)
     if not isinstance(buffer, OWNED) and not was_empty(z):
@@ -359,6 +359,9 @@ def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # Process groups
+
+ALL_GATHER: Any
+WAIT: Any
 
 if torch.distributed.is_available():
     from torch.distributed import _functional_collectives, distributed_c10d

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
+from . import ops
 from .heads import BIAS, HIDDEN, WEIGHT_T, source_of_exit
+from .nodes import args_of, example_of
 from .pieces import ROWS, Pieces, Range, empty, into
 from .rows import shape_of
-from .timeline import tensor_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -41,44 +44,38 @@ class Exit:
         self._operand = None if self.kind == BIAS else self._other_factor()
 
     def _other_factor(self) -> Node:
-        """What the gradient is multiplied with: [V, M] for that of the hidden states, [N, M] for the weight's."""
-        left, right = self.node.args[:2]
+        """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
+        left, right = args_of(self.node)[:2]
         if self.kind == WEIGHT_T:
-            return self._transposed(self.pieces.matrix(left))  # type: ignore[arg-type]
-        return self.pieces.matrix(right)  # type: ignore[arg-type]
+            return self._transposed(self.pieces.matrix(left))
+        return self.pieces.matrix(right)
 
     def add(self, dz: Node, piece: Range, first: bool) -> Node:
         """Take in the gradient of a piece of the logits. Returns what is then made."""
         if self.kind == BIAS:
             return self._add_bias(dz)
-        build, pieces = self.build, self.pieces
         assert self._operand is not None
-        if self._out is None:
-            self._out = self._empty()
-        other = self._operand
-        if self.kind == HIDDEN:
-            left = dz
-            other = other if pieces.dim == ROWS else pieces.cut(other, piece, 0)
+        other, left = self._operand, dz if self.kind == HIDDEN else self._transposed(dz)
+        out = self._empty(other) if self._out is None else self._out
+        if self.is_summed:
+            other = self.pieces.cut(other, piece, 0)
+            self._out = into(self.build, out, left, other, accumulate=not first)
         else:
-            left = self._transposed(dz)
-            other = pieces.cut(other, piece, 0) if pieces.dim == ROWS else other
-        start = 0 if self.is_summed else piece.start
-        self._out = into(build, self._out, left, other, start=start, accumulate=self.is_summed and not first)
+            self._out = into(self.build, out, left, other, start=piece.start)
         return self._out
 
-    def _empty(self) -> Node:
-        build, pieces, operand = self.build, self.pieces, self._operand
-        example = tensor_of(operand)
-        assert operand is not None and example is not None
+    def _empty(self, operand: Node) -> Node:
+        build, pieces, example = self.build, self.pieces, example_of(operand)
         rows = pieces.n if self.kind == HIDDEN else pieces.head.v
-        width = example.shape[1]
+        width: Any = example.shape[1]
         if not isinstance(width, int):
-            width = build(aten.sym_size.int, operand, 1)  # type: ignore[assignment]
+            width = build(aten.sym_size.int, operand, 1)
         dtype = torch.float32 if self._wide else self.dtype
         return empty(build, [rows, width], dtype, example.device)
 
     def _add_bias(self, dz: Node) -> Node:
-        part = self.build(aten.sum.dim_IntList, dz, [0], False, dtype=torch.float32)
+        dtype = ops.stats_dtype(example_of(dz))
+        part = self.build(aten.sum.dim_IntList, dz, [0], False, dtype=dtype)
         if self.is_summed and self._parts:
             part = self.build(aten.add.Tensor, self._parts.pop(), part)
         self._parts.append(part)
@@ -90,13 +87,13 @@ class Exit:
     def finish(self, scale: Node | None) -> Node:
         """The gradient of the whole, times a scalar, as `node` was."""
         build = self.build
+        out = self._out
         if self.kind == BIAS:
             out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
-        else:
-            out = self._out  # type: ignore[assignment]
+        assert out is not None
         if scale is not None:
             out = build(aten.mul.Tensor, out, scale)
-        if tensor_of(out).dtype != self.dtype:  # type: ignore[union-attr]
+        if example_of(out).dtype != self.dtype:
             out = build(prims.convert_element_type.default, out, self.dtype)
         if self.kind == WEIGHT_T:
             out = self._transposed(out)
@@ -114,13 +111,13 @@ class Exit:
 
 def result_dtype(node: Node) -> torch.dtype:
     """The dtype in which a gradient is wanted: that of `node`, or float32 where all cast it to that."""
-    own = tensor_of(node).dtype  # type: ignore[union-attr]
+    own = example_of(node).dtype
     users = list(node.users)
     while users:
         user = users.pop()
         if user.target in _VIEWS:
             users += user.users
-        elif user.target != prims.convert_element_type.default or user.args[1] != torch.float32:
+        elif user.target != prims.convert_element_type.default or args_of(user)[1] != torch.float32:
             return own
     return torch.float32 if own.itemsize < 4 and node.users else own
 
@@ -128,9 +125,9 @@ def result_dtype(node: Node) -> torch.dtype:
 def replace(node: Node, new: Node) -> None:
     """Put a node in the place of another, whose dtype it need not have where views and casts read it."""
     node.replace_all_uses_with(new)
-    example, was = tensor_of(new), tensor_of(node)
-    if example is not None and was is not None and example.dtype != was.dtype:
-        _retype(new, example.dtype)
+    dtype = example_of(new).dtype
+    if dtype != example_of(node).dtype:
+        _retype(new, dtype)
 
 
 def _retype(node: Node, dtype: torch.dtype) -> None:

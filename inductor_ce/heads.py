@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from . import ops
 from .compat import OpOverload
+from .nodes import args_of, stats_call
 from .rows import equal, shape_of
 from .timeline import tensor_of
 
@@ -119,7 +120,7 @@ def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
 
 
 def _head_of(stats: Node) -> Head:
-    roots = _products_before(stats.args[0])  # type: ignore[arg-type]
+    roots = _products_before(stats_call(stats).z)
     if not roots:
         raise NoHead("the logits are not the result of a linear layer in the same graph")
     if len(roots) > 1:
@@ -127,11 +128,11 @@ def _head_of(stats: Node) -> Head:
     (product,) = roots
     if product.target == aten.bmm.default and not equal(shape_of(product)[0], 1):
         raise NoHead("the logits are a batched product")
-    bias = product.args[0] if product.target == aten.addmm.default else None
-    hidden, columns = product.args[-2:]
-    if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):  # type: ignore[arg-type]
+    *added, hidden, columns = args_of(product)
+    bias = added[0] if added else None
+    if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):
         raise NoHead("the linear layer adds more than a bias")
-    head = Head(product, hidden, columns, bias)  # type: ignore[arg-type]
+    head = Head(product, hidden, columns, bias)
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
     _gather(head)
@@ -170,7 +171,7 @@ def _gather(head: Head) -> None:
             elif exit_kind := _exit_kind(user, node):
                 head.exits[user] = exit_kind
             elif _is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
-                head.exits.update((u, _exit_kind(u, user)) for u in user.users)  # type: ignore[misc]
+                head.exits |= {u: _exit_kind(u, user) for u in user.users}
             elif _stays_wide(user, head, wide):
                 wide.add(user)
                 stack.append(user)
@@ -204,11 +205,12 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:
     """Whether `row_stats` or `row_grad` reads a node as its logits, and not among its weights."""
-    return user.args[0] is node and user.all_input_nodes.count(node) == 1 and node not in user.args[2]  # type: ignore[operator]
+    z, labels, weights, *rest = args_of(user)
+    return z is node and node not in (*labels, *weights, *rest)
 
 
 def _untransposed(node: Node) -> Node:
-    return node.args[0] if _is_transposed(node) else node  # type: ignore[return-value]
+    return args_of(node)[0] if _is_transposed(node) else node
 
 
 def vocab_axis(node: Node) -> int | None:
@@ -234,15 +236,13 @@ def _is_ordered_view(node: Node) -> bool:
     if node.target in ORDERED_VIEWS:
         return True
     if node.target == aten.expand.default:
-        source = node.args[0]
-        return _is_of_size(source, _count(node))  # type: ignore[arg-type]
+        return _is_of_size(args_of(node)[0], _count(node))
     return node.target in PERMUTATIONS and _moves_ones_only(node)
 
 
 def _moves_ones_only(node: Node) -> bool:
-    source = node.args[0]
-    order = permutation(node)
-    kept = [dim for dim in order if not equal(shape_of(source)[dim], 1)]  # type: ignore[arg-type]
+    shape = shape_of(args_of(node)[0])
+    kept = [dim for dim in permutation(node) if not equal(shape[dim], 1)]
     return kept == sorted(kept)
 
 
@@ -251,10 +251,10 @@ def permutation(node: Node) -> list[int]:
     rank = len(shape_of(node))
     order = list(range(rank))
     if node.target == aten.permute.default:
-        return [dim % rank for dim in node.args[1]]  # type: ignore[union-attr]
-    one, other = (0, 1) if node.target == aten.t.default else node.args[1:]  # type: ignore[misc]
+        return [dim % rank for dim in args_of(node)[1]]
+    one, other = (0, 1) if node.target == aten.t.default else args_of(node)[1:]
     if rank >= 2:
-        order[one], order[other] = order[other], order[one]  # type: ignore[index]
+        order[one], order[other] = order[other], order[one]
     return order
 
 
@@ -277,7 +277,7 @@ def _exit_kind(user: Node, source: Node) -> str:
         return HIDDEN if left is source else WEIGHT_T
     if user.target == aten.sum.dim_IntList and not _is_transposed(source):
         axis, rank = vocab_axis(source), len(shape_of(source))
-        dims = {dim % rank for dim in user.args[1]}  # type: ignore[union-attr]
+        dims = {dim % rank for dim in args_of(user)[1]}
         rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
         return BIAS if axis not in dims and rows <= dims else ""
     return ""

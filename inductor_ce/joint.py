@@ -13,12 +13,12 @@ from .chunks import Proof, token_chunks
 from .config import Options
 from .exits import replace, result_dtype
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
+from .nodes import example_of, stats_call
 from .plan import MATERIALISE, VOCAB_SLABS, Plan
 from .rows import hint
 from .shield import attempt
 from .sites import user_line
 from .slabs import vocab_slabs
-from .timeline import tensor_of
 
 aten = torch.ops.aten
 
@@ -51,8 +51,7 @@ def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
 
 
 def _nbytes(stats: Node) -> int:
-    example = tensor_of(stats.args[0])
-    assert example is not None
+    example = example_of(stats_call(stats).z)
     return hint(example.numel()) * example.element_size()
 
 
@@ -109,8 +108,7 @@ def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
     """What the plan is made from."""
     kinds = {kind: result_dtype(node) for node, kind in head.exits.items()}
     weight = kinds.get(WEIGHT, kinds.get(WEIGHT_T))
-    z = tensor_of(head.product)
-    assert z is not None
+    z = example_of(head.product)
     return plan.Head(
         n=hint(head.n),
         v=head.v,

@@ -63,7 +63,7 @@ class FuseLosses(_Pass):
 
 
 class FuseHeads(_Pass):
-    """Before partitioning: heads are computed piece by piece, or their logits are kept, but no chain of them."""
+    """Before partitioning: heads are computed in pieces; where logits are kept, no chain of them is saved."""
 
     def __call__(self, graph: Graph) -> None:
         planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options)

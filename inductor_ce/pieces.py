@@ -15,6 +15,7 @@ from . import ops
 from .builder import Builder
 from .compat import auto_functionalized
 from .heads import Head, NoHead, is_pointwise, vocab_axis
+from .nodes import args_of, example_of, grad_call, stats_call
 from .products import PRODUCT_INTO
 from .rows import equal, shape_of
 from .timeline import tensor_of
@@ -70,8 +71,7 @@ class Pieces:
         else:
             columns = self.cut(columns, piece)
             bias = None if bias is None else self.cut(bias, piece, 0)
-        example = tensor_of(head.product)
-        assert example is not None
+        example = example_of(head.product)
         size = [self._length(piece) if self.dim == ROWS else self.n, head.v]
         if self.dim == COLUMNS:
             size[1] = piece.end - piece.start
@@ -98,14 +98,13 @@ class Pieces:
         made = dict(made)
         for node in self.head.wide:
             if node.target == ops.ROW_GRAD:
-                z = made[node.args[0]]  # type: ignore[index]
-                made[node] = self.grad(node, z, piece, *coefficients[node])
+                made[node] = self.grad(node, made[grad_call(node).z], piece, *coefficients[node])
             elif node not in made:
                 made[node] = self._made(node, made, piece)
         return made
 
     def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        return self._again(node, made, piece) if is_pointwise(node) else made[node.args[0]]  # type: ignore[index]
+        return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]
 
     def _again(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
         """A pointwise node on pieces."""
@@ -130,11 +129,12 @@ class Pieces:
         shape, of_user = shape_of(source), shape_of(user)
         shape = (1,) * (len(of_user) - len(shape)) + tuple(shape)
         axis = vocab_axis(user)
+        assert axis is not None, "wide nodes have the vocabulary axis"
         rows = [(s, u) for i, (s, u) in enumerate(zip(shape, of_user, strict=True)) if i != axis]
         some = any(not equal(s, 1) for s, _ in rows)
         if some and not all(equal(s, u) for s, u in rows):
             raise NoHead("the logits are combined with what differs between some of the rows only")
-        return some, not equal(shape[axis], 1)  # type: ignore[index]
+        return some, not equal(shape[axis], 1)
 
     def _as_matrix(self, source: Node, rows: bool, columns: bool) -> Node:
         key = (source, 2 * rows + columns)
@@ -145,24 +145,21 @@ class Pieces:
 
     def stats(self, node: Node, z: Node, piece: Range, rows: list[str] | None = None) -> Node:
         """The statistics `node` of a piece; other rows of them, if given."""
-        which = node.args[3] if rows is None else ",".join(rows)
+        which = stats_call(node).which if rows is None else ",".join(rows)
         return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which)
 
     def grad(self, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
-        return self.build(ops.ROW_GRAD, z, *self._constants(node, piece), m, coefficients, node.args[5])
+        labels, weights = self._constants(node, piece)
+        return self.build(ops.ROW_GRAD, z, labels, weights, m, coefficients, grad_call(node).which)
 
     def _constants(self, node: Node, piece: Range) -> tuple[list[Node], list[Node]]:
         """The labels and weights of `row_stats` or `row_grad`, for a piece."""
-        labels, weights = node.args[1:3]
+        labels, weights = args_of(node)[1:3]
         if self.dim == ROWS:
-            return (
-                [self.cut(y, piece, 0) for y in labels],  # type: ignore[union-attr]
-                [q if len(shape_of(q)) == 1 else self.cut(q, piece, 0) for q in weights],  # type: ignore[union-attr]
-            )
-        return (
-            [self._shifted(y, piece) for y in labels],  # type: ignore[union-attr]
-            [self.cut(q, piece, len(shape_of(q)) - 1) for q in weights],  # type: ignore[union-attr]
-        )
+            own = [q if len(shape_of(q)) == 1 else self.cut(q, piece, 0) for q in weights]
+            return [self.cut(y, piece, 0) for y in labels], own
+        own = [self.cut(q, piece, len(shape_of(q)) - 1) for q in weights]
+        return [self._shifted(y, piece) for y in labels], own
 
     def _shifted(self, label: Node, piece: Range) -> Node:
         """Labels relative to the first of the columns."""

@@ -19,6 +19,8 @@ factors rounds nothing from piece to piece.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def product_into(
         return
     if out.dtype != a.dtype and a.device.type == "cpu":
         a, b = a.to(out.dtype), b.to(out.dtype)
-    wide = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if accumulate:
         torch.addmm(rows, a, b, out=rows, **wide)
     else:

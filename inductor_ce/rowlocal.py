@@ -25,6 +25,7 @@ from torch.fx.node import map_arg
 from . import ops
 from .compat import ALL_GATHER, WAIT
 from .heads import is_pointwise
+from .nodes import args_of, grad_call
 from .rows import hint, shape_of
 from .timeline import tensor_of
 
@@ -122,7 +123,7 @@ def _scalar_or(node: Node, why_not: str) -> Fact:
 
 def _is_zero(node: Node) -> bool:
     if node.target in (aten.full.default, aten.full_like.default):
-        return node.args[1] == 0
+        return bool(args_of(node)[1] == 0)
     return node.target in (aten.zeros.default, aten.zeros_like.default)
 
 
@@ -223,7 +224,8 @@ def _moved(node: Node, facts: dict[Node, Fact]) -> Fact:
     if all(fact.rows is None for fact in known):
         return Fact(_common(node, known))
     args, kwargs = map_arg((node.args, node.kwargs), lambda source: _row_numbers(source, facts))
-    rows = _MOVES[node.target](*args, **kwargs) if node.target in _MOVES else node.target(*args, **kwargs)  # type: ignore[operator]
+    move: Any = _MOVES.get(node.target, node.target)
+    rows = move(*args, **kwargs)
     return Fact(_common(node, known), rows)
 
 
@@ -250,32 +252,32 @@ def _unbound(node: Node, facts: dict[Node, Fact]) -> Fact:
 
 
 def _item(node: Node, facts: dict[Node, Fact]) -> Fact:
-    source, index = node.args
+    source, index = args_of(node)
     fact = _known(source, facts)
-    if source.target != aten.unbind.int:  # type: ignore[union-attr]
-        raise Unknown(f"{_name(source)} may mix rows")  # type: ignore[arg-type]
-    dim = source.args[1] if len(source.args) > 1 else 0  # type: ignore[union-attr]
-    rows = None if fact.rows is None else fact.rows.select(dim, index)  # type: ignore[arg-type]
+    if source.target != aten.unbind.int:
+        raise Unknown(f"{_name(source)} may mix rows")
+    dim = source.args[1] if len(source.args) > 1 else 0
+    rows = None if fact.rows is None else fact.rows.select(dim, index)
     return Fact(fact.factor, rows)
 
 
 def _reduced(node: Node, facts: dict[Node, Fact]) -> Fact:
     """A reduction over elements that depend on the same row, such as those of several ranks."""
     fact = _known(node.args[0], facts)
-    dims, keepdim = (*node.args[1:3], False)[:2] if len(node.args) > 1 else (None, False)
+    dims, keepdim, *_ = (*args_of(node)[1:3], None, False) if len(node.args) < 3 else args_of(node)[1:3]
     if fact.rows is None or not dims or fact.factor:
         raise Unknown(f"{_name(node)} brings rows together")
-    largest = fact.rows.amax(dims, keepdim=True)  # type: ignore[arg-type]
+    largest = fact.rows.amax(dims, keepdim=True)
     if bool(((fact.rows != largest) & (fact.rows != NO_ROW)).any()):
         raise Unknown(f"{_name(node)} brings rows together")
-    return Fact(rows=largest if keepdim else largest.amax(dims))  # type: ignore[arg-type]
+    return Fact(rows=largest if keepdim else largest.amax(dims))
 
 
 def _gathered(node: Node, facts: dict[Node, Fact]) -> Fact:
     fact = _known(node.args[0], facts)
     if fact.factor or fact.rows is None or not _of_own_rows(fact):
         raise Unknown("the ranks exchange what is no statistic of their own rows")
-    return Fact(rows=torch.cat([fact.rows] * node.args[1]))  # type: ignore[operator]
+    return Fact(rows=torch.cat([fact.rows] * args_of(node)[1]))
 
 
 def _waited(node: Node, facts: dict[Node, Fact]) -> Fact:
@@ -316,15 +318,16 @@ _RULES: dict[Any, Callable[[Node, dict[Node, Fact]], Fact]] = {
 _KEEPS_ZERO = {target for target, rule in _RULES.items() if rule in (_moved, _cast)}
 
 
-def one_factor(facts: dict[Node, Fact], gradients: Iterable[tuple[Node, Node, Node]]) -> tuple[Factor, str]:
-    """(the scalar that all of `gradients` share, "") or ((), why there is none).
+def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Factor, str]:
+    """(the scalar that all gradients share, "") or ((), why there is none).
 
     Args:
-        facts: about all of these.
-        gradients: of each `row_grad`: its row maxima [N], its coefficients [K, N], and itself.
+        facts: about the maxima and the coefficients of all `gradients`.
+        gradients: `row_grad` nodes.
     """
     factors = set()
-    for m, coefficients, node in gradients:
+    for node in gradients:
+        m, coefficients = grad_call(node).m, grad_call(node).coefficients
         for part in (m, coefficients):
             fact = facts[part]
             if fact.why_not:
@@ -349,7 +352,7 @@ def _of_own_rows(fact: Fact) -> bool:
 def factors_of_wide(
     wide: Iterable[Node], gradients: set[Node], facts: dict[Node, Fact], factor: Factor
 ) -> str:
-    """Add facts about the wide nodes of a head, which are in its order of rows. Returns why it cannot be done.
+    """Add facts about the wide nodes of a head, all in its order of rows. Returns why it cannot be done.
 
     Args:
         wide: in the order of the graph.

@@ -26,7 +26,7 @@ def from_inputs(graph: Graph) -> None:
     readers = [
         node
         for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)
-        if node.args[0].op != "placeholder"  # type: ignore[union-attr]
+        if node.args[0].op != "placeholder"
     ]
     if not readers:
         return
@@ -80,10 +80,10 @@ class _Sizes:
         combine = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(
             expr.func, _FUNCTIONS.get(expr.func.__name__)
         )
-        parts = [self._made(arg) for arg in expr.args]
-        if combine is None or not parts or any(part is None for part in parts):
+        parts = [part for part in map(self._made, expr.args) if part is not None]
+        if combine is None or not parts or len(parts) < len(expr.args):
             return None
-        return functools.reduce(lambda a, b: self._node(combine, (a[0], b[0]), combine(a[1], b[1])), parts)  # type: ignore[arg-type,return-value,index]
+        return functools.reduce(lambda a, b: self._node(combine, (a[0], b[0]), combine(a[1], b[1])), parts)
 
     def _node(self, target: Any, args: tuple[Any, ...], value: Any) -> tuple[Node, Any]:
         node = self._graph.call_function(target, args)

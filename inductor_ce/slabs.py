@@ -6,8 +6,6 @@ gradient, so whatever the loss is, it works; it costs one more product.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -17,12 +15,13 @@ from .builder import Builder
 from .chunks import ranges
 from .exits import Exit
 from .heads import Head
+from .nodes import grad_call, stats_call
 from .pieces import COLUMNS, Pieces, Range
 from .shards import combined
 
 
 def vocab_slabs(build: Builder, head: Head, slabs: int, wide_sum: bool) -> dict[Node, Node]:
-    """Make statistics slab by slab, and gradients too. Returns what stands for each `row_stats` and each exit.
+    """Make statistics and gradients slab by slab. Returns what stands for each `row_stats` and each exit.
 
     Args:
         build: makes the nodes.
@@ -39,7 +38,8 @@ def vocab_slabs(build: Builder, head: Head, slabs: int, wide_sum: bool) -> dict[
     for piece in columns:
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
         for node in head.stats:
-            parts[node].append(pieces.stats(node, made[node.args[0]], piece, _with_masses(_rows(node))))  # type: ignore[index]
+            rows = _with_masses(_rows(node))
+            parts[node].append(pieces.stats(node, made[stats_call(node).z], piece, rows))
         after = [of_node[-1] for of_node in parts.values()]
     whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
     return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, wide_sum)}
@@ -50,11 +50,11 @@ def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], wide_su
     exits = [Exit(pieces, node, wide_sum) for node in head.exits]
     if not exits:
         return []
-    coefficients = {node: (node.args[3], node.args[4]) for node in head.grads}
-    after: list[Any] = [c for _, c in coefficients.values()]
+    coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}
+    after = [c for _, c in coefficients.values()]
     for i, piece in enumerate(columns):
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
-        made = pieces.wide_gradients(made, piece, coefficients)  # type: ignore[arg-type]
+        made = pieces.wide_gradients(made, piece, coefficients)
         after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
     return exits
 
@@ -79,7 +79,8 @@ def _whole(build: Builder, node: Node, parts: list[Node], columns: list[Range]) 
 
 
 def _rows(node: Node) -> list[str]:
-    return ops.parse(node.args[3], len(node.args[1]), len(node.args[2]))  # type: ignore[arg-type]
+    call = stats_call(node)
+    return ops.parse(call.which, len(call.labels), len(call.weights))
 
 
 def _with_masses(rows: list[str]) -> list[str]:
