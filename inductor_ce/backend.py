@@ -21,7 +21,8 @@ from .errors import OptionError
 from .passes import FuseHeads, FuseLosses
 from .slots import passes_in, slot_value
 
-SLOTS = {"pre_grad_custom_pass": FuseLosses, "joint_custom_post_pass": FuseHeads}
+LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_post_pass"
+SLOTS = {LOSSES_SLOT: FuseLosses, HEADS_SLOT: FuseHeads}
 OURS = (FuseLosses, FuseHeads)
 
 

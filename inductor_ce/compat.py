@@ -7,6 +7,7 @@ probing for the capability where one can, so that no other file knows which torc
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from collections.abc import Callable, Container, Sequence
 from typing import Any, TypeGuard
@@ -47,6 +48,7 @@ __all__ = [
     "auto_functionalized",
     "autocast_switches",
     "call_lowering",
+    "captured_copy",
     "check_torch",
     "choose",
     "compile_fx",
@@ -62,7 +64,6 @@ __all__ = [
     "inductor_config",
     "is_buffer",
     "is_dtensor",
-    "is_function_body",
     "is_function_transform",
     "is_higher_order",
     "is_kept_dynamic",
@@ -320,22 +321,6 @@ def is_function_transform(target: Any) -> bool:
     return "functorch" in (getattr(target, "__module__", None) or "")
 
 
-def is_function_body(nodes: Sequence[torch.fx.Node]) -> bool:
-    """Whether a graph is the forward of an autograd.Function, as Dynamo captures it.
-
-    Such a body switches gradients off before anything else, on again at its end, and returns a pair: its
-    outputs, and what its backward is given.
-    """
-    inner = [node for node in nodes if node.op != "placeholder"]
-    if len(inner) < 3:
-        return False
-    first, last, output = inner[0], inner[-2], inner[-1]
-    switched = all(node.target is set_grad_enabled for node in (first, last))
-    returned = output.args[0] if output.args else None
-    pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
-    return switched and pair and (first.args, last.args) == ((False,), (True,))
-
-
 def returns_to_program(module: torch.nn.Module | None) -> bool:
     """Whether the outputs of a module's graph go to the user's program.
 
@@ -343,6 +328,13 @@ def returns_to_program(module: torch.nn.Module | None) -> bool:
     """
     reason = getattr(module, "compile_subgraph_reason", None)
     return reason is not None and "DDPOptimizer" not in reason.reason
+
+
+def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of what Dynamo captured, with its graphs, but with the same tensors."""
+    made = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    made.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
+    return made
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch.fx import Graph, GraphModule
 
-from .backend import installed_options
-from .compat import check_torch, no_recompile_limit, uncompiled
+from .backend import HEADS_SLOT, LOSSES_SLOT, installed_options
+from .compat import CustomGraphPass, captured_copy, check_torch, compile_fx, no_recompile_limit, uncompiled
+from .config import Options
+from .joint import Planned, fuse_heads, sentence
 from .passes import fuse_losses
 from .report import Report
+from .shield import attempt
+from .sites import Site
 
 
 def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Run `f(*args, **kwargs)` once and report the losses found in the graphs that torch.compile captures.
 
     Every graph is captured afresh and read outside all caches, so the report is the same on a machine where
-    everything is compiled already. The graphs themselves run unfused, and nothing that is compiled for `f`
-    is touched. The options are those of the `install` in force, or the defaults.
+    everything is compiled already. All passes run, so that each head's plan is known, and no code is
+    generated: the graphs themselves run unfused, and nothing that is compiled for `f` is touched. The options
+    are those of the `install` in force, or the defaults.
 
     Args:
         f: a function or module, compiled or not.
@@ -34,16 +41,64 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     options = installed_options()
 
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites = []
         for module in gm.modules():
             if isinstance(module, GraphModule):
                 found = fuse_losses(copied(module), options)
-                report.sites += found.sites
+                sites += found.sites
                 report.misses += found.misses
+        planned, _ = (
+            attempt("strategies are not told", plans_of, gm, example_inputs, options) if sites else ([], None)
+        )
+        report.sites += with_plans(sites, planned or [])
         return gm.forward
 
     with no_recompile_limit():
         torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
     return report
+
+
+class _Silent(CustomGraphPass):
+    """A pass that tells nobody, and is in no cache."""
+
+    def __init__(self, run: Callable[[Graph], object]):
+        self._run = run
+
+    def __call__(self, graph: Graph) -> None:
+        self._run(graph)
+
+    def uuid(self) -> None:
+        return None
+
+
+def plans_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Planned]:
+    """What the joint pass makes of the heads in a torch-level graph, which is not touched."""
+    planned: list[Planned] = []
+    patches = {
+        LOSSES_SLOT: _Silent(lambda graph: fuse_losses(graph, options)),
+        HEADS_SLOT: _Silent(lambda graph: planned.extend(fuse_heads(graph, options))),
+        "force_disable_caches": True,
+    }
+
+    def no_code(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    compile_fx(captured_copy(gm), example_inputs, inner_compile=no_code, config_patches=patches)
+    return planned
+
+
+def with_plans(sites: list[Site], planned: list[Planned]) -> list[Site]:
+    """Sites with the plans of the heads before them, found by the user's line."""
+    left = list(planned)
+    told = []
+    for site in sites:
+        found = next((each for each in left if each.location == site.location), None)
+        if found is not None:
+            left.remove(found)
+            head = " ".join(filter(None, (site.head, f"{sentence(found.plan)}.")))
+            site = dataclasses.replace(site, strategy=found.plan.strategy, head=head)
+        told.append(site)
+    return told
 
 
 def _apart(f: Callable[..., Any]) -> Callable[..., Any]:

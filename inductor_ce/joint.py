@@ -14,7 +14,7 @@ from .config import Options
 from .exits import replace, result_dtype
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .nodes import example_of, stats_call
-from .plan import MATERIALISE, VOCAB_SLABS, Plan
+from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
 from .rows import hint
 from .shield import attempt
 from .sites import user_line
@@ -33,9 +33,13 @@ class Planned:
 
 def plan_line(planned: Planned) -> str:
     """One line for the log."""
-    p = planned.plan
-    pieces = f" in {p.pieces} pieces" if p.pieces > 1 else ""
-    return f"{planned.location}: {p.strategy}{pieces}, {p.extra_bytes / 2**20:.1f} MiB extra: {p.reason}"
+    return f"{planned.location}: {sentence(planned.plan)}"
+
+
+def sentence(plan: Plan) -> str:
+    """The strategy, what it takes, and why."""
+    pieces = f" in {plan.pieces} pieces" if plan.pieces > 1 else ""
+    return f"{plan.strategy}{pieces}, {plan.extra_bytes / MIB:.1f} MiB beyond the gradients: {plan.reason}"
 
 
 def fuse_heads(graph: Graph, options: Options) -> list[Planned]:

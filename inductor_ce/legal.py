@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from . import algebra, spellings
-from .compat import is_dtensor, is_function_body, is_function_transform, is_kept_dynamic, is_plain_tensor
+from .compat import is_dtensor, is_function_transform, is_kept_dynamic, is_plain_tensor, set_grad_enabled
 from .config import Options
 from .groups import Group, expr_of, grouped, headline, value_of
 from .placements import beside_fact, layout_fact
@@ -120,7 +121,7 @@ def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
 def _refusal_of_graph(reading: Reading) -> tuple[Reason, str] | None:
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
-    return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
+    return OWN_BACKWARD if _is_function_body(reading.timeline.nodes) else None
 
 
 def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
@@ -262,3 +263,19 @@ def _first_rows_moved(steps: tuple[Step, ...]) -> bool:
     """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
     cut = any(isinstance(s, Slice) and s.left[0] + s.right[0] for s in steps)
     return cut or any(isinstance(s, (Permute, Index)) for s in steps)
+
+
+def _is_function_body(nodes: Sequence[Node]) -> bool:
+    """Whether a graph is the forward of an autograd.Function, as Dynamo captures it.
+
+    Such a body switches gradients off before anything else, on again at its end, and returns a pair: its
+    outputs, and what its backward is given.
+    """
+    inner = [node for node in nodes if node.op != "placeholder"]
+    if len(inner) < 3:
+        return False
+    first, last, output = inner[0], inner[-2], inner[-1]
+    switched = all(node.target is set_grad_enabled for node in (first, last))
+    returned = output.args[0] if output.args else None
+    pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
+    return switched and pair and (first.args, last.args) == ((False,), (True,))

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "algebra", "monoid", "plan", "shield", "verify"},
     {"config", "compat", "ops", "products", "notation"},
     {"slots", "timeline", "spellings", "sites", "shards"},
-    {"rows", "placements", "loss_rows"},
+    {"rows", "placements", "loss_rows", "nodes"},
     {"views", "report", "arguments"},
     {"reading"},
     {"place", "unread"},
