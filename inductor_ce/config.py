@@ -17,13 +17,13 @@ class Options:
     """What `install(**options)` and `torch.compile(..., options={...})` accept.
 
     Attributes:
+        min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
+            there. At least 2.
         strategy: how the linear layer before the logits is dealt with. "materialise" keeps all logits in
             memory; "token_chunks" makes those of some rows at a time, with their gradient; "vocab_slabs"
             those of some classes at a time, and again in the backward. "auto" chooses.
         memory_budget: extra memory that the head may take beyond the gradients, in bytes (an int), or as a
             fraction of the logits (a float).
-        min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
-            there. At least 2.
         on_miss: what happens when a loss is seen and left as it was: "ignore" (it is still counted,
             logged and listed by `explain`), "warn", or "raise" a `MissError`.
         verify: compute each rewritten loss both ways, compare values and gradients when they are first
@@ -37,9 +37,9 @@ class Options:
             position's, keeps all of them. So do a DTensor, a change in place, and `verify`.
     """
 
+    min_vocab: int = 1024
     strategy: str = "auto"
     memory_budget: int | float | None = None
-    min_vocab: int = 1024
     on_miss: str = "ignore"
     verify: bool = False
     drop_logits: bool = False

@@ -95,8 +95,7 @@ def with_plans(sites: list[Site], planned: list[Planned]) -> list[Site]:
         found = next((each for each in left if each.location == site.location), None)
         if found is not None:
             left.remove(found)
-            head = " ".join(filter(None, (site.head, f"{sentence(found.plan)}.")))
-            site = dataclasses.replace(site, strategy=found.plan.strategy, head=head)
+            site = dataclasses.replace(site, strategy=found.plan.strategy, plan=sentence(found.plan))
         told.append(site)
     return told
 

@@ -69,7 +69,7 @@ class FuseHeads(_Pass):
         planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options)
         for each in planned or []:
             counters["inductor_ce"][each.plan.strategy] += 1
-            log.info("%s", plan_line(each))
+            log.debug("%s", plan_line(each))
         attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
 
 

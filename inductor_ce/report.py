@@ -47,7 +47,7 @@ class Report:
 
 def site_line(site: Site) -> str:
     """One line for the log."""
-    return f"{site.location}: fused {site.form} ({site.strategy}, logits {mebibytes(site.logits_bytes)})"
+    return f"{site.location}: fused {site.form} (logits {mebibytes(site.logits_bytes)})"
 
 
 def miss_line(miss: Miss) -> str:
@@ -64,7 +64,7 @@ def _site_lines(site: Site) -> list[str]:
         ("form", site.form),
         ("statistics", ", ".join(site.statistics)),
         ("operator", f"row_stats[{site.which}]"),
-        ("strategy", site.strategy + (", vocabulary sharded" if site.sharded else "")),
+        ("strategy", (site.plan or site.strategy) + ("; vocabulary sharded" if site.sharded else "")),
         ("logits", mebibytes(site.logits_bytes)),
         *([("head", site.head)] if site.head else []),
     ]

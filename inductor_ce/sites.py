@@ -52,8 +52,9 @@ class Site:
         sharded: whether the vocabulary is split over ranks.
         strategy: how the logits are dealt with; "materialise" keeps them.
         logits_bytes: size of the logits, with a hint in place of a symbolic N.
-        head: a sentence on why the linear layer before the logits is or is not fused with the loss, for
-            example that the logits are returned; "" where there is nothing to tell.
+        head: a sentence on who else has the logits in memory, for example that they are returned, or that
+            they were dropped; "" where there is nothing to tell.
+        plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
     """
 
     location: str
@@ -65,6 +66,7 @@ class Site:
     strategy: str
     logits_bytes: int
     head: str = ""
+    plan: str = ""
 
 
 @dataclass(frozen=True)

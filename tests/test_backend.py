@@ -80,7 +80,10 @@ def test_install_and_uninstall():
     handle = inductor_ce.install(min_vocab=2)
     assert installed() == OURS
     assert handle.options == Options(min_vocab=2)
-    options = "Options(min_vocab=2, on_miss='ignore', verify=False, drop_logits=False)"
+    options = (
+        "Options(min_vocab=2, strategy='auto', memory_budget=None, on_miss='ignore', verify=False, "
+        "drop_logits=False)"
+    )
     assert repr(handle) == f"<inductor_ce installed with {options}>"
     inductor_ce.uninstall()
     assert slots() == [None, None]
@@ -297,7 +300,7 @@ def test_backend_keeps_foreign_passes(patches: list[dict[str, Any]]):
 # Options
 
 
-VALID = "min_vocab, on_miss, verify, drop_logits"
+VALID = "min_vocab, strategy, memory_budget, on_miss, verify, drop_logits"
 
 
 @pytest.mark.parametrize(
@@ -311,6 +314,18 @@ VALID = "min_vocab, on_miss, verify, drop_logits"
         ({"min_vocab": 2.5}, "min_vocab must be an int of at least 2, got 2.5"),
         ({"on_miss": "shout"}, "on_miss must be one of 'ignore', 'warn', 'raise', got 'shout'"),
         ({"on_miss": None}, "on_miss must be one of 'ignore', 'warn', 'raise', got None"),
+        (
+            {"strategy": "chunks"},
+            "strategy must be one of 'auto', 'materialise', 'token_chunks', 'vocab_slabs', got 'chunks'",
+        ),
+        *(
+            (
+                {"memory_budget": wrong},
+                "memory_budget must be bytes (an int), a fraction (a float) or None, and positive, "
+                f"got {wrong!r}",
+            )
+            for wrong in (0, -1, float("nan"), float("inf"), True, "1 GB")
+        ),
     ],
 )
 def test_wrong_options(given: dict[str, Any], says: str):
@@ -451,8 +466,13 @@ def test_failure_leaves_a_program_that_runs(
     """The program runs, one warning is given, and the log holds the traceback."""
     monkeypatch.setattr(*FAILURES[place], boom)
     z, y = inputs()
-    compiled, _ = compile_without_codegen(lambda z, y: loss(z, y) + loss(z * 2, y))
-    expected = loss(z, y) + loss(z * 2, y)
+    W = torch.randn(V, V)
+
+    def f(z, y):
+        return loss(z, y) + loss(z @ W, y)
+
+    compiled, _ = compile_without_codegen(f, strategy="token_chunks")
+    expected = f(z, y)
     with pytest.warns(UserWarning, match="ZeroDivisionError: a bug of ours") as caught:
         result = compiled(z, y)
     torch.testing.assert_close(result, expected)

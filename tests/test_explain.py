@@ -98,7 +98,7 @@ inductor_ce: 1 loss fused, 1 left as written
     form       mean[y != -100](lse - pick(y))
     statistics lse, pick(y)
     operator   row_stats[max,sumexp,pick]
-    strategy   materialise
+    strategy   materialise, 0.0 MiB beyond the gradients: the logits are not the result of a linear layer in the same graph
     logits     0.0 MiB
   missed  LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))
     SOFT_TARGETS: The target holds class probabilities of which a gradient is wanted. REMEDY""",
@@ -136,7 +136,8 @@ def test_dictionary_survives_json():
     assert json.loads(json.dumps(d)) == d
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
-        *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes", "head"),
+        *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
+        *("head", "plan"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],
@@ -255,6 +256,28 @@ def test_explaining_changes_no_gradient():
     assert z.grad is None
 
 
+@pytest.mark.parametrize(
+    ("options", "strategy", "why"),
+    [
+        ({}, "materialise", "logits under 128 MiB are not worth dividing"),
+        ({"strategy": "token_chunks"}, "token_chunks", "asked for"),
+        ({"strategy": "vocab_slabs"}, "vocab_slabs", "asked for"),
+        ({"memory_budget": 0.5}, "token_chunks", "one scalar scales every gradient"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_plan_of_a_head(options: dict[str, Any], strategy: str, why: str):
+    def f(h, W, y):
+        return F.cross_entropy(F.linear(h, W), y)
+
+    h, W = torch.randn(16, 8, requires_grad=True), torch.randn(64, 8, requires_grad=True)
+    with inductor_ce.install(min_vocab=2, **options):
+        (site,) = inductor_ce.explain(f, h, W, torch.arange(16)).sites
+    assert site.strategy == strategy
+    assert site.plan.startswith(strategy)
+    assert why in site.plan
+
+
 def test_counters():
     compiled, _ = compile_without_codegen(half_fused)
     compiled(*inputs())
@@ -268,7 +291,7 @@ def test_log(caplog: pytest.LogCaptureFixture):
     lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce" and r.levelno == logging.INFO]
     where = line_of("z.softmax(-1))")
     assert lines == [
-        f"{where}: fused mean[y != -100](lse - pick(y)) (materialise, logits 0.0 MiB)",
+        f"{where}: fused mean[y != -100](lse - pick(y)) (logits 0.0 MiB)",
         f"{where}: left as written [SOFT_TARGETS] The target holds class probabilities of which a gradient "
         f"is wanted. {Reason.SOFT_TARGETS.value}",
     ]
@@ -278,7 +301,7 @@ def test_one_line_a_site(caplog: pytest.LogCaptureFixture):
     compiled, _ = compile_without_codegen(lambda z, y: loss(z, y) + loss(z * 2, y))
     with caplog.at_level(logging.INFO, logger="inductor_ce"):
         compiled(*inputs())
-    lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "inductor_ce" and r.levelno >= logging.INFO]
     assert (sites(), misses(), len(lines)) == (2, 0, 2)
     assert all("\n" not in line for line in lines)
 
