@@ -122,7 +122,7 @@ def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
 def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
-        raise NoHead("the logits are not the result of a linear layer in the same graph")
+        raise NoHead("no linear layer in the graph makes the logits")
     if len(roots) > 1:
         raise NoHead("the logits are made of several products")
     (product,) = roots
