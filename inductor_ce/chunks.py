@@ -53,7 +53,12 @@ class Proof:
 
 
 class Coefficients:
-    """The maxima and the coefficients of one chunk after another."""
+    """The maxima and the coefficients of one chunk after another.
+
+    Attributes:
+        gathered: what ranks gave for the chunks so far, [P * K, rows of the chunk], by the node that waits
+            for what they give for all rows.
+    """
 
     def __init__(self, pieces: Pieces, proof: Proof):
         self.pieces, self.proof, self.build = pieces, proof, pieces.build
@@ -62,6 +67,7 @@ class Coefficients:
             [p for call in self._calls.values() for p in (call.m, call.coefficients)]
         )
         self._ones: dict[Node, Node] = {}
+        self.gathered: dict[Node, list[Node]] = {}
 
     def _depending(self, wanted: list[Node]) -> list[Node]:
         """What must be made anew: all between the statistics, or a factor, and the coefficients."""
@@ -98,6 +104,7 @@ class Coefficients:
                 made[node] = self._gathered(node, made, piece)
             elif node.target == WAIT:
                 waited = build(WAIT, made[args_of(node)[0]])
+                self.gathered.setdefault(node, []).append(waited)
                 made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
@@ -162,6 +169,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum
             of_chunk = coefficients.of(stats, piece)
             made |= pieces.wide_gradients(made, piece, of_chunk)
             after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+    parts |= coefficients.gathered
     whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
     if exits:
         whole = {node: build(ONCE_MADE, stats, after) for node, stats in whole.items()}

@@ -10,15 +10,18 @@ from torch.fx import Graph, Node
 from . import heads, ops, plan, sizes
 from .builder import Builder
 from .chunks import Proof, token_chunks
+from .compat import ALL_GATHER, WAIT
 from .config import Options
 from .exits import replace, result_dtype
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
-from .nodes import example_of, stats_call
+from .nodes import args_of, example_of, stats_call
 from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
 from .rows import hint
+from .shards import GROUP_RANK
 from .shield import attempt
 from .sites import user_line
 from .slabs import vocab_slabs
+from .timeline import tensor_of
 
 aten = torch.ops.aten
 
@@ -47,11 +50,22 @@ def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
     done: list[Planned] = []
     if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         sizes.from_inputs(graph)
+        _ask_for_ranks_by_inputs(graph)
     for head, stats, why_not in list(heads.find_heads(graph)):
         made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
         found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
         done += [Planned(user_line(node)[0], found) for node in stats]
     return done
+
+
+def _ask_for_ranks_by_inputs(graph: Graph) -> None:
+    """`group_rank` is given a tensor for its device alone; it need not be the logits."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if tensor_of(node) is not None]
+    for node in graph.find_nodes(op="call_function", target=GROUP_RANK):
+        like, *rest = args_of(node)
+        device = example_of(like).device
+        alike = next((source for source in inputs if example_of(source).device == device), like)
+        node.args = (alike, *rest)
 
 
 def _nbytes(stats: Node) -> int:
@@ -75,6 +89,8 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
         raise
     for node, new in made.items():
         replace(node, new)
+        if node.target == WAIT:  # which no elimination of dead code removes
+            graph.erase_node(node)
     _sort(graph)
     graph.eliminate_dead_code()
     return wanted
@@ -126,4 +142,26 @@ def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
         float16=torch.float16 in (z.dtype, *kinds.values()),
         escapes=escapes,
         varies=varies,
+        sharded=bool(exchanges := _exchanges(head.stats)),
+        uneven=not all(map(_is_among_equals, exchanges)),
     )
+
+
+def _is_among_equals(gather: Node) -> bool:
+    """Whether all ranks of the group have the same number of columns."""
+    _, _, group = args_of(gather)
+    ranks = gather.graph.find_nodes(op="call_function", target=GROUP_RANK)
+    return any(args_of(node)[1:] == (group, True) for node in ranks)
+
+
+def _exchanges(stats: list[Node]) -> list[Node]:
+    """The nodes by which ranks exchange statistics."""
+    found = []
+    stack, seen = list(stats), set(stats)
+    while stack:
+        node = stack.pop()
+        if node.target == ALL_GATHER:
+            found.append(node)
+        stack += [user for user in node.users if user not in seen]
+        seen.update(node.users)
+    return found

@@ -101,7 +101,7 @@ def _shard(z: Tensor, numbers: Numbers, choices: Choices) -> Shard | None:
     if choices.group_name is None:
         return None
     if numbers.vocab_start is None:
-        start = group_rank(z, choices.group_name) * z.shape[1]
+        start = group_rank(z, choices.group_name, True) * z.shape[1]
     else:
         start = z.new_ones((), dtype=torch.int64) * numbers.vocab_start
     return Shard(choices.group_name, choices.group_size, start, numbers.vocab_start is None)

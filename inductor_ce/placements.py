@@ -142,7 +142,7 @@ def _over_ranks(
     group, size = z.device_mesh.get_group(vocab), z.device_mesh.size(vocab)
     total = z.shape[1]
     block = -(-total // size)
-    start = group_rank(local, group.group_name) * block
+    start = group_rank(local, group.group_name, total % size == 0) * block
     counts = (total - block * torch.arange(size, device=local.device)).clamp(0, block)
     shard = Shard(group.group_name, size, start, equal=False, counts=counts)
     masses, own = {}, []

@@ -12,6 +12,7 @@ most that is held at once beyond the hidden states, the weight, and their gradie
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS, FORWARD_ONLY = STRATEGIES = (
@@ -54,7 +55,9 @@ class Head:
         float16: whether gradients are float16, which need the true upstream gradient within its range.
         escapes: why the logits must be in memory, or "".
         varies: why the gradient cannot be made in the forward, or "".
-        sharded: whether the classes are sharded over ranks, which must then decide alike.
+        sharded: whether the classes are sharded over ranks, which must then decide alike: a budget in bytes
+            is not looked at where that could differ.
+        uneven: whether ranks may have different numbers of classes, or none.
     """
 
     n: int
@@ -70,6 +73,7 @@ class Head:
     escapes: str = ""
     varies: str = ""
     sharded: bool = False
+    uneven: bool = False
 
     @property
     def logits_bytes(self) -> int:
@@ -114,6 +118,8 @@ def plan(head: Head, strategy: str = "auto", memory_budget: int | float | None =
     if strategy == VOCAB_SLABS:
         return _slabs(head, budget, "asked for")
     why_not = _why_no_chunks(head)
+    if head.sharded and not why_not:
+        return _alike(head, strategy, memory_budget)
     if strategy == TOKEN_CHUNKS:
         return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for")
     return _auto(head, budget, why_not)
@@ -137,9 +143,27 @@ def _auto(head: Head, budget: int | None, why_not: str) -> Plan:
     return chunks
 
 
+def _alike(head: Head, strategy: str, memory_budget: int | float | None) -> Plan:
+    """What every rank decides, whose classes may be fewer: ranks exchange statistics once a chunk.
+
+    The other strategies exchange them once, whatever the pieces, so that each rank may choose for itself.
+    """
+    pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+    if isinstance(memory_budget, float):
+        pieces = max(1, math.ceil(1 / memory_budget))
+    pieces = _pieces(head.n, max(pieces, 2) if strategy == TOKEN_CHUNKS else pieces)
+    if pieces == 1:
+        return _materialise(head, "dividing so few rows would save little")
+    return _chunks_of(head, pieces, "by rows and fractions alone, on which all ranks agree")
+
+
 def _why_no_chunks(head: Head) -> str:
     if head.varies:
         return head.varies
+    if head.uneven:
+        return (
+            "ranks with different numbers of classes may not decide alike how often they exchange statistics"
+        )
     if head.float16:
         return "float16 gradients without their upstream gradient may leave its range"
     return ""
@@ -195,6 +219,8 @@ def sums_in_float32(head: Head, pieces: int) -> bool:
     """Whether the sum over chunks needs float32 beside a 16-bit gradient of the weight."""
     if pieces == 1 or not head.wants_weight or head.weight_element >= 4:
         return False
+    if head.sharded:
+        return True
     return pieces > NARROW_CHUNKS or head.v < NARROW_COLUMNS_PER_ROW * head.n
 
 

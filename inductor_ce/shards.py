@@ -23,13 +23,17 @@ from .compat import all_gather_blocks, all_reduce_sum, rank_in_group
 
 
 @torch.library.custom_op("inductor_ce::group_rank", mutates_args=())
-def group_rank(like: Tensor, group_name: str) -> Tensor:
-    """The rank of this process in a group, int64 [] on the device of `like`."""
+def group_rank(like: Tensor, group_name: str, equal: bool) -> Tensor:
+    """The rank of this process in a group, int64 [] on the device of `like`.
+
+    `equal` tells later passes whether all ranks of the group have the same number of columns, and so the same
+    graph. Where they have not, what is exchanged must not depend on what a rank makes of its graph.
+    """
     return torch.full((), rank_in_group(group_name), dtype=torch.int64, device=like.device)
 
 
 @group_rank.register_fake
-def _(like: Tensor, group_name: str) -> Tensor:
+def _(like: Tensor, group_name: str, equal: bool) -> Tensor:
     return like.new_empty((), dtype=torch.int64)
 
 
@@ -50,6 +54,9 @@ class _WithSummedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return all_reduce_sum(upstream.contiguous(), ctx.group_name), None
+
+
+GROUP_RANK = torch.ops.inductor_ce.group_rank.default
 
 
 class Shard(NamedTuple):

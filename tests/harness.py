@@ -75,9 +75,9 @@ def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = Non
     return torch.compile(f, backend=graphs, dynamic=dynamic), graphs
 
 
-def compile_with_codegen(f: Callable[..., Any]):
+def compile_with_codegen(f: Callable[..., Any], **options: Any):
     """The same, but what runs is Inductor's code."""
-    inductor_ce.install(min_vocab=2)
+    inductor_ce.install(**{"min_vocab": 2, **options})
     graphs = Graphs(code=True)
     return torch.compile(f, backend=graphs), graphs
 

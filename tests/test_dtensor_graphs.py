@@ -81,7 +81,7 @@ primals_5 = <placeholder>
 primals_6 = <placeholder>
 permute = permute(primals_3, [1, 0])
 mm = mm(primals_1, permute)
-group_rank = group_rank(mm, '0')
+group_rank = group_rank(primals_1, '0', False)
 mul = mul.Tensor(group_rank, 6)
 iota = iota(4, start=0, step=1, dtype=int64, device=device(type='cpu'), requires_grad=False)
 mul2 = mul.Tensor(iota, 6)
@@ -194,7 +194,7 @@ primals_5 = <placeholder>
 primals_6 = <placeholder>
 permute = permute(primals_3, [1, 0])
 mm = mm(primals_1, permute)
-group_rank = group_rank(mm, '3')
+group_rank = group_rank(primals_1, '3', True)
 mul = mul.Tensor(group_rank, 12)
 sub = sub.Tensor(primals_5, mul)
 row_stats = row_stats(mm, [sub], [], 'max,sumexp,pick')

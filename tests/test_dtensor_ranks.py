@@ -44,6 +44,18 @@ JOBS = {
         ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),
     ],
 }
+PIECES = {
+    size: [
+        *[
+            (name, replace(setup, strategy=strategy))
+            for name in ("plain", "class weights", *(["all, ignoring 0"] if size == 2 else []))
+            for strategy in ("token_chunks", "vocab_slabs")
+        ],
+        *[(name, replace(uneven, strategy="vocab_slabs")) for name in ("plain", "soft targets", "entropy")],
+    ]
+    for size, setup, uneven in ((2, Setup((2,)), UNEVEN), (4, Setup((2, 2)), GRID))
+}
+EVERY_PIECE = [(size, *job) for size, jobs in PIECES.items() for job in jobs]
 EVERY_JOB = [(size, *job) for size, jobs in JOBS.items() for job in jobs]
 SEQUENCES = {2: replace(UNEVEN, sequence_parallel=True), 4: replace(GRID, sequence_parallel=True)}
 IN_CODE = ("plain", "all, ignoring 0", "class weights", "soft targets", "entropy", "accuracy")
@@ -51,14 +63,15 @@ IN_CODE = ("plain", "all, ignoring 0", "class weights", "soft targets", "entropy
 
 @functools.cache
 def results(size: int, device: str):
-    return everywhere([*JOBS[size], ("plain", SEQUENCES[size])], size, device)
+    return everywhere([*JOBS[size], *PIECES[size], ("plain", SEQUENCES[size])], size, device)
 
 
 def name_of(value: object) -> str:
     if not isinstance(value, Setup):
         return str(value)
     sizes = f"{'x'.join(map(str, value.mesh))} {value.N}x{value.V}"
-    return f"{sizes} {value.weights} {str(value.dtype).removeprefix('torch.')}"
+    pieces = "" if value.strategy == "auto" else f" {value.strategy}"
+    return f"{sizes} {value.weights} {str(value.dtype).removeprefix('torch.')}{pieces}"
 
 
 every_job = pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=name_of)
@@ -68,6 +81,29 @@ every_job = pytest.mark.parametrize(("size", "name", "setup"), EVERY_JOB, ids=na
 @every_job
 def test_every_rank_equals_dense(size: int, name: str, setup: Setup, device: str):
     check(results(size, device), name, setup)
+
+
+@on_devices
+@pytest.mark.parametrize(("size", "name", "setup"), EVERY_PIECE, ids=name_of)
+def test_heads_in_pieces(size: int, name: str, setup: Setup, device: str):
+    """Ranks exchange the statistics of each chunk alone, and of slabs together."""
+    chunks = {2: 3, 4: 2}[size]  # 3 are asked for, of 8 and of 4 rows
+    check(results(size, device), name, setup)
+    for rank in results(size, device):
+        forward, backward = rank[name, setup]["collectives"]
+        assert forward["all_gather_into_tensor"] == (chunks if setup.strategy == "token_chunks" else 1)
+        assert backward == {}
+
+
+@on_devices
+def test_ranks_without_columns_exchange_as_often_as_the_others(device: str):
+    """What a rank makes of its graph must not tell how often it exchanges statistics."""
+    setup = replace(EMPTY, strategy="token_chunks")
+    for rank in everywhere([("plain", setup)], 4, device):
+        result = rank["plain", setup]
+        assert result["collectives"][0]["all_gather_into_tensor"] == 1
+        torch.testing.assert_close(result["loss"], exact("plain", EMPTY)["loss"])
+        assert result["strategies"].keys() <= {"vocab_slabs"}
 
 
 @on_devices

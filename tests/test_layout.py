@@ -122,7 +122,7 @@ def test_no_exception_is_swallowed(file: Path):
     assert [ast.unparse(h) for h in handlers if all(isinstance(s, ast.Pass) for s in h.body)] == []
 
 
-PURE = {"__future__", "collections", "dataclasses", "functools", "itertools", "sympy", "typing"}
+PURE = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "sympy", "typing"}
 
 
 @pytest.mark.parametrize("name", ["algebra", "monoid", "plan"])
