@@ -19,7 +19,7 @@ N, V = 12, 37
 
 
 def fact_of(f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Fact, dict[Node, Fact]]:
-    """About f(statistics [2, N], an upstream gradient [], something early [N]), and all that it is made of."""
+    """About f(statistics [2, N], an upstream gradient [], something early [N]), and what it is made of."""
 
     def whole(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
         return f(ops.row_stats(z, [], [], "max,sumexp"), t, w)
