@@ -1,0 +1,180 @@
+"""Every strategy of a head, forced, over losses, dtypes and sizes, against float64."""
+
+from __future__ import annotations
+
+import head_cases as cases
+import pytest
+import torch
+from harness import compile_without_codegen, sites
+from head_cases import BUDGETS, CASES, D, assert_all_fair, counts, exactly, inputs, measure
+from torch import Tensor
+
+from inductor_ce import ops
+
+MATERIALISE, CHUNKS, SLABS = "materialise", "token_chunks", "vocab_slabs"
+DIVIDING = [CHUNKS, SLABS]
+D_16 = 64  # with so many terms a row's error is hardly a matter of luck
+
+
+def check(
+    case: cases.Case,
+    given: cases.Inputs,
+    strategy: str,
+    budget: float | int = 0.35,
+    *,
+    expected: str | None = None,
+    frozen: str = "",
+    dynamic: bool | None = None,
+    in_16_bits: bool = False,
+) -> int:
+    """The loss is computed as wanted and is fair. Returns in how many pieces its logits are made.
+
+    In 16 bits the upstream gradient is a power of two; test_head_errors tells of others.
+    """
+    shape = case.loss(*given).shape
+    upstream = torch.full(shape, -0.5) if in_16_bits else torch.randn(shape)
+    compiled, graphs = compile_without_codegen(
+        case.loss, strategy=strategy, memory_budget=budget, dynamic=dynamic
+    )
+    ours = measure(compiled, given, upstream, frozen)
+    assert sites() == 1
+    assert counts() == {expected or case.strategy(strategy): 1}
+    assert_all_fair(ours, measure(case.loss, given, upstream, frozen), exactly(case, given, upstream, frozen))
+    return graphs.count(ops.ROW_STATS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("name", CASES)
+def test_loss(name: str, strategy: str, dtype: torch.dtype) -> None:
+    narrow = dtype != torch.float32
+    check(CASES[name], inputs(d=D_16 if narrow else D).to(dtype), strategy, in_16_bits=narrow)
+
+
+@pytest.mark.parametrize("name", ["plain", "soft-cap", "per token"])
+def test_materialised(name: str) -> None:
+    check(CASES[name], inputs(), MATERIALISE)
+
+
+@pytest.mark.parametrize("strategy", [MATERIALISE, *DIVIDING])
+@pytest.mark.parametrize("name", ["bias", "z-loss"])
+def test_float16(name: str, strategy: str) -> None:
+    """A gradient without its upstream gradient may leave the range, so chunks are refused."""
+    expected = SLABS if strategy == CHUNKS else strategy
+    check(CASES[name], inputs(d=D_16).to(torch.float16), strategy, expected=expected, in_16_bits=True)
+
+
+@pytest.mark.parametrize("strategy", [MATERIALISE, *DIVIDING])
+@pytest.mark.parametrize("name", ["bias", "smoothing", "soft-cap"])
+def test_autocast(name: str, strategy: str) -> None:
+    """Parameters in float32, products in bfloat16."""
+    case = CASES[name]
+
+    def loss(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return case.loss(*given)
+
+    check(cases.Case(loss, case.exact), inputs(d=D_16), strategy, in_16_bits=True)
+    assert case.loss(*inputs()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"), [*(("plain", k) for k in BUDGETS), ("soft-cap", 2), ("soft-cap", 5)]
+)
+@pytest.mark.parametrize("strategy", DIVIDING)
+def test_pieces(strategy: str, pieces: int, name: str) -> None:
+    """A budget makes as many; a chain before the statistics takes memory of its own."""
+    budget = BUDGETS[pieces] * (2 if name == "soft-cap" else 1)
+    assert check(CASES[name], inputs(ignored=False), strategy, budget) == pieces
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("shape", [(31,), (33,), (1,), (0,), (1, 1), (32, 1), (2, 3, 5)])
+def test_rows(shape: tuple[int, ...], strategy: str) -> None:
+    """Odd, prime, one, none; in one dimension or in several."""
+    case, given = CASES["sum"], inputs(*shape)
+    check(case, given, strategy)
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("v", [2, 37, 300])
+def test_classes(v: int, strategy: str) -> None:
+    check(CASES["bias"], inputs(v=v), strategy)
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("name", ["bias", "shift", "soft-cap", "weighted tokens"])
+def test_symbolic_sizes(name: str, strategy: str) -> None:
+    check(CASES[name], inputs(3, 7), strategy, dynamic=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in ("plain", "bias", "soft-cap", "entropy bonus", "per token", "shift")]
+    + [("bias", torch.bfloat16)],
+)
+def test_forward_only(name: str, dtype: torch.dtype) -> None:
+    case, given = CASES[name], inputs().to(dtype)
+    compiled, graphs = compile_without_codegen(case.loss, strategy=CHUNKS, memory_budget=0.35)
+    with torch.no_grad():
+        ours, naive = compiled(*given), case.loss(*given)
+    assert counts() == {"forward_only": 1}
+    assert graphs.count(ops.ROW_STATS) == 3
+    assert graphs.count(ops.ROW_GRAD) == 0
+    cases.assert_fair(ours, naive, case.exact(*given))
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+def test_forward_only_of_what_is_frozen(strategy: str) -> None:
+    """Not under no_grad: nothing wants a gradient."""
+    case, given = CASES["bias"], inputs()
+    compiled, _ = compile_without_codegen(case.loss, strategy=strategy, memory_budget=0.35)
+    cases.assert_fair(compiled(*given), case.loss(*given), case.exact(*given))
+    assert counts() == {"forward_only": 1}
+
+
+@pytest.mark.parametrize("strategy", [MATERIALISE, *DIVIDING])
+@pytest.mark.parametrize(
+    "frozen", ["hidden", "weight", "bias", "hidden bias", "weight bias", "hidden weight"]
+)
+def test_frozen(frozen: str, strategy: str) -> None:
+    check(CASES["bias"], inputs(), strategy, frozen=frozen)
+
+
+PRODUCTS_OF_A_CHUNK = {"": 3, "hidden": 2, "weight": 2, "hidden weight": 1}
+
+
+@pytest.mark.parametrize("frozen", PRODUCTS_OF_A_CHUNK)
+def test_what_nobody_wants_is_not_computed(frozen: str) -> None:
+    """The products of a chunk: its logits, dh, dW."""
+    compiled, graphs = compile_without_codegen(cases.biased, strategy=CHUNKS, memory_budget=0.5)
+    measure(compiled, inputs(), frozen=frozen)
+    products = [n for n in graphs.nodes if "product_into" in str((n.target, *n.args[:1]))]
+    assert len(products) == 2 * PRODUCTS_OF_A_CHUNK[frozen]
+    assert graphs.count(torch.ops.aten.mm.default) == 0
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("ignored", ["all", "all but one", "the first chunk", "the last chunk"])
+def test_ignored_rows(ignored: str, strategy: str) -> None:
+    """What eager gives: the mean over no rows is NaN, its gradient 0."""
+    given = inputs(ignored=False)
+    y = given.y.view(-1)
+    rows = {"all": slice(None), "all but one": slice(1, None), "the first chunk": slice(0, 11)}
+    y[rows.get(ignored, slice(22, None))] = -100
+    compiled, _ = compile_without_codegen(cases.plain, strategy=strategy, memory_budget=0.35)
+    ours, eager = measure(compiled, given), measure(cases.plain, given)
+    assert counts() == {strategy: 1}
+    torch.testing.assert_close(ours, eager, equal_nan=True)
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_stays_in_its_rows(value: float, strategy: str) -> None:
+    """As in eager: in the gradient of those rows of hidden, and in all of the weight's."""
+    given = inputs()
+    given.hidden[1, 3, 2] = value
+    compiled, _ = compile_without_codegen(cases.plain, strategy=strategy, memory_budget=0.35)
+    ours, eager = measure(compiled, given), measure(cases.plain, given)
+    torch.testing.assert_close(ours, eager, equal_nan=True)
+    assert counts() == {strategy: 1}
