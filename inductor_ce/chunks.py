@@ -19,7 +19,7 @@ from .compat import ALL_GATHER, WAIT, is_tangent, unset_fake_temporarily
 from .exits import Exit
 from .heads import Head
 from .nodes import args_of, example_of, grad_call, stats_call
-from .pieces import ROWS, Pieces, Range
+from .pieces import ROWS, Pieces, Range, on
 from .plan import piece_size
 from .products import ONCE_MADE
 from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
@@ -132,8 +132,8 @@ class Coefficients:
         """1 in the place of a factor."""
         if node not in self._ones:
             example = example_of(node)
-            kind = {"dtype": example.dtype, "device": example.device, "pin_memory": False}
-            self._ones[node] = self.build(aten.full.default, list(example.shape), 1.0, **kind)
+            size = list(example.shape)
+            self._ones[node] = self.build(aten.full.default, size, 1.0, dtype=example.dtype, **on(node))
         return self._ones[node]
 
 
@@ -174,7 +174,8 @@ def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum
     if exits:
         whole = {node: build(ONCE_MADE, stats, after) for node, stats in whole.items()}
     scale = _scalar(build, proof.factor)
-    return whole | {e.node: e.finish(scale) for e in exits}
+    of_rows = any(not is_tangent(node) for node, _ in proof.factor)
+    return whole | {e.node: e.finish(scale, of_rows) for e in exits}
 
 
 def _scalar(build: Builder, factor: Factor) -> Node | None:

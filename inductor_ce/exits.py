@@ -10,7 +10,7 @@ from torch.fx import Node
 from . import ops
 from .heads import BIAS, HIDDEN, WEIGHT_T, source_of_exit
 from .nodes import args_of, example_of
-from .pieces import ROWS, Pieces, Range, empty, into
+from .pieces import ROWS, Pieces, Range, empty, into, on
 from .rows import shape_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -84,15 +84,23 @@ class Exit:
     def _transposed(self, node: Node) -> Node:
         return self.build(aten.permute.default, node, [1, 0])
 
-    def finish(self, scale: Node | None) -> Node:
-        """The gradient of the whole, times a scalar, as `node` was."""
+    def finish(self, scale: Node | None, of_rows: bool = False) -> Node:
+        """The gradient of the whole, times a scalar, as `node` was.
+
+        NOTE 0 stays 0. A scalar that depends on the rows, `of_rows`, may be the inverse of the number of rows
+        that were chosen. Where none is, 0 is what the choice gives each row, and not 0 times infinity.
+        """
         build = self.build
         out = self._out
         if self.kind == BIAS:
             out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
         assert out is not None
         if scale is not None:
-            out = build(aten.mul.Tensor, out, scale)
+            made = build(aten.mul.Tensor, out, scale)
+            if of_rows:
+                zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
+                made = build(aten.where.self, build(aten.eq.Scalar, out, 0), zero, made)
+            out = made
         if example_of(out).dtype != self.dtype:
             out = build(prims.convert_element_type.default, out, self.dtype)
         if self.kind == WEIGHT_T:

@@ -171,6 +171,11 @@ def empty(build: Builder, size: list[Any], dtype: torch.dtype, device: torch.dev
     return build(aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
 
 
+def on(node: Node) -> dict[str, Any]:
+    """Where a new tensor is made beside a node's."""
+    return {"device": example_of(node).device, "pin_memory": False}
+
+
 def into(
     build: Builder,
     out: Node,

@@ -136,8 +136,7 @@ def _auto(head: Head, budget: int | None, why_not: str) -> Plan:
     chunks = _chunks(head, budget, "one scalar scales every gradient, so the forward makes them")
     if budget is not None:
         slabs = _slabs(head, budget, "the sum over chunks does not fit in the budget")
-        fits_only = slabs.extra_bytes <= budget < chunks.extra_bytes
-        return slabs if fits_only else chunks
+        return slabs if slabs.extra_bytes < chunks.extra_bytes and chunks.extra_bytes > budget else chunks
     if chunks.pieces == 1 or chunks.extra_bytes > WORTH * whole.extra_bytes:
         return _materialise(head, "dividing so few rows would save little")
     return chunks
@@ -184,16 +183,18 @@ def _tensors(head: Head) -> int:
 def _forward_only(head: Head, strategy: str, budget: int | None) -> Plan:
     if strategy == "auto" and budget is None and head.logits_bytes < SMALL:
         return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
-    limit = FORWARD_BYTES if budget is None else budget
-    rows = max(limit // (head.v * head.element), 1) if head.v else head.n
+    if budget is not None:
+        return _fewest([_forward_of(head, k) for k in (1, *_candidates(head.n))], budget)
+    rows = max(FORWARD_BYTES // (head.v * head.element), 1) if head.v else head.n
     if rows > FORWARD_ROWS:
         rows -= rows % FORWARD_ROWS
-    pieces = _pieces(head.n, -(-head.n // rows))
-    if strategy != "auto" and budget is None:
-        pieces = max(pieces, _pieces(head.n, 2))
-    return Plan(
-        FORWARD_ONLY, pieces, False, piece_size(head.n, pieces) * head.v * head.element, "no gradient"
-    )
+    pieces = _pieces(head.n, -(-head.n // max(rows, 1)))
+    return _forward_of(head, pieces if strategy == "auto" else max(pieces, _pieces(head.n, 2)))
+
+
+def _forward_of(head: Head, pieces: int) -> Plan:
+    extra = piece_size(head.n, pieces) * head.v * head.element
+    return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
 
 
 def _chunks(head: Head, budget: int | None, reason: str) -> Plan:

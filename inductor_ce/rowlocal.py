@@ -141,7 +141,7 @@ def _unknown(node: Node, facts: dict[Node, Fact]) -> Fact:
 
 
 def _name(node: Node) -> str:
-    return str(node.target).removeprefix("aten.").split(".")[0]
+    return str(node.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]
 
 
 def _known(arg: Any, facts: dict[Node, Fact]) -> Fact:

@@ -126,12 +126,14 @@ def test_rows_must_be_their_own() -> None:
 
     fact, facts = fact_of(coefficients)
     assert fact.why_not == ""
-    ((node, _),) = fact.factor
     last = next(n for n, f in facts.items() if f is fact)
     stats = next(iter(facts))
-    assert one_factor(facts, [(node, last, last)])[1] == "a gradient depends on the statistics of other rows"
-    assert one_factor({**facts, last: Fact(fact.factor)}, [(stats, last, last)]) == (fact.factor, "")
-    assert (
-        one_factor({**facts, last: Fact()}, [(node, last, last)])[1]
-        == "the maxima depend on the upstream gradient"
+    graph = last.graph
+    z, y = graph.placeholder("z"), graph.placeholder("y")
+    grad = graph.call_function(ops.ROW_GRAD, (z, [y], [], last, last, "max,sumexp,pick"))
+    assert one_factor(facts, [grad])[1] == "a gradient depends on the statistics of other rows"
+    own = graph.call_function(ops.ROW_GRAD, (z, [y], [], stats, last, "max,sumexp,pick"))
+    assert one_factor({**facts, last: Fact(fact.factor)}, [own]) == (fact.factor, "")
+    assert one_factor({**facts, last: Fact(fact.factor)}, [grad])[1] == (
+        "the maxima depend on the upstream gradient"
     )
