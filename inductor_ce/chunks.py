@@ -23,8 +23,11 @@ from .pieces import ROWS, Pieces, Range, on
 from .plan import piece_size
 from .products import ONCE_MADE
 from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
+from .rows import is_hinted
 
 aten = torch.ops.aten
+
+VIEWS = (aten.view.default, aten._unsafe_view.default)  # of what may have other strides now
 
 
 class Proof:
@@ -41,6 +44,11 @@ class Proof:
             self._prove(head)
 
     def _prove(self, head: Head) -> None:
+        self.facts: dict[Node, Fact] = {}
+        self.factor: Factor = ()
+        self.why_not: str = "" if is_hinted(head.n) else "the number of rows depends on data"
+        if self.why_not:
+            return
         calls = [grad_call(node) for node in head.grads]
         coefficients = [part for call in calls for part in (call.m, call.coefficients)]
         constants = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
@@ -108,7 +116,8 @@ class Coefficients:
                 made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
-                made[node] = build(node.target, *args, **kwargs)
+                target = aten.reshape.default if node.target in VIEWS else node.target
+                made[node] = build(target, *args, **kwargs)
         return {
             node: (
                 pieces.cut(made.get(call.m, call.m), piece, 0),

@@ -10,11 +10,11 @@ from torch.fx import Graph, Node
 from . import heads, ops, plan, sizes
 from .builder import Builder
 from .chunks import Proof, token_chunks
-from .compat import ALL_GATHER, WAIT
+from .compat import ALL_GATHER, WAIT, is_tangent
 from .config import Options
 from .exits import replace, result_dtype
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
-from .nodes import args_of, example_of, stats_call
+from .nodes import args_of, example_of, grad_call, stats_call
 from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
 from .rows import hint
 from .shards import GROUP_RANK
@@ -75,12 +75,15 @@ def _nbytes(stats: Node) -> int:
 
 def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
     proof = Proof(head)
+    if len(set(map(_is_late, head.grads))) > 1:
+        return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
     wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
     if wanted.strategy == MATERIALISE:
         return wanted
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
         made = _performed(build, head, proof, wanted)
+        order = _ordered(graph, made)
     except NoHead as why:
         build.undo()
         return plan.plan(numbers_of(head, proof.why_not, str(why)))
@@ -90,8 +93,10 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
     for node, new in made.items():
         replace(node, new)
         if node.target == WAIT:  # which no elimination of dead code removes
+            order.remove(node)
             graph.erase_node(node)
-    _sort(graph)
+    for node in order:
+        graph.output_node().prepend(node)
     graph.eliminate_dead_code()
     return wanted
 
@@ -102,26 +107,31 @@ def _performed(build: Builder, head: heads.Head, proof: Proof, wanted: Plan) -> 
     return token_chunks(build, head, proof, wanted.pieces, wanted.wide_sum)
 
 
-def _sort(graph: Graph) -> None:
-    """Put nodes in an order in which each comes after what it is made of, and as they were otherwise."""
+def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
+    """All nodes but the output, each behind what it is made of once `made` is in place.
+
+    Raises NoHead where there is no such order.
+    """
+    order: list[Node] = []
     placed: set[Node] = set()
-    waits: set[Node] = set()
-    last = graph.output_node()
-    for node in list(graph.nodes):
+    waiting: set[Node] = set()
+    for node in graph.nodes:
         stack = [node]
         while stack:
             top = stack[-1]
-            waiting = [source for source in top.all_input_nodes if source not in placed]
-            if waiting:
-                if top in waits:
-                    raise RuntimeError(f"{top} is made of itself")
-                waits.add(top)
-                stack += reversed(waiting)
+            sources = (made.get(source, source) for source in top.all_input_nodes)
+            missing = [source for source in sources if source not in placed]
+            if missing:
+                if top in waiting:
+                    raise NoHead("what the loss reads beside the logits is made of their statistics")
+                waiting.add(top)
+                stack += reversed(missing)
                 continue
             stack.pop()
-            if top not in placed and top is not last:
+            if top not in placed:
                 placed.add(top)
-                last.prepend(top)
+                order.append(top)
+    return [node for node in order if node.op != "output"]
 
 
 def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
@@ -139,12 +149,24 @@ def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
         wants_hidden=HIDDEN in kinds,
         wants_weight=weight is not None,
         chained=head.chained,
-        float16=torch.float16 in (z.dtype, *kinds.values()),
+        float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},
         escapes=escapes,
         varies=varies,
         sharded=bool(exchanges := _exchanges(head.stats)),
         uneven=not all(map(_is_among_equals, exchanges)),
     )
+
+
+def _is_late(grad: Node) -> bool:
+    """Whether a `row_grad` depends on an upstream gradient."""
+    stack, seen = [grad_call(grad).coefficients], {grad}
+    while stack:
+        node = stack.pop()
+        if is_tangent(node):
+            return True
+        stack += [source for source in node.all_input_nodes if source not in seen]
+        seen.update(node.all_input_nodes)
+    return False
 
 
 def _is_among_equals(gather: Node) -> bool:

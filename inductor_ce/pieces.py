@@ -70,7 +70,8 @@ class Pieces:
             hidden = self.cut(hidden, piece)
         else:
             columns = self.cut(columns, piece)
-            bias = None if bias is None else self.cut(bias, piece, 0)
+            if bias is not None and equal(shape_of(bias)[0], head.v):
+                bias = self.cut(bias, piece, 0)
         example = example_of(head.product)
         size = [self._length(piece) if self.dim == ROWS else self.n, head.v]
         if self.dim == COLUMNS:

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from . import ops
 from .compat import ALL_GATHER, WAIT
 from .heads import is_pointwise
-from .nodes import args_of, grad_call
+from .nodes import args_of, example_of, grad_call
 from .rows import hint, shape_of
 from .timeline import tensor_of
 
@@ -101,7 +101,7 @@ def _fact(node: Node, facts: dict[Node, Fact], is_late: Callable[[Node], bool]) 
     if node.op != "call_function":
         late = node.op == "placeholder" and is_late(node)
         return _scalar_or(node, "the upstream gradient differs from row to row") if late else EARLY
-    sources = [facts[source] for source in node.all_input_nodes]
+    sources = [facts.get(source, EARLY) for source in node.all_input_nodes]
     if all(fact.is_early for fact in sources):
         return Fact(
             is_zero=_is_zero(node) or (node.target in _KEEPS_ZERO and all(f.is_zero for f in sources))
@@ -186,7 +186,9 @@ def _times(power: int) -> Callable[[Node, dict[Node, Fact]], Fact]:
         powers = dict(left.factor)
         for scalar, p in right.factor:
             powers[scalar] = powers.get(scalar, 0) + power * p
-        factor = tuple(sorted(((s, p) for s, p in powers.items() if p), key=lambda item: item[0].name))
+        # A power of 0 is kept: what has it is not to be had before the scalar is.
+        factor = tuple(sorted(powers.items(), key=lambda item: item[0].name))
+        _check_floating(node, factor)
         return Fact(factor, _merged(node, facts), left.is_zero)
 
     return rule
@@ -195,7 +197,14 @@ def _times(power: int) -> Callable[[Node, dict[Node, Fact]], Fact]:
 def _linear(node: Node, facts: dict[Node, Fact]) -> Fact:
     """Pointwise and linear in all that has a factor: a sum, a cast, a sign."""
     known = [_known(arg, facts) for arg in node.args if isinstance(arg, (Node, int, float))]
-    return Fact(_common(node, known), _merged(node, facts))
+    factor = _common(node, known)
+    _check_floating(node, factor)
+    return Fact(factor, _merged(node, facts))
+
+
+def _check_floating(node: Node, factor: Factor) -> None:
+    if factor and not example_of(node).is_floating_point():
+        raise Unknown(f"{_name(node)} rounds what has an upstream gradient to an integer")
 
 
 def _common(node: Node, known: list[Fact]) -> Factor:
@@ -207,6 +216,7 @@ def _common(node: Node, known: list[Fact]) -> Factor:
 
 def _cast(node: Node, facts: dict[Node, Fact]) -> Fact:
     fact = _known(node.args[0], facts)
+    _check_floating(node, fact.factor)
     return Fact(fact.factor, _merged(node, facts), fact.is_zero)
 
 
@@ -368,7 +378,7 @@ def factors_of_wide(
         elif node.target == ops.ROW_GRAD:
             facts[node] = Fact(factor)
         else:
-            others = [facts[source] for source in node.all_input_nodes]
+            others = [facts.get(source, EARLY) for source in node.all_input_nodes]
             if any(fact.rows is not None for fact in others):
                 return "the gradient of the logits is combined with statistics"
             facts[node] = _fact(node, facts, lambda _: True)

@@ -110,6 +110,11 @@ def hint(size: Size) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
+def is_hinted(size: Size) -> bool:
+    """Whether anything is known of a size when code is compiled."""
+    return isinstance(size, int) or size.node.hint is not None
+
+
 def follow_axis(source: Sequence[Size], axis: int, result: Sequence[Size]) -> int | None:
     """Where a reshape puts the axis: the place in `result` with its size and as many rows before it."""
     before = math.prod(source[:axis])

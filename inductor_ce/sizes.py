@@ -18,6 +18,10 @@ from .timeline import tensor_of
 
 aten = torch.ops.aten
 
+READERS = (
+    *(aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default),
+)
+
 _FUNCTIONS = {"FloorDiv": operator.floordiv, "Mod": operator.mod, "PythonMod": operator.mod}
 
 
@@ -25,7 +29,8 @@ def from_inputs(graph: Graph) -> None:
     """Let sizes be computed from inputs, where they can be, and remove what nothing else is read of."""
     readers = [
         node
-        for node in graph.find_nodes(op="call_function", target=aten.sym_size.int)
+        for target in READERS
+        for node in graph.find_nodes(op="call_function", target=target)
         if node.args[0].op != "placeholder"
     ]
     if not readers:
@@ -77,6 +82,8 @@ class _Sizes:
         return made
 
     def _combined(self, expr: sympy.Expr) -> tuple[Any, Any] | None:
+        if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
+            expr = sympy.Mul(*[expr.base] * int(expr.exp), evaluate=False)
         combine = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(
             expr.func, _FUNCTIONS.get(expr.func.__name__)
         )
