@@ -118,7 +118,6 @@ CHAIN_OF_A_SLAB = pytest.mark.xfail(
 @pytest.mark.parametrize(
     ("name", "strategy"),
     [
-        ("plain", "token_chunks"),
         ("soft-cap", "token_chunks"),
         pytest.param("soft-cap", "vocab_slabs", marks=CHAIN_OF_A_SLAB),
     ],
