@@ -1,0 +1,367 @@
+"""Golden joint graphs of each strategy. EXPECTTEST_ACCEPT=1 accepts new ones; read the diff."""
+
+import re
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from expecttest import TestCase
+from harness import compile_without_codegen
+from head_cases import counts
+from test_golden import show
+from torch import Tensor
+
+from inductor_ce import passes
+
+N, V, D = 6, 8, 4
+
+
+_PRODUCT = re.compile(
+    r"(?P<name>\w+) = auto_functionalized_v2\(.*?product_into.*?, "
+    r"a=(?P<a>\w+), b=(?P<b>\w+), bias=(?P<bias>\w+), start=(?P<start>\w+), accumulate=(?P<accumulate>\w+), "
+    r"after=(?P<after>\[.*?\]), .*_all_bases=\[(?P<out>\w+)\]\)"
+)
+
+
+def short(graph: str) -> str:
+    """With products as `product = product_into(out, a, b, ...)`, and what follows them renamed alike."""
+    products = (
+        r"\g<name> = product_into(\g<out>, \g<a>, \g<b>, \g<bias>, \g<start>, \g<accumulate>, \g<after>)"
+    )
+    return re.sub(r"auto_functionalized_v2(\d*)", r"product\1", _PRODUCT.sub(products, graph))
+
+
+def joint(f: Callable[..., Tensor], strategy: str, *args: Tensor, wanted: str = "") -> str:
+    """The joint graph of f after its heads were dealt with, in two pieces."""
+    shown: list[str] = []
+
+    def fuse_and_show(graph: torch.fx.Graph, *others: object) -> object:
+        planned = fuse_heads(graph, *others)
+        graph.lint()
+        shown.append(short(show(graph)))
+        return planned
+
+    fuse_heads = passes.fuse_heads
+    compiled, _ = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    with mock.patch.object(passes, "fuse_heads", fuse_and_show):
+        compiled(*args)
+    assert counts() == {wanted or strategy: 1}
+    (only,) = shown
+    return only
+
+
+def head(frozen: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = torch.randn(N, D, requires_grad=not frozen)
+    return hidden, torch.randn(V, D, requires_grad=not frozen), torch.arange(N)
+
+
+def loss(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.t(), y)
+
+
+def per_token(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(hidden @ weight.t(), y, reduction="none")
+
+
+class Golden(TestCase):
+    maxDiff = None
+
+    def test_materialise(self):
+        self.assertExpectedInline(
+            joint(loss, "materialise", *head()),
+            """\
+primals_1 = <placeholder>
+primals_2 = <placeholder>
+primals_3 = <placeholder>
+tangents_1 = <placeholder>
+permute = permute(primals_1, [1, 0])
+mm = mm(primals_2, permute)
+row_stats = row_stats(mm, [primals_3], [], 'max,sumexp,pick')
+select = select.int(row_stats, 0, 0)
+unbind = unbind.int(row_stats)
+getitem = unbind[0]
+getitem2 = unbind[1]
+getitem3 = unbind[2]
+log = log(getitem2)
+sub = sub.Tensor(getitem3, getitem)
+sub2 = sub.Tensor(log, sub)
+ge = ge.Scalar(primals_3, 0)
+lt = lt.Scalar(primals_3, 8)
+logical_and = logical_and(ge, lt)
+eq = eq.Scalar(primals_3, -100)
+logical_or = logical_or(logical_and, eq)
+full = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full2 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(logical_or, full2, full)
+mul = mul.Tensor(sub2, where)
+ne = ne.Scalar(primals_3, -100)
+full3 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(ne, mul, full3)
+sum = sum(where2)
+sum2 = sum(ne)
+div = div.Tensor(sum, sum2)
+div2 = div.Tensor(tangents_1, sum2)
+expand = expand(div2, [6])
+full4 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where3 = where.self(ne, expand, full4)
+mul2 = mul.Tensor(where3, where)
+neg = neg(mul2)
+neg2 = neg(neg)
+div3 = div.Tensor(mul2, getitem2)
+cat = cat([neg2, div3, neg])
+view = view(cat, [3, 6])
+row_grad = row_grad(mm, [primals_3], [], select, view, 'max,sumexp,pick')
+permute2 = permute(row_grad, [1, 0])
+mm2 = mm(permute2, primals_2)
+permute3 = permute(permute, [1, 0])
+mm3 = mm(row_grad, permute3)
+return [div, mm2, mm3, None]""",
+        )
+
+    def test_token_chunks(self):
+        self.assertExpectedInline(
+            joint(loss, "token_chunks", *head()),
+            """\
+primals_1 = <placeholder>
+primals_2 = <placeholder>
+primals_3 = <placeholder>
+tangents_1 = <placeholder>
+permute = permute(primals_1, [1, 0])
+slice = slice.Tensor(primals_2, 0, 0, 3)
+empty = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product = product_into(empty, slice, permute, None, 0, False, [])
+getitem = product[1]
+slice2 = slice.Tensor(primals_3, 0, 0, 3)
+row_stats = row_stats(getitem, [slice2], [], 'max,sumexp,pick')
+slice3 = slice.Tensor(primals_2, 0, 3, 6)
+slice4 = slice.Tensor(primals_3, 0, 0, 3)
+constant_pad_nd = constant_pad_nd(row_stats, [0, 3], 0.0)
+select = select.int(constant_pad_nd, 0, 0)
+slice5 = slice.Tensor(select, 0, 0, 3)
+ne = ne.Scalar(primals_3, -100)
+full = full([], 1.0, dtype=float32, device=device(type='cpu'), pin_memory=False)
+sum = sum(ne)
+div = div.Tensor(full, sum)
+expand = expand(div, [6])
+full2 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(ne, expand, full2)
+ge = ge.Scalar(primals_3, 0)
+lt = lt.Scalar(primals_3, 8)
+logical_and = logical_and(ge, lt)
+eq = eq.Scalar(primals_3, -100)
+logical_or = logical_or(logical_and, eq)
+full3 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full4 = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full3, full4)
+mul = mul.Tensor(where, where2)
+neg = neg(mul)
+neg2 = neg(neg)
+unbind = unbind.int(constant_pad_nd)
+getitem2 = unbind[1]
+div2 = div.Tensor(mul, getitem2)
+cat = cat([neg2, div2, neg])
+view = view(cat, [3, 6])
+slice6 = slice.Tensor(view, 1, 0, 3)
+row_grad = row_grad(getitem, [slice4], [], slice5, slice6, 'max,sumexp,pick')
+permute2 = permute(row_grad, [1, 0])
+slice7 = slice.Tensor(primals_2, 0, 0, 3)
+empty2 = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product2 = product_into(empty2, permute2, slice7, None, 0, False, [])
+getitem3 = product2[1]
+permute3 = permute(permute, [1, 0])
+empty3 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product3 = product_into(empty3, row_grad, permute3, None, 0, False, [])
+getitem4 = product3[1]
+empty4 = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product4 = product_into(empty4, slice3, permute, None, 0, False, [getitem3, getitem4])
+getitem5 = product4[1]
+slice8 = slice.Tensor(primals_3, 0, 3, 6)
+row_stats2 = row_stats(getitem5, [slice8], [], 'max,sumexp,pick')
+cat2 = cat([row_stats, row_stats2], 1)
+slice9 = slice.Tensor(primals_3, 0, 3, 6)
+constant_pad_nd2 = constant_pad_nd(row_stats2, [3, 0], 0.0)
+select2 = select.int(constant_pad_nd2, 0, 0)
+slice10 = slice.Tensor(select2, 0, 3, 6)
+div3 = div.Tensor(full, sum)
+expand2 = expand(div3, [6])
+where3 = where.self(ne, expand2, full2)
+mul2 = mul.Tensor(where3, where2)
+neg3 = neg(mul2)
+neg4 = neg(neg3)
+unbind2 = unbind.int(constant_pad_nd2)
+getitem6 = unbind2[1]
+div4 = div.Tensor(mul2, getitem6)
+cat3 = cat([neg4, div4, neg3])
+view2 = view(cat3, [3, 6])
+slice11 = slice.Tensor(view2, 1, 3, 6)
+row_grad2 = row_grad(getitem5, [slice9], [], slice10, slice11, 'max,sumexp,pick')
+permute4 = permute(row_grad2, [1, 0])
+slice12 = slice.Tensor(primals_2, 0, 3, 6)
+product5 = product_into(getitem3, permute4, slice12, None, 0, True, [])
+getitem7 = product5[1]
+product6 = product_into(getitem4, row_grad2, permute3, None, 3, False, [])
+getitem8 = product6[1]
+once_made = once_made(cat2, [getitem7, getitem8])
+unbind3 = unbind.int(once_made)
+getitem9 = unbind3[0]
+getitem10 = unbind3[1]
+getitem11 = unbind3[2]
+log = log(getitem10)
+sub = sub.Tensor(getitem11, getitem9)
+sub2 = sub.Tensor(log, sub)
+mul3 = mul.Tensor(sub2, where2)
+full5 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where4 = where.self(ne, mul3, full5)
+sum2 = sum(where4)
+div5 = div.Tensor(sum2, sum)
+mul4 = mul.Tensor(getitem7, tangents_1)
+mul5 = mul.Tensor(getitem8, tangents_1)
+return [div5, mul4, mul5, None]""",
+        )
+
+    def test_vocab_slabs(self):
+        self.assertExpectedInline(
+            joint(per_token, "vocab_slabs", *head()),
+            """\
+primals_1 = <placeholder>
+primals_2 = <placeholder>
+primals_3 = <placeholder>
+tangents_1 = <placeholder>
+permute = permute(primals_1, [1, 0])
+slice = slice.Tensor(permute, 1, 0, 4)
+empty = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product = product_into(empty, primals_2, slice, None, 0, False, [])
+getitem = product[1]
+convert_element_type = convert_element_type(primals_3, int64)
+sub = sub.Tensor(convert_element_type, 0)
+row_stats = row_stats(getitem, [sub], [], 'max,sumexp,pick')
+slice2 = slice.Tensor(permute, 1, 4, 8)
+empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product2 = product_into(empty2, primals_2, slice2, None, 0, False, [row_stats])
+getitem2 = product2[1]
+convert_element_type2 = convert_element_type(primals_3, int64)
+sub2 = sub.Tensor(convert_element_type2, 4)
+row_stats2 = row_stats(getitem2, [sub2], [], 'max,sumexp,pick')
+cat = cat([row_stats, row_stats2])
+view = view(cat, [2, 3, 6])
+unbind = unbind.int(view, 1)
+getitem3 = unbind[0]
+amax = amax(getitem3, [0])
+select = select.int(view, 1, 1)
+eq = eq.Scalar(getitem3, -inf)
+scalar_tensor = scalar_tensor(0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+sub3 = sub.Tensor(getitem3, amax)
+where = where.self(eq, scalar_tensor, sub3)
+exp = exp(where)
+mul = mul.Tensor(select, exp)
+sum = sum.dim_IntList(mul, [0])
+select2 = select.int(view, 1, 2)
+sum2 = sum.dim_IntList(select2, [0])
+cat2 = cat([amax, sum, sum2])
+view2 = view(cat2, [3, 6])
+select3 = select.int(view2, 0, 0)
+unbind2 = unbind.int(view2)
+getitem4 = unbind2[0]
+getitem5 = unbind2[1]
+getitem6 = unbind2[2]
+log = log(getitem5)
+sub4 = sub.Tensor(getitem6, getitem4)
+sub5 = sub.Tensor(log, sub4)
+ge = ge.Scalar(primals_3, 0)
+lt = lt.Scalar(primals_3, 8)
+logical_and = logical_and(ge, lt)
+eq2 = eq.Scalar(primals_3, -100)
+logical_or = logical_or(logical_and, eq2)
+full = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full2 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(logical_or, full2, full)
+mul2 = mul.Tensor(sub5, where2)
+ne = ne.Scalar(primals_3, -100)
+full3 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where3 = where.self(ne, mul2, full3)
+full4 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where4 = where.self(ne, tangents_1, full4)
+mul3 = mul.Tensor(where4, where2)
+neg = neg(mul3)
+neg2 = neg(neg)
+div = div.Tensor(mul3, getitem5)
+cat3 = cat([neg2, div, neg])
+view3 = view(cat3, [3, 6])
+permute2 = permute(permute, [1, 0])
+slice3 = slice.Tensor(permute, 1, 0, 4)
+empty3 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product3 = product_into(empty3, primals_2, slice3, None, 0, False, [view3])
+getitem7 = product3[1]
+convert_element_type3 = convert_element_type(primals_3, int64)
+sub6 = sub.Tensor(convert_element_type3, 0)
+row_grad = row_grad(getitem7, [sub6], [], select3, view3, 'max,sumexp,pick')
+empty4 = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+permute3 = permute(row_grad, [1, 0])
+product4 = product_into(empty4, permute3, primals_2, None, 0, False, [])
+getitem8 = product4[1]
+empty5 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+slice4 = slice.Tensor(permute2, 0, 0, 4)
+product5 = product_into(empty5, row_grad, slice4, None, 0, False, [])
+getitem9 = product5[1]
+slice5 = slice.Tensor(permute, 1, 4, 8)
+empty6 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product6 = product_into(empty6, primals_2, slice5, None, 0, False, [getitem8, getitem9])
+getitem10 = product6[1]
+convert_element_type4 = convert_element_type(primals_3, int64)
+sub7 = sub.Tensor(convert_element_type4, 4)
+row_grad2 = row_grad(getitem10, [sub7], [], select3, view3, 'max,sumexp,pick')
+permute4 = permute(row_grad2, [1, 0])
+product7 = product_into(getitem8, permute4, primals_2, None, 4, False, [])
+getitem11 = product7[1]
+slice6 = slice.Tensor(permute2, 0, 4, 8)
+product8 = product_into(getitem9, row_grad2, slice6, None, 0, True, [])
+getitem12 = product8[1]
+return [where3, getitem11, getitem12, None]""",
+        )
+
+    def test_forward_only(self):
+        self.assertExpectedInline(
+            joint(loss, "token_chunks", *head(frozen=True), wanted="forward_only"),
+            """\
+arg0_1 = <placeholder>
+arg1_1 = <placeholder>
+arg2_1 = <placeholder>
+permute = permute(arg0_1, [1, 0])
+slice = slice.Tensor(arg1_1, 0, 0, 3)
+empty = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product = product_into(empty, slice, permute, None, 0, False, [])
+getitem = product[1]
+slice2 = slice.Tensor(arg2_1, 0, 0, 3)
+row_stats = row_stats(getitem, [slice2], [], 'max,sumexp,pick')
+slice3 = slice.Tensor(arg1_1, 0, 3, 6)
+empty2 = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product2 = product_into(empty2, slice3, permute, None, 0, False, [row_stats])
+getitem2 = product2[1]
+slice4 = slice.Tensor(arg2_1, 0, 3, 6)
+row_stats2 = row_stats(getitem2, [slice4], [], 'max,sumexp,pick')
+cat = cat([row_stats, row_stats2], 1)
+unbind = unbind.int(cat)
+getitem3 = unbind[0]
+getitem4 = unbind[1]
+getitem5 = unbind[2]
+log = log(getitem4)
+sub = sub.Tensor(getitem5, getitem3)
+sub2 = sub.Tensor(log, sub)
+ge = ge.Scalar(arg2_1, 0)
+lt = lt.Scalar(arg2_1, 8)
+logical_and = logical_and(ge, lt)
+eq = eq.Scalar(arg2_1, -100)
+logical_or = logical_or(logical_and, eq)
+full = full([], nan, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+full2 = full([], 1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where = where.self(logical_or, full2, full)
+mul = mul.Tensor(sub2, where)
+ne = ne.Scalar(arg2_1, -100)
+full3 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(ne, mul, full3)
+sum = sum(where2)
+sum2 = sum(ne)
+div = div.Tensor(sum, sum2)
+return (div)""",
+        )

@@ -1,0 +1,346 @@
+"""Heads within programs: other spellings, tied weights, several heads, checkpoints, accumulation, escapes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import head_cases as cases
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compile_without_codegen, sites
+from head_cases import B, D, S, V, assert_all_fair, counts, inputs, measure
+from reference import assert_fair
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+DIVIDING = ["token_chunks", "vocab_slabs"]
+by_dividing = pytest.mark.parametrize("strategy", DIVIDING)
+BUDGET = 0.35
+
+
+def compiled(f: Callable[..., Any], strategy: str, budget: float = BUDGET) -> Callable[..., Any]:
+    return compile_without_codegen(f, strategy=strategy, memory_budget=budget)[0]
+
+
+def check(loss: cases.Loss, strategy: str, heads: int = 1, budget: float = BUDGET) -> None:
+    """The loss is computed by `strategy` throughout, and is fair to itself in float64."""
+    given, upstream = inputs(), torch.randn(loss(*inputs()).shape)
+    ours = measure(compiled(loss, strategy, budget), given, upstream)
+    assert counts() == {strategy: heads}
+    exact = measure(loss, given.to(torch.float64), upstream)
+    assert_all_fair(ours, measure(loss, given, upstream), exact)
+
+
+# Spellings of the product
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "einsum": lambda h, w: torch.einsum("bsd,vd->bsv", h, w),
+    "einsum of rows": lambda h, w: torch.einsum("nd,vd->nv", h.flatten(0, 1), w).view(B, S, V),
+    "matmul": lambda h, w: torch.matmul(h, w.t()),
+    "mm": lambda h, w: torch.mm(h.reshape(-1, D), w.t()).view(B, S, V),
+    "bmm of one": lambda h, w: torch.bmm(h.reshape(1, -1, D), w.t()[None]).view(B, S, V),
+    "operator": lambda h, w: h @ w.transpose(-1, -2),
+    "transposed twice": lambda h, w: (w @ h.flatten(0, 1).t()).t().view(B, S, V),
+    "scaled hidden": lambda h, w: F.linear(h * D**-0.5, w),
+    "scaled": lambda h, w: F.linear(h, w) * D**-0.5,
+    "a temperature that is learnt": lambda h, w: F.linear(h, w) / w.abs().mean(),
+}
+
+NO_HEAD = {"transposed twice"}  # its logits are made with the rows last
+OF_ALL_LOGITS = {"a temperature that is learnt"}  # the gradient of the temperature is a sum over them
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [
+        *((name, "token_chunks") for name in PRODUCTS),
+        ("einsum", "vocab_slabs"),
+        ("bmm of one", "vocab_slabs"),
+    ],
+)
+def test_product(name: str, strategy: str) -> None:
+    product = PRODUCTS[name]
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(product(h, w).view(-1, V), y.view(-1))
+
+    check(loss, "materialise" if name in NO_HEAD | OF_ALL_LOGITS else strategy)
+
+
+@by_dividing
+def test_addmm(strategy: str) -> None:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.addmm(b, h.view(-1, D), w.t()), y.view(-1))
+
+    check(loss, strategy)
+
+
+# What is made of the loss
+
+UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda loss: loss * 0.37,
+    "negative": lambda loss: -loss,
+    "zero": lambda loss: loss * 0,
+    "squared": lambda loss: loss**2,
+    "added": lambda loss: loss + 3,
+    "in other units": lambda loss: loss.exp(),
+}
+
+
+@by_dividing
+@pytest.mark.parametrize(
+    ("name", "inside"), [*((name, False) for name in UPSTREAM), ("squared", True), ("in other units", True)]
+)
+def test_trap_02_upstream_gradients(name: str, inside: bool, strategy: str) -> None:
+    then = UPSTREAM[name]
+
+    def whole(*given: Tensor) -> Tensor:
+        return then(cases.biased(*given))
+
+    half = compiled(whole if inside else cases.biased, strategy)
+    given = inputs()
+    ours = measure(half if inside else lambda *a: then(half(*a)), given)
+    assert counts() == {strategy: 1}
+    assert_all_fair(ours, measure(whole, given), measure(whole, given.to(torch.float64)))
+
+
+@by_dividing
+def test_trap_23_two_backwards(strategy: str) -> None:
+    """Saved gradient scaled in place: the second backward is wrong."""
+    given = inputs().leaves()
+    wanted = given[:3]
+    loss = compiled(cases.biased, strategy)(*given)
+    first = torch.autograd.grad(loss, wanted, torch.tensor(0.37), retain_graph=True)
+    kept = [g.clone() for g in first]
+    second = torch.autograd.grad(loss, wanted, torch.tensor(-2.0), retain_graph=True)
+    third = torch.autograd.grad(loss, wanted, torch.tensor(0.37))
+    expected = torch.autograd.grad(cases.biased(*given), wanted)
+    assert counts() == {strategy: 1}
+    for one, copy, two, three, right in zip(first, kept, second, third, expected, strict=True):
+        assert torch.equal(one, copy)
+        assert torch.equal(one, three)
+        torch.testing.assert_close(one, 0.37 * right)
+        torch.testing.assert_close(two, -2 * right)
+
+
+@by_dividing
+def test_a_loss_that_nobody_uses(strategy: str) -> None:
+    """Its gradients are none; those of what else is computed are right."""
+
+    def two(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return cases.biased(h, w, b, y), h.square().sum() + w.sum()
+
+    given = inputs().leaves()
+    _, other = compiled(two, strategy)(*given)
+    other.backward()
+    assert counts() == {strategy: 1}
+    torch.testing.assert_close(given.hidden.grad, 2 * given.hidden.detach())
+    torch.testing.assert_close(given.weight.grad, torch.ones_like(given.weight))
+
+
+@by_dividing
+def test_accumulation_over_two_steps(strategy: str) -> None:
+    steps, model = [inputs(), inputs()], inputs().leaves()
+    expected = inputs()._replace(weight=model.weight.detach(), bias=model.bias.detach()).leaves()
+    run = compiled(cases.biased, strategy)
+    for step in steps:
+        (run(step.hidden, model.weight, model.bias, step.y) / 2).backward()
+        (cases.biased(step.hidden, expected.weight, expected.bias, step.y) / 2).backward()
+    assert counts() == {strategy: 1}
+    torch.testing.assert_close(model.weight.grad, expected.weight.grad)
+    torch.testing.assert_close(model.bias.grad, expected.bias.grad)
+
+
+# Models
+
+
+class Model(nn.Module):
+    """Embeddings, one layer, and a head that may be the embedding's."""
+
+    def __init__(self, tied: bool = False, body: str = "", head: str = ""):
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.layer = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, D))
+        self.head = nn.Linear(D, V, bias=not tied)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.checkpointed = body, head
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.head(x).view(-1, V), y.view(-1))
+
+    def forward(self, tokens: Tensor, y: Tensor) -> Tensor:
+        body, head = self.checkpointed
+        x = self.embed(tokens)
+        x = x + (checkpoint(self.layer, x, use_reentrant=False) if body else self.layer(x))
+        return checkpoint(self.loss, x, y, use_reentrant=False) if head else self.loss(x, y)
+
+
+@by_dividing
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tied": True}, {"body": "yes"}, {"head": "yes"}, {"tied": True, "body": "y", "head": "y"}],
+)
+def test_model(options: dict[str, Any], strategy: str) -> None:
+    """Tied embeddings; activation checkpoints round the body and round the head."""
+    model = Model(**options)
+    tokens, y = torch.randint(0, V, (B, S)), torch.randint(0, V, (B, S))
+
+    def gradients(f: Callable[..., Tensor]) -> list[Tensor]:
+        loss = f(tokens, y)
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    ours, naive = gradients(compiled(model, strategy)), gradients(model)
+    assert counts() == {strategy: 1}
+    model.double()
+    for o, n, exact in zip(ours, naive, gradients(model), strict=True):
+        assert_fair(o, n, exact)
+
+
+# Several
+
+
+@by_dividing
+@pytest.mark.parametrize("heads", [2, 3])
+def test_heads(heads: int, strategy: str) -> None:
+    """As for several tokens ahead, each of its own weight."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        losses = [F.cross_entropy(F.linear(h, w * (k + 1), b).view(-1, V), y.view(-1)) for k in range(heads)]
+        return sum(x * 0.5**k for k, x in enumerate(losses))
+
+    check(loss, strategy, heads)
+
+
+@by_dividing
+def test_heads_that_share_a_weight(strategy: str) -> None:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        ahead = F.cross_entropy(F.linear(h.tanh(), w)[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
+        return cases.biased(h, w, b, y) + 0.3 * ahead
+
+    check(loss, strategy, 2)
+
+
+@by_dividing
+def test_losses_on_one_head(strategy: str) -> None:
+    """They share the statistics of one z, and one scalar."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        z, y = cases.rows(F.linear(h, w, b), y)
+        reversed_labels = F.cross_entropy(z, y.flip(0))
+        return F.cross_entropy(z, y, label_smoothing=0.1) + 0.1 * reversed_labels
+
+    check(loss, strategy, 1)
+
+
+@by_dividing
+def test_losses_of_two_temperatures(strategy: str) -> None:
+    """Two readings of one product."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        z, y = cases.rows(F.linear(h, w, b), y)
+        return F.cross_entropy(z, y) + F.cross_entropy(z * 0.5, y)
+
+    check(loss, strategy, 2, budget=0.7)
+
+
+@by_dividing
+def test_a_part_under_no_grad(strategy: str) -> None:
+    """A reference model's log-probabilities are wanted for their values alone."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = cases.per_token(h * 0.9, w, b, y)
+        return (cases.per_token(h, w, b, y) * before.sigmoid()).mean()
+
+    given = inputs()
+    ours = measure(compiled(loss, strategy), given)
+    assert counts() == {strategy: 1, "forward_only": 1}
+    assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
+
+
+# Logits that escape
+
+
+def returned(z: Tensor, loss: Tensor) -> Any:
+    return loss, z
+
+
+def auxiliary(z: Tensor, loss: Tensor) -> Any:
+    return (loss + 1e-3 * z.square().mean(),)
+
+
+def accuracy(z: Tensor, loss: Tensor) -> Any:
+    return loss, z.argmax(-1)
+
+
+def top(z: Tensor, loss: Tensor) -> Any:
+    return loss, *z.detach().topk(3).values.unbind(-1)
+
+
+def last(z: Tensor, loss: Tensor) -> Any:
+    return loss, z[-1]
+
+
+ESCAPES = {
+    "returned": (returned, "materialise"),
+    "auxiliary loss": (auxiliary, "materialise"),
+    "top-k": (top, "materialise"),
+    "the last position": (last, "materialise"),
+    "argmax": (accuracy, ""),  # a statistic, so the head is divided all the same
+}
+
+
+@by_dividing
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.float32) for name in ESCAPES), ("returned", torch.bfloat16)]
+)
+def test_trap_14_logits_that_somebody_else_reads(name: str, dtype: torch.dtype, strategy: str) -> None:
+    """Gradient written over logits that somebody else still reads: the loss is fused, and all is right."""
+    then, expected = ESCAPES[name]
+    given = inputs().to(dtype)
+
+    def whole(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
+        z, y = cases.rows(F.linear(h, w, b), y)
+        return then(z, F.cross_entropy(z.float(), y))
+
+    def step(f: Callable[..., Any]) -> tuple[Any, ...]:
+        leaves = given.leaves()
+        loss, *others = f(*leaves)
+        before = [t.detach().clone() for t in others]
+        total = loss + sum(t.float().square().mean() for t in others if t.requires_grad)
+        gradients = torch.autograd.grad(total, leaves[:3])
+        assert all(torch.equal(a, b) for a, b in zip(others, before, strict=True))
+        return loss.detach(), *before, *gradients
+
+    ours, eager = step(compiled(whole, strategy)), step(whole)
+    assert sites() == 1
+    assert counts() == {expected or strategy: 1}
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(ours, eager, **tolerance)
+
+
+def test_the_log_says_what_else_reads_them(caplog: pytest.LogCaptureFixture) -> None:
+    def whole(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
+        z, y = cases.rows(F.linear(h, w, b), y)
+        return F.cross_entropy(z, y), z
+
+    with caplog.at_level("INFO", logger="inductor_ce"):
+        compiled(whole, "token_chunks")(*inputs().leaves())
+    assert "the logits are returned" in caplog.text
+
+
+def test_symmetric_losses_are_not_divided() -> None:
+    """As CLIP's: rows and columns of the same product are normalised."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        z = h.view(-1, D)[:V] @ w[: B * S].t()
+        labels = torch.arange(B * S)
+        return (F.cross_entropy(z, labels) + F.cross_entropy(z.t(), labels)) / 2
+
+    given = inputs()
+    ours = measure(compiled(loss, "token_chunks"), given)
+    assert counts() == {"materialise": 2}
+    assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
