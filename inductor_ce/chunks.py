@@ -181,7 +181,9 @@ def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum
     parts |= coefficients.gathered
     whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
     if exits:
-        whole = {node: build(ONCE_MADE, stats, after) for node, stats in whole.items()}
+        whole = {
+            node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()
+        }
     scale = _scalar(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
     return whole | {e.node: e.finish(scale, of_rows) for e in exits}

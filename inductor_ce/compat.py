@@ -72,6 +72,7 @@ __all__ = [
     "legacy_reduction",
     "list_mode_options",
     "list_options",
+    "made_by",
     "may_overwrite",
     "no_recompile_limit",
     "rank_in_group",
@@ -83,7 +84,6 @@ __all__ = [
     "template",
     "uncompiled",
     "unset_fake_temporarily",
-    "was_empty",
 ]
 
 # Lowering
@@ -135,16 +135,16 @@ def contiguous_layout(like: Node, dtype: torch.dtype, size: Sequence[Any]) -> ir
     return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
 
 
-def may_overwrite(z: Node, products: Container[Any]) -> bool:
+def may_overwrite(z: Node, products: Container[Any], fillers: Container[Any] = ()) -> bool:
     """Whether the operator being lowered may write its result over `z`, and gains by it.
 
     It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
-    donated activation, the output of a library's kernel, or memory that such kernels fill; not where the
+    donated activation, the output of a library's kernel, or that of one of `fillers`; not where the
     scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the
     result: a pointwise reader would be fused, and then nothing needs to be stored but what that one writes.
     """
     buffer = _buffer(z)
-    if not isinstance(buffer, OWNED) and not was_empty(z):
+    if not isinstance(buffer, OWNED) and not made_by(z, fillers):
         return False
     known = inductor.graph.sizevars.statically_known_equals
     row_stride, column_stride = z.get_stride()
@@ -168,12 +168,11 @@ def may_overwrite(z: Node, products: Container[Any]) -> bool:
     return not read_later and _only_read_by(products, current)
 
 
-def was_empty(z: Node) -> bool:
-    """Whether the memory of `z` was allocated by a node of the graph, to be filled by others."""
+def made_by(z: Node, targets: Container[Any]) -> bool:
+    """Whether one of these operators has filled the memory of `z`."""
     buffer = _buffer(z)
     return any(
-        node.target == aten.empty.memory_format and _buffer(value) is buffer
-        for node, value in inductor.graph.env.items()
+        node.target in targets and _buffer(value) is buffer for node, value in inductor.graph.env.items()
     )
 
 

@@ -11,9 +11,12 @@ from . import ops
 from .heads import BIAS, HIDDEN, WEIGHT_T, source_of_exit
 from .nodes import args_of, example_of
 from .pieces import ROWS, Pieces, Range, empty, into, on
+from .products import ONCE_MADE
 from .rows import shape_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
+
+CAST = torch.ops.prims.convert_element_type.default
 
 _VIEWS = {
     *(aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.reshape.default),
@@ -101,8 +104,11 @@ class Exit:
                 zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
                 made = build(aten.where.self, build(aten.eq.Scalar, out, 0), zero, made)
             out = made
-        if example_of(out).dtype != self.dtype:
-            out = build(prims.convert_element_type.default, out, self.dtype)
+        is_cast = example_of(out).dtype != self.dtype
+        if scale is None and self.kind != BIAS and (is_cast or _is_read_by_loops(self.node)):
+            out = build(ONCE_MADE, out, self.dtype, [])  # it was written in place in this graph
+        elif is_cast:
+            out = build(CAST, out, self.dtype)
         if self.kind == WEIGHT_T:
             out = self._transposed(out)
         return self._in_shape(out)
@@ -117,6 +123,13 @@ class Exit:
         return self.build(aten.unsqueeze.default, out, 0)
 
 
+def _is_read_by_loops(node: Node) -> bool:
+    """Whether anything but the output reads a node, be it through views."""
+    return any(
+        _is_read_by_loops(user) if user.target in _VIEWS else user.op != "output" for user in node.users
+    )
+
+
 def result_dtype(node: Node) -> torch.dtype:
     """The dtype in which a gradient is wanted: that of `node`, or float32 where all cast it to that."""
     own = example_of(node).dtype
@@ -125,7 +138,7 @@ def result_dtype(node: Node) -> torch.dtype:
         user = users.pop()
         if user.target in _VIEWS:
             users += user.users
-        elif user.target != prims.convert_element_type.default or args_of(user)[1] != torch.float32:
+        elif user.target != CAST or args_of(user)[1] != torch.float32:
             return own
     return torch.float32 if own.itemsize < 4 and node.users else own
 

@@ -19,7 +19,7 @@ import torch
 
 from . import compat, loops, ops
 from .compat import Node
-from .products import PRODUCT_INTO
+from .products import LOGITS, PRODUCT_INTO
 from .shield import attempt
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -28,6 +28,7 @@ PRODUCTS = {
     *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
     *(torch.ops.aten.baddbmm.default, PRODUCT_INTO),
 }
+PIECES = (LOGITS,)
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
 
@@ -171,7 +172,7 @@ def _stats_template(z: Node, labels: list[Node], weights: list[Node], rows: list
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     chained = not compat.is_buffer(z)
     others = [*map(compat.readable, labels), *_readable_weights(weights, z)]
-    piece = compat.was_empty(z)
+    piece = compat.made_by(z, PIECES)
     z = compat.readable(z, absorb=True)
     return compat.choose(
         _template("row_stats", _one_program_a_row),
@@ -188,13 +189,15 @@ def _grad_template(
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     others = [*map(compat.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
     z = compat.readable(z, absorb=True)
-    over = compat.may_overwrite(z, PRODUCTS) and all(other.get_name() != z.get_name() for other in others)
+    over = compat.may_overwrite(z, PRODUCTS, PIECES) and all(
+        other.get_name() != z.get_name() for other in others
+    )
     return compat.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *others],
         layout=compat.contiguous_layout(z, z.get_dtype(), [n, v]),
         call_sizes=[n, v],
-        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), compat.was_empty(z)),
+        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), compat.made_by(z, PIECES)),
         over=z if over else None,
     )
 

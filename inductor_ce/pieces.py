@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from .builder import Builder
 from .compat import auto_functionalized
 from .heads import Head, NoHead, is_pointwise, vocab_axis
 from .nodes import args_of, example_of, grad_call, stats_call
-from .products import PRODUCT_INTO
+from .products import LOGITS, PRODUCT_INTO
 from .rows import equal, shape_of
 from .timeline import tensor_of
 
@@ -72,18 +72,7 @@ class Pieces:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], head.v):
                 bias = self.cut(bias, piece, 0)
-        example = example_of(head.product)
-        size = [self._length(piece) if self.dim == ROWS else self.n, head.v]
-        if self.dim == COLUMNS:
-            size[1] = piece.end - piece.start
-        return into(
-            build, empty(build, size, example.dtype, example.device), hidden, columns, bias=bias, after=after
-        )
-
-    def _length(self, piece: Range) -> Any:
-        if isinstance(piece.end, Node):
-            return self.build(operator.sub, piece.end, piece.start)
-        return piece.end - piece.start
+        return build(LOGITS, hidden, columns, bias, after)
 
     def wide(self, z: Node, piece: Range, nodes: Iterable[Node]) -> dict[Node, Node]:
         """The piece of each of `nodes`, which lie before the statistics, of the logits `z`."""
@@ -183,10 +172,8 @@ def into(
     a: Node,
     b: Node,
     *,
-    bias: Node | None = None,
     start: Any = 0,
     accumulate: bool = False,
-    after: Sequence[Node] = (),
 ) -> Node:
     """`product_into` as a function. Inductor writes in place, as nobody else reads `out`."""
     made = build(
@@ -194,10 +181,8 @@ def into(
         PRODUCT_INTO,
         a=a,
         b=b,
-        bias=bias,
         start=start,
         accumulate=accumulate,
-        after=list(after),
         _out_base_index=0,
         _all_bases=[out],
     )

@@ -1,8 +1,8 @@
 """The matrix products of a head that is computed piece by piece.
 
-    product_into(out [N, M], a [n, K], b [K, M], bias [M] | None, start, accumulate, after)
-                            rows start.. of `out` become a b + bias, or gain a b
-    once_made(x, after)     a copy of x
+    logits      (a [n, D], b [D, V], bias | None, after)             a b + bias [n, V]
+    product_into(out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
+    once_made   (x, dtype, after)                                    a copy of x in a dtype
 
 A product is what a library makes of it, with float32 sums inside. What is added is order and place.
 
@@ -12,9 +12,9 @@ It also keeps a product that is computed again in the backward from being taken 
 and `once_made` makes the forward wait for the last piece, where the partitioner would move it to the
 backward.
 
-NOTE Place. Logits of pieces go to memory that Inductor has allocated, which it knows to be aligned.
-Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32 of 16-bit
-factors rounds nothing from piece to piece.
+NOTE Place. Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32
+of 16-bit factors rounds nothing from piece to piece. What is written in place is read by operators alone,
+until the graph is left: torch 2.13 forgets, when it orders loops anew, that a loop must wait for a write.
 """
 
 from __future__ import annotations
@@ -25,19 +25,24 @@ import torch
 from torch import Tensor
 
 
-@torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",))
-def product_into(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, start: int, accumulate: bool, after: list[Tensor]
-) -> None:
-    """Rows start..start + n of `out` become a [n, K] times b [K, M] plus `bias` [M], or gain the product.
+@torch.library.custom_op("inductor_ce::logits", mutates_args=())
+def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
+    """a [n, D] times b [D, V], plus `bias`. What is in `after` is not read; it is made before."""
+    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
 
-    `out` has the dtype of the factors, or is float32 where they are 16-bit and there is no bias. What is in
-    `after` is not read; it is made before.
+
+@logits.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]))
+
+
+@torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",))
+def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
+    """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
+
+    `out` has the dtype of the factors, or is float32 where they are 16-bit.
     """
     rows = out.narrow(0, start, a.shape[0])
-    if bias is not None:
-        torch.addmm(bias, a, b, out=rows)
-        return
     if out.dtype != a.dtype and a.device.type == "cpu":
         a, b = a.to(out.dtype), b.to(out.dtype)
     wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
@@ -48,23 +53,22 @@ def product_into(
 
 
 @product_into.register_fake
-def _(
-    out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, start: int, accumulate: bool, after: list[Tensor]
-) -> None:
+def _(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
 @torch.library.custom_op("inductor_ce::once_made", mutates_args=())
-def once_made(x: Tensor, after: list[Tensor]) -> Tensor:
-    """A copy of x. What is in `after` is not read; it is made before."""
-    return x.clone()
+def once_made(x: Tensor, dtype: torch.dtype, after: list[Tensor]) -> Tensor:
+    """A copy of x in a dtype. What is in `after` is not read; it is made before."""
+    return x.to(dtype, copy=True)
 
 
 @once_made.register_fake
-def _(x: Tensor, after: list[Tensor]) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, dtype: torch.dtype, after: list[Tensor]) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
 
 
 # The form in which graphs hold them.
+LOGITS = torch.ops.inductor_ce.logits.default
 PRODUCT_INTO = torch.ops.inductor_ce.product_into.default
 ONCE_MADE = torch.ops.inductor_ce.once_made.default

@@ -19,16 +19,14 @@ N, V, D = 6, 8, 4
 
 _PRODUCT = re.compile(
     r"(?P<name>\w+) = auto_functionalized_v2\(.*?product_into.*?, "
-    r"a=(?P<a>\w+), b=(?P<b>\w+), bias=(?P<bias>\w+), start=(?P<start>\w+), accumulate=(?P<accumulate>\w+), "
-    r"after=(?P<after>\[.*?\]), .*_all_bases=\[(?P<out>\w+)\]\)"
+    r"a=(?P<a>\w+), b=(?P<b>\w+), start=(?P<start>\w+), accumulate=(?P<accumulate>\w+), "
+    r".*_all_bases=\[(?P<out>\w+)\]\)"
 )
 
 
 def short(graph: str) -> str:
     """With products as `product = product_into(out, a, b, ...)`, and what follows them renamed alike."""
-    products = (
-        r"\g<name> = product_into(\g<out>, \g<a>, \g<b>, \g<bias>, \g<start>, \g<accumulate>, \g<after>)"
-    )
+    products = r"\g<name> = product_into(\g<out>, \g<a>, \g<b>, \g<start>, \g<accumulate>)"
     return re.sub(r"auto_functionalized_v2(\d*)", r"product\1", _PRODUCT.sub(products, graph))
 
 
@@ -129,11 +127,9 @@ primals_3 = <placeholder>
 tangents_1 = <placeholder>
 permute = permute(primals_1, [1, 0])
 slice = slice.Tensor(primals_2, 0, 0, 3)
-empty = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product = product_into(empty, slice, permute, None, 0, False, [])
-getitem = product[1]
+logits = logits(slice, permute, None, [])
 slice2 = slice.Tensor(primals_3, 0, 0, 3)
-row_stats = row_stats(getitem, [slice2], [], 'max,sumexp,pick')
+row_stats = row_stats(logits, [slice2], [], 'max,sumexp,pick')
 slice3 = slice.Tensor(primals_2, 0, 3, 6)
 slice4 = slice.Tensor(primals_3, 0, 0, 3)
 constant_pad_nd = constant_pad_nd(row_stats, [0, 3], 0.0)
@@ -158,26 +154,24 @@ mul = mul.Tensor(where, where2)
 neg = neg(mul)
 neg2 = neg(neg)
 unbind = unbind.int(constant_pad_nd)
-getitem2 = unbind[1]
-div2 = div.Tensor(mul, getitem2)
+getitem = unbind[1]
+div2 = div.Tensor(mul, getitem)
 cat = cat([neg2, div2, neg])
-view = view(cat, [3, 6])
-slice6 = slice.Tensor(view, 1, 0, 3)
-row_grad = row_grad(getitem, [slice4], [], slice5, slice6, 'max,sumexp,pick')
+reshape = reshape(cat, [3, 6])
+slice6 = slice.Tensor(reshape, 1, 0, 3)
+row_grad = row_grad(logits, [slice4], [], slice5, slice6, 'max,sumexp,pick')
 permute2 = permute(row_grad, [1, 0])
 slice7 = slice.Tensor(primals_2, 0, 0, 3)
-empty2 = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product2 = product_into(empty2, permute2, slice7, None, 0, False, [])
-getitem3 = product2[1]
+empty = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product = product_into(empty, permute2, slice7, 0, False)
+getitem2 = product[1]
 permute3 = permute(permute, [1, 0])
-empty3 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product3 = product_into(empty3, row_grad, permute3, None, 0, False, [])
-getitem4 = product3[1]
-empty4 = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product4 = product_into(empty4, slice3, permute, None, 0, False, [getitem3, getitem4])
-getitem5 = product4[1]
+empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product2 = product_into(empty2, row_grad, permute3, 0, False)
+getitem3 = product2[1]
+logits2 = logits(slice3, permute, None, [getitem2, getitem3])
 slice8 = slice.Tensor(primals_3, 0, 3, 6)
-row_stats2 = row_stats(getitem5, [slice8], [], 'max,sumexp,pick')
+row_stats2 = row_stats(logits2, [slice8], [], 'max,sumexp,pick')
 cat2 = cat([row_stats, row_stats2], 1)
 slice9 = slice.Tensor(primals_3, 0, 3, 6)
 constant_pad_nd2 = constant_pad_nd(row_stats2, [3, 0], 0.0)
@@ -190,33 +184,33 @@ mul2 = mul.Tensor(where3, where2)
 neg3 = neg(mul2)
 neg4 = neg(neg3)
 unbind2 = unbind.int(constant_pad_nd2)
-getitem6 = unbind2[1]
-div4 = div.Tensor(mul2, getitem6)
+getitem4 = unbind2[1]
+div4 = div.Tensor(mul2, getitem4)
 cat3 = cat([neg4, div4, neg3])
-view2 = view(cat3, [3, 6])
-slice11 = slice.Tensor(view2, 1, 3, 6)
-row_grad2 = row_grad(getitem5, [slice9], [], slice10, slice11, 'max,sumexp,pick')
+reshape2 = reshape(cat3, [3, 6])
+slice11 = slice.Tensor(reshape2, 1, 3, 6)
+row_grad2 = row_grad(logits2, [slice9], [], slice10, slice11, 'max,sumexp,pick')
 permute4 = permute(row_grad2, [1, 0])
 slice12 = slice.Tensor(primals_2, 0, 3, 6)
-product5 = product_into(getitem3, permute4, slice12, None, 0, True, [])
-getitem7 = product5[1]
-product6 = product_into(getitem4, row_grad2, permute3, None, 3, False, [])
-getitem8 = product6[1]
-once_made = once_made(cat2, [getitem7, getitem8])
+product3 = product_into(getitem2, permute4, slice12, 0, True)
+getitem5 = product3[1]
+product4 = product_into(getitem3, row_grad2, permute3, 3, False)
+getitem6 = product4[1]
+once_made = once_made(cat2, float32, [getitem5, getitem6])
 unbind3 = unbind.int(once_made)
-getitem9 = unbind3[0]
-getitem10 = unbind3[1]
-getitem11 = unbind3[2]
-log = log(getitem10)
-sub = sub.Tensor(getitem11, getitem9)
+getitem7 = unbind3[0]
+getitem8 = unbind3[1]
+getitem9 = unbind3[2]
+log = log(getitem8)
+sub = sub.Tensor(getitem9, getitem7)
 sub2 = sub.Tensor(log, sub)
 mul3 = mul.Tensor(sub2, where2)
 full5 = full([], 0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'), pin_memory=False)
 where4 = where.self(ne, mul3, full5)
 sum2 = sum(where4)
 div5 = div.Tensor(sum2, sum)
-mul4 = mul.Tensor(getitem7, tangents_1)
-mul5 = mul.Tensor(getitem8, tangents_1)
+mul4 = mul.Tensor(getitem5, tangents_1)
+mul5 = mul.Tensor(getitem6, tangents_1)
 return [div5, mul4, mul5, None]""",
         )
 
@@ -230,28 +224,24 @@ primals_3 = <placeholder>
 tangents_1 = <placeholder>
 permute = permute(primals_1, [1, 0])
 slice = slice.Tensor(permute, 1, 0, 4)
-empty = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product = product_into(empty, primals_2, slice, None, 0, False, [])
-getitem = product[1]
+logits = logits(primals_2, slice, None, [])
 convert_element_type = convert_element_type(primals_3, int64)
 sub = sub.Tensor(convert_element_type, 0)
-row_stats = row_stats(getitem, [sub], [], 'max,sumexp,pick')
+row_stats = row_stats(logits, [sub], [], 'max,sumexp,pick')
 slice2 = slice.Tensor(permute, 1, 4, 8)
-empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product2 = product_into(empty2, primals_2, slice2, None, 0, False, [row_stats])
-getitem2 = product2[1]
+logits2 = logits(primals_2, slice2, None, [row_stats])
 convert_element_type2 = convert_element_type(primals_3, int64)
 sub2 = sub.Tensor(convert_element_type2, 4)
-row_stats2 = row_stats(getitem2, [sub2], [], 'max,sumexp,pick')
+row_stats2 = row_stats(logits2, [sub2], [], 'max,sumexp,pick')
 cat = cat([row_stats, row_stats2])
 view = view(cat, [2, 3, 6])
 unbind = unbind.int(view, 1)
-getitem3 = unbind[0]
-amax = amax(getitem3, [0])
+getitem = unbind[0]
+amax = amax(getitem, [0])
 select = select.int(view, 1, 1)
-eq = eq.Scalar(getitem3, -inf)
+eq = eq.Scalar(getitem, -inf)
 scalar_tensor = scalar_tensor(0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-sub3 = sub.Tensor(getitem3, amax)
+sub3 = sub.Tensor(getitem, amax)
 where = where.self(eq, scalar_tensor, sub3)
 exp = exp(where)
 mul = mul.Tensor(select, exp)
@@ -262,11 +252,11 @@ cat2 = cat([amax, sum, sum2])
 view2 = view(cat2, [3, 6])
 select3 = select.int(view2, 0, 0)
 unbind2 = unbind.int(view2)
-getitem4 = unbind2[0]
-getitem5 = unbind2[1]
-getitem6 = unbind2[2]
-log = log(getitem5)
-sub4 = sub.Tensor(getitem6, getitem4)
+getitem2 = unbind2[0]
+getitem3 = unbind2[1]
+getitem4 = unbind2[2]
+log = log(getitem3)
+sub4 = sub.Tensor(getitem4, getitem2)
 sub5 = sub.Tensor(log, sub4)
 ge = ge.Scalar(primals_3, 0)
 lt = lt.Scalar(primals_3, 8)
@@ -285,39 +275,35 @@ where4 = where.self(ne, tangents_1, full4)
 mul3 = mul.Tensor(where4, where2)
 neg = neg(mul3)
 neg2 = neg(neg)
-div = div.Tensor(mul3, getitem5)
+div = div.Tensor(mul3, getitem3)
 cat3 = cat([neg2, div, neg])
 view3 = view(cat3, [3, 6])
 permute2 = permute(permute, [1, 0])
 slice3 = slice.Tensor(permute, 1, 0, 4)
-empty3 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product3 = product_into(empty3, primals_2, slice3, None, 0, False, [view3])
-getitem7 = product3[1]
+logits3 = logits(primals_2, slice3, None, [view3])
 convert_element_type3 = convert_element_type(primals_3, int64)
 sub6 = sub.Tensor(convert_element_type3, 0)
-row_grad = row_grad(getitem7, [sub6], [], select3, view3, 'max,sumexp,pick')
-empty4 = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+row_grad = row_grad(logits3, [sub6], [], select3, view3, 'max,sumexp,pick')
 permute3 = permute(row_grad, [1, 0])
-product4 = product_into(empty4, permute3, primals_2, None, 0, False, [])
-getitem8 = product4[1]
-empty5 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+empty = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
+product = product_into(empty, permute3, primals_2, 0, False)
+getitem5 = product[1]
+empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
 slice4 = slice.Tensor(permute2, 0, 0, 4)
-product5 = product_into(empty5, row_grad, slice4, None, 0, False, [])
-getitem9 = product5[1]
+product2 = product_into(empty2, row_grad, slice4, 0, False)
+getitem6 = product2[1]
 slice5 = slice.Tensor(permute, 1, 4, 8)
-empty6 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product6 = product_into(empty6, primals_2, slice5, None, 0, False, [getitem8, getitem9])
-getitem10 = product6[1]
+logits4 = logits(primals_2, slice5, None, [getitem5, getitem6])
 convert_element_type4 = convert_element_type(primals_3, int64)
 sub7 = sub.Tensor(convert_element_type4, 4)
-row_grad2 = row_grad(getitem10, [sub7], [], select3, view3, 'max,sumexp,pick')
+row_grad2 = row_grad(logits4, [sub7], [], select3, view3, 'max,sumexp,pick')
 permute4 = permute(row_grad2, [1, 0])
-product7 = product_into(getitem8, permute4, primals_2, None, 4, False, [])
-getitem11 = product7[1]
+product3 = product_into(getitem5, permute4, primals_2, 4, False)
+getitem7 = product3[1]
 slice6 = slice.Tensor(permute2, 0, 4, 8)
-product8 = product_into(getitem9, row_grad2, slice6, None, 0, True, [])
-getitem12 = product8[1]
-return [where3, getitem11, getitem12, None]""",
+product4 = product_into(getitem6, row_grad2, slice6, 0, True)
+getitem8 = product4[1]
+return [where3, getitem7, getitem8, None]""",
         )
 
     def test_forward_only(self):
@@ -329,24 +315,20 @@ arg1_1 = <placeholder>
 arg2_1 = <placeholder>
 permute = permute(arg0_1, [1, 0])
 slice = slice.Tensor(arg1_1, 0, 0, 3)
-empty = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product = product_into(empty, slice, permute, None, 0, False, [])
-getitem = product[1]
+logits = logits(slice, permute, None, [])
 slice2 = slice.Tensor(arg2_1, 0, 0, 3)
-row_stats = row_stats(getitem, [slice2], [], 'max,sumexp,pick')
+row_stats = row_stats(logits, [slice2], [], 'max,sumexp,pick')
 slice3 = slice.Tensor(arg1_1, 0, 3, 6)
-empty2 = empty.memory_format([3, 8], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product2 = product_into(empty2, slice3, permute, None, 0, False, [row_stats])
-getitem2 = product2[1]
+logits2 = logits(slice3, permute, None, [row_stats])
 slice4 = slice.Tensor(arg2_1, 0, 3, 6)
-row_stats2 = row_stats(getitem2, [slice4], [], 'max,sumexp,pick')
+row_stats2 = row_stats(logits2, [slice4], [], 'max,sumexp,pick')
 cat = cat([row_stats, row_stats2], 1)
 unbind = unbind.int(cat)
-getitem3 = unbind[0]
-getitem4 = unbind[1]
-getitem5 = unbind[2]
-log = log(getitem4)
-sub = sub.Tensor(getitem5, getitem3)
+getitem = unbind[0]
+getitem2 = unbind[1]
+getitem3 = unbind[2]
+log = log(getitem2)
+sub = sub.Tensor(getitem3, getitem)
 sub2 = sub.Tensor(log, sub)
 ge = ge.Scalar(arg2_1, 0)
 lt = lt.Scalar(arg2_1, 8)

@@ -67,7 +67,7 @@ def test_rows(name: str) -> None:
 FACTORS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict[str, int]]] = {
     "once": (lambda s, t, w: -(t * w), {"t_1": 1}),
     "twice": (lambda s, t, w: t * s[0] * t.expand(N), {"t_1": 2}),
-    "not at all": (lambda s, t, w: (t * s[0]) / t, {}),
+    "not at all": (lambda s, t, w: (t * s[0]) / t, {"t_1": 0}),
     "inverted": (lambda s, t, w: s[0] / t, {"t_1": -1}),
     "summed": (lambda s, t, w: t * s[0] + t * w, {"t_1": 1}),
     "with zeros": (lambda s, t, w: t * s[0] + torch.zeros(N), {"t_1": 1}),
