@@ -47,9 +47,9 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
                 found = fuse_losses(copied(module), options)
                 sites += found.sites
                 report.misses += found.misses
-        planned, _ = (
-            attempt("strategies are not told", plans_of, gm, example_inputs, options) if sites else ([], None)
-        )
+        planned = None
+        if sites and has_products(gm):
+            planned, _ = attempt("the plans are not told", plans_of, gm, example_inputs, options)
         report.sites += with_plans(sites, planned or [])
         return gm.forward
 
@@ -69,6 +69,18 @@ class _Silent(CustomGraphPass):
 
     def uuid(self) -> None:
         return None
+
+
+PRODUCTS = ("linear", "mat", "mm", "einsum", "conv", "dot")
+
+
+def has_products(gm: GraphModule) -> bool:
+    """Whether anything in a torch-level graph, or in the graphs inside it, may be a linear layer."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    nodes = (node for graph in graphs for node in graph.nodes if node.op.startswith("call"))
+    return any(
+        node.op == "call_module" or any(name in str(node.target) for name in PRODUCTS) for node in nodes
+    )
 
 
 def plans_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Planned]:

@@ -99,7 +99,7 @@ inductor_ce: 1 loss fused, 1 left as written
     form       mean[y != -100](lse - pick(y))
     statistics lse, pick(y)
     operator   row_stats[max,sumexp,pick]
-    strategy   materialise, 0.0 MiB beyond the gradients: no linear layer in the graph makes the logits
+    strategy   materialise
     logits     0.0 MiB
   missed  LINE  return F.cross_entropy(z, y) + F.cross_entropy(z, z.softmax(-1))
     SOFT_TARGETS: The target holds class probabilities of which a gradient is wanted. REMEDY""",
