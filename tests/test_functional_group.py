@@ -216,8 +216,8 @@ def test_one_collective_and_none_in_the_backward(size: int) -> None:
 
 
 def test_what_is_called_is_not_recognised_again() -> None:
-    """Neither as a site nor as a miss."""
-    assert [rank["counts"] for rank in everywhere(odds, 2)] == [{}] * 2
+    """Neither as a site nor as a miss; its logits are dealt with as any others."""
+    assert [rank["counts"] for rank in everywhere(odds, 2)] == [{"materialise": 1}] * 2
 
 
 @sizes
