@@ -163,8 +163,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum
     pieces = Pieces(build, head, ROWS)
     coefficients = Coefficients(pieces, proof)
     exits = [Exit(pieces, node, wide_sum) for node in head.exits]
-    gradients = head.gradients()
-    forward = [node for node in head.wide if node not in gradients]
+    forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after: list[Node] = []
     for i, piece in enumerate(ranges(build, pieces.n, chunks)):

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from . import ops
-from .heads import BIAS, HIDDEN, WEIGHT_T, source_of_exit
+from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, source_of_exit
 from .nodes import args_of, example_of
 from .pieces import ROWS, Pieces, Range, empty, into, on
 from .products import ONCE_MADE
@@ -17,11 +17,6 @@ from .rows import shape_of
 aten = torch.ops.aten
 
 CAST = torch.ops.prims.convert_element_type.default
-
-_VIEWS = {
-    *(aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default, aten.reshape.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims),
-}
 
 
 class Exit:
@@ -126,7 +121,7 @@ class Exit:
 def _is_read_by_loops(node: Node) -> bool:
     """Whether anything but the output reads a node, be it through views."""
     return any(
-        _is_read_by_loops(user) if user.target in _VIEWS else user.op != "output" for user in node.users
+        _is_read_by_loops(user) if user.target in VIEWS else user.op != "output" for user in node.users
     )
 
 
@@ -136,7 +131,7 @@ def result_dtype(node: Node) -> torch.dtype:
     users = list(node.users)
     while users:
         user = users.pop()
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             users += user.users
         elif user.target != CAST or args_of(user)[1] != torch.float32:
             return own
@@ -154,6 +149,6 @@ def replace(node: Node, new: Node) -> None:
 def _retype(node: Node, dtype: torch.dtype) -> None:
     """Tell the views of a node that its dtype has changed."""
     for user in node.users:
-        if user.target in _VIEWS:
+        if user.target in VIEWS:
             user.meta["val"] = user.meta["val"].to(dtype)
             _retype(user, dtype)

@@ -30,6 +30,7 @@ ORDERED_VIEWS = {
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
 }
 PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
+VIEWS = ORDERED_VIEWS | PERMUTATIONS
 COPIES = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
@@ -94,6 +95,11 @@ class Head:
         """What gradients are multiplied with in products."""
         wide = {self.product, *self.wide}
         return [s for node in self.exits for s in node.all_input_nodes if _untransposed(s) not in wide]
+
+    def before_statistics(self) -> list[Node]:
+        """The wide nodes that the statistics are made of, and others that depend on no `row_grad`."""
+        gradients = self.gradients()
+        return [node for node in self.wide if node not in gradients]
 
     def gradients(self) -> set[Node]:
         """The wide nodes that depend on a `row_grad`."""

@@ -14,7 +14,7 @@ from .compat import ALL_GATHER, WAIT, is_tangent
 from .config import Options
 from .exits import replace, result_dtype
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
-from .nodes import args_of, example_of, grad_call, stats_call
+from .nodes import args_of, example_of, grad_call, reached, sources_of, stats_call
 from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
 from .rows import hint
 from .shards import GROUP_RANK
@@ -159,14 +159,7 @@ def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
 
 def _is_late(grad: Node) -> bool:
     """Whether a `row_grad` depends on an upstream gradient."""
-    stack, seen = [grad_call(grad).coefficients], {grad}
-    while stack:
-        node = stack.pop()
-        if is_tangent(node):
-            return True
-        stack += [source for source in node.all_input_nodes if source not in seen]
-        seen.update(node.all_input_nodes)
-    return False
+    return any(map(is_tangent, reached([grad_call(grad).coefficients], sources_of)))
 
 
 def _is_among_equals(gather: Node) -> bool:
@@ -178,12 +171,4 @@ def _is_among_equals(gather: Node) -> bool:
 
 def _exchanges(stats: list[Node]) -> list[Node]:
     """The nodes by which ranks exchange statistics."""
-    found = []
-    stack, seen = list(stats), set(stats)
-    while stack:
-        node = stack.pop()
-        if node.target == ALL_GATHER:
-            found.append(node)
-        stack += [user for user in node.users if user not in seen]
-        seen.update(node.users)
-    return found
+    return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]

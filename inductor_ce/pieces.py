@@ -133,9 +133,9 @@ class Pieces:
             self._whole[key] = self.build(aten.reshape.default, source, size)
         return self._whole[key]
 
-    def stats(self, node: Node, z: Node, piece: Range, rows: list[str] | None = None) -> Node:
+    def stats(self, node: Node, z: Node, piece: Range, which: str | None = None) -> Node:
         """The statistics `node` of a piece; other rows of them, if given."""
-        which = stats_call(node).which if rows is None else ",".join(rows)
+        which = which or stats_call(node).which
         return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which)
 
     def grad(self, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import ops
 from .compat import is_dtensor
-from .shards import Shard, group_rank, whole_row_stats
+from .shards import Shard, chosen, group_rank, whole_row_stats, with_masses
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor  # which not every build of torch has
@@ -152,12 +152,9 @@ def _over_ranks(
                 masses[j] = _masses(q, size, block)
             q = q.index_select(-1, start + torch.arange(local.shape[1], device=local.device))
         own.append(q)
-    wanted, gathered = which.split(","), _with_masses(which, len(qs), masses)
-    rows, _ = whole_row_stats(local, [y - start for y in ys], own, ",".join(gathered), shard, masses)
-    if gathered == wanted:
-        return rows
-    added = [row not in wanted for row in gathered]
-    return torch.stack([row for row, extra in zip(rows.unbind(0), added, strict=True) if not extra])
+    gathered = with_masses(which, masses)
+    rows, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses)
+    return chosen(rows, gathered, which)
 
 
 def _masses(q: Tensor, size: int, block: int) -> Tensor:
@@ -165,18 +162,6 @@ def _masses(q: Tensor, size: int, block: int) -> Tensor:
     q = q.to(torch.promote_types(q.dtype, torch.float32))
     padded = torch.nn.functional.pad(q, [0, size * block - q.shape[0]])
     return padded.view(size, block).sum(-1)
-
-
-def _with_masses(which: str, n_weights: int, known: dict[int, Tensor]) -> list[str]:
-    """`which` with a row mass:j to each dot:j, unless masses are known."""
-    rows = which.split(",")
-    result = [row for row in rows if ops.weighed(row) is None]
-    for j in range(n_weights):
-        own = {row for row in rows if (named := ops.weighed(row)) is not None and named[1] == j}
-        if f"{ops.DOT}:{j}" in own and j not in known:
-            own.add(f"{ops.MASS}:{j}")
-        result += [row for name in (ops.DOT, ops.MASS, ops.EXPDOT) if (row := f"{name}:{j}") in own]
-    return result
 
 
 def on_every_rank(x: Tensor, z: DTensor) -> DTensor:

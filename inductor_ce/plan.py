@@ -24,6 +24,7 @@ MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS, FORWARD_ONLY = STRATEGIES = (
 MIB = 2**20
 
 SMALL = 128 * MIB  # logits that are not worth dividing
+NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # products over fewer rows run more slowly
 WIDE_CHUNK_ROWS = 1392  # beside a float32 sum, which takes memory of its own
 ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
@@ -87,7 +88,7 @@ class Plan:
     Attributes:
         strategy: one of `STRATEGIES`.
         pieces: how many chunks of rows or slabs of columns; 1 where nothing is divided.
-        wide_sum: whether the weight's gradient is summed in float32 though it is 16-bit.
+        wide_sum: whether the gradient that is a sum over pieces is summed in float32 though it is 16-bit.
         extra_bytes: the extra memory.
         reason: why, in words.
     """
@@ -127,8 +128,8 @@ def plan(head: Head, strategy: str = "auto", memory_budget: int | float | None =
 
 def _auto(head: Head, budget: int | None, why_not: str) -> Plan:
     whole = _materialise(head, "")
-    if budget is None and head.logits_bytes < SMALL:
-        return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
+    if _is_small(head, budget):
+        return _materialise(head, NOT_WORTH_IT)
     if budget is not None and whole.extra_bytes <= budget:
         return _materialise(head, "the logits fit in the budget")
     if why_not:
@@ -147,7 +148,7 @@ def _alike(head: Head, strategy: str, memory_budget: int | float | None) -> Plan
 
     The other strategies exchange them once, whatever the pieces, so that each rank may choose for itself.
     """
-    pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+    pieces = _usual_chunks(head)
     if isinstance(memory_budget, float):
         pieces = max(1, math.ceil(1 / memory_budget))
     pieces = _pieces(head.n, max(pieces, 2) if strategy == TOKEN_CHUNKS else pieces)
@@ -171,6 +172,15 @@ def _why_no_chunks(head: Head) -> str:
 # One strategy each
 
 
+def _is_small(head: Head, budget: int | None) -> bool:
+    return budget is None and head.logits_bytes < SMALL
+
+
+def _usual_chunks(head: Head) -> int:
+    """As many chunks as leave products fast: 0 for fewer rows than one takes."""
+    return max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+
+
 def _materialise(head: Head, reason: str) -> Plan:
     return Plan(MATERIALISE, 1, False, head.logits_bytes * _tensors(head), reason)
 
@@ -181,8 +191,8 @@ def _tensors(head: Head) -> int:
 
 
 def _forward_only(head: Head, strategy: str, budget: int | None) -> Plan:
-    if strategy == "auto" and budget is None and head.logits_bytes < SMALL:
-        return _materialise(head, f"logits under {SMALL // MIB} MiB are not worth dividing")
+    if strategy == "auto" and _is_small(head, budget):
+        return _materialise(head, NOT_WORTH_IT)
     if budget is not None:
         return _fewest([_forward_of(head, k) for k in (1, *_candidates(head.n))], budget)
     rows = max(FORWARD_BYTES // (head.v * head.element), 1) if head.v else head.n
@@ -201,7 +211,7 @@ def _chunks(head: Head, budget: int | None, reason: str) -> Plan:
     if budget is None:
         if head.n < LEAST_ROWS:
             return _chunks_of(head, _pieces(head.n, 2), reason)  # it was asked for
-        pieces = max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+        pieces = _usual_chunks(head)
         if sums_in_float32(head, pieces):
             pieces = max(-(-head.n // WIDE_CHUNK_ROWS), pieces)
         return _chunks_of(head, _pieces(head.n, pieces), reason)

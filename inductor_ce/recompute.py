@@ -13,18 +13,13 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import ops
-from .compat import OpOverload
+from .heads import VIEWS, is_pointwise
 from .rows import hint
 from .timeline import tensor_of
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
-_VIEWS = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
-    *(aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.unsqueeze.default),
-    *(aten.squeeze.dim, aten.expand.default, aten.t.default),
-}
-_CASTS = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default}
+_VIEWS = {*VIEWS, aten.slice.Tensor, aten.expand.default}
 
 
 def recompute_chains(graph: Graph) -> None:
@@ -47,7 +42,7 @@ def _chain(logits: Node, returned: set[Node]) -> list[Node]:
             break
         links.append(node)
         (node,) = large
-    return links if any(_is_pointwise(link) for link in links) else []
+    return links if any(is_pointwise(link) for link in links) else []
 
 
 def _branches(node: Node, returned: set[Node]) -> list[Node]:
@@ -71,7 +66,7 @@ def _branches(node: Node, returned: set[Node]) -> list[Node]:
 
 
 def _is_link(node: Node) -> bool:
-    return node.op == "call_function" and (node.target in _VIEWS or _is_pointwise(node))
+    return node.op == "call_function" and (node.target in _VIEWS or is_pointwise(node))
 
 
 def _large_inputs(node: Node) -> list[Node]:
@@ -86,9 +81,3 @@ def _is_large(node: Node, size: int | torch.SymInt) -> bool:
         node = node.args[0]  # type: ignore[assignment]
     example = tensor_of(node)
     return example is not None and bool(4 * hint(example.numel()) >= hint(size))
-
-
-def _is_pointwise(node: Node) -> bool:
-    if node.target in _CASTS:
-        return True
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags

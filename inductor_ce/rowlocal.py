@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from . import ops
 from .compat import ALL_GATHER, WAIT
 from .heads import is_pointwise
-from .nodes import args_of, example_of, grad_call
+from .nodes import args_of, example_of, grad_call, reached, sources_of
 from .rows import hint, shape_of
 from .timeline import tensor_of
 
@@ -87,13 +87,7 @@ def facts_about(
 
 def _ancestors(targets: Iterable[Node], known: set[Node]) -> list[Node]:
     """`targets` and what they are made of, in the order of the graph."""
-    stack = list(targets)
-    found = set(stack) - known
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in found and source not in known:
-                found.add(source)
-                stack.append(source)
+    found = set(reached(targets, lambda node: set(sources_of(node)) - known)) - known
     return [node for node in next(iter(found)).graph.nodes if node in found] if found else []
 
 

@@ -13,6 +13,7 @@ other ranks.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
@@ -127,7 +128,7 @@ class _WholeRowStats(torch.autograd.Function):
         ctx.n_inputs = 10 + len(tensors)
         weights_end = n_labels + n_weights
         labels, weights = list(tensors[:n_labels]), list(tensors[n_labels:weights_end])
-        own = _own_rows(ops.row_stats(z, labels, weights, which), which, start)
+        own = own_rows(ops.row_stats(z, labels, weights, which), which, start)
         if counts is None:
             own = torch.cat([own, torch.full_like(own[:1], z.shape[1])])
         blocks = all_gather_blocks(own, group_name).view(size, *own.shape)
@@ -153,13 +154,35 @@ class _WholeRowStats(torch.autograd.Function):
         return dz, *(None for _ in range(ctx.n_inputs - 1))
 
 
-def _own_rows(packed: Tensor, which: str, start: Tensor) -> Tensor:
-    """What a rank gives: its statistics, with the argmax among the columns of all ranks."""
+def own_rows(packed: Tensor, which: str, start: Tensor | int) -> Tensor:
+    """The statistics of some columns, with the argmax among the columns of the whole."""
     rows = which.split(",")
     if ops.ARGMAX not in rows:
         return packed
     at = rows.index(ops.ARGMAX)
     return torch.cat([packed[:at], packed[at : at + 1] + start, packed[at + 1 :]])
+
+
+def with_masses(which: str, known: Container[int] = ()) -> str:
+    """The rows that combine: `which`, with a mass:j to each dot:j but those of which it is known."""
+    rows = which.split(",")
+    result = []
+    for row in rows:
+        result.append(row)
+        name, j = ops.weighed(row) or ("", 0)
+        mass = f"{ops.MASS}:{j}"
+        if name == ops.DOT and mass not in rows and j not in known:
+            result.append(mass)
+    return ",".join(result)
+
+
+def chosen(packed: Tensor, which: str, wanted: str) -> Tensor:
+    """Of the statistics `which` those that are `wanted`."""
+    if which == wanted:
+        return packed
+    names = wanted.split(",")
+    rows = zip(packed.unbind(0), which.split(","), strict=True)
+    return torch.stack([row for row, name in rows if name in names])
 
 
 def combined(which: str, blocks: Tensor, named: dict[str, Tensor], counts: Tensor) -> Tensor:
