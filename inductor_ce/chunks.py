@@ -20,7 +20,7 @@ from .exits import Exit
 from .heads import Head
 from .nodes import args_of, example_of, grad_call, stats_call
 from .pieces import ROWS, Pieces, Range, on
-from .plan import piece_size
+from .plan import Plan, piece_size
 from .products import ONCE_MADE
 from .rowlocal import Fact, Factor, factors_of_wide, facts_about, one_factor
 from .rows import is_hinted
@@ -150,23 +150,22 @@ def _is_atom(node: Node, fact: Fact) -> bool:
     return fact.factor == ((node, 1),)
 
 
-def token_chunks(build: Builder, head: Head, proof: Proof, chunks: int, wide_sum: bool) -> dict[Node, Node]:
+def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[Node, Node]:
     """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
 
     Args:
         build: makes the nodes.
         head: the head.
         proof: about it.
-        chunks: how many, of equal size as nearly as may be.
-        wide_sum: whether 16-bit sums are made in float32.
+        plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
     """
     pieces = Pieces(build, head, ROWS)
     coefficients = Coefficients(pieces, proof)
-    exits = [Exit(pieces, node, wide_sum) for node in head.exits]
+    exits = [Exit(pieces, node, plan) for node in head.exits]
     forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after: list[Node] = []
-    for i, piece in enumerate(ranges(build, pieces.n, chunks)):
+    for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
         z = pieces.logits(piece, after)
         made = pieces.wide(z, piece, forward)
         stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from . import ops
-from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, source_of_exit
+from .builder import Builder
+from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, Head, source_of_exit
+from .narrow import CAST, NarrowSum
 from .nodes import args_of, example_of
 from .pieces import ROWS, Pieces, Range, empty, into, on
-from .products import ONCE_MADE
+from .plan import Plan
+from .products import COLUMN_SUMS, ONCE_MADE
 from .rows import shape_of
 
 aten = torch.ops.aten
-
-CAST = torch.ops.prims.convert_element_type.default
 
 
 class Exit:
@@ -27,19 +27,24 @@ class Exit:
     Args:
         pieces: of the head.
         node: the product, or the sum, that made the gradient of the whole.
-        wide_sum: whether to sum in float32 what is 16-bit.
+        plan: which says what is kept in float32 though it is 16-bit.
     """
 
-    def __init__(self, pieces: Pieces, node: Node, wide_sum: bool):
+    def __init__(self, pieces: Pieces, node: Node, plan: Plan):
         self.pieces, self.build, self.node = pieces, pieces.build, node
         self.kind = pieces.head.exits[node]
         self.source = source_of_exit(node, pieces.head)
         self.is_summed = (pieces.dim == ROWS) != (self.kind == HIDDEN)
         self.dtype = result_dtype(node)
-        self._wide = wide_sum and self.is_summed and self.dtype.itemsize < 4
+        narrow = self.dtype.itemsize < 4
+        self._wide = narrow and (plan.wide_sum if self.is_summed else plan.wide_hidden)
         self._out: Node | None = None
         self._parts: list[Node] = []
         self._operand = None if self.kind == BIAS else self._other_factor()
+        self._beside: NarrowSum | None = None
+        is_narrow_sum = narrow and self.is_summed and not self._wide and plan.pieces > 1
+        if self._operand is not None and is_narrow_sum and pieces.head.labels():
+            self._beside = NarrowSum(pieces, self._operand, self._width(self._operand))
 
     def _other_factor(self) -> Node:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
@@ -53,8 +58,12 @@ class Exit:
         if self.kind == BIAS:
             return self._add_bias(dz)
         assert self._operand is not None
-        other, left = self._operand, dz if self.kind == HIDDEN else self._transposed(dz)
+        other = self._operand
         out = self._empty(other) if self._out is None else self._out
+        if self._beside is not None:
+            self._out = self._beside.add(out, dz, piece, first)
+            return self._out
+        left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:
             other = self.pieces.cut(other, piece, 0)
             self._out = into(self.build, out, left, other, accumulate=not first)
@@ -63,17 +72,16 @@ class Exit:
         return self._out
 
     def _empty(self, operand: Node) -> Node:
-        build, pieces, example = self.build, self.pieces, example_of(operand)
-        rows = pieces.n if self.kind == HIDDEN else pieces.head.v
-        width: Any = example.shape[1]
-        if not isinstance(width, int):
-            width = build(aten.sym_size.int, operand, 1)
+        rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
         dtype = torch.float32 if self._wide else self.dtype
-        return empty(build, [rows, width], dtype, example.device)
+        return empty(self.build, [rows, self._width(operand)], dtype, example_of(operand).device)
+
+    def _width(self, operand: Node) -> Any:
+        width = shape_of(operand)[1]
+        return width if isinstance(width, int) else self.build(aten.sym_size.int, operand, 1)
 
     def _add_bias(self, dz: Node) -> Node:
-        dtype = ops.stats_dtype(example_of(dz))
-        part = self.build(aten.sum.dim_IntList, dz, [0], False, dtype=dtype)
+        part = self.build(COLUMN_SUMS, dz)
         if self.is_summed and self._parts:
             part = self.build(aten.add.Tensor, self._parts.pop(), part)
         self._parts.append(part)
@@ -93,20 +101,30 @@ class Exit:
         if self.kind == BIAS:
             out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
         assert out is not None
-        if scale is not None:
-            made = build(aten.mul.Tensor, out, scale)
-            if of_rows:
-                zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
-                made = build(aten.where.self, build(aten.eq.Scalar, out, 0), zero, made)
-            out = made
+
+        def times(x: Node) -> Node:
+            return x if scale is None else self._times(x, scale, of_rows)
+
+        out = times(out)
+        if self._beside is not None:
+            out = self._beside.complete(out, times)
         is_cast = example_of(out).dtype != self.dtype
-        if scale is None and self.kind != BIAS and (is_cast or _is_read_by_loops(self.node)):
+        in_place = self.kind != BIAS and (scale is None or self._beside is not None)
+        if in_place and (is_cast or _is_read_by_loops(self.node)):
             out = build(ONCE_MADE, out, self.dtype, [])  # it was written in place in this graph
         elif is_cast:
             out = build(CAST, out, self.dtype)
         if self.kind == WEIGHT_T:
             out = self._transposed(out)
         return self._in_shape(out)
+
+    def _times(self, x: Node, scale: Node, of_rows: bool) -> Node:
+        build = self.build
+        made = build(aten.mul.Tensor, x, scale)
+        if of_rows:
+            zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
+            made = build(aten.where.self, build(aten.eq.Scalar, x, 0), zero, made)
+        return made
 
     def _in_shape(self, out: Node) -> Node:
         wanted = shape_of(self.node)
@@ -116,6 +134,19 @@ class Exit:
             size = [s if s == self.pieces.head.v else 1 for s in wanted]
             return self.build(aten.reshape.default, out, size)
         return self.build(aten.unsqueeze.default, out, 0)
+
+
+def sum_biases(graph: Graph, head: Head) -> None:
+    """Let the operator make the bias's gradient of a head that stays whole.
+
+    A gradient of the logits that operators alone read may be written over the logits.
+    """
+    for node in [node for node, kind in head.exits.items() if kind == BIAS]:
+        build = Builder(graph, node, node, key="val")
+        rows = build(aten.reshape.default, args_of(node)[0], [-1, head.v])
+        sums = build(CAST, build(COLUMN_SUMS, rows), example_of(node).dtype)
+        node.replace_all_uses_with(build(aten.reshape.default, sums, list(shape_of(node))))
+        graph.erase_node(node)
 
 
 def _is_read_by_loops(node: Node) -> bool:

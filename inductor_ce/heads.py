@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from . import ops
 from .compat import OpOverload
-from .nodes import args_of, stats_call
+from .nodes import args_of, grad_call, stats_call
 from .rows import equal, shape_of
 from .timeline import tensor_of
 
@@ -84,6 +84,10 @@ class Head:
     def chained(self) -> bool:
         """Whether anything but views lies between the product and the statistics."""
         return any(is_pointwise(node) for node in self.wide)
+
+    def labels(self) -> list[Node]:
+        """The labels that gradients of the logits are made of, each once."""
+        return list(dict.fromkeys(label for node in self.grads for label in grad_call(node).labels))
 
     def beside(self) -> list[Node]:
         """What is combined with wide nodes, in pointwise nodes."""

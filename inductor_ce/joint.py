@@ -12,7 +12,7 @@ from .builder import Builder
 from .chunks import Proof, token_chunks
 from .compat import ALL_GATHER, WAIT, is_tangent
 from .config import Options
-from .exits import replace, result_dtype
+from .exits import replace, result_dtype, sum_biases
 from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .nodes import args_of, example_of, grad_call, reached, sources_of, stats_call
 from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
@@ -79,6 +79,7 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
     wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
     if wanted.strategy == MATERIALISE:
+        sum_biases(graph, head)
         return wanted
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
@@ -103,8 +104,8 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
 
 def _performed(build: Builder, head: heads.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
     if wanted.strategy == VOCAB_SLABS:
-        return vocab_slabs(build, head, wanted.pieces, wanted.wide_sum)
-    return token_chunks(build, head, proof, wanted.pieces, wanted.wide_sum)
+        return vocab_slabs(build, head, wanted)
+    return token_chunks(build, head, proof, wanted)
 
 
 def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
@@ -148,6 +149,7 @@ def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
         backward=bool(head.grads),
         wants_hidden=HIDDEN in kinds,
         wants_weight=weight is not None,
+        labelled=bool(head.labels()),
         chained=head.chained,
         float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},
         escapes=escapes,

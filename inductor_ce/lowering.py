@@ -19,14 +19,14 @@ import torch
 
 from . import compat, loops, ops
 from .compat import Node
-from .products import LOGITS, PRODUCT_INTO
+from .products import COLUMN_SUMS, LOGITS, PRODUCT_BUT, PRODUCT_INTO
 from .shield import attempt
 
 TEMPLATES = Path(__file__).parent / "templates"
 GPUS = ("cuda",)  # HIP calls itself cuda
 PRODUCTS = {
     *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
-    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO),
+    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_BUT, COLUMN_SUMS),
 }
 PIECES = (LOGITS,)
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype

@@ -166,24 +166,16 @@ def on(node: Node) -> dict[str, Any]:
     return {"device": example_of(node).device, "pin_memory": False}
 
 
-def into(
-    build: Builder,
-    out: Node,
-    a: Node,
-    b: Node,
-    *,
-    start: Any = 0,
-    accumulate: bool = False,
-) -> Node:
-    """`product_into` as a function. Inductor writes in place, as nobody else reads `out`."""
-    made = build(
-        auto_functionalized,
-        PRODUCT_INTO,
-        a=a,
-        b=b,
-        start=start,
-        accumulate=accumulate,
-        _out_base_index=0,
-        _all_bases=[out],
-    )
+def into(build: Builder, out: Node, a: Node, b: Node, *, start: Any = 0, accumulate: bool = False) -> Node:
+    """`product_into` as a function."""
+    made = in_place(build, PRODUCT_INTO, {"out": out}, a=a, b=b, start=start, accumulate=accumulate)
     return build(operator.getitem, made, 1)
+
+
+def in_place(build: Builder, op: Any, written: dict[str, Node], **others: Any) -> Node:
+    """An operator as a function: (what it returns, *what it has written).
+
+    Inductor writes in place, as nobody else reads what is written.
+    """
+    places = {f"_{name}_base_index": i for i, name in enumerate(written)}
+    return build(auto_functionalized, op, **others, **places, _all_bases=[*written.values()])

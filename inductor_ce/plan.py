@@ -26,7 +26,6 @@ MIB = 2**20
 SMALL = 128 * MIB  # logits that are not worth dividing
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # products over fewer rows run more slowly
-WIDE_CHUNK_ROWS = 1392  # beside a float32 sum, which takes memory of its own
 ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
 LEAST_ROWS = 1024
 LEAST_COLUMNS = 8192
@@ -36,10 +35,15 @@ SLABS_BUDGET = 0.27  # of the logits, where nothing else is asked
 WORTH = 0.6  # of the logits: what dividing must leave less than
 MOST_PIECES = 128  # the graph grows with each
 
-# Where 16-bit sums may stand in for float32: in few additions, and where most rows of the weight have at
-# most one label, so that a row's gradient is about one hidden state and later additions hardly round it.
-NARROW_CHUNKS = 4
-NARROW_COLUMNS_PER_ROW = 15
+# NOTE float32 beside 16-bit gradients
+# Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
+# them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
+# its entries at the labels (see products.py), and the hidden states' is rounded before the upstream gradient
+# is known and, if that is no power of two, once more.
+NARROW_CHUNKS = 8
+LITTLE = 32 * MIB
+LITTLE_OF_LOGITS = 1 / 64
+LABEL_SCRATCH = 3 * 4 * 2**24  # bytes that adding the entries at the labels takes at most, for a while
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Head:
         backward: whether a gradient is wanted.
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
+        labelled: whether gradients have entries at labels, which stand out.
         float16: whether gradients are float16, which need the true upstream gradient within its range.
         escapes: why the logits must be in memory, or "".
         varies: why the gradient cannot be made in the forward, or "".
@@ -70,6 +75,7 @@ class Head:
     wants_hidden: bool = True
     wants_weight: bool = True
     chained: bool = False
+    labelled: bool = True
     float16: bool = False
     escapes: str = ""
     varies: str = ""
@@ -91,6 +97,8 @@ class Plan:
         wide_sum: whether the gradient that is a sum over pieces is summed in float32 though it is 16-bit.
         extra_bytes: the extra memory.
         reason: why, in words.
+        wide_hidden: whether the hidden states' gradient, put together from chunks, waits in float32 for its
+            upstream gradient though it is 16-bit.
     """
 
     strategy: str
@@ -98,6 +106,7 @@ class Plan:
     wide_sum: bool
     extra_bytes: int
     reason: str
+    wide_hidden: bool = False
 
 
 def plan(head: Head, strategy: str = "auto", memory_budget: int | float | None = None) -> Plan:
@@ -177,8 +186,8 @@ def _is_small(head: Head, budget: int | None) -> bool:
 
 
 def _usual_chunks(head: Head) -> int:
-    """As many chunks as leave products fast: 0 for fewer rows than one takes."""
-    return max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS))
+    """As many chunks as leave products fast, and no more than pay: 0 for fewer rows than one takes."""
+    return min(max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS)), NARROW_CHUNKS)
 
 
 def _materialise(head: Head, reason: str) -> Plan:
@@ -211,28 +220,47 @@ def _chunks(head: Head, budget: int | None, reason: str) -> Plan:
     if budget is None:
         if head.n < LEAST_ROWS:
             return _chunks_of(head, _pieces(head.n, 2), reason)  # it was asked for
-        pieces = _usual_chunks(head)
-        if sums_in_float32(head, pieces):
-            pieces = max(-(-head.n // WIDE_CHUNK_ROWS), pieces)
-        return _chunks_of(head, _pieces(head.n, pieces), reason)
+        return _chunks_of(head, _pieces(head.n, _usual_chunks(head)), reason)
     return _fewest([_chunks_of(head, k, reason) for k in _candidates(head.n)], budget)
 
 
 def _chunks_of(head: Head, pieces: int, reason: str) -> Plan:
     piece = piece_size(head.n, pieces) * head.v * head.element * _tensors(head)
-    wide = sums_in_float32(head, pieces)
-    summed = head.v * head.d * 4 if wide else 0
-    beyond = head.v * head.d * (4 - head.weight_element) if wide else 0
-    return Plan(TOKEN_CHUNKS, pieces, wide, max(piece + beyond, summed), reason)
+    wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
+    beyond = _beyond_weight(head) if wide_sum else 0
+    waiting = _beyond_hidden(head) if wide_hidden else 0
+    at_last = head.v * head.d * 4 if wide_sum else 0  # a copy in 16 bits is made of it
+    if not wide_sum and _sums_16_bit(head, pieces):
+        at_last = min(LABEL_SCRATCH, 3 * 4 * head.n * head.d)
+    extra = max(piece + beyond, at_last) + waiting
+    return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
 
 
 def sums_in_float32(head: Head, pieces: int) -> bool:
-    """Whether the sum over chunks needs float32 beside a 16-bit gradient of the weight."""
-    if pieces == 1 or not head.wants_weight or head.weight_element >= 4:
+    """Whether the sum over chunks is float32 beside a 16-bit gradient of the weight."""
+    if not _sums_16_bit(head, pieces):
         return False
-    if head.sharded:
-        return True
-    return pieces > NARROW_CHUNKS or head.v < NARROW_COLUMNS_PER_ROW * head.n
+    return pieces > NARROW_CHUNKS or not head.labelled or _is_little(_beyond_weight(head), head)
+
+
+def _sums_16_bit(head: Head, pieces: int) -> bool:
+    return pieces > 1 and head.wants_weight and head.weight_element < 4
+
+
+def _waits_in_float32(head: Head) -> bool:
+    return head.wants_hidden and head.element < 4 and _is_little(_beyond_hidden(head), head)
+
+
+def _beyond_weight(head: Head) -> int:
+    return head.v * head.d * (4 - head.weight_element)
+
+
+def _beyond_hidden(head: Head) -> int:
+    return head.n * head.d * (4 - head.element)
+
+
+def _is_little(extra: int, head: Head) -> bool:
+    return extra <= max(LITTLE, int(LITTLE_OF_LOGITS * head.logits_bytes))
 
 
 def _slabs(head: Head, budget: int | None, reason: str) -> Plan:

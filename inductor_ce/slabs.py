@@ -16,21 +16,21 @@ from .exits import Exit
 from .heads import Head
 from .nodes import grad_call, stats_call
 from .pieces import COLUMNS, Pieces, Range
+from .plan import Plan
 from .shards import chosen, combined, own_rows, with_masses
 
 
-def vocab_slabs(build: Builder, head: Head, slabs: int, wide_sum: bool) -> dict[Node, Node]:
+def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:
     """Make statistics and gradients slab by slab. Returns what stands for each `row_stats` and each exit.
 
     Args:
         build: makes the nodes.
         head: the head.
-        slabs: how many, of equal size as nearly as may be.
-        wide_sum: whether 16-bit sums are made in float32.
+        plan: how many slabs, of equal size as nearly as may be, and what is summed in float32.
     """
     pieces = Pieces(build, head, COLUMNS)
     forward = head.before_statistics()
-    columns = ranges(build, head.v, slabs)
+    columns = ranges(build, head.v, plan.pieces)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after: list[Node] = []
     for piece in columns:
@@ -40,12 +40,12 @@ def vocab_slabs(build: Builder, head: Head, slabs: int, wide_sum: bool) -> dict[
             parts[node].append(pieces.stats(node, made[call.z], piece, with_masses(call.which)))
         after = [of_node[-1] for of_node in parts.values()]
     whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
-    return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, wide_sum)}
+    return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, plan)}
 
 
-def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], wide_sum: bool) -> list[Exit]:
+def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: Plan) -> list[Exit]:
     head = pieces.head
-    exits = [Exit(pieces, node, wide_sum) for node in head.exits]
+    exits = [Exit(pieces, node, plan) for node in head.exits]
     if not exits:
         return []
     coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}

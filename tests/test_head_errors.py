@@ -9,7 +9,7 @@ from harness import compile_without_codegen
 from head_cases import CASES, Inputs, Made, counts, exactly, inputs, measure
 from torch import Tensor
 
-from inductor_ce import ops
+from inductor_ce import narrow, ops, plan
 
 ACCEPTED = 1.15  # of the error of materialised logits, whatever the number of pieces
 
@@ -38,10 +38,17 @@ def measured(
     return made, graphs.count(ops.ROW_STATS)
 
 
+@pytest.fixture
+def much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if float32 beside 16-bit gradients cost much."""
+    monkeypatch.setattr(plan, "LITTLE", 0)
+    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
+
+
 def assert_no_worse(
-    name: str, given: Inputs, strategy: str, budgets: list[float], upstream: float
+    name: str, given: Inputs, strategy: str, budgets: list[float], upstream: float, of: str = "d"
 ) -> list[int]:
-    """The error with each budget is accepted. Returns the numbers of pieces."""
+    """The error with each budget is accepted, of gradients so named. Returns the numbers of pieces."""
     tangent = torch.tensor(upstream)
     exact = exactly(CASES[name], given, tangent)
     whole = errors(measured(name, given, "materialise", None, tangent)[0], exact)
@@ -50,14 +57,14 @@ def assert_no_worse(
         made, count = measured(name, given, strategy, budget, tangent)
         pieces.append(count)
         for what, error in errors(made, exact).items():
-            assert error <= ACCEPTED * whole[what], f"{count} pieces, {what}"
+            assert not what.startswith(of) or error <= ACCEPTED * whole[what], f"{count} pieces, {what}"
     return pieces
 
 
 @pytest.mark.parametrize(
     ("strategy", "budgets", "pieces"),
     [
-        ("token_chunks", [0.53, 0.28, 0.16, 0.0552], [2, 4, 8, 32]),
+        ("token_chunks", [0.59, 0.34, 0.22, 0.118], [2, 4, 8, 32]),
         ("vocab_slabs", [0.63, 0.38, 0.26, 0.157], [2, 4, 8, 32]),
     ],
 )
@@ -69,27 +76,67 @@ def test_trap_15_the_error_does_not_grow_with_the_pieces(
     assert assert_no_worse("plain", given, strategy, budgets, upstream=1.0) == pieces
 
 
-@pytest.mark.parametrize("chunks", [2, 4])
-def test_trap_15_few_sums_in_16_bits(chunks: int) -> None:
-    """Where the classes are so many that most rows of dW have one label at most."""
-    given = inputs(32, v=1024, d=24).to(torch.bfloat16)
-    budget = 1 / chunks + 0.01
-    assert assert_no_worse("plain", given, "token_chunks", [budget], upstream=1.0) == [chunks]
-    assert wide_sums(given, budget) == []
+@pytest.mark.usefixtures("much")
+@pytest.mark.parametrize(
+    ("name", "upstream", "scale"),
+    [
+        *(("plain", 1.0, 1.0), ("plain", 0.7, 0.2), ("smoothing", 0.7, 1.0), ("z-loss", 1.0, 0.2)),
+        *(("soft-cap", 0.7, 1.0), ("soft-cap", 1.0, 0.2), ("weighted tokens", 1.0, 0.2)),
+    ],
+)
+def test_trap_15_sums_in_16_bits(
+    name: str, upstream: float, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The entries at the labels are no part of them, and frequent labels are apart. The labels are drawn
+    from the model: the entries at frequent ones are outweighed by others."""
+    monkeypatch.setattr(narrow, "OFTEN", 64)
+    given = inputs(1024, v=1024, d=16)
+    frequency = 3 * scale * torch.arange(1, 1025).log()
+    weight = torch.cat([given.weight[:, 1:] * scale, -frequency[:, None]], 1)
+    hidden = torch.cat([given.hidden[:, 1:], torch.ones(1024, 1)], 1)
+    y = (hidden @ weight.T).softmax(-1).multinomial(1)[:, 0]
+    given = given._replace(hidden=hidden, weight=weight, y=y).to(torch.bfloat16)
+    budgets = [2 * b if name == "soft-cap" else b for b in (0.51, 0.26, 0.13)]
+    assert assert_no_worse(name, given, "token_chunks", budgets, upstream, of="dW") == [2, 4, 8]
+    assert wide_sums(given, 0.13) == [(64, 16)]
 
 
+@pytest.mark.usefixtures("much")
+def test_trap_15_sums_of_rows_without_a_label() -> None:
+    """Each piece adds a rounding, relative to what is summed; no entry is left out with the labels."""
+    given = inputs(1024, v=4096, d=64).to(torch.bfloat16)
+    exact = exactly(CASES["plain"], given).gradients[1]
+    assert exact is not None
+    unlabelled = torch.ones(len(exact), dtype=torch.bool)
+    unlabelled[given.y[given.y >= 0]] = False
+    found = {}
+    for strategy, budget in [("materialise", None), ("token_chunks", 0.26), ("token_chunks", 0.13)]:
+        made, pieces = measured("plain", given, strategy, budget, torch.tensor(1.0))
+        dW = made.gradients[1]
+        assert dW is not None
+        found[pieces] = ((dW.double() - exact)[unlabelled].norm() / exact[unlabelled].norm()).item()
+    assert found[4] <= 1.35 * found[1]
+    assert found[8] <= 1.7 * found[1]
+
+
+@pytest.mark.usefixtures("much")
 def test_trap_15_many_sums_are_made_in_float32() -> None:
     assert wide_sums(inputs(256, v=384, d=24).to(torch.bfloat16), 0.2) == [(384, 24)]
 
 
+def test_trap_15_sums_are_made_in_float32_where_it_costs_little() -> None:
+    assert wide_sums(inputs(256, v=384, d=24).to(torch.bfloat16), 0.6) == [(256, 24), (384, 24)]
+
+
 def wide_sums(given: Inputs, budget: float) -> list[tuple[int, ...]]:
-    """Shapes of what is summed in float32 over chunks."""
+    """Shapes of what is summed, or put together, in float32 over chunks."""
     compiled, graphs = compile_without_codegen(cases.plain, strategy="token_chunks", memory_budget=budget)
     measure(compiled, given)
     made = [n.meta["val"] for n in graphs.nodes if n.target is torch.ops.aten.empty.memory_format]
-    return [tuple(x.shape) for x in made if x.dtype == torch.float32]
+    return sorted(tuple(x.shape) for x in made if x.dtype == torch.float32)
 
 
+@pytest.mark.usefixtures("much")
 @pytest.mark.parametrize("name", ["plain", "soft-cap"])
 @pytest.mark.parametrize("upstream", [0.5, -4.0, 65536.0])
 def test_an_upstream_gradient_that_is_a_power_of_two(upstream: float, name: str) -> None:
@@ -98,19 +145,7 @@ def test_an_upstream_gradient_that_is_a_power_of_two(upstream: float, name: str)
     assert_no_worse(name, given, "token_chunks", [1.3], upstream)
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        pytest.param(
-            "token_chunks",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="dh is rounded to bfloat16 before the upstream gradient is applied, and after",
-            ),
-        ),
-        "vocab_slabs",
-    ],
-)
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_any_upstream_gradient(strategy: str) -> None:
     given = inputs(16, v=512, d=64).to(torch.bfloat16)
     assert_no_worse("soft-cap", given, strategy, [1.3], upstream=0.7)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import inductor_ce
-from inductor_ce import joint, lowering
+from inductor_ce import joint, lowering, plan
 from inductor_ce.plan import Plan
 
 pytestmark = pytest.mark.gpu
@@ -129,6 +129,22 @@ def test_trap_20_any_number_of_rows(strategy: str) -> None:
         ours, eager = measure(run, given), measure(cases.biased, given)
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("budget", [0.51, 0.26, 0.13])
+@pytest.mark.parametrize("name", ["plain", "weighted tokens"])
+def test_numbers_of_sums_in_16_bits(name: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where float32 would cost much; always the same, too."""
+    monkeypatch.setattr(plan, "LITTLE", 0)
+    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
+    case, given = CASES[name], on_gpu(4096)
+    given.y[: 4096 // 8] = 7
+    run = compiled(case.loss, "token_chunks", budget)
+    first, second = measure(run, given), measure(run, given)
+    assert counts() == {"token_chunks": 1}
+    for one, two in zip(first.gradients[:2], second.gradients[:2], strict=True):
+        assert torch.equal(one, two)
+    assert_no_worse(first, given, case)
 
 
 # Memory

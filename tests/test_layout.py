@@ -12,8 +12,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each may import what stands on a line above its own.
 LAYERS = [
     {"errors", "algebra", "monoid", "plan", "shield", "verify"},
-    {"config", "compat", "ops", "products", "notation"},
-    {"slots", "timeline", "spellings", "sites", "shards"},
+    {"config", "compat", "ops", "notation"},
+    {"slots", "timeline", "spellings", "sites", "shards", "products"},
     {"rows", "placements", "loss_rows", "nodes"},
     {"views", "report", "arguments"},
     {"reading"},
@@ -24,7 +24,8 @@ LAYERS = [
     {"losses"},
     {"builder", "heads", "sizes"},
     {"recognise", "hoist", "recompute", "loops", "pieces", "rowlocal"},
-    {"groups", "exits"},
+    {"groups", "narrow"},
+    {"exits"},
     {"legal", "chunks"},
     {"arrange", "lowering", "slabs"},
     {"layouts", "joint"},

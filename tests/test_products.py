@@ -1,0 +1,127 @@
+"""The operators of products: what is left out of a product, and added at last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from inductor_ce import products
+
+N, V, D = 7, 5, 3
+OPS = torch.ops.inductor_ce
+
+
+def labels_of(*rows: list[int]) -> list[Tensor]:
+    return [torch.tensor(row) for row in rows]
+
+
+LABELS = [
+    labels_of([0, 4, 2, 2, 2, 1, 4]),
+    labels_of([-100, 5, 0, 0, -1, 4, 2**40]),  # none of the columns
+    labels_of([0, 1, 2, 3, 4, 0, 1], [4, 1, -1, 3, 0, 0, 0]),  # two, the same in some rows
+]
+
+
+def factors(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    return torch.randn(N, V).to(dtype), torch.randn(N, D).to(dtype)
+
+
+def entries_by_hand(dz: Tensor, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """(the entries, dz without them), entry by entry."""
+    rest, entries = dz.clone(), torch.zeros(len(labels), len(dz), dtype=dz.dtype)
+    for k, label in enumerate(labels):
+        for i, column in enumerate(label.tolist()):
+            if 0 <= column < dz.shape[1]:
+                entries[k, i] = rest[i, column]
+                rest[i, column] = 0
+    return entries, rest
+
+
+def product_but(
+    out: Tensor, dz: Tensor, h: Tensor, labels: list[Tensor], columns: Tensor, accumulate: bool = False
+) -> tuple[Tensor, Tensor]:
+    """(the entries, the rows in float32)"""
+    often = torch.ones(len(columns), h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32))
+    return OPS.product_but(out, often, dz, h, labels, columns, accumulate), often
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("labels", LABELS)
+def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool) -> None:
+    dz, h = factors()
+    before, columns = dz.clone(), torch.tensor([4, 0])
+    expected, rest = entries_by_hand(dz, labels)
+    out = torch.ones(V, D, dtype=torch.float64)
+    entries, often = product_but(out, dz, h, labels, columns, accumulate)
+    assert torch.equal(entries, expected)
+    torch.testing.assert_close(out, accumulate + rest.T @ h)
+    torch.testing.assert_close(often, accumulate + (dz.T @ h)[columns])
+    assert torch.equal(dz, before)
+
+
+@pytest.mark.parametrize("scratch", [1, 2 * N, products.SCRATCH])
+@pytest.mark.parametrize("labels", LABELS)
+def test_what_was_left_out_is_added(
+    labels: list[Tensor], scratch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few columns are dealt with at a time."""
+    monkeypatch.setattr(products, "SCRATCH", scratch)
+    dz, h = factors(torch.float32)
+    out, columns = torch.empty(V, D), OPS.most_frequent(labels, V, 1)
+    entries, often = product_but(out, dz, h, labels, columns)
+    right = dz.T @ h
+    OPS.complete(out, labels, entries, h, columns, often)
+    torch.testing.assert_close(out, right)
+    out.fill_(torch.nan)[0] = right[0]
+    OPS.complete(out, labels, 0 * entries, h, torch.arange(1, V), right[1:])
+    torch.testing.assert_close(out, right)
+
+
+def test_a_row_is_rounded_once() -> None:
+    """1 + 256 halves of its last place, each of which alone would be lost."""
+    out, none = torch.ones(2, 1, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
+    n, half = 256, torch.finfo(torch.bfloat16).eps / 2
+    entries, label = torch.full((1, n), half), torch.ones(n, dtype=torch.int64)
+    OPS.complete(out, [label], entries, torch.ones(n, 1).bfloat16(), none, torch.empty(0, 1))
+    assert out.flatten().tolist() == [1, 2]
+
+
+def test_most_frequent() -> None:
+    labels = labels_of([3, 1, 3, -100, 1, V, 3], [4, 4, 3, 1, -1, 0, 2])
+    assert OPS.most_frequent(labels, V, 4).tolist() == [3, 1, 4, 0]
+    assert OPS.most_frequent(labels, V, 2 * V).tolist() == [3, 1, 4, 0, 2]
+    assert OPS.most_frequent([labels[0][:0]], V, 2).tolist() == [0, 1]
+
+
+def test_no_rows() -> None:
+    out = torch.ones(V, D)
+    nothing = torch.empty(0, dtype=torch.int64)
+    columns = OPS.most_frequent([nothing], V, 1)
+    entries, often = product_but(out, torch.empty(0, V), torch.empty(0, D), [nothing], columns, True)
+    OPS.complete(out, [nothing], entries, torch.empty(0, D), columns, often)
+    assert torch.equal(out, torch.ones(V, D))
+
+
+@pytest.mark.parametrize("labels", LABELS)
+def test_operators_are_registered_as_they_are(labels: list[Tensor]) -> None:
+    dz, h = factors(torch.float32)
+    out, often, columns = torch.zeros(V, D), torch.zeros(2, D), torch.tensor([4, 0])
+    for op, args in (
+        (products.PRODUCT_BUT, (out, often, dz, h, labels, columns, True)),
+        (products.COMPLETE, (out, labels, torch.randn(len(labels), N), h, columns, often)),
+        (products.MOST_FREQUENT, (labels, V, 2)),
+        (products.COLUMN_SUMS, (dz,)),
+        (products.PRODUCT_INTO, (out, dz.T.contiguous(), h, 0, True)),
+        (products.LOGITS, (h, torch.randn(D, V), None, [dz])),
+        (products.ONCE_MADE, (dz, torch.bfloat16, [h])),
+    ):
+        torch.library.opcheck(op, args)
+
+
+@pytest.mark.parametrize(("dtype", "sums"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
+def test_column_sums(dtype: torch.dtype, sums: torch.dtype) -> None:
+    dz = torch.randn(1000, V).to(dtype)
+    made = OPS.column_sums(dz)
+    assert made.dtype == sums
+    torch.testing.assert_close(made.double(), dz.double().sum(0), rtol=1e-5, atol=1e-4)
