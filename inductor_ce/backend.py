@@ -21,7 +21,7 @@ from .errors import OptionError
 from .passes import FuseHeads, FuseLosses
 from .slots import passes_in, slot_value
 
-LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_post_pass"
+LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_pre_pass"
 SLOTS = {LOSSES_SLOT: FuseLosses, HEADS_SLOT: FuseHeads}
 OURS = (FuseLosses, FuseHeads)
 

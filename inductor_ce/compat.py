@@ -26,7 +26,7 @@ try:
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
     from torch._inductor.decomposition import select_decomp_table as decompositions
-    from torch._inductor.lowering import lowerings, register_lowering
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
     from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
     from torch._inductor.virtualized import V as inductor
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -47,6 +47,7 @@ __all__ = [
     "auto_chunked_graphs",
     "auto_functionalized",
     "autocast_switches",
+    "call_in_place",
     "call_lowering",
     "captured_copy",
     "check_torch",
@@ -98,6 +99,11 @@ VIEWS = {aten.permute.default, aten.t.default, aten.view.default, aten.reshape.d
 def call_lowering(op: Any, *args: Any, **kwargs: Any) -> Node:
     """The IR of `op(*args)`, by Inductor's own lowering of `op`."""
     return lowerings[op](*args, **kwargs)
+
+
+def call_in_place(op: Any, *args: Any) -> None:
+    """Let the graph call an operator that writes to its arguments and returns nothing."""
+    fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
 def is_buffer(x: Node) -> bool:

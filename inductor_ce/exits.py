@@ -13,7 +13,7 @@ from .narrow import CAST, NarrowSum
 from .nodes import args_of, example_of
 from .pieces import ROWS, Pieces, Range, empty, into, on
 from .plan import Plan
-from .products import COLUMN_SUMS, ONCE_MADE
+from .products import COLUMN_SUMS, ONCE_MADE, TIMES
 from .rows import shape_of
 
 aten = torch.ops.aten
@@ -120,6 +120,8 @@ class Exit:
 
     def _times(self, x: Node, scale: Node, of_rows: bool) -> Node:
         build = self.build
+        if x is self._out and not of_rows:
+            return build(TIMES, x, scale)
         made = build(aten.mul.Tensor, x, scale)
         if of_rows:
             zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))

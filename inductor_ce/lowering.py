@@ -1,4 +1,4 @@
-"""Lower: the two operators of `ops.py` to Inductor IR.
+"""Lower: the two operators of `ops.py`, and `times` of `products.py`, to Inductor IR.
 
 On a GPU, Triton templates, which read the pointwise chain before the logits and write through the one
 after the gradient. Elsewhere, `loops.py`.
@@ -19,7 +19,7 @@ import torch
 
 from . import compat, loops, ops
 from .compat import Node
-from .products import COLUMN_SUMS, LOGITS, PRODUCT_BUT, PRODUCT_INTO
+from .products import COLUMN_SUMS, COMPLETE, LOGITS, PRODUCT_BUT, PRODUCT_INTO, TIMES, TIMES_IN_PLACE
 from .shield import attempt
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -55,9 +55,19 @@ GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
 
 @functools.cache
 def register() -> None:
-    """Give Inductor the lowerings of both operators, once."""
+    """Give Inductor the lowerings of our operators, once."""
+    compat.register_lowering(TIMES, type_promotion_kind=None)(_times)
     compat.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
     compat.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
+
+
+def _times(x: Node, factor: Node) -> Node:
+    """In place where nobody else has x, and nothing that follows would take the product in."""
+    if x.get_device().type in GPUS and compat.may_overwrite(x, (COMPLETE, "output")):
+        compat.call_in_place(TIMES_IN_PLACE, x, factor)
+        return x
+    product = compat.call_lowering(torch.ops.aten.mul.Tensor, x, factor)
+    return compat.call_lowering(torch.ops.prims.convert_element_type.default, product, x.get_dtype())
 
 
 def _row_stats(z: Node, labels: list[Node], weights: list[Node], which: str) -> Node:

@@ -43,7 +43,6 @@ MOST_PIECES = 128  # the graph grows with each
 NARROW_CHUNKS = 8
 LITTLE = 32 * MIB
 LITTLE_OF_LOGITS = 1 / 64
-LABEL_SCRATCH = 3 * 4 * 2**24  # bytes that adding the entries at the labels takes at most, for a while
 
 
 @dataclass(frozen=True)
@@ -230,8 +229,6 @@ def _chunks_of(head: Head, pieces: int, reason: str) -> Plan:
     beyond = _beyond_weight(head) if wide_sum else 0
     waiting = _beyond_hidden(head) if wide_hidden else 0
     at_last = head.v * head.d * 4 if wide_sum else 0  # a copy in 16 bits is made of it
-    if not wide_sum and _sums_16_bit(head, pieces):
-        at_last = min(LABEL_SCRATCH, 3 * 4 * head.n * head.d)
     extra = max(piece + beyond, at_last) + waiting
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
 

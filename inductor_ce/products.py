@@ -7,6 +7,8 @@
     complete       (out [V, M], labels, entries, rows [N, M], columns, often)
                                                                         what was left out, added at last
     most_frequent  (labels, v, count)                                   the classes that most labels are
+    times          (x [N, M], factor [])                                x times factor, in x's dtype
+    times_in_place (x, factor)                                          the same; nothing, if factor is 1
     column_sums    (dz [n, V])                                          [V]
     once_made      (x, dtype, after)                                    a copy of x in a dtype
 
@@ -34,6 +36,8 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,16 +45,34 @@ from torch import Tensor
 
 from .ops import stats_dtype
 
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from . import kernels
+
+
+ALIGNED = 8  # elements
+
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
 def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
     """a [n, D] times b [D, V], plus `bias`. What is in `after` is not read; it is made before."""
-    return torch.mm(a, b) if bias is None else torch.addmm(bias, a, b)
+    z = _empty_logits(a, b)
+    return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+
+
+def _empty_logits(a: Tensor, b: Tensor) -> Tensor:
+    """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
+
+    V need not be a multiple of 8 (GPT-2's is 50257), and products with unaligned rows take several times as
+    long.
+    """
+    v = b.shape[1]
+    step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v
+    return a.new_empty_strided((a.shape[0], v), (step, 1))
 
 
 @logits.register_fake
 def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]))
+    return _empty_logits(a, b)
 
 
 @torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",))
@@ -91,26 +113,40 @@ def product_but(
     is where a label is none of the columns. For the time of the product they are 0 in dz.
     """
     product_into(often, dz.index_select(1, columns).t(), b, 0, accumulate)
-    left_out = [_take_out(dz, label) for label in labels]
+    entries = dz.new_empty((len(labels), dz.shape[0]))
+    take_out, put_back = _by_device(dz, _take_out, _put_back)
+    for label, of_label in zip(labels, entries, strict=True):
+        take_out(dz, label, of_label)
     product_into(out, dz.t(), b, 0, accumulate)
-    for index, before, _ in reversed(left_out):
-        dz.scatter_(1, index, before)
-    return torch.stack([entries for *_, entries in left_out])
+    for label, of_label in reversed([*zip(labels, entries, strict=True)]):
+        put_back(dz, label, of_label)
+    return entries
 
 
-def _take_out(dz: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Set the entries at the labels to 0. Returns (columns [n, 1], what was there [n, 1], entries [n])."""
-    index, valid = _columns(label, dz.shape[1])
-    index, valid = index[:, None], valid[:, None]
-    before = dz.gather(1, index)
-    dz.scatter_(1, index, before.masked_fill(valid, 0))
-    return index, before, before.masked_fill(~valid, 0)[:, 0]
+def _by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+    """The functions, or the kernels of the same names where there is a GPU."""
+    if like.device.type != "cuda":  # HIP calls itself cuda
+        return functions
+    return tuple(getattr(kernels, function.__name__.lstrip("_")) for function in functions)
 
 
-def _columns(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
-    """The labels, 0 where they are none of V columns, and where they are one."""
-    valid = (label >= 0) & (label < v)
-    return label.long().masked_fill(~valid, 0), valid
+def _take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """`entries` [n] become those at the labels, which become 0."""
+    rows, there = _rows_there(label, dz.shape[1])
+    entries.zero_()[rows] = dz[rows, there]
+    dz[rows, there] = 0
+
+
+def _put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """The entries at the labels become `entries`."""
+    rows, there = _rows_there(label, dz.shape[1])
+    dz[rows, there] = entries[rows]
+
+
+def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    """(rows whose label is one of V columns, those labels)"""
+    (rows,) = torch.where((label >= 0) & (label < v))
+    return rows, label[rows].long()
 
 
 @product_but.register_fake
@@ -127,9 +163,6 @@ def _(
     return dz.new_empty((len(labels), dz.shape[0]))
 
 
-SCRATCH = 2**24  # float32 elements of a tensor that `complete` needs for a while; it needs three
-
-
 @torch.library.custom_op("inductor_ce::complete", mutates_args=("out",))
 def complete(
     out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
@@ -137,21 +170,28 @@ def complete(
     """Row labels[k][i] of `out` [V, M] gains entries[k, i] (float32) times rows[i] [N, M], for all k and i.
 
     What a row gains is summed in float32, always in the same order, and the row is rounded once. Labels that
-    are none of the V rows are left out. Then the rows `columns` become those of `often`.
+    are none of the V rows are left out. The rows `columns` become those of `often` instead.
     """
-    index, valid = _columns(torch.cat(labels), out.shape[0])
-    factor = entries.flatten().masked_fill(~valid, 0)[:, None]
-    # One of the places of each label stands for it, whichever: the sums are no larger than what is summed.
-    places = torch.arange(len(index), device=index.device)
-    place = index.new_empty(out.shape[0]).scatter_(0, index, places).index_select(0, index)
-    width = max(SCRATCH // max(len(index), 1), 1)
-    for part, target in zip(rows.split(width, 1), out.split(width, 1), strict=True):
-        gains = part.float().repeat(len(labels), 1).mul_(factor)
-        sums = torch.ops.aten.embedding_dense_backward(gains, place, len(index), -1, False)
-        del gains
-        sums = sums.index_select(0, place).add_(target.index_select(0, index))
-        target.index_copy_(0, index, sums.to(out.dtype))
+    v = out.shape[0]
+    nothing = torch.full((1,), v, dtype=torch.int32, device=out.device)
+    label = torch.cat([*labels, nothing])
+    is_apart = torch.zeros(v, dtype=torch.bool, device=out.device).index_fill_(0, columns, True)
+    there = (label >= 0) & (label < v)
+    there &= ~is_apart[label.masked_fill(~there, 0).long()]
+    key, order = torch.where(there, label, nothing.to(label.dtype)).int().sort(stable=True)
+    (add_rows,) = _by_device(out, _add_rows)
+    add_rows(out, key, order[:-1], entries.flatten(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
+
+
+def _add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
+    """Row key[i] of `out` gains factor[order[i]] times rows[order[i] % N], for all i but the last."""
+    count = int((key < out.shape[0]).sum())
+    label, place = key[:count].unique_consecutive(return_inverse=True)
+    order = order[:count]
+    gains = torch.zeros(len(label), out.shape[1], dtype=factor.dtype, device=out.device)
+    gains.index_add_(0, place, factor[order, None] * rows[order % max(len(rows), 1)])
+    out[label.long()] = (out[label.long()] + gains).to(out.dtype)
 
 
 @complete.register_fake
@@ -164,14 +204,43 @@ def _(
 @torch.library.custom_op("inductor_ce::most_frequent", mutates_args=())
 def most_frequent(labels: list[Tensor], v: int, count: int) -> Tensor:
     """The classes of 0..v - 1 that are labels most often, `count` of them, the lowest of equals."""
-    index, valid = _columns(torch.cat(labels), v)
-    counts = torch.zeros(v, dtype=torch.int32, device=index.device).scatter_add_(0, index, valid.int())
+    label = torch.cat(labels)
+    there = (label >= 0) & (label < v)
+    counts = torch.zeros(v, dtype=torch.int32, device=label.device)
+    counts.scatter_add_(0, label.masked_fill(~there, 0).long(), there.int())
     return counts.sort(descending=True, stable=True).indices[:count].clone()
 
 
 @most_frequent.register_fake
 def _(labels: list[Tensor], v: int, count: int) -> Tensor:
     return labels[0].new_empty((min(count, v),), dtype=torch.int64)
+
+
+@torch.library.custom_op("inductor_ce::times", mutates_args=())
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x [N, M] times factor [], in x's dtype."""
+    return (x * factor).to(x.dtype)
+
+
+@times.register_fake
+def _(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("inductor_ce::times_in_place", mutates_args=("x",))
+def times_in_place(x: Tensor, factor: Tensor) -> None:
+    """Multiply x [N, M] by factor []. Where that is 1, as most upstream gradients are, x is not even read."""
+    (scale,) = _by_device(x, _scale)
+    scale(x, factor)
+
+
+def _scale(x: Tensor, factor: Tensor) -> None:
+    x.mul_(factor)
+
+
+@times_in_place.register_fake
+def _(x: Tensor, factor: Tensor) -> None:
+    torch._check(factor.numel() == 1, lambda: "the factor is no scalar")
 
 
 @torch.library.custom_op("inductor_ce::column_sums", mutates_args=())
@@ -202,5 +271,7 @@ PRODUCT_INTO = torch.ops.inductor_ce.product_into.default
 PRODUCT_BUT = torch.ops.inductor_ce.product_but.default
 COMPLETE = torch.ops.inductor_ce.complete.default
 MOST_FREQUENT = torch.ops.inductor_ce.most_frequent.default
+TIMES = torch.ops.inductor_ce.times.default
+TIMES_IN_PLACE = torch.ops.inductor_ce.times_in_place.default
 COLUMN_SUMS = torch.ops.inductor_ce.column_sums.default
 ONCE_MADE = torch.ops.inductor_ce.once_made.default

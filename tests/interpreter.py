@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import multiprocessing
 import os
@@ -55,6 +56,12 @@ def run(
     output.copy_(result)
 
 
+def call(module: str, name: str, *arguments: torch.Tensor) -> list[torch.Tensor]:
+    """The arguments after a call of a function that launches kernels and returns nothing."""
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+        return _process().submit(_call, module, name, list(arguments)).result()
+
+
 @functools.cache
 def _process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
@@ -64,6 +71,12 @@ def _run(source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Te
     with _only_in(arguments):
         load_kernel(source, name)[grid](*arguments)
     return arguments[index]
+
+
+def _call(module: str, name: str, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
+    with _only_in(arguments):
+        getattr(importlib.import_module(module), name)(*arguments)
+    return arguments
 
 
 @contextlib.contextmanager

@@ -124,7 +124,7 @@ def test_autocast(strategy: str) -> None:
 def test_trap_20_any_number_of_rows(strategy: str) -> None:
     """A ragged last chunk breaks symbolic divisibility."""
     run = compiled(cases.biased, strategy, dynamic=True)
-    for n in (513, 127, 1021, 3, 2):
+    for n in (513, 127, 1021, 7, 13):
         given = on_gpu(n, 5000, 64, torch.float32)
         ours, eager = measure(run, given), measure(cases.biased, given)
         torch.testing.assert_close(ours, eager, rtol=1e-3, atol=1e-4)
@@ -145,6 +145,15 @@ def test_numbers_of_sums_in_16_bits(name: str, budget: float, monkeypatch: pytes
     for one, two in zip(first.gradients[:2], second.gradients[:2], strict=True):
         assert torch.equal(one, two)
     assert_no_worse(first, given, case)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_classes_that_are_no_multiple_of_anything(strategy: str) -> None:
+    """Inductor pads such products, where they are its own, and tries that out on all of the logits."""
+    case, given = CASES["bias"], on_gpu(1024, v=50257, d=64)
+    ours = measure(compiled(case.loss, strategy), given)
+    assert counts() == {strategy: 1}
+    assert_no_worse(ours, given, case)
 
 
 # Memory

@@ -11,7 +11,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each may import what stands on a line above its own.
 LAYERS = [
-    {"errors", "algebra", "monoid", "plan", "shield", "verify"},
+    {"errors", "algebra", "monoid", "plan", "shield", "verify", "kernels"},
     {"config", "compat", "ops", "notation"},
     {"slots", "timeline", "spellings", "sites", "shards", "products"},
     {"rows", "placements", "loss_rows", "nodes"},

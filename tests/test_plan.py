@@ -152,7 +152,6 @@ def test_extra_memory_of_the_forward_alone(head: Head) -> None:
         # As it is cast there is no logit left.
         (Head(200, 2900, 500, wants_hidden=False), TOKEN_CHUNKS, 2900 * 500 * 4),
         (Head(800, 40000, 1000), TOKEN_CHUNKS, 200 * 40000 * 2 + 800 * 1000 * 2),  # too much for float32
-        (Head(800, 40000, 20000, wants_hidden=False), TOKEN_CHUNKS, 3 * 800 * 20000 * 4),  # labels at last
         (Head(200, 1000, 10, 4, 4), VOCAB_SLABS, 200 * 250 * 4),
         (Head(200, 1000, 10), VOCAB_SLABS, 200 * 250 * 2 + 200 * 10 * 4),
         (Head(200, 1000, 10, wants_hidden=False), VOCAB_SLABS, 200 * 250 * 2),
@@ -164,7 +163,7 @@ def test_extra_memory_by_hand(head: Head, strategy: str, extra: int) -> None:
     forced = TOKEN_CHUNKS if strategy == FORWARD_ONLY else strategy
     made = plan(head, forced, extra)
     assert (made.strategy, made.extra_bytes) == (strategy, extra)
-    if strategy != MATERIALISE and extra not in (2900 * 500 * 4, 3 * 800 * 20000 * 4):
+    if strategy != MATERIALISE and extra != 2900 * 500 * 4:
         assert made.pieces == 4
 
 

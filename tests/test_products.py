@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import interpreter
 import pytest
 import torch
 from torch import Tensor
@@ -46,6 +50,7 @@ def product_but(
     return OPS.product_but(out, often, dz, h, labels, columns, accumulate), often
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("labels", LABELS)
 def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool) -> None:
@@ -60,13 +65,9 @@ def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool) ->
     assert torch.equal(dz, before)
 
 
-@pytest.mark.parametrize("scratch", [1, 2 * N, products.SCRATCH])
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("labels", LABELS)
-def test_what_was_left_out_is_added(
-    labels: list[Tensor], scratch: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However few columns are dealt with at a time."""
-    monkeypatch.setattr(products, "SCRATCH", scratch)
+def test_what_was_left_out_is_added(labels: list[Tensor]) -> None:
     dz, h = factors(torch.float32)
     out, columns = torch.empty(V, D), OPS.most_frequent(labels, V, 1)
     entries, often = product_but(out, dz, h, labels, columns)
@@ -78,6 +79,24 @@ def test_what_was_left_out_is_added(
     torch.testing.assert_close(out, right)
 
 
+@pytest.fixture(params=["loops", "kernels"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By tensor operations, and by the kernels for a GPU, which Triton interprets."""
+    if request.param == "kernels":
+        monkeypatch.setattr(products, "_by_device", interpreted)
+
+
+def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+    def kernel(name: str, *arguments: Tensor) -> None:
+        for argument, made in zip(
+            arguments, interpreter.call("inductor_ce.kernels", name, *arguments), strict=True
+        ):
+            argument.copy_(made)
+
+    return tuple(functools.partial(kernel, function.__name__.lstrip("_")) for function in functions)
+
+
+@pytest.mark.usefixtures("way")
 def test_a_row_is_rounded_once() -> None:
     """1 + 256 halves of its last place, each of which alone would be lost."""
     out, none = torch.ones(2, 1, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
@@ -94,6 +113,7 @@ def test_most_frequent() -> None:
     assert OPS.most_frequent([labels[0][:0]], V, 2).tolist() == [0, 1]
 
 
+@pytest.mark.usefixtures("way")
 def test_no_rows() -> None:
     out = torch.ones(V, D)
     nothing = torch.empty(0, dtype=torch.int64)

@@ -1,0 +1,120 @@
+"""Triton kernels of what products.py adds to matrix products. Imported where there is a GPU only.
+
+Letters: n rows of a piece, N of the whole, V columns, M width of the gradient. A label is any integer; one
+that is none of 0..V - 1 stands for nothing.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LABELS_AT_ONCE = 32
+WIDTH = 1024
+ROWS_AT_ONCE = 32
+
+
+def take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """entries [n] become those of dz [n, V] at the labels [n], which become 0."""
+    _launch(_take_out, dz, label, entries)
+
+
+def put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """The entries of dz [n, V] at the labels [n] become entries [n]."""
+    _launch(_put_back, dz, label, entries)
+
+
+def _launch(kernel: triton.JITFunction, dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    n, v = dz.shape
+    if n:
+        grid = (triton.cdiv(n, LABELS_AT_ONCE),)
+        kernel[grid](dz, label, entries, n, v, *dz.stride(), label.stride(0), LABELS_AT_ONCE, num_warps=1)
+
+
+@triton.jit
+def _take_out(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
+    there = (y >= 0) & (y < v) & (row < n)
+    place = dz + row.to(tl.int64) * row_stride + y * column_stride
+    entry = tl.load(place, mask=there, other=0.0)
+    tl.store(entries + row, entry, mask=row < n)
+    tl.store(place, tl.zeros_like(entry), mask=there)
+
+
+@triton.jit
+def _put_back(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
+    there = (y >= 0) & (y < v) & (row < n)
+    place = dz + row.to(tl.int64) * row_stride + y * column_stride
+    tl.store(place, tl.load(entries + row, mask=row < n), mask=there)
+
+
+def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
+    """Row key[i] of `out` [V, M] gains factor[order[i]] (float32) times rows[order[i] % N] [N, M].
+
+    `key` is ascending, and has one element more than `order`, which is not smaller than V. What a row gains
+    is summed in the order of i, and the row is rounded once.
+    """
+    v, m = out.shape
+    if len(order):
+        grid = (len(order), triton.cdiv(m, WIDTH))
+        strides = out.stride(0), out.stride(1), rows.stride(0), rows.stride(1)
+        _add_rows[grid](out, key, order, factor, rows, v, m, len(rows), *strides, WIDTH)
+
+
+@triton.jit
+def _add_rows(
+    out,
+    key,
+    order,
+    factor,
+    rows,
+    v,
+    m,
+    n,
+    out_row_stride,
+    out_stride,
+    row_stride,
+    stride,
+    WIDTH: tl.constexpr,
+):
+    i = tl.program_id(0)
+    own = tl.load(key + i)
+    before = tl.load(key + i - 1, mask=i > 0, other=-1)
+    if (own < v) & (own != before):
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        inside = column < m
+        gain = tl.zeros([WIDTH], tl.float32)
+        next = own
+        while next == own:
+            place = tl.load(order + i)
+            row = rows + (place % n).to(tl.int64) * row_stride + column * stride
+            gain += tl.load(factor + place) * tl.load(row, mask=inside, other=0.0).to(tl.float32)
+            i += 1
+            next = tl.load(key + i)
+        place_out = out + own.to(tl.int64) * out_row_stride + column * out_stride
+        total = tl.load(place_out, mask=inside, other=0.0).to(tl.float32) + gain
+        tl.store(place_out, total.to(out.dtype.element_ty), mask=inside)
+
+
+def scale(x: Tensor, factor: Tensor) -> None:
+    """Multiply x [N, M] by factor [], unless that is 1."""
+    n, m = x.shape
+    if x.numel():
+        grid = (triton.cdiv(n, ROWS_AT_ONCE), triton.cdiv(m, WIDTH))
+        _scale[grid](x, factor, n, m, *x.stride(), ROWS_AT_ONCE, WIDTH)
+
+
+@triton.jit
+def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        for row in range(first, tl.minimum(first + ROWS, n)):
+            place = x + row * row_stride + column * stride
+            value = tl.load(place, mask=column < m, other=0.0).to(tl.float32)
+            tl.store(place, (value * by).to(x.dtype.element_ty), mask=column < m)
