@@ -118,6 +118,8 @@ def _scalar_or(node: Node, why_not: str) -> Fact:
 def _is_zero(node: Node) -> bool:
     if node.target in (aten.full.default, aten.full_like.default):
         return bool(args_of(node)[1] == 0)
+    if node.target == aten.scalar_tensor.default:
+        return bool(args_of(node)[0] == 0)
     return node.target in (aten.zeros.default, aten.zeros_like.default)
 
 

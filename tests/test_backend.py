@@ -31,7 +31,7 @@ from inductor_ce.passes import FuseHeads, FuseLosses
 
 N, V = 4, 16
 ROOT = Path(__file__).parent.parent
-SLOTS = ("pre_grad_custom_pass", "joint_custom_post_pass")
+SLOTS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
 
 
 class Foreign(CustomGraphPass):
@@ -155,7 +155,7 @@ def test_foreign_pass_runs_before_ours(lists: bool, monkeypatch: pytest.MonkeyPa
 
 def test_foreign_list_is_kept_as_it_was():
     theirs = [Foreign(), Foreign()]
-    inductor_config.joint_custom_post_pass = theirs
+    inductor_config.joint_custom_pre_pass = theirs
     with inductor_ce.install():
         assert installed() == [[FuseLosses], [Foreign, Foreign, FuseHeads]]
         with inductor_ce.install():
@@ -292,7 +292,7 @@ def test_backend_beside_install_does_not_double(patches: list[dict[str, Any]]):
 def test_backend_keeps_foreign_passes(patches: list[dict[str, Any]]):
     configured, given = Foreign(), Foreign()
     inductor_config.pre_grad_custom_pass = configured
-    compiled_with({"min_vocab": 2, "joint_custom_post_pass": given})(*inputs())
+    compiled_with({"min_vocab": 2, "joint_custom_pre_pass": given})(*inputs())
     assert (configured.calls, given.calls, sites()) == (1, 1, 1)
     assert slots() == [configured, None]
 

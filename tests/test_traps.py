@@ -387,7 +387,7 @@ def test_trap_12_explain_is_right_on_a_warm_machine(tmp_path: Path) -> None:
 
 # 13
 
-SLOTS = ("pre_grad_custom_pass", "joint_custom_post_pass")
+SLOTS = ("pre_grad_custom_pass", "joint_custom_pre_pass")
 
 
 def slots() -> list[Any]:
