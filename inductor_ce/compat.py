@@ -38,6 +38,7 @@ except ImportError as missing:
 __all__ = [
     "ALL_GATHER",
     "HAS_PASS_LISTS",
+    "IN_MEMORY",
     "WAIT",
     "CustomGraphPass",
     "OpOverload",
@@ -92,6 +93,7 @@ __all__ = [
 Node = Any  # an Inductor IR value: what lowerings take and return
 
 aten = torch.ops.aten
+IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
 OWNED = (ir.DonatedBuffer, ir.ExternKernelOut)  # storage that nobody else has
 VIEWS = {aten.permute.default, aten.t.default, aten.view.default, aten.reshape.default, aten.transpose.int}
 
@@ -111,17 +113,22 @@ def is_buffer(x: Node) -> bool:
     return ir.is_storage_and_layout(x)
 
 
-def readable(x: Node, *, absorb: bool = False) -> Node:
+def readable(x: Node, *, absorb: bool = False, after: Sequence[Node] = ()) -> Node:
     """`x` as a buffer with strides, which a template can read.
 
     With `absorb`, a pointwise chain that ends in `x` gets a buffer with no other reader, and the scheduler
     is told to fuse it into the template that reads it. Left to itself it would not where the chain has
     another use, is written through a view, or is 16-bit and needs float32 within.
+
+    The chain waits for the buffers `after`, though it does not read them. Two templates that absorb chains of
+    the same tensor would else lose both, as the scheduler prefers one loop that writes both to memory.
     """
     if absorb and not is_buffer(x):
         x = call_lowering(aten.clone.default, x)
         x.realize()
-        inductor.graph.invoke_quant_ops.add(x.get_operation_name())
+        chain = x.get_operation_name()
+        inductor.graph.invoke_quant_ops.add(chain)
+        inductor.graph.additional_buffer_deps[chain].update(buffer.get_name() for buffer in after)
     x = ir.ExternKernel.realize_input(x)
     x.freeze_layout()
     return x

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .builder import Builder
+from .compat import IN_MEMORY
 from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, Head, source_of_exit
 from .narrow import CAST, NarrowSum
 from .nodes import args_of, example_of
@@ -54,7 +55,11 @@ class Exit:
         return self.pieces.matrix(right)
 
     def add(self, dz: Node, piece: Range, first: bool) -> Node:
-        """Take in the gradient of a piece of the logits. Returns what is then made."""
+        """Take in the gradient of a piece of the logits. Returns what is then made.
+
+        The products read it from memory, one of them transposed. Inductor would give that one a copy.
+        """
+        dz.meta[IN_MEMORY] = True
         if self.kind == BIAS:
             return self._add_bias(dz)
         assert self._operand is not None

@@ -198,7 +198,10 @@ def _grad_template(
 ) -> Node:
     n, v = z.get_size()[0], compat.specialised(z.get_size()[1])
     others = [*map(compat.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
-    z = compat.readable(z, absorb=True)
+    # NOTE after
+    # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
+    # which are made of the statistics. The template that absorbs it waits for them in any case.
+    z = compat.readable(z, absorb=True, after=others[:2])
     over = compat.may_overwrite(z, PRODUCTS, PIECES) and all(
         other.get_name() != z.get_name() for other in others
     )

@@ -29,6 +29,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, tracing
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.post_grad import post_grad_passes
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
 from torch._inductor.virtualized import V
@@ -86,7 +87,12 @@ class Wrapper:
     @property
     def allocations(self) -> list[tuple[int, ...]]:
         """Shapes of the buffers that the wrapper allocates, a symbolic size as -1."""
-        shapes = re.findall(r"= empty_strided_cuda\(\((.*?)\), \(", self.text)
+        return self.allocations_of(r"\w+")
+
+    def allocations_of(self, dtype: str) -> list[tuple[int, ...]]:
+        """The same of the buffers of a dtype, by its name or a pattern of names."""
+        pattern = rf"= empty_strided_cuda\(\((.*?)\), \([^()]*\), torch\.{dtype}\)"
+        shapes = re.findall(pattern, self.text)
         sizes = [[size.strip() for size in shape.split(",") if size.strip()] for shape in shapes]
         return [tuple(int(size) if size.isdigit() else -1 for size in shape) for shape in sizes]
 
@@ -145,6 +151,16 @@ def move_to_gpu(graph: torch.fx.GraphModule) -> list[Any]:
             node.kwargs = {**node.kwargs, "device": GPU}
     graph.recompile()
     return [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+
+
+def lower_after_passes(graph: torch.fx.GraphModule, *, is_backward: bool) -> Wrapper:
+    """Inductor's code for a graph as AOTAutograd gives it, which may have functions that become in place."""
+    graph = _copy(graph)
+    inputs = move_to_gpu(graph)
+    with pretended_gpu(), V.set_fake_mode(next(i.fake_mode for i in inputs if isinstance(i, torch.Tensor))):
+        post_grad_passes(graph, is_inference=False)
+    graph.recompile()
+    return lower(graph, is_backward=is_backward)
 
 
 def lower(graph: torch.fx.GraphModule, *, is_backward: bool, configuration: int = 0) -> Wrapper:

@@ -7,14 +7,17 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
+from gpu_codegen import Wrapper, lower_after_passes
 from harness import Graphs, compile_without_codegen
-from head_cases import CASES, Inputs, assert_all_fair, counts, exactly, inputs, measure
+from head_cases import CASES, Inputs, Loss, assert_all_fair, counts, exactly, inputs, measure, rows
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 import inductor_ce
+from inductor_ce import lowering
 
 N, V, D = 60, 100, 4
 K = 4  # pieces
@@ -87,9 +90,9 @@ def sizes(code: str) -> dict[str, int]:
     """Elements of each buffer that a wrapper allocates, or gives another name."""
     found: dict[str, int] = {}
     for line in code.splitlines():
-        if made := re.match(r"\s*(\w+) = empty_strided_cpu\(\(([\d, ]*)\)", line):
+        if made := re.match(r"\s*(\w+) = empty_strided_(?:cpu|cuda)\(\(([\d, ]*)\)", line):
             found[made[1]] = math.prod(map(int, re.findall(r"\d+", made[2])))
-        elif reused := re.match(r"\s*(\w+) = (\w+); del \2", line):
+        elif reused := re.match(r"\s*(\w+) = (?:reinterpret_tensor\()?(\w+)\b.*; del \2\b", line):
             found[reused[1]] = found.get(reused[2], 0)
     return found
 
@@ -123,3 +126,61 @@ def test_generated_code(name: str, strategy: str) -> None:
     assert len(codes) == 2
     assert max(size for code in codes for size in sizes(code).values()) <= PIECE[strategy]
     assert max(most_at_once(code, PIECE[strategy]) for code in codes) <= 3
+
+
+# Code for a GPU
+
+
+def scaled(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * 0.5, y))
+
+
+def biased_and_capped(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(3 * torch.tanh(F.linear(h, w, b).float() / 3), y))
+
+
+def masked(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w).float()
+    padding = torch.arange(z.shape[-1], device=z.device) >= z.shape[-1] - 3
+    return F.cross_entropy(*rows(z.masked_fill(padding, -torch.inf), y.clamp(max=z.shape[-1] - 4)))
+
+
+def cast(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w).float(), y))
+
+
+CHAINS = {
+    "soft-cap": CASES["soft-cap"].loss,
+    "scale": scaled,
+    "bias and soft-cap": biased_and_capped,
+    "mask": masked,
+}
+NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no piece
+
+
+def gpu_code(loss: Loss, strategy: str) -> list[Wrapper]:
+    """The code of the forward and of the backward, of a head in bfloat16."""
+    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=0.6)
+    measure(compiled, inputs(N, v=V, d=D).to(torch.bfloat16))
+    assert counts() == {strategy: 1}
+    lowering.register()
+    return [lower_after_passes(gm, is_backward=i == 1) for i, gm in enumerate(graphs.final)]
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+@pytest.mark.parametrize("chain", CHAINS)
+def test_chain_of_a_piece_is_absorbed(chain: str, strategy: str) -> None:
+    """On a GPU nothing of a piece is in memory but its logits and their gradient, both in bfloat16.
+
+    Though in one graph the chain is read for the statistics and again for the gradient.
+    """
+    for wrapper in gpu_code(CHAINS[chain], strategy):
+        assert [shape for shape in wrapper.allocations_of("float32") if math.prod(shape) > NARROW] == []
+        assert most_at_once(wrapper.code, NARROW + 1) <= 1
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
+    """A cast is no chain."""
+    for wrapper in gpu_code(cast, strategy):
+        assert most_at_once(wrapper.code, NARROW + 1) == 0
