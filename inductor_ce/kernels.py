@@ -12,12 +12,31 @@ from torch import Tensor
 
 LABELS_AT_ONCE = 32
 WIDTH = 1024
+COLUMN_TILE = 32
 ROWS_AT_ONCE = 32
 
 
 def take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
     """entries [n] become those of dz [n, V] at the labels [n], which become 0."""
     _launch(_take_out, dz, label, entries)
+
+
+def take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
+    """`taken` [n, R] become the columns [R] of dz [n, V], all of which there are."""
+    n, r = taken.shape
+    if taken.numel():
+        grid = (triton.cdiv(n, COLUMN_TILE), triton.cdiv(r, COLUMN_TILE))
+        _take_columns[grid](dz, columns, taken, n, r, *dz.stride(), COLUMN_TILE)
+
+
+@triton.jit
+def _take_columns(dz, columns, taken, n, r, row_stride, column_stride, TILE: tl.constexpr):
+    row = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
+    i = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+    inside = (row < n) & (i < r)
+    column = tl.load(columns + i, mask=i < r, other=0)
+    place = dz + row.to(tl.int64) * row_stride + column * column_stride
+    tl.store(taken + row * r + i, tl.load(place, mask=inside, other=0.0), mask=inside)
 
 
 def put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:

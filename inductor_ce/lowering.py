@@ -48,6 +48,7 @@ class Grad(NamedTuple):
 
 # The first of each is the one to take where nothing can be timed.
 STATS = (Stats(4, 8), Stats(2, 8), Stats(4, 4), Stats(4, 16))
+STATS_OF_A_PIECE = (Stats(8, 8),)  # of so few rows that many at a time would end at different times
 STATS_OF_A_CHAIN = (Stats(4, 4),)  # timing would leave the chain out, which wants the smaller loop
 STATS_OF_MORE = (Stats(4, 4), Stats(4, 2), Stats(2, 4), Stats(8, 2))  # more rows hold more registers
 GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
@@ -99,10 +100,11 @@ def _is_empty(z: Node) -> bool:
 
 
 def stats_configurations(
-    v: int, dtype: torch.dtype, rows: list[str], chained: bool = False
+    v: int, dtype: torch.dtype, rows: list[str], chained: bool = False, piece: bool = False
 ) -> list[dict[str, Any]]:
     """What to try for row_stats at V = v, without repetition."""
     named = _rows_of_template(rows)
+    usual = STATS_OF_A_PIECE if piece else STATS
     configurations = [
         {
             **_tile(v, tried, dtype),
@@ -112,7 +114,7 @@ def stats_configurations(
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
         }
-        for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if "ALSO" in named else STATS)
+        for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if "ALSO" in named else usual)
     ]
     return _distinct(configurations)
 
@@ -189,7 +191,7 @@ def _stats_template(z: Node, labels: list[Node], weights: list[Node], rows: list
         inputs=[z] * (4 if ops.ARGMAX in rows else 3) + others,
         layout=compat.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
-        configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained), piece),
+        configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained, piece), piece),
     )
 
 

@@ -16,7 +16,7 @@ from .products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
 aten = torch.ops.aten
 
 CAST = torch.ops.prims.convert_element_type.default
-OFTEN = 256  # rows that are summed in float32
+OFTEN = 128  # rows that are summed in float32
 
 
 class NarrowSum:

@@ -112,9 +112,11 @@ def product_but(
     Returns the entries at the labels, [labels, n]; where two labels of a row are equal the second is 0, as it
     is where a label is none of the columns. For the time of the product they are 0 in dz.
     """
-    product_into(often, dz.index_select(1, columns).t(), b, 0, accumulate)
+    take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
+    taken = dz.new_empty((dz.shape[0], len(columns)))
+    take_columns(dz, columns, taken)
+    product_into(often, taken.t(), b, 0, accumulate)
     entries = dz.new_empty((len(labels), dz.shape[0]))
-    take_out, put_back = _by_device(dz, _take_out, _put_back)
     for label, of_label in zip(labels, entries, strict=True):
         take_out(dz, label, of_label)
     product_into(out, dz.t(), b, 0, accumulate)
@@ -128,6 +130,11 @@ def _by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[
     if like.device.type != "cuda":  # HIP calls itself cuda
         return functions
     return tuple(getattr(kernels, function.__name__.lstrip("_")) for function in functions)
+
+
+def _take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
+    """`taken` [n, R] become the columns [R]."""
+    torch.index_select(dz, 1, columns, out=taken)
 
 
 def _take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
