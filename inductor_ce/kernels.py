@@ -133,7 +133,8 @@ def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.co
     if by != 1.0:
         column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         first = tl.program_id(0).to(tl.int64) * ROWS
-        for row in range(first, tl.minimum(first + ROWS, n)):
-            place = x + row * row_stride + column * stride
-            value = tl.load(place, mask=column < m, other=0.0).to(tl.float32)
-            tl.store(place, (value * by).to(x.dtype.element_ty), mask=column < m)
+        for i in range(ROWS):
+            inside = (column < m) & (first + i < n)
+            place = x + (first + i) * row_stride + column * stride
+            value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            tl.store(place, (value * by).to(x.dtype.element_ty), mask=inside)

@@ -67,8 +67,10 @@ def _times(x: Node, factor: Node) -> Node:
     if x.get_device().type in GPUS and compat.may_overwrite(x, (COMPLETE, "output")):
         compat.call_in_place(TIMES_IN_PLACE, x, factor)
         return x
-    product = compat.call_lowering(torch.ops.aten.mul.Tensor, x, factor)
-    return compat.call_lowering(torch.ops.prims.convert_element_type.default, product, x.get_dtype())
+    cast = torch.ops.prims.convert_element_type.default
+    wide = compat.call_lowering(cast, x, torch.promote_types(x.get_dtype(), factor.get_dtype()))
+    product = compat.call_lowering(torch.ops.aten.mul.Tensor, wide, factor)
+    return compat.call_lowering(cast, product, x.get_dtype())
 
 
 def _row_stats(z: Node, labels: list[Node], weights: list[Node], which: str) -> Node:

@@ -5,8 +5,8 @@ most that is held at once beyond the hidden states, the weight, and their gradie
 
     strategy       products  extra memory
     materialise    6 NVD     N V logits
-    token_chunks   6 NVD     logits of N / K rows; a float32 sum where the weight's gradient is 16-bit
-    vocab_slabs    8 NVD     logits of V / S columns; dh in float32
+    token_chunks   6 NVD     logits of N / K rows; 16-bit gradients in float32, where not left at 16 bits
+    vocab_slabs    8 NVD     logits of V / S columns; a 16-bit dh in float32
     forward_only   2 NVD     logits of one chunk
 """
 

@@ -50,6 +50,8 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
 
 
 ALIGNED = 8  # elements
+# Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
+ANY_STRIDES = (torch.Tag.flexible_layout,)
 
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
@@ -75,7 +77,7 @@ def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
     return _empty_logits(a, b)
 
 
-@torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",))
+@torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
 def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
 
@@ -96,7 +98,7 @@ def _(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
-@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often"))
+@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often"), tags=ANY_STRIDES)
 def product_but(
     out: Tensor,
     often: Tensor,
@@ -152,8 +154,9 @@ def _put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
 
 def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
     """(rows whose label is one of V columns, those labels)"""
+    label = label.long()
     (rows,) = torch.where((label >= 0) & (label < v))
-    return rows, label[rows].long()
+    return rows, label[rows]
 
 
 @product_but.register_fake
@@ -180,12 +183,11 @@ def complete(
     are none of the V rows are left out. The rows `columns` become those of `often` instead.
     """
     v = out.shape[0]
-    nothing = torch.full((1,), v, dtype=torch.int32, device=out.device)
-    label = torch.cat([*labels, nothing])
+    label = torch.cat([*labels, columns.new_full((1,), v)])
     is_apart = torch.zeros(v, dtype=torch.bool, device=out.device).index_fill_(0, columns, True)
     there = (label >= 0) & (label < v)
-    there &= ~is_apart[label.masked_fill(~there, 0).long()]
-    key, order = torch.where(there, label, nothing.to(label.dtype)).int().sort(stable=True)
+    there &= ~is_apart[label.masked_fill(~there, 0)]
+    key, order = label.masked_fill(~there, v).int().sort(stable=True)
     (add_rows,) = _by_device(out, _add_rows)
     add_rows(out, key, order[:-1], entries.flatten(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
@@ -211,10 +213,10 @@ def _(
 @torch.library.custom_op("inductor_ce::most_frequent", mutates_args=())
 def most_frequent(labels: list[Tensor], v: int, count: int) -> Tensor:
     """The classes of 0..v - 1 that are labels most often, `count` of them, the lowest of equals."""
-    label = torch.cat(labels)
+    label = torch.cat(labels).long()
     there = (label >= 0) & (label < v)
     counts = torch.zeros(v, dtype=torch.int32, device=label.device)
-    counts.scatter_add_(0, label.masked_fill(~there, 0).long(), there.int())
+    counts.scatter_add_(0, label.masked_fill(~there, 0), there.int())
     return counts.sort(descending=True, stable=True).indices[:count].clone()
 
 
@@ -225,8 +227,8 @@ def _(labels: list[Tensor], v: int, count: int) -> Tensor:
 
 @torch.library.custom_op("inductor_ce::times", mutates_args=())
 def times(x: Tensor, factor: Tensor) -> Tensor:
-    """x [N, M] times factor [], in x's dtype."""
-    return (x * factor).to(x.dtype)
+    """x [N, M] times factor [], rounded to x's dtype once: a product of both would round the factor to it."""
+    return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(x.dtype)
 
 
 @times.register_fake
@@ -242,7 +244,7 @@ def times_in_place(x: Tensor, factor: Tensor) -> None:
 
 
 def _scale(x: Tensor, factor: Tensor) -> None:
-    x.mul_(factor)
+    x.copy_(times(x, factor))
 
 
 @times_in_place.register_fake
@@ -250,7 +252,7 @@ def _(x: Tensor, factor: Tensor) -> None:
     torch._check(factor.numel() == 1, lambda: "the factor is no scalar")
 
 
-@torch.library.custom_op("inductor_ce::column_sums", mutates_args=())
+@torch.library.custom_op("inductor_ce::column_sums", mutates_args=(), tags=ANY_STRIDES)
 def column_sums(dz: Tensor) -> Tensor:
     """The sums over rows of dz [n, V], [V] in float32, or in float64 where dz is.
 

@@ -189,17 +189,23 @@ def generate(
     prepare_joint: Callable[[torch.fx.Graph], None] = lambda graph: None,
     configuration: int = 0,
     dynamic: bool = False,
+    in_place: bool = False,
 ) -> list[Wrapper]:
     """The code of f(*args): [forward], or [forward, backward] where an argument wants a gradient.
 
     Of `args` nothing but the metadata is read, so they may be on "meta". With `dynamic`, the first dimension
-    of each is symbolic.
+    of each is symbolic. With `in_place`, functions become in place where they may, by Inductor's passes.
     """
     wrappers: dict[bool, Wrapper] = {}
 
     def compiler(is_backward: bool) -> Callable[..., Any]:
         def compile_one(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            wrappers[is_backward] = lower(_copy(graph), is_backward=is_backward, configuration=configuration)
+            if in_place:
+                wrappers[is_backward] = lower_after_passes(graph, is_backward=is_backward)
+            else:
+                wrappers[is_backward] = lower(
+                    _copy(graph), is_backward=is_backward, configuration=configuration
+                )
             return make_boxed_func(graph.forward)
 
         return compile_one

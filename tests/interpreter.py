@@ -88,7 +88,7 @@ def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
 
     def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
         def check(pointers: Any, *args: Any) -> Any:
-            used = pointers.data[args[mask_at].data]
+            used = pointers.data[args[mask_at].data.astype(bool)]  # it may be of ones and zeros
             inside = [(used >= first) & (used < end) for first, end in bounds]
             assert np.logical_or.reduce(inside).all(), "out of bounds"
             return access(pointers, *args)

@@ -184,3 +184,19 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
     """A cast is no chain."""
     for wrapper in gpu_code(cast, strategy):
         assert most_at_once(wrapper.code, NARROW + 1) == 0
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_rows_of_a_piece_are_aligned(strategy: str) -> None:
+    """On a GPU, where a product of rows that are not takes several times as long."""
+    given = inputs(N, v=V + 1, d=D).to(torch.bfloat16)
+    compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=0.6)
+    measure(compiled, given)
+    lowering.register()
+    code = lower_after_passes(graphs.final[0], is_backward=False).code
+    found = re.findall(
+        r"assert_size_stride\(\w+, \((\d+), (\d+)\), \((\d+), 1\), 'torch.ops.inductor_ce.logits", code
+    )
+    assert found
+    for _, columns, step in found:
+        assert int(step) == -(-int(columns) // 8) * 8

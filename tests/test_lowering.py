@@ -12,7 +12,8 @@ from interpreter import triton_ir
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from inductor_ce import compat, lowering, ops, shield
+from inductor_ce import compat, config, lowering, ops, plan, shield
+from inductor_ce.joint import fuse_heads
 
 N, V = 8192, 32000
 WHICH = "max,sumexp,pick,pick,sum"
@@ -346,6 +347,20 @@ def test_gradient_is_written_over_logits_of_the_same_graph() -> None:
 def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> None:
     _, backward = generate(f, *head_arguments())
     assert (512, V) in backward.allocations
+
+
+def test_upstream_gradient_is_applied_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To 16-bit sums over chunks: the forward has made them, and nobody else reads them."""
+    monkeypatch.setattr(plan, "LITTLE", 0)
+    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
+    options = config.Options(strategy="token_chunks", memory_budget=0.26)
+    forward, backward = generate(
+        head_loss, *head_arguments(), prepare_joint=lambda graph: fuse_heads(graph, options), in_place=True
+    )
+    assert forward.code.count("product_but.default(") == 4 == forward.code.count("logits.default(")
+    assert (128, V) not in forward.allocations
+    assert backward.code.count("times_in_place.default(") == 2
+    assert not {(V, 64), (512, 64)} & set(backward.allocations)
 
 
 def weighed_by(turned: bool, h: Tensor, w: Tensor, c: Tensor) -> Tensor:

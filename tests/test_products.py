@@ -24,6 +24,7 @@ LABELS = [
     labels_of([0, 4, 2, 2, 2, 1, 4]),
     labels_of([-100, 5, 0, 0, -1, 4, 2**40]),  # none of the columns
     labels_of([0, 1, 2, 3, 4, 0, 1], [4, 1, -1, 3, 0, 0, 0]),  # two, the same in some rows
+    [torch.tensor([3, 0, 255, 4, 1, 2, 2], dtype=torch.uint8)],
 ]
 
 
@@ -106,6 +107,17 @@ def test_a_row_is_rounded_once() -> None:
     assert out.flatten().tolist() == [1, 2]
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_times_in_place(dtype: torch.dtype) -> None:
+    x = torch.randn(70, 3).to(dtype)
+    for factor in (1.0, 0.7, 0.0):
+        made = x.clone()
+        OPS.times_in_place(made, torch.tensor(factor))
+        # Triton's interpreter cuts digits off where a GPU rounds.
+        torch.testing.assert_close(made, OPS.times(x, torch.tensor(factor)), rtol=2**-7, atol=0)
+
+
 def test_most_frequent() -> None:
     labels = labels_of([3, 1, 3, -100, 1, V, 3], [4, 4, 3, 1, -1, 0, 2])
     assert OPS.most_frequent(labels, V, 4).tolist() == [3, 1, 4, 0]
@@ -131,6 +143,8 @@ def test_operators_are_registered_as_they_are(labels: list[Tensor]) -> None:
         (products.PRODUCT_BUT, (out, often, dz, h, labels, columns, True)),
         (products.COMPLETE, (out, labels, torch.randn(len(labels), N), h, columns, often)),
         (products.MOST_FREQUENT, (labels, V, 2)),
+        (products.TIMES, (h, torch.tensor(0.7))),
+        (products.TIMES_IN_PLACE, (h.clone(), torch.tensor(0.7))),
         (products.COLUMN_SUMS, (dz,)),
         (products.PRODUCT_INTO, (out, dz.T.contiguous(), h, 0, True)),
         (products.LOGITS, (h, torch.randn(D, V), None, [dz])),
