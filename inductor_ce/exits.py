@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
-from .builder import Builder
 from .compat import IN_MEMORY
-from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, Head, source_of_exit
-from .narrow import CAST, NarrowSum
+from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, source_of_exit
+from .narrow import NarrowSum
 from .nodes import args_of, example_of
-from .pieces import ROWS, Pieces, Range, empty, into, on
+from .pieces import CAST, ROWS, Pieces, Range, empty, into, on
 from .plan import Plan
 from .products import COLUMN_SUMS, ONCE_MADE, TIMES
 from .rows import shape_of
@@ -107,23 +106,27 @@ class Exit:
             out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
         assert out is not None
 
-        def times(x: Node) -> Node:
-            return x if scale is None else self._times(x, scale, of_rows)
+        def scaled(x: Node) -> Node:
+            return x if scale is None else self._scaled(x, scale, of_rows)
 
-        out = times(out)
+        out = scaled(out)
         if self._beside is not None:
-            out = self._beside.complete(out, times)
-        is_cast = example_of(out).dtype != self.dtype
-        in_place = self.kind != BIAS and (scale is None or self._beside is not None)
-        if in_place and (is_cast or _is_read_by_loops(self.node)):
-            out = build(ONCE_MADE, out, self.dtype, [])  # it was written in place in this graph
-        elif is_cast:
+            out = self._beside.complete(out, scaled)
+        if self._must_be_copied(out, scale):
+            out = build(ONCE_MADE, out, self.dtype, [])
+        elif example_of(out).dtype != self.dtype:
             out = build(CAST, out, self.dtype)
         if self.kind == WEIGHT_T:
             out = self._transposed(out)
         return self._in_shape(out)
 
-    def _times(self, x: Node, scale: Node, of_rows: bool) -> Node:
+    def _must_be_copied(self, out: Node, scale: Node | None) -> bool:
+        """Whether it was written in place in this graph and anything but operators would read it."""
+        if self.kind == BIAS or (scale is not None and self._beside is None):
+            return False
+        return example_of(out).dtype != self.dtype or _is_read_by_loops(self.node)
+
+    def _scaled(self, x: Node, scale: Node, of_rows: bool) -> Node:
         build = self.build
         if x is self._out and not of_rows:
             return build(TIMES, x, scale)
@@ -141,19 +144,6 @@ class Exit:
             size = [s if s == self.pieces.head.v else 1 for s in wanted]
             return self.build(aten.reshape.default, out, size)
         return self.build(aten.unsqueeze.default, out, 0)
-
-
-def sum_biases(graph: Graph, head: Head) -> None:
-    """Let the operator make the bias's gradient of a head that stays whole.
-
-    A gradient of the logits that operators alone read may be written over the logits.
-    """
-    for node in [node for node, kind in head.exits.items() if kind == BIAS]:
-        build = Builder(graph, node, node, key="val")
-        rows = build(aten.reshape.default, args_of(node)[0], [-1, head.v])
-        sums = build(CAST, build(COLUMN_SUMS, rows), example_of(node).dtype)
-        node.replace_all_uses_with(build(aten.reshape.default, sums, list(shape_of(node))))
-        graph.erase_node(node)
 
 
 def _is_read_by_loops(node: Node) -> bool:

@@ -12,11 +12,13 @@ from .builder import Builder
 from .chunks import Proof, token_chunks
 from .compat import ALL_GATHER, WAIT, is_tangent
 from .config import Options
-from .exits import replace, result_dtype, sum_biases
-from .heads import HIDDEN, WEIGHT, WEIGHT_T, NoHead
+from .exits import replace, result_dtype
+from .heads import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .nodes import args_of, example_of, grad_call, reached, sources_of, stats_call
+from .pieces import CAST
 from .plan import MATERIALISE, MIB, VOCAB_SLABS, Plan
-from .rows import hint
+from .products import COLUMN_SUMS
+from .rows import hint, shape_of
 from .shards import GROUP_RANK
 from .shield import attempt
 from .sites import user_line
@@ -79,7 +81,7 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
     wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
     if wanted.strategy == MATERIALISE:
-        sum_biases(graph, head)
+        _sum_biases(graph, head)
         return wanted
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
@@ -100,6 +102,19 @@ def _fuse(graph: Graph, head: heads.Head, options: Options) -> Plan:
         graph.output_node().prepend(node)
     graph.eliminate_dead_code()
     return wanted
+
+
+def _sum_biases(graph: Graph, head: heads.Head) -> None:
+    """Let the operator make the bias's gradient of a head that stays whole.
+
+    A gradient of the logits that operators alone read may be written over the logits.
+    """
+    for node in [node for node, kind in head.exits.items() if kind == BIAS and head.v]:
+        build = Builder(graph, node, node, key="val")
+        rows = build(aten.reshape.default, args_of(node)[0], [-1, head.v])
+        sums = build(CAST, build(COLUMN_SUMS, rows), example_of(node).dtype)
+        node.replace_all_uses_with(build(aten.reshape.default, sums, list(shape_of(node))))
+        graph.erase_node(node)
 
 
 def _performed(build: Builder, head: heads.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
@@ -137,18 +152,18 @@ def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
 
 def numbers_of(head: heads.Head, varies: str, escapes: str = "") -> plan.Head:
     """What the plan is made from."""
-    kinds = {kind: result_dtype(node) for node, kind in head.exits.items()}
-    weight = kinds.get(WEIGHT, kinds.get(WEIGHT_T))
+    kinds = set(head.exits.values())
+    weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
     z = example_of(head.product)
     return plan.Head(
         n=hint(head.n),
         v=head.v,
         d=hint(head.d),
         element=z.element_size(),
-        weight_element=4 if weight is None else weight.itemsize,
+        weight_element=min((dtype.itemsize for dtype in weights), default=4),
         backward=bool(head.grads),
         wants_hidden=HIDDEN in kinds,
-        wants_weight=weight is not None,
+        wants_weight=bool(weights),
         labelled=bool(head.labels()),
         chained=head.chained,
         float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},

@@ -1,4 +1,4 @@
-"""Triton kernels of what products.py adds to matrix products. Imported where there is a GPU only.
+"""Triton kernels of what products.py adds to matrix products, for GPUs. Imported where there is Triton.
 
 Letters: n rows of a piece, N of the whole, V columns, M width of the gradient. A label is any integer; one
 that is none of 0..V - 1 stands for nothing.
@@ -104,23 +104,23 @@ def _add_rows(
     own = tl.load(key + i)
     before = tl.load(key + i - 1, mask=i > 0, other=-1)
     if (own < v) & (own != before):
-        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
         inside = column < m
         gain = tl.zeros([WIDTH], tl.float32)
-        next = own
-        while next == own:
+        following = own
+        while following == own:
             place = tl.load(order + i)
             row = rows + (place % n).to(tl.int64) * row_stride + column * stride
             gain += tl.load(factor + place) * tl.load(row, mask=inside, other=0.0).to(tl.float32)
             i += 1
-            next = tl.load(key + i)
+            following = tl.load(key + i)
         place_out = out + own.to(tl.int64) * out_row_stride + column * out_stride
         total = tl.load(place_out, mask=inside, other=0.0).to(tl.float32) + gain
         tl.store(place_out, total.to(out.dtype.element_ty), mask=inside)
 
 
 def scale(x: Tensor, factor: Tensor) -> None:
-    """Multiply x [N, M] by factor [], unless that is 1."""
+    """Multiply x [N, M] by factor [], unless that is 1; in float32, so neither may be float64."""
     n, m = x.shape
     if x.numel():
         grid = (triton.cdiv(n, ROWS_AT_ONCE), triton.cdiv(m, WIDTH))
@@ -131,7 +131,7 @@ def scale(x: Tensor, factor: Tensor) -> None:
 def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
         first = tl.program_id(0).to(tl.int64) * ROWS
         for i in range(ROWS):
             inside = (column < m) & (first + i < n)

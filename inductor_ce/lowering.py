@@ -19,7 +19,16 @@ import torch
 
 from . import compat, loops, ops
 from .compat import Node
-from .products import COLUMN_SUMS, COMPLETE, LOGITS, PRODUCT_BUT, PRODUCT_INTO, TIMES, TIMES_IN_PLACE
+from .products import (
+    COLUMN_SUMS,
+    COMPLETE,
+    LOGITS,
+    ONCE_MADE,
+    PRODUCT_BUT,
+    PRODUCT_INTO,
+    TIMES,
+    TIMES_IN_PLACE,
+)
 from .shield import attempt
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -48,7 +57,7 @@ class Grad(NamedTuple):
 
 # The first of each is the one to take where nothing can be timed.
 STATS = (Stats(4, 8), Stats(2, 8), Stats(4, 4), Stats(4, 16))
-STATS_OF_A_PIECE = (Stats(8, 8),)  # of so few rows that many at a time would end at different times
+STATS_OF_A_PIECE = (Stats(8, 8),)  # of few rows: with more programs at a time too many end late
 STATS_OF_A_CHAIN = (Stats(4, 4),)  # timing would leave the chain out, which wants the smaller loop
 STATS_OF_MORE = (Stats(4, 4), Stats(4, 2), Stats(2, 4), Stats(8, 2))  # more rows hold more registers
 GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
@@ -64,11 +73,13 @@ def register() -> None:
 
 def _times(x: Node, factor: Node) -> Node:
     """In place where nobody else has x, and nothing that follows would take the product in."""
-    if x.get_device().type in GPUS and compat.may_overwrite(x, (COMPLETE, "output")):
+    dtype = torch.promote_types(x.get_dtype(), factor.get_dtype())
+    on_gpu = x.get_device().type in GPUS and dtype != torch.float64
+    if on_gpu and compat.may_overwrite(x, (COMPLETE, ONCE_MADE, "output")):
         compat.call_in_place(TIMES_IN_PLACE, x, factor)
         return x
     cast = torch.ops.prims.convert_element_type.default
-    wide = compat.call_lowering(cast, x, torch.promote_types(x.get_dtype(), factor.get_dtype()))
+    wide = compat.call_lowering(cast, x, dtype)
     product = compat.call_lowering(torch.ops.aten.mul.Tensor, wide, factor)
     return compat.call_lowering(cast, product, x.get_dtype())
 

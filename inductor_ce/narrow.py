@@ -10,12 +10,11 @@ import torch
 from torch.fx import Node
 
 from .nodes import example_of
-from .pieces import Pieces, Range, empty, in_place
+from .pieces import CAST, Pieces, Range, empty, in_place
 from .products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
 
 aten = torch.ops.aten
 
-CAST = torch.ops.prims.convert_element_type.default
 OFTEN = 128  # rows that are summed in float32
 
 

@@ -22,6 +22,7 @@ from .timeline import tensor_of
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+CAST = prims.convert_element_type.default
 ROWS, COLUMNS = 0, 1
 
 
@@ -153,7 +154,7 @@ class Pieces:
 
     def _shifted(self, label: Node, piece: Range) -> Node:
         """Labels relative to the first of the columns."""
-        wide = self.build(prims.convert_element_type.default, label, torch.int64)
+        wide = self.build(CAST, label, torch.int64)
         return self.build(aten.sub.Tensor, wide, piece.start)
 
 

@@ -38,8 +38,8 @@ MOST_PIECES = 128  # the graph grows with each
 # NOTE float32 beside 16-bit gradients
 # Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
 # them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
-# its entries at the labels (see products.py), and the hidden states' is rounded before the upstream gradient
-# is known and, if that is no power of two, once more.
+# its entries at the labels (see products.py). Such a sum, and such a gradient of the hidden states, is
+# rounded before the upstream gradient is known and, if that is no power of two, once more.
 NARROW_CHUNKS = 8
 LITTLE = 32 * MIB
 LITTLE_OF_LOGITS = 1 / 64
@@ -228,8 +228,10 @@ def _chunks_of(head: Head, pieces: int, reason: str) -> Plan:
     wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
     beyond = _beyond_weight(head) if wide_sum else 0
     waiting = _beyond_hidden(head) if wide_hidden else 0
-    at_last = head.v * head.d * 4 if wide_sum else 0  # a copy in 16 bits is made of it
-    extra = max(piece + beyond, at_last) + waiting
+    # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
+    weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
+    hidden_at_last = head.n * head.d * 4 + beyond if wide_hidden else 0
+    extra = max(piece + beyond + waiting, weight_at_last, hidden_at_last)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
 
 

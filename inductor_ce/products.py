@@ -84,13 +84,18 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool
     `out` has the dtype of the factors, or is float32 where they are 16-bit.
     """
     rows = out.narrow(0, start, a.shape[0])
-    if out.dtype != a.dtype and a.device.type == "cpu":
+    if out.dtype != a.dtype and not _has_wide_products(a):
         a, b = a.to(out.dtype), b.to(out.dtype)
     wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
     if accumulate:
         torch.addmm(rows, a, b, out=rows, **wide)
     else:
         torch.mm(a, b, out=rows, **wide)
+
+
+def _has_wide_products(a: Tensor) -> bool:
+    """Whether the device's library makes float32 products of 16-bit factors."""
+    return a.device.type == "cuda" and torch.version.hip is None
 
 
 @product_into.register_fake
@@ -112,7 +117,8 @@ def product_but(
 
     `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
     Returns the entries at the labels, [labels, n]; where two labels of a row are equal the second is 0, as it
-    is where a label is none of the columns. For the time of the product they are 0 in dz.
+    is where a label is none of the columns. For the time of the product they are 0 in dz; who runs before
+    or after it, as all do on one stream, finds dz unchanged.
     """
     take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
     taken = dz.new_empty((dz.shape[0], len(columns)))
@@ -258,7 +264,7 @@ def column_sums(dz: Tensor) -> Tensor:
 
     On a GPU as a product, which is as exact and needs no memory. A sum over rows needs much.
     """
-    if dz.device.type == "cuda" and dz.itemsize < 4:
+    if dz.itemsize < 4 and _has_wide_products(dz):
         ones = dz.new_ones((1, dz.shape[0]))
         return torch.mm(ones, dz, out_dtype=torch.float32)[0]
     return dz.sum(0, dtype=stats_dtype(dz))

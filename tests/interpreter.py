@@ -46,6 +46,15 @@ def triton_ir(source: str, name: str, signature: dict[str, str]) -> str:
     return kernel.asm["ttir"]
 
 
+def compiles(kernel: Any, types: dict[str, str], **constants: int) -> bool:
+    """Whether Triton makes a binary for an H200. What is not named in `types` is a number."""
+    types = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = triton.compiler.ASTSource(kernel, types, constexprs=places)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    return "cubin" in triton.compile(source, target=target).asm
+
+
 def run(
     source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Tensor], output: torch.Tensor
 ) -> None:
