@@ -81,8 +81,7 @@ def test_trap_15_the_error_does_not_grow_with_the_pieces(
 @pytest.mark.parametrize(
     ("name", "upstream", "scale"),
     [
-        *(("plain", 1.0, 1.0), ("plain", 0.7, 0.2), ("smoothing", 0.7, 1.0), ("z-loss", 1.0, 0.2)),
-        *(("soft-cap", 0.7, 1.0), ("soft-cap", 1.0, 0.2), ("weighted tokens", 1.0, 0.2)),
+        *(("plain", 0.7, 0.2), ("smoothing", 0.7, 1.0), ("z-loss", 1.0, 0.2), ("soft-cap", 1.0, 1.0)),
     ],
 )
 def test_trap_15_sums_in_16_bits(
@@ -99,7 +98,11 @@ def test_trap_15_sums_in_16_bits(
     given = given._replace(hidden=hidden, weight=weight, y=y).to(torch.bfloat16)
     budgets = [2 * b if name == "soft-cap" else b for b in (0.51, 0.26, 0.13)]
     assert assert_no_worse(name, given, "token_chunks", budgets, upstream, of="dW") == [2, 4, 8]
-    assert wide_sums(given, 0.13) == [(64, 16)]
+
+
+@pytest.mark.usefixtures("much")
+def test_trap_15_few_sums_are_made_in_16_bits() -> None:
+    assert wide_sums(inputs(256, v=384, d=24).to(torch.bfloat16), 0.2) == [(narrow.OFTEN, 24)]
 
 
 @pytest.mark.usefixtures("much")
@@ -173,8 +176,10 @@ def columns_first(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.usefixtures("much")
-@pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("loss", [two_labels, tied, columns_first, CASES["shift"].loss])
+@pytest.mark.parametrize(
+    ("loss", "dynamic"),
+    [(two_labels, None), (tied, True), (columns_first, True), (CASES["shift"].loss, None)],
+)
 def test_sums_in_16_bits_of_any_graph(loss: Loss, dynamic: bool | None) -> None:
     given = inputs(8, 36, v=257, d=24).to(torch.bfloat16)
     compiled, graphs = compile_without_codegen(
