@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from .compat import IN_MEMORY
-from .heads import BIAS, HIDDEN, VIEWS, WEIGHT_T, source_of_exit
+from .heads import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T, source_of_exit
 from .narrow import NarrowSum
 from .nodes import args_of, example_of
 from .pieces import CAST, ROWS, Pieces, Range, empty, into, on
@@ -36,15 +36,20 @@ class Exit:
         self.source = source_of_exit(node, pieces.head)
         self.is_summed = (pieces.dim == ROWS) != (self.kind == HIDDEN)
         self.dtype = result_dtype(node)
-        narrow = self.dtype.itemsize < 4
-        self._wide = narrow and (plan.wide_sum if self.is_summed else plan.wide_hidden)
+        self._wide = self.dtype.itemsize < 4 and (plan.wide_sum if self.is_summed else plan.wide_hidden)
         self._out: Node | None = None
         self._parts: list[Node] = []
         self._operand = None if self.kind == BIAS else self._other_factor()
-        self._beside: NarrowSum | None = None
-        is_narrow_sum = narrow and self.is_summed and not self._wide and plan.pieces > 1
-        if self._operand is not None and is_narrow_sum and pieces.head.labels():
-            self._beside = NarrowSum(pieces, self._operand, self._width(self._operand))
+        self._beside = self._narrow_sum() if plan.pieces > 1 else None
+
+    def _narrow_sum(self) -> NarrowSum | None:
+        """What stands beside the weight's gradient where it is summed in 16 bits."""
+        if not self.is_summed or self._wide or self.dtype.itemsize >= 4 or not self.pieces.head.labels():
+            return None
+        if self.kind not in (WEIGHT, WEIGHT_T):
+            return None
+        assert self._operand is not None
+        return NarrowSum(self.pieces, self._operand, self._width(self._operand))
 
     def _other_factor(self) -> Node:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""

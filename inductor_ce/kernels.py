@@ -16,11 +16,6 @@ COLUMN_TILE = 32
 ROWS_AT_ONCE = 32
 
 
-def take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
-    """entries [n] become those of dz [n, V] at the labels [n], which become 0."""
-    _launch(_take_out, dz, label, entries)
-
-
 def take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
     """`taken` [n, R] become the columns [R] of dz [n, V], all of which there are."""
     n, r = taken.shape
@@ -39,6 +34,11 @@ def _take_columns(dz, columns, taken, n, r, row_stride, column_stride, TILE: tl.
     tl.store(taken + row * r + i, tl.load(place, mask=inside, other=0.0), mask=inside)
 
 
+def take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """entries [n] become those of dz [n, V] at the labels [n], which become 0."""
+    _launch(_take_out, dz, label, entries)
+
+
 def put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
     """The entries of dz [n, V] at the labels [n] become entries [n]."""
     _launch(_put_back, dz, label, entries)
@@ -53,10 +53,7 @@ def _launch(kernel: triton.JITFunction, dz: Tensor, label: Tensor, entries: Tens
 
 @triton.jit
 def _take_out(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
-    there = (y >= 0) & (y < v) & (row < n)
-    place = dz + row.to(tl.int64) * row_stride + y * column_stride
+    row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
     entry = tl.load(place, mask=there, other=0.0)
     tl.store(entries + row, entry, mask=row < n)
     tl.store(place, tl.zeros_like(entry), mask=there)
@@ -64,11 +61,17 @@ def _take_out(dz, label, entries, n, v, row_stride, column_stride, label_stride,
 
 @triton.jit
 def _put_back(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
+    row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
+    tl.store(place, tl.load(entries + row, mask=row < n), mask=there)
+
+
+@triton.jit
+def _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
+    """(rows of this program, where their labels' entries of dz are, whether they are there)"""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
     there = (y >= 0) & (y < v) & (row < n)
-    place = dz + row.to(tl.int64) * row_stride + y * column_stride
-    tl.store(place, tl.load(entries + row, mask=row < n), mask=there)
+    return row, dz + row.to(tl.int64) * row_stride + y * column_stride, there
 
 
 def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:

@@ -52,8 +52,8 @@ class NarrowSum:
         self._entries.append(entries)
         return out
 
-    def complete(self, out: Node, times: Callable[[Node], Node]) -> Node:
-        """`out`, which is times what all gradients share, and what stands beside it, which is not yet."""
+    def complete(self, out: Node, scaled: Callable[[Node], Node]) -> Node:
+        """`out`, which is scaled by what all gradients share, and what stands beside it, which is not yet."""
         build = self._build
         entries = build(CAST, build(aten.cat.default, self._entries, 1), torch.float32)
         made = in_place(
@@ -61,9 +61,9 @@ class NarrowSum:
             COMPLETE,
             {"out": out},
             labels=self._labels,
-            entries=times(entries),
+            entries=scaled(entries),
             rows=self._rows,
             columns=self._columns,
-            often=times(self._often),
+            often=scaled(self._often),
         )
         return build(operator.getitem, made, 1)

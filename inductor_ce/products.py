@@ -64,8 +64,7 @@ def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Te
 def _empty_logits(a: Tensor, b: Tensor) -> Tensor:
     """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
 
-    V need not be a multiple of 8 (GPT-2's is 50257), and products with unaligned rows take several times as
-    long.
+    V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
     """
     v = b.shape[1]
     step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v

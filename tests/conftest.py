@@ -7,6 +7,8 @@ import pytest
 import torch
 from harness import clean_slate
 
+from inductor_ce import plan
+
 # Matrices of many like cases, of which continuous integration runs a third, always the same.
 THINNED = {
     *("test_head.py", "test_head_memory.py", "test_linear_cross_entropy.py", "test_generated.py"),
@@ -36,3 +38,10 @@ def pytest_collection_modifyitems(config, items):
 def _clean_slate():
     with clean_slate():
         yield
+
+
+@pytest.fixture
+def much(monkeypatch):
+    """As if float32 beside 16-bit gradients cost much."""
+    monkeypatch.setattr(plan, "LITTLE", 0)
+    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)

@@ -10,7 +10,7 @@ from harness import compile_without_codegen
 from head_cases import CASES, Inputs, Loss, Made, counts, exactly, inputs, measure
 from torch import Tensor
 
-from inductor_ce import narrow, ops, plan, products
+from inductor_ce import narrow, ops, products
 
 ACCEPTED = 1.15  # of the error of materialised logits, whatever the number of pieces
 
@@ -39,13 +39,6 @@ def measured(
     return made, graphs.count(ops.ROW_STATS)
 
 
-@pytest.fixture
-def much(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if float32 beside 16-bit gradients cost much."""
-    monkeypatch.setattr(plan, "LITTLE", 0)
-    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
-
-
 def assert_no_worse(
     name: str, given: Inputs, strategy: str, budgets: list[float], upstream: float, of: str = "d"
 ) -> list[int]:
@@ -65,24 +58,22 @@ def assert_no_worse(
 @pytest.mark.parametrize(
     ("strategy", "budgets", "pieces"),
     [
-        ("token_chunks", [0.59, 0.34, 0.22, 0.149], [2, 4, 8, 16]),
-        ("vocab_slabs", [0.63, 0.38, 0.26, 0.157], [2, 4, 8, 32]),
+        ("token_chunks", [0.56, 0.31, 0.18, 0.086], [2, 4, 8, 32]),
+        ("vocab_slabs", [0.57, 0.32, 0.19, 0.094], [2, 4, 8, 32]),
     ],
 )
 def test_trap_15_the_error_does_not_grow_with_the_pieces(
     strategy: str, budgets: list[float], pieces: list[int]
 ) -> None:
     """dW accumulated in bf16 over chunks."""
-    given = inputs(1024, v=384, d=24).to(torch.bfloat16)
+    given = inputs(1024, v=768, d=24).to(torch.bfloat16)
     assert assert_no_worse("plain", given, strategy, budgets, upstream=1.0) == pieces
 
 
 @pytest.mark.usefixtures("much")
 @pytest.mark.parametrize(
     ("name", "upstream", "scale"),
-    [
-        *(("plain", 0.7, 0.2), ("smoothing", 0.7, 1.0), ("z-loss", 1.0, 0.2), ("soft-cap", 1.0, 1.0)),
-    ],
+    [("plain", 0.7, 0.2), ("smoothing", 0.7, 1.0), ("z-loss", 1.0, 0.2), ("soft-cap", 1.0, 1.0)],
 )
 def test_trap_15_sums_in_16_bits(
     name: str, upstream: float, scale: float, monkeypatch: pytest.MonkeyPatch
@@ -171,14 +162,14 @@ def tied(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*cases.rows(F.linear(h + F.embedding(y.roll(1, -1).clamp(min=0), w), w), y))
 
 
-def columns_first(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+def by_matmul(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*cases.rows(h @ w.t(), y))
 
 
 @pytest.mark.usefixtures("much")
 @pytest.mark.parametrize(
     ("loss", "dynamic"),
-    [(two_labels, None), (tied, True), (columns_first, True), (CASES["shift"].loss, None)],
+    [(two_labels, None), (tied, True), (by_matmul, True), (CASES["shift"].loss, None)],
 )
 def test_sums_in_16_bits_of_any_graph(loss: Loss, dynamic: bool | None) -> None:
     given = inputs(8, 36, v=257, d=24).to(torch.bfloat16)

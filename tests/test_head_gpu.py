@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import inductor_ce
-from inductor_ce import joint, lowering, plan
+from inductor_ce import joint, lowering
 from inductor_ce.plan import Plan
 
 pytestmark = pytest.mark.gpu
@@ -136,12 +136,11 @@ def test_trap_20_any_number_of_rows(strategy: str) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.usefixtures("much")
 @pytest.mark.parametrize("budget", [0.51, 0.26, 0.13])
 @pytest.mark.parametrize("name", ["plain", "weighted tokens"])
-def test_numbers_of_sums_in_16_bits(name: str, budget: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_of_sums_in_16_bits(name: str, budget: float) -> None:
     """As where float32 would cost much; always the same, too."""
-    monkeypatch.setattr(plan, "LITTLE", 0)
-    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
     case, given = CASES[name], on_gpu(4096)
     given.y[: 4096 // 8] = 7
     run = compiled(case.loss, "token_chunks", budget)

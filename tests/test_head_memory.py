@@ -188,7 +188,7 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_rows_of_a_piece_are_aligned(strategy: str) -> None:
-    """On a GPU, where a product of rows that are not takes several times as long."""
+    """On a GPU, whose libraries have slower products for rows that are not."""
     given = inputs(N, v=V + 1, d=D).to(torch.bfloat16)
     compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=0.6)
     measure(compiled, given)

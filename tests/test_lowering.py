@@ -12,7 +12,7 @@ from interpreter import triton_ir
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from inductor_ce import compat, config, lowering, ops, plan, shield
+from inductor_ce import compat, config, lowering, ops, shield
 from inductor_ce.joint import fuse_heads
 
 N, V = 8192, 32000
@@ -349,10 +349,9 @@ def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> N
     assert (512, V) in backward.allocations
 
 
-def test_upstream_gradient_is_applied_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("much")
+def test_upstream_gradient_is_applied_in_place() -> None:
     """To 16-bit sums over chunks: the forward has made them, and nobody else reads them."""
-    monkeypatch.setattr(plan, "LITTLE", 0)
-    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
     options = config.Options(strategy="token_chunks", memory_budget=0.26)
     forward, backward = generate(
         head_loss, *head_arguments(), prepare_joint=lambda graph: fuse_heads(graph, options), in_place=True

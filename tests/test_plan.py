@@ -221,6 +221,7 @@ HEADS = st.builds(
     wants_hidden=st.booleans(),
     wants_weight=st.booleans(),
     chained=st.booleans(),
+    labelled=st.booleans(),
     float16=st.booleans(),
     escapes=st.sampled_from(["", "", "", "the logits are returned"]),
     varies=st.sampled_from(["", "", "it varies"]),
