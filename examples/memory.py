@@ -3,8 +3,8 @@
 The batch is doubled until a training step no longer fits, then bisected between the last two. The model
 (transformer.py) is plain PyTorch in bfloat16; without layers it is an embedding, a norm and the head. On a
 GPU every batch is really trained on, for two steps, compiled for its own length. On a CPU the figures are
-those that `inductor_ce.plan` gives for a head, and nothing is trained. Prints what each batch takes; writes
-batch.png.
+those that `inductor_ce.heads.plan` gives for a head, and nothing is trained. Prints what each batch takes;
+writes batch.png.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from inductor_ce.plan import Head, plan
+from inductor_ce.heads.plan import HeadNumbers, plan
 from plots import plot_batches
 from train import default_device
 from transformer import Transformer
@@ -122,7 +122,7 @@ def planned(B: int, strategy: str, V: int, D: int, limit: int) -> int | None:
     N = B * S
     parameters = 2 * V * D + S * D + 2 * D
     hidden = 4 * N * D  # the embedded tokens, the normed ones, and the gradients of both
-    head = Head(n=N, v=V, d=D, element=ELEMENT, weight_element=ELEMENT)
+    head = HeadNumbers(n=N, v=V, d=D, element=ELEMENT, weight_element=ELEMENT)
     size = ELEMENT * (4 * parameters + hidden) + plan(head, strategy=strategy).extra_bytes
     return size if size <= limit else None
 

@@ -11,13 +11,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .backend import Installation, inductor_ce_backend, install, uninstall
-    from .config import Options
-    from .errors import InductorCEError, InputError, MissError, OptionError, UnsupportedTorchError
-    from .explanation import explain
-    from .functional import cross_entropy, linear_cross_entropy
-    from .report import Report
-    from .sites import Miss, Reason, Site
+    from .api.backend import inductor_ce_backend
+    from .api.explain import explain
+    from .api.functional import cross_entropy, linear_cross_entropy
+    from .api.install import Installation, install, uninstall
+    from .api.report import Report
+    from .common.errors import InductorCEError, InputError, MissError, OptionError, UnsupportedTorchError
+    from .common.findings import Miss, Reason, Site
+    from .common.options import Options
 
 __version__ = "0.1.0"
 
@@ -42,13 +43,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "backend": ("Installation", "inductor_ce_backend", "install", "uninstall"),
-    "config": ("Options",),
-    "errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
-    "explanation": ("explain",),
-    "functional": ("cross_entropy", "linear_cross_entropy"),
-    "report": ("Report",),
-    "sites": ("Miss", "Reason", "Site"),
+    "api.backend": ("inductor_ce_backend",),
+    "api.install": ("Installation", "install", "uninstall"),
+    "common.options": ("Options",),
+    "common.errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
+    "api.explain": ("explain",),
+    "api.functional": ("cross_entropy", "linear_cross_entropy"),
+    "api.report": ("Report",),
+    "common.findings": ("Miss", "Reason", "Site"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

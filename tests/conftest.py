@@ -7,7 +7,7 @@ import pytest
 import torch
 from harness import clean_slate
 
-from inductor_ce import plan
+from inductor_ce.heads import plan
 
 # Matrices of many like cases, of which continuous integration runs a third, always the same.
 THINNED = {

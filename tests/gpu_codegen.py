@@ -38,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 
-from inductor_ce import compat
+from inductor_ce.common.compat import inductor
 
 GPU = torch.device("cuda", 0)
 H200 = DeviceProperties(
@@ -119,7 +119,7 @@ def pretended_gpu(configuration: int = 0) -> Iterator[None]:
     patches = [
         mock.patch.object(DeviceProperties, "create", lambda device: H200),
         mock.patch.object(triton.runtime.driver, "_active", DRIVER),
-        mock.patch.object(compat, "autotune_select_algorithm", choose),
+        mock.patch.object(inductor, "autotune_select_algorithm", choose),
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda.is_tf32_supported", lambda *a: True),
         mock.patch("torch.cuda.current_device", lambda: 0),

@@ -14,7 +14,7 @@ from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 import inductor_ce
-import inductor_ce.backend
+import inductor_ce.api.backend
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def without_codegen() -> Iterator[None]:
     graphs = functools.partial(compile_fx, inner_compile=Graphs().inner_compile)
     with (
         mock.patch.object(torch._inductor.compile_fx, "compile_fx", graphs),
-        mock.patch.object(inductor_ce.backend, "compile_fx", graphs),
+        mock.patch.object(inductor_ce.api.backend, "compile_fx", graphs),
     ):
         yield
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # What takes long to import, once for all ranks. CUDA must not be looked at before a fork.
-PRELOAD = ["torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "inductor_ce.backend"]
+PRELOAD = ["torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "inductor_ce.api.backend"]
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from inductor_ce import algebra, monoid, notation
+from inductor_ce import algebra
 from inductor_ce.algebra import (
     LOGITS,
     LSE,
@@ -26,6 +26,8 @@ from inductor_ce.algebra import (
     V,
     Vocab,
     indicator,
+    monoid,
+    notation,
     number,
     pick,
     shifted,

@@ -25,9 +25,13 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph, GraphModule
 
 import inductor_ce
-from inductor_ce import Options, backend, compat, explanation, joint, ops, passes, rewrite, shield
-from inductor_ce import slots as pass_slots
-from inductor_ce.passes import FuseHeads, FuseLosses
+from inductor_ce import Options, ops
+from inductor_ce.api import backend, explain, install, pass_slots, passes
+from inductor_ce.api.passes import FuseHeads, FuseLosses
+from inductor_ce.common import failsafe
+from inductor_ce.common.compat import inductor, versions
+from inductor_ce.heads import fuse
+from inductor_ce.rewriting import rewrite
 
 N, V = 4, 16
 ROOT = Path(__file__).parent.parent
@@ -136,7 +140,7 @@ def test_failed_install_installs_nothing():
 @pytest.mark.parametrize(
     "lists",
     [
-        pytest.param(True, marks=pytest.mark.skipif(not compat.HAS_PASS_LISTS, reason="from torch 2.13")),
+        pytest.param(True, marks=pytest.mark.skipif(not inductor.HAS_PASS_LISTS, reason="from torch 2.13")),
         False,
     ],
     ids=["lists", "one pass a slot"],
@@ -346,13 +350,13 @@ def test_wrong_options_of_the_backend():
     "version", ["2.11.0", "2.13.0+cpu", "2.15.0a0", "2.12.1+cu130", "2.14.0a0+git1234567"]
 )
 def test_supported_torch(version: str):
-    compat.check_torch(version)
+    versions.check_torch(version)
 
 
 @pytest.mark.parametrize("version", ["2.10.1", "2.16.0", "1.13.1", "3.0.0", "2.9.0+cpu"])
 def test_unsupported_torch(version: str):
     with pytest.raises(inductor_ce.UnsupportedTorchError) as caught:
-        compat.check_torch(version)
+        versions.check_torch(version)
     assert str(caught.value) == f"inductor_ce supports torch>=2.11,<2.16; this is torch {version}"
     assert isinstance(caught.value, ImportError)
 
@@ -361,7 +365,7 @@ def test_unsupported_torch_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
     def refuse() -> None:
         raise inductor_ce.UnsupportedTorchError("too old")
 
-    for module in (backend, explanation):
+    for module in (install, explain):
         monkeypatch.setattr(module, "check_torch", refuse)
     for use in (inductor_ce.install, partial(inductor_ce.explain, loss, *inputs())):
         with pytest.raises(inductor_ce.UnsupportedTorchError):
@@ -380,8 +384,28 @@ def test_key_is_of_the_options_and_the_pass():
 
 def test_key_is_of_the_sources(monkeypatch: pytest.MonkeyPatch):
     before = FuseLosses(Options()).uuid()
-    monkeypatch.setattr(passes, "_sources", lambda: b"changed")
+    monkeypatch.setattr(passes, "sources", lambda: b"changed")
     assert FuseLosses(Options()).uuid() != before
+
+
+def test_a_changed_file_in_any_room_changes_the_key(tmp_path: Path):
+    package = tmp_path / "inductor_ce"
+    shutil.copytree(passes.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    files = [file for ending in ("py", "jinja") for file in package.rglob(f"*.{ending}")]
+    keys = {passes.sources(passes.PACKAGE)}
+    passes.sources.cache_clear()
+    for file in files:
+        file.write_bytes(file.read_bytes() + b"\n")
+        keys.add(passes.sources(package))
+        passes.sources.cache_clear()
+    assert len(files) > 60
+    assert len(keys) == 1 + len(files)
+
+
+def test_the_key_is_the_same_wherever_the_package_lies(tmp_path: Path):
+    package = tmp_path / "inductor_ce"
+    shutil.copytree(passes.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert passes.sources(package) == passes.sources(passes.PACKAGE)
 
 
 COMPILE = """
@@ -435,7 +459,7 @@ def test_second_process_hits_the_cache(tmp_path: Path):
 
 @pytest.fixture
 def not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shield, "_warned", False)
+    monkeypatch.setattr(failsafe, "_warned", False)
 
 
 def boom(*args: Any) -> Any:
@@ -451,9 +475,9 @@ FAILURES = {
     "end of the rewrite": (rewrite, "_reduced"),
     "sweep": (passes, "sweep"),
     "heads": (passes, "fuse_heads"),
-    "proof": (joint, "Proof"),
-    "plan": (joint, "numbers_of"),
-    "pieces": (joint, "token_chunks"),
+    "proof": (fuse, "Proof"),
+    "plan": (fuse, "numbers_of"),
+    "pieces": (fuse, "token_chunks"),
     "chains": (passes, "recompute_chains"),
 }
 

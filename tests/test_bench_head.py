@@ -17,7 +17,7 @@ from inductor_ce.bench.head.inputs import SHAPES, Inputs, Shape
 from inductor_ce.bench.head.systems import BUDGETS, SYSTEMS, Built, Case
 from inductor_ce.bench.losses import IGNORED
 from inductor_ce.bench.peers import NotOffered
-from inductor_ce.config import option_names
+from inductor_ce.common.options import option_names
 
 TINY = Shape("tiny", 36, 1100, 24)
 MB = 2**20

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import inductor_ce
-from inductor_ce.compat import returns_to_program
-from inductor_ce.errors import OptionError
+from inductor_ce.common.compat.dynamo import returns_to_program
+from inductor_ce.common.errors import OptionError
 
 B, S, D, V = 2, 5, 8, 37
 

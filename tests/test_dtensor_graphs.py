@@ -22,7 +22,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import inductor_ce
-from inductor_ce import placements
+from inductor_ce.distributed import placements
 
 LINE = Setup((4,), V=23)
 GRID = Setup((2, 2), V=24)

@@ -10,7 +10,7 @@ from harness import compile_without_codegen, misses, sites
 from torch import Tensor
 
 import inductor_ce
-from inductor_ce import compat
+from inductor_ce.common.compat import inductor
 
 N, V = 6, 16
 
@@ -229,7 +229,9 @@ def test_explaining_often_spoils_nothing():
 
 # What a step loses must not be lost sight of
 
-rounds = pytest.mark.skipif(not compat.HAS_PASS_LISTS, reason="before 2.13 Inductor itself drops these casts")
+rounds = pytest.mark.skipif(
+    not inductor.HAS_PASS_LISTS, reason="before 2.13 Inductor itself drops these casts"
+)
 
 
 def checkpointed_edit(z, y, w):

@@ -18,9 +18,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from inductor_ce import functional, ops
-from inductor_ce.errors import InductorCEError, InputError
-from inductor_ce.functional import cross_entropy
+from inductor_ce import ops
+from inductor_ce.api import functional
+from inductor_ce.api.functional import cross_entropy
+from inductor_ce.common.errors import InductorCEError, InputError
 
 N, V = 12, 37
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

@@ -19,8 +19,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._pytree import tree_map
 
 import inductor_ce
-from inductor_ce.errors import InputError
-from inductor_ce.functional import cross_entropy
+from inductor_ce.api.functional import cross_entropy
+from inductor_ce.common.errors import InputError
 
 pytestmark = pytest.mark.xdist_group("functional group")
 

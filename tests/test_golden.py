@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Node
 
 import inductor_ce
-from inductor_ce.passes import fuse_losses
+from inductor_ce.api.passes import fuse_losses
 
 N, B, S, V, D = 10, 2, 5, 11, 4
 

@@ -10,7 +10,9 @@ from harness import compile_without_codegen
 from head_cases import CASES, Inputs, Loss, Made, counts, exactly, inputs, measure
 from torch import Tensor
 
-from inductor_ce import narrow, ops, products
+from inductor_ce import ops
+from inductor_ce.heads import narrow_sums
+from inductor_ce.ops import products
 
 ACCEPTED = 1.15  # of the error of materialised logits, whatever the number of pieces
 
@@ -80,7 +82,7 @@ def test_trap_15_sums_in_16_bits(
 ) -> None:
     """The entries at the labels are no part of them, and frequent labels are apart. The labels are drawn
     from the model: the entries at frequent ones are outweighed by others."""
-    monkeypatch.setattr(narrow, "OFTEN", 64)
+    monkeypatch.setattr(narrow_sums, "OFTEN", 64)
     given = inputs(1024, v=1024, d=16)
     frequency = 3 * scale * torch.arange(1, 1025).log()
     weight = torch.cat([given.weight[:, 1:] * scale, -frequency[:, None]], 1)
@@ -93,7 +95,7 @@ def test_trap_15_sums_in_16_bits(
 
 @pytest.mark.usefixtures("much")
 def test_trap_15_few_sums_are_made_in_16_bits() -> None:
-    assert wide_sums(inputs(256, v=384, d=24).to(torch.bfloat16), 0.2) == [(narrow.OFTEN, 24)]
+    assert wide_sums(inputs(256, v=384, d=24).to(torch.bfloat16), 0.2) == [(narrow_sums.OFTEN, 24)]
 
 
 @pytest.mark.usefixtures("much")

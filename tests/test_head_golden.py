@@ -12,7 +12,7 @@ from head_cases import counts
 from test_golden import show
 from torch import Tensor
 
-from inductor_ce import passes
+from inductor_ce.api import passes
 
 N, V, D = 6, 8, 4
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import inductor_ce
-from inductor_ce import joint, lowering
-from inductor_ce.plan import Plan
+from inductor_ce.heads import fuse
+from inductor_ce.heads.plan import Plan
+from inductor_ce.ops import lowering
 
 pytestmark = pytest.mark.gpu
 
@@ -37,13 +38,13 @@ def _one_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     made: list[Plan] = []
-    original = joint.plan.plan
+    original = fuse.plan.plan
 
     def recorded(*args: Any, **kwargs: Any) -> Plan:
         made.append(original(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(joint.plan, "plan", recorded)
+    monkeypatch.setattr(fuse.plan, "plan", recorded)
     return made
 
 

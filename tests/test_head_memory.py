@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 import inductor_ce
-from inductor_ce import lowering
+from inductor_ce.ops import lowering
 
 N, V, D = 60, 100, 4
 K = 4  # pieces

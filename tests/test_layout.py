@@ -1,6 +1,7 @@
 """The import law: one way down, private torch in one file, no file too long to read."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,35 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "inductor_ce"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each may import what stands on a line above its own.
-LAYERS = [
-    {"errors", "algebra", "monoid", "plan", "shield", "verify", "kernels"},
-    {"config", "compat", "ops", "notation"},
-    {"slots", "timeline", "spellings", "sites", "shards", "products"},
-    {"rows", "placements", "loss_rows", "nodes"},
-    {"views", "report", "arguments"},
-    {"reading"},
-    {"place", "unread"},
-    {"movement"},
-    {"columns", "stacks", "operands"},
-    {"arithmetic"},
-    {"losses"},
-    {"builder", "heads", "sizes"},
-    {"recognise", "hoist", "recompute", "loops", "pieces", "rowlocal"},
-    {"groups", "narrow"},
-    {"exits"},
-    {"legal", "chunks"},
-    {"arrange", "lowering", "slabs"},
-    {"layouts", "joint"},
-    {"statistics"},
-    {"rewrite", "drop"},
-    {"passes"},
-    {"backend"},
-    {"explanation", "functional"},
-    {"__init__"},
-    {"bench"},
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+# An import goes to a room on a line above, or stays within the room.
+ROOMS = ["common", "algebra", "graph", "ops", "distributed", "reading", "rewriting", "heads", "api", "bench"]
 
 everywhere = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
 
@@ -54,34 +28,60 @@ def modules(node: ast.Import | ast.ImportFrom) -> list[str]:
     return [f"{base.rstrip('.') + '.' if base else ''}{alias.name}" for alias in node.names] + [base]
 
 
-def siblings(file: Path) -> set[str]:
-    """The modules of the package that `file` imports."""
+def dotted(file: Path) -> tuple[str, ...]:
+    """("heads", "plan") for heads/plan.py, ("heads",) for the room itself."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = {dotted(file) for file in FILES}
+
+
+def imported(file: Path) -> set[tuple[str, ...]]:
+    """The modules of the package that `file` imports, a room for what its `__init__` gives."""
     found = set()
+    folder = file.relative_to(PACKAGE).parts[:-1]
     for node in imports(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
-            if node.level < len(file.relative_to(PACKAGE).parts):
-                continue  # within the folder
-            names = {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-            found |= {name if name in LEVEL else "__init__" for name in names}
+            base = (*folder[: len(folder) - node.level + 1], *(node.module or "").split("."))
+            base = tuple(part for part in base if part)
+            names = [(*base, alias.name) for alias in node.names]
+            found |= {name if name in MODULES else base for name in names}
         else:
-            found |= {m.split(".")[1] for m in modules(node) if m.startswith("inductor_ce.")}
-    return found
+            found |= {tuple(m.split(".")[1:]) for m in modules(node) if m.startswith("inductor_ce.")}
+    return {module for module in found if module in MODULES}
 
 
-def layer_of(file: Path) -> str:
-    """A folder is one layer."""
-    return file.relative_to(PACKAGE).with_suffix("").parts[0]
-
-
-def test_every_file_has_its_layer():
-    assert {layer_of(file) for file in FILES} - set(LEVEL) == set()
+def test_every_file_is_in_a_room():
+    assert {file.relative_to(PACKAGE).parts[0] for file in FILES} == {*ROOMS, "__init__.py"}
 
 
 @everywhere
-def test_imports_go_down(file: Path):
-    layer = layer_of(file)
-    upward = {name for name in siblings(file) if LEVEL[name] >= LEVEL[layer] and name != layer}
+def test_imports_go_to_rooms_above(file: Path):
+    room, *_ = (*dotted(file), "")
+    if not room:
+        return  # the package itself, which names what users may
+    own = ROOMS.index(room)
+    rooms = {m[0] if m else "api" for m in imported(file)}  # the package itself is what `api` offers
+    upward = {other for other in rooms if ROOMS.index(other) > own}
     assert upward == set()
+
+
+def test_no_imports_in_a_circle():
+    waiting = {dotted(file): imported(file) - {dotted(file)} for file in FILES}
+    while free := {module for module, needs in waiting.items() if not needs & waiting.keys()}:
+        for module in free:
+            del waiting[module]
+    assert waiting == {}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_says_what_comes_in_and_what_goes_out(room: str):
+    told = ast.get_docstring(ast.parse((PACKAGE / room / "__init__.py").read_text()))
+    assert "\nIn: " in told
+    assert "\nOut: " in told
+    named = {file.stem for file in (PACKAGE / room).glob("*.py")} - {"__init__", "__main__"}
+    assert {name for name in named if not re.search(rf"\b{name}\b", told)} == set()
 
 
 @everywhere
@@ -92,7 +92,7 @@ def test_no_import_inside_a_function(file: Path):
 
 @everywhere
 def test_private_torch_is_in_compat(file: Path):
-    if file.name == "compat.py":
+    if file.parent.name == "compat":
         return
     named = {m for node in imports(ast.parse(file.read_text())) for m in modules(node)}
     private = {m for m in named if m.startswith("torch.") and any(p.startswith("_") for p in m.split("."))}
@@ -102,7 +102,7 @@ def test_private_torch_is_in_compat(file: Path):
 @everywhere
 def test_private_torch_is_not_reached_by_attributes(file: Path):
     """As torch._C or torch._ops. torch._check is public in all but its name."""
-    if file.name == "compat.py":
+    if file.parent.name == "compat":
         return
     chains = (ast.unparse(n) for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute))
     private = {
@@ -126,9 +126,9 @@ def test_no_exception_is_swallowed(file: Path):
 PURE = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "sympy", "typing"}
 
 
-@pytest.mark.parametrize("name", ["algebra", "monoid", "plan"])
-def test_the_algebra_is_pure(name: str):
-    named = {m for node in imports(ast.parse((PACKAGE / f"{name}.py").read_text())) for m in modules(node)}
+@pytest.mark.parametrize("file", [*(PACKAGE / "algebra").glob("*.py"), PACKAGE / "heads/plan.py"], ids=str)
+def test_what_is_pure_imports_no_torch(file: Path):
+    named = {m for node in imports(ast.parse(file.read_text())) for m in modules(node) if m[0] != "."}
     assert {m.split(".")[0] for m in named} <= PURE
 
 

@@ -18,9 +18,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import inductor_ce
-from inductor_ce import functional, ops
-from inductor_ce.errors import InputError
-from inductor_ce.functional import linear_cross_entropy
+from inductor_ce import ops
+from inductor_ce.api import functional
+from inductor_ce.api.functional import linear_cross_entropy
+from inductor_ce.common.errors import InputError
 
 B, S, D, V = 2, 6, 8, 37
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

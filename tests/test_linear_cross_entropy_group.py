@@ -14,7 +14,7 @@ from test_linear_cross_entropy import Head, by_the_book, measure
 from torch import Tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from inductor_ce.functional import linear_cross_entropy
+from inductor_ce.api.functional import linear_cross_entropy
 
 B, S, D, V, RANKS = 2, 5, 8, 24, 2
 SPLITS = {"equal": [12, 12], "uneven": [5, 19], "all on one": [24, 0]}

@@ -12,8 +12,11 @@ from interpreter import triton_ir
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from inductor_ce import compat, config, lowering, ops, shield
-from inductor_ce.joint import fuse_heads
+from inductor_ce import Options, ops
+from inductor_ce.common import failsafe
+from inductor_ce.common.compat import inductor
+from inductor_ce.heads.fuse import fuse_heads
+from inductor_ce.ops import lowering
 
 N, V = 8192, 32000
 WHICH = "max,sumexp,pick,pick,sum"
@@ -241,7 +244,7 @@ def test_chain_is_computed_once_in_the_backward() -> None:
 
 
 @pytest.mark.skipif(
-    not compat.HAS_PASS_LISTS, reason="before 2.13 a view stands between template and epilogue"
+    not inductor.HAS_PASS_LISTS, reason="before 2.13 a view stands between template and epilogue"
 )
 def test_view_of_a_chain_is_absorbed() -> None:
     x = torch.empty(8, 1024, V, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -298,8 +301,8 @@ def test_no_room_to_time_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> Non
         raise torch.OutOfMemoryError
 
     seen: list[Choice] = []
-    monkeypatch.setattr(compat, "autotune_select_algorithm", out_of_memory)
-    assert compat.choose(Template(), [], None, [], [{}, {}]) is seen[0]
+    monkeypatch.setattr(inductor, "autotune_select_algorithm", out_of_memory)
+    assert inductor.choose(Template(), [], None, [], [{}, {}]) is seen[0]
 
 
 # In place
@@ -352,7 +355,7 @@ def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> N
 @pytest.mark.usefixtures("much")
 def test_upstream_gradient_is_applied_in_place() -> None:
     """To 16-bit sums over chunks: the forward has made them, and nobody else reads them."""
-    options = config.Options(strategy="token_chunks", memory_budget=0.26)
+    options = Options(strategy="token_chunks", memory_budget=0.26)
     forward, backward = generate(
         head_loss, *head_arguments(), prepare_joint=lambda graph: fuse_heads(graph, options), in_place=True
     )
@@ -385,8 +388,8 @@ def test_template_that_cannot_be_had(
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(compat, "choose", refuse)
-    monkeypatch.setattr(shield, "_warned", False)
+    monkeypatch.setattr(inductor, "choose", refuse)
+    monkeypatch.setattr(failsafe, "_warned", False)
     x, y, weight = gpu_arguments()
     with pytest.warns(UserWarning, match="no such instruction"):
         forward, backward = generate(reference.loss, x, y, weight)

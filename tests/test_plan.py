@@ -10,33 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inductor_ce.plan import (
-    FORWARD_ONLY,
-    MATERIALISE,
-    MOST_PIECES,
-    STRATEGIES,
-    TOKEN_CHUNKS,
-    VOCAB_SLABS,
-    Head,
-    Plan,
-    plan,
-)
+from inductor_ce.common.strategies import FORWARD_ONLY, MATERIALISE, STRATEGIES, TOKEN_CHUNKS, VOCAB_SLABS
+from inductor_ce.heads.plan import MOST_PIECES, HeadNumbers, Plan, plan
 
 MIB, GIB = 2**20, 2**30
-GEMMA = Head(8192, 256000, 2304)
-LLAMA = Head(8192, 128256, 4096)
-QWEN = Head(16384, 151936, 896)
-SMALL = Head(64, 50257, 768)
+GEMMA = HeadNumbers(8192, 256000, 2304)
+LLAMA = HeadNumbers(8192, 128256, 4096)
+QWEN = HeadNumbers(16384, 151936, 896)
+SMALL = HeadNumbers(64, 50257, 768)
 
 
-def wide(head: Head) -> Head:
+def wide(head: HeadNumbers) -> HeadNumbers:
     """The same in float32."""
     return replace(head, element=4, weight_element=4)
 
 
 # The table
 
-TABLE: list[tuple[Head, str, int | float | None, tuple[str, int, bool]]] = [
+TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] = [
     # The shapes of the anchors, in bfloat16.
     (GEMMA, "auto", None, (TOKEN_CHUNKS, 4, False)),
     (LLAMA, "auto", None, (TOKEN_CHUNKS, 4, False)),
@@ -68,8 +59,8 @@ TABLE: list[tuple[Head, str, int | float | None, tuple[str, int, bool]]] = [
     (replace(GEMMA, chained=True), "auto", 1.0, (TOKEN_CHUNKS, 3, False)),
     (replace(GEMMA, chained=True), "auto", 2.0, (MATERIALISE, 1, False)),
     # Many rows: no more chunks than may add in 16 bits.
-    (Head(65536, 128256, 4096), "auto", None, (TOKEN_CHUNKS, 8, False)),
-    (Head(65536, 32000, 256), "auto", None, (TOKEN_CHUNKS, 8, True)),
+    (HeadNumbers(65536, 128256, 4096), "auto", None, (TOKEN_CHUNKS, 8, False)),
+    (HeadNumbers(65536, 32000, 256), "auto", None, (TOKEN_CHUNKS, 8, True)),
     # Nothing stands out that could be left out of a 16-bit sum.
     (replace(QWEN, labelled=False), "auto", None, (TOKEN_CHUNKS, 8, True)),
     (replace(LLAMA, labelled=False), "auto", None, (MATERIALISE, 1, False)),
@@ -81,10 +72,10 @@ TABLE: list[tuple[Head, str, int | float | None, tuple[str, int, bool]]] = [
     # Small logits.
     (SMALL, "auto", None, (MATERIALISE, 1, False)),
     (SMALL, "auto", 0.3, (TOKEN_CHUNKS, 4, False)),
-    (Head(1023, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
-    (Head(1024, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
-    (Head(2048, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
-    (Head(1023, 256000, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(1023, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(1024, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(2048, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(1023, 256000, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
     # What cannot be made in the forward.
     (replace(GEMMA, varies="so it is"), "auto", None, (VOCAB_SLABS, 4, True)),
     (replace(GEMMA, varies="so it is"), "token_chunks", 0.1, (VOCAB_SLABS, 13, True)),
@@ -104,29 +95,29 @@ TABLE: list[tuple[Head, str, int | float | None, tuple[str, int, bool]]] = [
     (replace(SMALL, backward=False), "token_chunks", None, (FORWARD_ONLY, 2, False)),
     (replace(GEMMA, backward=False), "materialise", None, (MATERIALISE, 1, False)),
     # Hardly anything there.
-    *((Head(n, 256000, 64), "auto", None, (MATERIALISE, 1, False)) for n in (0, 1)),
-    (Head(0, 256000, 64), "token_chunks", 0.3, (TOKEN_CHUNKS, 1, False)),
-    (Head(1, 256000, 64), "token_chunks", 0.3, (TOKEN_CHUNKS, 1, False)),
-    (Head(1, 256000, 64), "vocab_slabs", 0.3, (VOCAB_SLABS, 4, True)),
-    (Head(0, 256000, 64, backward=False), "token_chunks", 0.3, (FORWARD_ONLY, 1, False)),
-    *((Head(64, v, 16), "vocab_slabs", None, (VOCAB_SLABS, 1, True)) for v in (0, 1)),
-    (Head(64, 0, 16, backward=False), "token_chunks", 0.3, (FORWARD_ONLY, 1, False)),
+    *((HeadNumbers(n, 256000, 64), "auto", None, (MATERIALISE, 1, False)) for n in (0, 1)),
+    (HeadNumbers(0, 256000, 64), "token_chunks", 0.3, (TOKEN_CHUNKS, 1, False)),
+    (HeadNumbers(1, 256000, 64), "token_chunks", 0.3, (TOKEN_CHUNKS, 1, False)),
+    (HeadNumbers(1, 256000, 64), "vocab_slabs", 0.3, (VOCAB_SLABS, 4, True)),
+    (HeadNumbers(0, 256000, 64, backward=False), "token_chunks", 0.3, (FORWARD_ONLY, 1, False)),
+    *((HeadNumbers(64, v, 16), "vocab_slabs", None, (VOCAB_SLABS, 1, True)) for v in (0, 1)),
+    (HeadNumbers(64, 0, 16, backward=False), "token_chunks", 0.3, (FORWARD_ONLY, 1, False)),
     # Primes, as sizes and as the hints of symbolic ones.
-    (Head(8191, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 4, False)),
-    (Head(8209, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 5, False)),
-    (Head(13, 37, 8, 4, 4), "token_chunks", 0.3, (TOKEN_CHUNKS, 5, False)),
-    (Head(13, 37, 8, 4, 4), "vocab_slabs", 0.3, (VOCAB_SLABS, 4, False)),
+    (HeadNumbers(8191, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 4, False)),
+    (HeadNumbers(8209, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 5, False)),
+    (HeadNumbers(13, 37, 8, 4, 4), "token_chunks", 0.3, (TOKEN_CHUNKS, 5, False)),
+    (HeadNumbers(13, 37, 8, 4, 4), "vocab_slabs", 0.3, (VOCAB_SLABS, 4, False)),
 ]
 
 
 @pytest.mark.parametrize(("head", "strategy", "budget", "expected"), TABLE)
-def test_table(head: Head, strategy: str, budget: Any, expected: tuple[str, int, bool]) -> None:
+def test_table(head: HeadNumbers, strategy: str, budget: Any, expected: tuple[str, int, bool]) -> None:
     made = plan(head, strategy, budget)
     assert (made.strategy, made.pieces, made.wide_sum) == expected
 
 
 @pytest.mark.parametrize(("head", "target"), [(GEMMA, 0.27), (LLAMA, 0.27), (QWEN, 0.14)])
-def test_extra_memory_of_the_anchors(head: Head, target: float) -> None:
+def test_extra_memory_of_the_anchors(head: HeadNumbers, target: float) -> None:
     """What issue 5 asks for, of the memory of plain torch.compile, which has at least the logits."""
     made = plan(head)
     assert made.strategy == TOKEN_CHUNKS
@@ -134,31 +125,35 @@ def test_extra_memory_of_the_anchors(head: Head, target: float) -> None:
 
 
 @pytest.mark.parametrize("head", [GEMMA, LLAMA, QWEN])
-def test_extra_memory_of_the_forward_alone(head: Head) -> None:
+def test_extra_memory_of_the_forward_alone(head: HeadNumbers) -> None:
     assert plan(replace(head, backward=False)).extra_bytes < 600 * 10**6
 
 
 @pytest.mark.parametrize(
     ("head", "strategy", "extra"),
     [
-        (Head(1000, 4000, 10), MATERIALISE, 1000 * 4000 * 2),
-        (Head(1000, 4000, 10, chained=True), MATERIALISE, 2 * 1000 * 4000 * 2),
-        (Head(1000, 4000, 10, chained=True, backward=False), MATERIALISE, 1000 * 4000 * 2),
-        (Head(200, 4000, 10, 4, 4), TOKEN_CHUNKS, 50 * 4000 * 4),
-        (Head(200, 4000, 10, 4, 4, chained=True), TOKEN_CHUNKS, 2 * 50 * 4000 * 4),
+        (HeadNumbers(1000, 4000, 10), MATERIALISE, 1000 * 4000 * 2),
+        (HeadNumbers(1000, 4000, 10, chained=True), MATERIALISE, 2 * 1000 * 4000 * 2),
+        (HeadNumbers(1000, 4000, 10, chained=True, backward=False), MATERIALISE, 1000 * 4000 * 2),
+        (HeadNumbers(200, 4000, 10, 4, 4), TOKEN_CHUNKS, 50 * 4000 * 4),
+        (HeadNumbers(200, 4000, 10, 4, 4, chained=True), TOKEN_CHUNKS, 2 * 50 * 4000 * 4),
         # A float32 sum, and a float32 gradient of the hidden states, beside those in bfloat16.
-        (Head(200, 2900, 10), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2 + 200 * 10 * 2),
-        (Head(200, 2900, 10, wants_hidden=False), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2),
+        (HeadNumbers(200, 2900, 10), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2 + 200 * 10 * 2),
+        (HeadNumbers(200, 2900, 10, wants_hidden=False), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2),
         # As it is cast there is no logit left.
-        (Head(200, 2900, 500, wants_hidden=False), TOKEN_CHUNKS, 2900 * 500 * 4),
-        (Head(800, 40000, 1000), TOKEN_CHUNKS, 200 * 40000 * 2 + 800 * 1000 * 2),  # too much for float32
-        (Head(200, 1000, 10, 4, 4), VOCAB_SLABS, 200 * 250 * 4),
-        (Head(200, 1000, 10), VOCAB_SLABS, 200 * 250 * 2 + 200 * 10 * 4),
-        (Head(200, 1000, 10, wants_hidden=False), VOCAB_SLABS, 200 * 250 * 2),
-        (Head(200, 1000, 10, backward=False), FORWARD_ONLY, 50 * 1000 * 2),
+        (HeadNumbers(200, 2900, 500, wants_hidden=False), TOKEN_CHUNKS, 2900 * 500 * 4),
+        (
+            HeadNumbers(800, 40000, 1000),
+            TOKEN_CHUNKS,
+            200 * 40000 * 2 + 800 * 1000 * 2,
+        ),  # too much for float32
+        (HeadNumbers(200, 1000, 10, 4, 4), VOCAB_SLABS, 200 * 250 * 4),
+        (HeadNumbers(200, 1000, 10), VOCAB_SLABS, 200 * 250 * 2 + 200 * 10 * 4),
+        (HeadNumbers(200, 1000, 10, wants_hidden=False), VOCAB_SLABS, 200 * 250 * 2),
+        (HeadNumbers(200, 1000, 10, backward=False), FORWARD_ONLY, 50 * 1000 * 2),
     ],
 )
-def test_extra_memory_by_hand(head: Head, strategy: str, extra: int) -> None:
+def test_extra_memory_by_hand(head: HeadNumbers, strategy: str, extra: int) -> None:
     """In four pieces, where there are any: no fewer keep to a budget of so much."""
     forced = TOKEN_CHUNKS if strategy == FORWARD_ONLY else strategy
     made = plan(head, forced, extra)
@@ -181,12 +176,12 @@ REASONS = [
     (SMALL, "auto", None, "logits under 128 MiB"),
     (replace(SMALL, backward=False), "auto", None, "logits under 128 MiB"),
     (replace(GEMMA, backward=False), "auto", None, "no gradient"),
-    (Head(1024, 65536, 768), "auto", None, "dividing so few rows would save little"),
+    (HeadNumbers(1024, 65536, 768), "auto", None, "dividing so few rows would save little"),
 ]
 
 
 @pytest.mark.parametrize(("head", "strategy", "budget", "reason"), REASONS)
-def test_reason(head: Head, strategy: str, budget: Any, reason: str) -> None:
+def test_reason(head: HeadNumbers, strategy: str, budget: Any, reason: str) -> None:
     assert plan(head, strategy, budget).reason.startswith(reason)
 
 
@@ -211,7 +206,7 @@ SIZES = st.one_of(st.integers(0, 40), st.integers(0, 20_000), st.sampled_from([2
 CLASSES = st.one_of(st.integers(1, 40), st.integers(1, 300_000), st.sampled_from([32000, 50257, 128256]))
 ELEMENTS = st.sampled_from([2, 4, 8])
 HEADS = st.builds(
-    Head,
+    HeadNumbers,
     n=SIZES,
     v=CLASSES,
     d=st.integers(1, 8192),
@@ -232,13 +227,13 @@ WANTED = st.sampled_from(["auto", *STRATEGIES[:3]])
 DIVIDING = st.sampled_from([TOKEN_CHUNKS, VOCAB_SLABS])
 
 
-def in_bytes(head: Head, budget: int | float) -> int:
+def in_bytes(head: HeadNumbers, budget: int | float) -> int:
     return int(budget * head.logits_bytes) if isinstance(budget, float) else budget
 
 
 @settings(deadline=None, max_examples=200)
 @given(HEADS, WANTED, BUDGETS)
-def test_pure_and_in_range(head: Head, strategy: str, budget: Any) -> None:
+def test_pure_and_in_range(head: HeadNumbers, strategy: str, budget: Any) -> None:
     made = plan(head, strategy, budget)
     assert made == plan(dataclasses.replace(head), strategy, budget)
     assert made.strategy in STRATEGIES
@@ -253,7 +248,7 @@ def test_pure_and_in_range(head: Head, strategy: str, budget: Any) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(HEADS, WANTED, BUDGETS)
-def test_forced_strategies_are_obeyed(head: Head, strategy: str, budget: Any) -> None:
+def test_forced_strategies_are_obeyed(head: HeadNumbers, strategy: str, budget: Any) -> None:
     made = plan(head, strategy, budget)
     if head.escapes or strategy == MATERIALISE:
         assert made.strategy == MATERIALISE
@@ -267,21 +262,21 @@ def test_forced_strategies_are_obeyed(head: Head, strategy: str, budget: Any) ->
         assert made.strategy != TOKEN_CHUNKS
 
 
-def least(head: Head, strategy: str) -> Plan:
+def least(head: HeadNumbers, strategy: str) -> Plan:
     """The plan that comes nearest to a budget of nothing."""
     return plan(head, strategy, 1)
 
 
 @settings(deadline=None, max_examples=150)
 @given(DIVISIBLE, DIVIDING, st.one_of(st.floats(0.001, 3.0), st.integers(1, 2**34)))
-def test_a_budget_is_kept_to_if_it_can_be(head: Head, strategy: str, budget: int | float) -> None:
+def test_a_budget_is_kept_to_if_it_can_be(head: HeadNumbers, strategy: str, budget: int | float) -> None:
     made = plan(head, strategy, budget)
     assert made.extra_bytes <= max(in_bytes(head, budget), least(head, strategy).extra_bytes)
 
 
 @settings(deadline=None, max_examples=100)
 @given(DIVISIBLE, st.one_of(st.floats(0.001, 3.0), st.integers(1, 2**34)))
-def test_auto_keeps_to_a_budget_if_any_strategy_can(head: Head, budget: int | float) -> None:
+def test_auto_keeps_to_a_budget_if_any_strategy_can(head: HeadNumbers, budget: int | float) -> None:
     limit = in_bytes(head, budget)
     fits = any(plan(head, strategy, limit).extra_bytes <= limit for strategy in STRATEGIES[:3])
     assert not fits or plan(head, "auto", budget).extra_bytes <= limit
@@ -289,7 +284,9 @@ def test_auto_keeps_to_a_budget_if_any_strategy_can(head: Head, budget: int | fl
 
 @settings(deadline=None, max_examples=100)
 @given(DIVISIBLE, DIVIDING, st.integers(1, 2**34), st.integers(0, 2**34))
-def test_a_larger_budget_never_gives_more_pieces(head: Head, strategy: str, budget: int, more: int) -> None:
+def test_a_larger_budget_never_gives_more_pieces(
+    head: HeadNumbers, strategy: str, budget: int, more: int
+) -> None:
     tight, loose = plan(head, strategy, budget), plan(head, strategy, budget + more)
     assert tight.extra_bytes > budget or loose.pieces <= tight.pieces
 
@@ -308,7 +305,7 @@ def test_no_fewer_pieces_would_do() -> None:
 
 
 @pytest.mark.parametrize("head", [GEMMA, LLAMA, QWEN])
-def test_a_smaller_budget_never_takes_more_memory(head: Head) -> None:
+def test_a_smaller_budget_never_takes_more_memory(head: HeadNumbers) -> None:
     """Where none keeps to it, the plan that comes nearest is taken, of whatever strategy."""
     taken = [plan(head, "auto", f).extra_bytes for f in (1.0, 0.5, 0.3, 0.1, 0.05, 0.02, 0.01)]
     assert taken == sorted(taken, reverse=True)
@@ -316,5 +313,5 @@ def test_a_smaller_budget_never_takes_more_memory(head: Head) -> None:
 
 def test_a_forward_keeps_to_its_budget() -> None:
     """Also where the rows of a chunk are rounded to a multiple of sixteen."""
-    head = Head(900, 1000, 64, backward=False)
+    head = HeadNumbers(900, 1000, 64, backward=False)
     assert plan(head, "auto", 300 * 1000 * 2).extra_bytes <= 300 * 1000 * 2

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce import kernels, products
+from inductor_ce.ops import product_kernels, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -90,7 +90,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     def kernel(name: str, *arguments: Tensor) -> None:
         for argument, made in zip(
-            arguments, interpreter.call("inductor_ce.kernels", name, *arguments), strict=True
+            arguments, interpreter.call("inductor_ce.ops.product_kernels", name, *arguments), strict=True
         ):
             argument.copy_(made)
 
@@ -132,7 +132,7 @@ CONSTANTS = {"TILE": 32, "ROWS": 32, "WIDTH": 1024}
 @pytest.mark.parametrize("name", POINTERS)
 def test_kernels_compile(name: str) -> None:
     """What an interpreter takes, a compiler need not."""
-    kernel = getattr(kernels, f"_{name}")
+    kernel = getattr(product_kernels, f"_{name}")
     constants = {n: value for n, value in CONSTANTS.items() if n in kernel.arg_names}
     assert interpreter.compiles(kernel, POINTERS[name], **constants)
 

@@ -16,7 +16,7 @@ from reference import assert_fair
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from inductor_ce import joint
+from inductor_ce.heads import fuse
 
 B, S, D, V = 3, 4, 8, 37
 N = B * S
@@ -25,16 +25,16 @@ Loss = Callable[[Tensor, Tensor], Any]
 
 
 @pytest.fixture
-def proofs(monkeypatch: pytest.MonkeyPatch) -> list[joint.Proof]:
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[fuse.Proof]:
     """The proofs of the heads that are compiled, in their order."""
-    made: list[joint.Proof] = []
+    made: list[fuse.Proof] = []
 
-    class Recorded(joint.Proof):
+    class Recorded(fuse.Proof):
         def __init__(self, head: Any):
             super().__init__(head)
             made.append(self)
 
-    monkeypatch.setattr(joint, "Proof", Recorded)
+    monkeypatch.setattr(fuse, "Proof", Recorded)
     return made
 
 
@@ -153,27 +153,27 @@ PROVED: dict[str, Loss] = {
 
 
 @pytest.mark.parametrize("name", PROVED)
-def test_proved(name: str, proofs: list[joint.Proof]) -> None:
+def test_proved(name: str, proofs: list[fuse.Proof]) -> None:
     check(PROVED[name], "token_chunks")
     (proof,) = proofs
     assert proof.why_not == ""
 
 
 @pytest.mark.parametrize("upstream", [0.0, 1.0, -3.0, 65536.0])
-def test_one_scalar_is_the_upstream_gradient(upstream: float, proofs: list[joint.Proof]) -> None:
+def test_one_scalar_is_the_upstream_gradient(upstream: float, proofs: list[fuse.Proof]) -> None:
     """As GradScaler gives one."""
     check(PROVED["mean"], "token_chunks", upstream=upstream)
     assert [(node.op, power) for node, power in proofs[0].factor] == [("placeholder", 1)]
 
 
-def test_a_number_of_the_batch_is_one_scalar_more(proofs: list[joint.Proof]) -> None:
+def test_a_number_of_the_batch_is_one_scalar_more(proofs: list[fuse.Proof]) -> None:
     check(PROVED["focal relative to the batch"], "token_chunks")
     ((_, first), (_, second)) = proofs[0].factor
     assert sorted((first, second)) == [-1, 1]
 
 
 @pytest.mark.parametrize("name", ["mean", "shift of statistics", "weights of sequences"])
-def test_proved_with_symbolic_sizes(name: str, proofs: list[joint.Proof]) -> None:
+def test_proved_with_symbolic_sizes(name: str, proofs: list[fuse.Proof]) -> None:
     check(PROVED[name], "token_chunks", dynamic=True)
     assert proofs[0].why_not == ""
 
@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(name: str, proofs: list[joint.Proof]) -> None:
+def test_refused(name: str, proofs: list[fuse.Proof]) -> None:
     loss, words = REFUSED[name]
     check(loss, "vocab_slabs")
     (proof,) = proofs

@@ -8,20 +8,17 @@ import torch
 from test_timeline import graph_of
 from torch import Tensor
 
-from inductor_ce.rows import (
+from inductor_ce.graph.shapes import constant, equal, hint, same_shape
+from inductor_ce.reading.row_views import (
     Permute,
     Reshape,
     Slice,
     arrangement,
-    constant,
-    equal,
     follow_axis,
-    hint,
     row_shape,
-    same_shape,
     slice_steps,
 )
-from inductor_ce.views import keeps_order, step_back, viewed
+from inductor_ce.reading.views import keeps_order, step_back, viewed
 
 B, S, V = 2, 5, 11
 

@@ -16,7 +16,8 @@ from gpu_codegen import Wrapper, generate, interpret
 from interpreter import triton_ir
 from torch import Tensor
 
-from inductor_ce import lowering, ops
+from inductor_ce import ops
+from inductor_ce.ops import lowering
 
 N = 3
 VOCABULARIES = [1, 2, 7, 128, 257, 1000, 4096, 4097, 5000, 20000]

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, GraphModule, Node
 
-from inductor_ce.timeline import Timeline, tensor_of, written_by
+from inductor_ce.graph.shapes import tensor_of
+from inductor_ce.graph.timeline import Timeline, written_by
 
 
 def graph_of(f: Callable[..., Any], *args: Any) -> Graph:

@@ -24,7 +24,8 @@ from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import inductor_ce
-from inductor_ce import lowering, ops
+from inductor_ce import ops
+from inductor_ce.ops import lowering
 
 N, V = 12, 37
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -10,7 +10,8 @@ from harness import Graphs, compile_without_codegen, sites
 from torch import Tensor
 
 import inductor_ce
-from inductor_ce import loops, ops, verify
+from inductor_ce import ops
+from inductor_ce.ops import loops, verified
 
 N, V = 12, 40
 
@@ -53,15 +54,15 @@ def step(f: Callable[..., Tensor], z: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 @pytest.fixture(autouse=True)
 def nothing_verified(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    verify._verdicts.clear()
+    verified._verdicts.clear()
     caplog.set_level(logging.ERROR, logger="inductor_ce")
     yield
-    verify._verdicts.clear()
+    verified._verdicts.clear()
 
 
 def failures() -> list[str]:
     """The keys of the losses that were found to differ."""
-    verdicts = verify._verdicts.items()
+    verdicts = verified._verdicts.items()
     return [key for key, v in verdicts if v.gradient is False or not all(v.values.values())]
 
 
@@ -155,7 +156,7 @@ def test_two_compilations_are_verified_apart(caplog):
     step(compiled, z, y)
     torch._dynamo.reset()
     step(compiled, z, y)
-    assert len(verify._verdicts) == 2
+    assert len(verified._verdicts) == 2
 
 
 def test_it_is_true_or_false():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..compat import counters
+from ..common.compat.dynamo import counters
 from . import measure
 from .losses import IGNORED, Loss, LossFunction, errors
 from .measure import Budget

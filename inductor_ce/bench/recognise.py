@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ..config import Options
-from ..explanation import copied
-from ..passes import fuse_losses
+from ..api.explain import copied
+from ..api.passes import fuse_losses
+from ..common.options import Options
 
 NODES, VOCABULARY, WIDTH, HEADS, TOKENS = 2000, 2048, 32, 4, 16
 ROUNDS = 15

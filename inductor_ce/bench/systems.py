@@ -8,7 +8,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from ..backend import inductor_ce_backend
+from ..api.backend import inductor_ce_backend
 from .losses import Loss, LossFunction
 from .peers import PEERS, NotOffered
 

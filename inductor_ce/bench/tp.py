@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from ..compat import all_gather_blocks, counters
+from ..common.compat.distributed import all_gather_blocks
+from ..common.compat.dynamo import counters
 from . import measure, ranks
 from .ranks import InStep, of_all
 from .tp_systems import BASELINE, DEFAULT, GRAPHS, MODES, OURS, SYSTEMS, System

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.distributed.tensor.parallel import loss_parallel
 
-from ..backend import inductor_ce_backend
+from ..api.backend import inductor_ce_backend
 from .systems import fresh
 from .tp_tasks import LossFunction
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...compat import auto_chunked_graphs, counters
+from ...common.compat.dynamo import counters
+from ...common.compat.inductor import auto_chunked_graphs
 from .. import measure
 from ..peers import NotOffered
 from .inputs import HeadFunction, Inputs

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...backend import inductor_ce_backend
-from ...compat import list_options
+from ...api.backend import inductor_ce_backend
+from ...common.compat.inductor import list_options
 from ..losses import IGNORED
 from ..peers import NotOffered, find
 from ..systems import BASELINE, OURS, fresh

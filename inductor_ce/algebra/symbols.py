@@ -1,0 +1,132 @@
+"""Row expressions: functions of the statistics of a row, in sympy."""
+
+from __future__ import annotations
+
+import functools
+
+import sympy
+
+V = sympy.Symbol("V", positive=True, integer=True)
+LSE = sympy.Symbol("lse", real=True)
+MAX = sympy.Symbol("max", real=True)
+MAX_HELD = sympy.Symbol("max", extended_real=True)  # the same, detached: a constant to every gradient
+ARGMAX = sympy.Symbol("argmax", integer=True)
+SUM = sympy.Symbol("sum", real=True)
+MEAN_P = sympy.Symbol("mean_p", real=True)
+pick = sympy.Function("pick", real=True)
+dot = sympy.Function("dot", real=True)
+mean_p_of = sympy.Function("mean_p", real=True)
+
+# Of what the user brings along: sum_i q_i, and q_y.
+mass = sympy.Function("mass", real=True)
+entry = sympy.Function("entry", real=True)
+
+# torch.logsumexp of a row that holds +inf is +inf where log_softmax gives NaN: same name, own symbol.
+LSE_EXTENDED = sympy.Symbol("lse", extended_real=True)
+
+# The statistics relative to the row's maximum, see `shifted`.
+LOG_SUMEXP = sympy.Symbol("log_sumexp", real=True)
+LOG_SUMEXP_EXTENDED = sympy.Symbol("log_sumexp", extended_real=True)
+SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
+MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
+pick_shifted = sympy.Function("pick_shifted", real=True)
+dot_shifted = sympy.Function("dot_shifted", real=True)
+
+
+class same(sympy.Function):
+    """1 where two labels name one column, else 0."""
+
+    is_real = True
+
+
+class hit(sympy.Function):
+    """1 where a label names a column, else 0."""
+
+    is_real = True
+
+    @classmethod
+    def eval(cls, y: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(1) if y.is_nonnegative else None
+
+
+def label(name: str, named: bool = True) -> sympy.Symbol:
+    """The symbol of a label tensor, the argument of `pick`. Unless `named`, it need not name a column."""
+    return sympy.Symbol(name, integer=True, nonnegative=True) if named else sympy.Symbol(name, integer=True)
+
+
+def outside(name: str) -> sympy.Symbol:
+    """The symbol of a tensor that is not made of the logits, with the vocabulary axis or without."""
+    return sympy.Symbol(name, real=True)
+
+
+def number(value: float) -> sympy.Expr:
+    """A finite Python number as the decimal that was written: 0.9 + 0.1 is 1 here, and cancels as 1."""
+    return sympy.Integer(int(value)) if isinstance(value, int) else sympy.Rational(repr(float(value)))
+
+
+# A model has the same softmax many times over.
+remembered = functools.lru_cache(maxsize=4096)
+
+
+@remembered
+def expand(value: sympy.Expr) -> sympy.Expr:
+    """Products multiplied out, and products of exponentials gathered into one: it is what stays finite."""
+    if value.is_Atom:
+        return value
+    expanded = sympy.expand(value, power_exp=False)
+    return sympy.powsimp(expanded, combine="exp") if expanded.has(sympy.exp) else expanded
+
+
+def row_log(value: sympy.Expr) -> sympy.Expr | None:
+    """log of one product of positive numbers and exponentials."""
+    result = sympy.Integer(0)
+    for factor in sympy.Mul.make_args(value):
+        if isinstance(factor, sympy.exp):
+            result += factor.args[0]
+        elif factor.is_positive:
+            result += sympy.log(factor)
+        else:
+            return None
+    return expand(result)
+
+
+@remembered
+def shifted(value: sympy.Expr) -> sympy.Expr:
+    """The same row expression over statistics taken relative to the row's maximum.
+
+    lse = max + log_sumexp, pick = hit max + pick_shifted, sum = V max + sum_shifted, mean_p = max +
+    mean_p_shifted, dot = mass max + dot_shifted. In a loss that does not change when a constant is added to
+    all logits, and almost every loss is such, `max` cancels here, before any rounding.
+    """
+    over_max = {
+        LSE: MAX + LOG_SUMEXP,
+        LSE_EXTENDED: MAX + LOG_SUMEXP_EXTENDED,
+        MAX_HELD: MAX,
+        SUM: V * MAX + SUM_SHIFTED,
+        MEAN_P: MAX + MEAN_P_SHIFTED,
+    }
+    over_max |= {p: hit(*p.args) * MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
+    over_max |= {d: mass(*d.args) * MAX + dot_shifted(*d.args) for d in value.atoms(dot)}
+    return expand(value.subs(over_max, simultaneous=True))
+
+
+def labels_of(value: sympy.Expr) -> list[sympy.Symbol]:
+    """The labels that a row expression reads, by name."""
+    read = {f.args[-1] for f in value.atoms(pick, hit, entry)}
+    read |= {y for f in value.atoms(same) for y in f.args}
+    return sorted(read, key=str)
+
+
+def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
+    """The labels whose logit a row expression reads, by name."""
+    return sorted({f.args[0] for f in value.atoms(pick)}, key=str)
+
+
+def is_normalised(value: sympy.Expr) -> bool:
+    """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
+    return value.has(LSE, LSE_EXTENDED, MEAN_P) or bool(value.atoms(mean_p_of))
+
+
+def weighs_logits(value: sympy.Expr) -> bool:
+    """Whether an expression has some of the logits of a row, apart from its normaliser."""
+    return value.has(SUM, MEAN_P, MAX, MAX_HELD, ARGMAX) or bool(value.atoms(pick, dot, mean_p_of))

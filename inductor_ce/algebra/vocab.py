@@ -1,0 +1,278 @@
+"""Row statistics, and the functions that are built from them.
+
+A loss reads a row z of logits only through a few numbers, its statistics:
+
+    lse          log sum_i exp(z_i)
+    max, argmax  max_i z_i, and the first i where it is
+    sum          sum_i z_i
+    pick(y)      z_y, 0 where y is no column
+    mean_p       sum_i p_i z_i, with p_i = exp(z_i - lse)
+    dot(q)       sum_i q_i z_i
+    mean_p(q)    sum_i p_i q_i
+
+Two kinds of value follow from that. A *row expression* has no vocabulary axis: it is a sympy expression
+over the statistics and over numbers that the user's rows bring along. A *vocabulary expression* has one: it
+is a sum of c b, with c a row expression and b a product of z_i, p_i, indicators [i = y] and tensors q_i that
+the user brings along. Reducing the second over the vocabulary gives the first. Whatever cannot be written
+so is None here, never an exception.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import sympy
+
+from .symbols import (
+    ARGMAX,
+    LSE,
+    LSE_EXTENDED,
+    MAX,
+    MEAN_P,
+    SUM,
+    V,
+    dot,
+    entry,
+    expand,
+    hit,
+    mass,
+    mean_p_of,
+    pick,
+    remembered,
+    row_log,
+    same,
+)
+
+# More labels than this on one row are nobody's target.
+MAX_INDICATORS = 4
+
+# Powers of z and p beyond this are nobody's loss, and cost time to multiply out.
+MAX_DEGREE = 8
+
+
+@dataclass(frozen=True)
+class Monomial:
+    """z^z p^p, [i = y] for each y in `at`, and q_i for each q in `q`."""
+
+    z: int = 0
+    p: int = 0
+    at: frozenset[sympy.Symbol] = frozenset()
+    q: tuple[sympy.Symbol, ...] = ()
+
+    def __mul__(self, other: Monomial) -> Monomial:
+        q = tuple(sorted(self.q + other.q, key=str))
+        return Monomial(self.z + other.z, self.p + other.p, self.at | other.at, q)
+
+    @property
+    def sort_key(self) -> tuple[Any, ...]:
+        return self.z, self.p, sorted(map(str, self.at)), list(map(str, self.q))
+
+
+ONE, Z, P = Monomial(), Monomial(z=1), Monomial(p=1)
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """sum of coefficient * monomial: a value with the vocabulary axis."""
+
+    terms: tuple[tuple[Monomial, sympy.Expr], ...]
+
+    @staticmethod
+    def of(terms: dict[Monomial, sympy.Expr]) -> Vocab:
+        """Coefficients expanded, zero terms dropped, in a fixed order: equal values compare equal."""
+        kept = {b: expand(c) for b, c in terms.items()}
+        order = sorted(kept, key=lambda b: b.sort_key, reverse=True)
+        return Vocab(tuple((b, kept[b]) for b in order if kept[b] != 0))
+
+    @property
+    def degree(self) -> int:
+        return max((b.z + b.p + len(b.q) for b, _ in self.terms), default=0)
+
+    @property
+    def symbols(self) -> set[sympy.Symbol]:
+        """Those of its labels and coefficients."""
+        labels = {y for b, _ in self.terms for y in b.at}
+        return labels.union(*(c.free_symbols for _, c in self.terms))
+
+    def get(self, monomial: Monomial) -> sympy.Expr:
+        return dict(self.terms).get(monomial, sympy.Integer(0))
+
+    def renamed(self, names: dict[sympy.Symbol, sympy.Symbol]) -> Vocab:
+        """The same with other symbols for its labels."""
+        return Vocab.of(
+            {replace(b, at=frozenset(names.get(y, y) for y in b.at)): c.subs(names) for b, c in self.terms}
+        )
+
+    def __add__(self, other: Vocab | sympy.Expr) -> Vocab:
+        terms = dict(self.terms)
+        for b, c in as_vocab(other).terms:
+            terms[b] = terms.get(b, sympy.Integer(0)) + c
+        return Vocab.of(terms)
+
+    def __mul__(self, other: Vocab | sympy.Expr) -> Vocab:
+        terms: dict[Monomial, sympy.Expr] = {}
+        for b1, c1 in self.terms:
+            for b2, c2 in as_vocab(other).terms:
+                terms[b1 * b2] = terms.get(b1 * b2, sympy.Integer(0)) + c1 * c2
+        return Vocab.of(terms)
+
+    def __neg__(self) -> Vocab:
+        return self * sympy.Integer(-1)
+
+
+LOGITS = Vocab.of({Z: sympy.Integer(1)})
+
+
+def as_vocab(value: Vocab | sympy.Expr) -> Vocab:
+    """A row expression as the same number in every column."""
+    return value if isinstance(value, Vocab) else Vocab.of({ONE: value})
+
+
+def indicator(y: sympy.Symbol) -> Vocab:
+    """[i = y]"""
+    return Vocab.of({Monomial(at=frozenset({y})): sympy.Integer(1)})
+
+
+def columns(q: sympy.Symbol) -> Vocab:
+    """q_i"""
+    return Vocab.of({Monomial(q=(q,)): sympy.Integer(1)})
+
+
+def power(value: Vocab, exponent: int) -> Vocab | None:
+    """A power, multiplied out."""
+    if not 0 <= exponent * max(value.degree, 1) <= MAX_DEGREE:
+        return None
+    result = as_vocab(sympy.Integer(1))
+    for _ in range(exponent):
+        result = result * value
+    return result
+
+
+def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
+    """`yes` where `mask`, made of indicators, is 1, and `no` where it is 0."""
+    return mask * yes + (as_vocab(sympy.Integer(1)) + (-mask)) * no
+
+
+def in_each_column(
+    function: Callable[[sympy.Expr], sympy.Expr], value: Vocab, masks: frozenset[sympy.Symbol] = frozenset()
+) -> Vocab | None:
+    """A function of numbers, 0 at 0, applied to what is made of numbers, indicators and masks of rows.
+
+    Which of k labels name a column gives 2^k cases, each with its number; by inclusion and exclusion these
+    are products of indicators again.
+    """
+    labels = sorted(frozenset().union(*(b.at for b, _ in value.terms)), key=str)
+    if len(labels) > MAX_INDICATORS or any(b.z or b.p or b.q for b, _ in value.terms):
+        return None
+    common: set[sympy.Symbol] = next((c.free_symbols & masks for _, c in value.terms), set())
+    mask = sympy.Mul(*sorted(common, key=str))
+    numbers = {b.at: expand(c / mask) for b, c in value.terms}
+    if not all(c.is_number for c in numbers.values()):
+        return None
+    cases = [frozenset(case) for k in range(len(labels) + 1) for case in itertools.combinations(labels, k)]
+    results: dict[frozenset[sympy.Symbol], sympy.Expr] = {}
+    for case in cases:
+        here = sum((c for at, c in numbers.items() if at <= case), sympy.Integer(0))
+        results[case] = function(here) - sum((r for at, r in results.items() if at < case), sympy.Integer(0))
+    return Vocab.of({Monomial(at=case): mask * result for case, result in results.items()})
+
+
+@remembered
+def exp(value: Vocab) -> Vocab | None:
+    """exp(z + c) = p exp(lse + c); exp(c) stays a row number."""
+    constant = value.get(ONE)
+    if value == as_vocab(constant):
+        return as_vocab(sympy.exp(constant))
+    if not _is_shifted_logits(value):
+        return None
+    lse = LSE_EXTENDED if constant.has(LSE_EXTENDED) else LSE
+    return Vocab.of({P: sympy.exp(expand(lse + constant))})
+
+
+@remembered
+def log(value: Vocab) -> Vocab | None:
+    """log(c p) = z - lse + log c."""
+    constant = value.get(P)
+    if constant == 0 or value != Vocab.of({P: constant}):
+        return None
+    logarithm = row_log(constant)
+    return None if logarithm is None else Vocab.of({Z: sympy.Integer(1), ONE: logarithm - LSE})
+
+
+def _is_shifted_logits(value: Vocab) -> bool:
+    """Whether a value is z + c."""
+    return value + (-as_vocab(value.get(ONE))) == LOGITS
+
+
+@remembered
+def log_softmax(value: Vocab) -> Vocab | None:
+    """z - lse for z + c."""
+    return LOGITS + (-LSE) if _is_shifted_logits(value) else None
+
+
+@remembered
+def softmax(value: Vocab) -> Vocab | None:
+    """p for z + c."""
+    return Vocab.of({P: sympy.Integer(1)}) if _is_shifted_logits(value) else None
+
+
+@remembered
+def logsumexp(value: Vocab) -> sympy.Expr | None:
+    """lse + c for z + c."""
+    return LSE_EXTENDED + value.get(ONE) if _is_shifted_logits(value) else None
+
+
+@remembered
+def peak(value: Vocab) -> sympy.Expr | None:
+    """The maximum over the vocabulary: max + c for z + c, exp(max - lse + c) for c p."""
+    if _is_shifted_logits(value):
+        return MAX + value.get(ONE)
+    return value.get(P) * sympy.exp(MAX - LSE) if _is_positive_multiple_of_p(value) else None
+
+
+def _is_positive_multiple_of_p(value: Vocab) -> bool:
+    constant = value.get(P)
+    positive = all(f.is_positive or isinstance(f, sympy.exp) for f in sympy.Mul.make_args(constant))
+    return positive and value == Vocab.of({P: constant})
+
+
+@remembered
+def argmax(value: Vocab) -> sympy.Expr | None:
+    """Where the maximum over the vocabulary is, that of z: for z + c, and for c p with c positive."""
+    return ARGMAX if _is_shifted_logits(value) or _is_positive_multiple_of_p(value) else None
+
+
+@remembered
+def total(value: Vocab) -> sympy.Expr | None:
+    """The sum over the vocabulary."""
+    result = sympy.Integer(0)
+    for b, c in value.terms:
+        part = _total_of(b)
+        if part is None:
+            return None
+        result += c * part
+    return expand(result)
+
+
+def _total_of(b: Monomial) -> sympy.Expr | None:
+    if b.at:
+        y = min(b.at, key=str)
+        return hit(y) * _at(b, y)
+    if b.q:
+        sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of}
+        return sums[b.z, b.p](*b.q) if (b.z, b.p) in sums else None
+    return {ONE: V, Z: SUM, P: sympy.Integer(1), Z * P: MEAN_P}.get(b)
+
+
+@remembered
+def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
+    """The value in column y."""
+    return expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
+
+
+def _at(b: Monomial, y: sympy.Symbol) -> sympy.Expr:
+    entries = sympy.Mul(*(entry(q, y) for q in b.q), *(same(y, other) for other in b.at - {y}))
+    return pick(y) ** b.z * sympy.exp(b.p * (pick(y) - LSE)) * entries

@@ -1,0 +1,135 @@
+"""explain: what is fused in a function, what is not, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
+from torch.fx import Graph, GraphModule
+
+from ..common.compat.dynamo import captured_copy, no_recompile_limit, uncompiled
+from ..common.compat.inductor import CustomGraphPass, compile_fx
+from ..common.compat.versions import check_torch
+from ..common.failsafe import attempt
+from ..common.findings import Site
+from ..common.options import Options
+from ..heads.fuse import Planned, fuse_heads, sentence
+from .install import HEADS_SLOT, LOSSES_SLOT, installed_options
+from .passes import fuse_losses
+from .report import Report
+
+
+def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+    """Run `f(*args, **kwargs)` once and report the losses found in the graphs that torch.compile captures.
+
+    Every graph is captured afresh and read outside all caches, so the report is the same on a machine where
+    everything is compiled already. All passes run, so that each head's plan is known, and no code is
+    generated: the graphs themselves run unfused, and nothing that is compiled for `f` is touched. The options
+    are those of the `install` in force, or the defaults.
+
+    Args:
+        f: a function or module, compiled or not.
+        *args, **kwargs: its arguments.
+
+    Returns:
+        A `Report`: `.sites`, `.misses`, `.to_dict()`, and `str()` of it to read.
+    """
+    check_torch()
+    report = Report()
+    options = installed_options()
+
+    def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        sites = []
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                found = fuse_losses(copied(module), options)
+                sites += found.sites
+                report.misses += found.misses
+        planned = None
+        if sites and has_products(gm):
+            planned, _ = attempt("the plans are not told", plans_of, gm, example_inputs, options)
+        report.sites += with_plans(sites, planned or [])
+        return gm.forward
+
+    with no_recompile_limit():
+        torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
+    return report
+
+
+class _Silent(CustomGraphPass):
+    """A pass that tells nobody. The caches, which would ask what it is, are off."""
+
+    def __init__(self, run: Callable[[Graph], object]):
+        self._run = run
+
+    def __call__(self, graph: Graph) -> None:
+        self._run(graph)
+
+    def uuid(self) -> str:
+        return "explain"
+
+
+LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
+
+
+def has_products(gm: GraphModule) -> bool:
+    """Whether anything in a torch-level graph, or in the graphs inside it, may be a linear layer."""
+    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
+    nodes = (node for graph in graphs for node in graph.nodes if node.op.startswith("call"))
+    return any(
+        node.op == "call_module" or any(name in str(node.target) for name in LINEAR_NAMES) for node in nodes
+    )
+
+
+def plans_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Planned]:
+    """What the joint pass makes of the heads in a torch-level graph, which is not touched."""
+    planned: list[Planned] = []
+    patches = {
+        LOSSES_SLOT: _Silent(lambda graph: fuse_losses(graph, options)),
+        HEADS_SLOT: _Silent(lambda graph: planned.extend(fuse_heads(graph, options))),
+        "force_disable_caches": True,
+    }
+
+    def no_code(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        return make_boxed_func(graph.forward)
+
+    compile_fx(captured_copy(gm), example_inputs, inner_compile=no_code, config_patches=patches)
+    return planned
+
+
+def with_plans(sites: list[Site], planned: list[Planned]) -> list[Site]:
+    """Sites with the plans of the heads before them, found by the user's line."""
+    left = list(planned)
+    told = []
+    for site in sites:
+        found = next((each for each in left if each.location == site.location), None)
+        if found is not None:
+            left.remove(found)
+            site = dataclasses.replace(site, strategy=found.plan.strategy, plan=sentence(found.plan))
+        told.append(site)
+    return told
+
+
+def _apart(f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f` called from code of its own, by a name of its own: by these Dynamo keeps what it has compiled
+    and which sizes it has seen change."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return f(*args, **kwargs)
+
+    run.__code__ = run.__code__.replace(co_name=f"explain_{next(_calls)}")
+    return run
+
+
+_calls = itertools.count()
+
+
+def copied(module: GraphModule) -> Graph:
+    """The graph of a module, to be rewritten without the module noticing."""
+    copy = Graph(owning_module=module)
+    copy.output(copy.graph_copy(module.graph, {}))
+    return copy

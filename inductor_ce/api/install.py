@@ -1,0 +1,105 @@
+"""install, uninstall, and the backend."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from ..common.compat.inductor import inductor_config
+from ..common.compat.versions import check_torch
+from ..common.options import Options, make_options
+from ..ops import lowering
+from .pass_slots import passes_in, slot_value
+from .passes import FuseHeads, FuseLosses
+
+LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_pre_pass"
+SLOTS = {LOSSES_SLOT: FuseLosses, HEADS_SLOT: FuseHeads}
+OURS = (FuseLosses, FuseHeads)
+
+
+class Installation:
+    """What `install` returns. Leaving the `with` block, or `uninstall()`, takes this installation back."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def uninstall(self) -> None:
+        if self in _installed:
+            _installed.remove(self)
+            _apply()
+
+    def __enter__(self) -> Installation:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def __repr__(self) -> str:
+        return f"<inductor_ce installed with {self.options}>"
+
+
+# The last one is in force. Its passes stand in Inductor's configuration behind those of others.
+_installed: list[Installation] = []
+_before: dict[str, Any] = {}
+
+
+def install(**options: Any) -> Installation:
+    """Let every `torch.compile` with Inductor fuse the losses that it finds, in this thread.
+
+    It sets Inductor's configuration, of which each thread has its own from torch 2.13.
+
+    Installing again puts the new options in force; passes of others that are configured already keep
+    running, before ours.
+
+    Args:
+        **options: fields of `Options`.
+
+    Returns:
+        A handle; as a context manager it restores everything on leaving the block, exceptions included.
+
+    Raises:
+        OptionError: an option of the wrong name or value.
+        UnsupportedTorchError: a torch outside the supported range.
+    """
+    check_torch()
+    handle = Installation(make_options(options))
+    lowering.register()
+    _installed.append(handle)
+    _apply()
+    return handle
+
+
+def uninstall() -> None:
+    """Take back every `install`. Without one, nothing happens."""
+    _installed.clear()
+    _apply()
+
+
+def installed_options() -> Options:
+    """The options in force in this thread, the defaults where nothing is installed."""
+    passes = passes_in(inductor_config.pre_grad_custom_pass)
+    return next((p.options for p in passes if isinstance(p, FuseLosses)), Options())
+
+
+def _apply() -> None:
+    """Make Inductor's configuration say what `_installed` says, and no more."""
+    for slot, make_pass in SLOTS.items():
+        value = getattr(inductor_config, slot)
+        foreign = _foreign(value)
+        if _installed:
+            if len(foreign) == len(passes_in(value)):
+                _before[slot] = value
+            value = slot_value((*foreign, make_pass(_installed[-1].options)))
+        else:
+            before = _before.pop(slot, value)
+            value = before if passes_in(before) == foreign else slot_value(foreign)
+        setattr(inductor_config, slot, value)
+
+
+def _foreign(value: Any) -> tuple[Any, ...]:
+    return tuple(p for p in passes_in(value) if not isinstance(p, OURS))

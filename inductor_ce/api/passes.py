@@ -1,0 +1,165 @@
+"""The passes: recognise, judge and rewrite over a torch-level graph; tag the chains of a joint graph."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from ..algebra.notation import render, statistics_of
+from ..common.compat.dynamo import counters
+from ..common.compat.inductor import CustomGraphPass
+from ..common.errors import MissError
+from ..common.failsafe import attempt
+from ..common.findings import Miss, Reason, Site, make_miss, user_line
+from ..common.options import Options
+from ..common.strategies import MATERIALISE
+from ..graph.shapes import hint, shape_of, tensor_of
+from ..heads.fuse import fuse_heads, plan_line
+from ..heads.recompute import recompute_chains
+from ..reading.recognise import recognise
+from ..reading.values import LossValue, Reading, row_expr
+from ..rewriting.groups import Group, Replaceable, headline, value_of
+from ..rewriting.legal import judge
+from ..rewriting.returned_logits import settle_logits
+from ..rewriting.rewrite import rewrite, sweep
+from .report import Report, form_of_loss, miss_line, site_line
+
+log = logging.getLogger("inductor_ce")
+
+LEFT = "the loss is left as it was"
+
+
+PACKAGE = Path(__file__).parents[1]
+
+
+@functools.cache
+def sources(package: Path = PACKAGE) -> bytes:
+    """A hash of all files that a compiled graph may depend on: those of every room but `bench`."""
+    files = sorted(f for ending in ("py", "jinja") for f in package.rglob(f"*.{ending}"))
+    digest = hashlib.sha256()
+    for file in files:
+        name = file.relative_to(package)
+        if name.parts[0] != "bench":
+            digest.update(f"{name.as_posix()} {file.stat().st_size} ".encode() + file.read_bytes())
+    return digest.digest()
+
+
+class _Pass(CustomGraphPass):
+    """A pass whose cache key is our sources and options."""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def uuid(self) -> Any:
+        return type(self).__name__, sources(), self.options.key()
+
+
+class FuseLosses(_Pass):
+    """Before autograd: losses become `row_stats` and arithmetic of size [N]."""
+
+    def __call__(self, graph: Graph) -> None:
+        publish(fuse_losses(graph, self.options), self.options)
+
+
+class FuseHeads(_Pass):
+    """Before partitioning: heads are computed in pieces; where logits are kept, no chain of them is saved."""
+
+    def __call__(self, graph: Graph) -> None:
+        planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options)
+        for each in planned or []:
+            counters["inductor_ce"][each.plan.strategy] += 1
+            log.debug("%s", plan_line(each))
+        attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
+
+
+def fuse_losses(graph: Graph, options: Options) -> Report:
+    """Rewrite every loss in a torch-level graph that is recognised and may be rewritten.
+
+    A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss.
+    """
+    report = Report()
+    judged, error = attempt(LEFT, _read_and_judge, graph, options)
+    if judged is None:
+        report.misses.append(_internal_error(graph.output_node(), error))
+        return report
+    reading, groups = judged
+    report.misses += reading.misses
+    fused = []
+    for group in groups:
+        site, error = attempt(LEFT, _fuse, graph, reading, group, options.verify)
+        if site is not None:
+            fused.append(group)
+            report.sites.append(site)
+        else:
+            report.misses.append(_internal_error(headline(reading, group.nodes), error))
+    if fused:
+        attempt("unused nodes are left in the graph", sweep, graph, reading)
+        heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, fused, options)
+        report.sites = [
+            replace(s, head=h) for s, h in zip(report.sites, heads or [""] * len(fused), strict=True)
+        ]
+    return report
+
+
+def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group]]:
+    reading = recognise(graph)
+    return reading, judge(reading, options)
+
+
+def _internal_error(node: Node, error: Exception | None) -> Miss:
+    return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
+
+
+def _fuse(graph: Graph, reading: Reading, group: Group, verify: bool) -> Site:
+    return _site(reading, group, rewrite(graph, reading, group, verify))
+
+
+def _site(reading: Reading, group: Group, which: str) -> Site:
+    values = [value_of(reading, node) for node in group.nodes]
+    forms = [_form(value) for value in values]
+    statistics = [name for value in values for name in statistics_of(row_expr(value))]
+    location, code = user_line(headline(reading, group.nodes))
+    return Site(
+        location,
+        code,
+        "; ".join(dict.fromkeys(forms)),
+        tuple(dict.fromkeys(statistics)),
+        which,
+        sharded=group.sharded,
+        strategy=MATERIALISE,
+        logits_bytes=_nbytes(group.logits.node),
+    )
+
+
+def _nbytes(node: Node) -> int:
+    size = math.prod(map(hint, shape_of(node)))
+    return size * tensor_of(node).element_size()  # type: ignore[union-attr]
+
+
+def _form(value: Replaceable) -> str:
+    if isinstance(value, LossValue):
+        return form_of_loss(value.expr, value.reduction.how, value.reduction.y, value.reduction.ignore_index)
+    return ", ".join(map(render, value.exprs))
+
+
+def publish(report: Report, options: Options) -> None:
+    """Counters, the log, and what the user asked to happen on a miss."""
+    counts = counters["inductor_ce"]
+    for site in report.sites:
+        counts["sites"] += 1
+        log.info("%s", site_line(site))
+    for miss in report.misses:
+        counts["misses"] += 1
+        log.info("%s", miss_line(miss))
+        if options.on_miss == "warn":
+            warnings.warn(miss_line(miss), stacklevel=2)
+    if report.misses and options.on_miss == "raise":
+        raise MissError("\n".join(map(miss_line, report.misses)))

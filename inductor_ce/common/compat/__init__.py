@@ -1,0 +1,11 @@
+"""Every private name of torch that inductor_ce uses, and what moves between its releases.
+
+Nothing outside this folder imports what torch keeps private. A difference between releases is met here, by
+probing for the capability where one can, so that no other file knows which torch it runs on.
+
+    versions      which releases are supported
+    graphs        nodes and their examples
+    dynamo        what Dynamo compiles
+    inductor      Inductor's configuration, passes, lowerings and templates
+    distributed   process groups
+"""

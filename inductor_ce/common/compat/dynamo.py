@@ -1,0 +1,47 @@
+"""What Dynamo has compiled, and how it is asked to compile anew."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .versions import of_supported_torch
+
+with of_supported_torch():
+    from torch._dynamo import config as dynamo_config
+    from torch._dynamo.utils import counters
+
+__all__ = ["counters"]
+
+
+def returns_to_program(module: torch.nn.Module | None) -> bool:
+    """Whether the outputs of a module's graph go to the user's program.
+
+    Those of a body inside another graph do not, nor those of the parts that DDPOptimizer compiles apart.
+    """
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and "DDPOptimizer" not in reason.reason
+
+
+def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A copy of what Dynamo captured, with its graphs, but with the same tensors."""
+    made = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+    made.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
+    return made
+
+
+def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
+    """Compile as often as is asked."""
+    return dynamo_config.patch(recompile_limit=2**31, accumulated_recompile_limit=2**31)
+
+
+def uncompiled(f: Callable[..., Any]) -> Callable[..., Any]:
+    """What `torch.compile` or `Module.compile` was given, where `f` is the result."""
+    if getattr(f, "_compiled_call_impl", None) is not None:
+        return f._call_impl  # type: ignore[attr-defined]
+    inner = getattr(f, "_orig_mod", getattr(f, "_torchdynamo_orig_callable", None))
+    return f if inner is None else inner

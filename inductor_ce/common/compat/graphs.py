@@ -1,0 +1,87 @@
+"""What the nodes of a graph are, and what their examples are."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+
+from .versions import of_supported_torch
+
+with of_supported_torch():
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._guards import TracingContext
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+    from torch.nn._reduction import legacy_get_string as legacy_reduction
+
+if torch.distributed.is_available():
+    from torch.distributed.tensor import DTensor
+
+__all__ = ["enable_python_dispatcher", "legacy_reduction", "unset_fake_temporarily"]
+IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
+
+
+def is_plain_tensor(example: torch.Tensor) -> bool:
+    """Whether the example of a node stands for an ordinary tensor, not for a subclass such as DTensor."""
+    return isinstance(example, FakeTensor)
+
+
+def is_dtensor(example: object) -> TypeGuard[Any]:
+    """Whether the example of a node stands for a DTensor."""
+    return torch.distributed.is_available() and isinstance(example, DTensor)
+
+
+def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
+    """The mode in which the example of a node was made."""
+    local = example._local_tensor if is_dtensor(example) else example
+    assert isinstance(local, FakeTensor)
+    return local.fake_mode
+
+
+# Graphs
+
+# The nodes by which a graph switches modes.
+set_grad_enabled = torch._C._set_grad_enabled
+enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
+exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
+autocast_switches = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+OpOverload = torch._ops.OpOverload
+get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
+
+
+auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def is_tangent(node: torch.fx.Node) -> bool:
+    """Whether an input of a joint graph is an upstream gradient."""
+    return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
+def is_higher_order(target: Any) -> bool:
+    """Whether a node calls an operator that is given graphs, or a user's Triton kernel."""
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def is_kept_dynamic(size: torch.SymInt) -> bool:
+    """Whether the user insists on this size being dynamic, by `mark_dynamic` on an input."""
+    context = TracingContext.try_get()
+    if context is None:
+        return False
+    symbols = size.node.shape_env.source_to_var
+    return any(
+        not getattr(constraint, "warn_only", True)
+        and symbols.get(f"{_source_name(symbolic)}.size()[{dim}]") == size.node.expr
+        for symbolic in context.tensor_to_context.values()
+        for dim, constraint in enumerate(getattr(symbolic, "constraint_sizes", None) or ())
+    )
+
+
+def _source_name(symbolic: Any) -> str:
+    """How guards call the tensor: a method of its source in some releases, a property in others."""
+    name = symbolic.tensor_source.name
+    return name() if callable(name) else name
+
+
+def is_function_transform(target: Any) -> bool:
+    """Whether a node belongs to torch.func (vmap, grad, ...), under whose levels other nodes run."""
+    return "functorch" in (getattr(target, "__module__", None) or "")

@@ -1,0 +1,209 @@
+"""Inductor: its configuration, its passes, and what lowerings and templates are given."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Container, Sequence
+from typing import Any
+
+import torch
+
+from .versions import of_supported_torch
+
+with of_supported_torch():
+    from torch._inductor import config as inductor_config
+    from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+    from torch._inductor.decomposition import select_decomp_table as decompositions
+    from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+    from torch._inductor.virtualized import V as virtualized
+    from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "CustomGraphPass",
+    "SymbolicGridFn",
+    "compile_fx",
+    "decompositions",
+    "inductor_config",
+    "list_mode_options",
+    "list_options",
+    "register_lowering",
+]
+
+# Lowering
+
+IRNode = Any  # an Inductor IR value: what lowerings take and return
+
+aten = torch.ops.aten
+OWNED = (ir.DonatedBuffer, ir.ExternKernelOut)  # storage that nobody else has
+_SEEN_THROUGH = {
+    aten.permute.default,
+    aten.t.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+}
+
+
+def call_lowering(op: Any, *args: Any, **kwargs: Any) -> IRNode:
+    """The IR of `op(*args)`, by Inductor's own lowering of `op`."""
+    return lowerings[op](*args, **kwargs)
+
+
+def call_in_place(op: Any, *args: Any) -> None:
+    """Let the graph call an operator that writes to its arguments and returns nothing."""
+    fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def is_buffer(x: IRNode) -> bool:
+    """Whether `x` is in memory, or a strided view of what is; else it is a chain yet to be computed."""
+    return ir.is_storage_and_layout(x)
+
+
+def readable(x: IRNode, *, absorb: bool = False, after: Sequence[IRNode] = ()) -> IRNode:
+    """`x` as a buffer with strides, which a template can read.
+
+    With `absorb`, a pointwise chain that ends in `x` gets a buffer with no other reader, and the scheduler
+    is told to fuse it into the template that reads it. Left to itself it would not where the chain has
+    another use, is written through a view, or is 16-bit and needs float32 within.
+
+    The chain waits for the buffers `after`, though it does not read them. Two templates that absorb chains of
+    the same tensor would else lose both, as the scheduler prefers one loop that writes both to memory.
+    """
+    if absorb and not is_buffer(x):
+        x = call_lowering(aten.clone.default, x)
+        x.realize()
+        chain = x.get_operation_name()
+        virtualized.graph.invoke_quant_ops.add(chain)
+        virtualized.graph.additional_buffer_deps[chain].update(buffer.get_name() for buffer in after)
+    x = ir.ExternKernel.realize_input(x)
+    x.freeze_layout()
+    return x
+
+
+def auto_chunked_graphs() -> int | None:
+    """How many graphs Inductor's auto_chunker has rewritten in this process; None where none are counted."""
+    return getattr(metrics, "num_auto_chunking", None)
+
+
+def specialised(size: Any) -> int:
+    """A size as a number, which the compiled code may then depend on."""
+    return virtualized.graph.sizevars.guard_int(size)
+
+
+def contiguous_layout(like: IRNode, dtype: torch.dtype, size: Sequence[Any]) -> ir.Layout:
+    return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
+
+
+def may_overwrite(z: IRNode, products: Container[Any], fillers: Container[Any] = ()) -> bool:
+    """Whether the operator being lowered may write its result over `z`, and gains by it.
+
+    It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
+    donated activation, the output of a library's kernel, or that of one of `fillers`; not where the
+    scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the
+    result: a pointwise reader would be fused, and then nothing needs to be stored but what that one writes.
+    """
+    buffer = _buffer(z)
+    if not isinstance(buffer, OWNED) and not made_by(z, fillers):
+        return False
+    known = virtualized.graph.sizevars.statically_known_equals
+    row_stride, column_stride = z.get_stride()
+    whole = (
+        list(buffer.get_size()) == list(z.get_size())
+        and list(buffer.get_stride()) == [row_stride, column_stride]
+        and known(buffer.get_layout().offset, 0)
+    )
+    apart = known(column_stride, 1) and virtualized.graph.sizevars.statically_known_geq(
+        row_stride, z.get_size()[1]
+    )
+    if not (whole and apart):
+        return False
+    current = virtualized.graph.current_node
+    later = set(itertools.dropwhile(lambda node: node is not current, current.graph.nodes)) - {current}
+    read_later = any(
+        not later.isdisjoint(node.users)
+        for node, value in virtualized.graph.env.items()
+        if any(_buffer(leaf) is buffer for leaf in tree_leaves(value))
+    )
+    return not read_later and _only_read_by(products, current)
+
+
+def made_by(z: IRNode, targets: Container[Any]) -> bool:
+    """Whether one of these operators has filled the memory of `z`."""
+    buffer = _buffer(z)
+    return any(
+        node.target in targets and _buffer(value) is buffer for node, value in virtualized.graph.env.items()
+    )
+
+
+def _only_read_by(products: Container[Any], node: IRNode) -> bool:
+    """Whether only these read the value of an FX node, be it through transpositions and views."""
+    return all(
+        user.target in products or (user.target in _SEEN_THROUGH and _only_read_by(products, user))
+        for user in node.users
+    )
+
+
+def _buffer(value: Any) -> Any:
+    """What an IR value is a view of; itself where it is none."""
+    while isinstance(value, (ir.BaseView, ir.MutableBox)):
+        value = value.unwrap_view() if isinstance(value, ir.BaseView) else value.data
+    return value
+
+
+# Templates
+
+
+def template(name: str, source: str, grid: Callable[..., tuple[Any, Any, Any]]) -> TritonTemplate:
+    """The template `name`, made by the first call: up to 2.13 a second one of a name is refused."""
+    known = TritonTemplate.all_templates.get(name)
+    return known or TritonTemplate(name=name, source=source, grid=SymbolicGridFn(grid))
+
+
+def choose(
+    source: TritonTemplate,
+    inputs: Sequence[IRNode],
+    layout: ir.Layout,
+    call_sizes: Sequence[Any],
+    configurations: Sequence[dict[str, Any]],
+    over: IRNode | None = None,
+) -> IRNode:
+    """The output of `source` under the fastest of `configurations`, or the first where none can be timed.
+
+    It is written over `over`, where that is given: a value that it `may_overwrite`.
+    """
+    if over is not None:
+        # What has been lowered but not realised may read it: realise that first, as it was lowered first.
+        virtualized.graph.mark_buffer_mutated(over.get_name())
+    choices: list[Any] = []
+    for configuration in configurations:
+        refused = source.maybe_append_choice(
+            choices,
+            input_nodes=tuple(inputs),
+            layout=layout,
+            call_sizes=list(call_sizes),
+            **configuration,
+        )
+        if refused is not None:
+            raise refused
+    try:
+        # NOTE return_multi_template
+        # Deferred selection would time the fusions as well and may decide against one. Here a fusion always
+        # saves a pass over [N, V].
+        best = autotune_select_algorithm(
+            source.name, choices, list(inputs), layout, return_multi_template=False
+        )
+    except torch.OutOfMemoryError:
+        best = choices[0].output_node()
+    node = best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
+    if over is None:
+        return node
+    _buffer(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
+    return ir.TensorBox(over)
+
+
+# Passes
+
+HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")

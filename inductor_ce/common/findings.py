@@ -1,0 +1,108 @@
+"""What recognition finds, as data: a Site for each loss rewritten, a Miss for each one left alone."""
+
+from __future__ import annotations
+
+import enum
+import linecache
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.fx import Node
+
+
+class Reason(enum.Enum):
+    """Why a loss was left as it was. The value is the remedy, told to the user after the fact."""
+
+    SMALL_VOCAB = "Lower the option min_vocab if you want it fused all the same."
+    DYNAMIC_VOCAB = "Leave the vocabulary dimension static: a kernel is built for one size."
+    CLASS_WEIGHTS = "Detach the class weights: no gradient reaches them through the kernels."
+    SOFT_TARGETS = (
+        "Detach the targets if they are meant as constants; no gradient reaches them through the kernels."
+    )
+    LOGITS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
+    NOT_UNDERSTOOD = (
+        "If this is a cross entropy, write this step in one of the spellings that the README lists; "
+        "if not, it runs as written."
+    )
+    MUTATED = "Make the edit out of place, or move it before or after the whole loss."
+    UNSUPPORTED_DTYPE = "Use float16, bfloat16, float32 or float64 logits."
+    UNSUPPORTED_TENSOR = "Compute the loss on plain tensors."
+    PLACEMENTS = (
+        "Shard the vocabulary over at most one dimension of the mesh, and the rows of the labels like those "
+        "of the logits."
+    )
+    OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
+    FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
+    INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."
+
+
+@dataclass(frozen=True)
+class Site:
+    """A loss that was rewritten.
+
+    Attributes:
+        location: the user's line, "file.py:41".
+        code: the text of that line.
+        form: the normal form of each value taken from the logits, for example
+            "mean[y != -100](lse - pick(y))", joined by "; ".
+        statistics: the statistics of a row that it needs, for example ("lse", "pick(y)").
+        which: the rows of `row_stats` that hold them, for example "max,sumexp,pick".
+        sharded: whether the vocabulary is split over ranks.
+        strategy: how the logits are dealt with; "materialise" keeps them.
+        logits_bytes: size of the logits, with a hint in place of a symbolic N.
+        head: a sentence on who else has the logits in memory, for example that they are returned, or that
+            they were dropped; "" where there is nothing to tell.
+        plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
+    """
+
+    location: str
+    code: str
+    form: str
+    statistics: tuple[str, ...]
+    which: str
+    sharded: bool
+    strategy: str
+    logits_bytes: int
+    head: str = ""
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A loss that was left as it was.
+
+    Attributes:
+        location: the user's line, "file.py:41".
+        code: the text of that line.
+        reason: a `Reason`.
+        message: what was tried, the fact that stopped it, and the remedy.
+    """
+
+    location: str
+    code: str
+    reason: Reason
+    message: str
+
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
+_PACKAGE = Path(__file__).parents[1]
+_NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, _PACKAGE))
+
+
+def user_line(node: Node) -> tuple[str, str]:
+    """("file.py:41", the text of that line): the innermost frame outside torch and us that made `node`."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    outside = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
+    if not outside:
+        return "<unknown>:0", ""
+    file, line = outside[-1]
+    return f"{os.path.basename(file)}:{line}", linecache.getline(file, int(line)).strip()
+
+
+def make_miss(node: Node, reason: Reason, fact: str) -> Miss:
+    """The refusal of the loss at `node`: `fact` is a sentence, to which the remedy is added."""
+    location, code = user_line(node)
+    return Miss(location, code, reason, f"{fact} {reason.value}")

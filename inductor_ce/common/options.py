@@ -1,0 +1,88 @@
+"""Options: what a user may set, checked once at the door."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import OptionError
+from .strategies import MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
+
+ON_MISS = ("ignore", "warn", "raise")
+WANTED = ("auto", MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `install(**options)` and `torch.compile(..., options={...})` accept.
+
+    Attributes:
+        min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
+            there. At least 2.
+        strategy: how the linear layer before the logits is dealt with. "materialise" keeps all logits in
+            memory; "token_chunks" makes those of some rows at a time, with their gradient; "vocab_slabs"
+            those of some classes at a time, and again in the backward. "auto" chooses.
+        memory_budget: extra memory that the head may take beyond the gradients, in bytes (an int), or as a
+            fraction of the logits (a float).
+        on_miss: what happens when a loss is seen and left as it was: "ignore" (it is still counted,
+            logged and listed by `explain`), "warn", or "raise" a `MissError`.
+        verify: compute each rewritten loss both ways, compare values and gradients when they are first
+            made, and use the original, with an error in the log, where they differ. For a run of a few
+            steps: it costs the time and memory of both.
+        drop_logits: for programs that never read the logits which a compiled function returns beside its
+            loss. Where a rewritten loss is all else that needs them, NaN of the same shape, dtype and device
+            is returned in their place: one element in memory, expanded, so that any use is loud, and without
+            a gradient: what is computed from it adds nothing to that of the loss. It is the logits
+            themselves that are dropped, cast or viewed or as they are; a part of them, such as the last
+            position's, keeps all of them. So do a DTensor, a change in place, and `verify`.
+    """
+
+    min_vocab: int = 1024
+    strategy: str = "auto"
+    memory_budget: int | float | None = None
+    on_miss: str = "ignore"
+    verify: bool = False
+    drop_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.strategy not in WANTED:
+            raise OptionError(
+                f"strategy must be one of {', '.join(map(repr, WANTED))}, got {self.strategy!r}"
+            )
+        if not _is_budget(self.memory_budget):
+            raise OptionError(
+                f"memory_budget must be bytes (an int), a fraction (a float) or None, and positive, "
+                f"got {self.memory_budget!r}"
+            )
+        if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
+            raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
+        for name in ("verify", "drop_logits"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.on_miss not in ON_MISS:
+            raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
+
+    def key(self) -> tuple[tuple[str, Any], ...]:
+        """A stable value that differs whenever the options do, for cache keys."""
+        return tuple(sorted(asdict(self).items()))
+
+
+def _is_budget(value: Any) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
+
+
+def option_names() -> list[str]:
+    return [f.name for f in fields(Options)]
+
+
+def make_options(given: dict[str, Any]) -> Options:
+    """Options from keywords. Raises OptionError, with the valid names, for one that does not exist."""
+    unknown = sorted(set(given) - set(option_names()))
+    if unknown:
+        raise OptionError(
+            f"unknown option{'s' * (len(unknown) > 1)} {', '.join(map(repr, unknown))}; "
+            f"valid options are {', '.join(option_names())}"
+        )
+    return Options(**given)

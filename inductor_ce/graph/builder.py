@@ -1,0 +1,78 @@
+"""Nodes that are added to a graph, with their example values, and taken back if anything fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..common.compat.graphs import enable_python_dispatcher, fake_mode_of
+from ..common.compat.inductor import decompositions
+from .shapes import tensor_of
+
+
+class Builder:
+    """Appends nodes with example values at one place of a graph, and can take them all back.
+
+    Args:
+        graph, before: where.
+        like: a node whose place in the user's code the new ones share.
+        key: under which `meta` has the example values.
+    """
+
+    def __init__(self, graph: Graph, before: Node, like: Node, key: str = "example_value"):
+        self._graph, self._before, self._like, self._key = graph, before, like, key
+        self._fake_mode = fake_mode_of(tensor_of(like))
+        self.created: list[Node] = []
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Call a function, or the Tensor method whose name is given."""
+        with self._graph.inserting_before(self._before):
+            op = "call_method" if isinstance(target, str) else "call_function"
+            node = self._graph.create_node(op, target, args, kwargs)
+        self.created.append(node)
+        if "stack_trace" in self._like.meta:
+            node.meta["stack_trace"] = self._like.meta["stack_trace"]
+        node.meta[self._key] = self._example(target, args, kwargs)
+        return node
+
+    def _example(self, target: Any, args: Any, kwargs: Any) -> Any:
+        real_args, real_kwargs = torch.fx.node.map_arg(
+            (args, kwargs), lambda n: n.meta.get("example_value", n.meta.get("val"))
+        )
+        if isinstance(target, str):
+            receiver, *real_args = real_args
+            target = getattr(receiver, target)
+        with self._fake_mode, enable_python_dispatcher(), torch.no_grad():
+            return target(*real_args, **real_kwargs)
+
+    def again(self, node: Node, sources: dict[Node, Node]) -> Node:
+        """The operation of `node` on other sources."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), sources.__getitem__)
+        return self(node.target, *args, **kwargs)
+
+    def traced(self, f: Callable[..., torch.Tensor], sources: Sequence[Node]) -> Node:
+        """The nodes of f(*sources), in the operators of ATen."""
+        with self._fake_mode, torch.no_grad():
+            traced = make_fx(f, decomposition_table=decompositions())(
+                *(tensor_of(source) for source in sources)
+            )
+        made: dict[Node, Any] = {}
+        given = iter(sources)
+        for node in traced.graph.nodes:
+            if node.op == "placeholder":
+                made[node] = next(given)
+            elif node.op == "output":
+                (result,) = node.args
+                return made[result]
+            else:
+                made[node] = self.again(node, made)
+        raise AssertionError("a graph without an output")
+
+    def undo(self) -> None:
+        for node in reversed(self.created):
+            self._graph.erase_node(node)
+        self.created.clear()

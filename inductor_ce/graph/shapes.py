@@ -1,0 +1,64 @@
+"""What is known of the tensors that nodes stand for: their examples, and sizes that may be symbolic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+Size = int | torch.SymInt
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The example tensor of a node: None for another kind of value, or where shapes were not recorded."""
+    if not isinstance(node, Node):
+        return None
+    value = node.meta.get("example_value", node.meta.get("val"))
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def example_of(node: Node) -> torch.Tensor:
+    """The tensor that a node stands for, which has one."""
+    example = tensor_of(node)
+    assert example is not None, f"{node} is no tensor"
+    return example
+
+
+def shape_of(node: Node) -> tuple[Size, ...]:
+    value = tensor_of(node)
+    assert value is not None, f"{node} is no tensor"
+    return tuple(value.shape)
+
+
+def equal(a: Size, b: Size) -> bool:
+    """Whether two sizes are known to be equal, without adding a guard."""
+    return a == b if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
+
+
+def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return len(a) == len(b) and all(map(equal, a, b))
+
+
+def same_count(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    return equal(math.prod(a), math.prod(b))
+
+
+def constant(size: Size) -> int | None:
+    """The value of a size that does not depend on a symbol."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_Integer else None
+
+
+def hint(size: Size) -> int:
+    """A size as a number, for reports and estimates only."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def is_hinted(size: Size) -> bool:
+    """Whether anything is known of a size when code is compiled."""
+    return isinstance(size, int) or size.node.hint is not None

@@ -1,0 +1,14 @@
+"""The head: the linear layer before the statistics, so computed that the logits are never all in memory.
+
+In:   a joint graph of forward and backward, with `row_stats` and `row_grad`, and the options.
+Out:  the same with each head in token chunks, vocabulary slabs or forward only, or whole with the reason.
+
+    find            the head of a `row_stats`, in the joint graph; `calls`, `sizes`, what its nodes are given
+    plan            numbers in, a plan out; never looks at free memory or a clock
+    proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is
+    pieces          a head for some of its rows or columns
+    token_chunks    some rows at a time; vocab_slabs, some columns
+    gradients       what sums the gradients of pieces, or puts them together; `narrow_sums`, in 16 bits
+    recompute       the chain before logits that are kept is rebuilt in the backward, not saved
+    fuse            the pass: find, plan, prove, rearrange
+"""

@@ -1,0 +1,37 @@
+"""What nodes of a joint graph are given: their arguments by name, and the tensors that they stand for."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from ..graph.walk import args_of
+
+
+class StatsCall(NamedTuple):
+    """The arguments of `row_stats`."""
+
+    z: Node
+    labels: list[Node]
+    weights: list[Node]
+    which: str
+
+
+class GradCall(NamedTuple):
+    """The arguments of `row_grad`."""
+
+    z: Node
+    labels: list[Node]
+    weights: list[Node]
+    m: Node
+    coefficients: Node
+    which: str
+
+
+def stats_call(node: Node) -> StatsCall:
+    return StatsCall(*args_of(node))
+
+
+def grad_call(node: Node) -> GradCall:
+    return GradCall(*args_of(node))

@@ -1,0 +1,307 @@
+"""Find heads in a joint graph: the linear layer before `row_stats`, and all that is made of its logits.
+
+    z = product(hidden, columns) -> views and pointwise nodes -> row_stats
+    row_grad -> views and pointwise nodes -> the products that make gradients of it
+
+A node of a head whose size is that of the logits is *wide*. All wide nodes are [N, V] in the same order, with
+whatever views between them, so that any of them can be made for a few rows or for a few columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.graphs import OpOverload
+from ..graph.shapes import equal, shape_of, tensor_of
+from ..graph.walk import args_of
+from .calls import grad_call, stats_call
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+ORDERED_VIEWS = {
+    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+}
+PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
+VIEWS = ORDERED_VIEWS | PERMUTATIONS
+COPIES = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+
+# What a product, or a sum, makes of the gradient of the logits.
+HIDDEN, WEIGHT, WEIGHT_T, BIAS = "hidden", "weight", "weight_t", "bias"
+
+
+class NoHead(Exception):
+    """Why the logits of a `row_stats` are no head's that can be divided, in words."""
+
+
+@dataclass
+class Head:
+    """A head.
+
+    Attributes:
+        product: the node that makes the logits, mm, addmm, or bmm with a batch of one.
+        hidden: [N, D] or [1, N, D].
+        columns: the weight as [D, V] or [1, D, V].
+        bias: [V], or None.
+        wide: all wide nodes but `product`, in the order of the graph; `row_grad` too.
+        stats: the `row_stats` nodes.
+        exits: what reads wide nodes to make gradients, and what each makes.
+    """
+
+    product: Node
+    hidden: Node
+    columns: Node
+    bias: Node | None
+    wide: list[Node] = field(default_factory=list)
+    stats: list[Node] = field(default_factory=list)
+    exits: dict[Node, str] = field(default_factory=dict)
+
+    @property
+    def n(self) -> Any:
+        return shape_of(self.product)[-2]
+
+    @property
+    def v(self) -> Any:
+        return shape_of(self.product)[-1]
+
+    @property
+    def d(self) -> Any:
+        return shape_of(self.columns)[-2]
+
+    @property
+    def grads(self) -> list[Node]:
+        return [node for node in self.wide if node.target == ops.ROW_GRAD]
+
+    @property
+    def chained(self) -> bool:
+        """Whether anything but views lies between the product and the statistics."""
+        return any(is_pointwise(node) for node in self.wide)
+
+    def labels(self) -> list[Node]:
+        """The labels that gradients of the logits are made of, each once."""
+        return list(dict.fromkeys(label for node in self.grads for label in grad_call(node).labels))
+
+    def beside(self) -> list[Node]:
+        """What is combined with wide nodes, in pointwise nodes."""
+        wide = {self.product, *self.wide}
+        readers = [node for node in self.wide if node.target != ops.ROW_GRAD]
+        return [s for node in readers for s in node.all_input_nodes if s not in wide]
+
+    def factors(self) -> list[Node]:
+        """What gradients are multiplied with in products."""
+        wide = {self.product, *self.wide}
+        return [s for node in self.exits for s in node.all_input_nodes if _untransposed(s) not in wide]
+
+    def before_statistics(self) -> list[Node]:
+        """The wide nodes that the statistics are made of, and others that depend on no `row_grad`."""
+        gradients = self.gradients()
+        return [node for node in self.wide if node not in gradients]
+
+    def gradients(self) -> set[Node]:
+        """The wide nodes that depend on a `row_grad`."""
+        found: set[Node] = set()
+        for node in self.wide:
+            if node.target == ops.ROW_GRAD or not found.isdisjoint(node.all_input_nodes):
+                found.add(node)
+        return found
+
+
+def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
+    """(the head or None, its `row_stats` nodes, why it is none that can be divided or ""), each once."""
+    seen: set[Node] = set()
+    for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        if stats in seen:
+            continue
+        try:
+            head = _head_of(stats)
+        except NoHead as why:
+            yield None, [stats], str(why)
+            continue
+        seen.update(head.stats)
+        yield head, head.stats, ""
+
+
+def _head_of(stats: Node) -> Head:
+    roots = _products_before(stats_call(stats).z)
+    if not roots:
+        raise NoHead("no linear layer in the graph makes the logits")
+    if len(roots) > 1:
+        raise NoHead("the logits are made of several products")
+    (product,) = roots
+    if product.target == aten.bmm.default and not equal(shape_of(product)[0], 1):
+        raise NoHead("the logits are a batched product")
+    *added, hidden, columns = args_of(product)
+    bias = added[0] if added else None
+    if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):
+        raise NoHead("the linear layer adds more than a bias")
+    head = Head(product, hidden, columns, bias)
+    if not isinstance(head.v, int):
+        raise NoHead("the number of classes is symbolic")
+    _gather(head)
+    return head
+
+
+def _products_before(node: Node) -> set[Node]:
+    """The products at the root of views and pointwise nodes."""
+    found: set[Node] = set()
+    stack, seen = [node], {node}
+    size = _count(node)
+    while stack:
+        node = stack.pop()
+        if node.target in PRODUCTS:
+            found.add(node)
+        elif _is_ordered_view(node) or is_pointwise(node):
+            sources = [s for s in node.all_input_nodes if s not in seen and _is_of_size(s, size)]
+            stack += sources
+            seen.update(sources)
+    return found
+
+
+def _gather(head: Head) -> None:
+    """Fill in what is made of the logits. Raises NoHead where something else reads them."""
+    order = {node: i for i, node in enumerate(head.product.graph.nodes)}
+    wide: set[Node] = {head.product}
+    stack = [head.product]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user in wide or user in head.exits:
+                continue
+            if user.target == ops.ROW_STATS and _reads_as_logits_only(user, node):
+                if user not in head.stats:
+                    head.stats.append(user)
+            elif exit_kind := _exit_kind(user, node):
+                head.exits[user] = exit_kind
+            elif _is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
+                head.exits |= {u: _exit_kind(u, user) for u in user.users}
+            elif _stays_wide(user, head, wide):
+                wide.add(user)
+                stack.append(user)
+            else:
+                raise NoHead(_escape(user))
+    head.wide = sorted(wide - {head.product}, key=order.__getitem__)
+    head.stats.sort(key=order.__getitem__)
+    gradients = head.gradients()
+    for reader in head.exits:
+        if not any(_untransposed(source) in gradients for source in reader.all_input_nodes):
+            raise NoHead(_escape(reader))
+
+
+def _escape(user: Node) -> str:
+    if user.op == "output":
+        return "the logits are returned"
+    name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
+    return f"the logits, or their gradient, are read by {name} as well"
+
+
+def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
+    """Whether a node is [N, V] in the order of the logits."""
+    if user.target == ops.ROW_GRAD:
+        return all(_reads_as_logits_only(user, node) for node in wide if node in user.all_input_nodes)
+    if not _is_ordered_view(user) and not is_pointwise(user):
+        return False
+    shape = shape_of(user)
+    axis = vocab_axis(user)
+    return axis is not None and equal(shape[axis], head.v) and _is_of_size(user, _count(head.product))
+
+
+def _reads_as_logits_only(user: Node, node: Node) -> bool:
+    """Whether `row_stats` or `row_grad` reads a node as its logits, and not among its weights."""
+    z, labels, weights, *rest = args_of(user)
+    return z is node and node not in (*labels, *weights, *rest)
+
+
+def _untransposed(node: Node) -> Node:
+    return args_of(node)[0] if _is_transposed(node) else node
+
+
+def vocab_axis(node: Node) -> int | None:
+    """The last dimension that is not of size 1."""
+    return next((i for i, s in reversed(list(enumerate(shape_of(node)))) if not equal(s, 1)), None)
+
+
+# Kinds of nodes
+
+
+def is_pointwise(node: Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target in COPIES:
+        return True
+    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _is_ordered_view(node: Node) -> bool:
+    """Whether a node has all elements of its source in their order."""
+    if node.op != "call_function":
+        return False
+    if node.target in ORDERED_VIEWS:
+        return True
+    if node.target == aten.expand.default:
+        return _is_of_size(args_of(node)[0], _count(node))
+    return node.target in PERMUTATIONS and _moves_ones_only(node)
+
+
+def _moves_ones_only(node: Node) -> bool:
+    shape = shape_of(args_of(node)[0])
+    kept = [dim for dim in permutation(node) if not equal(shape[dim], 1)]
+    return kept == sorted(kept)
+
+
+def permutation(node: Node) -> list[int]:
+    """Which dimension of the source each dimension of a permutation is."""
+    rank = len(shape_of(node))
+    order = list(range(rank))
+    if node.target == aten.permute.default:
+        return [dim % rank for dim in args_of(node)[1]]
+    one, other = (0, 1) if node.target == aten.t.default else args_of(node)[1:]
+    if rank >= 2:
+        order[one], order[other] = order[other], order[one]
+    return order
+
+
+def _is_transposed(node: Node) -> bool:
+    """[V, N] or [1, V, N] of [N, V] or [1, N, V]."""
+    if node.target not in PERMUTATIONS:
+        return False
+    order = permutation(node)
+    return order in ([1, 0], [0, 2, 1])
+
+
+def _exit_kind(user: Node, source: Node) -> str:
+    """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
+    if user.target in (aten.mm.default, aten.bmm.default):
+        left, right = user.args
+        if left is right or (user.target == aten.bmm.default and not equal(shape_of(user)[0], 1)):
+            return ""
+        if _is_transposed(source):
+            return WEIGHT if left is source else ""
+        return HIDDEN if left is source else WEIGHT_T
+    if user.target == aten.sum.dim_IntList and not _is_transposed(source):
+        axis, rank = vocab_axis(source), len(shape_of(source))
+        dims = {dim % rank for dim in args_of(user)[1]}
+        rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
+        return BIAS if axis not in dims and rows <= dims else ""
+    return ""
+
+
+def _count(node: Node) -> Any:
+    return math.prod(shape_of(node))
+
+
+def _is_of_size(node: Node, size: Any) -> bool:
+    return tensor_of(node) is not None and equal(_count(node), size)
+
+
+def source_of_exit(node: Node, head: Head) -> Node:
+    """The wide node that an exit reads."""
+    wide = set(head.wide)
+    return next(s for source in node.all_input_nodes if (s := _untransposed(source)) in wide)

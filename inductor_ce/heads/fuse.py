@@ -1,0 +1,195 @@
+"""The joint pass over heads: find them, plan them, rearrange them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.distributed import ALL_GATHER, WAIT
+from ..common.compat.graphs import is_tangent
+from ..common.failsafe import attempt
+from ..common.findings import user_line
+from ..common.options import Options
+from ..common.strategies import MATERIALISE, VOCAB_SLABS
+from ..graph.builder import Builder
+from ..graph.shapes import example_of, hint, shape_of, tensor_of
+from ..graph.walk import args_of, reached, sources_of
+from ..ops.group_rank import GROUP_RANK
+from ..ops.products import COLUMN_SUMS
+from . import find, plan, sizes
+from .calls import grad_call, stats_call
+from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
+from .gradients import replace, result_dtype
+from .pieces import CAST
+from .plan import MIB, Plan
+from .proof import Proof
+from .token_chunks import token_chunks
+from .vocab_slabs import vocab_slabs
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What became of one `row_stats`: the user's line, and the plan for its head."""
+
+    location: str
+    plan: Plan
+
+
+def plan_line(planned: Planned) -> str:
+    """One line for the log."""
+    return f"{planned.location}: {sentence(planned.plan)}"
+
+
+def sentence(plan: Plan) -> str:
+    """The strategy, what it takes, and why."""
+    pieces = f" in {plan.pieces} pieces" if plan.pieces > 1 else ""
+    return f"{plan.strategy}{pieces}, {plan.extra_bytes / MIB:.1f} MiB beyond the gradients: {plan.reason}"
+
+
+def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
+    """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`."""
+    done: list[Planned] = []
+    if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        sizes.from_inputs(graph)
+        _ask_for_ranks_by_inputs(graph)
+    for head, stats, why_not in list(find.find_heads(graph)):
+        made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
+        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
+        done += [Planned(user_line(node)[0], found) for node in stats]
+    return done
+
+
+def _ask_for_ranks_by_inputs(graph: Graph) -> None:
+    """`group_rank` is given a tensor for its device alone; it need not be the logits."""
+    inputs = [node for node in graph.find_nodes(op="placeholder") if tensor_of(node) is not None]
+    for node in graph.find_nodes(op="call_function", target=GROUP_RANK):
+        like, *rest = args_of(node)
+        device = example_of(like).device
+        alike = next((source for source in inputs if example_of(source).device == device), like)
+        node.args = (alike, *rest)
+
+
+def _nbytes(stats: Node) -> int:
+    example = example_of(stats_call(stats).z)
+    return hint(example.numel()) * example.element_size()
+
+
+def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
+    proof = Proof(head)
+    if len(set(map(_is_late, head.grads))) > 1:
+        return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
+    wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
+    if wanted.strategy == MATERIALISE:
+        _sum_biases(graph, head)
+        return wanted
+    build = Builder(graph, graph.output_node(), head.stats[0], key="val")
+    try:
+        made = _performed(build, head, proof, wanted)
+        order = _ordered(graph, made)
+    except NoHead as why:
+        build.undo()
+        return plan.plan(numbers_of(head, proof.why_not, str(why)))
+    except Exception:
+        build.undo()
+        raise
+    for node, new in made.items():
+        replace(node, new)
+        if node.target == WAIT:  # which no elimination of dead code removes
+            order.remove(node)
+            graph.erase_node(node)
+    for node in order:
+        graph.output_node().prepend(node)
+    graph.eliminate_dead_code()
+    return wanted
+
+
+def _sum_biases(graph: Graph, head: find.Head) -> None:
+    """Let the operator make the bias's gradient of a head that stays whole.
+
+    A gradient of the logits that operators alone read may be written over the logits.
+    """
+    for node in [node for node, kind in head.exits.items() if kind == BIAS and head.v]:
+        build = Builder(graph, node, node, key="val")
+        rows = build(aten.reshape.default, args_of(node)[0], [-1, head.v])
+        sums = build(CAST, build(COLUMN_SUMS, rows), example_of(node).dtype)
+        node.replace_all_uses_with(build(aten.reshape.default, sums, list(shape_of(node))))
+        graph.erase_node(node)
+
+
+def _performed(build: Builder, head: find.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
+    if wanted.strategy == VOCAB_SLABS:
+        return vocab_slabs(build, head, wanted)
+    return token_chunks(build, head, proof, wanted)
+
+
+def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
+    """All nodes but the output, each behind what it is made of once `made` is in place.
+
+    Raises NoHead where there is no such order.
+    """
+    order: list[Node] = []
+    placed: set[Node] = set()
+    waiting: set[Node] = set()
+    for node in graph.nodes:
+        stack = [node]
+        while stack:
+            top = stack[-1]
+            sources = (made.get(source, source) for source in top.all_input_nodes)
+            missing = [source for source in sources if source not in placed]
+            if missing:
+                if top in waiting:
+                    raise NoHead("what the loss reads beside the logits is made of their statistics")
+                waiting.add(top)
+                stack += reversed(missing)
+                continue
+            stack.pop()
+            if top not in placed:
+                placed.add(top)
+                order.append(top)
+    return [node for node in order if node.op != "output"]
+
+
+def numbers_of(head: find.Head, varies: str, escapes: str = "") -> plan.HeadNumbers:
+    """What the plan is made from."""
+    kinds = set(head.exits.values())
+    weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
+    z = example_of(head.product)
+    return plan.HeadNumbers(
+        n=hint(head.n),
+        v=head.v,
+        d=hint(head.d),
+        element=z.element_size(),
+        weight_element=min((dtype.itemsize for dtype in weights), default=4),
+        backward=bool(head.grads),
+        wants_hidden=HIDDEN in kinds,
+        wants_weight=bool(weights),
+        labelled=bool(head.labels()),
+        chained=head.chained,
+        float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},
+        escapes=escapes,
+        varies=varies,
+        sharded=bool(exchanges := _exchanges(head.stats)),
+        uneven=not all(map(_is_among_equals, exchanges)),
+    )
+
+
+def _is_late(grad: Node) -> bool:
+    """Whether a `row_grad` depends on an upstream gradient."""
+    return any(map(is_tangent, reached([grad_call(grad).coefficients], sources_of)))
+
+
+def _is_among_equals(gather: Node) -> bool:
+    """Whether all ranks of the group have the same number of columns."""
+    _, _, group = args_of(gather)
+    ranks = gather.graph.find_nodes(op="call_function", target=GROUP_RANK)
+    return any(args_of(node)[1:] == (group, True) for node in ranks)
+
+
+def _exchanges(stats: list[Node]) -> list[Node]:
+    """The nodes by which ranks exchange statistics."""
+    return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]

@@ -1,0 +1,187 @@
+"""The gradients that a head gives, summed from its pieces or put together from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..common.compat.graphs import IN_MEMORY
+from ..graph.shapes import example_of, shape_of
+from ..graph.walk import args_of
+from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
+from .find import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T, source_of_exit
+from .narrow_sums import NarrowSum
+from .pieces import CAST, ROWS, Pieces, Range, empty, into, on
+from .plan import Plan
+
+aten = torch.ops.aten
+
+
+class Exit:
+    """One gradient, such as that of the weight: an accumulator, to which each piece gives its part.
+
+    Cut along the dimension that a product sums over, it is a sum, else it is put together.
+
+    Args:
+        pieces: of the head.
+        node: the product, or the sum, that made the gradient of the whole.
+        plan: which says what is kept in float32 though it is 16-bit.
+    """
+
+    def __init__(self, pieces: Pieces, node: Node, plan: Plan):
+        self.pieces, self.build, self.node = pieces, pieces.build, node
+        self.kind = pieces.head.exits[node]
+        self.source = source_of_exit(node, pieces.head)
+        self.is_summed = (pieces.dim == ROWS) != (self.kind == HIDDEN)
+        self.dtype = result_dtype(node)
+        self._wide = self.dtype.itemsize < 4 and (plan.wide_sum if self.is_summed else plan.wide_hidden)
+        self._out: Node | None = None
+        self._parts: list[Node] = []
+        self._operand = None if self.kind == BIAS else self._other_factor()
+        self._beside = self._narrow_sum() if plan.pieces > 1 else None
+
+    def _narrow_sum(self) -> NarrowSum | None:
+        """What stands beside the weight's gradient where it is summed in 16 bits."""
+        if not self.is_summed or self._wide or self.dtype.itemsize >= 4 or not self.pieces.head.labels():
+            return None
+        if self.kind not in (WEIGHT, WEIGHT_T):
+            return None
+        assert self._operand is not None
+        return NarrowSum(self.pieces, self._operand, self._width(self._operand))
+
+    def _other_factor(self) -> Node:
+        """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
+        left, right = args_of(self.node)[:2]
+        if self.kind == WEIGHT_T:
+            return self._transposed(self.pieces.matrix(left))
+        return self.pieces.matrix(right)
+
+    def add(self, dz: Node, piece: Range, first: bool) -> Node:
+        """Take in the gradient of a piece of the logits. Returns what is then made.
+
+        The products read it from memory, one of them transposed. Inductor would give that one a copy.
+        """
+        dz.meta[IN_MEMORY] = True
+        if self.kind == BIAS:
+            return self._add_bias(dz)
+        assert self._operand is not None
+        other = self._operand
+        out = self._empty(other) if self._out is None else self._out
+        if self._beside is not None:
+            self._out = self._beside.add(out, dz, piece, first)
+            return self._out
+        left = dz if self.kind == HIDDEN else self._transposed(dz)
+        if self.is_summed:
+            other = self.pieces.cut(other, piece, 0)
+            self._out = into(self.build, out, left, other, accumulate=not first)
+        else:
+            self._out = into(self.build, out, left, other, start=piece.start)
+        return self._out
+
+    def _empty(self, operand: Node) -> Node:
+        rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
+        dtype = torch.float32 if self._wide else self.dtype
+        return empty(self.build, [rows, self._width(operand)], dtype, example_of(operand).device)
+
+    def _width(self, operand: Node) -> Any:
+        width = shape_of(operand)[1]
+        return width if isinstance(width, int) else self.build(aten.sym_size.int, operand, 1)
+
+    def _add_bias(self, dz: Node) -> Node:
+        part = self.build(COLUMN_SUMS, dz)
+        if self.is_summed and self._parts:
+            part = self.build(aten.add.Tensor, self._parts.pop(), part)
+        self._parts.append(part)
+        return part
+
+    def _transposed(self, node: Node) -> Node:
+        return self.build(aten.permute.default, node, [1, 0])
+
+    def finish(self, scale: Node | None, of_rows: bool = False) -> Node:
+        """The gradient of the whole, times a scalar, as `node` was.
+
+        NOTE 0 stays 0. A scalar that depends on the rows, `of_rows`, may be the inverse of the number of rows
+        that were chosen. Where none is, 0 is what the choice gives each row, and not 0 times infinity.
+        """
+        build = self.build
+        out = self._out
+        if self.kind == BIAS:
+            out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
+        assert out is not None
+
+        def scaled(x: Node) -> Node:
+            return x if scale is None else self._scaled(x, scale, of_rows)
+
+        out = scaled(out)
+        if self._beside is not None:
+            out = self._beside.complete(out, scaled)
+        if self._must_be_copied(out, scale):
+            out = build(ONCE_MADE, out, self.dtype, [])
+        elif example_of(out).dtype != self.dtype:
+            out = build(CAST, out, self.dtype)
+        if self.kind == WEIGHT_T:
+            out = self._transposed(out)
+        return self._in_shape(out)
+
+    def _must_be_copied(self, out: Node, scale: Node | None) -> bool:
+        """Whether it was written in place in this graph and anything but operators would read it."""
+        if self.kind == BIAS or (scale is not None and self._beside is None):
+            return False
+        return example_of(out).dtype != self.dtype or _is_read_by_loops(self.node)
+
+    def _scaled(self, x: Node, scale: Node, of_rows: bool) -> Node:
+        build = self.build
+        if x is self._out and not of_rows:
+            return build(TIMES, x, scale)
+        made = build(aten.mul.Tensor, x, scale)
+        if of_rows:
+            zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
+            made = build(aten.where.self, build(aten.eq.Scalar, x, 0), zero, made)
+        return made
+
+    def _in_shape(self, out: Node) -> Node:
+        wanted = shape_of(self.node)
+        if len(wanted) == len(shape_of(out)):
+            return out
+        if self.kind == BIAS:
+            size = [s if s == self.pieces.head.v else 1 for s in wanted]
+            return self.build(aten.reshape.default, out, size)
+        return self.build(aten.unsqueeze.default, out, 0)
+
+
+def _is_read_by_loops(node: Node) -> bool:
+    """Whether anything but the output reads a node, be it through views."""
+    return any(
+        _is_read_by_loops(user) if user.target in VIEWS else user.op != "output" for user in node.users
+    )
+
+
+def result_dtype(node: Node) -> torch.dtype:
+    """The dtype in which a gradient is wanted: that of `node`, or float32 where all cast it to that."""
+    own = example_of(node).dtype
+    users = list(node.users)
+    while users:
+        user = users.pop()
+        if user.target in VIEWS:
+            users += user.users
+        elif user.target != CAST or args_of(user)[1] != torch.float32:
+            return own
+    return torch.float32 if own.itemsize < 4 and node.users else own
+
+
+def replace(node: Node, new: Node) -> None:
+    """Put a node in the place of another, whose dtype it need not have where views and casts read it."""
+    node.replace_all_uses_with(new)
+    dtype = example_of(new).dtype
+    if dtype != example_of(node).dtype:
+        _retype(new, dtype)
+
+
+def _retype(node: Node, dtype: torch.dtype) -> None:
+    """Tell the views of a node that its dtype has changed."""
+    for user in node.users:
+        if user.target in VIEWS:
+            user.meta["val"] = user.meta["val"].to(dtype)
+            _retype(user, dtype)

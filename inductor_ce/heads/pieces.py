@@ -1,0 +1,193 @@
+"""Make the wide nodes of a head for some of its rows, or for some of its columns."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .. import ops
+from ..common.compat.graphs import auto_functionalized
+from ..graph.builder import Builder
+from ..graph.shapes import equal, example_of, shape_of, tensor_of
+from ..graph.walk import args_of
+from ..ops.products import LOGITS, PRODUCT_INTO
+from .calls import grad_call, stats_call
+from .find import Head, NoHead, is_pointwise, vocab_axis
+from .plan import piece_size
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+CAST = prims.convert_element_type.default
+ROWS, COLUMNS = 0, 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """Rows, or columns, from `start` up to `end`: numbers, or nodes of numbers."""
+
+    start: Any
+    end: Any
+
+
+class Pieces:
+    """The parts of one head, cut along rows or along columns.
+
+    Args:
+        build: makes nodes.
+        head: the head.
+        dim: ROWS or COLUMNS, along which it is cut.
+
+    Raises:
+        NoHead: something that the head reads cannot be cut.
+    """
+
+    def __init__(self, build: Builder, head: Head, dim: int):
+        self.build, self.head, self.dim = build, head, dim
+        self.hidden = self.matrix(head.hidden)
+        self.columns = self.matrix(head.columns)
+        self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, self.hidden, 0)
+        self._whole: dict[tuple[Node, int], Node] = {}
+
+    def matrix(self, node: Node) -> Node:
+        """[1, A, B] as [A, B]."""
+        return node if len(shape_of(node)) == 2 else self.build(aten.squeeze.dim, node, 0)
+
+    def cut(self, node: Node, piece: Range, dim: int | None = None) -> Node:
+        """A piece of a matrix, or of a vector, along a dimension of its own."""
+        return self.build(aten.slice.Tensor, node, self.dim if dim is None else dim, piece.start, piece.end)
+
+    # Forward
+
+    def logits(self, piece: Range, after: list[Node]) -> Node:
+        """The piece of the logits, once what is in `after` is made."""
+        build, head, bias = self.build, self.head, self.head.bias
+        hidden, columns = self.hidden, self.columns
+        if self.dim == ROWS:
+            hidden = self.cut(hidden, piece)
+        else:
+            columns = self.cut(columns, piece)
+            if bias is not None and equal(shape_of(bias)[0], head.v):
+                bias = self.cut(bias, piece, 0)
+        return build(LOGITS, hidden, columns, bias, after)
+
+    def wide(self, z: Node, piece: Range, nodes: Iterable[Node]) -> dict[Node, Node]:
+        """The piece of each of `nodes`, which lie before the statistics, of the logits `z`."""
+        made = {self.head.product: z}
+        for node in nodes:
+            made[node] = self._made(node, made, piece)
+        return made
+
+    def wide_gradients(
+        self, made: dict[Node, Node], piece: Range, coefficients: dict[Node, tuple[Node, Node]]
+    ) -> dict[Node, Node]:
+        """The same of what depends on a `row_grad`, of which m and coefficients are given."""
+        made = dict(made)
+        for node in self.head.wide:
+            if node.target == ops.ROW_GRAD:
+                made[node] = self.grad(node, made[grad_call(node).z], piece, *coefficients[node])
+            elif node not in made:
+                made[node] = self._made(node, made, piece)
+        return made
+
+    def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
+        return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]
+
+    def _again(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
+        """A pointwise node on pieces."""
+
+        def part(source: Node) -> Node:
+            return made[source] if source in made else self._part(source, node, piece)
+
+        args, kwargs = map_arg((node.args, node.kwargs), part)
+        kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
+        return self.build(node.target, *args, **kwargs)
+
+    def _part(self, source: Node, user: Node, piece: Range) -> Node:
+        """What a wide node reads beside wide nodes, as the piece of a matrix that it reads there."""
+        if tensor_of(source) is None or not shape_of(source):
+            return source
+        rows, columns = self._spread(source, user)
+        whole = self._as_matrix(source, rows, columns)
+        return self.cut(whole, piece) if (rows, columns)[self.dim] else whole
+
+    def _spread(self, source: Node, user: Node) -> tuple[bool, bool]:
+        """Whether it differs from row to row, and from column to column."""
+        shape, of_user = shape_of(source), shape_of(user)
+        shape = (1,) * (len(of_user) - len(shape)) + tuple(shape)
+        axis = vocab_axis(user)
+        assert axis is not None, "wide nodes have the vocabulary axis"
+        rows = [(s, u) for i, (s, u) in enumerate(zip(shape, of_user, strict=True)) if i != axis]
+        some = any(not equal(s, 1) for s, _ in rows)
+        if some and not all(equal(s, u) for s, u in rows):
+            raise NoHead("the logits are combined with what differs between some of the rows only")
+        return some, not equal(shape[axis], 1)
+
+    def _as_matrix(self, source: Node, rows: bool, columns: bool) -> Node:
+        key = (source, 2 * rows + columns)
+        if key not in self._whole:
+            size = [self.n if rows else 1, self.head.v if columns else 1]
+            self._whole[key] = self.build(aten.reshape.default, source, size)
+        return self._whole[key]
+
+    def stats(self, node: Node, z: Node, piece: Range, which: str | None = None) -> Node:
+        """The statistics `node` of a piece; other rows of them, if given."""
+        which = which or stats_call(node).which
+        return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which)
+
+    def grad(self, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
+        labels, weights = self._constants(node, piece)
+        return self.build(ops.ROW_GRAD, z, labels, weights, m, coefficients, grad_call(node).which)
+
+    def _constants(self, node: Node, piece: Range) -> tuple[list[Node], list[Node]]:
+        """The labels and weights of `row_stats` or `row_grad`, for a piece."""
+        labels, weights = args_of(node)[1:3]
+        if self.dim == ROWS:
+            own = [q if len(shape_of(q)) == 1 else self.cut(q, piece, 0) for q in weights]
+            return [self.cut(y, piece, 0) for y in labels], own
+        own = [self.cut(q, piece, len(shape_of(q)) - 1) for q in weights]
+        return [self._shifted(y, piece) for y in labels], own
+
+    def _shifted(self, label: Node, piece: Range) -> Node:
+        """Labels relative to the first of the columns."""
+        wide = self.build(CAST, label, torch.int64)
+        return self.build(aten.sub.Tensor, wide, piece.start)
+
+
+def empty(build: Builder, size: list[Any], dtype: torch.dtype, device: torch.device) -> Node:
+    return build(aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
+
+
+def on(node: Node) -> dict[str, Any]:
+    """Where a new tensor is made beside a node's."""
+    return {"device": example_of(node).device, "pin_memory": False}
+
+
+def into(build: Builder, out: Node, a: Node, b: Node, *, start: Any = 0, accumulate: bool = False) -> Node:
+    """`product_into` as a function."""
+    made = in_place(build, PRODUCT_INTO, {"out": out}, a=a, b=b, start=start, accumulate=accumulate)
+    return build(operator.getitem, made, 1)
+
+
+def in_place(build: Builder, op: Any, written: dict[str, Node], **others: Any) -> Node:
+    """An operator as a function: (what it returns, *what it has written).
+
+    Inductor writes in place, as nobody else reads what is written.
+    """
+    places = {f"_{name}_base_index": i for i, name in enumerate(written)}
+    return build(auto_functionalized, op, **others, **places, _all_bases=[*written.values()])
+
+
+def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
+    """`size` cut in so many ranges, equal but for the last."""
+    if isinstance(size, int):
+        step = max(piece_size(size, pieces), 1)
+        return [Range(start, min(start + step, size)) for start in range(0, size, step)] or [Range(0, size)]
+    part = build(operator.floordiv, size, pieces)
+    starts: list[Any] = [0, *(build(operator.mul, part, i) for i in range(1, pieces))]
+    return [Range(start, end) for start, end in zip(starts, [*starts[1:], size], strict=True)]

@@ -1,0 +1,298 @@
+"""How a head is computed: numbers in, a `Plan` out. It never looks at free memory or a clock.
+
+A head is the linear layer before the statistics with the products of its gradients. Extra memory is the
+most that is held at once beyond the hidden states, the weight, and their gradients.
+
+    strategy       products  extra memory
+    materialise    6 NVD     N V logits
+    token_chunks   6 NVD     logits of N / K rows; 16-bit gradients in float32, where not left at 16 bits
+    vocab_slabs    8 NVD     logits of V / S columns; a 16-bit dh in float32
+    forward_only   2 NVD     logits of one chunk
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
+
+MIB = 2**20
+
+SMALL = 128 * MIB  # logits that are not worth dividing
+NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
+CHUNK_ROWS = 2048  # products over fewer rows run more slowly
+ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
+LEAST_ROWS = 1024
+LEAST_COLUMNS = 8192
+FORWARD_ROWS = 512  # a multiple of it
+FORWARD_BYTES = 512 * MIB
+SLABS_BUDGET = 0.27  # of the logits, where nothing else is asked
+WORTH = 0.6  # of the logits: what dividing must leave less than
+MOST_PIECES = 128  # the graph grows with each
+
+# NOTE float32 beside 16-bit gradients
+# Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
+# them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
+# its entries at the labels (see products.py). Such a sum, and such a gradient of the hidden states, is
+# rounded before the upstream gradient is known and, if that is no power of two, once more.
+NARROW_CHUNKS = 8
+LITTLE = 32 * MIB
+LITTLE_OF_LOGITS = 1 / 64
+
+
+@dataclass(frozen=True)
+class HeadNumbers:
+    """What a plan is made from.
+
+    Attributes:
+        n, v, d: rows, classes and hidden size; of this rank where the classes are sharded.
+        element: bytes of a logit.
+        weight_element: bytes of an element of the weight's gradient.
+        backward: whether a gradient is wanted.
+        wants_hidden, wants_weight: which.
+        chained: whether a gradient needs memory of its own beside the logits.
+        labelled: whether gradients have entries at labels, which stand out.
+        float16: whether gradients are float16, which need the true upstream gradient within its range.
+        escapes: why the logits must be in memory, or "".
+        varies: why the gradient cannot be made in the forward, or "".
+        sharded: whether the classes are sharded over ranks, which must then decide alike: a budget in bytes
+            is not looked at where that could differ.
+        uneven: whether ranks may have different numbers of classes, or none.
+    """
+
+    n: int
+    v: int
+    d: int
+    element: int = 2
+    weight_element: int = 2
+    backward: bool = True
+    wants_hidden: bool = True
+    wants_weight: bool = True
+    chained: bool = False
+    labelled: bool = True
+    float16: bool = False
+    escapes: str = ""
+    varies: str = ""
+    sharded: bool = False
+    uneven: bool = False
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.n * self.v * self.element
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A strategy.
+
+    Attributes:
+        strategy: one of `STRATEGIES`.
+        pieces: how many chunks of rows or slabs of columns; 1 where nothing is divided.
+        wide_sum: whether the gradient that is a sum over pieces is summed in float32 though it is 16-bit.
+        extra_bytes: the extra memory.
+        reason: why, in words.
+        wide_hidden: whether the hidden states' gradient, put together from chunks, waits in float32 for its
+            upstream gradient though it is 16-bit.
+    """
+
+    strategy: str
+    pieces: int
+    wide_sum: bool
+    extra_bytes: int
+    reason: str
+    wide_hidden: bool = False
+
+
+def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float | None = None) -> Plan:
+    """How to compute a head.
+
+    Args:
+        head: the numbers.
+        strategy: "auto", or the one wanted; where it cannot be had, the nearest that can.
+        memory_budget: extra memory to keep to, in bytes, or as a fraction (a float) of the logits. The
+            fewest pieces that keep to it are taken, and where none do, those that come nearest.
+    """
+    if head.escapes:
+        return _materialise(head, head.escapes)
+    if strategy == MATERIALISE:
+        return _materialise(head, "asked for")
+    budget = int(memory_budget * head.logits_bytes) if isinstance(memory_budget, float) else memory_budget
+    if not head.backward:
+        return _forward_only(head, strategy, budget)
+    if strategy == VOCAB_SLABS:
+        return _slabs(head, budget, "asked for")
+    why_not = _why_no_chunks(head)
+    if head.sharded and not why_not:
+        return _alike(head, strategy, memory_budget)
+    if strategy == TOKEN_CHUNKS:
+        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for")
+    return _auto(head, budget, why_not)
+
+
+def _auto(head: HeadNumbers, budget: int | None, why_not: str) -> Plan:
+    whole = _materialise(head, "")
+    if _is_small(head, budget):
+        return _materialise(head, NOT_WORTH_IT)
+    if budget is not None and whole.extra_bytes <= budget:
+        return _materialise(head, "the logits fit in the budget")
+    if why_not:
+        return _slabs(head, budget, why_not)
+    chunks = _chunks(head, budget, "one scalar scales every gradient, so the forward makes them")
+    if budget is not None:
+        slabs = _slabs(head, budget, "the sum over chunks does not fit in the budget")
+        return slabs if slabs.extra_bytes < chunks.extra_bytes and chunks.extra_bytes > budget else chunks
+    if chunks.pieces == 1 or chunks.extra_bytes > WORTH * whole.extra_bytes:
+        return _materialise(head, "dividing so few rows would save little")
+    return chunks
+
+
+def _alike(head: HeadNumbers, strategy: str, memory_budget: int | float | None) -> Plan:
+    """What every rank decides, whose classes may be fewer: ranks exchange statistics once a chunk.
+
+    The other strategies exchange them once, whatever the pieces, so that each rank may choose for itself.
+    """
+    pieces = _usual_chunks(head)
+    if isinstance(memory_budget, float):
+        pieces = max(1, math.ceil(1 / memory_budget))
+    pieces = _pieces(head.n, max(pieces, 2) if strategy == TOKEN_CHUNKS else pieces)
+    if pieces == 1:
+        return _materialise(head, "dividing so few rows would save little")
+    return _chunks_of(head, pieces, "by rows and fractions alone, on which all ranks agree")
+
+
+def _why_no_chunks(head: HeadNumbers) -> str:
+    if head.varies:
+        return head.varies
+    if head.uneven:
+        return (
+            "ranks with different numbers of classes may not decide alike how often they exchange statistics"
+        )
+    if head.float16:
+        return "float16 gradients without their upstream gradient may leave its range"
+    return ""
+
+
+# One strategy each
+
+
+def _is_small(head: HeadNumbers, budget: int | None) -> bool:
+    return budget is None and head.logits_bytes < SMALL
+
+
+def _usual_chunks(head: HeadNumbers) -> int:
+    """As many chunks as leave products fast, and no more than pay: 0 for fewer rows than one takes."""
+    return min(max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS)), NARROW_CHUNKS)
+
+
+def _materialise(head: HeadNumbers, reason: str) -> Plan:
+    return Plan(MATERIALISE, 1, False, head.logits_bytes * _tensors(head), reason)
+
+
+def _tensors(head: HeadNumbers) -> int:
+    """Tensors of the size of a piece that are held at once."""
+    return 2 if head.backward and head.chained else 1
+
+
+def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
+    if strategy == "auto" and _is_small(head, budget):
+        return _materialise(head, NOT_WORTH_IT)
+    if budget is not None:
+        return _fewest([_forward_of(head, k) for k in (1, *_candidates(head.n))], budget)
+    rows = max(FORWARD_BYTES // (head.v * head.element), 1) if head.v else head.n
+    if rows > FORWARD_ROWS:
+        rows -= rows % FORWARD_ROWS
+    pieces = _pieces(head.n, -(-head.n // max(rows, 1)))
+    return _forward_of(head, pieces if strategy == "auto" else max(pieces, _pieces(head.n, 2)))
+
+
+def _forward_of(head: HeadNumbers, pieces: int) -> Plan:
+    extra = piece_size(head.n, pieces) * head.v * head.element
+    return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
+
+
+def _chunks(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
+    if budget is None:
+        if head.n < LEAST_ROWS:
+            return _chunks_of(head, _pieces(head.n, 2), reason)  # it was asked for
+        return _chunks_of(head, _pieces(head.n, _usual_chunks(head)), reason)
+    return _fewest([_chunks_of(head, k, reason) for k in _candidates(head.n)], budget)
+
+
+def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
+    piece = piece_size(head.n, pieces) * head.v * head.element * _tensors(head)
+    wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
+    beyond = _beyond_weight(head) if wide_sum else 0
+    waiting = _beyond_hidden(head) if wide_hidden else 0
+    # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
+    weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
+    hidden_at_last = head.n * head.d * 4 + beyond if wide_hidden else 0
+    extra = max(piece + beyond + waiting, weight_at_last, hidden_at_last)
+    return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
+
+
+def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:
+    """Whether the sum over chunks is float32 beside a 16-bit gradient of the weight."""
+    if not _sums_16_bit(head, pieces):
+        return False
+    return pieces > NARROW_CHUNKS or not head.labelled or _is_little(_beyond_weight(head), head)
+
+
+def _sums_16_bit(head: HeadNumbers, pieces: int) -> bool:
+    return pieces > 1 and head.wants_weight and head.weight_element < 4
+
+
+def _waits_in_float32(head: HeadNumbers) -> bool:
+    return head.wants_hidden and head.element < 4 and _is_little(_beyond_hidden(head), head)
+
+
+def _beyond_weight(head: HeadNumbers) -> int:
+    return head.v * head.d * (4 - head.weight_element)
+
+
+def _beyond_hidden(head: HeadNumbers) -> int:
+    return head.n * head.d * (4 - head.element)
+
+
+def _is_little(extra: int, head: HeadNumbers) -> bool:
+    return extra <= max(LITTLE, int(LITTLE_OF_LOGITS * head.logits_bytes))
+
+
+def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
+    if budget is None:
+        most = max(head.v // LEAST_COLUMNS, 2)
+        budget = int(SLABS_BUDGET * head.logits_bytes)
+        candidates = [s for s in _candidates(head.v) if s <= most]
+    else:
+        candidates = _candidates(head.v)
+    return _fewest([_slabs_of(head, s, reason) for s in candidates], budget)
+
+
+def _slabs_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
+    piece = head.n * piece_size(head.v, pieces) * head.element * _tensors(head)
+    wide = head.wants_hidden and head.element < 4
+    return Plan(VOCAB_SLABS, pieces, wide, piece + (head.n * head.d * 4 if wide else 0), reason)
+
+
+# Pieces
+
+
+def _candidates(size: int) -> list[int]:
+    """Numbers of pieces to consider, from 2 where `size` allows it."""
+    return sorted({_pieces(size, k) for k in range(2, MOST_PIECES + 1)}) or [1]
+
+
+def _pieces(size: int, wanted: int) -> int:
+    """As many pieces as wanted, if none is to be empty."""
+    return max(1, min(wanted, size, MOST_PIECES))
+
+
+def piece_size(size: int, pieces: int) -> int:
+    """The size of all pieces but the last, which may be smaller."""
+    step = -(-size // pieces)
+    return step if step < 16 * ALIGNED else -(-step // ALIGNED) * ALIGNED
+
+
+def _fewest(plans: list[Plan], budget: int) -> Plan:
+    """The plan with the fewest pieces that keeps to the budget, or the one that comes nearest."""
+    return next((p for p in plans if p.extra_bytes <= budget), min(plans, key=lambda p: p.extra_bytes))

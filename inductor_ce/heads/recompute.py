@@ -1,0 +1,82 @@
+"""The joint pass: what the partitioner must know about the chain before the logits.
+
+`row_stats` and `row_grad` are opaque to AOTAutograd's min-cut partitioner, which therefore saves what they
+read. Where a pointwise chain (cast, scale, soft-cap, bias) leads to the logits, that would be one more
+[N, V] tensor, in float32 more often than not. Tagged for recomputation, the chain is rebuilt in the
+backward, where the gradient's kernel absorbs it, and only the raw logits are saved.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .. import ops
+from ..graph.shapes import hint, tensor_of
+from .find import VIEWS, is_pointwise
+
+aten = torch.ops.aten
+
+_LINKS = {*VIEWS, aten.slice.Tensor, aten.expand.default}
+
+
+def recompute_chains(graph: Graph) -> None:
+    """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
+    returned = set(graph.output_node().all_input_nodes)
+    sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
+    for link in [link for node in sites for link in _chain(node.args[0], returned)]:
+        link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+        link.meta.setdefault("ac_graph_id", 0)
+
+
+def _chain(logits: Node, returned: set[Node]) -> list[Node]:
+    """The nodes between the logits as they are in memory and the logits as the loss reads them."""
+    links: list[Node] = []
+    node = logits
+    while node not in returned and _is_link(node):
+        large = _large_inputs(node)
+        if len(large) != 1:
+            links += _branches(node, returned)
+            break
+        links.append(node)
+        (node,) = large
+    return links if any(is_pointwise(link) for link in links) else []
+
+
+def _branches(node: Node, returned: set[Node]) -> list[Node]:
+    """The links above a node with several large inputs, if one tensor that must be kept is at their root.
+
+    The graph's own inputs, such as a mask, are in memory in any case. Where more is at the root, the one
+    result is less to keep than what it is made of.
+    """
+    links: list[Node] = []
+    roots: set[Node] = set()
+    stack = [node]
+    while stack:
+        node = stack.pop()
+        if node in returned or not _is_link(node):
+            roots.add(node)
+        elif node not in links:
+            links.append(node)
+            stack += _large_inputs(node)
+    made = [root for root in roots if root.all_input_nodes]
+    return links if len(made) <= 1 else []
+
+
+def _is_link(node: Node) -> bool:
+    return node.op == "call_function" and (node.target in _LINKS or is_pointwise(node))
+
+
+def _large_inputs(node: Node) -> list[Node]:
+    """The inputs that are as large as the result."""
+    size = tensor_of(node).numel()  # type: ignore[union-attr]
+    return [source for source in node.all_input_nodes if _is_large(source, size)]
+
+
+def _is_large(node: Node, size: int | torch.SymInt) -> bool:
+    """Whether a tensor has a good part of `size` elements: a slice or a pad still counts, a row does not."""
+    while node.target is aten.expand.default:
+        node = node.args[0]  # type: ignore[assignment]
+    example = tensor_of(node)
+    return example is not None and bool(4 * hint(example.numel()) >= hint(size))

@@ -1,0 +1,176 @@
+"""Token chunks: the logits of a few rows at a time, and their gradient at once.
+
+The gradient is made in the forward for an upstream gradient of 1, and the scalar that all rows share is
+applied in the backward. That there is one, and that a row needs nothing from the others, is what
+`rowlocal.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..common.compat.distributed import ALL_GATHER, WAIT
+from ..common.compat.graphs import is_tangent
+from ..graph.builder import Builder
+from ..graph.shapes import example_of
+from ..graph.walk import args_of
+from ..ops.products import ONCE_MADE
+from .calls import grad_call, stats_call
+from .find import Head
+from .gradients import Exit
+from .pieces import ROWS, Pieces, Range, on, ranges
+from .plan import Plan
+from .proof import Proof
+from .row_locality import Fact, Factor
+
+aten = torch.ops.aten
+
+_OF_OLD_STRIDES = (aten.view.default, aten._unsafe_view.default)  # of what may have other strides now
+
+
+class Coefficients:
+    """The maxima and the coefficients of one chunk after another.
+
+    Attributes:
+        gathered: what ranks gave for the chunks so far, [P * K, rows of the chunk], by the node that waits
+            for what they give for all rows.
+    """
+
+    def __init__(self, pieces: Pieces, proof: Proof):
+        self.pieces, self.proof, self.build = pieces, proof, pieces.build
+        self._calls = {node: grad_call(node) for node in pieces.head.grads}
+        self._nodes = self._depending(
+            [p for call in self._calls.values() for p in (call.m, call.coefficients)]
+        )
+        self._ones: dict[Node, Node] = {}
+        self.gathered: dict[Node, list[Node]] = {}
+
+    def _depending(self, wanted: list[Node]) -> list[Node]:
+        """What must be made anew: all between the statistics, or a factor, and the coefficients."""
+        facts, stats = self.proof.facts, set(self.pieces.head.stats)
+        found: set[Node] = set()
+        stack = list(wanted)
+        while stack:
+            node = stack.pop()
+            fact = facts[node]
+            if node in found or node in stats or (fact.rows is None and not fact.factor):
+                continue
+            found.add(node)
+            if not _is_atom(node, fact):
+                stack += node.all_input_nodes
+        return [node for node in self.pieces.head.product.graph.nodes if node in found]
+
+    def of(self, stats: dict[Node, Node], piece: Range) -> dict[Node, tuple[Node, Node]]:
+        """(m, coefficients) of a chunk, for each `row_grad`, from the statistics of the chunk.
+
+        NOTE All rows. The nodes run on statistics of all rows, of which only those of the chunk are
+        filled in: whatever the views between do to the rows, it stays right, and the rest is not computed,
+        as nobody reads it.
+        """
+        build, pieces = self.build, self.pieces
+        after = self._rows_after(piece)
+        made = {
+            node: build(aten.constant_pad_nd.default, part, [piece.start, after], 0.0)
+            for node, part in stats.items()
+        }
+        for node in self._nodes:
+            if _is_atom(node, self.proof.facts[node]):
+                made[node] = self._one(node)
+            elif node.target == ALL_GATHER:
+                made[node] = self._gathered(node, made, piece)
+            elif node.target == WAIT:
+                waited = build(WAIT, made[args_of(node)[0]])
+                self.gathered.setdefault(node, []).append(waited)
+                made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
+            else:
+                args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
+                target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
+                made[node] = build(target, *args, **kwargs)
+        return {
+            node: (
+                pieces.cut(made.get(call.m, call.m), piece, 0),
+                pieces.cut(made.get(call.coefficients, call.coefficients), piece, 1),
+            )
+            for node, call in self._calls.items()
+        }
+
+    def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
+        """Ranks exchange the statistics of the chunk alone."""
+        own, *rest = args_of(node)
+        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)
+
+    def _rows_after(self, piece: Range) -> Any:
+        n = self.pieces.n
+        if isinstance(n, int):
+            return n - piece.end
+        return self.build(operator.sub, n, piece.end)
+
+    def _one(self, node: Node) -> Node:
+        """1 in the place of a factor."""
+        if node not in self._ones:
+            example = example_of(node)
+            size = list(example.shape)
+            self._ones[node] = self.build(aten.full.default, size, 1.0, dtype=example.dtype, **on(node))
+        return self._ones[node]
+
+
+def _is_atom(node: Node, fact: Fact) -> bool:
+    return fact.factor == ((node, 1),)
+
+
+def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[Node, Node]:
+    """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
+
+    Args:
+        build: makes the nodes.
+        head: the head.
+        proof: about it.
+        plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
+    """
+    pieces = Pieces(build, head, ROWS)
+    coefficients = Coefficients(pieces, proof)
+    exits = [Exit(pieces, node, plan) for node in head.exits]
+    forward = head.before_statistics()
+    parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
+    after: list[Node] = []
+    for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
+        z = pieces.logits(piece, after)
+        made = pieces.wide(z, piece, forward)
+        stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
+        for node, part in stats.items():
+            parts[node].append(part)
+        after = list(stats.values())
+        if exits:
+            of_chunk = coefficients.of(stats, piece)
+            made |= pieces.wide_gradients(made, piece, of_chunk)
+            after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+    parts |= coefficients.gathered
+    whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
+    if exits:
+        whole = {
+            node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()
+        }
+    scale = _scalar(build, proof.factor)
+    of_rows = any(not is_tangent(node) for node, _ in proof.factor)
+    return whole | {e.node: e.finish(scale, of_rows) for e in exits}
+
+
+def _scalar(build: Builder, factor: Factor) -> Node | None:
+    """The value of a factor, []."""
+    result = None
+    for node, power in factor:
+        if example_of(node).dim():
+            node = build(aten.reshape.default, node, [])
+        for _ in range(abs(power)):
+            if result is None and power < 0:
+                result = build(aten.reciprocal.default, node)
+            elif result is None:
+                result = node
+            else:
+                result = build(aten.mul.Tensor if power > 0 else aten.div.Tensor, result, node)
+    return result

@@ -1,0 +1,71 @@
+"""Vocabulary slabs: a few columns of the logits at a time, in the forward and again in the backward.
+
+The statistics of slabs combine by the monoid, as those of ranks do. The backward knows every upstream
+gradient, so whatever the loss is, it works; it costs one more product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.builder import Builder
+from ..ops.combine import chosen, combined, own_rows, with_masses
+from .calls import grad_call, stats_call
+from .find import Head
+from .gradients import Exit
+from .pieces import COLUMNS, Pieces, Range, ranges
+from .plan import Plan
+
+
+def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:
+    """Make statistics and gradients slab by slab. Returns what stands for each `row_stats` and each exit.
+
+    Args:
+        build: makes the nodes.
+        head: the head.
+        plan: how many slabs, of equal size as nearly as may be, and what is summed in float32.
+    """
+    pieces = Pieces(build, head, COLUMNS)
+    forward = head.before_statistics()
+    columns = ranges(build, head.v, plan.pieces)
+    parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
+    after: list[Node] = []
+    for piece in columns:
+        made = pieces.wide(pieces.logits(piece, after), piece, forward)
+        for node in head.stats:
+            call = stats_call(node)
+            parts[node].append(pieces.stats(node, made[call.z], piece, with_masses(call.which)))
+        after = [of_node[-1] for of_node in parts.values()]
+    whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
+    return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, plan)}
+
+
+def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: Plan) -> list[Exit]:
+    head = pieces.head
+    exits = [Exit(pieces, node, plan) for node in head.exits]
+    if not exits:
+        return []
+    coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}
+    after = [c for _, c in coefficients.values()]
+    for i, piece in enumerate(columns):
+        made = pieces.wide(pieces.logits(piece, after), piece, forward)
+        made = pieces.wide_gradients(made, piece, coefficients)
+        after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+    return exits
+
+
+def _whole(build: Builder, node: Node, parts: list[Node], columns: list[Range]) -> Node:
+    """The statistics of whole rows from those of slabs."""
+    wanted = stats_call(node).which
+    which = with_masses(wanted)
+
+    def combine(*blocks: Tensor) -> Tensor:
+        owned = [own_rows(b, which, piece.start) for b, piece in zip(blocks, columns, strict=True)]
+        packed = torch.stack(owned)
+        counts = torch.cat([packed.new_full((1, 1), piece.end - piece.start) for piece in columns])
+        named = dict(zip(which.split(","), packed.unbind(1), strict=True))
+        return chosen(combined(which, packed, named, counts), which, wanted)
+
+    return build.traced(combine, parts)

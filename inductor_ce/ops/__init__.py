@@ -1,0 +1,54 @@
+"""The waist: all before it emits these operators, all after it lowers them.
+
+In:   from `rewriting`, calls of `row_stats`; from `heads`, its pieces, and the products round them.
+Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
+
+    operators       row_stats and row_grad, and what they mean
+    combine         the law by which blocks of columns make a row
+    group_rank      the rank of this process, as a value
+    products        the matrix products of heads, in order and in place; `product_kernels` beside them
+    verified        both ways side by side, for the option `verify`
+    lowering        to `templates/`, or to `loops`
+"""
+
+from .operators import (
+    ARGMAX,
+    DOT,
+    EXPDOT,
+    MASS,
+    MAX,
+    MAX_COLUMNS,
+    PICK,
+    ROW_GRAD,
+    ROW_STATS,
+    SUM,
+    SUMEXP,
+    SUMEXPZ,
+    parse,
+    row_grad,
+    row_stats,
+    stats_dtype,
+    stats_dtype_of,
+    weighed,
+)
+
+__all__ = [
+    "ARGMAX",
+    "DOT",
+    "EXPDOT",
+    "MASS",
+    "MAX",
+    "MAX_COLUMNS",
+    "PICK",
+    "ROW_GRAD",
+    "ROW_STATS",
+    "SUM",
+    "SUMEXP",
+    "SUMEXPZ",
+    "parse",
+    "row_grad",
+    "row_stats",
+    "stats_dtype",
+    "stats_dtype_of",
+    "weighed",
+]

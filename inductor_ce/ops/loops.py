@@ -1,0 +1,150 @@
+"""Lower the two operators to Inductor's own loops, by the definitions in `operators.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..common.compat.inductor import IRNode, call_lowering
+from . import operators
+
+aten, prims = torch.ops.aten, torch.ops.prims
+
+
+def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list[str]) -> IRNode:
+    """[K, N], one of `rows` each, as `operators.row_stats`."""
+    n, v = z.get_size()
+    x = _cast(z, stats_dtype(z))
+    m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
+    gap = _minus_row(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m))
+    exp = call_lowering(aten.exp.default, gap)
+    values = [m, _sum(exp), *(_picked(x, y, m) for y in labels)]
+    if operators.SUM in rows:
+        values.append(_sum(gap))
+    if operators.SUMEXPZ in rows:
+        values.append(_sum(_where(_is_minus_infinity(gap), 0.0, _mul(gap, exp))))
+    if operators.ARGMAX in rows:
+        first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
+        values.append(_cast(first, x.get_dtype()))
+    for name, j in filter(None, map(operators.weighed, rows)):
+        q = _over_rows(weights[j], z)
+        values.append(
+            _sum({operators.DOT: _mul(q, gap), operators.MASS: q, operators.EXPDOT: _mul(q, exp)}[name])
+        )
+    return _stack(values)
+
+
+def row_grad(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: list[str]
+) -> IRNode:
+    """[N, V], as `operators.row_grad`."""
+    of_row = {
+        row: _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1) for k, row in enumerate(rows)
+    }
+    gap = _minus_row(_cast(z, stats_dtype(z)), m)
+    exp = call_lowering(aten.exp.default, gap)
+    dz = _mul(of_row[operators.SUMEXP], exp)
+    column = _unsqueeze(_iota(z.get_size()[1], z), 0)
+    for k, y in enumerate(labels, start=2):
+        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(_cast(y, torch.int64), 1))
+        b = _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
+        dz = _add(dz, _where(hit, b, 0.0))
+    if operators.SUM in rows:
+        dz = _add(dz, of_row[operators.SUM])
+    if operators.SUMEXPZ in rows:
+        slope = _mul(call_lowering(aten.add.Scalar, gap, 1.0), exp)
+        dz = _add(dz, _mul(of_row[operators.SUMEXPZ], _where(_is_minus_infinity(gap), 0.0, slope)))
+    for row in rows:
+        name, j = operators.weighed(row) or ("", 0)
+        if name in (operators.DOT, operators.EXPDOT):
+            term = _mul(of_row[row], _over_rows(weights[j], z))
+            dz = _add(dz, term if name == operators.DOT else _mul(term, exp))
+    return call_lowering(aten.clone.default, _cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+
+
+def stats_dtype(z: IRNode) -> torch.dtype:
+    return operators.stats_dtype_of(z.get_dtype())
+
+
+def over_rows(q: IRNode, z: IRNode) -> IRNode:
+    """A weight [V] or [N, V] as [N, V], without a copy."""
+    return call_lowering(aten.expand.default, q, z.get_size()) if len(q.get_size()) == 1 else q
+
+
+def _over_rows(q: IRNode, z: IRNode) -> IRNode:
+    return over_rows(_cast(q, stats_dtype(z)), z)
+
+
+def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
+    """z_y, 0 where the label is outside; `m` has the shape of the result."""
+    v = x.get_size()[1]
+    inside = call_lowering(
+        aten.bitwise_and.Tensor,
+        call_lowering(aten.ge.Scalar, y, 0),
+        call_lowering(aten.lt.Scalar, _cast(y, torch.int64), v),
+    )
+    index = _cast(_where(inside, y, 0), torch.int64)
+    picked = m
+    if v:
+        picked = call_lowering(
+            aten.squeeze.dim, call_lowering(aten.gather.default, x, 1, _unsqueeze(index, 1)), 1
+        )
+    return _where(inside, picked, 0.0)
+
+
+def _stack(values: list[IRNode]) -> IRNode:
+    """[K, N] of K rows. Not by `cat`, whose lowering on a GPU looks at the node that is being lowered."""
+    k = _unsqueeze(_iota(len(values), values[0]), 1)
+    packed = _unsqueeze(values[-1], 0)
+    for i, value in reversed(list(enumerate(values[:-1]))):
+        packed = _where(call_lowering(aten.eq.Scalar, k, i), _unsqueeze(value, 0), packed)
+    return packed
+
+
+def _iota(size: Any, like: IRNode) -> IRNode:
+    return call_lowering(
+        prims.iota.default,
+        size,
+        start=0,
+        step=1,
+        dtype=torch.int64,
+        device=like.get_device(),
+        requires_grad=False,
+    )
+
+
+def _is_minus_infinity(x: IRNode) -> IRNode:
+    return call_lowering(aten.eq.Scalar, x, -torch.inf)
+
+
+def _minus_row(x: IRNode, row: IRNode) -> IRNode:
+    return call_lowering(aten.sub.Tensor, x, _unsqueeze(row, 1))
+
+
+def _sum(x: IRNode) -> IRNode:
+    return call_lowering(aten.sum.dim_IntList, x, [1])
+
+
+def _add(x: IRNode, y: IRNode) -> IRNode:
+    return call_lowering(aten.add.Tensor, x, y)
+
+
+def _mul(x: IRNode, y: IRNode) -> IRNode:
+    return call_lowering(aten.mul.Tensor, x, y)
+
+
+def _cast(x: IRNode, dtype: torch.dtype) -> IRNode:
+    return call_lowering(prims.convert_element_type.default, x, dtype)
+
+
+def _where(condition: IRNode, yes: Any, no: Any) -> IRNode:
+    return call_lowering(aten.where.self, condition, yes, no)
+
+
+def _unsqueeze(x: IRNode, dim: int) -> IRNode:
+    return call_lowering(aten.unsqueeze.default, x, dim)
+
+
+def _full(size: list[Any], value: float, like: IRNode) -> IRNode:
+    return call_lowering(aten.full.default, size, value, dtype=like.get_dtype(), device=like.get_device())

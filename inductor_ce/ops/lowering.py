@@ -1,0 +1,245 @@
+"""Lower: the two operators of `operators.py`, and `times` of `products.py`, to Inductor IR.
+
+On a GPU, Triton templates, which read the pointwise chain before the logits and write through the one
+after the gradient. Elsewhere, `loops.py`.
+
+NOTE Offsets
+Every index into [N, V] is computed in 64 bits from a 64-bit row. It costs nothing that could be measured,
+and it holds for whatever buffer the fused chains read, which need not be as large as z.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.compat import inductor
+from ..common.compat.inductor import IRNode
+from ..common.failsafe import attempt
+from . import loops, operators
+from .products import (
+    COLUMN_SUMS,
+    COMPLETE,
+    LOGITS,
+    ONCE_MADE,
+    PRODUCT_BUT,
+    PRODUCT_INTO,
+    TIMES,
+    TIMES_IN_PLACE,
+)
+
+TEMPLATES = Path(__file__).parent / "templates"
+GPUS = ("cuda",)  # HIP calls itself cuda
+MATRIX_READERS = {
+    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
+    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_BUT, COLUMN_SUMS),
+}
+PIECES = (LOGITS,)
+LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
+
+
+class Stats(NamedTuple):
+    """A configuration of row_stats: warps, and how many vectors a thread has in flight."""
+
+    warps: int
+    unroll: int
+
+
+class Grad(NamedTuple):
+    """A configuration of row_grad: warps, and columns a program."""
+
+    warps: int
+    block: int
+
+
+# The first of each is the one to take where nothing can be timed.
+STATS = (Stats(4, 8), Stats(2, 8), Stats(4, 4), Stats(4, 16))
+STATS_OF_A_PIECE = (Stats(8, 8),)  # of few rows: with more programs at a time too many end late
+STATS_OF_A_CHAIN = (Stats(4, 4),)  # timing would leave the chain out, which wants the smaller loop
+STATS_OF_MORE = (Stats(4, 4), Stats(4, 2), Stats(2, 4), Stats(8, 2))  # more rows hold more registers
+GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
+
+
+@functools.cache
+def register() -> None:
+    """Give Inductor the lowerings of our operators, once."""
+    inductor.register_lowering(TIMES, type_promotion_kind=None)(_times)
+    inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
+    inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
+
+
+def _times(x: IRNode, factor: IRNode) -> IRNode:
+    """In place where nobody else has x, and nothing that follows would take the product in."""
+    dtype = torch.promote_types(x.get_dtype(), factor.get_dtype())
+    on_gpu = x.get_device().type in GPUS and dtype != torch.float64
+    if on_gpu and inductor.may_overwrite(x, (COMPLETE, ONCE_MADE, "output")):
+        inductor.call_in_place(TIMES_IN_PLACE, x, factor)
+        return x
+    cast = torch.ops.prims.convert_element_type.default
+    wide = inductor.call_lowering(cast, x, dtype)
+    product = inductor.call_lowering(torch.ops.aten.mul.Tensor, wide, factor)
+    return inductor.call_lowering(cast, product, x.get_dtype())
+
+
+def _row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str) -> IRNode:
+    rows = operators.parse(which, len(labels), len(weights))
+    return _lowered(z, _stats_template, loops.row_stats, z, labels, weights, rows)
+
+
+def _row_grad(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, which: str
+) -> IRNode:
+    rows = operators.parse(which, len(labels), len(weights))
+    return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+
+
+def _lowered(
+    z: IRNode, template: Callable[..., IRNode], by_loops: Callable[..., IRNode], *args: Any
+) -> IRNode:
+    """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
+    result = None
+    if z.get_device().type in GPUS and not _is_empty(z):
+        result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
+    return by_loops(*args) if result is None else result
+
+
+def _is_empty(z: IRNode) -> bool:
+    """Nothing to read. A symbolic N is taken to be positive; where it is 0 the template's grid is empty."""
+    return any(size == 0 for size in z.get_size())
+
+
+# Templates
+
+
+def stats_configurations(
+    v: int, dtype: torch.dtype, rows: list[str], chained: bool = False, piece: bool = False
+) -> list[dict[str, Any]]:
+    """What to try for row_stats at V = v, without repetition."""
+    named = _rows_of_template(rows)
+    usual = STATS_OF_A_PIECE if piece else STATS
+    configurations = [
+        {
+            **_tile(v, tried, dtype),
+            "V": v,
+            "K_PAD": 1 << (len(rows) - 1).bit_length(),
+            **named,
+            "ACC_TYPE": _acc_type(dtype),
+            "num_stages": 1,
+        }
+        for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if "ALSO" in named else usual)
+    ]
+    return _distinct(configurations)
+
+
+def _rows_of_template(rows: list[str]) -> dict[str, Any]:
+    """The rows after max and sumexp, as a template is told of them. ALSO is a literal of its code."""
+    also = [
+        row for row in rows if row not in (operators.MAX, operators.SUMEXP, operators.PICK, operators.SUM)
+    ]
+    named = {"LABELS": rows.count(operators.PICK), "SUM": int(operators.SUM in rows)}
+    return {**named, "ALSO": f"'{','.join(also)}'"} if also else named
+
+
+def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
+    """The tile U x L of a configuration, shrunk until it fits in a row."""
+    unroll = tried.unroll // 2 if dtype == torch.float64 else tried.unroll
+    lanes = tried.warps * 32 * LANE
+    while unroll * lanes > v:
+        if unroll > 1:
+            unroll //= 2
+        else:
+            lanes //= 2
+    return {"U": unroll, "L": lanes, "num_warps": max(1, min(tried.warps, lanes // (32 * LANE)))}
+
+
+def grad_configurations(
+    v: int, dtype: torch.dtype, rows: list[str], over: bool = False
+) -> list[dict[str, Any]]:
+    """What to try for row_grad at V = v, without repetition."""
+    largest = 1 << (v.bit_length() - 1)
+    configurations = [
+        {
+            "BLOCK": min(tried.block, largest),
+            "num_warps": max(1, min(tried.warps, largest // (32 * LANE))),
+            "ALIGN": min(16, v & -v, largest),
+            "V": v,
+            **_rows_of_template(rows),
+            "OVER": int(over),
+            "ACC_TYPE": _acc_type(dtype),
+            "num_stages": 1,
+        }
+        for tried in GRAD
+    ]
+    return _distinct(configurations)
+
+
+def _distinct(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [c for i, c in enumerate(configurations) if c not in configurations[:i]]
+
+
+def _acc_type(dtype: torch.dtype) -> str:
+    return "tl.float64" if dtype == torch.float64 else "tl.float32"
+
+
+def _one_program_a_row(n: Any, v: Any, meta: dict[str, Any]) -> tuple[Any, int, int]:
+    return n, 1, 1
+
+
+def _one_program_a_block(n: Any, v: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    # NOTE N is never in a second grid dimension, which ends at 65535.
+    return n * cdiv(v, meta["BLOCK"]), 1, 1
+
+
+def _template(name: str, grid: Any) -> Any:
+    return inductor.template(f"inductor_ce_{name}", (TEMPLATES / f"{name}.py.jinja").read_text(), grid)
+
+
+def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list[str]) -> IRNode:
+    n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
+    chained = not inductor.is_buffer(z)
+    others = [*map(inductor.readable, labels), *_readable_weights(weights, z)]
+    piece = inductor.made_by(z, PIECES)
+    z = inductor.readable(z, absorb=True)
+    return inductor.choose(
+        _template("row_stats", _one_program_a_row),
+        inputs=[z] * (4 if operators.ARGMAX in rows else 3) + others,
+        layout=inductor.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
+        call_sizes=[n, v],
+        configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained, piece), piece),
+    )
+
+
+def _grad_template(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: list[str]
+) -> IRNode:
+    n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
+    others = [*map(inductor.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
+    # NOTE after
+    # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
+    # which are made of the statistics. The template that absorbs it waits for them in any case.
+    z = inductor.readable(z, absorb=True, after=others[:2])
+    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and all(
+        other.get_name() != z.get_name() for other in others
+    )
+    return inductor.choose(
+        _template("row_grad", _one_program_a_block),
+        inputs=[z, *others],
+        layout=inductor.contiguous_layout(z, z.get_dtype(), [n, v]),
+        call_sizes=[n, v],
+        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), inductor.made_by(z, PIECES)),
+        over=z if over else None,
+    )
+
+
+def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, Any]]:
+    """All, but the first alone for a piece of the logits: each of many would be timed anew."""
+    return configurations[:1] if piece else configurations
+
+
+def _readable_weights(weights: list[IRNode], z: IRNode) -> list[IRNode]:
+    """Each in memory and as [N, V]. One that is [V] there is read with a stride of 0."""
+    return [inductor.readable(loops.over_rows(q, z)) for q in weights]

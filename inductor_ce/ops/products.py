@@ -1,0 +1,297 @@
+"""The matrix products of a head that is computed piece by piece.
+
+    logits         (a [n, D], b [D, V], bias | None, after)             a b + bias [n, V]
+    product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
+    product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate)
+                                                                        the same of dz' b, but for labels
+    complete       (out [V, M], labels, entries, rows [N, M], columns, often)
+                                                                        what was left out, added at last
+    most_frequent  (labels, v, count)                                   the classes that most labels are
+    times          (x [N, M], factor [])                                x times factor, in x's dtype
+    times_in_place (x, factor)                                          the same; nothing, if factor is 1
+    column_sums    (dz [n, V])                                          [V]
+    once_made      (x, dtype, after)                                    a copy of x in a dtype
+
+A product is what a library makes of it, with float32 sums inside. What is added is order and place.
+
+NOTE Order. Nobody reads what is in `after`. It makes a piece wait until the piece before it is dealt with:
+no scheduler, and no fusion of the small kernels of two pieces, can then have two pieces in memory at once.
+It also keeps a product that is computed again in the backward from being taken for the one in the forward,
+and `once_made` makes the forward wait for the last piece, where the partitioner would move it to the
+backward.
+
+NOTE Sums in 16 bits. A row of the weight's gradient is about one hidden state where its class is a label,
+and orders of magnitude smaller where not. Summed in 16 bits over chunks, all that comes after the label is
+rounded to the label's precision, each time anew. So the entries of dz at the labels are left out of the sum
+over chunks; their products are added at last, in float32, to rows that are then rounded once. For the classes
+that are labels most often that would be worse: the many entries of other rows sum up to what the labels' take
+away again. Those few rows are summed in float32 as well. In norm the error is then that of one product over
+all rows, whatever the number of chunks; rows without a label are rounded once a chunk. It is no
+approximation: whatever the entries are, none is lost.
+
+NOTE Place. Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32
+of 16-bit factors rounds nothing from piece to piece. What is written in place is read by operators alone,
+until the graph is left: torch 2.13 forgets, when it orders loops anew, that a loop must wait for a write.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .operators import stats_dtype
+
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from . import product_kernels
+
+
+ALIGNED = 8  # elements
+# Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
+ANY_STRIDES = (torch.Tag.flexible_layout,)
+
+
+@torch.library.custom_op("inductor_ce::logits", mutates_args=())
+def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
+    """a [n, D] times b [D, V], plus `bias`. What is in `after` is not read; it is made before."""
+    z = _empty_logits(a, b)
+    return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+
+
+def _empty_logits(a: Tensor, b: Tensor) -> Tensor:
+    """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
+
+    V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
+    """
+    v = b.shape[1]
+    step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v
+    return a.new_empty_strided((a.shape[0], v), (step, 1))
+
+
+@logits.register_fake
+def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
+    return _empty_logits(a, b)
+
+
+@torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
+def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
+    """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
+
+    `out` has the dtype of the factors, or is float32 where they are 16-bit.
+    """
+    rows = out.narrow(0, start, a.shape[0])
+    if out.dtype != a.dtype and not _has_wide_products(a):
+        a, b = a.to(out.dtype), b.to(out.dtype)
+    wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
+    if accumulate:
+        torch.addmm(rows, a, b, out=rows, **wide)
+    else:
+        torch.mm(a, b, out=rows, **wide)
+
+
+def _has_wide_products(a: Tensor) -> bool:
+    """Whether the device's library makes float32 products of 16-bit factors."""
+    return a.device.type == "cuda" and torch.version.hip is None
+
+
+@product_into.register_fake
+def _(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
+    torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
+
+
+@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often"), tags=ANY_STRIDES)
+def product_but(
+    out: Tensor,
+    often: Tensor,
+    dz: Tensor,
+    b: Tensor,
+    labels: list[Tensor],
+    columns: Tensor,
+    accumulate: bool,
+) -> Tensor:
+    """`out` [V, M] becomes, or gains, dz' [V, n] times b [n, M], but for the entries of dz at the labels.
+
+    `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
+    Returns the entries at the labels, [labels, n]; where two labels of a row are equal the second is 0, as it
+    is where a label is none of the columns. For the time of the product they are 0 in dz; who runs before
+    or after it, as all do on one stream, finds dz unchanged.
+    """
+    take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
+    taken = dz.new_empty((dz.shape[0], len(columns)))
+    take_columns(dz, columns, taken)
+    product_into(often, taken.t(), b, 0, accumulate)
+    entries = dz.new_empty((len(labels), dz.shape[0]))
+    for label, of_label in zip(labels, entries, strict=True):
+        take_out(dz, label, of_label)
+    product_into(out, dz.t(), b, 0, accumulate)
+    for label, of_label in reversed([*zip(labels, entries, strict=True)]):
+        put_back(dz, label, of_label)
+    return entries
+
+
+def _by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
+    """The functions, or the kernels of the same names where there is a GPU."""
+    if like.device.type != "cuda":  # HIP calls itself cuda
+        return functions
+    return tuple(getattr(product_kernels, function.__name__.lstrip("_")) for function in functions)
+
+
+def _take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
+    """`taken` [n, R] become the columns [R]."""
+    torch.index_select(dz, 1, columns, out=taken)
+
+
+def _take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """`entries` [n] become those at the labels, which become 0."""
+    rows, there = _rows_there(label, dz.shape[1])
+    entries.zero_()[rows] = dz[rows, there]
+    dz[rows, there] = 0
+
+
+def _put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
+    """The entries at the labels become `entries`."""
+    rows, there = _rows_there(label, dz.shape[1])
+    dz[rows, there] = entries[rows]
+
+
+def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
+    """(rows whose label is one of V columns, those labels)"""
+    label = label.long()
+    (rows,) = torch.where((label >= 0) & (label < v))
+    return rows, label[rows]
+
+
+@product_but.register_fake
+def _(
+    out: Tensor,
+    often: Tensor,
+    dz: Tensor,
+    b: Tensor,
+    labels: list[Tensor],
+    columns: Tensor,
+    accumulate: bool,
+) -> Tensor:
+    torch._check(dz.shape[0] == b.shape[0], lambda: "the factors do not fit")
+    return dz.new_empty((len(labels), dz.shape[0]))
+
+
+@torch.library.custom_op("inductor_ce::complete", mutates_args=("out",))
+def complete(
+    out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
+) -> None:
+    """Row labels[k][i] of `out` [V, M] gains entries[k, i] (float32) times rows[i] [N, M], for all k and i.
+
+    What a row gains is summed in float32, always in the same order, and the row is rounded once. Labels that
+    are none of the V rows are left out. The rows `columns` become those of `often` instead.
+    """
+    v = out.shape[0]
+    label = torch.cat([*labels, columns.new_full((1,), v)])
+    is_apart = torch.zeros(v, dtype=torch.bool, device=out.device).index_fill_(0, columns, True)
+    there = (label >= 0) & (label < v)
+    there &= ~is_apart[label.masked_fill(~there, 0)]
+    key, order = label.masked_fill(~there, v).int().sort(stable=True)
+    (add_rows,) = _by_device(out, _add_rows)
+    add_rows(out, key, order[:-1], entries.flatten(), rows)
+    out.index_copy_(0, columns, often.to(out.dtype))
+
+
+def _add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
+    """Row key[i] of `out` gains factor[order[i]] times rows[order[i] % N], for all i but the last."""
+    count = int((key < out.shape[0]).sum())
+    label, place = key[:count].unique_consecutive(return_inverse=True)
+    order = order[:count]
+    gains = torch.zeros(len(label), out.shape[1], dtype=factor.dtype, device=out.device)
+    gains.index_add_(0, place, factor[order, None] * rows[order % max(len(rows), 1)])
+    out[label.long()] = (out[label.long()] + gains).to(out.dtype)
+
+
+@complete.register_fake
+def _(
+    out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
+) -> None:
+    torch._check(out.shape[1] == rows.shape[1], lambda: "the rows do not fit")
+
+
+@torch.library.custom_op("inductor_ce::most_frequent", mutates_args=())
+def most_frequent(labels: list[Tensor], v: int, count: int) -> Tensor:
+    """The classes of 0..v - 1 that are labels most often, `count` of them, the lowest of equals."""
+    label = torch.cat(labels).long()
+    there = (label >= 0) & (label < v)
+    counts = torch.zeros(v, dtype=torch.int32, device=label.device)
+    counts.scatter_add_(0, label.masked_fill(~there, 0), there.int())
+    return counts.sort(descending=True, stable=True).indices[:count].clone()
+
+
+@most_frequent.register_fake
+def _(labels: list[Tensor], v: int, count: int) -> Tensor:
+    return labels[0].new_empty((min(count, v),), dtype=torch.int64)
+
+
+@torch.library.custom_op("inductor_ce::times", mutates_args=())
+def times(x: Tensor, factor: Tensor) -> Tensor:
+    """x [N, M] times factor [], rounded to x's dtype once: a product of both would round the factor to it."""
+    return (x.to(torch.promote_types(x.dtype, factor.dtype)) * factor).to(x.dtype)
+
+
+@times.register_fake
+def _(x: Tensor, factor: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("inductor_ce::times_in_place", mutates_args=("x",))
+def times_in_place(x: Tensor, factor: Tensor) -> None:
+    """Multiply x [N, M] by factor []. Where that is 1, as most upstream gradients are, x is not even read."""
+    (scale,) = _by_device(x, _scale)
+    scale(x, factor)
+
+
+def _scale(x: Tensor, factor: Tensor) -> None:
+    x.copy_(times(x, factor))
+
+
+@times_in_place.register_fake
+def _(x: Tensor, factor: Tensor) -> None:
+    torch._check(factor.numel() == 1, lambda: "the factor is no scalar")
+
+
+@torch.library.custom_op("inductor_ce::column_sums", mutates_args=(), tags=ANY_STRIDES)
+def column_sums(dz: Tensor) -> Tensor:
+    """The sums over rows of dz [n, V], [V] in float32, or in float64 where dz is.
+
+    On a GPU as a product, which is as exact and needs no memory. A sum over rows needs much.
+    """
+    if dz.itemsize < 4 and _has_wide_products(dz):
+        ones = dz.new_ones((1, dz.shape[0]))
+        return torch.mm(ones, dz, out_dtype=torch.float32)[0]
+    return dz.sum(0, dtype=stats_dtype(dz))
+
+
+@column_sums.register_fake
+def _(dz: Tensor) -> Tensor:
+    return dz.new_empty((dz.shape[1],), dtype=stats_dtype(dz))
+
+
+@torch.library.custom_op("inductor_ce::once_made", mutates_args=())
+def once_made(x: Tensor, dtype: torch.dtype, after: list[Tensor]) -> Tensor:
+    """A copy of x in a dtype. What is in `after` is not read; it is made before."""
+    return x.to(dtype, copy=True)
+
+
+@once_made.register_fake
+def _(x: Tensor, dtype: torch.dtype, after: list[Tensor]) -> Tensor:
+    return torch.empty_like(x, dtype=dtype)
+
+
+# The form in which graphs hold them.
+LOGITS = torch.ops.inductor_ce.logits.default
+PRODUCT_INTO = torch.ops.inductor_ce.product_into.default
+PRODUCT_BUT = torch.ops.inductor_ce.product_but.default
+COMPLETE = torch.ops.inductor_ce.complete.default
+MOST_FREQUENT = torch.ops.inductor_ce.most_frequent.default
+TIMES = torch.ops.inductor_ce.times.default
+TIMES_IN_PLACE = torch.ops.inductor_ce.times_in_place.default
+COLUMN_SUMS = torch.ops.inductor_ce.column_sums.default
+ONCE_MADE = torch.ops.inductor_ce.once_made.default

@@ -1,0 +1,238 @@
+"""Steps of arithmetic between vocabulary values, row values and numbers over the same logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .. import algebra
+from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from . import spellings
+from .context import Context
+from .operands import Number, Operands, applied, operands, plain
+from .targets import Step, mask_of
+from .values import Columns, OnLogits, RowValue, Value, VocabValue
+
+
+def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
+    """The step of an operator between values over the same logits, or between a value and a number."""
+    first, second = names or ("input", "other")
+
+    def step(context: Context, args: dict[str, Any]) -> Value | None:
+        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
+            return None
+        return applied(context, operands(context, args.get(first), args.get(second)), combine)
+
+    return step
+
+
+def unary(
+    on_vocab: Callable[[algebra.Vocab], algebra.Vocab | None],
+    on_row: Callable[[sympy.Expr], sympy.Expr | None] = lambda row: None,
+) -> Step:
+    def function(expr: Any) -> Any:
+        return on_vocab(expr) if isinstance(expr, algebra.Vocab) else on_row(expr)
+
+    return lambda context, args: applied(context, operands(context, args.get("input")), function)
+
+
+def plus(a: Any, b: Any) -> Any:
+    return b + a if isinstance(b, algebra.Vocab) else a + b
+
+
+def minus(a: Any, b: Any) -> Any:
+    return plus(a, -b)
+
+
+def times(a: Any, b: Any) -> Any:
+    if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not (a.is_number or b.is_number):
+        return None  # a product of two row values is the user's own, of size [N]
+    if a == 0 or b == 0:
+        return None  # not 0 where the other is NaN
+    product = b * a if isinstance(b, algebra.Vocab) else a * b
+    return None if isinstance(product, algebra.Vocab) and product.degree > algebra.MAX_DEGREE else product
+
+
+def over(a: Any, b: Any) -> Any:
+    if isinstance(b, algebra.Vocab):
+        constant = b.get(algebra.ONE)
+        b = constant if b == algebra.as_vocab(constant) else None
+    return times(a, 1 / b) if b is not None and b != 0 else None
+
+
+def xlogy(a: Any, b: Any) -> Any:
+    logarithm = algebra.log(b) if isinstance(b, algebra.Vocab) else None
+    return None if logarithm is None else times(a, logarithm)
+
+
+def entropy_term(a: algebra.Vocab) -> Any:
+    product = xlogy(a, a)
+    return None if product is None else -product
+
+
+def row_log(expr: sympy.Expr) -> sympy.Expr | None:
+    """log where it undoes an exponential; any other logarithm of a row stays the user's own operation."""
+    return algebra.row_log(expr) if expr.has(sympy.exp) else None
+
+
+def exponential(context: Context, args: dict[str, Any]) -> Value | None:
+    """exp of what is known; of logits, if it is summed over one dimension."""
+    value = unary(algebra.exp)(context, args)
+    if value is not None:
+        return value
+    source = args.get("input")
+    axis = next(_summed_dims(context.node), None)
+    if axis is None or not isinstance(source, Node) or isinstance(context.known(source), (RowValue, Columns)):
+        return None
+    logits = context.readable(source, axis, algebra.exp)
+    if logits is None:
+        return None
+    exp = algebra.exp(logits.expr)
+    return None if exp is None else replace(logits, expr=exp, wide=logits.wide | {context.node})
+
+
+def one_dim(dim: Any) -> Any:
+    """The dimension in a list of one."""
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+
+
+def _summed_dims(node: Node) -> Iterator[int]:
+    """The dimensions over which somebody sums this node."""
+    for user in node.users:
+        spelled = spellings.read(user)
+        if spelled is not None and spelled[0] == "sum" and spelled[1].get("input") is node:
+            dim = one_dim(spelled[1].get("dim"))
+            if isinstance(dim, int):
+                yield dim
+
+
+def power(context: Context, args: dict[str, Any]) -> Value | None:
+    """A whole power of a vocabulary value; a row's is the user's own."""
+    exponent = args.get("exponent", 2)
+    if isinstance(exponent, float) and exponent.is_integer():
+        exponent = int(exponent)
+    if not isinstance(exponent, int):
+        return None
+
+    def on_row(row: sympy.Expr) -> sympy.Expr | None:
+        return algebra.expand(row**exponent) if isinstance(row, sympy.exp) else None
+
+    return unary(lambda value: algebra.power(value, exponent), on_row)(context, args)
+
+
+def reversed_sub(context: Context, args: dict[str, Any]) -> Value | None:
+    return binary(minus, "other", "input")(context, args)
+
+
+def elementwise(context: Context, args: dict[str, Any]) -> Value | None:
+    """A function of each element that the algebra does not have: it may still be done after picking."""
+    source, *others = context.node.all_input_nodes
+    value, example, result = context.known(source), tensor_of(source), tensor_of(context.node)
+    if not isinstance(value, VocabValue) or others or example is None or result is None:
+        return None
+    if not result.is_floating_point() or not same_shape(example.shape, result.shape):
+        return None
+    return replace(value, after=(*value.after, context.node), wide=value.wide | {context.node})
+
+
+def or_afterwards(step: Step) -> Step:
+    """A step, or else the same done to what is picked."""
+
+    def first_now(context: Context, args: dict[str, Any]) -> Value | None:
+        value = step(context, args)
+        return elementwise(context, args) if value is None else value
+
+    return first_now
+
+
+def product_of(read: Operands | None) -> VocabValue | None:
+    """The product of two operands that has the vocabulary axis."""
+    if read is None or not isinstance(read.frame, VocabValue):
+        return None
+    product = times(*map(algebra.as_vocab, read.exprs))
+    return None if product is None else replace(read.frame, expr=product, wide=read.wide)
+
+
+def summed(value: VocabValue, kept: int | None = None) -> RowValue | None:
+    """The sum over the vocabulary."""
+    total = algebra.total(value.expr)
+    return None if total is None else value.reduced_to(total, kept)
+
+
+def matmul(context: Context, args: dict[str, Any]) -> Value | None:
+    """p @ w with w [V] or [V, 1]: the sum over the vocabulary of a product."""
+    left, right = args.get("input"), args.get("other")
+    value, weights = context.known(left), tensor_of(right)
+    if not isinstance(value, VocabValue) or value.after or weights is None or not isinstance(left, Node):
+        return None
+    column = weights.dim() == 2 and equal(weights.shape[1], 1)
+    if value.axis != len(shape_of(left)) - 1 or not (weights.dim() == 1 or column):
+        return None
+    weighed = context.weights(right, value, left)
+    product = None if weighed is None else times(value.expr, weighed)
+    return None if product is None else summed(replace(value, expr=product), value.axis if column else None)
+
+
+def vecdot(context: Context, args: dict[str, Any]) -> Value | None:
+    """The sum of a product over one dimension."""
+    value, dim = product_of(operands(context, args.get("input"), args.get("other"))), args.get("dim", -1)
+    if value is None or tensor_of(context.node) is None:
+        return None
+    return summed(value) if dim % (len(shape_of(context.node)) + 1) == value.axis else None
+
+
+def clamp(context: Context, args: dict[str, Any]) -> Value | None:
+    """A bound that no finite number passes, as torch.distributions sets to log-probabilities."""
+    example, bound = tensor_of(args.get("input")), args.get("min")
+    if example is None or args.get("max") is not None or not isinstance(bound, Number):
+        return None
+    if not example.is_floating_point() or bound > torch.finfo(example.dtype).min:
+        return None
+    return unary(lambda value: value)(context, args)
+
+
+def where(context: Context, args: dict[str, Any]) -> Value | None:
+    return _chosen(context, args.get("condition"), args.get("input"), args.get("other"))
+
+
+def masked_fill(context: Context, args: dict[str, Any]) -> Value | None:
+    return _chosen(context, args.get("mask"), args.get("value"), args.get("input"))
+
+
+def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Value | None:
+    """One of two values in the column of a label, the other elsewhere."""
+    if mask_of(context, mask) is None:
+        return _chosen_by_row(context, mask, yes, no)
+    read = operands(context, mask, yes, no)
+    return applied(context, read, lambda *exprs: algebra.select(*map(algebra.as_vocab, exprs)))
+
+
+def _chosen_by_row(context: Context, mask: Any, yes: Any, no: Any) -> Value | None:
+    """One of two values with the vocabulary axis for all of a row."""
+    example, read = tensor_of(mask), operands(context, yes, no)
+    if example is None or example.dtype != torch.bool or read is None or tensor_of(context.node) is None:
+        return None
+    result = algebra.as_vocab(sympy.Integer(0))
+    for expr, made in zip(map(algebra.as_vocab, read.exprs), ("where", "where not"), strict=True):
+        if expr.terms:
+            chosen = _row_mask(context, mask, read.frame, made)
+            if chosen is None:
+                return None
+            result = result + expr * chosen
+    return applied(context, read, lambda *exprs: result)
+
+
+def _row_mask(context: Context, mask: Any, frame: OnLogits | Columns, made: str) -> sympy.Expr | None:
+    """A mask of rows as a number for each."""
+    if isinstance(frame, Columns):
+        return None if frame.axis is None else context.loose_outside(mask, context.node, frame.axis, made)
+    if not isinstance(frame, VocabValue):
+        return None
+    chosen = context.outside(mask, frame, context.node, made=made)
+    number = chosen if chosen is None else plain(chosen)
+    return number if isinstance(number, sympy.Expr) else None

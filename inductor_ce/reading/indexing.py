@@ -1,0 +1,269 @@
+"""Steps that compute nothing: views, casts, copies, detachment, and the choice of elements by a label."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .. import algebra
+from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from . import spellings
+from .context import Context, is_labels
+from .row_views import arrangement, index_per_dimension, index_steps, row_shape
+from .values import Columns, RowValue, Value, VocabValue, detached
+from .views import HALF, counted, step_back, viewed
+
+# A row of statistics for each label of a row: beyond this a gather is the better kernel.
+MAX_LABELS = 16
+
+
+def view(context: Context, args: dict[str, Any]) -> Value | None:
+    source = args.get("input")
+    value = context.known(source)
+    if value is None or not isinstance(source, Node):
+        return None
+    if isinstance(value, VocabValue) and _is_rounding(context.node, source):
+        after = (*value.after, tensor_of(context.node).dtype)  # type: ignore[union-attr]
+        return replace(value, after=after, wide=value.wide | {context.node})
+    if isinstance(value, Columns):
+        return _view_of_columns(context, source, value)
+    if viewed(context.node) is not source:
+        return None
+    if isinstance(value, RowValue):
+        if value.more:
+            return value if same_shape(shape_of(context.node), shape_of(source)) else None
+        return None if context.is_edited_view(source) else _view_of_rows(context.node, source, value)
+    if not isinstance(value, VocabValue):
+        return None
+    for axis in range(len(shape_of(context.node))):
+        back = step_back(context.node, source, axis)
+        if back is not None and back[0] == value.axis:
+            moved = replace(value, axis=axis, steps=value.steps + back[1])
+            return replace(moved, wide=value.wide | {context.node})
+    return None
+
+
+def _is_rounding(node: Node, source: Node) -> bool:
+    """Whether log-probabilities are cast down before they are picked, to be picked as they were rounded."""
+    a, b = tensor_of(source), tensor_of(node)
+    if a is None or b is None or a.device != b.device or spellings.read(node)[0] != "same":  # type: ignore[index]
+        return False
+    return a.dtype == torch.float32 and b.dtype in HALF
+
+
+def _view_of_rows(node: Node, source: Node, value: RowValue) -> RowValue | None:
+    """Casts, and views that only drop or add the axis where the vocabulary was."""
+    rows, result = row_shape(source, value.kept), shape_of(node)
+    if same_shape(rows, result):
+        return replace(value, kept=None)
+    for axis in reversed(range(len(result))):
+        if len(result) == len(rows) + 1 and result[axis] == 1 and same_shape(rows, row_shape(node, axis)):
+            return replace(value, kept=axis)
+    return None
+
+
+def _view_of_columns(context: Context, source: Node, value: Columns) -> Columns | None:
+    """Casts, and views that leave the rows in their order. A cast to bool must find but 0 and 1."""
+    a, b = tensor_of(source), tensor_of(context.node)
+    if a is None or b is None or (b.dtype == torch.bool and a.dtype != torch.bool and not _is_mask(value)):
+        return None
+    if not b.is_floating_point() and a.is_floating_point() and not _is_mask(value):
+        return None
+    if same_shape(a.shape, b.shape) and spellings.read(context.node)[0] == "same":  # type: ignore[index]
+        return value
+    if value.axis is None:
+        return value
+    for axis in range(b.dim()):
+        back = step_back(context.node, source, axis)
+        if (
+            back is not None
+            and back[0] == value.axis
+            and _rows_stay(back[1], source, context.node, axis, value)
+        ):
+            return replace(value, axis=axis)
+    return None
+
+
+def _rows_stay(steps: tuple[Any, ...], source: Node, node: Node, axis: int, value: Columns) -> bool:
+    return not steps or same_shape(row_shape(source, value.axis), row_shape(node, axis))
+
+
+def _is_mask(value: Columns) -> bool:
+    """Whether a value is 0 or 1 in every column, for one label."""
+    squared = algebra.power(value.expr, 2)
+    return squared == value.expr
+
+
+def detach(context: Context, args: dict[str, Any]) -> Value | None:
+    source = args.get("input")
+    value = context.known(source)
+    if value is None or isinstance(value, Columns):
+        return value
+    if not isinstance(value, VocabValue) and context.is_edited_view(source):  # type: ignore[arg-type]
+        return None
+    return detached(value)
+
+
+def reorder(context: Context, args: dict[str, Any]) -> Value | None:
+    """Transposes move rows about: statistics follow them no further, log-probabilities do."""
+    return None if isinstance(context.known(args.get("input")), RowValue) else view(context, args)
+
+
+def getitem(context: Context, args: dict[str, Any]) -> Value | None:
+    source, index = args.get("input"), args.get("index")
+    if isinstance(index, tuple) and is_labels(index[-1]):
+        return picked_by_index(context, source, index)
+    value = context.known(source)
+    if isinstance(value, VocabValue):
+        picked = fixed_pick(context, "getitem", args, value) or _chosen_rows(context, source, index, value)
+        if picked is not None:
+            return picked
+    if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(source))):  # type: ignore
+        return None
+    return view(context, args)
+
+
+def _only_kept_axis(index: Any, value: RowValue, rank: int) -> bool:
+    """Whether x[index] only drops the axis of size 1, as x[..., 0] does, or adds it, as x[..., None] does."""
+    if isinstance(index, tuple) and None in index:
+        return all(i is None or i is Ellipsis or i == slice(None) for i in index)
+    pieces = index_per_dimension(index, rank)
+    return pieces is not None and all(
+        p == slice(None) or (axis == value.kept and isinstance(p, int)) for axis, p in enumerate(pieces)
+    )
+
+
+def _chosen_rows(context: Context, source: Any, index: Any, value: VocabValue) -> VocabValue | None:
+    """x[:, -1] and the like: some rows of log-probabilities that were taken of all."""
+    found = index_steps(index, shape_of(source), shape_of(context.node), value.axis)
+    if found is None or context.is_edited_view(source):
+        return None
+    axis, cut, taken = found
+    steps = (*value.steps, *(() if cut.is_whole else (cut,)), *taken)
+    return replace(value, axis=axis, steps=steps, wide=value.wide | {context.node})
+
+
+def pick_without_label(step: str, context: Context, args: dict[str, Any]) -> Value | None:
+    """The step of x.select(-1, 3) and x.diag(); of logits that nobody has normalised yet, see `operands`."""
+    source = args.get("input")
+    value = context.known(source)
+    if not isinstance(value, VocabValue):
+        return None
+    dim, index = args.get("dim"), args.get("index")
+    if step == "select" and isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
+        chosen = (slice(None),) * (dim % len(shape_of(source)))  # type: ignore[arg-type]
+        return _chosen_rows(context, source, (*chosen, index), value)
+    return fixed_pick(context, step, args, value)
+
+
+def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+    """What is taken of all rows where no tensor has the labels: a column, several, or the diagonal."""
+    if step == "diagonal":
+        return _diagonal(context, args, value)
+    rank = len(shape_of(args["input"]))
+    if step == "getitem":
+        columns = _columns_of(args["index"], value, rank)
+        return None if columns is None else _picked_columns(context, value, *columns)
+    dim, column = args.get("dim"), args.get("index")
+    on_axis = isinstance(dim, int) and isinstance(column, int) and dim % rank == value.axis
+    return _picked_columns(context, value, [column], None) if on_axis else None  # type: ignore[list-item]
+
+
+def _columns_of(index: Any, value: VocabValue, rank: int) -> tuple[list[int], int | None] | None:
+    """The columns that x[..., 3] and x[..., [3, 5]] take of all rows, and the axis where they stand."""
+    several = next((i for i in (index if isinstance(index, tuple) else ()) if isinstance(i, list)), None)
+    plain = tuple(0 if i is several else i for i in index) if several else index
+    pieces = index_per_dimension(plain, rank)
+    if pieces is None or not isinstance(pieces[value.axis], int):
+        return None
+    if any(piece != slice(None) for axis, piece in enumerate(pieces) if axis != value.axis):
+        return None
+    if several is None:
+        return [pieces[value.axis]], None
+    return (several, value.axis) if all(isinstance(i, int) for i in several) else None
+
+
+def _picked_columns(
+    context: Context, value: VocabValue, columns: list[int], kept: int | None
+) -> RowValue | None:
+    size = constant(shape_of(value.logits.node)[value.logits.axis])
+    if size is None or not 1 <= len(columns) <= MAX_LABELS or not all(-size <= c < size for c in columns):
+        return None
+    return _picked(value, [context.label(value, None, column=c % size) for c in columns], kept)
+
+
+def _diagonal(context: Context, args: dict[str, Any], value: VocabValue) -> RowValue | None:
+    """Row i picked at i."""
+    shape = shape_of(args["input"])
+    plain = not args.get("offset") and args.get("dim1", 0) in (0, -2) and args.get("dim2", 1) in (1, -1)
+    if not plain or len(shape) != 2 or len(shape_of(value.logits.node)) != 2 or arrangement(value.steps):
+        return None
+    rows, columns = constant(shape[1 - value.axis]), constant(shape[value.axis])
+    if not equal(*shape) and (rows is None or columns is None or rows > columns):
+        return None
+    return _picked(value, [context.label(value, None)], None)
+
+
+def take_along(context: Context, args: dict[str, Any]) -> Value | None:
+    """As gather, but that -1 is the last column, and V the first."""
+    return gather(context, args, wraps="modulo")
+
+
+def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Value | None:
+    index = args.get("index")
+    value = context.vocab(args.get("input"), args.get("dim"))
+    if value is None or not is_labels(index):
+        return None
+    if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
+        return None
+    count = constant(shape_of(index)[value.axis])
+    if count is None or not 1 <= count <= MAX_LABELS:
+        return None
+    columns = [None] if count == 1 else range(count)
+    labels = [context.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
+    return _picked(value, labels, value.axis)
+
+
+def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> RowValue | None:
+    exprs = [algebra.at(value.expr, y) for y in labels]
+    if None in exprs:
+        return None
+    first, *more = exprs
+    return RowValue(
+        value.logits, value.steps, kept, first, value.wide, value.after, value.detached, tuple(more)
+    )
+
+
+def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Value | None:
+    """x[arange, y]: the label counts from the end where it is negative."""
+    axis = label_axis(source, index)
+    value = None if axis is None else context.vocab(source, axis)
+    if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
+        return None
+    return _picked(value, [context.label(value, index[axis], wraps="negative")], None)
+
+
+def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
+    """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
+    shape = shape_of(source)
+    if len(index) != len(shape):
+        return None
+    counts = [counted(i) for i in index]
+    free = [axis for axis, count in enumerate(counts) if count is None]
+    if not free and len(shape) == 2:
+        free = [1]  # x[arange, arange]
+    if len(free) != 1:
+        return None
+    (axis,) = free
+    if not is_labels(index[axis]):
+        return None
+    rows = [i for i in range(len(shape)) if i != axis]
+    for context, i in enumerate(rows):
+        dim, length = counts[i]  # type: ignore[misc]
+        if dim != context - len(rows) or not equal(length, shape[i]):
+            return None
+    return axis

@@ -1,0 +1,252 @@
+"""The arguments of an elementwise operation, read together: which belong to the rows of the same logits?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import sympy
+from torch.fx import Node
+
+from .. import algebra
+from ..graph.shapes import same_shape, shape_of, tensor_of
+from . import spellings
+from .context import Context
+from .indexing import fixed_pick
+from .values import Columns, OnLogits, RowValue, Value, VocabValue, is_shift
+
+Number = int | float
+Expr: TypeAlias = "algebra.Vocab | sympy.Expr"
+
+
+@dataclass(frozen=True)
+class Operands:
+    """The arguments of an operation, over one arrangement of the rows of one tensor of logits."""
+
+    frame: OnLogits | Columns
+    exprs: tuple[Expr, ...]
+    wide: frozenset[Node]
+    more: tuple[tuple[Expr, ...], ...] = ()  # the same for further labels of a row
+
+
+def operands(context: Context, *args: Any) -> Operands | None:
+    """Read the arguments of an elementwise operation together; None where they do not belong together."""
+    known = _beside_others([context.known(a) for a in args])
+    if any(getattr(value, "after", ()) for value in known):
+        return None
+    lead = _lead(args, known) or _logits_beside_columns(context, args, known)
+    if lead is None:
+        return _of_columns(context, args, known)
+    leader, arg = lead
+    if any(isinstance(v, RowValue) and v.more for v in known):
+        return _of_many_rows(args, known, leader)
+    frame = leader if isinstance(leader, VocabValue) else _frame(leader)
+    like = arg if isinstance(leader, VocabValue) else None
+    read = [_operand(context, a, value, leader, frame, like) for a, value in zip(args, known, strict=True)]
+    if None in read:
+        return None
+    exprs = tuple(operand.expr for operand in read)  # type: ignore[union-attr]
+    wide = frozenset().union(*(operand.wide for operand in read))  # type: ignore[union-attr]
+    # A maximum that only shifts has no gradient to lose: the others tell whether there is one.
+    told = [o.detached for o in read if o.detached is not None]  # type: ignore[union-attr]
+    result = frame if any(isinstance(e, algebra.Vocab) for e in exprs) else leader
+    if result is None:
+        return None
+    return Operands(replace(result, detached=all(told) if told else leader.detached), exprs, wide)
+
+
+def _beside_others(known: list[Value | None]) -> list[Value | None]:
+    """Without what a function made of other logits: beside these it is a tensor from outside."""
+    led = {v.logits for v in known if isinstance(v, (VocabValue, RowValue)) and not v.after}
+    others = [led and getattr(v, "after", ()) and v.logits not in led for v in known]  # type: ignore[union-attr]
+    return [None if other else v for v, other in zip(known, others, strict=True)]
+
+
+def _of_many_rows(args: tuple[Any, ...], known: list[Value | None], leader: OnLogits) -> Operands | None:
+    """Rows with several labels each, other rows and numbers."""
+    count = max(len(v.exprs) for v in known if isinstance(v, RowValue))
+    columns: list[tuple[Expr, ...]] = []
+    for k in range(count):
+        exprs: list[Expr] = []
+        for arg, value in zip(args, known, strict=True):
+            if isinstance(arg, Number) and math.isfinite(arg):
+                exprs.append(algebra.number(arg))
+            elif isinstance(value, RowValue) and _goes_with(value, leader, None):
+                exprs.append(value.exprs[k % len(value.exprs)])
+            else:
+                return None
+        columns.append(tuple(exprs))
+    wide = frozenset().union(*(v.wide for v in known if isinstance(v, RowValue)))
+    return Operands(leader, columns[0], wide, tuple(columns[1:]))
+
+
+def _lead(args: tuple[Any, ...], known: list[Value | None]) -> tuple[VocabValue | RowValue, Node] | None:
+    """The operand that says over which logits an operation is."""
+    found = [(v, a) for v, a in zip(known, args, strict=True) if isinstance(v, (VocabValue, RowValue))]
+    return max(found, key=_rank, default=None)
+
+
+def _logits_beside_columns(
+    context: Context, args: tuple[Any, ...], known: list[Value | None]
+) -> tuple[VocabValue, Node] | None:
+    """z in z [i = y]: what has a label in its column has the vocabulary there."""
+    axes = {value.axis for value in known if isinstance(value, Columns)} - {None}
+    unread = [a for a, value in zip(args, known, strict=True) if isinstance(a, Node) and value is None]
+    if len(axes) != 1 or len(unread) != 1:
+        return None
+    (axis,), (arg,) = axes, unread
+    labelled = next(a for a, v in zip(args, known, strict=True) if isinstance(v, Columns) and v.axis == axis)
+    example = tensor_of(arg)
+    if example is None or not same_shape(example.shape, shape_of(labelled)):
+        return None
+    logits = context.vocab(arg, axis)
+    return None if logits is None else (logits, arg)
+
+
+def _rank(candidate: tuple[VocabValue | RowValue, Node]) -> tuple[bool, bool, bool]:
+    value, _ = candidate
+    example = tensor_of(value.logits.node)
+    wanted = example is not None and example.requires_grad and not value.detached
+    return wanted, isinstance(value, VocabValue), not is_shift(value)
+
+
+def _frame(value: RowValue) -> VocabValue | None:
+    """Where a vocabulary value would have its axis that broadcasts against a row value."""
+    if value.kept is None:
+        return None
+    return VocabValue(value.logits, value.steps, value.kept, algebra.LOGITS, detached=value.detached)
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """One argument: its expression, the wide nodes it came by, whether it is detached, if it can tell."""
+
+    expr: Expr
+    wide: frozenset[Node] = frozenset()
+    detached: bool | None = None
+
+
+def _operand(
+    context: Context,
+    arg: Any,
+    value: Value | None,
+    leader: OnLogits,
+    frame: VocabValue | None,
+    like: Node | None,
+) -> _Operand | None:
+    if isinstance(arg, Number):
+        return _Operand(algebra.number(arg)) if math.isfinite(arg) else None
+    if value is None and isinstance(leader, RowValue):
+        value = _fixed_pick(context, arg, leader)
+    if isinstance(value, RowValue) and _goes_with(value, leader, frame):
+        return _Operand(value.expr, value.wide, None if is_shift(value) else value.detached)
+    if frame is None or not isinstance(arg, Node):
+        return None
+    example, whole = tensor_of(arg), tensor_of(context.node if like is None else like)
+    full = example is not None and whole is not None and same_shape(example.shape, whole.shape)
+    if full and isinstance(value, Columns) and value.axis in (None, frame.axis):
+        met = context.met(value, arg, frame)
+        return None if met is None else _Operand(met)
+    if full:
+        candidates = [value] if isinstance(value, VocabValue) else _seen(context, arg, frame.axis)
+        for seen in candidates:
+            if _goes_with(seen, leader, frame):
+                if arg in seen.wide:  # an exponential that nobody had read
+                    context.reading.values.setdefault(arg, seen)
+                return _Operand(seen.expr, seen.wide, seen.detached)
+    brought = None if like is None else context.outside(arg, frame, like)
+    return None if brought is None else _Operand(plain(brought))
+
+
+def _fixed_pick(context: Context, arg: Any, leader: RowValue) -> RowValue | None:
+    """A column or the diagonal of logits, of which `leader` says where the vocabulary is."""
+    spelled = spellings.read(arg) if isinstance(arg, Node) else None
+    if spelled is None or spelled[0] not in ("diagonal", "getitem", "select"):
+        return None
+    step, args = spelled
+    source = tensor_of(args.get("input"))
+    if source is None or not context.reading.timeline.unchanged(arg, arg, context.position):
+        return None
+    there = Context(context.reading, arg)
+    for axis in reversed(range(source.dim())):
+        logits = there.vocab(args["input"], axis)
+        if logits is not None and (logits.logits, logits.steps) == (leader.logits, leader.steps):
+            return fixed_pick(there, step, args, logits)
+    return None
+
+
+def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
+    """What an unread argument may be: logits, or the exponential of logits that nobody has summed."""
+    logits = context.vocab(arg, axis)
+    if logits is not None:
+        yield logits
+    spelled = spellings.read(arg)
+    if (
+        spelled is None
+        or spelled[0] != "exp"
+        or not context.reading.timeline.unchanged(arg, arg, context.position)
+    ):
+        return
+    source = Context(context.reading, arg).vocab(spelled[1].get("input"), axis)
+    exp = None if source is None else algebra.exp(source.expr)
+    if source is not None and exp is not None:
+        yield replace(source, expr=exp, wide=source.wide | {arg})
+
+
+def plain(value: algebra.Vocab) -> Expr:
+    constant = value.get(algebra.ONE)
+    return constant if value == algebra.as_vocab(constant) else value
+
+
+def _goes_with(value: VocabValue | RowValue, leader: OnLogits, frame: VocabValue | None) -> bool:
+    """Whether broadcasting pairs each row with itself, and the gradient to the logits is the same."""
+    if (value.logits, value.steps) != (leader.logits, leader.steps):
+        return False
+    if value.detached != leader.detached and not is_shift(value) and not is_shift(leader):
+        return False
+    axis = value.axis if isinstance(value, VocabValue) else value.kept
+    return axis == (leader.kept if isinstance(leader, RowValue) else frame.axis if frame else None)
+
+
+def _of_columns(context: Context, args: tuple[Any, ...], known: list[Value | None]) -> Operands | None:
+    """Operands that are all made of labels and numbers."""
+    exprs: list[Expr] = []
+    axes = set()
+    whole = tensor_of(context.node)
+    whole = tensor_of(args[0]) if whole is None else whole
+    placed = [
+        (a, v.axis) for a, v in zip(args, known, strict=True) if isinstance(v, Columns) and v.axis is not None
+    ]
+    like, axis = placed[0] if placed else (None, None)
+    for arg, value in zip(args, known, strict=True):
+        if isinstance(arg, Number) and math.isfinite(arg):
+            exprs.append(algebra.number(arg))
+        elif isinstance(value, Columns) and whole is not None and same_shape(shape_of(arg), whole.shape):
+            exprs.append(value.expr)
+            axes |= {value.axis}
+        else:
+            met = whole is not None and like is not None and axis is not None
+            brought = context.loose_outside(arg, like, axis) if met else None  # type: ignore[arg-type]
+            if brought is None:
+                return None
+            exprs.append(brought)
+    axes -= {None}
+    frame = Columns(algebra.LOGITS, next(iter(axes), None))
+    return Operands(frame, tuple(map(algebra.as_vocab, exprs)), frozenset()) if len(axes) < 2 else None
+
+
+def applied(context: Context, read: Operands | None, function: Callable[..., Expr | None]) -> Value | None:
+    """The value of a node that is a function of its operands."""
+    if read is None:
+        return None
+    exprs = [function(*column) for column in (read.exprs, *read.more)]
+    if any(expr is None for expr in exprs):
+        return None
+    first, *more = exprs
+    if isinstance(read.frame, Columns):
+        return replace(read.frame, expr=algebra.as_vocab(first))
+    if isinstance(read.frame, VocabValue):
+        return replace(read.frame, expr=algebra.as_vocab(first), wide=read.wide | {context.node})
+    return replace(read.frame, expr=first, wide=read.wide, more=tuple(more))  # type: ignore[arg-type]

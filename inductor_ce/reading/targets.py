@@ -1,0 +1,169 @@
+"""Steps whose values have the vocabulary axis but are made of labels and numbers alone: targets and masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .. import algebra
+from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from .context import Context, is_labels
+from .indexing import label_axis
+from .row_views import index_per_dimension, row_shape
+from .values import Columns, Value
+from .views import counted
+
+Step = Callable[[Context, dict[str, Any]], Value | None]
+
+
+def everywhere(value: Any) -> Columns | None:
+    """The same number in every column."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return Columns(algebra.as_vocab(algebra.number(value)), None)
+
+
+def filled(number: float) -> Step:
+    return lambda context, args: everywhere(number)
+
+
+def full(context: Context, args: dict[str, Any]) -> Value | None:
+    return everywhere(args.get("value"))
+
+
+def one_hot(context: Context, args: dict[str, Any]) -> Value | None:
+    y = args.get("input")
+    if not is_labels(y):
+        return None
+    return Columns(algebra.indicator(context.loose_label(y)), len(shape_of(y)))
+
+
+def equals(context: Context, args: dict[str, Any]) -> Value | None:
+    """arange(V) == y, which is nowhere true for a label that is no class."""
+    for classes, y in ((args.get("input"), args.get("other")), (args.get("other"), args.get("input"))):
+        count = counted(classes)
+        if count is not None and is_labels(y) and tensor_of(context.node) is not None:
+            shape = shape_of(context.node)
+            axis = len(shape) + count[0]
+            if equal(shape[axis], count[1]) and _stands_at(y, shape, axis):
+                return Columns(
+                    algebra.indicator(context.loose_label(y, _kept(y, shape, axis), named=False)), axis
+                )
+    return None
+
+
+def _stands_at(y: Node, shape: tuple[Any, ...], axis: int) -> bool:
+    """Whether labels of the shape of the rows broadcast along `axis`."""
+    rows = tuple(s for i, s in enumerate(shape) if i != axis)
+    own = shape_of(y)
+    kept = _kept(y, shape, axis)
+    return same_shape(row_shape(y, kept), rows) and (
+        kept is not None or (axis == 0 and len(own) == len(rows))
+    )
+
+
+def _kept(y: Node, shape: tuple[Any, ...], axis: int) -> int | None:
+    own = shape_of(y)
+    return axis if len(own) == len(shape) and equal(own[axis], 1) else None
+
+
+def differs(context: Context, args: dict[str, Any]) -> Value | None:
+    return _complement(equals(context, args))
+
+
+def negation(context: Context, args: dict[str, Any]) -> Value | None:
+    value, example = context.known(args.get("input")), tensor_of(args.get("input"))
+    is_mask = isinstance(value, Columns) and example is not None and example.dtype == torch.bool
+    return _complement(value) if is_mask else None
+
+
+def _complement(value: Value | None) -> Columns | None:
+    if not isinstance(value, Columns):
+        return None
+    return Columns(algebra.as_vocab(sympy.Integer(1)) + (-value.expr), value.axis)
+
+
+def mask_of(context: Context, arg: Any) -> Columns | None:
+    """A boolean tensor of indicators."""
+    value, example = context.known(arg), tensor_of(arg)
+    return (
+        value if isinstance(value, Columns) and example is not None and example.dtype == torch.bool else None
+    )
+
+
+def scatter(context: Context, args: dict[str, Any]) -> Value | None:
+    """One element a row is replaced by a number."""
+    base, index, dim = context.known(args.get("input")), args.get("index"), args.get("dim")
+    value = _number_of(context, args.get("src", args.get("value")))
+    if not isinstance(base, Columns) or value is None or not is_labels(index) or "reduce" in args:
+        return None
+    shape = shape_of(args["input"])
+    if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
+        return None
+    axis = dim % len(shape)
+    rows = tuple(1 if i == axis else s for i, s in enumerate(shape))
+    if base.axis not in (None, axis) or not same_shape(rows, shape_of(index)):
+        return None
+    hit = algebra.indicator(context.loose_label(index, axis))
+    return Columns(algebra.select(hit, algebra.as_vocab(value), base.expr), axis)
+
+
+def setitem(context: Context, args: dict[str, Any]) -> Value | None:
+    """q[arange, y] = number; q[:, 3] = number."""
+    base, index = context.known(args.get("input")), args.get("index")
+    value = _number_of(context, args.get("value"))
+    if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
+        return None
+    axis, column = _fixed_column(args["input"], index) or (label_axis(args["input"], index), None)
+    if axis is None or base.axis not in (None, axis):
+        return None
+    if column is not None:
+        y = context.loose_label(None, column=column)
+    elif same_shape(row_shape(args["input"], axis), shape_of(index[axis])):
+        y = context.loose_label(index[axis], wraps="negative")
+    else:
+        return None
+    return Columns(algebra.select(algebra.indicator(y), algebra.as_vocab(value), base.expr), axis)
+
+
+def _fixed_column(source: Any, index: tuple[Any, ...]) -> tuple[int, int] | None:
+    """(axis, column) where `x[index]` is one column of all rows."""
+    shape = shape_of(source)
+    pieces = index_per_dimension(index, len(shape))
+    if pieces is None:
+        return None
+    fixed = [(axis, piece) for axis, piece in enumerate(pieces) if piece != slice(None)]
+    if len(fixed) != 1 or not isinstance(fixed[0][1], int):
+        return None
+    ((axis, column),) = fixed
+    size = constant(shape[axis])
+    return (axis, column % size) if size is not None and -size <= column < size else None
+
+
+def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
+    """A number, or a tensor that holds the same one everywhere."""
+    value = everywhere(arg) or context.known(arg)
+    if not isinstance(value, Columns):
+        return None
+    number = value.expr.get(algebra.ONE)
+    return number if value.expr == algebra.as_vocab(number) else None
+
+
+def edit(step: Step) -> Step:
+    """The step of an operation in context, followed only where it changes labels and numbers."""
+
+    def edited(context: Context, args: dict[str, Any]) -> Value | None:
+        target = args.get("input")
+        value = step(context, args)
+        if not isinstance(value, Columns) or not isinstance(target, Node):
+            return None
+        version = context.reading.timeline.version(target, context.position + 1)
+        context.reading.edits.setdefault(target, {})[version] = value
+        return value
+
+    return edited

@@ -1,0 +1,12 @@
+"""What may be replaced, and by what.
+
+In:   a `Reading`, and the options.
+Out:  the same graph with one `row_stats` a group and torch operations on its rows; refusals, with reasons.
+
+    legal             which values may be replaced; `groups`, together and where
+    escapes           who else needs the log-probabilities, and which losses were not read
+    rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
+    arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
+    layouts           where the rows are, on one device or on a mesh: the one seam of distribution
+    returned_logits   who else has the logits in memory, and what is returned in their place
+"""

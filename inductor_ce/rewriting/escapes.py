@@ -1,0 +1,210 @@
+"""What stays in the graph, and what is told of it: log-probabilities that escape, losses not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch.fx import Node
+
+from ..common.findings import Reason, user_line
+from ..graph.shapes import hint, shape_of
+from ..reading import spellings
+from ..reading.values import LossValue, OnLogits, Reading, RowValue, VocabValue
+from ..reading.views import broadcast_operand
+
+
+def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
+    """The nodes that stay alive once `replaced` are computed otherwise."""
+    needed: set[Node] = set()
+    wanted = {node for end in replaced for node in _brought(reading, end)}
+    for node in reversed(reading.timeline.nodes):
+        is_read = node in reading.values or node in reading.parted
+        if node not in replaced and (not is_read or node in wanted):
+            needed.add(node)
+            wanted.update(read_by(node))
+    return needed
+
+
+def read_by(node: Node) -> Sequence[Node]:
+    """The nodes whose elements, not only their shape or dtype, a node reads."""
+    operand = broadcast_operand(node)
+    if operand is not None:
+        return [operand]
+    name = name_of(node)
+    if name in SHAPE_ONLY:
+        return []
+    return [node.args[0]] if name in FIRST_ONLY and isinstance(node.args[0], Node) else node.all_input_nodes
+
+
+SHAPE_ONLY = {
+    *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
+    *("rand_like", "randn_like", "randint_like", "size", "dim", "numel", "broadcast_tensors"),
+}
+# Of their second argument these read the shape or the dtype.
+FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+
+
+def name_of(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def where_is(node: Node) -> str:
+    location, code = user_line(node)
+    return f"at {location} ({code})"
+
+
+def escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
+    """Who else needs the log-probabilities `wide`."""
+    what = f"The {name_of(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
+    user: Node | None = wide
+    while user is not None and (user is wide or _is_followed(reading, user)):
+        user = next((u for u in user.users if u in needed and user in read_by(u)), None)
+    if user is None:
+        return f"{what} is needed elsewhere."
+    if user.op == "output":
+        return f"{what} is returned, so it is in memory anyway."
+    return f"{what} is also used by {name_of(user)} {where_is(user)}."
+
+
+def _is_followed(reading: Reading, node: Node) -> bool:
+    return isinstance(reading.values.get(node), VocabValue) and not _waits(reading, node)
+
+
+def _waits(reading: Reading, node: Node) -> bool:
+    """Whether a node is a function that the algebra does not have, to be applied to what is picked."""
+    value = reading.values.get(node)
+    return isinstance(value, VocabValue) and bool(value.after)
+
+
+def tell_unread(
+    reading: Reading, replaced: set[Node], min_vocab: int, everywhere: tuple[Reason, str] | None
+) -> None:
+    """Tell of log-probabilities over a vocabulary that end in something the algebra does not have.
+
+    `everywhere` is the reason that stands for all of the graph, if there is one.
+    """
+    needed = needed_nodes(reading, replaced)
+    fused = {reading.on_logits(node).logits for node in replaced}  # type: ignore[union-attr]
+    brought = {n for node in replaced for n in _brought(reading, node)}
+    for node in reading.timeline.nodes:
+        value = reading.on_logits(node)
+        if value is None or node not in needed or not _normalises(reading, node, value):
+            continue
+        if isinstance(value, RowValue) and value.logits in fused:
+            continue  # the statistic of a loss that is fused, needed for something else as well
+        if isinstance(reading.on_logits(value.logits.node), RowValue):
+            continue  # rows of another loss, over which the user normalises
+        if brought & {node, *_readers(reading, node, value)}:
+            continue  # what another loss is weighed by
+        size = hint(shape_of(value.logits.node)[value.logits.axis])
+        if size >= min_vocab and not _is_told(reading, node, value):
+            reading.miss(node, *(everywhere or _unread_fact(reading, node, value)))
+
+
+def _brought(reading: Reading, node: Node) -> set[Node]:
+    value = reading.values[node]
+    return reading.brought(value) if isinstance(value, (RowValue, LossValue)) else set()
+
+
+def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
+    """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
+    if isinstance(value, LossValue) or _waits(reading, node):
+        return False
+    step = _step(node)
+    return _has_log(node) if step == "softmax" else step in ("log_softmax", "logsumexp", "log")
+
+
+def _step(node: Node) -> str | None:
+    spelled = spellings.read(node)
+    return None if spelled is None else spelled[0]
+
+
+# Through these a logarithm is still one of the probabilities.
+_BETWEEN = {
+    *("add", "sub", "mul", "div", "neg", "clamp", "pow", "square", "same", "reshape", "permute", "transpose"),
+    *("getitem", "split", "chunk", "sum", "mean"),
+}
+
+
+def _has_log(node: Node) -> bool:
+    """Whether a logarithm is taken of what probabilities are clamped, raised by an epsilon or mixed into."""
+    frontier, seen = [node], {node}
+    while frontier:
+        fresh = [user for user in frontier.pop().users if user not in seen]
+        if any(_step(user) in ("log", "xlogy") for user in fresh):
+            return True
+        seen.update(fresh)
+        frontier += [user for user in fresh if _step(user) in _BETWEEN]
+    return False
+
+
+def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:
+    """The users of a node, and those of what is read as being of the same logits, nearest first."""
+    frontier, seen = [node], {node}
+    while frontier:
+        head = frontier.pop(0)
+        fresh = [user for user in head.users if user not in seen and head in read_by(user)]
+        yield from fresh
+        seen.update(fresh)
+        frontier += [user for user in fresh if _stays(reading, user, value)]
+
+
+def _stays(reading: Reading, user: Node, value: OnLogits) -> bool:
+    """Whether a user is read as being of the same logits."""
+    its_own = reading.on_logits(user)
+    return its_own is not None and its_own.logits == value.logits
+
+
+def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
+    return any(user in reading.refused for user in _readers(reading, node, value))
+
+
+def _unread_fact(reading: Reading, node: Node, value: OnLogits) -> tuple[Reason, str]:
+    """Name the step after which the reading broke off."""
+    for user in _readers(reading, node, value):
+        weigher = reading.weighers.get(user)
+        if weigher is not None and not _is_made_of(weigher, node):
+            return _weigher_fact(weigher)
+        if user.op == "output":
+            fact = f"The result of {name_of(node)} is returned; no loss is taken from it here."
+            return Reason.NOT_UNDERSTOOD, fact
+        if not _stays(reading, user, value) or _waits(reading, user):
+            return _break_fact(reading, node, value, user)
+    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used."
+
+
+def _break_fact(reading: Reading, node: Node, value: OnLogits, user: Node) -> tuple[Reason, str]:
+    """Why the reading broke off at `user`."""
+    other = reading.on_logits(user)
+    if _step(user) in ("nll_loss", "gather") and other is not None and other.logits.node is node:
+        theirs = f"{name_of(user)} {where_is(user)} takes classes on dimension {other.logits.axis}"
+        fact = f"The {name_of(node)} is over dimension {value.logits.axis}, and {theirs}."
+        return Reason.NOT_UNDERSTOOD, fact
+    beside = [reading.on_logits(a) for a in user.all_input_nodes]
+    same = [v.logits.version for v in beside if v is not None and v.logits.node is value.logits.node]
+    if len(set(same)) > 1:
+        return (
+            Reason.MUTATED,
+            f"The logits are changed in place between what {name_of(user)} {where_is(user)} joins.",
+        )
+    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} goes into {name_of(user)} {where_is(user)}."
+
+
+def _weigher_fact(weigher: Node) -> tuple[Reason, str]:
+    what = "an input" if weigher.op == "placeholder" else f"{name_of(weigher)} {where_is(weigher)}"
+    shape = list(shape_of(weigher))
+    fact = f"The classes are weighed by {what} {shape}, of which a gradient is wanted."
+    return (Reason.CLASS_WEIGHTS if len(shape) == 1 else Reason.SOFT_TARGETS), fact
+
+
+def _is_made_of(node: Node, source: Node) -> bool:
+    """Whether a node is computed from what `source` is computed from, the log-probabilities' own logits."""
+    frontier, seen = [node], {node, *source.all_input_nodes}
+    while frontier:
+        for argument in frontier.pop().all_input_nodes:
+            if argument is source or argument in source.all_input_nodes:
+                return True
+            if argument not in seen:
+                seen.add(argument)
+                frontier.append(argument)
+    return False

@@ -1,0 +1,105 @@
+"""Layouts: where the rows of the logits are, which is all that a loss over a DTensor has of its own."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from .. import ops
+from ..common.compat.graphs import is_dtensor
+from ..distributed import placements
+from ..graph.builder import Builder
+from ..graph.shapes import tensor_of
+from ..reading.values import Reading
+from .arrange import fixed_labels, flat_logits
+from .groups import Group
+from .rematerialise import made_before
+
+
+def layout_of(build: Builder, reading: Reading, group: Group) -> Dense:
+    return (Distributed if group.distributed else Dense)(build, reading, group)
+
+
+class Dense:
+    """Logits that are an ordinary tensor."""
+
+    def __init__(self, build: Builder, reading: Reading, group: Group):
+        self.build, self.reading, self.group = build, reading, group
+
+    def logits(self) -> Node:
+        """The logits [N, V]."""
+        group = self.group
+        return flat_logits(self.build, self.reading, group.logits, group.place, group.vocab_size)
+
+    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
+        """The K rows of `row_stats`."""
+        packed = self.build(ops.ROW_STATS, z, labels, weights, which)
+        return self.unbound(self.build(torch.unbind, packed, 0), which)
+
+    def unbound(self, rows: Node, which: str) -> list[Node]:
+        return [self.build(operator.getitem, rows, k) for k in range(len(which.split(",")))]
+
+    def brought(self, node: Node) -> Node:
+        """A tensor of the user's, such that it can stand beside the logits."""
+        return node
+
+    def fixed_labels(self, column: int | None) -> Node:
+        """Labels [N] that are `column` everywhere, or the number of the row if it is None."""
+        return fixed_labels(self.build, self.group.logits, column)
+
+    def whole(self, sums: Node) -> Node:
+        """Sums over the vocabulary, of all of it."""
+        return sums
+
+    def total(self, rows: Node) -> Node:
+        """The sum over all rows."""
+        return self.build(torch.sum, rows)
+
+    def mean(self, rows: Node, counted: Node) -> Node:
+        """sum(rows) / sum(counted)"""
+        return self.build(torch.div, self.total(rows), self.total(counted))
+
+    def mean_of_all(self, rows: Node) -> Node:
+        return self.build(torch.mean, rows)
+
+
+class Distributed(Dense):
+    """Logits that are a DTensor, and so is what is made of them."""
+
+    def __init__(self, build: Builder, reading: Reading, group: Group):
+        super().__init__(build, reading, group)
+        self._source = made_before(build, reading, group.logits.node, group.place)
+        self._flat: Node | None = None
+
+    def logits(self) -> Node:
+        if self._flat is None:
+            self._flat = super().logits()
+        return self._flat
+
+    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
+        rows = self.build(placements.whole_rows, z, labels, weights, which)
+        return self.unbound(rows, which)
+
+    def brought(self, node: Node) -> Node:
+        if is_dtensor(tensor_of(node)):
+            return node
+        return self.build(placements.on_every_rank, node, self._source)
+
+    def fixed_labels(self, column: int | None) -> Node:
+        if column is None:
+            return self.brought(super().fixed_labels(None))
+        return self.build(placements.rows_of, self.logits(), column)
+
+    def whole(self, sums: Node) -> Node:
+        return self.build(placements.whole, sums)
+
+    def total(self, rows: Node) -> Node:
+        return self.build(placements.total, rows)
+
+    def mean(self, rows: Node, counted: Node) -> Node:
+        return self.build(placements.mean, rows, counted)
+
+    def mean_of_all(self, rows: Node) -> Node:
+        return self.mean(rows, self.build(torch.ones_like, rows))

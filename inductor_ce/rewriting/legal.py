@@ -1,0 +1,289 @@
+"""Legality: which of the values that recognition read may be replaced, where, and why not the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .. import algebra
+from ..common.compat.graphs import (
+    is_dtensor,
+    is_function_transform,
+    is_kept_dynamic,
+    is_plain_tensor,
+    set_grad_enabled,
+)
+from ..common.findings import Reason
+from ..common.options import Options
+from ..distributed.placements import beside_fact, layout_fact
+from ..graph.shapes import hint, shape_of, tensor_of
+from ..graph.timeline import written_by
+from ..reading import spellings
+from ..reading.row_views import Index, Permute, RowView, Slice
+from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
+from .escapes import escape_fact, needed_nodes, tell_unread
+from .groups import Group, expr_of, grouped, headline, value_of
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+TRANSFORMED = (Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap.")
+OWN_BACKWARD = (Reason.OWN_BACKWARD, "The loss is inside an autograd.Function, whose backward is its own.")
+
+MAXIMUM_KEPT = "The maximum of a row is taken off and not added back: add it or detach it."
+
+
+def judge(reading: Reading, options: Options) -> list[Group]:
+    """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
+    groups: list[Group] = []
+    everywhere = _refusal_of_graph(reading)
+    for logits, nodes in _losses(reading).items():
+        refusal = everywhere or _refusal(logits, options) or _refusal_of_edit(reading, logits)
+        if refusal is not None:
+            reading.miss(headline(reading, nodes), *refusal)
+            continue
+        allowed = _without_escapes(reading, nodes)
+        if _is_loss(reading, allowed):
+            found = grouped(reading, logits, allowed)
+            groups += [group for group in found if not _is_refused(reading, group)]
+    replaced = {node for group in groups for node in group.nodes}
+    tell_unread(reading, replaced, options.min_vocab, everywhere)
+    return sorted(groups, key=lambda group: group.place)
+
+
+# What is a loss
+
+
+def _losses(reading: Reading) -> dict[Logits, list[Node]]:
+    """For each logits with a loss on them, the nodes where the algebra ends and the user's own rows begin."""
+    ends: dict[Logits, list[Node]] = defaultdict(list)
+    for node, value in reading.values.items():
+        if isinstance(value, LossValue):
+            is_end = not _keeps_maximum(reading, node)
+        else:
+            is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
+        if is_end:
+            ends[value.logits].append(node)  # type: ignore[union-attr]
+    return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
+
+
+def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
+    if _keeps_maximum(reading, node):
+        return False
+    return any(
+        _is_strange(reading, user, value.logits) or _is_label_of(reading, node, user) for user in node.users
+    )
+
+
+def _keeps_maximum(reading: Reading, node: Node) -> bool:
+    """Whether a row's maximum does not cancel, and a gradient flows through it. Tells so where it is a loss.
+
+    The user's own nodes are as good as ours then, and have that gradient.
+    """
+    value = value_of(reading, node)
+    expr = row_expr(value)
+    if not expr.has(algebra.MAX) or value.detached or not _wants_gradient(value.logits):
+        return False
+    kept = any(map(_differentiable, node.users))
+    if kept and algebra.is_normalised(expr) and any(user not in reading.values for user in node.users):
+        reading.miss(node, Reason.NOT_UNDERSTOOD, MAXIMUM_KEPT)
+    return kept
+
+
+def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
+    value = reading.values.get(user)
+    return isinstance(value, (RowValue, LossValue)) and node in reading.brought(value)
+
+
+def _differentiable(user: Node) -> bool:
+    """Whether a gradient may flow through a node: through a comparison none does."""
+    example = tensor_of(user)
+    return example is None or example.is_floating_point()
+
+
+def _wants_gradient(logits: Logits) -> bool:
+    example = tensor_of(logits.node)
+    return example is not None and example.requires_grad
+
+
+def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
+    """Whether a user is not of these logits, nor what joins rows of them to others."""
+    value = reading.values.get(user)
+    return (
+        value is None or isinstance(value, Columns) or (value.logits != logits and user not in reading.joined)
+    )
+
+
+def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
+    """A loss weighs the normaliser of a row against some of its logits."""
+    exprs = [expr_of(reading, node) for node in nodes]
+    return any(map(algebra.is_normalised, exprs)) and any(map(algebra.weighs_logits, exprs))
+
+
+# May it be replaced
+
+
+def _refusal_of_graph(reading: Reading) -> tuple[Reason, str] | None:
+    if any(is_function_transform(node.target) for node in reading.timeline.nodes):
+        return TRANSFORMED
+    return OWN_BACKWARD if _is_function_body(reading.timeline.nodes) else None
+
+
+def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
+    example = tensor_of(logits.node)
+    assert example is not None
+    if is_dtensor(example):
+        fact = layout_fact(example, logits.axis)
+        if fact is not None:
+            return Reason.PLACEMENTS, fact
+    elif not is_plain_tensor(example):
+        return Reason.UNSUPPORTED_TENSOR, f"The logits are a {type(example).__name__}, not a plain tensor."
+    if example.dtype not in DTYPES:
+        return Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}."
+    size = shape_of(logits.node)[logits.axis]
+    if hint(size) < options.min_vocab:
+        return Reason.SMALL_VOCAB, f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
+    if not isinstance(size, int) and is_kept_dynamic(size):
+        return Reason.DYNAMIC_VOCAB, "The vocabulary dimension is marked dynamic."
+    return None
+
+
+def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
+    """Leave out the nodes whose log-probabilities [N, V] somebody else needs as well.
+
+    They would have to be computed in any case, and the statistics would be one more sweep.
+    """
+    allowed = list(nodes)
+    while True:
+        needed = needed_nodes(reading, set(allowed))
+        escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
+        if not escaped:
+            return allowed
+        allowed = [n for n in allowed if n not in escaped]
+        node, wide = next(iter(escaped.items()))
+        reading.miss(node, Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed))
+        reading.refused |= escaped.keys()
+
+
+def _refusal_of_edit(reading: Reading, logits: Logits) -> tuple[Reason, str] | None:
+    """Made functional, an edit through a transposed alias may leave other strides than the logits had.
+
+    Nothing tells a kernel that reads them as [N, V], where the user's own operations do not care.
+    """
+    timeline = reading.timeline
+    if not logits.version or len(shape_of(logits.node)) == 2:
+        return None
+    aliases = [
+        alias
+        for node in timeline.nodes
+        for alias in written_by(node)
+        if timeline.shares_storage(alias, logits.node) and not spellings.is_arithmetic_edit(node)
+    ]
+    strides = [tensor_of(alias).stride() for alias in aliases]  # type: ignore[union-attr]
+    if all(list(stride) == sorted(stride, reverse=True) for stride in strides):
+        return None
+    return Reason.MUTATED, "The logits are changed in place through a transposed alias before this loss."
+
+
+def _is_refused(reading: Reading, group: Group) -> bool:
+    """Whether what stands beside the logits, or comes after the loss, forbids it. Tells so."""
+    return (
+        _edited_later(reading, group)
+        or _input_edited_later(reading, group)
+        or _placed_otherwise(reading, group)
+    )
+
+
+def _edited_later(reading: Reading, group: Group) -> bool:
+    """Whether the logits are written after the loss, while its backward has to read them. Tells so."""
+    timeline, node = reading.timeline, group.logits.node
+    if not group.attached or not _wants_gradient(group.logits):
+        return False
+    edited = not timeline.unchanged(node, group.place, len(timeline.nodes))
+    if edited:
+        fact = "The logits are changed in place after this loss, whose backward reads them."
+        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
+    return edited
+
+
+def _input_edited_later(reading: Reading, group: Group) -> bool:
+    """Whether labels that are an argument of the graph are written after the loss. Tells so.
+
+    AOTAutograd writes arguments at the end of the forward, and its backward may read them after that.
+    """
+    timeline = reading.timeline
+    arguments = [node for node in timeline.nodes if node.op == "placeholder"]
+    edited = group.attached and any(
+        held.node is not None
+        and not timeline.unchanged(held.node, group.place, len(timeline.nodes))
+        and any(timeline.shares_storage(held.node, argument) for argument in arguments)
+        for held in group.labels.values()
+    )
+    if edited:
+        fact = (
+            "The labels are an argument that is changed in place after this loss, whose backward reads them."
+        )
+        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
+    return edited
+
+
+def _placed_otherwise(reading: Reading, group: Group) -> bool:
+    """Whether ranks hold other rows or classes of what stands beside the logits than of these. Tells so."""
+    if not group.distributed:
+        return False
+    facts = [_label_fact(group, held) for held in group.labels.values()]
+    facts += [_outside_fact(group, held) for held in group.outside.values()]
+    fact = next((fact for fact in facts if fact is not None), None)
+    if fact is not None:
+        reading.miss(headline(reading, group.nodes), Reason.PLACEMENTS, fact)
+    return fact is not None
+
+
+def _label_fact(group: Group, held: Label) -> str | None:
+    z: Any = tensor_of(group.logits.node)
+    axis, moved = group.logits.axis, _first_rows_moved(held.steps)
+    if held.node is not None:
+        y: Any = tensor_of(held.node)
+        return beside_fact(z, axis, "The labels", y, int(held.kept == 0), None, moved)
+    if held.column is not None:
+        return None
+    return beside_fact(z, axis, "The labels, which are the numbers of the rows,", torch.arange(0), 0, None)
+
+
+def _outside_fact(group: Group, held: Outside) -> str | None:
+    z: Any = tensor_of(group.logits.node)
+    x = tensor_of(held.node)
+    assert x is not None
+    assert held.axis is not None
+    missing = len(shape_of(held.like)) - x.dim()
+    first = {"row": int(held.axis == 0) - missing, "columns": int(held.axis == 0)}.get(held.kind)
+    classes = held.axis - missing if held.kind in ("classes", "columns") else None
+    if held.kind == "scalar":
+        return None
+    name = "The weights" if classes is not None else "The numbers of the rows"
+    return beside_fact(z, group.logits.axis, name, x, first, classes, _first_rows_moved(held.steps))
+
+
+def _first_rows_moved(steps: tuple[RowView, ...]) -> bool:
+    """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
+    cut = any(isinstance(s, Slice) and s.left[0] + s.right[0] for s in steps)
+    return cut or any(isinstance(s, (Permute, Index)) for s in steps)
+
+
+def _is_function_body(nodes: Sequence[Node]) -> bool:
+    """Whether a graph is the forward of an autograd.Function, as Dynamo captures it.
+
+    Such a body switches gradients off before anything else, on again at its end, and returns a pair: its
+    outputs, and what its backward is given.
+    """
+    inner = [node for node in nodes if node.op != "placeholder"]
+    if len(inner) < 3:
+        return False
+    first, last, output = inner[0], inner[-2], inner[-1]
+    switched = all(node.target is set_grad_enabled for node in (first, last))
+    returned = output.args[0] if output.args else None
+    pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
+    return switched and pair and (first.args, last.args) == ((False,), (True,))

@@ -1,0 +1,44 @@
+"""Make again, at an earlier place, what a loss reads but the user computes only later.
+
+Dynamo emits a view, a mask or a cast of labels and weights where the user's code first names it, which may
+be after the place where statistics are due. Such nodes are cheap and read little: they are made again from
+what stood earlier, and AOTAutograd finds the twin.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..graph.builder import Builder
+from ..graph.timeline import written_by
+from ..reading import spellings
+from ..reading.values import LossValue, Reading, RowValue
+
+# What takes more steps than this is no view or mask.
+MAX_STEPS = 8
+
+
+def earliest(reading: Reading, node: Node, position: int, steps: int = MAX_STEPS) -> int:
+    """The first place where `node` can be had as it reads at `position`, made again if need be."""
+    timeline = reading.timeline
+    first, _ = timeline.window(node, position)
+    if not steps or not _can_be_made_again(reading, node, position):
+        return first
+    at = timeline.position[node]
+    sources = [earliest(reading, source, at, steps - 1) for source in node.all_input_nodes]
+    return min(first, max([timeline.calm_since(at), *sources]))
+
+
+def _can_be_made_again(reading: Reading, node: Node, position: int) -> bool:
+    if spellings.read(node) is None or any(written_by(node)):
+        return False
+    may_be_replaced = isinstance(reading.values.get(node), (RowValue, LossValue)) or node in reading.parted
+    return not may_be_replaced and reading.timeline.unchanged(node, node, position)
+
+
+def made_before(build: Builder, reading: Reading, node: Node, place: int) -> Node:
+    """`node`, by what took its place, or made again where it comes only after `place`."""
+    result, ready = reading.results.get(node, (node, 0))
+    if reading.timeline.position[node] < place:
+        return result if ready <= place else node
+    return build.again(node, {s: made_before(build, reading, s, place) for s in node.all_input_nodes})

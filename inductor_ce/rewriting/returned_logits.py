@@ -1,0 +1,139 @@
+"""Logits that are returned: who has them in memory, and, with the option, NaN in their place.
+
+What holds all logits of a loss, in whatever shape, order or floating dtype, is a copy here. Where one is
+returned, the linear layer cannot be fused with the loss: all logits must be there. Who never reads them says
+so by `drop_logits`, and is given NaN of the same shape, dtype and device, one element expanded.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.dynamo import returns_to_program
+from ..common.compat.graphs import is_plain_tensor
+from ..common.options import Options
+from ..graph.builder import Builder
+from ..graph.shapes import tensor_of
+from ..reading import spellings
+from ..reading.values import Reading
+from ..reading.views import keeps_order
+from .escapes import name_of, read_by, where_is
+from .groups import Group
+
+RETURNED = "The logits are returned, so all of them are in memory"
+REMEDY = "; the option drop_logits returns NaN in their place."
+DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
+VERIFIED = "The option verify computes the original too, which has all logits in memory."
+
+NOT_PLAIN = "they are no plain tensor"
+INSIDE = "they are returned to other compiled code, not to the program"
+ARGUMENT = "they are an argument of the graph"
+ALIASED = "a tensor that shares their memory is an argument or is returned too"
+
+_WHOLE = {"same", "reshape", "permute", "transpose", "transposed", "movedim", "detach", "getitem"}
+
+
+def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: Options) -> list[str]:
+    """Drop the returned logits of rewritten groups where that is asked for and may be.
+
+    Returns:
+        For each group a sentence on what keeps its logits in memory, or that they were dropped; "" where
+        nothing but the loss needs them.
+    """
+    roots = [_root(group.logits.node) for group in groups]
+    sentences = {root: _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)}
+    return [sentences[root] for root in roots]
+
+
+def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options) -> str:
+    if options.verify:
+        return VERIFIED
+    returned = [node for node in copies if any(user.op == "output" for user in node.users)]
+    reader = _reader(copies)
+    if _is_argument(copies[0]) and not (returned and options.drop_logits):
+        return ""  # there is no linear layer
+    if not returned:
+        return f"The logits are also used by {reader}, so all of them are in memory." if reader else ""
+    if not options.drop_logits:
+        return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
+    refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
+    if refusal is not None:
+        return f"{RETURNED}: drop_logits does not apply, because {refusal}."
+    for node in returned:
+        _return_nan(graph, node)
+    return DROPPED
+
+
+def _root(node: Node) -> Node:
+    """What a tensor is a copy of."""
+    while (source := _copied(node)) is not None:
+        node = source
+    return node
+
+
+def _copied(node: Node) -> Node | None:
+    """The source of a node that holds all elements of it, floating as they were."""
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0] not in _WHOLE:
+        return None
+    source = spelled[1].get("input")
+    floating = [x is not None and x.is_floating_point() for x in (tensor_of(node), tensor_of(source))]
+    if not isinstance(source, Node) or not all(floating):
+        return None
+    return source if spelled[0] != "getitem" or keeps_order(node, source) else None
+
+
+def _copies(root: Node) -> list[Node]:
+    """The root and all copies of it, each behind its source."""
+    found = [root]
+    for node in found:
+        found += [user for user in node.users if _copied(user) is node and user not in found]
+    return found
+
+
+def _reader(copies: list[Node]) -> str | None:
+    """Who else reads the logits, beside the statistics and whoever is given what the graph returns."""
+    if not _are_plain(copies):
+        return None  # the statistics of a DTensor begin with other operations
+    users = (user for node in copies for user in node.users if node in read_by(user))
+    others = (user for user in users if user not in copies and user.op != "output")
+    return next((f"{name_of(u)} {where_is(u)}" for u in others if u.target is not ops.ROW_STATS), None)
+
+
+def _are_plain(nodes: list[Node]) -> bool:
+    return all(is_plain_tensor(tensor_of(node)) for node in nodes)  # type: ignore[arg-type]
+
+
+def _refusal(graph: Graph, reading: Reading, copies: list[Node]) -> str | None:
+    if not _are_plain(copies):
+        return NOT_PLAIN
+    if not returns_to_program(graph.owning_module):
+        return INSIDE
+    if _is_argument(copies[0]):
+        return ARGUMENT
+    elsewhere = (n for n in graph.nodes if n not in copies and _is_seen_outside(n))
+    if any(reading.timeline.shares_storage(n, node) for n in elsewhere for node in copies):
+        return ALIASED
+    return None
+
+
+def _is_argument(node: Node) -> bool:
+    return node.op in ("placeholder", "get_attr")
+
+
+def _is_seen_outside(node: Node) -> bool:
+    return _is_argument(node) or any(user.op == "output" for user in node.users)
+
+
+def _return_nan(graph: Graph, node: Node) -> None:
+    """One element, expanded. The loss has the gradient of the logits; this has none."""
+    output = graph.output_node()
+    build = Builder(graph, output, like=node)
+    example = tensor_of(node)
+    assert example is not None
+    nan = build(torch.full, (), math.nan, dtype=example.dtype, device=example.device)
+    output.replace_input_with(node, build("expand_as", nan, node))

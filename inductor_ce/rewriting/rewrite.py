@@ -1,0 +1,149 @@
+"""Rewrite: replace the nodes of a group by one `row_stats` and torch operations of size [N]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+
+from .. import algebra
+from ..common.findings import user_line
+from ..graph.builder import Builder
+from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline, written_by
+from ..ops.verified import ORIGINAL, TAPPED, VERIFIED, new_key
+from ..reading import spellings
+from ..reading.values import Afterwards, LossValue, Reading, Reduction, RowValue
+from .arrange import arranged, first_size
+from .groups import Group
+from .statistics import Statistics
+
+
+def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) -> str:
+    """Use statistics in place of the nodes of `group`; returns the rows of them.
+
+    With `verify` the nodes stay, to be compared with. On an exception the graph is as it was.
+    """
+    build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
+    try:
+        key = new_key(user_line(group.nodes[0])[0]) if verify else None
+        stats = Statistics(build, reading, group, key)
+        results = [(node, _result(build, stats, reading, group, node)) for node in group.nodes]
+    except Exception:
+        build.undo()
+        raise
+    if key is not None:
+        results = _beside_originals(graph, reading, group, stats, results, key)
+    for node, result in results:
+        # Nodes of other groups were given what may stand at their places.
+        node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
+        reading.results[node] = result, group.place
+    return stats.which
+
+
+def _beside_originals(
+    graph: Graph,
+    reading: Reading,
+    group: Group,
+    stats: Statistics,
+    results: list[tuple[Node, Node]],
+    key: str,
+) -> list[tuple[Node, Node]]:
+    """Each result with the node that it is to replace, one of which is used when the program runs."""
+    timeline = reading.timeline
+    chosen = []
+    for index, (node, result) in enumerate(results):
+        after = max(group.place, timeline.position[node] + 1)
+        build = Builder(graph, timeline.nodes[after], like=node)
+        chosen.append((node, build(VERIFIED, result, node, key, index)))
+    if stats.is_tapped:
+        logits = group.logits.node
+        after = max(timeline.position[logits] + 1, _first_operation(timeline))
+        build = Builder(graph, timeline.nodes[after], like=logits)
+        original = build(TAPPED, logits, key, ORIGINAL)
+        logits.replace_all_uses_with(original, delete_user_cb=timeline.position.__contains__)
+    return chosen
+
+
+def _first_operation(timeline: Timeline) -> int:
+    return next(i for i, node in enumerate(timeline.nodes) if node.op != "placeholder")
+
+
+def sweep(graph: Graph, reading: Reading) -> None:
+    """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
+    for node in reversed(reading.timeline.nodes):
+        if not node.users and spellings.read(node) is not None and not any(written_by(node)):
+            graph.erase_node(node)
+
+
+def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, node: Node) -> Node:
+    value: Any = reading.values[node]
+    exprs = value.exprs if isinstance(value, RowValue) else (value.expr,)
+    rows = [_rows(build, stats, group, value, expr) for expr in exprs]
+    if isinstance(value, LossValue):
+        result = _reduced(build, stats, rows[0], value)
+    elif len(rows) > 1:
+        result = build(torch.stack, rows, value.kept)
+    else:
+        result = rows[0] if value.kept is None else build("unsqueeze", rows[0], value.kept)
+    result = _done(build, tensor_of(node).dtype, result)  # type: ignore[union-attr]
+    if value.detached and reading.timeline.grad_mode(group.place) is True:
+        result = build("detach", result)
+    edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
+    return build("clone", result) if edited else result
+
+
+def _done(build: Builder, step: Afterwards, result: Node) -> Node:
+    """What was to be done to each element, done to those that were picked."""
+    if isinstance(step, Node):
+        return build.again(step, {step.all_input_nodes[0]: result})
+    if not isinstance(step, torch.dtype):
+        return build(step, result)
+    return result if tensor_of(result).dtype == step else build("to", result, step)  # type: ignore[union-attr]
+
+
+def _rows(build: Builder, stats: Statistics, group: Group, value: Any, expr: sympy.Expr) -> Node:
+    """A row expression, arranged as the user has his rows."""
+    flat = stats.row(expr)
+    for step in value.after:
+        flat = _done(build, step, flat)
+    ignored = value.reduction.ignore_index if isinstance(value, LossValue) else None
+    for y in algebra.labels_of(expr):
+        if y.is_nonnegative and group.labels[y].node is not None:
+            flat = build(torch.mul, flat, stats.checked(y, ignored))
+    return arranged(build, flat, group.logits, value.steps)
+
+
+def _reduced(build: Builder, stats: Statistics, per_row: Node, value: LossValue) -> Node:
+    """As torch.nn.functional reduces: rows with an ignored label are 0 and do not count in the mean."""
+    reduction = value.reduction
+    if reduction.y is None:
+        return _reduced_over_all(build, stats, per_row, reduction)
+    label = stats.named[reduction.y]
+    if not same_shape(shape_of(label), shape_of(per_row)):
+        label = build("reshape_as", label, per_row)
+    valid = build(torch.ne, label, reduction.ignore_index)
+    kept = build(torch.where, valid, per_row, 0.0)
+    if reduction.how == "none":
+        return kept
+    if reduction.how == "sum":
+        return stats.layout.total(kept)
+    counted = valid
+    if reduction.weight is not None:
+        weights = arranged(build, stats.entry(reduction.weight, reduction.y), value.logits, value.steps)
+        counted = build(torch.where, valid, weights, 0.0)
+    return stats.layout.mean(kept, counted)
+
+
+def _reduced_over_all(build: Builder, stats: Statistics, per_row: Node, reduction: Reduction) -> Node:
+    if reduction.how == "none":
+        return per_row
+    if reduction.how == "mean":
+        return stats.layout.mean_of_all(per_row)
+    total = stats.layout.total(per_row)
+    if reduction.how == "sum":
+        return total
+    assert reduction.batch is not None
+    return build(torch.div, total, first_size(build, reduction.batch))

@@ -1,0 +1,314 @@
+"""The one `row_stats` of a group, and its rows as the algebra names them after `algebra.shifted`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .. import algebra, ops
+from ..graph.builder import Builder
+from ..graph.shapes import shape_of, tensor_of
+from ..ops.verified import FUSED, TAPPED
+from ..reading.values import Outside, Reading, row_expr
+from .arrange import flat_labels, flat_outside
+from .groups import Group
+from .layouts import layout_of
+from .rematerialise import made_before
+
+# Integers up to here are exact in float64, and small enough for any scalar argument.
+EXACT = 2**53
+
+# The maximum where it stands alone, and nothing beside it tells of NaN.
+MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
+
+# log d in float64, where it is to cancel.
+LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
+
+Product = tuple[sympy.Symbol, ...]
+
+_MADE: dict[str, Callable[[Builder, Node], Node]] = {
+    "": lambda build, node: node,
+    "exp": lambda build, node: build(torch.exp, node),
+    "xlogx": lambda build, node: build(torch.xlogy, node, node),
+    "where": lambda build, node: node,
+    "where not": lambda build, node: build(torch.logical_not, node),
+}
+
+
+def _only_losses_read(reading: Reading, group: Group) -> bool:
+    """Whether the gradient of the logits is that of the group alone, and dz is in memory as they are."""
+    node, timeline = group.logits.node, reading.timeline
+    last = group.logits.axis == len(shape_of(node)) - 1
+    if not (group.attached and last and timeline.unchanged(node, node, len(timeline.nodes))):
+        return False
+    stack, seen = [user for user in node.users if user in timeline.position], set(group.nodes)
+    while stack:
+        user = stack.pop()
+        if user not in seen:
+            if not user.users:
+                return False
+            seen.add(user)
+            stack += user.users
+    return True
+
+
+def _is_mask(node: Node) -> bool:
+    return tensor_of(node).dtype == torch.bool  # type: ignore[union-attr]
+
+
+class Statistics:
+    """Nodes for the symbols of row expressions, made when they are asked for."""
+
+    def __init__(self, build: Builder, reading: Reading, group: Group, verify_key: str | None = None):
+        self.build, self.vocab_size = build, group.vocab_size
+        self.outside = group.outside
+        exprs = [row_expr(reading.values[node]) for node in group.nodes]  # type: ignore[arg-type]
+        moved = [
+            algebra.shifted(e) for expr in exprs for e in (expr if isinstance(expr, sympy.Tuple) else (expr,))
+        ]
+        self.reading, self.place = reading, group.place
+        self.layout = layout_of(build, reading, group)
+        self.named = {
+            y: self._kept(held.node, self._brought(held.node))
+            for y, held in group.labels.items()
+            if held.node is not None
+        }
+        self.labels = {
+            y: flat_labels(build, self.named[y], held, self.vocab_size)
+            if y in self.named
+            else self.layout.fixed_labels(held.column)
+            for y, held in group.labels.items()
+        }
+        self._flat: dict[sympy.Symbol, Node] = {}
+        self._known: dict[Any, Node] = {}
+        picked = [y for y in self.labels if any(y in algebra.picks_of(e) for e in exprs)]
+        weights, names = self._weights(moved)
+        rows: list[tuple[str, Any]] = [(ops.MAX, algebra.MAX), (ops.SUMEXP, ops.SUMEXP)]
+        rows += [(ops.PICK, algebra.pick(y)) for y in picked]
+        optional = ((ops.SUM, algebra.SUM), (ops.SUMEXPZ, algebra.MEAN_P), (ops.ARGMAX, algebra.ARGMAX))
+        rows += [(name, symbol) for name, symbol in optional if any(e.has(symbol) for e in exprs)]
+        rows += names
+        z = self.layout.logits()
+        self.is_tapped = (
+            verify_key is not None and not group.distributed and _only_losses_read(reading, group)
+        )
+        if self.is_tapped:
+            z = build(TAPPED, z, verify_key, FUSED)
+        self.which = ",".join(name for name, _ in rows)
+        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.which)
+        self._rows = {key: node for (_, key), node in zip(rows, made, strict=True)}
+
+    def _brought(self, node: Node) -> Node:
+        return self.layout.brought(made_before(self.build, self.reading, node, self.place))
+
+    def _kept(self, label: Node, made: Node) -> Node:
+        """Labels, copied where the user writes over them later: the backward reads them again."""
+        timeline = self.reading.timeline
+        return (
+            made if timeline.unchanged(label, self.place, len(timeline.nodes)) else self.build("clone", made)
+        )
+
+    def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], list[tuple[str, Any]]]:
+        """The tensors that are summed against z or p, and the rows that hold these sums."""
+        weights: list[Node] = []
+        rows: list[tuple[str, Any]] = []
+        functions = {f for e in exprs for f in e.atoms(sympy.Function)}
+        products = {f.args for f in functions if f.func in (algebra.dot_shifted, algebra.mean_p_of)}
+        for product in sorted(products, key=str):
+            weight = self.product(product)
+            kinds = [
+                (ops.DOT, algebra.dot_shifted),
+                (ops.MASS, algebra.mass),
+                (ops.EXPDOT, algebra.mean_p_of),
+            ]
+            if len(shape_of(weight)) == 1:
+                del kinds[1]  # the same number for all rows
+            wanted = [(name, make(*product)) for name, make in kinds if make(*product) in functions]
+            rows += [(f"{name}:{len(weights)}", function) for name, function in wanted]
+            weights.append(weight)
+        return weights, rows
+
+    def product(self, product: Product) -> Node:
+        """The product of tensors from outside, [V] or [N, V]."""
+        first, *rest = map(self.flat, product)
+        for other in rest:
+            first = self.build(torch.mul, first, other)
+        return first
+
+    def flat(self, symbol: sympy.Symbol) -> Node:
+        """A tensor from outside as [N, V], [V], [N] or a number."""
+        if symbol not in self._flat:
+            held: Outside = self.outside[symbol]
+            node = flat_outside(self.build, self._brought(held.node), held, self.vocab_size)
+            self._flat[symbol] = _MADE[held.made](self.build, node)
+        return self._flat[symbol]
+
+    def __getitem__(self, key: sympy.Expr) -> Node:
+        if key not in self._known:
+            self._known[key] = self._made(key)
+        return self._known[key]
+
+    def _made(self, key: sympy.Expr) -> Node:
+        build, d = self.build, self._rows[ops.SUMEXP]
+        m = self._rows[algebra.MAX]
+        if key == algebra.MAX:
+            return m
+        if key == MAX_OR_NAN:
+            # A kernel's maximum need not see NaN; d does, and is NaN beside +inf as well.
+            unseen = build(torch.logical_and, build(torch.isnan, d), build(torch.ne, m, torch.inf))
+            return build(torch.where, unseen, torch.nan, m)
+        if key == algebra.LOG_SUMEXP:
+            return build(torch.log, d)
+        if key == LOG_SUMEXP_WIDE:
+            return build(torch.log, build("double", d))
+        if key == algebra.LOG_SUMEXP_EXTENDED:
+            # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
+            return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
+        if key == algebra.MEAN_P_SHIFTED:
+            return build(torch.div, self._rows[algebra.MEAN_P], d)
+        if key == algebra.SUM_SHIFTED:
+            return self._rows[algebra.SUM]
+        if key in self.outside:
+            return self.flat(key)
+        return self._made_of_function(key)
+
+    def _made_of_function(self, key: sympy.Expr) -> Node:
+        build, m = self.build, self._rows[algebra.MAX]
+        if key.func == algebra.pick_shifted:
+            (y,) = key.args
+            gap = build(torch.sub, self._rows[algebra.pick(y)], m)
+            return gap if y.is_nonnegative else build(torch.where, self.inside(y), gap, 0.0)
+        if key.func == algebra.same:
+            one, other = (self.labels[y] for y in key.args)
+            return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
+        if key.func == algebra.hit:
+            return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
+        if key.func == algebra.mean_p_of:
+            return build(torch.div, self._rows[key], self._rows[ops.SUMEXP])
+        if key.func == algebra.entry:
+            return self.entry(*key.args)
+        if key not in self._rows and key.func == algebra.mass:
+            return self.layout.whole(build(torch.sum, self.product(key.args), -1))
+        return self._rows[key]
+
+    def inside(self, y: sympy.Symbol) -> Node:
+        """Whether labels name a column."""
+        key = ("inside", y)
+        if key not in self._known:
+            build, label = self.build, self.labels[y]
+            above = build(torch.ge, label, 0)
+            self._known[key] = build(torch.logical_and, above, build(torch.lt, label, self.vocab_size))
+        return self._known[key]
+
+    def entry(self, q: sympy.Symbol, y: sympy.Symbol) -> Node:
+        """q_y, and that of any class where y names none."""
+        build, weight = self.build, self.flat(q)
+        safe = build(torch.where, self.inside(y), self.labels[y], 0)
+        if len(shape_of(weight)) == 1:
+            return build(torch.index_select, weight, 0, safe)
+        index = build("unsqueeze", build("long", safe), 1)
+        return build("squeeze", build(torch.gather, weight, 1, index), 1)
+
+    def checked(self, y: sympy.Symbol, ignored: int | None) -> Node:
+        """1, but NaN for a label that is neither in [0, V) nor ignored: nothing plausible is made of it."""
+        key = ("checked", y, ignored)
+        if key not in self._known:
+            build, known = self.build, self.inside(y)
+            if ignored is not None:
+                known = build(torch.logical_or, known, build(torch.eq, self.labels[y], ignored))
+            self._known[key] = build(torch.where, known, 1.0, torch.nan)
+        return self._known[key]
+
+    # Row expressions
+
+    def row(self, expr: sympy.Expr) -> Node:
+        """A row expression as torch operations, [N]."""
+        moved = algebra.shifted(expr).subs(algebra.V, self.vocab_size)
+        if not moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED):
+            moved = moved.subs(algebra.MAX, MAX_OR_NAN)
+        value = self._emit_with_masses(moved)
+        if isinstance(value, Node) and len(shape_of(value)) == 1:
+            return value
+        return self.build(torch.add, self.build(torch.zeros_like, self._rows[algebra.MAX]), value)
+
+    def _emit_with_masses(self, expr: sympy.Expr) -> Any:
+        """As `_emit`, with what is summed of tensors from outside in one sum over the classes.
+
+        NOTE Divergences cancel
+        KL(q | p) = sum_i q_i log q_i + mass(q) log d - dot(q) is small where its terms are near log V. Column
+        by column the first two cancel before they are rounded as sums: sum_i q_i (log q_i + log d), held
+        constant and summed in float64. The gradient flows through mass(q) (log d - the log d held constant),
+        which also gives back what that lost when it was rounded.
+        """
+        masses = [t for t in expr.as_ordered_terms() if self._weighs_rows_of_columns(t)]
+        if len(masses) < 2:
+            return self._emit(expr)
+        column_terms, corrections = [], []
+        for term in masses:
+            (mass,) = term.atoms(algebra.mass)
+            factor = self._emit((term / mass).subs(algebra.LOG_SUMEXP, LOG_SUMEXP_WIDE))
+            product = self._in_stats_dtype(self.product(mass.args))
+            if isinstance(factor, Node):
+                factor = self._in_stats_dtype(factor) if _is_mask(factor) else factor
+                held = self._in_stats_dtype(self.build("detach", factor))
+                corrections.append(self._mul(self[mass], self.build(torch.sub, factor, held)))
+                factor = self.build("unsqueeze", held, -1) if shape_of(factor) else held
+            column_terms.append(self._mul(product, factor))
+        terms = functools.reduce(self._add, column_terms)
+        total = self.layout.whole(self.build(torch.sum, terms, -1, dtype=torch.float64))
+        rest = expr - sympy.Add(*masses)
+        others = [self._emit(rest)] if rest != 0 else []
+        return functools.reduce(self._add, [total, *corrections, *others])
+
+    def _weighs_rows_of_columns(self, term: sympy.Expr) -> bool:
+        """Whether a term is a row factor times the sum over the classes of one product [N, V]."""
+        masses = term.atoms(algebra.mass)
+        if len(masses) != 1 or term.atoms(algebra.entry):
+            return False
+        (mass,) = masses
+        return not (term / mass).has(mass) and len(shape_of(self.product(mass.args))) == 2
+
+    def _in_stats_dtype(self, node: Node) -> Node:
+        dtype = tensor_of(self._rows[algebra.MAX]).dtype  # type: ignore[union-attr]
+        return node if tensor_of(node).dtype == dtype else self.build("to", node, dtype)  # type: ignore[union-attr]
+
+    def _emit(self, expr: sympy.Expr) -> Any:
+        if expr.is_number:
+            return int(expr) if expr.is_Integer and abs(expr) < EXACT else float(expr)
+        if expr.is_Add:
+            return self._folded(expr.args, self._add)
+        if expr.is_Mul:
+            masks = [a for a in expr.args if a in self.outside and self.outside[a].is_mask]
+            rest = self._folded([a for a in expr.args if a not in masks] or [sympy.Integer(1)], self._mul)
+            for mask in masks:
+                rest = self.build(torch.where, self[mask], rest, 0.0)
+            return rest
+        if expr.is_Pow:
+            return self.build(torch.pow, self._emit(expr.base), self._emit(expr.exp))
+        if isinstance(expr, (sympy.exp, sympy.log)):
+            return self.build(getattr(torch, expr.func.__name__), self._emit(expr.args[0]))
+        return self[expr]
+
+    def _folded(self, args: Sequence[sympy.Expr], combine: Any) -> Any:
+        """Numbers last, so that an operation has a tensor first; what is added before what is taken off."""
+        terms = sorted(args, key=lambda a: (bool(a.is_number), a.could_extract_minus_sign(), str(a)))
+        result = self._emit(terms[0])
+        for term in terms[1:]:
+            negative = combine == self._add and term.could_extract_minus_sign()
+            result = (
+                self.build(torch.sub, result, self._emit(-term))
+                if negative
+                else combine(result, self._emit(term))
+            )
+        return result
+
+    def _mul(self, a: Any, b: Any) -> Node:
+        return self.build(torch.mul, a, b)
+
+    def _add(self, a: Any, b: Any) -> Node:
+        return self.build(torch.add, a, b)
