@@ -1,6 +1,7 @@
 """The gallery: every spelling of patterns/ is fused and right; every near miss is right and told of.
 
-EXPECTTEST_ACCEPT=1 writes EXPECTED and the table of docs/spellings.md, for the files whose numbers and graphs are right.
+EXPECTTEST_ACCEPT=1 writes EXPECTED, and the table of docs/spellings.md, for the files whose numbers and
+graphs are right.
 """
 
 import ast

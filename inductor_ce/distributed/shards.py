@@ -1,7 +1,7 @@
 """Shards: the statistics of rows whose vocabulary is spread over the ranks of a process group.
 
 Each rank has a block of columns and its packed statistics [K, N]. One all-gather brings those of all ranks
-to each, and the monoid of `monoid.combine` makes them the statistics of whole rows.
+to each, and the monoid of `ops.combine` makes them the statistics of whole rows.
 
 NOTE Why the backward has no collective. Every rank computes the same loss of the same statistics, so the
 same gradients reach them everywhere; and the gradient of a column needs nothing else but its own logit and

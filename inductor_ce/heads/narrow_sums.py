@@ -1,4 +1,4 @@
-"""The gradient of the weight, summed over chunks in 16 bits: see products.py."""
+"""The gradient of the weight, summed over chunks in 16 bits: see ops/products.py."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 The gradient is made in the forward for an upstream gradient of 1, and the scalar that all rows share is
 applied in the backward. That there is one, and that a row needs nothing from the others, is what
-`rowlocal.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
+`row_locality.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
 """
 
 from __future__ import annotations
