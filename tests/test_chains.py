@@ -51,7 +51,7 @@ def templates(wrapper: Wrapper) -> list[str]:
 @every_half
 @every_chain
 def test_nothing_is_rounded_within(name: str, dtype: torch.dtype) -> None:
-    """Neither where the statistics or the gradient read the chain, nor between the gradient and its derivative."""
+    """Neither where the kernels read the chain, nor between the gradient and the chain's derivative."""
     z = torch.empty(64, 32000, dtype=dtype, device="meta", requires_grad=True)
     b, y = torch.empty(32000, dtype=dtype, device="meta"), torch.empty(64, dtype=torch.int64, device="meta")
 
@@ -69,7 +69,7 @@ def test_nothing_is_rounded_within(name: str, dtype: torch.dtype) -> None:
 
 @every_half
 def test_what_others_read_as_well_is_stored_in_16_bits(dtype: torch.dtype) -> None:
-    """A gradient of the logits that is returned beside its derivative is no reason for a tensor in float32."""
+    """A gradient of the logits with another reader is no reason for a tensor in float32."""
     z = torch.empty(64, 32000, dtype=dtype, device="meta", requires_grad=True)
     b = torch.empty(32000, dtype=dtype, device="meta", requires_grad=True)
     y = torch.empty(64, dtype=torch.int64, device="meta")

@@ -241,8 +241,8 @@ def _grad_template(
 def _unrounded(z: IRNode) -> IRNode:
     """A chain of 16-bit operations that ends in z, in the float32 in which Inductor computes it.
 
-    NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what it
-    fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
+    NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what
+    it fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
     dtype of the buffer that it stands for, an epilogue first to that of the template's result. So both are
     float32 where there is a chain; only what is stored at the end is rounded.
     """
