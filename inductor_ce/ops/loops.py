@@ -15,7 +15,7 @@ aten, prims = torch.ops.aten, torch.ops.prims
 def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list[str]) -> IRNode:
     """[K, N], one of `rows` each, as `operators.row_stats`."""
     n, v = z.get_size()
-    x = _cast(z, stats_dtype(z))
+    x = cast(z, stats_dtype(z))
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
     gap = _minus_row(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m))
     exp = call_lowering(aten.exp.default, gap)
@@ -26,7 +26,7 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list
         values.append(_sum(_where(_is_minus_infinity(gap), 0.0, _mul(gap, exp))))
     if operators.ARGMAX in rows:
         first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
-        values.append(_cast(first, x.get_dtype()))
+        values.append(cast(first, x.get_dtype()))
     for name, j in filter(None, map(operators.weighed, rows)):
         q = _over_rows(weights[j], z)
         values.append(
@@ -42,12 +42,12 @@ def row_grad(
     of_row = {
         row: _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1) for k, row in enumerate(rows)
     }
-    gap = _minus_row(_cast(z, stats_dtype(z)), m)
+    gap = _minus_row(cast(z, stats_dtype(z)), m)
     exp = call_lowering(aten.exp.default, gap)
     dz = _mul(of_row[operators.SUMEXP], exp)
     column = _unsqueeze(_iota(z.get_size()[1], z), 0)
     for k, y in enumerate(labels, start=2):
-        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(_cast(y, torch.int64), 1))
+        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(cast(y, torch.int64), 1))
         b = _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
         dz = _add(dz, _where(hit, b, 0.0))
     if operators.SUM in rows:
@@ -60,7 +60,7 @@ def row_grad(
         if name in (operators.DOT, operators.EXPDOT):
             term = _mul(of_row[row], _over_rows(weights[j], z))
             dz = _add(dz, term if name == operators.DOT else _mul(term, exp))
-    return call_lowering(aten.clone.default, _cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+    return call_lowering(aten.clone.default, cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
 
 
 def stats_dtype(z: IRNode) -> torch.dtype:
@@ -73,7 +73,7 @@ def over_rows(q: IRNode, z: IRNode) -> IRNode:
 
 
 def _over_rows(q: IRNode, z: IRNode) -> IRNode:
-    return over_rows(_cast(q, stats_dtype(z)), z)
+    return over_rows(cast(q, stats_dtype(z)), z)
 
 
 def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
@@ -82,9 +82,9 @@ def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
     inside = call_lowering(
         aten.bitwise_and.Tensor,
         call_lowering(aten.ge.Scalar, y, 0),
-        call_lowering(aten.lt.Scalar, _cast(y, torch.int64), v),
+        call_lowering(aten.lt.Scalar, cast(y, torch.int64), v),
     )
-    index = _cast(_where(inside, y, 0), torch.int64)
+    index = cast(_where(inside, y, 0), torch.int64)
     picked = m
     if v:
         picked = call_lowering(
@@ -134,7 +134,7 @@ def _mul(x: IRNode, y: IRNode) -> IRNode:
     return call_lowering(aten.mul.Tensor, x, y)
 
 
-def _cast(x: IRNode, dtype: torch.dtype) -> IRNode:
+def cast(x: IRNode, dtype: torch.dtype) -> IRNode:
     return call_lowering(prims.convert_element_type.default, x, dtype)
 
 

@@ -203,7 +203,7 @@ def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows
     chained = not inductor.is_buffer(z)
     others = [*map(inductor.readable, labels), *_readable_weights(weights, z)]
     piece = inductor.made_by(z, PIECES)
-    z = inductor.readable(z, absorb=True)
+    z = inductor.readable(_unrounded(z), absorb=True)
     return inductor.choose(
         _template("row_stats", _one_program_a_row),
         inputs=[z] * (4 if operators.ARGMAX in rows else 3) + others,
@@ -221,18 +221,32 @@ def _grad_template(
     # NOTE after
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
-    z = inductor.readable(z, absorb=True, after=others[:2])
+    dtype = z.get_dtype()
+    unrounded = not inductor.is_buffer(z) and inductor.read_by_one_loop()
+    z = inductor.readable(_unrounded(z), absorb=True, after=others[:2])
     over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and all(
         other.get_name() != z.get_name() for other in others
     )
-    return inductor.choose(
+    dz = inductor.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *others],
-        layout=inductor.contiguous_layout(z, z.get_dtype(), [n, v]),
+        layout=inductor.contiguous_layout(z, z.get_dtype() if unrounded else dtype, [n, v]),
         call_sizes=[n, v],
-        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), inductor.made_by(z, PIECES)),
+        configurations=_tried(grad_configurations(v, dtype, rows, over), inductor.made_by(z, PIECES)),
         over=z if over else None,
     )
+    return loops.cast(dz, dtype) if unrounded else dz
+
+
+def _unrounded(z: IRNode) -> IRNode:
+    """A chain of 16-bit operations that ends in z, in the float32 in which Inductor computes it.
+
+    NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what
+    it fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
+    dtype of the buffer that it stands for, an epilogue first to that of the template's result. So both are
+    float32 where there is a chain; only what is stored at the end is rounded.
+    """
+    return z if inductor.is_buffer(z) else loops.cast(z, loops.stats_dtype(z))
 
 
 def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, Any]]:

@@ -146,6 +146,24 @@ def _only_read_by(products: Container[Any], node: IRNode) -> bool:
     )
 
 
+def read_by_one_loop() -> bool:
+    """Whether one pointwise operation alone reads the result of the operator that is being lowered.
+
+    The scheduler then fuses it into a template, so that the result itself is nowhere in memory.
+    """
+    node = virtualized.graph.current_node
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target not in _SEEN_THROUGH:
+            return _is_loop(node.target)
+    return False
+
+
+def _is_loop(target: Any) -> bool:
+    cast = target is torch.ops.prims.convert_element_type.default
+    return cast or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
+
+
 def _buffer(value: Any) -> Any:
     """What an IR value is a view of; itself where it is none."""
     while isinstance(value, (ir.BaseView, ir.MutableBox)):
