@@ -1,4 +1,4 @@
-"""Round `compile_fx`: returned logits leave a graph before it is compiled, and come back lazy when it runs."""
+"""Round `compile_fx`: returned logits leave a graph before it is compiled and come back lazy when it runs."""
 
 from __future__ import annotations
 

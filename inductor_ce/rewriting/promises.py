@@ -17,7 +17,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import constant, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from .escapes import name_of, read_by, where_is
-from .recipes import Found, NoRecipe, is_form, is_product, recipe_of
+from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
