@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.compat.graphs import is_plain_tensor
-from ..common.options import Options
+from ..common.options import NAN, Options
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
 from ..reading import spellings
@@ -23,6 +23,7 @@ from ..reading.values import Reading
 from ..reading.views import keeps_order
 from .escapes import name_of, read_by, where_is
 from .groups import Group
+from .promises import FACT
 
 RETURNED = "The logits are returned, so all of them are in memory"
 REMEDY = "; the option drop_logits returns NaN in their place."
@@ -45,8 +46,13 @@ def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: 
         nothing but the loss needs them.
     """
     roots = [_root(group.logits.node) for group in groups]
-    sentences = {root: _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)}
+    sentences = {root: _told(root) or _settle(graph, reading, _copies(root), options) for root in roots}
     return [sentences[root] for root in roots]
+
+
+def _told(root: Node) -> str:
+    """What became of returned logits before this graph was rewritten."""
+    return next((node.meta[FACT] for node in _copies(root) if FACT in node.meta), "")
 
 
 def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options) -> str:
@@ -54,11 +60,11 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
         return VERIFIED
     returned = [node for node in copies if any(user.op == "output" for user in node.users)]
     reader = _reader(copies)
-    if _is_argument(copies[0]) and not (returned and options.drop_logits):
+    if _is_argument(copies[0]) and not (returned and options.returned_logits == NAN):
         return ""  # there is no linear layer
     if not returned:
         return f"The logits are also used by {reader}, so all of them are in memory." if reader else ""
-    if not options.drop_logits:
+    if options.returned_logits != NAN:
         return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
     if refusal is not None:

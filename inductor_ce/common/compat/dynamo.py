@@ -13,9 +13,28 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dynamo import config as dynamo_config
+    from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
 
 __all__ = ["counters"]
+
+
+def attribute_source(node: torch.fx.Node, name: str) -> Any:
+    """Where guards find an attribute of what an input of a graph stands for."""
+    return AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]
+
+
+def moved_facts(module: torch.fx.GraphModule, made: torch.fx.GraphModule) -> None:
+    """What Dynamo and the caches know of a captured module, for a copy of it."""
+    made.meta = module.meta
+    for name in ("compile_subgraph_reason", "_param_name_to_source", "_backend_id"):
+        if hasattr(module, name):
+            setattr(made, name, getattr(module, name))
+
+
+def is_captured(module: torch.nn.Module) -> bool:
+    """Whether a graph is one that Dynamo gives to a backend."""
+    return getattr(module, "compile_subgraph_reason", None) is not None
 
 
 def returns_to_program(module: torch.nn.Module | None) -> bool:

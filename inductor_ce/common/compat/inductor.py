@@ -11,6 +11,7 @@ import torch
 from .versions import of_supported_torch
 
 with of_supported_torch():
+    import torch._inductor.compile_fx as compile_fx_module
     from torch._inductor import config as inductor_config
     from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
     from torch._inductor.compile_fx import compile_fx
@@ -31,6 +32,23 @@ __all__ = [
     "list_options",
     "register_lowering",
 ]
+
+# Compilation
+
+
+def current_compile_fx() -> Callable[..., Any]:
+    """What torch.compile's own backend calls, which looks it up by name at each call."""
+    return compile_fx_module.compile_fx
+
+
+def set_compile_fx(function: Callable[..., Any]) -> None:
+    compile_fx_module.compile_fx = function
+
+
+def uses_cudagraphs(patches: dict[str, Any]) -> bool:
+    """Whether what is compiled under these patches of the configuration may run as CUDA graphs."""
+    return bool(patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
 
 # Lowering
 
