@@ -36,7 +36,7 @@ def plot_memory(curves: dict[str, list[tuple[float, int]]], logits: int, path: P
         axes.plot(times, sizes, color=f"C{i}", label=f"{name}, at most {max(sizes):.0f} MB")
         axes.axhline(logits / 1e6, color="black", linestyle="--", linewidth=1)
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 1.15))
-    panels[0].text(0, logits / 1e6, "one tensor of logits [N, V]", va="bottom", fontsize="small")
+    panels[-1].text(0, logits / 1e6, " one tensor of logits [N, V]", va="bottom", fontsize="small")
     panels[0].set_ylim(0, 1.2 * max(logits, *(size for curve in curves.values() for _, size in curve)) / 1e6)
     panels[0].set_xlim(left=0)
     panels[-1].set_xlabel("seconds, over the last training steps")

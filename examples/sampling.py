@@ -7,20 +7,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-INTERVAL = 0.004  # seconds
-
 Samples = list[tuple[float, int]]
 """(time by `time.perf_counter`, bytes), in order."""
 
 
 @contextmanager
-def sampled(bytes_in_use: Callable[[], int]) -> Iterator[Samples]:
-    """Within the block another thread fills the list that is given."""
+def sampled(bytes_in_use: Callable[[], int], seconds: float = 0.004) -> Iterator[Samples]:
+    """Within the block another thread fills the list that is given, every so many seconds."""
     samples: Samples = []
     done = threading.Event()
 
     def watch() -> None:
-        while not done.wait(INTERVAL):
+        while not done.wait(seconds):
             samples.append((time.perf_counter(), bytes_in_use()))
 
     thread = threading.Thread(target=watch, daemon=True)

@@ -159,7 +159,7 @@ def train(model: Transformer, batches: list[torch.Tensor], device: str, label: s
 
 def memory_samples(device: str) -> contextlib.AbstractContextManager[Samples]:
     """What the CUDA allocator has handed out within the block."""
-    return sampled(torch.cuda.memory_allocated) if device == "cuda" else contextlib.nullcontext([])
+    return sampled(torch.cuda.memory_allocated, 0.001) if device == "cuda" else contextlib.nullcontext([])
 
 
 def reset_peak_memory(device: str) -> int:
