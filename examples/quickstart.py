@@ -87,7 +87,7 @@ def heading(sizes: Sizes, arguments: argparse.Namespace) -> str:
     """The sizes of the run on one line."""
     return (
         f"\n{arguments.device}: N = {sizes.B} x {sizes.S} tokens a step, V = {sizes.V}, D = {sizes.D}, "
-        f"{sizes.layers} layers, {'untied' if arguments.untied else 'tied'} head"
+        f"{sizes.layers} layer{'s' * (sizes.layers > 1)}, {'untied' if arguments.untied else 'tied'} head"
     )
 
 
