@@ -116,7 +116,10 @@ def errors(f: Callable[..., Tensor], z: Tensor, b: Tensor, y: Tensor, exact: lis
 @every_half
 @every_chain
 def test_as_exact_as_plain(name: str, dtype: torch.dtype) -> None:
-    """Mean and worst error are at most 1.02 of the smaller of eager's and plain Inductor's."""
+    """Mean and worst error are at most 1.02 of the smaller of eager's and plain Inductor's, plus a little.
+
+    Losses are float32, and so near to exact that what is left is their last place.
+    """
     z = (5 * torch.randn(N, V, device="cuda")).to(dtype)
     b, y = torch.randn(V, device="cuda").to(dtype), torch.randint(V, (N,), device="cuda")
 
@@ -132,6 +135,8 @@ def test_as_exact_as_plain(name: str, dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     with inductor_ce.install():
         ours = errors(torch.compile(loss), z, b, y, exact)
-    accepted = [1.02 * torch.minimum(e, p) for e, p in zip(eager, plain, strict=True)]
+    last_place = torch.finfo(torch.float32).eps * rows.abs()
+    little = (last_place.mean(), last_place.amax(), 0, 0)
+    accepted = [1.02 * torch.minimum(e, p) + few for e, p, few in zip(eager, plain, little, strict=True)]
     told = [[f"{x:.3e}" for x in xs] for xs in (ours, plain, eager)]
     assert all(o <= a for o, a in zip(ours, accepted, strict=True)), told
