@@ -1,4 +1,5 @@
-"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `tp` or `recognise`.
+"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `tp`, `train` or
+`recognise`.
 
 In:   the command line.
 Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
@@ -7,6 +8,7 @@ Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
     ce/          the loss of given logits
     head/        the linear layer with its loss
     tp/          the same over ranks that share the vocabulary
+    train/       a training step of a whole model
     recognise    what recognition costs
     shared/      what these have in common
 

@@ -11,6 +11,7 @@ from . import recognise
 from .ce import command as ce
 from .head import command as head
 from .tp import command as tp
+from .train import command as train
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,7 +27,7 @@ class Command(Protocol):
     def main(self, options: argparse.Namespace) -> int: ...
 
 
-COMMANDS: dict[str, Command] = {"ce": ce, "head": head, "tp": tp, "recognise": recognise}
+COMMANDS: dict[str, Command] = {"ce": ce, "head": head, "tp": tp, "train": train, "recognise": recognise}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
