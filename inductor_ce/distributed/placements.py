@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common.compat.graphs import is_dtensor
-from ..ops.combine import chosen, with_masses
+from ..ops.combine import chosen
 from ..ops.group_rank import group_rank
 from .shards import Shard, whole_row_stats
 
@@ -120,13 +120,14 @@ def whole_rows(
     Returns:
         K of [N], on every rank of the dimension that shards V, over the others as the rows of z are.
     """
+    rows = ops.Rows.decode(which, len(labels), len(weights))
     vocab = vocab_dim(z, 1)
     placements = [dt.Replicate() if i == vocab else p for i, p in enumerate(z.placements)]
     local, ys, qs = z.to_local(), [y.to_local() for y in labels], [q.to_local() for q in weights]
     if vocab is None:
         packed = ops.row_stats(local, ys, qs, which, site=site)
     else:
-        packed = _over_ranks(z, local, ys, weights, qs, which, vocab, site)
+        packed = _over_ranks(z, local, ys, weights, qs, rows, vocab, site)
     shape = z.shape[:1]
     return [
         dt.DTensor.from_local(row, z.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
@@ -140,7 +141,7 @@ def _over_ranks(
     ys: list[Tensor],
     weights: list[DTensor],
     qs: list[Tensor],
-    which: str,
+    rows: ops.Rows,
     vocab: int,
     site: int,
 ) -> Tensor:
@@ -157,9 +158,9 @@ def _over_ranks(
                 masses[j] = _masses(q, size, block)
             q = q.index_select(-1, start + torch.arange(local.shape[1], device=local.device))
         own.append(q)
-    gathered = with_masses(which, masses)
-    rows, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses, site)
-    return chosen(rows, gathered, which)
+    gathered = rows.closed(masses)
+    packed, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses, site)
+    return chosen(packed, gathered, rows)
 
 
 def _masses(q: Tensor, size: int, block: int) -> Tensor:

@@ -19,6 +19,10 @@ class StatsCall(NamedTuple):
     which: str
     site: int = ops.NO_SITE
 
+    @property
+    def rows(self) -> ops.Rows:
+        return ops.Rows.decode(self.which, len(self.labels), len(self.weights))
+
 
 class GradCall(NamedTuple):
     """The arguments of `row_grad`."""

@@ -100,9 +100,11 @@ class Coefficients:
         }
 
     def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        """Ranks exchange the statistics of the chunk alone."""
+        """Ranks exchange the statistics of the chunk alone, contiguous, as up to torch 2.11 they must be."""
         own, *rest = args_of(node)
-        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)
+        part = self.pieces.cut(made[own], piece, -1)
+        part = self.build(aten.clone.default, part, memory_format=torch.contiguous_format)
+        return self.build(ALL_GATHER, part, *rest)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
