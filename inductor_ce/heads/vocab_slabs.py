@@ -14,7 +14,7 @@ from ..graph.builder import Builder
 from ..ops.combine import chosen, combined, own_rows
 from .calls import grad_call, stats_call
 from .find import Head
-from .gradients import Exit
+from .gradients import Exit, add_piece
 from .pieces import COLUMNS, Pieces, Range, ranges
 from .plan import Plan
 
@@ -52,7 +52,7 @@ def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: P
     for i, piece in enumerate(columns):
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
         made = pieces.wide_gradients(made, piece, coefficients)
-        after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+        after = add_piece(exits, made, piece, first=i == 0)
     return exits
 
 
