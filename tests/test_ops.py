@@ -112,6 +112,8 @@ def test_schemas() -> None:
         ("max,sumexp,sumexpz,sum", 0, 0),
         ("max,sumexp,argmax,sumexpz", 0, 0),
         ("max,sumexp,argmax,argmax", 0, 0),
+        ("max,sumexp,top", 0, 0),
+        ("max,sumexp,top,argmax", 0, 0),
         ("max,sumexp", 0, 1),
         ("max,sumexp,dot", 0, 1),
         ("max,sumexp,dot:0", 0, 0),
@@ -568,3 +570,27 @@ def test_a_gradient_carries_the_site_of_its_statistics() -> None:
     graph = make_fx(step)(logits().requires_grad_(), labels()).graph
     sites = {n.target: n.kwargs for n in graph.nodes if n.target in (ops.ROW_STATS, ops.ROW_GRAD)}
     assert sites == {ops.ROW_STATS: {"site": 7}, ops.ROW_GRAD: {"site": 7}}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_top_has_the_gradient_of_max(compiled: bool) -> None:
+    """That of torch.max(dim): of the first of equals alone, beside the gradients of other rows."""
+    z, y = logits(requires_grad=True), labels()
+    with torch.no_grad():
+        z[0, 2] = z[0, 5] = z[0].max() + 1
+        z[1, 3] = -torch.inf
+
+    def confidence(z: Tensor, y: Tensor) -> Tensor:
+        m, d, picked, _, top = ops.row_stats(z, [y], [], "max,sumexp,pick,argmax,top").unbind(0)
+        return ((top - m).exp() / d + (picked - m)).square()
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        picked = z.gather(1, y[:, None])[:, 0]
+        return (z.softmax(1).max(1).values + (picked - z.detach().max(1).values)).square()
+
+    f = torch.compile(confidence) if compiled else confidence
+    actual, expected = f(z, y), plain(z.double(), y)
+    # The statistics hold the maximum constant; so does `plain` where it is not that of the softmax.
+    torch.testing.assert_close(actual, expected.float())
+    dz, wanted = (torch.autograd.grad(loss.sum(), z)[0] for loss in (actual, expected))
+    torch.testing.assert_close(dz, wanted)

@@ -23,7 +23,7 @@ from .operators import (
     stats_dtype_of,
     told_columns,
 )
-from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, SUM, SUMEXP, SUMEXPZ, Row, Rows
+from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
 
 __all__ = [
     "ARGMAX",
@@ -39,6 +39,7 @@ __all__ = [
     "SUM",
     "SUMEXP",
     "SUMEXPZ",
+    "TOP",
     "Row",
     "Rows",
     "row_grad",

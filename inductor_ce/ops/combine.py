@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .rows import ARGMAX, COUNT, FIRST, MASS, MAX, MAXIMUM, SUMEXP, Row, Rows
+from .rows import ARGMAX, FIRST, MASS, MAX, MAXIMUM, SUMEXP, Row, Rows
 
 
 def own_rows(packed: Tensor, rows: Rows, start: Tensor | int) -> Tensor:
@@ -54,7 +54,8 @@ def combined(
         elif row.statistic.held == FIRST:
             combined.append(_first_largest(peaks, sums, block))
         else:
-            beside = counts if row.statistic.beside == COUNT else of_row.get(row.beside)
+            beside = None if row.beside is None else of_row[row.beside]
+            beside = counts if row.is_beside_count else beside
             combined.append(_moved(block, row, rise, scale, beside).sum(0))
     return torch.stack(combined)
 

@@ -66,7 +66,7 @@ def row_grad(
         hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(_cast(labels[j], torch.int64), 1))
         dz = _add(dz, _where(hit, coefficient(k), 0.0))
     for k, row in rows.slopes:
-        dz = _add(dz, columns(row.statistic.slope, row, coefficient(k)))
+        dz = _add(dz, columns(row.slope, row, coefficient(k)))
     return call_lowering(aten.clone.default, _cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
 
 

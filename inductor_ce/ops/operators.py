@@ -14,6 +14,7 @@ All passes before this file emit these operators, all after it lower them.
     sum       sum_i (z_i - m)                           1
     sumexpz   t = sum_i (z_i - m) exp(z_i - m)          (1 + z_i - m) exp(z_i - m)
     argmax    the first i with z_i = m                  0
+    top       m, beside an argmax                       [i = argmax]
 
 and then, for each weight tensor q_j, [V] or [N, V], at least one of
 
@@ -214,7 +215,7 @@ def row_grad(
         if z.shape[1]:
             dz = dz.scatter_add(-1, index.unsqueeze(-1), b.unsqueeze(-1))
     for k, row in rows.slopes:
-        dz = dz + columns(row.statistic.slope, row, coefficients[k].unsqueeze(-1))
+        dz = dz + columns(row.slope, row, coefficients[k].unsqueeze(-1))
     return dz.to(z.dtype).contiguous()
 
 

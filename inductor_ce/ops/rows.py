@@ -74,13 +74,14 @@ SUMEXPZ = Statistic(
     has_exp=True,
 )
 ARGMAX = Statistic("argmax", held=FIRST)
+TOP = Statistic("top", held=MAXIMUM, at="argmax")
 DOT = Statistic("dot", Per.WEIGHT, term="q * gap", slope="c * q", beside="mass")
 MASS = Statistic("mass", Per.WEIGHT, term="q")
 EXPDOT = Statistic("expdot", Per.WEIGHT, term="q * exp", slope="c * q * exp", has_exp=True)
 
 # In the order of the packed result.
 ALWAYS = (MAX, SUMEXP)
-OPTIONAL = (SUM, SUMEXPZ, ARGMAX)
+OPTIONAL = (SUM, SUMEXPZ, ARGMAX, TOP)
 WEIGHED = (DOT, MASS, EXPDOT)
 
 
@@ -98,6 +99,12 @@ class Row:
     @property
     def is_sum(self) -> bool:
         return self.statistic.term is not None
+
+    @property
+    def slope(self) -> str:
+        """Of a row that has one."""
+        assert self.statistic.slope is not None
+        return self.statistic.slope
 
     @property
     def is_maximum(self) -> bool:
@@ -125,7 +132,7 @@ class Row:
 
     @property
     def triton_slope(self) -> str:
-        return in_triton(self.statistic.slope or "")
+        return in_triton(self.slope)
 
     @property
     def is_infinite_at_minus_infinity(self) -> bool:
@@ -170,7 +177,8 @@ class Rows:
         weighed = [[Row(s, j) for s in WEIGHED if str(Row(s, j)) in names] for j in range(n_weights)]
         optional = [Row(s) for s in OPTIONAL if s.name in names]
         rows = Rows.of(n_labels, *optional, *itertools.chain(*weighed))
-        if rows.encode() != text or not all(weighed):
+        told = all(s.at is None or s.at in names for s in OPTIONAL if s.name in names)
+        if rows.encode() != text or not all(weighed) or not told:
             raise ValueError(
                 f"which={text!r} with {n_labels} label tensor(s) and {n_weights} weight tensor(s); expected "
                 f"'max,sumexp' + ',pick' per label tensor"
