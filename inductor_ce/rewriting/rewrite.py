@@ -40,7 +40,7 @@ def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) 
         # Nodes of other groups were given what may stand at their places.
         node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
         reading.results[node] = result, group.place
-    return stats.which
+    return stats.rows.encode()
 
 
 def _beside_originals(
