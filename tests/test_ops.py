@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_ce import ops
 
@@ -84,11 +85,12 @@ def test_opcheck_row_grad(which: str, dtype: torch.dtype) -> None:
 
 def test_schemas() -> None:
     assert str(ops.ROW_STATS._schema) == (
-        "inductor_ce::row_stats(Tensor z, Tensor[] labels, Tensor[] weights, str which) -> Tensor"
+        "inductor_ce::row_stats(Tensor z, Tensor[] labels, Tensor[] weights, str which, *, "
+        "SymInt site=-1) -> Tensor"
     )
     assert str(ops.ROW_GRAD._schema) == (
         "inductor_ce::row_grad(Tensor z, Tensor[] labels, Tensor[] weights, Tensor m, Tensor coefficients, "
-        "str which) -> Tensor"
+        "str which, *, SymInt site=-1) -> Tensor"
     )
     assert not ops.ROW_STATS._schema.is_mutable
     assert not ops.ROW_GRAD._schema.is_mutable
@@ -556,3 +558,13 @@ def test_every_statistic_in_one_graph() -> None:
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (actual, expected)))
     assert counter.frame_count == 1
+
+
+def test_a_gradient_carries_the_site_of_its_statistics() -> None:
+    def step(z: Tensor, y: Tensor) -> Tensor:
+        stats = ops.row_stats(z, [y], [], "max,sumexp,pick", site=7)
+        return torch.autograd.grad(stats.sum(), z)[0]
+
+    graph = make_fx(step)(logits().requires_grad_(), labels()).graph
+    sites = {n.target: n.kwargs for n in graph.nodes if n.target in (ops.ROW_STATS, ops.ROW_GRAD)}
+    assert sites == {ops.ROW_STATS: {"site": 7}, ops.ROW_GRAD: {"site": 7}}

@@ -106,14 +106,16 @@ def described(x: Tensor) -> str:
 # What graphs hold
 
 
-def whole_rows(z: DTensor, labels: list[DTensor], weights: list[DTensor], which: str) -> list[DTensor]:
+def whole_rows(
+    z: DTensor, labels: list[DTensor], weights: list[DTensor], which: str, *, site: int = ops.NO_SITE
+) -> list[DTensor]:
     """As `ops.row_stats` for logits [N, V] that are a DTensor, unbound.
 
     Args:
         z: [N, V], V sharded over at most one dimension of the mesh.
         labels: [N], on the ranks as the rows of z are.
         weights: [V] or [N, V]; their rows as those of z, their columns as those of z or on every rank.
-        which: as for `ops.row_stats`.
+        which, site: as for `ops.row_stats`.
 
     Returns:
         K of [N], on every rank of the dimension that shards V, over the others as the rows of z are.
@@ -122,9 +124,9 @@ def whole_rows(z: DTensor, labels: list[DTensor], weights: list[DTensor], which:
     placements = [dt.Replicate() if i == vocab else p for i, p in enumerate(z.placements)]
     local, ys, qs = z.to_local(), [y.to_local() for y in labels], [q.to_local() for q in weights]
     if vocab is None:
-        packed = ops.row_stats(local, ys, qs, which)
+        packed = ops.row_stats(local, ys, qs, which, site=site)
     else:
-        packed = _over_ranks(z, local, ys, weights, qs, which, vocab)
+        packed = _over_ranks(z, local, ys, weights, qs, which, vocab, site)
     shape = z.shape[:1]
     return [
         dt.DTensor.from_local(row, z.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
@@ -140,6 +142,7 @@ def _over_ranks(
     qs: list[Tensor],
     which: str,
     vocab: int,
+    site: int,
 ) -> Tensor:
     group, size = z.device_mesh.get_group(vocab), z.device_mesh.size(vocab)
     total = z.shape[1]
@@ -155,7 +158,7 @@ def _over_ranks(
             q = q.index_select(-1, start + torch.arange(local.shape[1], device=local.device))
         own.append(q)
     gathered = with_masses(which, masses)
-    rows, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses)
+    rows, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses, site)
     return chosen(rows, gathered, which)
 
 

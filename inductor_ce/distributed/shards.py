@@ -67,6 +67,7 @@ def whole_row_stats(
     which: str,
     shard: Shard,
     masses: dict[int, Tensor] | None = None,
+    site: int = ops.NO_SITE,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.row_stats` over the columns of all ranks.
 
@@ -79,13 +80,14 @@ def whole_row_stats(
         which: as for `ops.row_stats`, but with each "dot:j" its "mass:j", unless that is in `masses`.
         shard: of this rank.
         masses: for weights j that every rank knows, the sum of them over the columns of each rank, [P].
+        site: as for `ops.row_stats`.
 
     Returns:
         The statistics [K, N], bit for bit the same on every rank, and V as a number in the same dtype, [N]:
         NaN if ranks have columns in different number and are to have the same.
     """
     known = masses or {}
-    how = (which, len(labels), len(weights), tuple(known), shard.group_name, shard.size, shard.equal)
+    how = (which, site, len(labels), len(weights), tuple(known), shard.group_name, shard.size, shard.equal)
     tensors = (*labels, *weights, *known.values())
     return _WholeRowStats.apply(z, shard.start, *how, shard.counts, *tensors)
 
@@ -97,6 +99,7 @@ class _WholeRowStats(torch.autograd.Function):
         z: Tensor,
         start: Tensor,
         which: str,
+        site: int,
         n_labels: int,
         n_weights: int,
         known: tuple[int, ...],
@@ -106,11 +109,11 @@ class _WholeRowStats(torch.autograd.Function):
         counts: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.which, ctx.n_labels = which, n_labels
-        ctx.n_inputs = 10 + len(tensors)
+        ctx.which, ctx.site, ctx.n_labels = which, site, n_labels
+        ctx.n_inputs = 11 + len(tensors)
         weights_end = n_labels + n_weights
         labels, weights = list(tensors[:n_labels]), list(tensors[n_labels:weights_end])
-        own = own_rows(ops.row_stats(z, labels, weights, which), which, start)
+        own = own_rows(ops.row_stats(z, labels, weights, which, site=site), which, start)
         if counts is None:
             own = torch.cat([own, torch.full_like(own[:1], z.shape[1])])
         blocks = all_gather_blocks(own, group_name).view(size, *own.shape)
@@ -132,5 +135,5 @@ class _WholeRowStats(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Any, ...]:
         z, m, *tensors = ctx.saved_tensors
         labels, weights = tensors[: ctx.n_labels], tensors[ctx.n_labels :]
-        dz = ops.row_grad(z, labels, weights, m, upstream, ctx.which)
+        dz = ops.row_grad(z, labels, weights, m, upstream, ctx.which, site=ctx.site)
         return dz, *(None for _ in range(ctx.n_inputs - 1))

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
+from .. import ops
 from ..graph.walk import args_of
 
 
@@ -16,6 +17,7 @@ class StatsCall(NamedTuple):
     labels: list[Node]
     weights: list[Node]
     which: str
+    site: int = ops.NO_SITE
 
 
 class GradCall(NamedTuple):
@@ -27,11 +29,12 @@ class GradCall(NamedTuple):
     m: Node
     coefficients: Node
     which: str
+    site: int = ops.NO_SITE
 
 
 def stats_call(node: Node) -> StatsCall:
-    return StatsCall(*args_of(node))
+    return StatsCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
 
 
 def grad_call(node: Node) -> GradCall:
-    return GradCall(*args_of(node))
+    return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]

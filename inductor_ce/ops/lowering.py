@@ -85,13 +85,22 @@ def _times(x: IRNode, factor: IRNode) -> IRNode:
     return inductor.call_lowering(cast, product, x.get_dtype())
 
 
-def _row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str) -> IRNode:
+def _row_stats(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, *, site: int = operators.NO_SITE
+) -> IRNode:
     rows = operators.parse(which, len(labels), len(weights))
     return _lowered(z, _stats_template, loops.row_stats, z, labels, weights, rows)
 
 
 def _row_grad(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, which: str
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    m: IRNode,
+    coefficients: IRNode,
+    which: str,
+    *,
+    site: int = operators.NO_SITE,
 ) -> IRNode:
     rows = operators.parse(which, len(labels), len(weights))
     return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)

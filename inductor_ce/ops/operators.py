@@ -2,8 +2,8 @@
 
 All passes before this file emit these operators, all after it lower them.
 
-    row_stats(z [N, V], labels, weights, which)                    -> [K, N]
-    row_grad (z, labels, weights, m [N], coefficients [K, N], which) -> dz [N, V]
+    row_stats(z [N, V], labels, weights, which, *, site)                   -> [K, N]
+    row_grad (z, labels, weights, m [N], coefficients [K, N], which, *, site) -> dz [N, V]
 
 `which` names the K rows of the packed result, comma-separated, in this order:
 
@@ -43,6 +43,9 @@ from torch import Tensor
 
 MAX, SUMEXP, PICK, SUM, SUMEXPZ, ARGMAX = "max", "sumexp", "pick", "sum", "sumexpz", "argmax"
 DOT, MASS, EXPDOT = "dot", "mass", "expdot"
+
+# The site of a loss that nobody asks about.
+NO_SITE = -1
 
 # From here on float32 does not hold every integer, and `argmax` not every column.
 MAX_COLUMNS = 2**24
@@ -125,7 +128,9 @@ def _shifted(z: Tensor, m: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("inductor_ce::row_stats", mutates_args=())
-def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
+def row_stats(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, *, site: int = NO_SITE
+) -> Tensor:
     """Row statistics of `z` over its last axis, packed.
 
     As `torch.logsumexp` beside a gather and sums, in one sweep.
@@ -135,6 +140,7 @@ def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str
         labels: integer tensors [N], one per `pick` row.
         weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j`.
         which: the rows wanted, see the table above.
+        site: an id of the loss, which the gradient carries too. Results do not depend on it.
 
     Returns:
         [K, N] float32, or float64 for float64 logits. A row of z that is all -inf gives m = -inf, d = 0;
@@ -168,14 +174,21 @@ def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str
 
 
 @row_stats.register_fake
-def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
+def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, site: int = NO_SITE) -> Tensor:
     rows = _check(z, labels, weights, which)
     return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
 def row_grad(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    *,
+    site: int = NO_SITE,
 ) -> Tensor:
     """The gradient of `row_stats` with respect to z.
 
@@ -188,7 +201,7 @@ def row_grad(
         labels, weights: as for `row_stats`.
         m: row maxima [N], the first row of the statistics.
         coefficients: [K, N], dtype of the statistics, any strides.
-        which: as for `row_stats`.
+        which, site: as for `row_stats`.
 
     Returns:
         [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
@@ -218,14 +231,22 @@ def row_grad(
 
 @row_grad.register_fake
 def _(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    *,
+    site: int = NO_SITE,
 ) -> Tensor:
     _check_grad(z, labels, weights, m, coefficients, which)
     return z.new_empty(z.shape)
 
 
-def _save_for_grad(ctx, inputs, output) -> None:
+def _save_for_grad(ctx, inputs, keyword_only_inputs, output) -> None:
     z, labels, weights, ctx.which = inputs
+    ctx.site = keyword_only_inputs["site"]
     ctx.n_labels = len(labels)
     ctx.save_for_backward(z, output[0], *labels, *weights)
 
@@ -233,7 +254,7 @@ def _save_for_grad(ctx, inputs, output) -> None:
 def _row_stats_backward(ctx, upstream: Tensor):
     z, m, *rest = ctx.saved_tensors
     labels, weights = rest[: ctx.n_labels], rest[ctx.n_labels :]
-    dz = row_grad(z, labels, weights, m, upstream, ctx.which)
+    dz = row_grad(z, labels, weights, m, upstream, ctx.which, site=ctx.site)
     return dz, [None] * len(labels), [None] * len(weights), None
 
 
