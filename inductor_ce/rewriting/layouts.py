@@ -33,9 +33,11 @@ class Dense:
         group = self.group
         return flat_logits(self.build, self.reading, group.logits, group.place, group.vocab_size)
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], which: str, site: int
+    ) -> list[Node]:
         """The K rows of `row_stats`."""
-        packed = self.build(ops.ROW_STATS, z, labels, weights, which)
+        packed = self.build(ops.ROW_STATS, z, labels, weights, which, site=site)
         return self.unbound(self.build(torch.unbind, packed, 0), which)
 
     def unbound(self, rows: Node, which: str) -> list[Node]:
@@ -78,8 +80,10 @@ class Distributed(Dense):
             self._flat = super().logits()
         return self._flat
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
-        rows = self.build(placements.whole_rows, z, labels, weights, which)
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], which: str, site: int
+    ) -> list[Node]:
+        rows = self.build(placements.whole_rows, z, labels, weights, which, site=site)
         return self.unbound(rows, which)
 
     def brought(self, node: Node) -> Node:
