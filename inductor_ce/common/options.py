@@ -28,7 +28,8 @@ class Options:
             logged and listed by `explain`), "warn", or "raise" a `MissError`.
         verify: compute each rewritten loss both ways, compare values and gradients when they are first
             made, and use the original, with an error in the log, where they differ. For a run of a few
-            steps: it costs the time and memory of both.
+            steps: it costs the time and memory of both. The original has all logits in memory, so that every
+            head stays whole: what it would be in pieces is not compared.
         drop_logits: for programs that never read the logits which a compiled function returns beside its
             loss. Where a rewritten loss is all else that needs them, NaN of the same shape, dtype and device
             is returned in their place: one element in memory, expanded, so that any use is loud, and without
