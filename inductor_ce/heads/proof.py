@@ -29,7 +29,8 @@ class Proof:
     """
 
     def __init__(self, head: Head):
-        self.facts, self.factor = Facts(), ()
+        self.facts = Facts()
+        self.factor: Factor = ()
         self.why_not: str = "" if is_hinted(head.n) else "the number of rows depends on data"
         if not self.why_not:
             with unset_fake_temporarily():
