@@ -56,6 +56,7 @@ class Site:
         head: a sentence on who else has the logits in memory, for example that they are returned, or that
             they were dropped; "" where there is nothing to tell.
         plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
+        id: what its `row_stats` carries; losses that are compiled together have different ones.
     """
 
     location: str
@@ -68,6 +69,7 @@ class Site:
     logits_bytes: int
     head: str = ""
     plan: str = ""
+    id: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Options:
             logged and listed by `explain`), "warn", or "raise" a `MissError`.
         verify: compute each rewritten loss both ways, compare values and gradients when they are first
             made, and use the original, with an error in the log, where they differ. For a run of a few
-            steps: it costs the time and memory of both.
+            steps: it costs the time and memory of both. The original has all logits in memory, so that every
+            head stays whole: what it would be in pieces is not compared.
         returned_logits: what a compiled function returns where it would return the logits of a rewritten loss
             that nothing else needs. "lazy": a tensor that makes them when somebody reads it, from the hidden
             states and the weight, which it keeps; "eager": the logits, all of which are then in memory;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.walk import args_of
@@ -42,3 +42,10 @@ def stats_call(node: Node) -> StatsCall:
 
 def grad_call(node: Node) -> GradCall:
     return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
+
+
+def forget_sites(graph: Graph) -> None:
+    """Let operators carry no site."""
+    for target in (ops.ROW_STATS, ops.ROW_GRAD):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.kwargs = {}

@@ -33,9 +33,11 @@ class Dense:
         group = self.group
         return flat_logits(self.build, self.reading, group.logits, group.place, group.vocab_size)
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows) -> list[Node]:
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows, site: int
+    ) -> list[Node]:
         """The K rows of `row_stats`."""
-        packed = self.build(ops.ROW_STATS, z, labels, weights, rows.encode())
+        packed = self.build(ops.ROW_STATS, z, labels, weights, rows.encode(), site=site)
         return self.unbound(self.build(torch.unbind, packed, 0), rows)
 
     def unbound(self, made: Node, rows: ops.Rows) -> list[Node]:
@@ -78,8 +80,10 @@ class Distributed(Dense):
             self._flat = super().logits()
         return self._flat
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows) -> list[Node]:
-        made = self.build(placements.whole_rows, z, labels, weights, rows.encode())
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows, site: int
+    ) -> list[Node]:
+        made = self.build(placements.whole_rows, z, labels, weights, rows.encode(), site=site)
         return self.unbound(made, rows)
 
     def brought(self, node: Node) -> Node:

@@ -28,7 +28,10 @@ from .promises import FACT
 RETURNED = "The logits are returned, so all of them are in memory"
 REMEDY = "; the option drop_logits returns NaN in their place."
 DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
-VERIFIED = "The option verify computes the original too, which has all logits in memory."
+VERIFIED = (
+    "The option verify computes the original too, which has all logits in memory; the head stays whole, and "
+    "what it would be in pieces is not compared."
+)
 
 NOT_PLAIN = "they are no plain tensor"
 INSIDE = "they are returned to other compiled code, not to the program"

@@ -21,15 +21,15 @@ from .groups import Group
 from .statistics import Statistics
 
 
-def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) -> str:
-    """Use statistics in place of the nodes of `group`; returns the rows of them.
+def rewrite(graph: Graph, reading: Reading, group: Group, site: int, verify: bool = False) -> str:
+    """Use statistics in place of the nodes of `group`, with the id of its site; returns the rows of them.
 
     With `verify` the nodes stay, to be compared with. On an exception the graph is as it was.
     """
     build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
     try:
         key = new_key(user_line(group.nodes[0])[0]) if verify else None
-        stats = Statistics(build, reading, group, key)
+        stats = Statistics(build, reading, group, site, key)
         results = [(node, _result(build, stats, reading, group, node)) for node in group.nodes]
     except Exception:
         build.undo()

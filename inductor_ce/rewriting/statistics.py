@@ -64,7 +64,9 @@ def _is_mask(node: Node) -> bool:
 class Statistics:
     """Nodes for the symbols of row expressions, made when they are asked for."""
 
-    def __init__(self, build: Builder, reading: Reading, group: Group, verify_key: str | None = None):
+    def __init__(
+        self, build: Builder, reading: Reading, group: Group, site: int, verify_key: str | None = None
+    ):
         self.build, self.vocab_size = build, group.vocab_size
         self.outside = group.outside
         exprs = [row_expr(reading.values[node]) for node in group.nodes]  # type: ignore[arg-type]
@@ -100,7 +102,7 @@ class Statistics:
         )
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
-        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows)
+        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
         self._rows = dict(zip(keys.values(), made, strict=True))
 
     def _brought(self, node: Node) -> Node:

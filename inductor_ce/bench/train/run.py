@@ -138,7 +138,7 @@ def _rows(rounds: dict[str, list[_Round]]) -> list[dict[str, Any]]:
     base = rounds.get(BASELINE)
     for name, found in rounds.items():
         ms, spread = median_and_spread([r.ms for r in found])
-        row = {
+        row: dict[str, Any] = {
             "system": name,
             "ms": ms,
             "spread": spread,

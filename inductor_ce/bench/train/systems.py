@@ -53,7 +53,7 @@ def _patched(model: Model, made: nn.Module) -> Iterator[NotOffered | None]:
         apply(fused_linear_cross_entropy=True, **{name: False for name in others if _takes(apply, name)})
         yield None
     finally:
-        kind.forward = before  # type: ignore[method-assign]
+        kind.forward = before
 
 
 def _takes(function: Any, name: str) -> bool:

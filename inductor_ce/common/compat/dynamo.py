@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -15,6 +17,7 @@ with of_supported_torch():
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
+    from torch._guards import TracingContext
 
 __all__ = ["counters"]
 
@@ -44,6 +47,18 @@ def returns_to_program(module: torch.nn.Module | None) -> bool:
     """
     reason = getattr(module, "compile_subgraph_reason", None)
     return reason is not None and "DDPOptimizer" not in reason.reason
+
+
+_numbers: WeakKeyDictionary[TracingContext, Iterator[int]] = WeakKeyDictionary()
+
+
+def numbers_of_compilation() -> Iterator[int]:
+    """0, 1, 2, ..., each once in what Dynamo now compiles: a graph, and the graphs inside it.
+
+    The same program gets the same numbers whenever it is compiled, as keys of caches must.
+    """
+    context = TracingContext.try_get()
+    return itertools.count() if context is None else _numbers.setdefault(context, itertools.count())
 
 
 def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
