@@ -15,11 +15,11 @@ from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
 from .operands import Number, Operands, applied, operands, plain
-from .targets import Step, mask_of
+from .targets import Function, mask_of
 from .values import Columns, OnLogits, RowValue, Value, VocabValue
 
 
-def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
+def binary(combine: Callable[[Any, Any], Any], *names: str) -> Function:
     """The step of an operator between values over the same logits, or between a value and a number."""
     first, second = names or ("input", "other")
 
@@ -34,7 +34,7 @@ def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
 def unary(
     on_vocab: Callable[[algebra.Vocab], algebra.Vocab | None],
     on_row: Callable[[sympy.Expr], sympy.Expr | None] = lambda row: None,
-) -> Step:
+) -> Function:
     def function(expr: Any) -> Any:
         return on_vocab(expr) if isinstance(expr, algebra.Vocab) else on_row(expr)
 
@@ -65,19 +65,30 @@ def over(a: Any, b: Any) -> Any:
     return times(a, 1 / b) if b is not None and b != 0 else None
 
 
-def xlogy(a: Any, b: Any) -> Any:
+def times_log(a: Any, b: Any) -> Any:
     logarithm = algebra.log(b) if isinstance(b, algebra.Vocab) else None
     return None if logarithm is None else times(a, logarithm)
 
 
 def entropy_term(a: algebra.Vocab) -> Any:
-    product = xlogy(a, a)
+    product = times_log(a, a)
     return None if product is None else -product
 
 
 def row_log(expr: sympy.Expr) -> sympy.Expr | None:
     """log where it undoes an exponential; any other logarithm of a row stays the user's own operation."""
     return algebra.row_log(expr) if expr.has(sympy.exp) else None
+
+
+add = binary(plus)
+sub = binary(minus)
+reversed_sub = binary(minus, "other", "input")
+mul = binary(times)
+div = binary(over)
+negative = unary(lambda value: -value, lambda row: -row)
+logarithm = unary(algebra.log, row_log)
+xlogy = binary(times_log)
+entropy_terms = unary(entropy_term)
 
 
 def exponential(context: Context, args: dict[str, Any]) -> Value | None:
@@ -105,7 +116,7 @@ def _summed_dims(node: Node) -> Iterator[int]:
     """The dimensions over which somebody sums this node."""
     for user in node.users:
         spelled = spellings.read(user)
-        if spelled is not None and spelled[0] == "sum" and spelled[1].get("input") is node:
+        if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:
             dim = one_dim(spelled[1].get("dim"))
             if isinstance(dim, int):
                 yield dim
@@ -125,10 +136,6 @@ def power(context: Context, args: dict[str, Any]) -> Value | None:
     return unary(lambda value: algebra.power(value, exponent), on_row)(context, args)
 
 
-def reversed_sub(context: Context, args: dict[str, Any]) -> Value | None:
-    return binary(minus, "other", "input")(context, args)
-
-
 def elementwise(context: Context, args: dict[str, Any]) -> Value | None:
     """A function of each element that the algebra does not have: it may still be done after picking."""
     source, *others = context.node.all_input_nodes
@@ -140,7 +147,7 @@ def elementwise(context: Context, args: dict[str, Any]) -> Value | None:
     return replace(value, after=(*value.after, context.node), wide=value.wide | {context.node})
 
 
-def or_afterwards(step: Step) -> Step:
+def or_afterwards(step: Function) -> Function:
     """A step, or else the same done to what is picked."""
 
     def first_now(context: Context, args: dict[str, Any]) -> Value | None:

@@ -88,8 +88,8 @@ class Context:
 
     def _is_detached(self, arg: Node) -> bool:
         """Whether the node cuts the gradient between a tensor and the same tensor seen otherwise."""
-        spelled, timeline = spellings.read(arg), self.reading.timeline
-        cut = spelled is not None and spelled[0] == "detach"
+        step, timeline = spellings.step_of(arg), self.reading.timeline
+        cut = step is not None and step.name == "detach"
         return cut or timeline.grad_mode(timeline.position[arg]) is False
 
     def _through(self, arg: Node, axis: int) -> tuple[Node, int, tuple[RowView, ...]] | None:
@@ -101,7 +101,7 @@ class Context:
         if written is not None:  # z.div_(t) is z itself
             return (written, axis, ()) if timeline.shares_storage(arg, written) else None
         spelled = spellings.read(arg)
-        if spelled is not None and spelled[0] == "detach":
+        if spelled is not None and spelled[0].name == "detach":
             return spelled[1]["input"], axis, ()
         source = viewed(arg)
         if source is None or not self.still_alike(arg, source):

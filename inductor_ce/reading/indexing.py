@@ -11,11 +11,11 @@ from torch.fx import Node
 
 from .. import algebra
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
-from . import spellings
 from .context import Context, is_labels
 from .row_views import arrangement, index_per_dimension, index_steps, row_shape
+from .steps import View
 from .values import Columns, RowValue, Value, VocabValue, detached
-from .views import HALF, counted, step_back, viewed
+from .views import HALF, counted, step_back, viewed, viewing
 
 # A row of statistics for each label of a row: beyond this a gather is the better kernel.
 MAX_LABELS = 16
@@ -50,7 +50,7 @@ def view(context: Context, args: dict[str, Any]) -> Value | None:
 def _is_rounding(node: Node, source: Node) -> bool:
     """Whether log-probabilities are cast down before they are picked, to be picked as they were rounded."""
     a, b = tensor_of(source), tensor_of(node)
-    if a is None or b is None or a.device != b.device or spellings.read(node)[0] != "same":  # type: ignore[index]
+    if a is None or b is None or a.device != b.device or viewing(node) is not View.SAME:
         return False
     return a.dtype == torch.float32 and b.dtype in HALF
 
@@ -73,7 +73,7 @@ def _view_of_columns(context: Context, source: Node, value: Columns) -> Columns 
         return None
     if not b.is_floating_point() and a.is_floating_point() and not _is_mask(value):
         return None
-    if same_shape(a.shape, b.shape) and spellings.read(context.node)[0] == "same":  # type: ignore[index]
+    if same_shape(a.shape, b.shape) and viewing(context.node) is View.SAME:
         return value
     if value.axis is None:
         return value
@@ -147,17 +147,23 @@ def _chosen_rows(context: Context, source: Any, index: Any, value: VocabValue) -
     return replace(value, axis=axis, steps=steps, wide=value.wide | {context.node})
 
 
-def pick_without_label(step: str, context: Context, args: dict[str, Any]) -> Value | None:
-    """The step of x.select(-1, 3) and x.diag(); of logits that nobody has normalised yet, see `operands`."""
+def select(context: Context, args: dict[str, Any]) -> Value | None:
+    """x.select(-1, 3); of logits that nobody has normalised yet, see `operands`."""
     source = args.get("input")
     value = context.known(source)
     if not isinstance(value, VocabValue):
         return None
     dim, index = args.get("dim"), args.get("index")
-    if step == "select" and isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
+    if isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
         chosen = (slice(None),) * (dim % len(shape_of(source)))  # type: ignore[arg-type]
         return _chosen_rows(context, source, (*chosen, index), value)
-    return fixed_pick(context, step, args, value)
+    return fixed_pick(context, "select", args, value)
+
+
+def diagonal(context: Context, args: dict[str, Any]) -> Value | None:
+    """x.diag(), as `select`."""
+    value = context.known(args.get("input"))
+    return fixed_pick(context, "diagonal", args, value) if isinstance(value, VocabValue) else None
 
 
 def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:

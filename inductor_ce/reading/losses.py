@@ -16,7 +16,7 @@ from ..common.findings import Reason
 from ..graph.shapes import tensor_of
 from .arithmetic import minus, times
 from .context import Context, is_labels
-from .indexing import pick_without_label
+from .indexing import diagonal
 from .operands import operands
 from .values import Columns, LossValue, Reduction, RowValue, Value, VocabValue
 
@@ -220,7 +220,7 @@ def reduced(value: VocabValue, how: str, source: Any) -> LossValue | None:
 
 def trace(context: Context, args: dict[str, Any]) -> Value | None:
     """The sum over the rows of what is picked on the diagonal."""
-    rows = pick_without_label("diagonal", context, args)
+    rows = diagonal(context, args)
     if not isinstance(rows, RowValue) or rows.after:
         return None
     return LossValue(rows.logits, rows.steps, rows.expr, Reduction("sum"), rows.wide, rows.detached)

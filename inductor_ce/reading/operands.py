@@ -163,7 +163,7 @@ def _operand(
 def _fixed_pick(context: Context, arg: Any, leader: RowValue) -> RowValue | None:
     """A column or the diagonal of logits, of which `leader` says where the vocabulary is."""
     spelled = spellings.read(arg) if isinstance(arg, Node) else None
-    if spelled is None or spelled[0] not in ("diagonal", "getitem", "select"):
+    if spelled is None or not spelled[0].picks:
         return None
     step, args = spelled
     source = tensor_of(args.get("input"))
@@ -173,7 +173,7 @@ def _fixed_pick(context: Context, arg: Any, leader: RowValue) -> RowValue | None
     for axis in reversed(range(source.dim())):
         logits = there.vocab(args["input"], axis)
         if logits is not None and (logits.logits, logits.steps) == (leader.logits, leader.steps):
-            return fixed_pick(there, step, args, logits)
+            return fixed_pick(there, step.name, args, logits)
     return None
 
 
@@ -185,7 +185,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
     spelled = spellings.read(arg)
     if (
         spelled is None
-        or spelled[0] != "exp"
+        or spelled[0].name != "exp"
         or not context.reading.timeline.unchanged(arg, arg, context.position)
     ):
         return

@@ -18,7 +18,8 @@ from .row_views import index_per_dimension, row_shape
 from .values import Columns, Value
 from .views import counted
 
-Step = Callable[[Context, dict[str, Any]], Value | None]
+# What reads a step: its node, and its arguments by name.
+Function = Callable[[Context, dict[str, Any]], Value | None]
 
 
 def everywhere(value: Any) -> Columns | None:
@@ -28,8 +29,12 @@ def everywhere(value: Any) -> Columns | None:
     return Columns(algebra.as_vocab(algebra.number(value)), None)
 
 
-def filled(number: float) -> Step:
-    return lambda context, args: everywhere(number)
+def zeros(context: Context, args: dict[str, Any]) -> Value | None:
+    return everywhere(0)
+
+
+def ones(context: Context, args: dict[str, Any]) -> Value | None:
+    return everywhere(1)
 
 
 def full(context: Context, args: dict[str, Any]) -> Value | None:
@@ -154,8 +159,8 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
     return number if value.expr == algebra.as_vocab(number) else None
 
 
-def edit(step: Step) -> Step:
-    """The step of an operation in context, followed only where it changes labels and numbers."""
+def edit(step: Function) -> Function:
+    """The step of an operation in place, followed only where it changes labels and numbers."""
 
     def edited(context: Context, args: dict[str, Any]) -> Value | None:
         target = args.get("input")

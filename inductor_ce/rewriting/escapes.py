@@ -30,18 +30,12 @@ def read_by(node: Node) -> Sequence[Node]:
     operand = broadcast_operand(node)
     if operand is not None:
         return [operand]
-    name = name_of(node)
-    if name in SHAPE_ONLY:
+    step = spellings.step_of(node)
+    if step is None:
+        return node.all_input_nodes
+    if step.reads_shapes:
         return []
-    return [node.args[0]] if name in FIRST_ONLY and isinstance(node.args[0], Node) else node.all_input_nodes
-
-
-SHAPE_ONLY = {
-    *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
-    *("rand_like", "randn_like", "randint_like", "size", "dim", "numel", "broadcast_tensors"),
-}
-# Of their second argument these read the shape or the dtype.
-FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
+    return [node.args[0]] if step.reads_first and isinstance(node.args[0], Node) else node.all_input_nodes
 
 
 def name_of(node: Node) -> str:
@@ -110,20 +104,10 @@ def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
     """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
     if isinstance(value, LossValue) or _waits(reading, node):
         return False
-    step = _step(node)
-    return _has_log(node) if step == "softmax" else step in ("log_softmax", "logsumexp", "log")
-
-
-def _step(node: Node) -> str | None:
-    spelled = spellings.read(node)
-    return None if spelled is None else spelled[0]
-
-
-# Through these a logarithm is still one of the probabilities.
-_BETWEEN = {
-    *("add", "sub", "mul", "div", "neg", "clamp", "pow", "square", "same", "reshape", "permute", "transpose"),
-    *("getitem", "split", "chunk", "sum", "mean"),
-}
+    step = spellings.step_of(node)
+    if step is None:
+        return False
+    return _has_log(node) if step.name == "softmax" else step.normalises
 
 
 def _has_log(node: Node) -> bool:
@@ -131,10 +115,11 @@ def _has_log(node: Node) -> bool:
     frontier, seen = [node], {node}
     while frontier:
         fresh = [user for user in frontier.pop().users if user not in seen]
-        if any(_step(user) in ("log", "xlogy") for user in fresh):
+        steps = [(user, step) for user in fresh if (step := spellings.step_of(user)) is not None]
+        if any(step.takes_log for _, step in steps):
             return True
         seen.update(fresh)
-        frontier += [user for user in fresh if _step(user) in _BETWEEN]
+        frontier += [user for user, step in steps if step.before_log or step.view is not None]
     return False
 
 
@@ -176,7 +161,11 @@ def _unread_fact(reading: Reading, node: Node, value: OnLogits) -> tuple[Reason,
 def _break_fact(reading: Reading, node: Node, value: OnLogits, user: Node) -> tuple[Reason, str]:
     """Why the reading broke off at `user`."""
     other = reading.on_logits(user)
-    if _step(user) in ("nll_loss", "gather") and other is not None and other.logits.node is node:
+    if (
+        any(spellings.is_step(user, name) for name in ("nll_loss", "gather"))
+        and other is not None
+        and other.logits.node is node
+    ):
         theirs = f"{name_of(user)} {where_is(user)} takes classes on dimension {other.logits.axis}"
         fact = f"The {name_of(node)} is over dimension {value.logits.axis}, and {theirs}."
         return Reason.NOT_UNDERSTOOD, fact
