@@ -11,12 +11,12 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason
-from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
 from .row_views import RowView, arrangement, row_shape
 from .values import Columns, Label, Logits, Outside, Reading, Value, VocabValue
-from .views import keeps_order, step_back, viewed
+from .views import counted, keeps_order, step_back, viewed
 
 
 def is_labels(node: Any) -> TypeGuard[Node]:
@@ -121,6 +121,20 @@ class Context:
         version = self.reading.timeline.version(arg, self.position)
         logits = Logits(arg, axis, version, self.grad_mode == INFERENCE)
         return VocabValue(logits, (), axis, algebra.LOGITS)
+
+    def is_as_made(self, arg: Node) -> bool:
+        """Whether an argument still reads as when it was made."""
+        return self.reading.timeline.unchanged(arg, arg, self.position)
+
+    def counted(self, arg: Any) -> tuple[int, Size] | None:
+        """(dimension from the end, length) of what holds 0, 1, 2, ... along one dimension, see `counted`."""
+        found, node = counted(arg), arg
+        while found is not None and isinstance(node, Node):
+            spelled = spellings.read(node)
+            if not self.is_as_made(node):
+                return None
+            node = None if spelled is None else spelled[1].get("input")
+        return found
 
     def is_edited_view(self, source: Node) -> bool:
         """Whether this node is a view of `source` and either is written later, for the other to see."""

@@ -15,7 +15,7 @@ from .context import Context, is_labels
 from .row_views import arrangement, index_per_dimension, index_steps, row_shape
 from .steps import View
 from .values import Columns, RowValue, Value, VocabValue, detached
-from .views import HALF, counted, step_back, viewed, viewing
+from .views import HALF, step_back, viewed, viewing
 
 # A row of statistics for each label of a row: beyond this a gather is the better kernel.
 MAX_LABELS = 16
@@ -246,19 +246,19 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
 
 def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Value | None:
     """x[arange, y]: the label counts from the end where it is negative."""
-    axis = label_axis(source, index)
+    axis = label_axis(context, source, index)
     value = None if axis is None else context.vocab(source, axis)
     if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
         return None
     return _picked(value, [context.label(value, index[axis], wraps="negative")], None)
 
 
-def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
+def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | None:
     """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
     shape = shape_of(source)
     if len(index) != len(shape):
         return None
-    counts = [counted(i) for i in index]
+    counts = [context.counted(i) for i in index]
     free = [axis for axis, count in enumerate(counts) if count is None]
     if not free and len(shape) == 2:
         free = [1]  # x[arange, arange]
@@ -268,8 +268,8 @@ def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
     if not is_labels(index[axis]):
         return None
     rows = [i for i in range(len(shape)) if i != axis]
-    for context, i in enumerate(rows):
+    for place, i in enumerate(rows):
         dim, length = counts[i]  # type: ignore[misc]
-        if dim != context - len(rows) or not equal(length, shape[i]):
+        if dim != place - len(rows) or not equal(length, shape[i]):
             return None
     return axis

@@ -94,7 +94,7 @@ def getitem(context: Context, args: dict[str, Any]) -> Value | None:
     source, index = args.get("input"), args.get("index")
     spelled = spellings.read(source) if isinstance(source, Node) else None
     if isinstance(source, Node) and spelled is not None and spelled[0].name == "max":
-        context.reading.parted.add(source)
+        context.reading.looked_through.add(source)
         return (amax, argmax)[index](context, spelled[1])  # type: ignore[index]
     operand = broadcast_operand(context.node)
     if operand is not None:

@@ -16,7 +16,6 @@ from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
 from .values import Columns, Value
-from .views import counted
 
 # What reads a step: its node, and its arguments by name.
 Function = Callable[[Context, dict[str, Any]], Value | None]
@@ -51,7 +50,7 @@ def one_hot(context: Context, args: dict[str, Any]) -> Value | None:
 def equals(context: Context, args: dict[str, Any]) -> Value | None:
     """arange(V) == y, which is nowhere true for a label that is no class."""
     for classes, y in ((args.get("input"), args.get("other")), (args.get("other"), args.get("input"))):
-        count = counted(classes)
+        count = context.counted(classes)
         if count is not None and is_labels(y) and tensor_of(context.node) is not None:
             shape = shape_of(context.node)
             axis = len(shape) + count[0]
@@ -124,7 +123,7 @@ def setitem(context: Context, args: dict[str, Any]) -> Value | None:
     value = _number_of(context, args.get("value"))
     if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
         return None
-    axis, column = _fixed_column(args["input"], index) or (label_axis(args["input"], index), None)
+    axis, column = _fixed_column(args["input"], index) or (label_axis(context, args["input"], index), None)
     if axis is None or base.axis not in (None, axis):
         return None
     if column is not None:

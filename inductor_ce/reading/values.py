@@ -198,7 +198,7 @@ class Reading:
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
-    parted: set[Node] = field(default_factory=set)  # results of several tensors, of which some are read
+    looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
     weighers: dict[Node, Node] = field(default_factory=dict)  # who weighs classes by what wants a gradient
     misses: list[Miss] = field(default_factory=list)
     refused: set[Node] = field(default_factory=set)

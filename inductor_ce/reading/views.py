@@ -158,7 +158,8 @@ def counted(node: Any) -> tuple[int, Size] | None:
         return None
     step, args = spelled
     if step.name == "arange":
-        return (-1, example.shape[0]) if _from_zero(args["numbers"], args, example) else None
+        from_zero = first_and_step(args) == (0, 1) and example.dim() == 1
+        return (-1, example.shape[0]) if from_zero else None
     source = viewed(node) if step.view else args.get("input") if step.name == "expand" else None
     inner = None if source is None else counted(source)
     if inner is None or source is None:
@@ -174,10 +175,11 @@ def counted(node: Any) -> tuple[int, Size] | None:
     return along[0] - example.dim(), length
 
 
-def _from_zero(numbers: tuple[Any, ...], args: dict[str, Any], example: torch.Tensor) -> bool:
+def first_and_step(args: dict[str, Any]) -> tuple[Any, Any]:
+    """The first number of an arange with these arguments, and how far apart its numbers are."""
+    numbers = args["numbers"]
     start = numbers[0] if len(numbers) > 1 else args.get("start", 0)
-    step = numbers[2] if len(numbers) > 2 else args.get("step", 1)
-    return (start, step) == (0, 1) and example.dim() == 1
+    return start, numbers[2] if len(numbers) > 2 else args.get("step", 1)
 
 
 def broadcast_operand(node: Node) -> Node | None:

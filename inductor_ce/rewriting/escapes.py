@@ -18,7 +18,7 @@ def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
     needed: set[Node] = set()
     wanted = {node for end in replaced for node in _brought(reading, end)}
     for node in reversed(reading.timeline.nodes):
-        is_read = node in reading.values or node in reading.parted
+        is_read = node in reading.values or node in reading.looked_through
         if node not in replaced and (not is_read or node in wanted):
             needed.add(node)
             wanted.update(read_by(node))
