@@ -10,12 +10,13 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
-from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
+from . import spellings
 from .context import Context, is_labels
 from .row_views import arrangement, index_per_dimension, index_steps, row_shape
 from .steps import View
 from .values import Columns, RowValue, Value, VocabValue, detached
-from .views import HALF, step_back, viewed, viewing
+from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
 
 # A row of statistics for each label of a row: beyond this a gather is the better kernel.
 MAX_LABELS = 16
@@ -117,6 +118,8 @@ def getitem(context: Context, args: dict[str, Any]) -> Value | None:
     source, index = args.get("input"), args.get("index")
     if isinstance(index, tuple) and is_labels(index[-1]):
         return picked_by_index(context, source, index)
+    if is_labels(index) and len(shape_of(source)) == 1:
+        return take(context, args)
     value = context.known(source)
     if isinstance(value, VocabValue):
         picked = fixed_pick(context, "getitem", args, value) or _chosen_rows(context, source, index, value)
@@ -251,6 +254,67 @@ def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Va
     if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
         return None
     return _picked(value, [context.label(value, index[axis], wraps="negative")], None)
+
+
+def take(context: Context, args: dict[str, Any]) -> Value | None:
+    """z.view(-1)[arange(N) * V + y], one element of each row by its place in all of z [N, V].
+
+    A label that is no class takes from another row, of which these statistics know nothing. Its logit is 0
+    here and not NaN, as that of labels out of range is, for users multiply such rows by 0.
+    """
+    *flat, rows = _unflattened(context, args.get("input")) or [None]
+    index = args.get("index")
+    if rows is None or not isinstance(index, Node) or not context.is_as_made(index):
+        return None
+    count, classes = shape_of(rows)
+    y = _column_in_row(context, index, count, classes)
+    value = None if y is None else context.vocab(rows, 1)
+    picked = None if value is None else _picked(value, [context.label(value, y, named=False)], None)
+    if picked is not None:
+        context.reading.looked_through.update(flat)
+    return picked
+
+
+def _unflattened(context: Context, source: Any) -> list[Node]:
+    """The flat views or copies that a tensor is, last first, and the [N, V] that they are of; or nothing."""
+    nodes = [source] if tensor_of(source) is not None else []
+    while nodes and len(shape_of(nodes[-1])) == 1:
+        before = viewed(nodes[-1])
+        if before is None or not keeps_order(nodes[-1], before) or not context.still_alike(nodes[-1], before):
+            return []
+        nodes.append(before)
+    return nodes if nodes and len(shape_of(nodes[-1])) == 2 else []
+
+
+def _column_in_row(context: Context, index: Node, count: Size, classes: Size) -> Node | None:
+    """The labels that `index` adds to the places where the rows begin, if they read the same still."""
+    spelled, timeline = spellings.read(index), context.reading.timeline
+    if spelled is None or spelled[0].name != "add" or "alpha" in spelled[1]:
+        return None
+    pair = spelled[1].get("input"), spelled[1].get("other")
+    for begins, y in (pair, pair[::-1]):
+        if not is_labels(y) or not is_labels(begins) or not same_shape(shape_of(y), (count,)):
+            continue
+        if _begins_rows(context, begins, count, classes) and timeline.unchanged(y, index, context.position):
+            return y
+    return None
+
+
+def _begins_rows(context: Context, node: Node, count: Size, classes: Size) -> bool:
+    """Whether a node is 0, V, 2V, ... for all rows: arange(N) * V, or arange(0, N * V, V)."""
+    spelled = spellings.read(node)
+    if spelled is None or not same_shape(shape_of(node), (count,)) or not context.is_as_made(node):
+        return False
+    step, args = spelled
+    if step.name == "arange":
+        return first_and_step(args) == (0, classes)
+    if step.name != "mul":
+        return False
+    pair = args.get("input"), args.get("other")
+    return any(
+        isinstance(width, int) and equal(width, classes) and context.counted(rows) is not None
+        for rows, width in (pair, pair[::-1])
+    )
 
 
 def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | None:
