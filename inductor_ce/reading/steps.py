@@ -140,6 +140,7 @@ _ALONG_THE_VOCABULARY = (
 _PICKS = (
     _row("gather", "indexing.gather", "input dim index", torch.gather, "gather"),
     _row("take_along", "indexing.take_along", "input index dim", torch.take_along_dim, "take_along_dim"),
+    _row("take", "indexing.take", "input index", torch.take, "take"),
     _row("getitem", "reductions.getitem", "input index", operator.getitem, traits="picks", view=View.SLICE),
     _row("select", "indexing.select", "input dim index", torch.select, "select",
          traits="needs_value picks"),
