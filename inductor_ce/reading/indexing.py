@@ -10,19 +10,20 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Reason, Refusal
 from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context, is_labels
 from .row_views import arrangement, index_per_dimension, index_steps, row_shape
 from .steps import View
-from .values import Columns, RowValue, Value, VocabValue, detached
+from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
 from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
 
 # A row of statistics for each label of a row: beyond this a gather is the better kernel.
 MAX_LABELS = 16
 
 
-def view(context: Context, args: dict[str, Any]) -> Value | None:
+def view(context: Context, args: dict[str, Any]) -> Outcome:
     source = args.get("input")
     value = context.known(source)
     if value is None or not isinstance(source, Node):
@@ -45,7 +46,7 @@ def view(context: Context, args: dict[str, Any]) -> Value | None:
         if back is not None and back[0] == value.axis:
             moved = replace(value, axis=axis, steps=value.steps + back[1])
             return replace(moved, wide=value.wide | {context.node})
-    return None
+    return Refusal(Reason.NOT_UNDERSTOOD, "No dimension of its result holds the classes of one row.")
 
 
 def _is_rounding(node: Node, source: Node) -> bool:
@@ -109,16 +110,17 @@ def detach(context: Context, args: dict[str, Any]) -> Value | None:
     return detached(value)
 
 
-def reorder(context: Context, args: dict[str, Any]) -> Value | None:
+def reorder(context: Context, args: dict[str, Any]) -> Outcome:
     """Transposes move rows about: statistics follow them no further, log-probabilities do."""
     return None if isinstance(context.known(args.get("input")), RowValue) else view(context, args)
 
 
-def getitem(context: Context, args: dict[str, Any]) -> Value | None:
+def getitem(context: Context, args: dict[str, Any]) -> Outcome:
     source, index = args.get("input"), args.get("index")
     if isinstance(index, tuple) and is_labels(index[-1]):
         return picked_by_index(context, source, index)
-    if is_labels(index) and len(shape_of(source)) == 1:
+    example = tensor_of(source)
+    if example is not None and example.dim() == 1 and is_labels(index):
         return take(context, args)
     value = context.known(source)
     if isinstance(value, VocabValue):
@@ -217,21 +219,23 @@ def _diagonal(context: Context, args: dict[str, Any], value: VocabValue) -> RowV
     return _picked(value, [context.label(value, None)], None)
 
 
-def take_along(context: Context, args: dict[str, Any]) -> Value | None:
+def take_along(context: Context, args: dict[str, Any]) -> Outcome:
     """As gather, but that -1 is the last column, and V the first."""
     return gather(context, args, wraps="modulo")
 
 
-def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Value | None:
+def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Outcome:
     index = args.get("index")
     value = context.vocab(args.get("input"), args.get("dim"))
     if value is None or not is_labels(index):
         return None
     if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
-        return None
+        return Refusal(Reason.NOT_UNDERSTOOD, "Its index has not the rows of the tensor that it picks from.")
     count = constant(shape_of(index)[value.axis])
-    if count is None or not 1 <= count <= MAX_LABELS:
-        return None
+    if count is None:
+        return Refusal(Reason.NOT_UNDERSTOOD, "How many labels it picks in a row is not fixed in the graph.")
+    if not 1 <= count <= MAX_LABELS:
+        return Refusal(Reason.NOT_UNDERSTOOD, f"It picks {count} labels in a row, more than {MAX_LABELS}.")
     columns = [None] if count == 1 else range(count)
     labels = [context.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
     return _picked(value, labels, value.axis)
@@ -262,10 +266,10 @@ def take(context: Context, args: dict[str, Any]) -> Value | None:
     A label that is no class takes from another row, of which these statistics know nothing. Its logit is 0
     here and not NaN, as that of labels out of range is, for users multiply such rows by 0.
     """
-    *flat, rows = _unflattened(context, args.get("input")) or [None]
-    index = args.get("index")
-    if rows is None or not isinstance(index, Node) or not context.is_as_made(index):
+    path, index = _unflattened(context, args.get("input")), args.get("index")
+    if not path or not isinstance(index, Node) or not context.is_as_made(index):
         return None
+    *flat, rows = path
     count, classes = shape_of(rows)
     y = _column_in_row(context, index, count, classes)
     value = None if y is None else context.vocab(rows, 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from ..common.failsafe import attempt
+from ..common.findings import Refusal
 from ..graph.timeline import Timeline
 from . import arithmetic, indexing, joining, losses, reductions, spellings, targets
 from .arithmetic import or_afterwards
@@ -36,6 +37,11 @@ def _read(reading: Reading, node: Node, step: Step) -> None:
     context = Context(reading, node)
     value, _ = attempt("a step is not read", FUNCTIONS[step], context, spellings.arguments(node, step))
     if value is None:
+        return
+    if isinstance(value, Refusal):
+        reading.refusals[node] = value
+        if step.is_loss:
+            reading.miss(node, value)
         return
     if not isinstance(value, Columns) and (value.detached or context.grad_mode is False):
         value = detached(value)

@@ -11,24 +11,25 @@ import sympy
 from torch.fx import Node
 
 from .. import algebra
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..common.findings import Reason, Refusal
+from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from . import indexing, losses, spellings
 from .arithmetic import one_dim, product_of, summed
 from .context import Context
 from .operands import operands
 from .targets import Function
-from .values import Value
+from .values import Outcome, VocabValue
 from .views import broadcast_operand, cast_keeps
 
 
 def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Function:
     """The step of a function of the whole axis that keeps it, such as log_softmax."""
 
-    def step(context: Context, args: dict[str, Any]) -> Value | None:
+    def step(context: Context, args: dict[str, Any]) -> Outcome:
         dim = _default_dim(args) if args.get("dim") is None else one_dim(args["dim"])
-        value = context.readable(args.get("input"), dim, function)
+        value = context.take(args.get("input"), dim, function)
         if value is None or value.after or not _dtype_keeps(args):
-            return None
+            return None if value is None or value.after else _refused_cast(args)
         expr = function(value.expr)
         return None if expr is None else replace(value, expr=expr, wide=value.wide | {context.node})
 
@@ -48,14 +49,16 @@ def _over_vocab(
 ) -> Function:
     """The step of a reduction over the vocabulary; over everything, where no dimension is given."""
 
-    def step(context: Context, args: dict[str, Any]) -> Value | None:
-        if tensor_of(context.node) is None or not _dtype_keeps(args):
+    def step(context: Context, args: dict[str, Any]) -> Outcome:
+        if tensor_of(context.node) is None:
             return None
+        if not _dtype_keeps(args):
+            return _refused_cast(args)
         dim = one_dim(args.get("dim"))
         if dim is None:
             return over_all(context, args)
         if reads_logits:
-            value = context.readable(args.get("input"), dim, function)
+            value = context.take(args.get("input"), dim, function)
         else:
             value = context.vocab(args.get("input"), dim)
         if value is None or value.after:
@@ -89,28 +92,36 @@ amax = _over_vocab(algebra.peak, reads_logits=False)
 argmax = _over_vocab(algebra.argmax, reads_logits=False)
 
 
-def getitem(context: Context, args: dict[str, Any]) -> Value | None:
+def _refused_cast(args: dict[str, Any]) -> Refusal:
+    source = example_of(args["input"]).dtype
+    return Refusal(Reason.NOT_UNDERSTOOD, f"Its argument dtype casts {source} to {args['dtype']}.")
+
+
+def getitem(context: Context, args: dict[str, Any]) -> Outcome:
     """An element of what `max(dim)` returns, or an index into a tensor."""
     source, index = args.get("input"), args.get("index")
     spelled = spellings.read(source) if isinstance(source, Node) else None
     if isinstance(source, Node) and spelled is not None and spelled[0].name == "max":
-        context.reading.looked_through.add(source)
-        return (amax, argmax)[index](context, spelled[1])  # type: ignore[index]
+        part = (amax, argmax)[index](context, spelled[1])  # type: ignore[index]
+        if part is not None:
+            context.reading.looked_through.add(source)
+        return part
     operand = broadcast_operand(context.node)
     if operand is not None:
         return context.known(operand) if same_shape(shape_of(operand), shape_of(context.node)) else None
     return indexing.getitem(context, args)
 
 
-def einsum(context: Context, args: dict[str, Any]) -> Value | None:
+def einsum(context: Context, args: dict[str, Any]) -> Outcome:
     """A sum over the vocabulary, and over everything, of a product: nv,nv->n and nv,nv->."""
     inputs, _, output = _named_dims(str(args["equation"]), args["operands"]).partition("->")
     subscripts = inputs.split(",")
     if len(subscripts) != 2 or subscripts[0] != subscripts[1]:
-        return None
+        fact = f"Its equation {args['equation']!r} has not two operands alike, as 'nv,nv->n' has."
+        return Refusal(Reason.NOT_UNDERSTOOD, fact)
     value = product_of(operands(context, *args["operands"]))
-    if value is None:
-        return None
+    if not isinstance(value, VocabValue):
+        return value
     if not output:
         return losses.reduced(value, "sum", None)
     return summed(value) if output == subscripts[0].replace(subscripts[0][value.axis], "") else None

@@ -11,14 +11,15 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
-from .values import Columns, Value
+from .values import Columns, Outcome, Value
 
 # What reads a step: its node, and its arguments by name.
-Function = Callable[[Context, dict[str, Any]], Value | None]
+Function = Callable[[Context, dict[str, Any]], Outcome]
 
 
 def everywhere(value: Any) -> Columns | None:
@@ -161,11 +162,11 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
 def edit(step: Function) -> Function:
     """The step of an operation in place, followed only where it changes labels and numbers."""
 
-    def edited(context: Context, args: dict[str, Any]) -> Value | None:
+    def edited(context: Context, args: dict[str, Any]) -> Outcome:
         target = args.get("input")
         value = step(context, args)
         if not isinstance(value, Columns) or not isinstance(target, Node):
-            return None
+            return value if isinstance(value, Refusal) else None
         version = context.reading.timeline.version(target, context.position + 1)
         context.reading.edits.setdefault(target, {})[version] = value
         return value

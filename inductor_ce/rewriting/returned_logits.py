@@ -15,6 +15,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.compat.graphs import is_plain_tensor
+from ..common.findings import name_of, where_is
 from ..common.options import Options
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
@@ -22,7 +23,7 @@ from ..reading import spellings
 from ..reading.steps import View
 from ..reading.values import Reading
 from ..reading.views import keeps_order
-from .escapes import name_of, read_by, where_is
+from .escapes import read_by
 from .groups import Group
 
 RETURNED = "The logits are returned, so all of them are in memory"

@@ -21,6 +21,7 @@ def loss(logits, words):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of log_softmax goes into view (return
-    -log_probs.view(-1)[flat_index].mean()). If this is a cross entropy, write this step in one of the
-    spellings that the README lists; if not, it runs as written.
+    -log_probs.view(-1)[flat_index].mean()). No dimension of its result holds the classes of one row. If
+    this is a cross entropy, write this step in one of the spellings that the README lists; if not, it
+    runs as written.
 """
