@@ -17,7 +17,8 @@ from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from .recipes import Of, Recipe, Step
+from ..reading.steps import Step, View
+from .recipes import Instruction, Of, Recipe
 
 
 class NoRecipe(Exception):
@@ -37,22 +38,6 @@ class Found:
     product: Node
 
 
-# What is done to each element of logits, with numbers and with what all rows share.
-_ELEMENTWISE = {"add", "sub", "mul", "div", "neg", "tanh", "sigmoid", "clamp", "elementwise", "square", "pow"}
-
-# What a weight is made by, of which nothing is worth keeping.
-_OF_WEIGHT = {
-    "same",
-    "transposed",
-    "transpose",
-    "permute",
-    "detach",
-    "reshape",
-    "getitem",
-    "narrow",
-    "expand",
-}
-
 # Views of rows, which leave the classes last. Of the first two the sizes are given.
 _SIZED = {"view", "reshape"}
 _OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "select"}
@@ -67,7 +52,7 @@ class _Search:
     timeline: Timeline
     build: Builder
     parts: list[Node] = field(default_factory=list)
-    steps: list[tuple[Node | None, Step]] = field(default_factory=list)
+    steps: list[tuple[Node | None, Instruction]] = field(default_factory=list)
     known: dict[Node, Any] = field(default_factory=dict)  # a node -> a part or the number of a step
     switches: set[Any] = field(default_factory=set)
     product: Node | None = None
@@ -105,7 +90,7 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
         return value
 
     steps = tuple(
-        Step(step.target, placed(step.args), tuple((k, placed(v)) for k, v in step.kwargs))
+        Instruction(step.target, placed(step.args), tuple((k, placed(v)) for k, v in step.kwargs))
         for _, step in search.steps
     )
     if len(search.switches) > 1:
@@ -146,13 +131,13 @@ def _rows(search: _Search, node: Node) -> Node:
     source = args.get("input")
     if _called(node) in _OF_ROWS and isinstance(source, Node):
         return _rearranged(search, node, source)
-    if step == "same" and isinstance(source, Node):
-        return _cast(search, node, source)
-    if step == "detach" and isinstance(source, Node):
+    if step.name == "detach" and isinstance(source, Node):
         hidden = _rows(search, source)
-        _add(search, node, Step("detach", (Of(len(search.steps) - 1),)))
+        _add(search, node, Instruction("detach", (Of(len(search.steps) - 1),)))
         return hidden
-    if step in _ELEMENTWISE:
+    if step.view is View.SAME and isinstance(source, Node):
+        return _cast(search, node, source)
+    if _is_elementwise(step):
         return _elementwise(search, node)
     raise NoRecipe(f"they are made by {_called(node)}")
 
@@ -161,7 +146,7 @@ def _called(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _add(search: _Search, node: Node | None, step: Step) -> None:
+def _add(search: _Search, node: Node | None, step: Instruction) -> None:
     if node is not None:
         search.switches.add(_autocast_at(search, node))
     search.steps.append((node, step))
@@ -192,7 +177,7 @@ def _cast(search: _Search, node: Node, source: Node) -> Node:
     if before.device != after.device:
         raise NoRecipe("they are moved to another device")
     if before.dtype != after.dtype:
-        _add(search, node, Step("to", (Of(len(search.steps) - 1), after.dtype)))
+        _add(search, node, Instruction("to", (Of(len(search.steps) - 1), after.dtype)))
     return hidden
 
 
@@ -229,6 +214,11 @@ def _with_width(sizes: tuple[Any, ...], classes: int, width: Any) -> tuple[Any, 
     return (*first, last)
 
 
+def _is_elementwise(step: Step) -> bool:
+    """Whether a step is a function of each element."""
+    return step.view is None and (step.in_chain or step.commutes)
+
+
 def _elementwise(search: _Search, node: Node) -> Node:
     """A function of each element, of logits beside numbers and what all rows share."""
     wide = [a for a in node.all_input_nodes if _is_wide(search, a, node)]
@@ -242,7 +232,7 @@ def _elementwise(search: _Search, node: Node) -> Node:
         return logits if a is source else _shared(search, a)
 
     args, kwargs = map_arg((node.args, node.kwargs), argument)
-    _add(search, node, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
     return hidden
 
 
@@ -284,7 +274,7 @@ def _product(search: _Search, node: Node, spelled: Any) -> Node | None:
         raise NoRecipe("the hidden states are changed in place")
     search.product, search.hidden = node, hidden
     made = tuple(hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in args)
-    _add(search, node, Step(target, made))
+    _add(search, node, Instruction(target, made))
     return hidden
 
 
@@ -298,7 +288,8 @@ def is_form(node: Node, classes: int) -> bool:
     example, spelled = tensor_of(node), spellings.read(node)
     if example is None or spelled is None or not example.is_floating_point() or not example.dim():
         return False
-    known = _called(node) in _OF_ROWS or spelled[0] in ("same", "detach", *_ELEMENTWISE)
+    step, _ = spelled
+    known = _called(node) in _OF_ROWS or step.view is View.SAME or _is_elementwise(step)
     return known and equal(example.shape[-1], classes)
 
 
@@ -312,7 +303,7 @@ def _factors(node: Node, spelled: Any) -> tuple[Node, Callable[..., Any], tuple[
     if node.op == "call_function" and node.target is torch.addmm and not node.kwargs:
         bias, hidden, columns = node.args
         return hidden, torch.addmm, (bias, hidden, columns)
-    if spelled is not None and spelled[0] == "matmul":
+    if spelled is not None and spelled[0].name == "matmul":
         hidden, columns = spelled[1].get("input"), spelled[1].get("other")
         example = tensor_of(columns)
         if example is not None and example.dim() == 2 and isinstance(hidden, Node):
@@ -328,7 +319,7 @@ def _shared(search: _Search, node: Node) -> Any:
         raise NoRecipe(f"{node.name} is changed in place")
     spelled = spellings.read(node)
     source = spelled[1].get("input") if spelled is not None else None
-    if node.op not in ("placeholder", "get_attr") and spelled is not None and spelled[0] in _OF_WEIGHT:
+    if node.op not in ("placeholder", "get_attr") and spelled is not None and spelled[0].view is not None:
         made = _repeated(search, node, source)
         if made is not None:
             return made
@@ -342,7 +333,7 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
     root = source
     while isinstance(root, Node) and root.op not in ("placeholder", "get_attr"):
         spelled = spellings.read(root)
-        if spelled is None or spelled[0] not in _OF_WEIGHT:
+        if spelled is None or spelled[0].view is None:
             return None
         root = spelled[1].get("input")
     others = [a for a in node.all_input_nodes if a is not source]
@@ -350,6 +341,6 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
         return None
     of = _shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
-    _add(search, node, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
     search.known[node] = Of(len(search.steps) - 1)
     return search.known[node]

@@ -13,10 +13,11 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..common.findings import name_of, where_is
 from ..graph.builder import Builder
 from ..graph.shapes import constant, shape_of, tensor_of
 from ..graph.timeline import Timeline
-from .escapes import name_of, read_by, where_is
+from .escapes import read_by
 from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."

@@ -29,7 +29,7 @@ class Of:
 
 
 @dataclass(frozen=True)
-class Step:
+class Instruction:
     """A torch callable, or the Tensor method of a name, and its arguments."""
 
     target: Callable[..., Any] | str
@@ -50,7 +50,7 @@ class Recipe:
     """
 
     parts: tuple[str, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[Instruction, ...]
     classes: int
     dtype: torch.dtype
     autocast: tuple[str, torch.dtype, bool]
@@ -108,7 +108,7 @@ class Recipe:
     def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Recipe:
         """The same with one more step, a function of each row of the logits."""
         last = Of(len(self.parts) + len(self.steps) - 1)
-        return replace(self, steps=(*self.steps, Step(target, (last, *args))), dtype=dtype)
+        return replace(self, steps=(*self.steps, Instruction(target, (last, *args))), dtype=dtype)
 
 
 def _filled(value: Any, values: list[Any]) -> Any:

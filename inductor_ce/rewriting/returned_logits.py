@@ -15,13 +15,15 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.compat.graphs import is_plain_tensor
+from ..common.findings import name_of, where_is
 from ..common.options import NAN, Options
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
 from ..reading import spellings
+from ..reading.steps import View
 from ..reading.values import Reading
 from ..reading.views import keeps_order
-from .escapes import name_of, read_by, where_is
+from .escapes import read_by
 from .groups import Group
 from .promises import FACT
 
@@ -37,8 +39,6 @@ NOT_PLAIN = "they are no plain tensor"
 INSIDE = "they are returned to other compiled code, not to the program"
 ARGUMENT = "they are an argument of the graph"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
-
-_WHOLE = {"same", "reshape", "permute", "transpose", "transposed", "movedim", "detach", "getitem"}
 
 
 def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: Options) -> list[str]:
@@ -87,13 +87,13 @@ def _root(node: Node) -> Node:
 def _copied(node: Node) -> Node | None:
     """The source of a node that holds all elements of it, floating as they were."""
     spelled = spellings.read(node)
-    if spelled is None or spelled[0] not in _WHOLE:
+    if spelled is None or not (spelled[0].view or spelled[0].name == "detach"):
         return None
     source = spelled[1].get("input")
     floating = [x is not None and x.is_floating_point() for x in (tensor_of(node), tensor_of(source))]
     if not isinstance(source, Node) or not all(floating):
         return None
-    return source if spelled[0] != "getitem" or keeps_order(node, source) else None
+    return source if spelled[0].view is not View.SLICE or keeps_order(node, source) else None
 
 
 def _copies(root: Node) -> list[Node]:

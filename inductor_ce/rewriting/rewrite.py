@@ -74,7 +74,7 @@ def _first_operation(timeline: Timeline) -> int:
 def sweep(graph: Graph, reading: Reading) -> None:
     """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
     for node in reversed(reading.timeline.nodes):
-        if not node.users and spellings.read(node) is not None and not any(written_by(node)):
+        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
             graph.erase_node(node)
 
 
