@@ -159,7 +159,7 @@ def _over_ranks(
             q = q.index_select(-1, start + torch.arange(local.shape[1], device=local.device))
         own.append(q)
     gathered = rows.closed(masses)
-    packed, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses, site)
+    packed, _ = whole_row_stats(local, [y - start for y in ys], own, gathered.encode(), shard, masses, site)
     return chosen(packed, gathered, rows)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import ops
 from ..common.compat.distributed import all_gather_blocks, all_reduce_sum
 from ..ops.combine import combined, own_rows
+from ..ops.rows import law_of
 
 
 def with_summed_gradient(x: Tensor, group_name: str) -> Tensor:
@@ -64,20 +65,20 @@ def whole_row_stats(
     z: Tensor,
     labels: list[Tensor],
     weights: list[Tensor],
-    rows: ops.Rows,
+    which: str,
     shard: Shard,
     masses: dict[int, Tensor] | None = None,
     site: int = ops.NO_SITE,
 ) -> tuple[Tensor, Tensor]:
     """As `ops.row_stats` over the columns of all ranks.
 
-    Every rank of the group calls, with the same `rows` and N.
+    Every rank of the group calls, with the same `which` and N.
 
     Args:
         z: the columns of this rank, [N, V of this rank].
         labels: [N], relative to the first of them.
         weights: of these columns, [V of this rank] or [N, V of this rank].
-        rows: as `which` for `ops.row_stats`, but closed: see `Rows.closed`.
+        which: as for `ops.row_stats`, but closed: see `Rows.closed`.
         shard: of this rank.
         masses: for weights j that every rank knows, the sum of them over the columns of each rank, [P].
         site: as for `ops.row_stats`.
@@ -87,7 +88,7 @@ def whole_row_stats(
         NaN if ranks have columns in different number and are to have the same.
     """
     known = masses or {}
-    how = (rows, site, len(labels), len(weights), tuple(known), shard.group_name, shard.size, shard.equal)
+    how = (which, site, len(labels), len(weights), tuple(known), shard.group_name, shard.size, shard.equal)
     tensors = (*labels, *weights, *known.values())
     return _WholeRowStats.apply(z, shard.start, *how, shard.counts, *tensors)
 
@@ -98,7 +99,7 @@ class _WholeRowStats(torch.autograd.Function):
         ctx: Any,
         z: Tensor,
         start: Tensor,
-        rows: ops.Rows,
+        which: str,
         site: int,
         n_labels: int,
         n_weights: int,
@@ -109,11 +110,12 @@ class _WholeRowStats(torch.autograd.Function):
         counts: Tensor | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.which, ctx.site, ctx.n_labels = rows.encode(), site, n_labels
+        ctx.which, ctx.site, ctx.n_labels = which, site, n_labels
+        law = law_of(which, n_labels, n_weights, known)
         ctx.n_inputs = 11 + len(tensors)
         weights_end = n_labels + n_weights
         labels, weights = list(tensors[:n_labels]), list(tensors[n_labels:weights_end])
-        own = own_rows(ops.row_stats(z, labels, weights, ctx.which, site=site), rows, start)
+        own = own_rows(ops.row_stats(z, labels, weights, which, site=site), law, start)
         if counts is None:
             own = torch.cat([own, torch.full_like(own[:1], z.shape[1])])
         blocks = all_gather_blocks(own, group_name).view(size, *own.shape)
@@ -121,11 +123,11 @@ class _WholeRowStats(torch.autograd.Function):
         of_ranks = {
             j: mass.to(own.dtype).unsqueeze(1) for j, mass in zip(known, tensors[weights_end:], strict=True)
         }
-        packed = combined(rows, blocks, columns, of_ranks)
+        packed = combined(law, blocks, columns, of_ranks)
         total = columns.sum(0)
         if equal:
             total = torch.where((columns == columns[0]).all(0), total, torch.nan)
-        told = [column.to(torch.int64) - start for column in ops.told_columns(rows, packed)]
+        told = [column.to(torch.int64) - start for column in (packed[k] for k in law.told)]
         ctx.n_told = len(told)
         ctx.save_for_backward(z, packed[0], *told, *labels, *weights)
         ctx.mark_non_differentiable(total)

@@ -60,11 +60,12 @@ def _whole(build: Builder, node: Node, parts: list[Node], columns: list[Range]) 
     """The statistics of whole rows from those of slabs."""
     wanted = stats_call(node).rows
     rows = wanted.closed()
+    law = rows.law()
 
     def combine(*blocks: Tensor) -> Tensor:
-        owned = [own_rows(b, rows, piece.start) for b, piece in zip(blocks, columns, strict=True)]
+        owned = [own_rows(b, law, piece.start) for b, piece in zip(blocks, columns, strict=True)]
         packed = torch.stack(owned)
         counts = torch.cat([packed.new_full((1, 1), piece.end - piece.start) for piece in columns])
-        return chosen(combined(rows, packed, counts), rows, wanted)
+        return chosen(combined(law, packed, counts), rows, wanted)
 
     return build.traced(combine, parts)

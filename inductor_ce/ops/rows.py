@@ -23,7 +23,9 @@ import enum
 import itertools
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 
 class Per(enum.Enum):
@@ -156,10 +158,10 @@ class Rows:
     @staticmethod
     def of(n_labels: int, *others: Row) -> Rows:
         """Those of every call, with so many labels and `others`, in any order."""
-        order = [*OPTIONAL, *WEIGHED]
+        order = [statistic.name for statistic in (*OPTIONAL, *WEIGHED)]
 
         def place(row: Row) -> tuple[int, int]:
-            return -1 if row.index is None else row.index, order.index(row.statistic)
+            return -1 if row.index is None else row.index, order.index(row.statistic.name)
 
         picks = [Row(PICK, j) for j in range(n_labels)]
         return Rows((*map(Row, ALWAYS), *picks, *sorted(others, key=place)))
@@ -279,6 +281,56 @@ class Rows:
             if beside is not None and beside not in self.rows and beside.index not in known:
                 rows.append(beside)
         return Rows(tuple(rows))
+
+    def law(self, known: Container[int] = ()) -> Law:
+        """How they combine, where the masses of the weights `known` are."""
+        places = {row: k for k, row in enumerate(self.rows)}
+        moves = []
+        for row in self.rows:
+            beside = row.beside
+            mass = beside.index if beside is not None and beside not in places else None
+            place = None if beside is None else places.get(beside)
+            moves.append(Move(row.statistic.held, row.statistic.has_exp, row.is_beside_count, place, mass))
+        first = places.get(Row(ARGMAX))
+        return Law(tuple(moves), first, tuple(at for _, at in self.told))
+
+
+class Move(NamedTuple):
+    """How the blocks of one row combine.
+
+    Attributes:
+        held: MAXIMUM or FIRST, for what is no sum.
+        has_exp: whether the terms of the sum have exp.
+        is_beside_count: whether the number of columns meets the rise of the maximum.
+        beside: the row that meets it, by its place.
+        mass: or the weight whose mass does, where that is no row.
+    """
+
+    held: str | None
+    has_exp: bool
+    is_beside_count: bool
+    beside: int | None
+    mass: int | None
+
+
+class Law(NamedTuple):
+    """How packed results of blocks combine, in plain values, which Dynamo traces in every release.
+
+    Attributes:
+        moves: one for each row.
+        first: the row that is the first column with the maximum, if any.
+        told: the rows whose columns alone have the gradient of others.
+    """
+
+    moves: tuple[Move, ...]
+    first: int | None
+    told: tuple[int, ...]
+
+
+@torch.compiler.assume_constant_result
+def law_of(which: str, n_labels: int, n_weights: int, known: tuple[int, ...]) -> Law:
+    """The law of the rows of an operator's argument `which`."""
+    return Rows.decode(which, n_labels, n_weights).law(known)
 
 
 def evaluated(
