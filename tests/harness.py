@@ -19,11 +19,17 @@ import inductor_ce.api.backend
 
 @contextlib.contextmanager
 def clean_slate():
-    """Nothing compiled, nothing installed, no counts; caches off, so that passes run in every test."""
+    """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
+
+    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first.
+    """
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
     inductor_ce.uninstall()
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def _worker(
     )
     torch.save(what(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def tagged_caches(tag: str) -> Iterator[None]:
+    """The caches of graphs, with nothing in them that was not stored under this tag."""
+    with (
+        torch.compiler.config.patch(cache_key_tag=tag),
+        torch._inductor.config.patch(fx_graph_cache=True),
+        torch._functorch.config.patch(enable_autograd_cache=True),
+    ):
+        yield
 
 
 def spawn(what: Callable[..., Any], size: int, *args: Any, device: str = "cpu") -> list[Any]:

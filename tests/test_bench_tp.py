@@ -22,8 +22,6 @@ from inductor_ce.bench import cli, measure, ranks, tp, tp_render
 from inductor_ce.bench.tp_systems import BASELINE, DEFAULT, EAGER, GRAPHS, OURS, PLAIN, SYSTEMS, System
 from inductor_ce.bench.tp_tasks import LinearAndLoss, LogitsGiven
 
-pytestmark = pytest.mark.xdist_group("bench tp")
-
 N, V, WIDTH = 35, 1030, 16
 TASKS = {"loss": LogitsGiven, "linear": functools.partial(LinearAndLoss, width=WIDTH)}
 

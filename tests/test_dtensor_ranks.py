@@ -13,8 +13,6 @@ from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
 from ranks import on_devices
 from reference import Terms
 
-pytestmark = pytest.mark.xdist_group("dtensor ranks")
-
 UNEVEN = Setup((2,), V=23)
 EMPTY = Setup((4,), V=5)  # blocks of 2, 2, 1 and 0 columns
 GRID = Setup((2, 2), V=23)  # 2 and 4 rows that count

@@ -18,8 +18,6 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-pytestmark = pytest.mark.xdist_group("dtensor steps")
-
 SMOOTHED = Terms(smoothing=0.1)
 SHAPES = {2: Setup((2,), V=23), 4: Setup((2, 2), V=23)}
 LENGTHS = (8, 12, 16, 6)
