@@ -37,5 +37,5 @@ def covering(product: Sequence[Combination], strength: int = 2) -> list[Combinat
 
 def parts_of(combination: Combination, strength: int = 2) -> set[tuple[tuple[int, str], ...]]:
     """The choices of every `strength` factors."""
-    named = [(place, repr(choice)) for place, choice in enumerate(combination)]
+    named = [(place, getattr(choice, "__name__", repr(choice))) for place, choice in enumerate(combination)]
     return set(itertools.combinations(named, min(strength, len(named))))

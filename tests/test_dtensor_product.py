@@ -5,13 +5,12 @@ ALL=1 runs all combinations of all.
 
 from __future__ import annotations
 
-import functools
 import itertools
 
 import pytest
 from dtensor_cases import Setup, check, everywhere
 from pairwise import Combination, pairwise, parts_of
-from ranks import on_devices
+from ranks import on_devices, once
 from reference import Terms
 
 IGNORED = {"-100": lambda V: -100, "0": lambda V: 0, "V - 1": lambda V: V - 1, "V + 5": lambda V: V + 5}
@@ -32,7 +31,7 @@ def job(combination: Combination) -> tuple[Terms, Setup]:
     return Terms(reduction, IGNORED[ignored](V), smoothing, z_weight), Setup(mesh, V=V)
 
 
-@functools.cache
+@once
 def results(mesh: tuple[int, ...], device: str):
     jobs = [job(combination) for combination in CHOSEN if combination[-1] == mesh]
     return everywhere(jobs, 2 * len(mesh), device)

@@ -12,7 +12,7 @@ import textbook
 import torch
 import torch.distributed as dist
 from harness import without_codegen
-from ranks import on_devices, spawn, tagged_caches
+from ranks import on_devices, once, spawn, tagged_caches
 from reference import Measured, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -156,13 +156,13 @@ sizes = pytest.mark.parametrize("size", [2, 4])
 splits = pytest.mark.parametrize("split", ["equal", "uneven"])
 
 
-@functools.cache
+@once
 def everywhere(what: Callable[..., dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """What each rank gives."""
     return spawn(what, size, size)
 
 
-@functools.cache
+@once
 def eager_on(device: str, size: int) -> list[dict[str, Any]]:
     return spawn(eager, size, size, device, device=device)
 
