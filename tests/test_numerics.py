@@ -9,6 +9,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_without_codegen, sites
+from inputs import logits
 from pairwise import pairwise
 from reference import Terms, assert_as_fair, measure
 from torch import Tensor, nn
@@ -25,10 +26,6 @@ SAME_VALUES = {
     *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
     *(aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor, prims.convert_element_type.default),
 }
-
-
-def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (3 * torch.randn(*shape)).to(dtype)
 
 
 def labels(*shape: int, ignore_index: int = -100, every: int = 3) -> Tensor:

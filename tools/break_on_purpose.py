@@ -11,19 +11,16 @@ A text that is no longer there, or more than once, stops everything: the break i
 from __future__ import annotations
 
 import datetime
-import multiprocessing
+import importlib.metadata
 import os
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
-import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-
-import pytest
-import torch
-import torch._inductor.compile_fx  # imported once: what is run is forked
+from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 NOT_COPIED = shutil.ignore_patterns("*.egg-info", "__pycache__", "results", ".*")
@@ -260,52 +257,24 @@ def broken(text: str, each: Break) -> str:
     return text.replace(each.old, each.new)
 
 
-class Seen:
-    """A plugin of pytest: which tests ran, and which of them failed."""
-
-    def __init__(self) -> None:
-        self.ran: set[str] = set()
-        self.failed: list[str] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.ran.add(report.nodeid)
-        if report.failed and report.nodeid not in self.failed:
-            self.failed.append(report.nodeid)
-
-
-def run_tests(tree: Path, tests: str, told: Connection) -> None:
-    """In a process of its own: (how many tests ran, those that failed)."""
-    os.chdir(tree)
-    sys.path[:0] = [str(tree), str(tree / "tests")]
-    sys.dont_write_bytecode = True
-    os.environ.update(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE="1")
-    for descriptor in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-    seen = Seen()
-    try:
-        pytest.main(["-q", "-p", "no:cacheprovider", *_words(tests)], plugins=[seen])
-    except BaseException:
-        traceback.print_exc()
-    told.send((len(seen.ran), seen.failed))
-
-
-def _words(command: str) -> list[str]:
-    files, _, expression = command.partition(" -k ")
-    return [*files.split(), *(["-k", expression.strip("'")] if expression else [])]
-
-
-def failures(tree: Path, tests: str) -> tuple[int, list[str]]:
-    context = multiprocessing.get_context("fork")
-    here, there = context.Pipe()
-    process = context.Process(target=run_tests, args=(tree, tests, there))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    except EOFError:
-        return 0, []
-    finally:
-        process.join()
+def run_tests(tree: Path, tests: str) -> tuple[int, list[str]]:
+    """(how many tests ran, the names of those that failed)."""
+    report = tree / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    run = subprocess.run(
+        [*command, *shlex.split(tests)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode > 1:  # neither passed nor failed: what was to be run could not be
+        raise SystemExit(f"{tests}: {run.stdout[-3000:]}{run.stderr[-1000:]}")
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if {"failure", "error"} & {part.tag for part in case}]
+    return len(cases), [case.attrib["name"].partition("[")[0] for case in failed]
 
 
 def try_each(breaks: list[Break], tree: Path) -> int:
@@ -315,13 +284,10 @@ def try_each(breaks: list[Break], tree: Path) -> int:
         file = tree / each.file
         whole = file.read_text()
         file.write_text(broken(whole, each))
-        ran, failed = failures(tree, each.tests)
+        ran, failed = run_tests(tree, each.tests)
         file.write_text(whole)
         unseen += not failed
-        names = dict.fromkeys(
-            name.partition("::")[2].partition("[")[0].rpartition("::")[2] for name in failed
-        )
-        seen_by = ", ".join(f"`{name}`" for name in list(names)[:2]) or "**nobody**"
+        seen_by = ", ".join(f"`{name}`" for name in list(dict.fromkeys(failed))[:2]) or "**nobody**"
         print(f"| {each.name} | {len(failed)} of {ran} | {seen_by} |", flush=True)
     return unseen
 
@@ -330,7 +296,7 @@ def main(words: list[str]) -> int:
     breaks = [each for each in BREAKS if all(word in each.name for word in words)]
     for each in breaks:
         broken((ROOT / each.file).read_text(), each)
-    print(f"{datetime.date.today()}, torch {torch.__version__}, {len(breaks)} breaks\n")
+    print(f"{datetime.date.today()}, torch {importlib.metadata.version('torch')}, {len(breaks)} breaks\n")
     print("| what is broken | failures | seen by |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree"
