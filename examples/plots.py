@@ -25,14 +25,22 @@ def plot_losses(losses: dict[str, list[float]], baseline: str, path: Path) -> No
     save(figure, path)
 
 
-def plot_memory(added: dict[str, int], logits: int, path: Path) -> None:
-    """The bytes that a step of each run adds at its peak, beside the size of one tensor of logits."""
-    figure, axes = plt.subplots(figsize=(7, 0.5 * len(added) + 1.5), layout="constrained")
-    bars = axes.barh(list(added)[::-1], [size / 1e6 for size in added.values()][::-1])
-    axes.bar_label(bars, fmt="%.0f", padding=-30, color="white")
-    axes.axvline(logits / 1e6, color="C1", linestyle="--", label="one tensor of logits [N, V]")
-    axes.set_xlabel("peak memory that a step adds, MB")
-    figure.legend(loc="outside upper right", frameon=False)
+def plot_memory(curves: dict[str, list[tuple[float, int]]], logits: int, path: Path) -> None:
+    """The bytes that training steps add over time, a panel for each run, and the size of the logits."""
+    figure, panels = plt.subplots(
+        len(curves), 1, figsize=(7, 2.5 * len(curves)), sharex=True, sharey=True, layout="constrained"
+    )
+    for i, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=True)):
+        times, sizes = [time for time, _ in curve], [size / 1e6 for _, size in curve]
+        axes.fill_between(times, sizes, color=f"C{i}", alpha=0.25)
+        axes.plot(times, sizes, color=f"C{i}", label=f"{name}, at most {max(sizes):.0f} MB")
+        axes.axhline(logits / 1e6, color="black", linestyle="--", linewidth=1)
+        axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 1.15))
+    panels[-1].text(0, logits / 1e6, " one tensor of logits [N, V]", va="bottom", fontsize="small")
+    panels[0].set_ylim(0, 1.2 * max(logits, *(size for curve in curves.values() for _, size in curve)) / 1e6)
+    panels[0].set_xlim(left=0)
+    panels[-1].set_xlabel("seconds, over the last training steps")
+    figure.supylabel("memory that a step adds, MB", fontsize="medium")
     save(figure, path)
 
 

@@ -1,10 +1,13 @@
 """Train a small language model with plain torch.compile and with inductor_ce, and compare the two.
 
+What to look at is memory.png: the memory of a training step over time. Plain torch.compile has all logits in
+memory, from the end of the forward to that of the backward; inductor_ce those of some tokens at a time.
+
 The text is the Python standard library's own source, cut into a byte-pair vocabulary that is trained on it;
 the model (transformer.py) is plain PyTorch. Each run (train.py) takes the same steps on the same batches, in
 a process of its own. Plain torch.compile runs three times, once with the rows of each batch in reverse order:
 how far these runs lie apart is the noise that another order of the same sums makes. Prints what
-`inductor_ce.explain` found, the losses, step times and peak memory; writes loss.png and memory.png. On a GPU
+`inductor_ce.explain` found, the losses, step times and peak memory; writes memory.png and loss.png. On a GPU
 the model is larger and runs in bfloat16.
 """
 
@@ -17,7 +20,8 @@ from pathlib import Path
 
 from corpus import token_file
 from plots import plot_losses, plot_memory
-from train import WARM_UP, Sizes, default_device
+from sampling import resident_bytes, sampled
+from train import STEPS, WARM_UP, Sizes, default_device
 
 TRAIN = Path(__file__).with_name("train.py")
 RUNS = {
@@ -26,6 +30,7 @@ RUNS = {
     "plain again": ["--run", "plain"],
     "plain reversed": ["--run", "plain", "--reverse-rows"],
 }
+COMPARED = ("plain", "inductor_ce")
 
 
 def main() -> None:
@@ -35,7 +40,8 @@ def main() -> None:
     tokens = token_file(arguments.out, sizes.V)
     results = {name: run(name, tokens, arguments) for name in RUNS}
     print(heading(sizes, arguments), results["inductor_ce"]["explain"], *tables(results), sep="\n\n")
-    print(memory_note(arguments.device), differences(results), sep="\n\n")
+    device = arguments.device
+    print(memory_note(device), differences(results), saving(results, sizes, device), sep="\n\n")
     pictures(results, sizes, arguments)
     if not results["inductor_ce"]["sites"]:
         sys.exit("inductor_ce rewrote no loss: the comparison above says nothing")
@@ -46,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     device, out = default_device(), Path("build/quickstart")
     parser.add_argument(
-        "--steps", type=int, default=40, help="training steps of a run (default: %(default)s)"
+        "--steps", type=int, default=STEPS, help="training steps of a run (default: %(default)s)"
     )
     parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=device, help="(default: %(default)s)")
@@ -60,21 +66,28 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(name: str, tokens: Path, arguments: argparse.Namespace) -> dict:
-    """One training run in a new process: what train.py writes of it."""
+    """One training run in a new process: what train.py writes of it, on a CPU with its memory over time."""
     path = arguments.out / f"{name.replace(' ', '_')}.json"
     command = [sys.executable, TRAIN, *RUNS[name], "--label", name, "--tokens", tokens, "--json", path]
     command += ["--steps", str(arguments.steps), "--device", arguments.device]
     # glibc then hands every large tensor back at once, and the resident set is that of the tensors in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-    subprocess.run(command + ["--untied"] * arguments.untied, check=True, env=environment)
-    return json.loads(path.read_text())
+    command += ["--untied"] * arguments.untied
+    with (
+        subprocess.Popen(command, env=environment) as process,
+        sampled(lambda: resident_bytes(process.pid)) as memory,
+    ):
+        if process.wait():
+            raise subprocess.CalledProcessError(process.returncode, command)
+    result = json.loads(path.read_text())
+    return result | {"memory": result["memory"] or memory}
 
 
 def heading(sizes: Sizes, arguments: argparse.Namespace) -> str:
     """The sizes of the run on one line."""
     return (
         f"\n{arguments.device}: N = {sizes.B} x {sizes.S} tokens a step, V = {sizes.V}, D = {sizes.D}, "
-        f"{sizes.layers} layers, {'untied' if arguments.untied else 'tied'} head"
+        f"{sizes.layers} layer{'s' * (sizes.layers > 1)}, {'untied' if arguments.untied else 'tied'} head"
     )
 
 
@@ -89,8 +102,8 @@ def tables(results: dict[str, dict]) -> tuple[str, str]:
     costs += [
         row("first step, s", [f"{result['first_step_s']:.2f}" for result in results.values()]),
         row("median step, ms", [f"{1e3 * result['step_s']:.2f}" for result in results.values()]),
-        row("peak memory, MB", [f"{result['peak_bytes'] / 1e6:.0f}" for result in results.values()]),
-        row("a step adds, MB", [f"{added_bytes(result) / 1e6:.0f}" for result in results.values()]),
+        row("peak memory, MB", [megabytes(result["peak_bytes"]) for result in results.values()]),
+        row("a step adds, MB", [megabytes(added_bytes(result)) for result in results.values()]),
     ]
     return "\n".join(losses), "\n".join(costs)
 
@@ -99,17 +112,25 @@ def row(title: str, cells: list[str]) -> str:
     return f"{title:16}" + "".join(f"{cell:>16}" for cell in cells)
 
 
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f}"
+
+
 def added_bytes(result: dict) -> int:
     return result["peak_bytes"] - result["rest_bytes"]
 
 
 def memory_note(device: str) -> str:
     """How the numbers in the table were taken."""
-    memory = "the CUDA allocator's" if device == "cuda" else "the process's resident set, torch included"
+    memory = (
+        "the CUDA allocator's"
+        if device == "cuda"
+        else "the process's resident set, torch included, and large tensors leave it when they are freed"
+    )
     return (
         "The first step compiles what Inductor's caches do not hold; "
         f"the median leaves out the first {WARM_UP} steps.\n"
-        f"Memory is {memory}; what a step adds is its peak less what is in use between steps."
+        f"Memory is {memory}.\nWhat a step adds is its peak less what is in use between steps."
     )
 
 
@@ -127,13 +148,32 @@ def differences(results: dict[str, dict]) -> str:
     )
 
 
+def saving(results: dict[str, dict], sizes: Sizes, device: str) -> str:
+    """What a step of each adds to the memory in use, how long it takes, and what is saved."""
+    plain, ours = (results[name] for name in COMPARED)
+    less = added_bytes(plain) - added_bytes(ours)
+    return (
+        f"A step adds {megabytes(added_bytes(plain))} MB with plain torch.compile and "
+        f"{megabytes(added_bytes(ours))} MB with inductor_ce: {megabytes(less)} MB less. "
+        f"The logits are {megabytes(sizes.logits_bytes(device))} MB.\n"
+        f"It takes {1e3 * plain['step_s']:.0f} ms and {1e3 * ours['step_s']:.0f} ms, "
+        f"{ours['step_s'] / plain['step_s']:.2f} times as long."
+    )
+
+
 def pictures(results: dict[str, dict], sizes: Sizes, arguments: argparse.Namespace) -> None:
-    """Write loss.png and memory.png."""
+    """Write memory.png and loss.png."""
     loss, memory = arguments.out / "loss.png", arguments.out / "memory.png"
     plot_losses({name: result["losses"] for name, result in results.items()}, "plain", loss)
-    added = {name: added_bytes(result) for name, result in results.items()}
-    plot_memory(added, sizes.logits_bytes(arguments.device), memory)
-    print(f"\nWrote {loss} and {memory}.")
+    curves = {name: curve(results[name]) for name in COMPARED}
+    plot_memory(curves, sizes.logits_bytes(arguments.device), memory)
+    print(f"\nWrote {memory} and {loss}.")
+
+
+def curve(result: dict) -> list[tuple[float, int]]:
+    """(seconds, bytes beyond what is in use between steps) over the steps that are drawn."""
+    start, end = result["drawn"]
+    return [(at - start, size - result["rest_bytes"]) for at, size in result["memory"] if start <= at <= end]
 
 
 if __name__ == "__main__":

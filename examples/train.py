@@ -16,9 +16,12 @@ import torch
 from tqdm import tqdm
 
 import inductor_ce
+from sampling import Samples, sampled
 from transformer import Transformer
 
 WARM_UP = 3  # steps that compile, or that the allocator and the caches still learn from
+STEPS = 20
+DRAWN = 3  # steps, the last ones, over which memory is drawn
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Sizes:
     def for_device(cls, device: str) -> "Sizes":
         if device == "cuda":
             return cls(B=16, S=1024, D=768, V=32768, layers=6, heads=12)
-        return cls(B=4, S=256, D=128, V=16384, layers=2, heads=4)
+        return cls(B=16, S=256, D=128, V=16384, layers=1, heads=2)
 
     def logits_bytes(self, device: str) -> int:
         """The size of one tensor of logits [N, V]: bfloat16 on a GPU, else float32."""
@@ -79,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--json", type=Path, required=True, help="where to write the losses, times and memory"
     )
-    parser.add_argument("--steps", type=int, default=40, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="training steps (default: %(default)s)")
     parser.add_argument("--device", default=default_device(), help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--untied", action="store_true", help="give the head a weight of its own")
     parser.add_argument("--reverse-rows", action="store_true", help="the same batches, rows in reverse order")
@@ -112,13 +115,16 @@ def loss_function(model: Transformer, device: str) -> Callable[..., torch.Tensor
 
 
 def train(model: Transformer, batches: list[torch.Tensor], device: str, label: str) -> dict:
-    """Train on each batch once; the losses, seconds of a step, and memory after the warm-up."""
+    """Train on each batch once; the losses, the times, and the memory after the warm-up.
+
+    On a GPU `memory` is what its allocator had handed out in the last steps, from `drawn[0]` to `drawn[1]`;
+    of a CPU it is empty, for there the memory of a process is seen best from outside.
+    """
     loss_of = torch.compile(loss_function(model, device))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3 if device == "cpu" else 1e-3, betas=(0.9, 0.95))
     losses, seconds = [], []
-    for step, batch in enumerate(tqdm(batches, desc=label)):
-        if step == WARM_UP:
-            at_rest = reset_peak_memory(device)
+
+    def take(batch: torch.Tensor) -> None:
         x, y = split(batch.to(device))
         start = time.perf_counter()
         loss = loss_of(x, y)
@@ -127,13 +133,33 @@ def train(model: Transformer, batches: list[torch.Tensor], device: str, label: s
         optimizer.zero_grad()
         losses.append(loss.item())  # also waits for the GPU
         seconds.append(time.perf_counter() - start)
+        bar.update()
+
+    with tqdm(total=len(batches), desc=label) as bar:
+        for batch in batches[:WARM_UP]:
+            take(batch)
+        at_rest = reset_peak_memory(device)
+        for batch in batches[WARM_UP:-DRAWN]:
+            take(batch)
+        with memory_samples(device) as memory:
+            start = time.perf_counter()
+            for batch in batches[WARM_UP:][-DRAWN:]:
+                take(batch)
+            end = time.perf_counter()
     return {
         "losses": losses,
         "first_step_s": seconds[0],
         "step_s": statistics.median(seconds[WARM_UP:]),
         "rest_bytes": at_rest,
         "peak_bytes": peak_memory(device),
+        "drawn": (start, end),
+        "memory": memory,
     }
+
+
+def memory_samples(device: str) -> contextlib.AbstractContextManager[Samples]:
+    """What the CUDA allocator has handed out within the block."""
+    return sampled(torch.cuda.memory_allocated, 0.001) if device == "cuda" else contextlib.nullcontext([])
 
 
 def reset_peak_memory(device: str) -> int:

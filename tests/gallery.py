@@ -32,7 +32,7 @@ import inductor_ce
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "patterns"
-README = ROOT / "README.md"
+SPELLINGS = ROOT / "docs/spellings.md"
 PATTERNS = sorted(FOLDER.glob("*.py"))
 NEAR_MISSES = sorted((FOLDER / "near_misses").glob("*.py"))
 
@@ -340,7 +340,7 @@ def settle(path: Path, actual: str) -> None:
     if accepting():
         with _alone():
             path.write_text(with_expected(path.read_text(), actual))
-            write_readme()
+            write_table()
         return
     assert expected is not None, f"{path.name} has no EXPECTED: {HINT}. It would be\n{actual}"
     assert expected == actual, f"{path.name}: EXPECTED is another; {HINT}.\n{actual}"
@@ -362,12 +362,12 @@ def with_expected(source: str, text: str) -> str:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """One process at a time: the table has the rows of all files."""
-    with README.open() as lock:
+    with SPELLINGS.open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-# The table of the README
+# The table of docs/spellings.md
 
 
 def table() -> str:
@@ -386,15 +386,16 @@ def table() -> str:
 
 def _row(entry: About) -> str:
     forms = "<br>".join(f"`{form}`" for form in entry.forms).replace("|", "\\|")
-    return f"| [{entry.project}](patterns/{entry.path.name}) | {entry.idea} | {forms} |\n"
+    return f"| [{entry.project}](../patterns/{entry.path.name}) | {entry.idea} | {forms} |\n"
 
 
-def readme_region(readme: str) -> str:
+def table_in(document: str) -> str:
     """What stands between the markers. Raises AssertionError where they are not there once each."""
-    assert readme.count(BEGIN) == readme.count(END) == 1, f"README.md needs {BEGIN.strip()} and {END.strip()}"
-    return readme.split(BEGIN)[1].split(END)[0]
+    markers = f"{SPELLINGS.name} needs {BEGIN.strip()} and {END.strip()}"
+    assert document.count(BEGIN) == document.count(END) == 1, markers
+    return document.split(BEGIN)[1].split(END)[0]
 
 
-def write_readme() -> None:
-    readme = README.read_text()
-    README.write_text(readme.replace(BEGIN + readme_region(readme) + END, BEGIN + table() + END))
+def write_table() -> None:
+    document = SPELLINGS.read_text()
+    SPELLINGS.write_text(document.replace(BEGIN + table_in(document) + END, BEGIN + table() + END))

@@ -34,7 +34,7 @@ def stats(z: Tensor, labels: Sequence[Tensor], weights: Sequence[Tensor], which:
     below = x - torch.where(m.isneginf(), 0.0, m)[:, None]
     exp = below.exp()
     value = {"max": m, "sumexp": exp.sum(1), "sum": below.sum(1)}
-    value |= {"sumexpz": -torch.special.entr(exp).sum(1), "argmax": first_largest(x)}
+    value |= {"sumexpz": -torch.special.entr(exp).sum(1), "argmax": first_largest(x), "top": m}
     for j, q in enumerate(weights):
         q = q.double().expand_as(x)
         value |= {f"dot:{j}": (q * below).sum(1), f"mass:{j}": q.sum(1), f"expdot:{j}": (q * exp).sum(1)}

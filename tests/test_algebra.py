@@ -1,13 +1,10 @@
-"""The laws that everything rests on: statistics as a monoid, losses as a normal form."""
+"""The law that recognition rests on: losses as a normal form."""
 
 from __future__ import annotations
 
-import functools
 import math
-import random
 from typing import Any
 
-import numpy
 import pytest
 import sympy
 import torch
@@ -26,7 +23,6 @@ from inductor_ce.algebra import (
     V,
     Vocab,
     indicator,
-    monoid,
     notation,
     number,
     pick,
@@ -42,109 +38,6 @@ INF = math.inf
 finite = st.floats(-1e4, 1e4)
 logit = finite | st.sampled_from([-INF, -INF, 0.0, 1e4, -1e4])
 row = st.lists(logit, min_size=1, max_size=12)
-
-# The monoid
-
-
-def block(values: list[float], offset: int, y: int) -> dict[str, float]:
-    """The statistics of columns offset, offset + 1, … of a row with label y."""
-    m = max(values, default=-INF)
-    inside = 0 <= y - offset < len(values)
-    return {
-        "max": m,
-        "sumexp": math.fsum(math.exp(difference(v, m)) for v in values),
-        "pick": values[y - offset] if inside else 0.0,
-        "sum": sum(difference(v, m) for v in values),
-        "count": len(values),
-    }
-
-
-def difference(a: float, b: float) -> float:
-    return a if b == -INF else a - b
-
-
-def combine(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    with numpy.errstate(invalid="ignore"):  # -inf - -inf, which is then replaced
-        return monoid.combine(a, b, numpy)
-
-
-def assert_alike(a: dict[str, float], b: dict[str, float]) -> None:
-    assert a.keys() == b.keys()
-    assert a["max"] == b["max"]
-    for name in a:
-        assert a[name] == pytest.approx(b[name], rel=1e-12, abs=1e-9 if name == "sum" else 0), name
-
-
-@laws
-@given(row, row, row, st.integers(0, 40))
-def test_combine_is_associative(x: list[float], y: list[float], z: list[float], label: int) -> None:
-    a, b, c = block(x, 0, label), block(y, len(x), label), block(z, len(x) + len(y), label)
-    assert_alike(combine(combine(a, b), c), combine(a, combine(b, c)))
-
-
-@laws
-@given(row, row, st.integers(0, 30))
-def test_combine_is_commutative(x: list[float], y: list[float], label: int) -> None:
-    a, b = block(x, 0, label), block(y, len(x), label)
-    assert combine(a, b) == combine(b, a)
-
-
-@laws
-@given(row, st.integers(-1, 12))
-def test_the_empty_block_is_the_identity(x: list[float], label: int) -> None:
-    a, nothing = block(x, 0, label), {"max": -INF, "sumexp": 0.0, "pick": 0.0, "sum": 0.0, "count": 0}
-    assert combine(a, nothing) == a
-    assert combine(nothing, a) == a
-    assert combine(nothing, nothing) == nothing
-
-
-@laws
-@given(row, st.integers(0, 2**31), st.integers(-1, 12))
-def test_blocks_in_any_order_make_the_row(x: list[float], seed: int, label: int) -> None:
-    shuffle = random.Random(seed)
-    cuts = sorted(shuffle.choices(range(len(x) + 1), k=shuffle.randrange(6)))
-    blocks = [block(x[i:j], i, label) for i, j in zip([0, *cuts], [*cuts, len(x)], strict=True)]
-    while len(blocks) > 1:
-        shuffle.shuffle(blocks)
-        blocks.append(combine(blocks.pop(), blocks.pop()))
-    assert_alike(blocks[0], block(x, 0, label))
-
-
-@laws
-@given(st.integers(0, 2**31))
-def test_blocks_of_arrays_make_the_rows(seed: int) -> None:
-    """Rows with and without -inf, blocks that are -inf throughout, gaps of a thousand, in float32."""
-    generator = torch.Generator().manual_seed(seed)
-    z = 1e3 * torch.randn(8, 24, generator=generator)
-    z[torch.rand(8, 24, generator=generator) < 0.3] = -INF
-    z[0] = -INF
-    z[1, :12] = -INF
-    z[2, 12:] = -INF
-    y = torch.randint(0, 24, (8,), generator=generator)
-    width = int(torch.randint(1, 13, (), generator=generator))
-    parts = [tensor_block(z, y, i, i + width) for i in range(0, 24, width)]
-    whole = functools.reduce(
-        lambda a, b: monoid.combine(a, b, torch),
-        [parts[i] for i in torch.randperm(len(parts), generator=generator)],
-    )
-    torch.testing.assert_close(whole, tensor_block(z, y, 0, 24))
-    torch.testing.assert_close(whole["max"] + whole["sumexp"].log(), z.logsumexp(1))
-
-
-def tensor_block(z: Tensor, y: Tensor, start: int, stop: int) -> dict[str, Tensor]:
-    columns = torch.arange(z.shape[1])
-    here = (columns >= start) & (columns < stop)
-    m = torch.where(here, z, -INF).amax(1)
-    below = z - torch.where(m == -INF, 0.0, m)[:, None]
-    hit = here & (columns == y[:, None])
-    return {
-        "max": m,
-        "sumexp": torch.where(here, below.exp(), 0.0).sum(1),
-        "pick": torch.where(hit, z, 0.0).sum(1),
-        "sum": torch.where(here, below, 0.0).sum(1),
-        "count": here.sum().expand(len(z)),
-    }
-
 
 # Values, evaluated on a row of numbers
 

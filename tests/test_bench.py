@@ -13,8 +13,11 @@ import pytest
 import torch
 
 import inductor_ce
-from inductor_ce.bench import ce, cli, losses, measure, peers, recognise, record, render, systems
-from inductor_ce.bench.losses import IGNORED, LOSSES
+from inductor_ce.bench import cli, recognise
+from inductor_ce.bench.ce import check, command, render, run, systems
+from inductor_ce.bench.ce.inputs import Inputs
+from inductor_ce.bench.shared import compilers, losses, measure, options, peers, record
+from inductor_ce.bench.shared.losses import IGNORED, LOSSES
 
 ROW = {
     "loss": "plain",
@@ -85,8 +88,8 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "peak_extra_bytes", lambda step: 0)
 
 
-def small_inputs() -> ce.Inputs:
-    return ce.Inputs.random(36, 50, "cpu")
+def small_inputs() -> Inputs:
+    return Inputs.random(36, 50, "cpu")
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -119,7 +122,7 @@ def test_ours_rewrites_every_loss(loss: losses.Loss):
 
 def test_fresh_copies_share_no_code():
     function = LOSSES["plain"].function
-    a, b = systems.fresh(function), systems.fresh(function)
+    a, b = compilers.fresh(function), compilers.fresh(function)
     assert len({id(f.__code__) for f in (function, a, b)}) == 3
     inputs = small_inputs()
     assert torch.equal(a(inputs.logits, inputs.y), function(inputs.logits, inputs.y))
@@ -163,8 +166,8 @@ def test_the_loop_on_a_cpu(stopwatch, monkeypatch: pytest.MonkeyPatch, capsys: p
         "liger_kernel": in_place,
         "quack": fails,
     }
-    monkeypatch.setattr(ce, "SYSTEMS", stand_ins)
-    (found,) = ce.table([(36, 50)], [LOSSES["plain"]], measure.Budget(rounds=2), device="cpu")
+    monkeypatch.setattr(run, "SYSTEMS", stand_ins)
+    (found,) = run.table([(36, 50)], [LOSSES["plain"]], measure.Budget(rounds=2), device="cpu")
     rows = {row["system"]: row for row in found["rows"]}
     assert found.keys() == RESULT["shapes"][0].keys()
     assert all(row.keys() == ROW.keys() for row in rows.values())
@@ -175,7 +178,7 @@ def test_the_loop_on_a_cpu(stopwatch, monkeypatch: pytest.MonkeyPatch, capsys: p
     reason = "failed: RuntimeError: no such kernel"
     assert found["not_measured"] == [{"loss": "plain", "system": "quack", "reason": reason}]
     assert f"plain: quack left out: {reason}" in capsys.readouterr().err
-    assert cli.failed(found)
+    assert command.failed(found)
 
 
 class Overwriting(torch.autograd.Function):
@@ -197,16 +200,16 @@ class Overwriting(torch.autograd.Function):
 
 def test_nan_is_a_problem():
     value, dz = torch.tensor(1.0), torch.ones(2, dtype=torch.bfloat16)
-    assert ce._problems(value, float("nan"), dz, 0.0) == ["loss: error nan, above 1.0e-05"]
-    assert ce._problems(value, 1e-6, dz, 5e-3) == ["dz: error 5.0e-03, above 4.1e-03"]
+    assert check.problems_of(value, float("nan"), dz, 0.0) == ["loss: error nan, above 1.0e-05"]
+    assert check.problems_of(value, 1e-6, dz, 5e-3) == ["dz: error 5.0e-03, above 4.1e-03"]
 
 
 def test_only_peers_may_be_missing():
     found = copy.deepcopy(RESULT["shapes"][0])
     found["rows"].pop()
-    assert not cli.failed(found)
+    assert not command.failed(found)
     found["not_measured"].append({"loss": "plain", "system": "inductor_ce", "reason": "failed: …"})
-    assert cli.failed(found)
+    assert command.failed(found)
 
 
 def test_an_absent_peer_says_so():
@@ -221,14 +224,15 @@ def test_a_broken_peer_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_arguments():
-    options = cli.parse(["ce"])
-    assert options.shapes == [(8192, 128256), (8192, 32000), (4096, 256000)]
-    assert options.losses == list(LOSSES)
-    assert options.out == Path(cli.__file__).parent / "results"
-    options = cli.parse(["ce", "--quick", "--losses", "plain", "--out", "elsewhere"])
-    assert options.shapes == [(8192, 128256)]
-    assert (options.losses, options.out) == (["plain"], Path("elsewhere"))
-    assert cli.parse(["ce", "--quick", "--shapes", "16x32", "8x8"]).shapes == [(16, 32), (8, 8)]
+    given = cli.parse(["ce"])
+    assert options.shapes(given, run.SHAPES) == [(8192, 128256), (8192, 32000), (4096, 256000)]
+    assert given.losses == list(LOSSES)
+    assert given.out == Path(cli.__file__).parent / "results"
+    given = cli.parse(["ce", "--quick", "--losses", "plain", "--out", "elsewhere"])
+    assert options.shapes(given, run.SHAPES) == [(8192, 128256)]
+    assert (given.losses, given.out) == (["plain"], Path("elsewhere"))
+    given = cli.parse(["ce", "--quick", "--shapes", "16x32", "8x8"])
+    assert options.shapes(given, run.SHAPES) == [(16, 32), (8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 def test_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["ce"]) == 2
-    assert capsys.readouterr().err == cli.NO_GPU + "\n"
+    assert capsys.readouterr().err == options.NO_GPU + "\n"
 
 
 def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch):
@@ -296,7 +300,7 @@ def test_record(tmp_path: Path):
 
 
 def test_method_is_recorded():
-    method = ce.method(measure.Budget(rounds=7))
+    method = run.method(measure.Budget(rounds=7))
     assert {"step", "ms", "ratio", "extra_bytes", "errors", "rounds", "warmup_ms", "rep_ms"} <= method.keys()
     json.dumps(method)
 

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from harness import without_codegen
 
-from inductor_ce.bench import cli, measure
+from inductor_ce.bench import cli
 from inductor_ce.bench.head import bars, check, command, inputs, reference, render, run, systems, trained
 from inductor_ce.bench.head.inputs import SHAPES, Inputs, Shape
 from inductor_ce.bench.head.systems import BUDGETS, SYSTEMS, Built, Case
-from inductor_ce.bench.losses import IGNORED
-from inductor_ce.bench.peers import NotOffered
+from inductor_ce.bench.shared import measure
+from inductor_ce.bench.shared.losses import IGNORED
+from inductor_ce.bench.shared.options import NO_GPU
+from inductor_ce.bench.shared.peers import NotOffered
 from inductor_ce.common.options import option_names
 
 TINY = Shape("tiny", 36, 1100, 24)
@@ -199,6 +201,11 @@ def test_graphs_of_systems_agree_with_float64(name: str):
 def test_strategies_agree_with_float64(name: str):
     with without_codegen():
         assert_right(name, Case(TINY, {"cce": TINY.gradient_bytes + 10**4}))
+
+
+def test_an_option_is_asked_of_torch():
+    assert systems.is_option("max_autotune", True)
+    assert not systems.is_option("auto_chunker.no_such_option", 1)
 
 
 def test_absent_peers_say_so():
@@ -391,7 +398,7 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
 def test_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["head"]) == 2
-    assert capsys.readouterr().err == cli.NO_GPU + "\n"
+    assert capsys.readouterr().err == NO_GPU + "\n"
 
 
 @pytest.mark.parametrize(("problem", "status"), [([], 0), (["dW: error nan, above 5e-02"], 1)])

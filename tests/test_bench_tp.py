@@ -18,9 +18,11 @@ from harness import without_codegen
 from ranks import spawn
 from test_bench import RESULT as RESULT_OF_CE
 
-from inductor_ce.bench import cli, measure, ranks, tp, tp_render
-from inductor_ce.bench.tp_systems import BASELINE, DEFAULT, EAGER, GRAPHS, OURS, PLAIN, SYSTEMS, System
-from inductor_ce.bench.tp_tasks import LinearAndLoss, LogitsGiven
+from inductor_ce.bench import cli
+from inductor_ce.bench.shared import measure, options
+from inductor_ce.bench.tp import check, command, ranks, render, run
+from inductor_ce.bench.tp.systems import BASELINE, DEFAULT, EAGER, GRAPHS, OURS, PLAIN, SYSTEMS, System
+from inductor_ce.bench.tp.tasks import LinearAndLoss, LogitsGiven
 
 N, V, WIDTH = 35, 1030, 16
 TASKS = {"loss": LogitsGiven, "linear": functools.partial(LinearAndLoss, width=WIDTH)}
@@ -77,13 +79,13 @@ def without_a_clock() -> Any:
 def on_rank(rank: int, folder: str) -> dict[str, Any]:
     with without_a_clock(), without_codegen(), mock.patch.object(measure, "peak_extra_bytes", lambda _: rank):
         budget = ranks.InStep(rounds=1)
-        (found,) = tp.table([(N, V)], budget, "cpu", TASKS, [DEFAULT])
-        with mock.patch.dict(tp.SYSTEMS, stand_ins(rank), clear=True):
-            (odd,) = tp.table([(N, V)], budget, "cpu", {"loss": LogitsGiven}, [DEFAULT, GRAPHS])
+        (found,) = run.table([(N, V)], budget, "cpu", TASKS, [DEFAULT])
+        with mock.patch.dict(run.SYSTEMS, stand_ins(rank), clear=True):
+            (odd,) = run.table([(N, V)], budget, "cpu", {"loss": LogitsGiven}, [DEFAULT, GRAPHS])
         told = ranks.slowest([1.0 + rank, 3.0 - rank])
         with mock.patch.dict("os.environ", RANK=str(rank)):
-            options = cli.parse(["tp", "--quick", "--out", folder])
-            status = cli.measure_tp(options, lambda shapes, budget: [found | {"asked": shapes}])
+            given = cli.parse(["tp", "--quick", "--out", folder])
+            status = command.measured(given, lambda shapes, budget: [found | {"asked": shapes}])
     return {"found": found, "odd": odd, "told": told, "status": status}
 
 
@@ -123,7 +125,7 @@ def test_every_system_runs_and_is_right(of_ranks: list[dict[str, Any]]):
         (task, system) for task in TASKS for system in SYSTEMS
     ]
     assert [row["problems"] for row in found["rows"]] == [[]] * len(found["rows"])
-    assert not tp.failed(found)
+    assert not command.failed(found)
 
 
 def test_only_ours_is_rewritten(of_ranks: list[dict[str, Any]]):
@@ -168,28 +170,28 @@ def test_what_one_rank_sees_all_record(of_ranks: list[dict[str, Any]]):
     ]
     assert (eager["problems"], eager["ratio"]) == ([], None)
     assert graphs["extra_bytes"] is None
-    assert tp.failed(odd)
+    assert command.failed(odd)
 
 
 def test_the_first_rank_writes(of_ranks: list[dict[str, Any]], folder: Path):
     (path,) = folder.glob("tp-*.json")
     (shape,) = json.loads(path.read_text())["shapes"]
-    assert shape["asked"] == [list(tp.SHAPES[0])]
+    assert shape["asked"] == [list(run.SHAPES[0])]
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert [rank["status"] for rank in of_ranks] == [0, 0]
 
 
 def test_only_ours_must_work():
-    assert not tp.failed(SHAPE)
+    assert not command.failed(SHAPE)
     wrong, absent = copy.deepcopy(SHAPE), copy.deepcopy(SHAPE)
     wrong["rows"][1]["problems"].append("loss: error nan, above 1.0e-05")
     absent["not_measured"][0]["system"] = OURS
-    assert tp.failed(wrong)
-    assert tp.failed(absent)
+    assert command.failed(wrong)
+    assert command.failed(absent)
 
 
 def test_nan_is_the_largest_error():
-    assert tp._largest(iter([0.1, float("nan"), 0.2])) != tp._largest(iter([0.1, 0.2]))
+    assert check._largest(iter([0.1, float("nan"), 0.2])) != check._largest(iter([0.1, 0.2]))
 
 
 def test_collectives_are_the_kernels_of_nccl():
@@ -225,9 +227,9 @@ def test_what_is_missing(
 
 
 def test_refuses_without_a_gpu(tmp_path: Path):
-    command = [sys.executable, "-m", "inductor_ce.bench", "tp", "--out", str(tmp_path)]
+    called = [sys.executable, "-m", "inductor_ce.bench", "tp", "--out", str(tmp_path)]
     ran = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        called, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     )
     assert ran.returncode == 2
     assert ran.stderr.strip().endswith("no GPU: torch.cuda sees none here")
@@ -235,13 +237,13 @@ def test_refuses_without_a_gpu(tmp_path: Path):
 
 
 def test_arguments():
-    assert cli.parse(["tp"]).shapes == [(8192, 128256), (4096, 256000)]
-    assert cli.parse(["tp", "--quick"]).shapes == [(8192, 128256)]
-    assert cli.parse(["tp", "--shapes", "16x32"]).shapes == [(16, 32)]
+    assert options.shapes(cli.parse(["tp"]), run.SHAPES) == [(8192, 128256), (4096, 256000)]
+    assert options.shapes(cli.parse(["tp", "--quick"]), run.SHAPES) == [(8192, 128256)]
+    assert options.shapes(cli.parse(["tp", "--shapes", "16x32"]), run.SHAPES) == [(16, 32)]
 
 
 def test_table():
-    heading, shape = tp_render.table(RESULT).split("\n\n")
+    heading, shape = render.table(RESULT).split("\n\n")
     assert heading.startswith("A GPU, torch 2.11.0, triton 3.6.0, commit 0123456, with changes")
     lines = shape.splitlines()
     assert lines[0] == (
@@ -259,11 +261,11 @@ def test_table():
 
 
 def test_plot(tmp_path: Path):
-    tp_render.plot(RESULT, tmp_path / "tp.png")
+    render.plot(RESULT, tmp_path / "tp.png")
     assert (tmp_path / "tp.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_method_is_recorded():
-    method = tp.method(ranks.InStep(rounds=7))
+    method = run.method(ranks.InStep(rounds=7))
     assert {"step", "ms", "ratio", "collective_ms", "extra_bytes", "errors", "rounds"} <= method.keys()
     json.dumps(method)

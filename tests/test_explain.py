@@ -18,7 +18,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import inductor_ce
-from inductor_ce import Miss, Options, Reason, Report, Site
+from inductor_ce import Miss, Options, Reason, Report, Site, ops
+from inductor_ce.api import explain as explaining
+from inductor_ce.api import passes
 
 N, V = 6, 2048
 ROOT = Path(__file__).parent.parent
@@ -138,7 +140,7 @@ def test_dictionary_survives_json():
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
         *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
-        *("head", "plan"),
+        *("head", "plan", "id"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],
@@ -277,6 +279,103 @@ def test_plan_of_a_head(options: dict[str, Any], strategy: str, why: str):
     assert site.strategy == strategy
     assert site.plan.startswith(strategy)
     assert why in site.plan
+
+
+def two_heads(h, W, U, y):
+    def of(weight):
+        return F.cross_entropy(F.linear(h, weight), y)
+
+    return of(W) + of(U)
+
+
+def head(n_weights: int) -> list[torch.Tensor]:
+    made = [torch.randn(16, 8), *(torch.randn(64 + 8 * i, 8) for i in range(n_weights))]
+    return [*(t.requires_grad_() for t in made), torch.arange(16)]
+
+
+def test_plans_of_two_losses_on_one_line():
+    """In one helper, which is called in a graph inside the graph first, and then in the graph itself."""
+
+    def f(h, W, U, y):
+        def helper(h, weight, kept):
+            z = F.linear(h, weight)
+            return F.cross_entropy(z, y) + (z.square().sum() if kept else 0)
+
+        first = torch.utils.checkpoint.checkpoint(helper, h, W, True, use_reentrant=False)
+        return first + helper(h, U, False)
+
+    with inductor_ce.install(min_vocab=2, strategy="token_chunks"):
+        sites = inductor_ce.explain(f, *head(2)).sites
+    assert sites[0].location == sites[1].location
+    assert sorted(site.id for site in sites) == [0, 1]
+    inside, outside = sorted(sites, key=lambda site: site.logits_bytes)
+    assert inside.strategy == "materialise"
+    assert "are read by" in inside.plan
+    assert outside.strategy == "token_chunks"
+
+
+def test_plans_of_bodies_and_of_the_graph_round_them():
+    """Checkpointed losses are read each in a graph of its own."""
+
+    def f(h, W, U, y):
+        def of(weight):
+            return torch.utils.checkpoint.checkpoint(
+                lambda h, w: F.cross_entropy(F.linear(h, w), y), h, weight, use_reentrant=False
+            )
+
+        return of(W) + of(U) + F.cross_entropy(F.linear(h, W * 2).view(-1, 64), y)
+
+    with inductor_ce.install(min_vocab=2, strategy="vocab_slabs"):
+        report = inductor_ce.explain(f, *head(2))
+    assert sorted(site.id for site in report.sites) == [0, 1, 2]
+    assert all(site.plan for site in report.sites)
+    sizes = {site.id: site.logits_bytes // 64 for site in report.sites}
+    assert sorted(sizes.values()) == [64, 64, 72]
+
+
+def test_plans_of_several_sites_of_one_head():
+    """Of two temperatures, which have statistics of their own, and are divided together."""
+
+    def f(h, W, y):
+        z = F.linear(h, W)
+        return F.cross_entropy(z, y) + F.cross_entropy(z * 0.5, y)
+
+    with inductor_ce.install(min_vocab=2, strategy="vocab_slabs"):
+        report = inductor_ce.explain(f, *head(1))
+    assert [site.id for site in report.sites] == [0, 1]
+    assert all(site.plan.startswith("vocab_slabs") for site in report.sites)
+
+
+def test_a_graph_is_read_once(monkeypatch: pytest.MonkeyPatch):
+    read = []
+    monkeypatch.setattr(explaining, "fuse_losses", lambda graph, o: read.append(graph) or fuse(graph, o))
+    fuse = passes.fuse_losses
+    inductor_ce.explain(two_heads, *head(2))
+    inductor_ce.explain(loss, *inputs())
+    assert len(read) == 2
+
+
+@pytest.mark.filterwarnings("ignore:inductor_ce failed")
+@pytest.mark.parametrize("failing", ["fuse_heads", "compile_fx"])
+def test_a_failure_to_plan_leaves_the_sites(failing: str, monkeypatch: pytest.MonkeyPatch, caplog):
+    def fail(*args: Any, **kwargs: Any):
+        raise RuntimeError("none today")
+
+    monkeypatch.setattr(explaining, failing, fail)
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(two_heads, *head(2))
+    assert "the plans are not told" in caplog.text
+    assert [site.plan for site in report.sites] == ["", ""]
+    assert [site.strategy for site in report.sites] == ["materialise", "materialise"]
+
+
+def test_final_graphs_carry_no_site():
+    """What is computed twice is found to be one, in whatever sites it was written."""
+    compiled, graphs = compile_without_codegen(two_heads, strategy="vocab_slabs")
+    compiled(*head(2)).backward()
+    carried = [node.kwargs for node in graphs.nodes if node.target in (ops.ROW_STATS, ops.ROW_GRAD)]
+    assert carried
+    assert not any(carried)
 
 
 def test_counters():

@@ -45,7 +45,7 @@ def _target(node: Node) -> str:
 
 def _show_call(node: Node, target: str, names: dict[Node, str]) -> str:
     args = [_show_argument(a, names) for a in node.args]
-    args += [f"{k}={_show_argument(v, names)}" for k, v in node.kwargs.items()]
+    args += [f"{k}={_show_argument(v, names)}" for k, v in node.kwargs.items() if k != "site"]
     if node.op in ("placeholder", "get_attr"):
         return f"<{node.op}>"
     if node.target is operator.getitem:

@@ -67,6 +67,13 @@ def test_imports_go_to_rooms_above(file: Path):
     assert upward == set()
 
 
+def test_a_benchmark_imports_what_is_called_and_what_is_lowered():
+    """So that it measures what users have."""
+    files = (file for file in FILES if dotted(file)[:1] == ("bench",))
+    rooms = {m[0] if m else "api" for file in files for m in imported(file)}
+    assert rooms - {"bench"} <= {"api", "ops"}
+
+
 def test_no_imports_in_a_circle():
     waiting = {dotted(file): imported(file) - {dotted(file)} for file in FILES}
     while free := {module for module, needs in waiting.items() if not needs & waiting.keys()}:

@@ -443,6 +443,39 @@ def labels_narrowed(z, y):
     return F.cross_entropy(z, y), F.cross_entropy(z, narrowed), F.cross_entropy(z, (y + 256).byte().long())
 
 
+def rows_counted_from_an_edited_arange(z, y):
+    """What counts rows or classes, edited in place before it is used."""
+    rows, classes = torch.arange(N), torch.arange(V)
+    rows.add_(1).remainder_(N)
+    classes.add_(1)
+    hits = (classes == y[:, None]).float()
+    return z.log_softmax(-1)[rows, y], (z.log_softmax(-1) * hits).sum(-1)
+
+
+def another_offset_in_a_flat_index(z, y):
+    return z.log_softmax(-1).view(-1)[torch.arange(N) * V + y + 1]
+
+
+def fewer_rows_in_a_flat_index(z, y):
+    return z.log_softmax(-1).view(-1)[torch.arange(N - 1) * V + y[1:]]
+
+
+def edited_flat_index(z, y):
+    index = torch.arange(N) * V + y
+    index.add_(1)
+    labels = y.clone()
+    other = torch.arange(N) * V + labels
+    labels.zero_()
+    return z.log_softmax(-1).view(-1)[index % (N * V)], z.log_softmax(-1).view(-1)[other]
+
+
+def masked_labels_in_a_flat_index(z, y):
+    """A label that is no class reads another row, times 0."""
+    y = torch.where(y == 3, -V, y)
+    picked = z.log_softmax(-1).view(-1)[(torch.arange(N) * V).add(y)]
+    return picked * (y >= 0)
+
+
 def one_row_after_the_other(z, y):
     rows = zip(z.unbind(0), y.unbind(0), strict=True)
     return torch.stack([r.log_softmax(-1).gather(-1, label[None])[0] for r, label in rows])
@@ -475,6 +508,8 @@ def logits_edited_before(z, y):
         *(max_never_added_back, max_added_twice, softmax_of_softmax, log_softmax_twice),
         *(gather_of_probabilities, subtraction_with_alpha, floor_division, added_across_rows),
         *(rows_subtracted_from_the_square, transposed_square, labels_of_other_rows, vocabulary_sliced),
+        *(rows_counted_from_an_edited_arange, another_offset_in_a_flat_index, fewer_rows_in_a_flat_index),
+        *(edited_flat_index, masked_labels_in_a_flat_index),
         *(few_rows_kept, strided_rows, permuted_rows, expanded_rows, boolean_product, two_slices),
         *(two_arrangements, two_orders, labels_expanded, classes_first, kept_axis_reduced),
         *(numbers_on_the_left, temperature_of_each_row, labels_from_the_logits, one_row_after_the_other),

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_ce import ops
 
@@ -84,11 +85,12 @@ def test_opcheck_row_grad(which: str, dtype: torch.dtype) -> None:
 
 def test_schemas() -> None:
     assert str(ops.ROW_STATS._schema) == (
-        "inductor_ce::row_stats(Tensor z, Tensor[] labels, Tensor[] weights, str which) -> Tensor"
+        "inductor_ce::row_stats(Tensor z, Tensor[] labels, Tensor[] weights, str which, *, "
+        "SymInt site=-1) -> Tensor"
     )
     assert str(ops.ROW_GRAD._schema) == (
         "inductor_ce::row_grad(Tensor z, Tensor[] labels, Tensor[] weights, Tensor m, Tensor coefficients, "
-        "str which) -> Tensor"
+        "str which, *, SymInt site=-1) -> Tensor"
     )
     assert not ops.ROW_STATS._schema.is_mutable
     assert not ops.ROW_GRAD._schema.is_mutable
@@ -110,6 +112,8 @@ def test_schemas() -> None:
         ("max,sumexp,sumexpz,sum", 0, 0),
         ("max,sumexp,argmax,sumexpz", 0, 0),
         ("max,sumexp,argmax,argmax", 0, 0),
+        ("max,sumexp,top", 0, 0),
+        ("max,sumexp,top,argmax", 0, 0),
         ("max,sumexp", 0, 1),
         ("max,sumexp,dot", 0, 1),
         ("max,sumexp,dot:0", 0, 0),
@@ -556,3 +560,37 @@ def test_every_statistic_in_one_graph() -> None:
         torch.testing.assert_close(actual, expected)
         torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (actual, expected)))
     assert counter.frame_count == 1
+
+
+def test_a_gradient_carries_the_site_of_its_statistics() -> None:
+    def step(z: Tensor, y: Tensor) -> Tensor:
+        stats = ops.row_stats(z, [y], [], "max,sumexp,pick", site=7)
+        return torch.autograd.grad(stats.sum(), z)[0]
+
+    graph = make_fx(step)(logits().requires_grad_(), labels()).graph
+    sites = {n.target: n.kwargs for n in graph.nodes if n.target in (ops.ROW_STATS, ops.ROW_GRAD)}
+    assert sites == {ops.ROW_STATS: {"site": 7}, ops.ROW_GRAD: {"site": 7}}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_top_has_the_gradient_of_max(compiled: bool) -> None:
+    """That of torch.max(dim): of the first of equals alone, beside the gradients of other rows."""
+    z, y = logits(requires_grad=True), labels()
+    with torch.no_grad():
+        z[0, 2] = z[0, 5] = z[0].max() + 1
+        z[1, 3] = -torch.inf
+
+    def confidence(z: Tensor, y: Tensor) -> Tensor:
+        m, d, picked, _, top = ops.row_stats(z, [y], [], "max,sumexp,pick,argmax,top").unbind(0)
+        return ((top - m).exp() / d + (picked - m)).square()
+
+    def plain(z: Tensor, y: Tensor) -> Tensor:
+        picked = z.gather(1, y[:, None])[:, 0]
+        return (z.softmax(1).max(1).values + (picked - z.detach().max(1).values)).square()
+
+    f = torch.compile(confidence) if compiled else confidence
+    actual, expected = f(z, y), plain(z.double(), y)
+    # The statistics hold the maximum constant; so does `plain` where it is not that of the softmax.
+    torch.testing.assert_close(actual, expected.float())
+    dz, wanted = (torch.autograd.grad(loss.sum(), z)[0] for loss in (actual, expected))
+    torch.testing.assert_close(dz, wanted)

@@ -1,4 +1,4 @@
-"""What the distribution promises, and that the commands the documents name exist."""
+"""What the distribution promises, and that its commands run."""
 
 import os
 import re
@@ -16,7 +16,6 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def names(requirements: list[str]) -> set[str]:
@@ -94,18 +93,6 @@ def test_installed_versions_are_the_pinned_ones():
     assert {name: version.split("+")[0] for name, version in installed.items() if name in PINS} == {
         name: version for name, version in PINS.items() if name in installed
     }
-
-
-@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md", ".ci/run"])
-def test_named_make_targets_exist(document: str):
-    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(code_of((ROOT / document).read_text(), document))))
-    assert named
-    assert named <= TARGETS
-
-
-def code_of(text: str, document: str) -> list[str]:
-    """The code in a Markdown document, between backticks or indented; all of any other file."""
-    return re.findall(r"`[^`\n]+`|^    .*$", text, re.MULTILINE) if document.endswith(".md") else [text]
 
 
 def test_ci_is_executable_and_stops_at_the_first_failure():

@@ -1,6 +1,7 @@
 """The gallery: every spelling of patterns/ is fused and right; every near miss is right and told of.
 
-EXPECTTEST_ACCEPT=1 writes EXPECTED and the README's table, for the files whose numbers and graphs are right.
+EXPECTTEST_ACCEPT=1 writes EXPECTED, and the table of docs/spellings.md, for the files whose numbers and
+graphs are right.
 """
 
 import ast
@@ -69,10 +70,10 @@ def test_a_file_says_what_it_is_and_needs_torch_only(path: Path):
     assert {module.split(".")[0] for module in imported} <= {"math", "torch"}
 
 
-def test_the_readme_lists_the_spellings():
+def test_the_spellings_are_listed():
     if gallery.accepting():
-        gallery.write_readme()
-    assert gallery.readme_region(gallery.README.read_text()) == gallery.table(), f"stale: {gallery.HINT}"
+        gallery.write_table()
+    assert gallery.table_in(gallery.SPELLINGS.read_text()) == gallery.table(), f"stale: {gallery.HINT}"
 
 
 SOURCE = '"""Doc."""\n\nEXPECTED = """\\\nold\n"""\nAFTER = "é"\n'

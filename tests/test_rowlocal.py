@@ -16,7 +16,8 @@ from reference import assert_fair
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from inductor_ce.heads import fuse
+from inductor_ce.graph import shapes
+from inductor_ce.heads import fuse, proof
 
 B, S, D, V = 3, 4, 8, 37
 N = B * S
@@ -155,8 +156,8 @@ PROVED: dict[str, Loss] = {
 @pytest.mark.parametrize("name", PROVED)
 def test_proved(name: str, proofs: list[fuse.Proof]) -> None:
     check(PROVED[name], "token_chunks")
-    (proof,) = proofs
-    assert proof.why_not == ""
+    (found,) = proofs
+    assert found.why_not == ""
 
 
 @pytest.mark.parametrize("upstream", [0.0, 1.0, -3.0, 65536.0])
@@ -250,8 +251,8 @@ REFUSED: dict[str, tuple[Loss, str]] = {
 def test_refused(name: str, proofs: list[fuse.Proof]) -> None:
     loss, words = REFUSED[name]
     check(loss, "vocab_slabs")
-    (proof,) = proofs
-    assert proof.why_not == words
+    (found,) = proofs
+    assert found.why_not == words
 
 
 def test_refused_is_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:
@@ -292,3 +293,71 @@ def test_rows_that_coincide_at_the_hint_only() -> None:
         torch.testing.assert_close(ours, torch.autograd.grad(loss(hidden, weight, y), (hidden, weight)))
     assert counters["inductor_ce"]["vocab_slabs"] == 1
     assert counters["inductor_ce"]["token_chunks"] == 2
+
+
+def part_from_the_start(losses: Tensor, start: int) -> Tensor:
+    return losses[:6] * losses.detach().narrow(0, start, 6)
+
+
+def padded_in_front(losses: Tensor, start: int) -> Tensor:
+    return losses * F.pad(losses.detach(), [start, 0])[: losses.shape[0]]
+
+
+@pytest.mark.parametrize("weighed", [part_from_the_start, padded_in_front])
+def test_rows_that_are_their_own_at_the_example_only(
+    weighed: Callable[[Tensor, int], Tensor], proofs: list[fuse.Proof]
+) -> None:
+    """The start is a difference of two sizes, 0 at the example, which no guard tells."""
+
+    def loss(hidden: Tensor, weight: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return weighed(nll(hidden @ weight.t(), y), a.shape[0] - b.shape[0] - 1).sum()
+
+    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.3, dynamic=True)
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    y = torch.randint(0, V, (N,))
+    for a, b in ((4, 3), (9, 5)):
+        given = hidden, weight, y, torch.ones(a, 1), torch.ones(b, 1)
+        ours = torch.autograd.grad(compiled(*given), (hidden, weight))
+        torch.testing.assert_close(ours, torch.autograd.grad(loss(*given), (hidden, weight)))
+    (found,) = proofs
+    assert found.why_not == "div brings rows together, at other sizes than the example's"
+    assert counters["inductor_ce"]["vocab_slabs"] == 1
+
+
+def test_rows_that_guards_keep_apart(proofs: list[fuse.Proof]) -> None:
+    """Turned as a matrix of one row, which a guard tells: another is compiled for."""
+
+    def loss(hidden: Tensor, weight: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        losses = nll(hidden @ weight.t(), y)
+        return (losses * losses.detach().view(a.shape[0] - b.shape[0], -1).t().reshape(-1)).sum()
+
+    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.3, dynamic=True)
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    y = torch.randint(0, V, (N,))
+    for a, b in ((4, 3), (9, 5)):
+        given = hidden, weight, y, torch.ones(a, 1), torch.ones(b, 1)
+        ours = torch.autograd.grad(compiled(*given), (hidden, weight))
+        torch.testing.assert_close(ours, torch.autograd.grad(loss(*given), (hidden, weight)))
+    assert [found.why_not for found in proofs] == ["", "div brings rows together"]
+
+
+def test_sizes_that_are_numbers_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    proved: list[Any] = []
+
+    def counted(head: Any, size_of: Any) -> Any:
+        proved.append(size_of)
+        return prove(head, size_of)
+
+    prove = proof._proved
+    monkeypatch.setattr(proof, "_proved", counted)
+    check(PROVED["mean"], "token_chunks")
+    assert proved == [shapes.hint]
+    torch._dynamo.reset()
+    check(PROVED["mean"], "token_chunks", dynamic=True)
+    assert len(proved) > 2
+
+
+def test_no_other_sizes_no_proof(monkeypatch: pytest.MonkeyPatch, proofs: list[fuse.Proof]) -> None:
+    monkeypatch.setattr(proof, "other_sizes", lambda sizes: [])
+    check(PROVED["mean"], "vocab_slabs", dynamic=True)
+    assert proofs[0].why_not == proof.NOWHERE_ELSE

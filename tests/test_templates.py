@@ -116,6 +116,7 @@ def check_grad(
 
 PLAIN = reference.rows(1, "sum")
 EVERY = reference.every_row(1, 2)
+PLAIN_ROWS, EVERY_ROWS = ops.Rows.decode(PLAIN, 1), ops.Rows.decode(EVERY, 1, 2)
 
 
 def skip_repeated(configuration: int, distinct: list[dict[str, Any]]) -> None:
@@ -126,28 +127,28 @@ def skip_repeated(configuration: int, distinct: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("configuration", range(len(lowering.STATS)))
 def test_stats_at_every_vocabulary(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, PLAIN.split(",")))
+    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, PLAIN_ROWS))
     check_stats(logits(v), labels_for(v, 1), [], PLAIN, configuration)
 
 
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
 def test_grad_at_every_vocabulary(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, PLAIN.split(",")))
+    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, PLAIN_ROWS))
     check_grad(logits(v), labels_for(v, 1), [], PLAIN, configuration)
 
 
 @pytest.mark.parametrize("v", RAGGED)
 @pytest.mark.parametrize("configuration", range(len(lowering.STATS_OF_MORE)))
 def test_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, EVERY.split(",")))
+    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, EVERY_ROWS))
     check_stats(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
 
 
 @pytest.mark.parametrize("v", RAGGED)
 @pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
 def test_gradient_of_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, EVERY.split(",")))
+    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, EVERY_ROWS))
     check_grad(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import inductor_ce
 from inductor_ce import ops
-from inductor_ce.ops import loops, verified
+from inductor_ce.ops import loops, operators, verified
 
 N, V = 12, 40
 
@@ -85,8 +85,8 @@ def test_what_is_right_is_used(loss: Callable[..., Tensor], dtype: torch.dtype, 
 @pytest.fixture
 def broken_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     """row_stats counts half of every exponential, everywhere it is computed."""
-    right = ops._shifted
-    monkeypatch.setattr(ops, "_shifted", lambda z, m: right(z, m) - torch.log(torch.tensor(2.0)))
+    right = operators._shifted
+    monkeypatch.setattr(operators, "_shifted", lambda z, m: right(z, m) - torch.log(torch.tensor(2.0)))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -157,6 +157,20 @@ def test_two_compilations_are_verified_apart(caplog):
     torch._dynamo.reset()
     step(compiled, z, y)
     assert len(verified._verdicts) == 2
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_heads_stay_whole_and_explain_says_so(strategy: str):
+    def head(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(hidden, weight), y)
+
+    given = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    y = torch.randint(V, (N,))
+    for verify, told in ((True, "materialise"), (False, strategy)):
+        with inductor_ce.install(min_vocab=2, strategy=strategy, verify=verify):
+            (site,) = inductor_ce.explain(head, *given, y).sites
+        assert site.strategy == told
+        assert ("what it would be in pieces is not compared" in site.head) == verify
 
 
 def test_it_is_true_or_false():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch.fx import GraphModule
 from ..common.compat.inductor import compile_fx, inductor_config, list_mode_options, list_options
 from ..common.compat.versions import check_torch
 from ..common.errors import OptionError
-from ..common.options import make_options, option_names
+from ..common.options import DROP_LOGITS, make_options, option_names
 from ..ops import lowering
+from .deferral import compile_deferring
 from .install import SLOTS, _foreign
 from .pass_slots import slot_value
 
@@ -38,17 +40,19 @@ def inductor_ce_backend(
     check_torch()
     lowering.register()
     ours, patches = _split(options or {})
+    options_of_ours = make_options(ours)
     patches = {**(list_mode_options(mode) if mode else {}), **patches}
     for slot, make_pass in SLOTS.items():
         foreign = _foreign(patches.get(slot, getattr(inductor_config, slot)))
-        patches[slot] = slot_value((*foreign, make_pass(make_options(ours))))
-    return compile_fx(gm, example_inputs, config_patches=patches)
+        patches[slot] = slot_value((*foreign, make_pass(options_of_ours)))
+    compile = functools.partial(compile_fx, config_patches=patches)
+    return compile_deferring(gm, example_inputs, compile, options_of_ours, patches)
 
 
 def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(our options, Inductor's)."""
     inductors = {name.replace("-", "_") for name in list_options()}
-    ours = {name: value for name, value in options.items() if name in option_names()}
+    ours = {name: value for name, value in options.items() if name in (*option_names(), DROP_LOGITS)}
     rest = {name.replace("-", "_"): value for name, value in options.items() if name not in ours}
     unknown = sorted(set(rest) - inductors)
     if unknown:

@@ -18,7 +18,11 @@ from ..common.failsafe import attempt
 from ..common.findings import Site
 from ..common.options import Options
 from ..heads.fuse import Planned, fuse_heads, sentence
-from .install import HEADS_SLOT, LOSSES_SLOT, installed_options
+from ..heads.plan import Plan
+from .deferral import read_and_defer
+from .install import installed_options
+from .lazy_inputs import taken_apart
+from .pass_slots import HEADS_SLOT, LOSSES_SLOT
 from .passes import fuse_losses
 from .report import Report
 
@@ -43,16 +47,9 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     options = installed_options()
 
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        sites = []
-        for module in gm.modules():
-            if isinstance(module, GraphModule):
-                found = fuse_losses(copied(module), options)
-                sites += found.sites
-                report.misses += found.misses
-        planned = None
-        if sites and has_products(gm):
-            planned, _ = attempt("the plans are not told", plans_of, gm, example_inputs, options)
-        report.sites += with_plans(sites, planned or [])
+        found, planned = _found(gm, example_inputs, options)
+        report.sites += with_plans([site for each in found for site in each.sites], planned)
+        report.misses += [miss for each in found for miss in each.misses]
         return gm.forward
 
     with no_recompile_limit():
@@ -73,6 +70,18 @@ class _Silent(CustomGraphPass):
         return "explain"
 
 
+def _found(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[list[Report], list[Planned]]:
+    """(what is found in a torch-level graph, then in those inside it, the plans of the heads)"""
+    if has_products(gm):
+        compiled, _ = attempt("the plans are not told", _compiled, gm, example_inputs, options)
+        if compiled is not None:
+            return compiled
+    graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
+    return [fuse_losses(copied(graph), options) for graph in graphs], []
+
+
 LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
 
 
@@ -85,11 +94,14 @@ def has_products(gm: GraphModule) -> bool:
     )
 
 
-def plans_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> list[Planned]:
-    """What the joint pass makes of the heads in a torch-level graph, which is not touched."""
+def _compiled(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[list[Report], list[Planned]]:
+    """What both passes tell when a graph, which is not touched, goes through Inductor."""
+    found: list[Report] = []
     planned: list[Planned] = []
     patches = {
-        LOSSES_SLOT: _Silent(lambda graph: fuse_losses(graph, options)),
+        LOSSES_SLOT: _Silent(lambda graph: found.append(fuse_losses(graph, options))),
         HEADS_SLOT: _Silent(lambda graph: planned.extend(fuse_heads(graph, options))),
         "force_disable_caches": True,
     }
@@ -97,21 +109,27 @@ def plans_of(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -
     def no_code(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    compile_fx(captured_copy(gm), example_inputs, inner_compile=no_code, config_patches=patches)
-    return planned
+    module, inputs, _ = taken_apart(captured_copy(gm), example_inputs)
+    read_and_defer(module, options)
+    compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
+    return [*found[-1:], *found[:-1]], planned  # the graphs inside come first to the passes
 
 
 def with_plans(sites: list[Site], planned: list[Planned]) -> list[Site]:
-    """Sites with the plans of the heads before them, found by the user's line."""
-    left = list(planned)
-    told = []
-    for site in sites:
-        found = next((each for each in left if each.location == site.location), None)
-        if found is not None:
-            left.remove(found)
-            site = dataclasses.replace(site, strategy=found.plan.strategy, plan=sentence(found.plan))
-        told.append(site)
-    return told
+    """Sites with the plans of their heads.
+
+    A site has none where nobody reads its statistics, and several where the graph that it is in is called
+    several times: all are told, and the strategy of the first.
+    """
+    plans: dict[int, list[Plan]] = {}
+    for each in planned:
+        plans.setdefault(each.site, []).append(each.plan)
+    return [_with_plans(site, plans[site.id]) if site.id in plans else site for site in sites]
+
+
+def _with_plans(site: Site, plans: list[Plan]) -> Site:
+    told = "; ".join(dict.fromkeys(map(sentence, plans)))
+    return dataclasses.replace(site, strategy=plans[0].strategy, plan=told)
 
 
 def _apart(f: Callable[..., Any]) -> Callable[..., Any]:

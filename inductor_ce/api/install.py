@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import TracebackType
 from typing import Any
 
-from ..common.compat.inductor import inductor_config
+from ..common.compat.inductor import current_compile_fx, inductor_config, set_compile_fx
 from ..common.compat.versions import check_torch
 from ..common.options import Options, make_options
 from ..ops import lowering
-from .pass_slots import passes_in, slot_value
+from .deferral import deferring, options_in_force
+from .pass_slots import HEADS_SLOT, LOSSES_SLOT, passes_in, slot_value
 from .passes import FuseHeads, FuseLosses
 
-LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_pre_pass"
 SLOTS = {LOSSES_SLOT: FuseLosses, HEADS_SLOT: FuseHeads}
 OURS = (FuseLosses, FuseHeads)
 
@@ -82,8 +82,7 @@ def uninstall() -> None:
 
 def installed_options() -> Options:
     """The options in force in this thread, the defaults where nothing is installed."""
-    passes = passes_in(inductor_config.pre_grad_custom_pass)
-    return next((p.options for p in passes if isinstance(p, FuseLosses)), Options())
+    return options_in_force({}) or Options()
 
 
 def _apply() -> None:
@@ -99,6 +98,26 @@ def _apply() -> None:
             before = _before.pop(slot, value)
             value = before if passes_in(before) == foreign else slot_value(foreign)
         setattr(inductor_config, slot, value)
+    _wrap() if _installed else _unwrap()
+
+
+# What compile_fx was before it was wrapped, and the wrapper, while that is in place or within another's.
+_wrapped: list[Any] = []
+
+
+def _wrap() -> None:
+    """Let torch.compile's own backend return logits lazily."""
+    if not _wrapped:
+        original = current_compile_fx()
+        _wrapped[:] = [original, deferring(original)]
+        set_compile_fx(_wrapped[1])
+
+
+def _unwrap() -> None:
+    """Put compile_fx back. Where somebody has wrapped it since, ours stays within and does nothing."""
+    if _wrapped and current_compile_fx() is _wrapped[1]:
+        set_compile_fx(_wrapped[0])
+        _wrapped.clear()
 
 
 def _foreign(value: Any) -> tuple[Any, ...]:

@@ -114,8 +114,8 @@ def _of_labels(
     label = y if shard is None else y - shard.start
     weights = [] if weight is None or not smoothing else [_columns_of(weight, z, shard)]
     rows, total = _statistics(z, [label], weights, bool(smoothing) and weight is None, shard)
-    log_d = rows[ops.SUMEXP].log()
-    loss = log_d + (rows[ops.MAX] - rows[ops.PICK])
+    log_d = rows[ops.Row(ops.SUMEXP)].log()
+    loss = log_d + (rows[ops.Row(ops.MAX)] - rows[ops.Row(ops.PICK, 0)])
     known = (y >= 0) & (y < total)
     share = torch.ones_like(loss)
     if weight is not None:
@@ -124,7 +124,7 @@ def _of_labels(
     if smoothing:
         loss = (1 - smoothing) * loss + smoothing * _to_all(rows, log_d, total, 0)
     loss = loss * torch.where(counts & ~known, torch.nan, 1.0)
-    return _Rows(loss, rows[ops.MAX] + log_d, share)
+    return _Rows(loss, rows[ops.Row(ops.MAX)] + log_d, share)
 
 
 def _of_probabilities(
@@ -135,38 +135,38 @@ def _of_probabilities(
         own = _columns_of(weight, z, shard)
         weights = [q.to(own.dtype) * own] + [own] * bool(smoothing)
     rows, total = _statistics(z, [], weights, bool(smoothing) and weight is None, shard)
-    log_d = rows[ops.SUMEXP].log()
+    log_d = rows[ops.Row(ops.SUMEXP)].log()
     loss = _to_weighted(rows, log_d, 0)
     if smoothing:
         loss = (1 - smoothing) * loss + smoothing * _to_all(rows, log_d, total, 1)
-    return _Rows(loss, rows[ops.MAX] + log_d, torch.ones_like(loss))
+    return _Rows(loss, rows[ops.Row(ops.MAX)] + log_d, torch.ones_like(loss))
 
 
-def _to_weighted(rows: dict[str, Tensor], log_d: Tensor, j: int) -> Tensor:
+def _to_weighted(rows: dict[ops.Row, Tensor], log_d: Tensor, j: int) -> Tensor:
     """sum_i q_ji (lse - z_i)"""
-    return rows[f"{ops.MASS}:{j}"] * log_d - rows[f"{ops.DOT}:{j}"]
+    return rows[ops.Row(ops.MASS, j)] * log_d - rows[ops.Row(ops.DOT, j)]
 
 
-def _to_all(rows: dict[str, Tensor], log_d: Tensor, total: int | Tensor, j: int) -> Tensor:
+def _to_all(rows: dict[ops.Row, Tensor], log_d: Tensor, total: int | Tensor, j: int) -> Tensor:
     """The mean over the V classes of lse - z_i, weighted by q_j where there are class weights."""
-    if ops.SUM in rows:
-        return log_d - rows[ops.SUM] / total
+    if ops.Row(ops.SUM) in rows:
+        return log_d - rows[ops.Row(ops.SUM)] / total
     return _to_weighted(rows, log_d, j) / total
 
 
 def _statistics(
     z: Tensor, labels: list[Tensor], weights: list[Tensor], with_sum: bool, shard: Shard | None
-) -> tuple[dict[str, Tensor], int | Tensor]:
+) -> tuple[dict[ops.Row, Tensor], int | Tensor]:
     """Statistics of whole rows by name, and V of them, [N] where they are sharded."""
-    names = [ops.MAX, ops.SUMEXP] + [ops.PICK] * len(labels) + [ops.SUM] * with_sum
-    names += [f"{row}:{j}" for j in range(len(weights)) for row in (ops.DOT, ops.MASS)]
-    which = ",".join(names)
+    others = [ops.Row(ops.SUM)] * with_sum
+    others += [ops.Row(row, j) for j in range(len(weights)) for row in (ops.DOT, ops.MASS)]
+    rows = ops.Rows.of(len(labels), *others)
     total: int | Tensor = z.shape[1]
     if shard is None:
-        packed = ops.row_stats(z, labels, weights, which)
+        packed = ops.row_stats(z, labels, weights, rows.encode())
     else:
-        packed, total = whole_row_stats(z, labels, weights, which, shard)
-    return dict(zip(names, packed.unbind(0), strict=True)), total
+        packed, total = whole_row_stats(z, labels, weights, rows, shard)
+    return dict(zip(rows, packed.unbind(0), strict=True)), total
 
 
 def _columns_of(weight: Tensor, z: Tensor, shard: Shard | None) -> Tensor:

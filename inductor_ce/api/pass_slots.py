@@ -8,6 +8,8 @@ from torch.fx import Graph
 
 from ..common.compat.inductor import HAS_PASS_LISTS, CustomGraphPass
 
+LOSSES_SLOT, HEADS_SLOT = "pre_grad_custom_pass", "joint_custom_pre_pass"
+
 
 class ChainedPass(CustomGraphPass):
     """Several passes in one, for releases whose configuration holds only one."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from ..algebra.notation import render, statistics_of
-from ..common.compat.dynamo import counters
+from ..common.compat.dynamo import counters, numbers_of_compilation
 from ..common.compat.inductor import CustomGraphPass
 from ..common.errors import MissError
 from ..common.failsafe import attempt
@@ -31,6 +31,7 @@ from ..rewriting.legal import judge
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from .report import Report, form_of_loss, miss_line, site_line
+from .telling import is_told
 
 log = logging.getLogger("inductor_ce")
 
@@ -66,7 +67,9 @@ class FuseLosses(_Pass):
     """Before autograd: losses become `row_stats` and arithmetic of size [N]."""
 
     def __call__(self, graph: Graph) -> None:
-        publish(fuse_losses(graph, self.options), self.options)
+        report = fuse_losses(graph, self.options)
+        if not is_told():
+            publish(report, self.options)
 
 
 class FuseHeads(_Pass):
@@ -93,8 +96,8 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
     reading, groups = judged
     report.misses += reading.misses
     fused = []
-    for group in groups:
-        site, error = attempt(LEFT, _fuse, graph, reading, group, options.verify)
+    for group, number in zip(groups, numbers_of_compilation(), strict=False):
+        site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)
         if site is not None:
             fused.append(group)
             report.sites.append(site)
@@ -118,11 +121,11 @@ def _internal_error(node: Node, error: Exception | None) -> Miss:
     return make_miss(node, Reason.INTERNAL_ERROR, f"{type(error).__name__}: {error}.")
 
 
-def _fuse(graph: Graph, reading: Reading, group: Group, verify: bool) -> Site:
-    return _site(reading, group, rewrite(graph, reading, group, verify))
+def _fuse(graph: Graph, reading: Reading, group: Group, number: int, verify: bool) -> Site:
+    return _site(reading, group, number, rewrite(graph, reading, group, number, verify))
 
 
-def _site(reading: Reading, group: Group, which: str) -> Site:
+def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
     values = [value_of(reading, node) for node in group.nodes]
     forms = [_form(value) for value in values]
     statistics = [name for value in values for name in statistics_of(row_expr(value))]
@@ -136,6 +139,7 @@ def _site(reading: Reading, group: Group, which: str) -> Site:
         sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
+        id=number,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import subprocess
 import sys
@@ -14,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from .. import Options
 from ..api.explain import copied
 from ..api.passes import fuse_losses
-from ..common.options import Options
+from .shared import record
 
+HELP = "the time that recognition takes; needs no GPU"
 NODES, VOCABULARY, WIDTH, HEADS, TOKENS = 2000, 2048, 32, 4, 16
 ROUNDS = 15
 
@@ -34,6 +37,19 @@ METHOD = {
     "ms": "median over the rounds: read, judge and rewrite a copy of the graph",
     "import_ms": "median over fresh processes: `import inductor_ce` after `import torch`",
 }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has none of its own."""
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON, print the table."""
+    result = record.new("recognise", METHOD, options.commit, found=measure(ROUNDS))
+    path = record.json_path(result, options.out)
+    record.write(result, path)
+    print(table(result), path, sep="\n")
+    return 0
 
 
 class Decoder(nn.Module):

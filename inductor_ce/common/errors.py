@@ -25,5 +25,9 @@ class UnsupportedTorchError(InductorCEError, ImportError):
     """The installed torch is outside the supported range."""
 
 
+class LazyLogitsError(InductorCEError, RuntimeError):
+    """Logits that were returned lazily are read when what they are made of is no longer there."""
+
+
 class MissError(InductorCEError):
     """A loss was left unfused while `on_miss="raise"`."""

@@ -56,6 +56,7 @@ class Site:
         head: a sentence on who else has the logits in memory, for example that they are returned, or that
             they were dropped; "" where there is nothing to tell.
         plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
+        id: what its `row_stats` carries; losses that are compiled together have different ones.
     """
 
     location: str
@@ -68,6 +69,7 @@ class Site:
     logits_bytes: int
     head: str = ""
     plan: str = ""
+    id: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,44 @@ def user_line(node: Node) -> tuple[str, str]:
         return "<unknown>:0", ""
     file, line = outside[-1]
     return f"{os.path.basename(file)}:{line}", linecache.getline(file, int(line)).strip()
+
+
+def name_of(node: Node) -> str:
+    """What a node calls, as the user knows it."""
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def where_is(node: Node) -> str:
+    """The user's line that made a node, to be put into a sentence."""
+    location, code = user_line(node)
+    return f"at {location} ({code})"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a node is not read, or a loss not replaced, as far as it is known where it is decided.
+
+    Attributes:
+        reason: a `Reason`.
+        fact: a sentence, in which {step} is the node that is refused, {culprit} the tensor in the way.
+        culprit: that tensor, where there is one.
+    """
+
+    reason: Reason
+    fact: str
+    culprit: Node | None = None
+
+    def sentence(self, node: Node) -> str:
+        """The fact, with names for the node that is refused and for the culprit."""
+        named = {"{step}": node, "{culprit}": self.culprit}
+        for name, each in named.items():
+            if each is not None and name in self.fact:
+                return self.fact.replace(name, _described(each))
+        return self.fact
+
+
+def _described(node: Node) -> str:
+    return "an input" if node.op == "placeholder" else f"{name_of(node)} {where_is(node)}"
 
 
 def make_miss(node: Node, reason: Reason, fact: str) -> Miss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -9,6 +10,7 @@ from .errors import OptionError
 from .strategies import MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 
 ON_MISS = ("ignore", "warn", "raise")
+RETURNED = LAZY, EAGER, NAN = "lazy", "eager", "nan"
 WANTED = ("auto", MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS)
 
 
@@ -28,13 +30,12 @@ class Options:
             logged and listed by `explain`), "warn", or "raise" a `MissError`.
         verify: compute each rewritten loss both ways, compare values and gradients when they are first
             made, and use the original, with an error in the log, where they differ. For a run of a few
-            steps: it costs the time and memory of both.
-        drop_logits: for programs that never read the logits which a compiled function returns beside its
-            loss. Where a rewritten loss is all else that needs them, NaN of the same shape, dtype and device
-            is returned in their place: one element in memory, expanded, so that any use is loud, and without
-            a gradient: what is computed from it adds nothing to that of the loss. It is the logits
-            themselves that are dropped, cast or viewed or as they are; a part of them, such as the last
-            position's, keeps all of them. So do a DTensor, a change in place, and `verify`.
+            steps: it costs the time and memory of both. The original has all logits in memory, so that every
+            head stays whole: what it would be in pieces is not compared.
+        returned_logits: what a compiled function returns where it would return the logits of a rewritten loss
+            that nothing else needs. "lazy": a tensor that makes them when somebody reads it, from the hidden
+            states and the weight, which it keeps; "eager": the logits, all of which are then in memory;
+            "nan": NaN of the same shape, dtype and device, one element expanded, without a gradient.
     """
 
     min_vocab: int = 1024
@@ -42,7 +43,7 @@ class Options:
     memory_budget: int | float | None = None
     on_miss: str = "ignore"
     verify: bool = False
-    drop_logits: bool = False
+    returned_logits: str = LAZY
 
     def __post_init__(self) -> None:
         if self.strategy not in WANTED:
@@ -56,9 +57,13 @@ class Options:
             )
         if isinstance(self.min_vocab, bool) or not isinstance(self.min_vocab, int) or self.min_vocab < 2:
             raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
-        for name in ("verify", "drop_logits"):
-            if not isinstance(getattr(self, name), bool):
-                raise OptionError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if not isinstance(self.verify, bool):
+            raise OptionError(f"verify must be True or False, got {self.verify!r}")
+        if self.returned_logits not in RETURNED:
+            raise OptionError(
+                f"returned_logits must be one of {', '.join(map(repr, RETURNED))}, "
+                f"got {self.returned_logits!r}"
+            )
         if self.on_miss not in ON_MISS:
             raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
 
@@ -77,8 +82,24 @@ def option_names() -> list[str]:
     return [f.name for f in fields(Options)]
 
 
+DROP_LOGITS = "drop_logits"
+
+
+def _without_drop_logits(given: dict[str, Any]) -> dict[str, Any]:
+    """Options with `returned_logits` in place of its former name."""
+    drop = given[DROP_LOGITS]
+    if not isinstance(drop, bool):
+        raise OptionError(f"{DROP_LOGITS} must be True or False, got {drop!r}")
+    told = f'{DROP_LOGITS} is now returned_logits="nan"; the old name goes with the next release'
+    warnings.warn(told, DeprecationWarning, stacklevel=4)
+    rest = {name: value for name, value in given.items() if name != DROP_LOGITS}
+    return {"returned_logits": NAN, **rest} if drop else rest
+
+
 def make_options(given: dict[str, Any]) -> Options:
     """Options from keywords. Raises OptionError, with the valid names, for one that does not exist."""
+    if DROP_LOGITS in given:
+        given = _without_drop_logits(given)
     unknown = sorted(set(given) - set(option_names()))
     if unknown:
         raise OptionError(

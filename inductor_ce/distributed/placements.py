@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common.compat.graphs import is_dtensor
-from ..ops.combine import chosen, with_masses
+from ..ops.combine import chosen
 from ..ops.group_rank import group_rank
 from .shards import Shard, whole_row_stats
 
@@ -106,25 +106,28 @@ def described(x: Tensor) -> str:
 # What graphs hold
 
 
-def whole_rows(z: DTensor, labels: list[DTensor], weights: list[DTensor], which: str) -> list[DTensor]:
+def whole_rows(
+    z: DTensor, labels: list[DTensor], weights: list[DTensor], which: str, *, site: int = ops.NO_SITE
+) -> list[DTensor]:
     """As `ops.row_stats` for logits [N, V] that are a DTensor, unbound.
 
     Args:
         z: [N, V], V sharded over at most one dimension of the mesh.
         labels: [N], on the ranks as the rows of z are.
         weights: [V] or [N, V]; their rows as those of z, their columns as those of z or on every rank.
-        which: as for `ops.row_stats`.
+        which, site: as for `ops.row_stats`.
 
     Returns:
         K of [N], on every rank of the dimension that shards V, over the others as the rows of z are.
     """
+    rows = ops.Rows.decode(which, len(labels), len(weights))
     vocab = vocab_dim(z, 1)
     placements = [dt.Replicate() if i == vocab else p for i, p in enumerate(z.placements)]
     local, ys, qs = z.to_local(), [y.to_local() for y in labels], [q.to_local() for q in weights]
     if vocab is None:
-        packed = ops.row_stats(local, ys, qs, which)
+        packed = ops.row_stats(local, ys, qs, which, site=site)
     else:
-        packed = _over_ranks(z, local, ys, weights, qs, which, vocab)
+        packed = _over_ranks(z, local, ys, weights, qs, rows, vocab, site)
     shape = z.shape[:1]
     return [
         dt.DTensor.from_local(row, z.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
@@ -138,8 +141,9 @@ def _over_ranks(
     ys: list[Tensor],
     weights: list[DTensor],
     qs: list[Tensor],
-    which: str,
+    rows: ops.Rows,
     vocab: int,
+    site: int,
 ) -> Tensor:
     group, size = z.device_mesh.get_group(vocab), z.device_mesh.size(vocab)
     total = z.shape[1]
@@ -154,9 +158,9 @@ def _over_ranks(
                 masses[j] = _masses(q, size, block)
             q = q.index_select(-1, start + torch.arange(local.shape[1], device=local.device))
         own.append(q)
-    gathered = with_masses(which, masses)
-    rows, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses)
-    return chosen(rows, gathered, which)
+    gathered = rows.closed(masses)
+    packed, _ = whole_row_stats(local, [y - start for y in ys], own, gathered, shard, masses, site)
+    return chosen(packed, gathered, rows)
 
 
 def _masses(q: Tensor, size: int, block: int) -> Tensor:

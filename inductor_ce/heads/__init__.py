@@ -5,7 +5,8 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
 
     find            the head of a `row_stats`, in the joint graph; `calls`, `sizes`, what its nodes are given
     plan            numbers in, a plan out; never looks at free memory or a clock
-    proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is
+    proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
+                    at the sizes of the example and at `other_sizes`
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
     gradients       what sums the gradients of pieces, or puts them together; `narrow_sums`, in 16 bits

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
+from .. import ops
 from ..graph.walk import args_of
 
 
@@ -16,6 +17,11 @@ class StatsCall(NamedTuple):
     labels: list[Node]
     weights: list[Node]
     which: str
+    site: int = ops.NO_SITE
+
+    @property
+    def rows(self) -> ops.Rows:
+        return ops.Rows.decode(self.which, len(self.labels), len(self.weights))
 
 
 class GradCall(NamedTuple):
@@ -27,11 +33,19 @@ class GradCall(NamedTuple):
     m: Node
     coefficients: Node
     which: str
+    site: int = ops.NO_SITE
 
 
 def stats_call(node: Node) -> StatsCall:
-    return StatsCall(*args_of(node))
+    return StatsCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
 
 
 def grad_call(node: Node) -> GradCall:
-    return GradCall(*args_of(node))
+    return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
+
+
+def forget_sites(graph: Graph) -> None:
+    """Let operators carry no site."""
+    for target in (ops.ROW_STATS, ops.ROW_GRAD):
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.kwargs = {}

@@ -20,7 +20,7 @@ from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
-from .calls import grad_call, stats_call
+from .calls import forget_sites, grad_call, stats_call
 from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
 from .pieces import CAST
@@ -34,8 +34,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Planned:
-    """What became of one `row_stats`: the user's line, and the plan for its head."""
+    """What became of one `row_stats`: the id of its site, the user's line, and the plan for its head."""
 
+    site: int
     location: str
     plan: Plan
 
@@ -52,15 +53,20 @@ def sentence(plan: Plan) -> str:
 
 
 def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
-    """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`."""
+    """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`.
+
+    Operators carry no site then: what is computed twice is to be found to be one.
+    """
     done: list[Planned] = []
     if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         sizes.from_inputs(graph)
         _ask_for_ranks_by_inputs(graph)
     for head, stats, why_not in list(find.find_heads(graph)):
+        told = [(stats_call(node).site, user_line(node)[0]) for node in stats]
         made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
         found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
-        done += [Planned(user_line(node)[0], found) for node in stats]
+        done += [Planned(*site_and_line, found) for site_and_line in told]
+    forget_sites(graph)
     return done
 
 

@@ -58,27 +58,32 @@ class Exit:
             return self._transposed(self.pieces.matrix(left))
         return self.pieces.matrix(right)
 
-    def add(self, dz: Node, piece: Range, first: bool) -> Node:
-        """Take in the gradient of a piece of the logits. Returns what is then made.
+    @property
+    def writes_gradient(self) -> bool:
+        """Whether `add` writes what it is given, for a time."""
+        return self._beside is not None
+
+    def add(self, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
+        """Take in the gradient of a piece of the logits. Returns what is then made, and the gradient again.
 
         The products read it from memory, one of them transposed. Inductor would give that one a copy.
         """
         dz.meta[IN_MEMORY] = True
         if self.kind == BIAS:
-            return self._add_bias(dz)
+            return self._add_bias(dz), dz
         assert self._operand is not None
         other = self._operand
         out = self._empty(other) if self._out is None else self._out
         if self._beside is not None:
-            self._out = self._beside.add(out, dz, piece, first)
-            return self._out
+            self._out, dz = self._beside.add(out, dz, piece, first)
+            return self._out, dz
         left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:
             other = self.pieces.cut(other, piece, 0)
             self._out = into(self.build, out, left, other, accumulate=not first)
         else:
             self._out = into(self.build, out, left, other, start=piece.start)
-        return self._out
+        return self._out, dz
 
     def _empty(self, operand: Node) -> Node:
         rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
@@ -185,3 +190,17 @@ def _retype(node: Node, dtype: torch.dtype) -> None:
         if user.target in VIEWS:
             user.meta["val"] = user.meta["val"].to(dtype)
             _retype(user, dtype)
+
+
+def add_piece(exits: list[Exit], made: dict[Node, Node], piece: Range, first: bool) -> list[Node]:
+    """Give each exit the gradient of a piece. Returns what is then made.
+
+    Those that write it come last: nobody reads it as it was before, so it need not be copied for them.
+    """
+    latest: dict[Node, Node] = {}
+    after = []
+    for e in sorted(exits, key=lambda e: e.writes_gradient):
+        dz = made[e.source]
+        done, latest[dz] = e.add(latest.get(dz, dz), piece, first)
+        after.append(done)
+    return after

@@ -1,4 +1,4 @@
-"""The gradient of the weight, summed over chunks in 16 bits: see products.py."""
+"""The gradient of the weight, summed over chunks in 16 bits: see ops/products.py."""
 
 from __future__ import annotations
 
@@ -35,22 +35,21 @@ class NarrowSum:
         self._often = empty(self._build, [count, width], torch.float32, example_of(rows).device)
         self._entries: list[Node] = []
 
-    def add(self, out: Node, dz: Node, piece: Range, first: bool) -> Node:
-        """`out` [V, M] and what a chunk adds, where dz is its gradient of the logits."""
+    def add(self, out: Node, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
+        """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits."""
         build, cut = self._build, self._pieces.cut
         made = in_place(
             build,
             PRODUCT_BUT,
-            {"out": out, "often": self._often},
-            dz=dz,
+            {"out": out, "often": self._often, "dz": dz},
             b=cut(self._rows, piece, 0),
             labels=[cut(label, piece, 0) for label in self._labels],
             columns=self._columns,
             accumulate=not first,
         )
-        entries, out, self._often = (build(operator.getitem, made, i) for i in range(3))
+        entries, out, self._often, dz = (build(operator.getitem, made, i) for i in range(4))
         self._entries.append(entries)
-        return out
+        return out, dz
 
     def complete(self, out: Node, scaled: Callable[[Node], Node]) -> Node:
         """`out`, which is scaled by what all gradients share, and what stands beside it, which is not yet."""

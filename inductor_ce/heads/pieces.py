@@ -135,14 +135,15 @@ class Pieces:
             self._whole[key] = self.build(aten.reshape.default, source, size)
         return self._whole[key]
 
-    def stats(self, node: Node, z: Node, piece: Range, which: str | None = None) -> Node:
+    def stats(self, node: Node, z: Node, piece: Range, rows: ops.Rows | None = None) -> Node:
         """The statistics `node` of a piece; other rows of them, if given."""
-        which = which or stats_call(node).which
-        return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which)
+        which = stats_call(node).which if rows is None else rows.encode()
+        return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which, **node.kwargs)
 
     def grad(self, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
         labels, weights = self._constants(node, piece)
-        return self.build(ops.ROW_GRAD, z, labels, weights, m, coefficients, grad_call(node).which)
+        which = grad_call(node).which
+        return self.build(ops.ROW_GRAD, z, labels, weights, m, coefficients, which, **node.kwargs)
 
     def _constants(self, node: Node, piece: Range) -> tuple[list[Node], list[Node]]:
         """The labels and weights of `row_stats` or `row_grad`, for a piece."""

@@ -34,7 +34,7 @@ MOST_PIECES = 128  # the graph grows with each
 # NOTE float32 beside 16-bit gradients
 # Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
 # them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
-# its entries at the labels (see products.py). Such a sum, and such a gradient of the hidden states, is
+# its entries at the labels (see ops/products.py). Such a sum, and such a gradient of the hidden states, is
 # rounded before the upstream gradient is known and, if that is no power of two, once more.
 NARROW_CHUNKS = 8
 LITTLE = 32 * MIB

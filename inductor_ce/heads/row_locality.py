@@ -6,7 +6,8 @@ The coefficients of `row_grad` are known before the backward, up to a scalar, if
 
 A `Fact` about a node says so, or that it is not known. Facts are found by going through the graph once. In
 which rows' statistics an element depends is followed by a tensor of row numbers, on which the views of the
-graph are done as they are on the values; sizes that are symbolic are taken at their hints.
+graph are done as they are on the values. That takes sizes which are numbers: where they are symbolic, facts
+are those at one value of every symbol, and `proof.py` looks at more than one.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import grad_call
 from .find import is_pointwise
+from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -62,23 +64,37 @@ class Fact:
 EARLY = Fact()
 
 
+class Facts(dict[Node, Fact]):
+    """Facts by node, at sizes that are numbers by `size_of`."""
+
+    def __init__(self, size_of: SizeOf = hint):
+        self.size_of = size_of
+
+    def shape_of(self, node: Node) -> list[int]:
+        return [self.size_of(size) for size in shape_of(node)]
+
+
 class Unknown(Exception):
     """Why nothing is known about a node, in words."""
 
 
 def facts_about(
-    targets: Iterable[Node], stats: Iterable[Node], is_late: Callable[[Node], bool]
-) -> dict[Node, Fact]:
+    targets: Iterable[Node],
+    stats: Iterable[Node],
+    is_late: Callable[[Node], bool],
+    size_of: SizeOf = hint,
+) -> Facts:
     """Facts about `targets` and all that they are made of.
 
     Args:
         targets: nodes.
         stats: `row_stats` nodes, all of the same rows.
         is_late: whether an input of the graph is known in the backward only.
+        size_of: the sizes, as numbers.
     """
-    facts: dict[Node, Fact] = {}
+    facts = Facts(size_of)
     for node in stats:
-        k, n = map(hint, shape_of(node))
+        k, n = facts.shape_of(node)
         facts[node] = Fact(rows=torch.arange(n).expand(k, n))
     for node in _ancestors(targets, set(facts)):
         facts[node] = _fact(node, facts, is_late)
@@ -91,7 +107,7 @@ def _ancestors(targets: Iterable[Node], known: set[Node]) -> list[Node]:
     return [node for node in next(iter(found)).graph.nodes if node in found] if found else []
 
 
-def _fact(node: Node, facts: dict[Node, Fact], is_late: Callable[[Node], bool]) -> Fact:
+def _fact(node: Node, facts: Facts, is_late: Callable[[Node], bool]) -> Fact:
     if node.op != "call_function":
         late = node.op == "placeholder" and is_late(node)
         return _scalar_or(node, "the upstream gradient differs from row to row") if late else EARLY
@@ -126,13 +142,13 @@ def _is_zero(node: Node) -> bool:
 # Rules
 
 
-def _rule(node: Node) -> Callable[[Node, dict[Node, Fact]], Fact]:
+def _rule(node: Node) -> Callable[[Node, Facts], Fact]:
     if node.target in _RULES:
         return _RULES[node.target]
     return _pointwise if is_pointwise(node) else _unknown
 
 
-def _unknown(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _unknown(node: Node, facts: Facts) -> Fact:
     raise Unknown(f"{_name(node)} may mix rows")
 
 
@@ -140,14 +156,14 @@ def _name(node: Node) -> str:
     return str(node.target).removeprefix("aten.").removeprefix("prims.").split(".")[0]
 
 
-def _known(arg: Any, facts: dict[Node, Fact]) -> Fact:
+def _known(arg: Any, facts: Facts) -> Fact:
     fact = facts.get(arg, EARLY) if isinstance(arg, Node) else Fact(is_zero=arg == 0)
     if fact.why_not:
         raise Unknown(fact.why_not)
     return fact
 
 
-def _pointwise(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _pointwise(node: Node, facts: Facts) -> Fact:
     """Any function, of values without a factor."""
     known = [_known(source, facts) for source in node.all_input_nodes]
     if any(fact.factor for fact in known):
@@ -155,13 +171,13 @@ def _pointwise(node: Node, facts: dict[Node, Fact]) -> Fact:
     return Fact(rows=_merged(node, facts))
 
 
-def _merged(node: Node, facts: dict[Node, Fact]) -> Tensor | None:
+def _merged(node: Node, facts: Facts) -> Tensor | None:
     """The rows of a pointwise node."""
     known = [(source, _known(source, facts).rows) for source in node.all_input_nodes]
     given = [rows for _, rows in known if rows is not None]
     if not given:
         return None
-    merged = torch.full(_sizes(node), NO_ROW)
+    merged = torch.full(facts.shape_of(node), NO_ROW)
     for rows in given:
         rows = rows.expand(merged.shape)
         if bool(((merged != rows) & (merged != NO_ROW) & (rows != NO_ROW)).any()):
@@ -170,12 +186,8 @@ def _merged(node: Node, facts: dict[Node, Fact]) -> Tensor | None:
     return merged
 
 
-def _sizes(node: Node) -> list[int]:
-    return [hint(s) for s in shape_of(node)]
-
-
-def _times(power: int) -> Callable[[Node, dict[Node, Fact]], Fact]:
-    def rule(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _times(power: int) -> Callable[[Node, Facts], Fact]:
+    def rule(node: Node, facts: Facts) -> Fact:
         left, right = (_known(arg, facts) for arg in node.args[:2])
         if node.kwargs:
             raise Unknown(f"{_name(node)} is not linear in the upstream gradient")
@@ -190,7 +202,7 @@ def _times(power: int) -> Callable[[Node, dict[Node, Fact]], Fact]:
     return rule
 
 
-def _linear(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _linear(node: Node, facts: Facts) -> Fact:
     """Pointwise and linear in all that has a factor: a sum, a cast, a sign."""
     known = [_known(arg, facts) for arg in node.args if isinstance(arg, (Node, int, float))]
     factor = _common(node, known)
@@ -210,20 +222,20 @@ def _common(node: Node, known: list[Fact]) -> Factor:
     return factors.pop() if factors else ()
 
 
-def _cast(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _cast(node: Node, facts: Facts) -> Fact:
     fact = _known(node.args[0], facts)
     _check_floating(node, fact.factor)
     return Fact(fact.factor, _merged(node, facts), fact.is_zero)
 
 
-def _where(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _where(node: Node, facts: Facts) -> Fact:
     condition, *choices = (_known(arg, facts) for arg in node.args)
     if condition.factor:
         raise Unknown("where depends on the upstream gradient")
     return Fact(_common(node, choices), _merged(node, facts))
 
 
-def _moved(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _moved(node: Node, facts: Facts) -> Fact:
     """Views, and what puts values in places: done on row numbers as it is on values."""
     sources = [arg for arg in node.all_input_nodes if tensor_of(arg) is not None]
     known = [_known(source, facts) for source in sources]
@@ -235,29 +247,29 @@ def _moved(node: Node, facts: dict[Node, Fact]) -> Fact:
     return Fact(_common(node, known), rows)
 
 
-def _row_numbers(node: Node, facts: dict[Node, Fact]) -> Any:
+def _row_numbers(node: Node, facts: Facts) -> Any:
     if tensor_of(node) is None:
         value = node.meta["val"]
-        return hint(value) if isinstance(value, (int, torch.SymInt)) else value
+        return facts.size_of(value) if isinstance(value, (int, torch.SymInt)) else value
     rows = _known(node, facts).rows
-    return torch.full(_sizes(node), NO_ROW) if rows is None else rows
+    return torch.full(facts.shape_of(node), NO_ROW) if rows is None else rows
 
 
 def _padded(rows: Tensor, pad: list[int], value: float = 0) -> Tensor:
     return aten.constant_pad_nd.default(rows, pad, NO_ROW)
 
 
-def _padded_fact(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _padded_fact(node: Node, facts: Facts) -> Fact:
     if len(node.args) > 2 and node.args[2] != 0 and _known(node.args[0], facts).factor:
         raise Unknown("constant_pad_nd is not linear in the upstream gradient")
     return _moved(node, facts)
 
 
-def _unbound(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _unbound(node: Node, facts: Facts) -> Fact:
     return _known(node.args[0], facts)  # its parts are taken by getitem
 
 
-def _item(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _item(node: Node, facts: Facts) -> Fact:
     source, index = args_of(node)
     fact = _known(source, facts)
     if source.target != aten.unbind.int:
@@ -267,7 +279,7 @@ def _item(node: Node, facts: dict[Node, Fact]) -> Fact:
     return Fact(fact.factor, rows)
 
 
-def _reduced(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _reduced(node: Node, facts: Facts) -> Fact:
     """A reduction over elements that depend on the same row, such as those of several ranks."""
     fact = _known(node.args[0], facts)
     dims, keepdim, *_ = (*args_of(node)[1:3], None, False) if len(node.args) < 3 else args_of(node)[1:3]
@@ -279,14 +291,14 @@ def _reduced(node: Node, facts: dict[Node, Fact]) -> Fact:
     return Fact(rows=largest if keepdim else largest.amax(dims))
 
 
-def _gathered(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _gathered(node: Node, facts: Facts) -> Fact:
     fact = _known(node.args[0], facts)
     if fact.factor or fact.rows is None or not _of_own_rows(fact):
         raise Unknown("the ranks exchange what is no statistic of their own rows")
     return Fact(rows=torch.cat([fact.rows] * args_of(node)[1]))
 
 
-def _waited(node: Node, facts: dict[Node, Fact]) -> Fact:
+def _waited(node: Node, facts: Facts) -> Fact:
     return _known(node.args[0], facts)
 
 
@@ -296,7 +308,7 @@ _MOVES: dict[Any, Any] = {
     aten.view.default: aten.reshape.default,
 }
 
-_RULES: dict[Any, Callable[[Node, dict[Node, Fact]], Fact]] = {
+_RULES: dict[Any, Callable[[Node, Facts], Fact]] = {
     **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _times(1)),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _times(-1)),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor, aten.neg.default), _linear),
@@ -355,9 +367,7 @@ def _of_own_rows(fact: Fact) -> bool:
     return bool(((fact.rows == own) | (fact.rows == NO_ROW)).all())
 
 
-def factors_of_wide(
-    wide: Iterable[Node], gradients: set[Node], facts: dict[Node, Fact], factor: Factor
-) -> str:
+def factors_of_wide(wide: Iterable[Node], gradients: set[Node], facts: Facts, factor: Factor) -> str:
     """Add facts about the wide nodes of a head, all in its order of rows. Returns why it cannot be done.
 
     Args:

@@ -2,7 +2,7 @@
 
 The gradient is made in the forward for an upstream gradient of 1, and the scalar that all rows share is
 applied in the backward. That there is one, and that a row needs nothing from the others, is what
-`rowlocal.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
+`row_locality.py` proves. Where no gradient is wanted, this is the strategy "forward_only".
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..graph.walk import args_of
 from ..ops.products import ONCE_MADE
 from .calls import grad_call, stats_call
 from .find import Head
-from .gradients import Exit
+from .gradients import Exit, add_piece
 from .pieces import ROWS, Pieces, Range, on, ranges
 from .plan import Plan
 from .proof import Proof
@@ -100,9 +100,11 @@ class Coefficients:
         }
 
     def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        """Ranks exchange the statistics of the chunk alone."""
+        """Ranks exchange the statistics of the chunk alone, contiguous, as up to torch 2.11 they must be."""
         own, *rest = args_of(node)
-        return self.build(ALL_GATHER, self.pieces.cut(made[own], piece, -1), *rest)
+        part = self.pieces.cut(made[own], piece, -1)
+        part = self.build(aten.clone.default, part, memory_format=torch.contiguous_format)
+        return self.build(ALL_GATHER, part, *rest)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
@@ -148,7 +150,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         if exits:
             of_chunk = coefficients.of(stats, piece)
             made |= pieces.wide_gradients(made, piece, of_chunk)
-            after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+            after = add_piece(exits, made, piece, first=i == 0)
     parts |= coefficients.gathered
     whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
     if exits:

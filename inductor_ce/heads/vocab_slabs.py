@@ -1,6 +1,6 @@
 """Vocabulary slabs: a few columns of the logits at a time, in the forward and again in the backward.
 
-The statistics of slabs combine by the monoid, as those of ranks do. The backward knows every upstream
+The statistics of slabs combine by one law, as those of ranks do. The backward knows every upstream
 gradient, so whatever the loss is, it works; it costs one more product.
 """
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graph.builder import Builder
-from ..ops.combine import chosen, combined, own_rows, with_masses
+from ..ops.combine import chosen, combined, own_rows
 from .calls import grad_call, stats_call
 from .find import Head
-from .gradients import Exit
+from .gradients import Exit, add_piece
 from .pieces import COLUMNS, Pieces, Range, ranges
 from .plan import Plan
 
@@ -36,7 +36,7 @@ def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
         for node in head.stats:
             call = stats_call(node)
-            parts[node].append(pieces.stats(node, made[call.z], piece, with_masses(call.which)))
+            parts[node].append(pieces.stats(node, made[call.z], piece, call.rows.closed()))
         after = [of_node[-1] for of_node in parts.values()]
     whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
     return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, plan)}
@@ -52,20 +52,19 @@ def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: P
     for i, piece in enumerate(columns):
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
         made = pieces.wide_gradients(made, piece, coefficients)
-        after = [e.add(made[e.source], piece, first=i == 0) for e in exits]
+        after = add_piece(exits, made, piece, first=i == 0)
     return exits
 
 
 def _whole(build: Builder, node: Node, parts: list[Node], columns: list[Range]) -> Node:
     """The statistics of whole rows from those of slabs."""
-    wanted = stats_call(node).which
-    which = with_masses(wanted)
+    wanted = stats_call(node).rows
+    rows = wanted.closed()
 
     def combine(*blocks: Tensor) -> Tensor:
-        owned = [own_rows(b, which, piece.start) for b, piece in zip(blocks, columns, strict=True)]
+        owned = [own_rows(b, rows, piece.start) for b, piece in zip(blocks, columns, strict=True)]
         packed = torch.stack(owned)
         counts = torch.cat([packed.new_full((1, 1), piece.end - piece.start) for piece in columns])
-        named = dict(zip(which.split(","), packed.unbind(1), strict=True))
-        return chosen(combined(which, packed, named, counts), which, wanted)
+        return chosen(combined(rows, packed, counts), rows, wanted)
 
     return build.traced(combine, parts)

@@ -3,6 +3,7 @@
 In:   from `rewriting`, calls of `row_stats`; from `heads`, its pieces, and the products round them.
 Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
 
+    rows            the statistics, each one entry of a table, and which of them a call packs
     operators       row_stats and row_grad, and what they mean
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
@@ -12,25 +13,17 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
 """
 
 from .operators import (
-    ARGMAX,
-    DOT,
-    EXPDOT,
-    MASS,
-    MAX,
     MAX_COLUMNS,
-    PICK,
+    NO_SITE,
     ROW_GRAD,
     ROW_STATS,
-    SUM,
-    SUMEXP,
-    SUMEXPZ,
-    parse,
     row_grad,
     row_stats,
     stats_dtype,
     stats_dtype_of,
-    weighed,
+    told_columns,
 )
+from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
 
 __all__ = [
     "ARGMAX",
@@ -39,16 +32,19 @@ __all__ = [
     "MASS",
     "MAX",
     "MAX_COLUMNS",
+    "NO_SITE",
     "PICK",
     "ROW_GRAD",
     "ROW_STATS",
     "SUM",
     "SUMEXP",
     "SUMEXPZ",
-    "parse",
+    "TOP",
+    "Row",
+    "Rows",
     "row_grad",
     "row_stats",
     "stats_dtype",
     "stats_dtype_of",
-    "weighed",
+    "told_columns",
 ]

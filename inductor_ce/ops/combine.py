@@ -1,74 +1,70 @@
-"""The law by which the statistics of blocks of columns make those of the rows that they make up."""
+"""The law by which the statistics of blocks of columns make those of the rows that they make up.
+
+Blocks are ranks, slabs of a head, or any other split of V; `rows` says what each statistic does when its
+block is moved to the maximum of the whole row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from . import operators
+from .rows import ARGMAX, FIRST, MASS, MAX, MAXIMUM, SUMEXP, Row, Rows
 
 
-def own_rows(packed: Tensor, which: str, start: Tensor | int) -> Tensor:
-    """The statistics of some columns, with the argmax among the columns of the whole."""
-    rows = which.split(",")
-    if operators.ARGMAX not in rows:
+def own_rows(packed: Tensor, rows: Rows, start: Tensor | int) -> Tensor:
+    """The statistics [K, N] of some columns, with the argmax among the columns of the whole."""
+    if ARGMAX not in rows:
         return packed
-    at = rows.index(operators.ARGMAX)
+    at = rows.index(ARGMAX)
     return torch.cat([packed[:at], packed[at : at + 1] + start, packed[at + 1 :]])
 
 
-def with_masses(which: str, known: Container[int] = ()) -> str:
-    """The rows that combine: `which`, with a mass:j to each dot:j but those of which it is known."""
-    rows = which.split(",")
-    result = []
-    for row in rows:
-        result.append(row)
-        name, j = operators.weighed(row) or ("", 0)
-        mass = f"{operators.MASS}:{j}"
-        if name == operators.DOT and mass not in rows and j not in known:
-            result.append(mass)
-    return ",".join(result)
-
-
-def chosen(packed: Tensor, which: str, wanted: str) -> Tensor:
-    """Of the statistics `which` those that are `wanted`."""
-    if which == wanted:
+def chosen(packed: Tensor, rows: Rows, wanted: Rows) -> Tensor:
+    """Of the statistics `rows` those that are `wanted`."""
+    if rows == wanted:
         return packed
-    names = wanted.split(",")
-    rows = zip(packed.unbind(0), which.split(","), strict=True)
-    return torch.stack([row for row, name in rows if name in names])
+    return torch.stack([row for row, name in zip(packed.unbind(0), rows, strict=True) if name in wanted.rows])
 
 
-def combined(which: str, blocks: Tensor, named: dict[str, Tensor], counts: Tensor) -> Tensor:
-    """The monoid, over the first dimension of rows [P, K, N].
+def combined(
+    rows: Rows, blocks: Tensor, counts: Tensor, masses: Mapping[int, Tensor] | None = None
+) -> Tensor:
+    """The statistics of whole rows, [K, N], from those of P blocks.
 
-    `named` holds [P, N] by name, or [P, 1] of what is the same for all rows; `counts` are the columns.
+    Args:
+        rows: which, with those that they combine beside: see `Rows.closed`.
+        blocks: [P, K, N] or longer in K, in any order of P; argmax among the columns of the whole.
+        counts: how many columns a block has, [P, N] or [P, 1].
+        masses: of weights of which `rows` has no mass: the sum of them over each block, [P, N] or [P, 1].
     """
-    peaks, sums = named[operators.MAX], named[operators.SUMEXP]
+    of_row = dict(zip(rows, blocks.unbind(1), strict=False))
+    of_row |= {Row(MASS, j): mass for j, mass in (masses or {}).items()}
+    peaks, sums = of_row[Row(MAX)], of_row[Row(SUMEXP)]
     m = peaks.amax(0)
-    gap = torch.where(peaks == -torch.inf, 0.0, peaks - m)
-    scale = gap.exp()
-    rows = []
-    for k, name in enumerate(which.split(",")):
-        block = blocks[:, k]  # there are as many rows "pick" as labels
-        if name == operators.MAX:
-            rows.append(m)
-            continue
-        if name == operators.ARGMAX:
-            rows.append(_first_largest(peaks, sums, block))
-            continue
-        if name == operators.SUM:
-            block = block + counts * gap
-        elif name == operators.SUMEXP or name.startswith(operators.EXPDOT):
-            block = block * scale
-        elif name == operators.SUMEXPZ:
-            block = (block + gap * sums) * scale
-        elif name.startswith(operators.DOT):
-            block = block + named[name.replace(operators.DOT, operators.MASS)] * gap
-        rows.append(block.sum(0))
-    return torch.stack(rows)
+    rise = torch.where(peaks == -torch.inf, 0.0, peaks - m)
+    scale = rise.exp()
+    combined = []
+    for k, row in enumerate(rows):
+        block = blocks[:, k]
+        if row.statistic.held == MAXIMUM:
+            combined.append(m)
+        elif row.statistic.held == FIRST:
+            combined.append(_first_largest(peaks, sums, block))
+        else:
+            beside = None if row.beside is None else of_row[row.beside]
+            beside = counts if row.is_beside_count else beside
+            combined.append(_moved(block, row, rise, scale, beside).sum(0))
+    return torch.stack(combined)
+
+
+def _moved(block: Tensor, row: Row, rise: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:
+    """The sum of each block with its differences taken from the maximum of the whole row."""
+    if beside is not None:
+        block = block + beside * rise
+    return block * scale if row.statistic.has_exp else block
 
 
 def _first_largest(peaks: Tensor, sums: Tensor, columns: Tensor) -> Tensor:

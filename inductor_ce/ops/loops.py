@@ -8,59 +8,66 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering
 from . import operators
+from .rows import MAXIMUM, Row, Rows, evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
 
-def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list[str]) -> IRNode:
+class _Columns:
+    """What an expression of the table is over, for all rows of z."""
+
+    def __init__(self, x: IRNode, m: IRNode, weights: list[IRNode]):
+        self._weights = weights
+        self.gap = _minus_row(x, m)
+        self.exp = call_lowering(aten.exp.default, self.gap)
+
+    def __call__(self, expression: str, row: Row, c: IRNode | None = None) -> IRNode:
+        names = {"gap": self.gap, "exp": self.exp, "c": c}
+        if row.index is not None:
+            names["q"] = _over_rows(self._weights[row.index], self.gap)
+        return evaluated(expression, names, _add, _mul, self._limit)
+
+    def _limit(self, x: IRNode) -> IRNode:
+        return _where(_is_minus_infinity(self.gap), 0.0, x)
+
+
+def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
     """[K, N], one of `rows` each, as `operators.row_stats`."""
     n, v = z.get_size()
-    x = _cast(z, stats_dtype(z))
+    x = cast(z, stats_dtype(z))
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
-    gap = _minus_row(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m))
-    exp = call_lowering(aten.exp.default, gap)
-    values = [m, _sum(exp), *(_picked(x, y, m) for y in labels)]
-    if operators.SUM in rows:
-        values.append(_sum(gap))
-    if operators.SUMEXPZ in rows:
-        values.append(_sum(_where(_is_minus_infinity(gap), 0.0, _mul(gap, exp))))
-    if operators.ARGMAX in rows:
-        first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
-        values.append(_cast(first, x.get_dtype()))
-    for name, j in filter(None, map(operators.weighed, rows)):
-        q = _over_rows(weights[j], z)
-        values.append(
-            _sum({operators.DOT: _mul(q, gap), operators.MASS: q, operators.EXPDOT: _mul(q, exp)}[name])
-        )
+    columns = _Columns(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m), weights)
+    values = []
+    for row in rows:
+        if row.statistic.term is not None:
+            values.append(_sum(columns(row.statistic.term, row)))
+        elif row.index is not None:
+            values.append(_picked(x, labels[row.index], m))
+        elif row.statistic.held == MAXIMUM:
+            values.append(m)
+        else:
+            first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
+            values.append(cast(first, x.get_dtype()))
     return _stack(values)
 
 
 def row_grad(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: list[str]
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: Rows
 ) -> IRNode:
     """[N, V], as `operators.row_grad`."""
-    of_row = {
-        row: _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1) for k, row in enumerate(rows)
-    }
-    gap = _minus_row(_cast(z, stats_dtype(z)), m)
-    exp = call_lowering(aten.exp.default, gap)
-    dz = _mul(of_row[operators.SUMEXP], exp)
+
+    def coefficient(k: int) -> IRNode:
+        return _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
+
+    columns = _Columns(cast(z, stats_dtype(z)), m, weights)
+    dz = _mul(coefficient(1), columns.exp)
     column = _unsqueeze(_iota(z.get_size()[1], z), 0)
-    for k, y in enumerate(labels, start=2):
-        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(_cast(y, torch.int64), 1))
-        b = _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
-        dz = _add(dz, _where(hit, b, 0.0))
-    if operators.SUM in rows:
-        dz = _add(dz, of_row[operators.SUM])
-    if operators.SUMEXPZ in rows:
-        slope = _mul(call_lowering(aten.add.Scalar, gap, 1.0), exp)
-        dz = _add(dz, _mul(of_row[operators.SUMEXPZ], _where(_is_minus_infinity(gap), 0.0, slope)))
-    for row in rows:
-        name, j = operators.weighed(row) or ("", 0)
-        if name in (operators.DOT, operators.EXPDOT):
-            term = _mul(of_row[row], _over_rows(weights[j], z))
-            dz = _add(dz, term if name == operators.DOT else _mul(term, exp))
-    return call_lowering(aten.clone.default, _cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+    for k, j in rows.hits:
+        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(cast(labels[j], torch.int64), 1))
+        dz = _add(dz, _where(hit, coefficient(k), 0.0))
+    for k, row in rows.slopes:
+        dz = _add(dz, columns(row.slope, row, coefficient(k)))
+    return call_lowering(aten.clone.default, cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
 
 
 def stats_dtype(z: IRNode) -> torch.dtype:
@@ -73,7 +80,7 @@ def over_rows(q: IRNode, z: IRNode) -> IRNode:
 
 
 def _over_rows(q: IRNode, z: IRNode) -> IRNode:
-    return over_rows(_cast(q, stats_dtype(z)), z)
+    return over_rows(cast(q, stats_dtype(z)), z)
 
 
 def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
@@ -82,9 +89,9 @@ def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
     inside = call_lowering(
         aten.bitwise_and.Tensor,
         call_lowering(aten.ge.Scalar, y, 0),
-        call_lowering(aten.lt.Scalar, _cast(y, torch.int64), v),
+        call_lowering(aten.lt.Scalar, cast(y, torch.int64), v),
     )
-    index = _cast(_where(inside, y, 0), torch.int64)
+    index = cast(_where(inside, y, 0), torch.int64)
     picked = m
     if v:
         picked = call_lowering(
@@ -126,7 +133,9 @@ def _sum(x: IRNode) -> IRNode:
     return call_lowering(aten.sum.dim_IntList, x, [1])
 
 
-def _add(x: IRNode, y: IRNode) -> IRNode:
+def _add(x: IRNode, y: IRNode | int) -> IRNode:
+    if isinstance(y, int):
+        return call_lowering(aten.add.Scalar, x, float(y))
     return call_lowering(aten.add.Tensor, x, y)
 
 
@@ -134,7 +143,7 @@ def _mul(x: IRNode, y: IRNode) -> IRNode:
     return call_lowering(aten.mul.Tensor, x, y)
 
 
-def _cast(x: IRNode, dtype: torch.dtype) -> IRNode:
+def cast(x: IRNode, dtype: torch.dtype) -> IRNode:
     return call_lowering(prims.convert_element_type.default, x, dtype)
 
 

@@ -31,6 +31,7 @@ from .products import (
     TIMES,
     TIMES_IN_PLACE,
 )
+from .rows import ARGMAX, Rows
 
 TEMPLATES = Path(__file__).parent / "templates"
 GPUS = ("cuda",)  # HIP calls itself cuda
@@ -85,15 +86,24 @@ def _times(x: IRNode, factor: IRNode) -> IRNode:
     return inductor.call_lowering(cast, product, x.get_dtype())
 
 
-def _row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str) -> IRNode:
-    rows = operators.parse(which, len(labels), len(weights))
+def _row_stats(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, *, site: int = operators.NO_SITE
+) -> IRNode:
+    rows = Rows.decode(which, len(labels), len(weights))
     return _lowered(z, _stats_template, loops.row_stats, z, labels, weights, rows)
 
 
 def _row_grad(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, which: str
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    m: IRNode,
+    coefficients: IRNode,
+    which: str,
+    *,
+    site: int = operators.NO_SITE,
 ) -> IRNode:
-    rows = operators.parse(which, len(labels), len(weights))
+    rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
     return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
 
@@ -116,32 +126,22 @@ def _is_empty(z: IRNode) -> bool:
 
 
 def stats_configurations(
-    v: int, dtype: torch.dtype, rows: list[str], chained: bool = False, piece: bool = False
+    v: int, dtype: torch.dtype, rows: Rows, chained: bool = False, piece: bool = False
 ) -> list[dict[str, Any]]:
     """What to try for row_stats at V = v, without repetition."""
-    named = _rows_of_template(rows)
     usual = STATS_OF_A_PIECE if piece else STATS
     configurations = [
         {
             **_tile(v, tried, dtype),
             "V": v,
             "K_PAD": 1 << (len(rows) - 1).bit_length(),
-            **named,
+            "ROWS": rows,
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
         }
-        for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if "ALSO" in named else usual)
+        for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if rows.has_more else usual)
     ]
     return _distinct(configurations)
-
-
-def _rows_of_template(rows: list[str]) -> dict[str, Any]:
-    """The rows after max and sumexp, as a template is told of them. ALSO is a literal of its code."""
-    also = [
-        row for row in rows if row not in (operators.MAX, operators.SUMEXP, operators.PICK, operators.SUM)
-    ]
-    named = {"LABELS": rows.count(operators.PICK), "SUM": int(operators.SUM in rows)}
-    return {**named, "ALSO": f"'{','.join(also)}'"} if also else named
 
 
 def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
@@ -156,9 +156,7 @@ def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
     return {"U": unroll, "L": lanes, "num_warps": max(1, min(tried.warps, lanes // (32 * LANE)))}
 
 
-def grad_configurations(
-    v: int, dtype: torch.dtype, rows: list[str], over: bool = False
-) -> list[dict[str, Any]]:
+def grad_configurations(v: int, dtype: torch.dtype, rows: Rows, over: bool = False) -> list[dict[str, Any]]:
     """What to try for row_grad at V = v, without repetition."""
     largest = 1 << (v.bit_length() - 1)
     configurations = [
@@ -167,7 +165,7 @@ def grad_configurations(
             "num_warps": max(1, min(tried.warps, largest // (32 * LANE))),
             "ALIGN": min(16, v & -v, largest),
             "V": v,
-            **_rows_of_template(rows),
+            "ROWS": rows,
             "OVER": int(over),
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
@@ -198,15 +196,15 @@ def _template(name: str, grid: Any) -> Any:
     return inductor.template(f"inductor_ce_{name}", (TEMPLATES / f"{name}.py.jinja").read_text(), grid)
 
 
-def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: list[str]) -> IRNode:
+def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     chained = not inductor.is_buffer(z)
     others = [*map(inductor.readable, labels), *_readable_weights(weights, z)]
     piece = inductor.made_by(z, PIECES)
-    z = inductor.readable(z, absorb=True)
+    z = inductor.readable(_unrounded(z), absorb=True)
     return inductor.choose(
         _template("row_stats", _one_program_a_row),
-        inputs=[z] * (4 if operators.ARGMAX in rows else 3) + others,
+        inputs=[z] * (4 if ARGMAX in rows else 3) + others,
         layout=inductor.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
         configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained, piece), piece),
@@ -214,25 +212,39 @@ def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows
 
 
 def _grad_template(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: list[str]
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: Rows
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     others = [*map(inductor.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
     # NOTE after
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
-    z = inductor.readable(z, absorb=True, after=others[:2])
+    dtype = z.get_dtype()
+    unrounded = not inductor.is_buffer(z) and inductor.read_by_one_loop()
+    z = inductor.readable(_unrounded(z), absorb=True, after=others[:2])
     over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and all(
         other.get_name() != z.get_name() for other in others
     )
-    return inductor.choose(
+    dz = inductor.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *others],
-        layout=inductor.contiguous_layout(z, z.get_dtype(), [n, v]),
+        layout=inductor.contiguous_layout(z, z.get_dtype() if unrounded else dtype, [n, v]),
         call_sizes=[n, v],
-        configurations=_tried(grad_configurations(v, z.get_dtype(), rows, over), inductor.made_by(z, PIECES)),
+        configurations=_tried(grad_configurations(v, dtype, rows, over), inductor.made_by(z, PIECES)),
         over=z if over else None,
     )
+    return loops.cast(dz, dtype) if unrounded else dz
+
+
+def _unrounded(z: IRNode) -> IRNode:
+    """A chain of 16-bit operations that ends in z, in the float32 in which Inductor computes it.
+
+    NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what
+    it fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
+    dtype of the buffer that it stands for, an epilogue first to that of the template's result. So both are
+    float32 where there is a chain; only what is stored at the end is rounded.
+    """
+    return z if inductor.is_buffer(z) else loops.cast(z, loops.stats_dtype(z))
 
 
 def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, Any]]:

@@ -2,8 +2,8 @@
 
 All passes before this file emit these operators, all after it lower them.
 
-    row_stats(z [N, V], labels, weights, which)                    -> [K, N]
-    row_grad (z, labels, weights, m [N], coefficients [K, N], which) -> dz [N, V]
+    row_stats(z [N, V], labels, weights, which, *, site)                   -> [K, N]
+    row_grad (z, labels, weights, m [N], coefficients [K, N], which, *, site) -> dz [N, V]
 
 `which` names the K rows of the packed result, comma-separated, in this order:
 
@@ -14,6 +14,7 @@ All passes before this file emit these operators, all after it lower them.
     sum       sum_i (z_i - m)                           1
     sumexpz   t = sum_i (z_i - m) exp(z_i - m)          (1 + z_i - m) exp(z_i - m)
     argmax    the first i with z_i = m                  0
+    top       m, beside an argmax                       [i = argmax]
 
 and then, for each weight tensor q_j, [V] or [N, V], at least one of
 
@@ -29,7 +30,7 @@ holding m constant, d(lse)/d(z_i) = exp(z_i - m) / d = p_i, the exact derivative
 gradient, and a consumer must use it only in expressions that do not change with the shift (m + log d,
 z_y - m, V m + sum, m + t / d, ...). In return losses are computed from differences, as log d + (m - z_y),
 which do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
-split of V (`monoid.py`), and the gradient of a block needs nothing from the other blocks.
+split of V (`combine.py`), and the gradient of a block needs nothing from the other blocks.
 
 Labels may be any integer dtype. A label outside [0, V) belongs to no column: this is what a shard of V
 needs, and what makes ignored rows free; callers that must refuse such labels do so themselves. Weights are
@@ -38,36 +39,19 @@ constants: no gradient flows to them.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-MAX, SUMEXP, PICK, SUM, SUMEXPZ, ARGMAX = "max", "sumexp", "pick", "sum", "sumexpz", "argmax"
-DOT, MASS, EXPDOT = "dot", "mass", "expdot"
+from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
+
+# The site of a loss that nobody asks about.
+NO_SITE = -1
 
 # From here on float32 does not hold every integer, and `argmax` not every column.
 MAX_COLUMNS = 2**24
-
-
-def weighed(row: str) -> tuple[str, int] | None:
-    """("dot", 1) for the row dot:1; None for a row without a weight tensor."""
-    name, colon, index = row.partition(":")
-    return (name, int(index)) if colon else None
-
-
-def parse(which: str, n_labels: int, n_weights: int = 0) -> list[str]:
-    """The row names in `which`, checked. Raises ValueError for an unknown, misplaced or missing row."""
-    rows = which.split(",")
-    expected = [MAX, SUMEXP] + [PICK] * n_labels + [row for row in (SUM, SUMEXPZ, ARGMAX) if row in rows]
-    for j in range(n_weights):
-        wanted = [row for name in (DOT, MASS, EXPDOT) if (row := f"{name}:{j}") in rows]
-        expected += wanted or [f"one of {DOT}:{j}, {MASS}:{j}, {EXPDOT}:{j}"]
-    if rows != expected:
-        raise ValueError(
-            f"which={which!r} with {n_labels} label tensor(s) and {n_weights} weight tensor(s); expected "
-            f"'max,sumexp' + ',pick' per label tensor [+ ',sum'] [+ ',sumexpz'] [+ ',argmax'] "
-            f"+ some of ',dot:j' ',mass:j' ',expdot:j' per weight tensor j"
-        )
-    return rows
 
 
 def stats_dtype_of(dtype: torch.dtype) -> torch.dtype:
@@ -79,7 +63,9 @@ def stats_dtype(z: Tensor) -> torch.dtype:
     return stats_dtype_of(z.dtype)
 
 
-def _check(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> list[str]:
+def _check(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, of_gradient: bool = False
+) -> Rows:
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
     for y in labels:
@@ -92,7 +78,7 @@ def _check(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -
         torch._check(q.shape[-1] == z.shape[1], lambda: "weights and z differ in V")
         if q.dim() == 2:
             torch._check(q.shape[0] == z.shape[0], lambda: "weights and z differ in N")
-    rows = parse(which, len(labels), len(weights))
+    rows = Rows.decode(which, len(labels), len(weights), of_gradient)
     if ARGMAX in rows and stats_dtype(z) == torch.float32:
         torch._check(z.shape[1] <= MAX_COLUMNS, lambda: f"argmax over more than {MAX_COLUMNS} columns")
     return rows
@@ -100,8 +86,8 @@ def _check(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -
 
 def _check_grad(
     z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
-) -> list[str]:
-    rows = _check(z, labels, weights, which)
+) -> Rows:
+    rows = _check(z, labels, weights, which, of_gradient=True)
     if m.dim() != 1 or coefficients.dim() != 2 or coefficients.shape[0] != len(rows):
         raise ValueError(
             f"m must be [N] and coefficients [{len(rows)}, N] for which={which!r}, "
@@ -112,20 +98,43 @@ def _check_grad(
     return rows
 
 
-def _columns(y: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:
+def _safe_labels(y: Tensor, n_columns: int) -> tuple[Tensor, Tensor]:
     """(labels as int64 that are safe to index with, which of them name a column)."""
     y = y.to(torch.int64)  # a narrow integer cannot be compared with V
     inside = (y >= 0) & (y < n_columns)
     return torch.where(inside, y, 0), inside
 
 
-def _shifted(z: Tensor, m: Tensor) -> Tensor:
-    """z - m, but z in a row of -inf, so that such a row has d = 0 and lse = -inf."""
-    return z - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)
+class _Columns:
+    """What an expression of the table is over, for all rows of z."""
+
+    def __init__(self, x: Tensor, m: Tensor, weights: Sequence[Tensor]):
+        self._weights = weights
+        self.gap = x - m.unsqueeze(-1)
+        self.exp = self.gap.exp()
+
+    def __call__(self, expression: str, row: Row, c: Tensor | None = None) -> Tensor:
+        names = {"gap": self.gap, "exp": self.exp, "c": c}
+        if row.index is not None:
+            names["q"] = self._weights[row.index].to(self.gap.dtype)
+        return evaluated(expression, names, operator.add, operator.mul, self._limit)
+
+    def _limit(self, x: Tensor) -> Tensor:
+        return torch.where(self.gap == -torch.inf, 0.0, x)
+
+
+def _picked(x: Tensor, y: Tensor) -> Tensor:
+    """z_y, 0 where the label is outside."""
+    if not x.shape[1]:
+        return x.new_zeros(x.shape[0])
+    index, inside = _safe_labels(y, x.shape[1])
+    return torch.where(inside, x.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0.0)
 
 
 @torch.library.custom_op("inductor_ce::row_stats", mutates_args=())
-def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
+def row_stats(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, *, site: int = NO_SITE
+) -> Tensor:
     """Row statistics of `z` over its last axis, packed.
 
     As `torch.logsumexp` beside a gather and sums, in one sweep.
@@ -135,6 +144,7 @@ def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str
         labels: integer tensors [N], one per `pick` row.
         weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j`.
         which: the rows wanted, see the table above.
+        site: an id of the loss, which the gradient carries too. Results do not depend on it.
 
     Returns:
         [K, N] float32, or float64 for float64 logits. A row of z that is all -inf gives m = -inf, d = 0;
@@ -147,35 +157,37 @@ def row_stats(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str
     n, v = z.shape
     x = z.to(stats_dtype(z))
     m = x.amax(-1) if v else x.new_full((n,), -torch.inf)
-    shifted = _shifted(x, m)
-    exp = shifted.exp()
-    values = [m, exp.sum(-1)]
-    for y in labels:
-        index, inside = _columns(y, v)
-        picked = x.gather(-1, index.unsqueeze(-1)).squeeze(-1) if v else m
-        values.append(torch.where(inside, picked, 0.0))
-    if SUM in rows:
-        values.append(shifted.sum(-1))
-    if SUMEXPZ in rows:
-        values.append(torch.where(shifted == -torch.inf, 0.0, shifted * exp).sum(-1))
-    if ARGMAX in rows:
-        values.append(x.argmax(-1).to(x.dtype) if v else torch.zeros_like(m))
-    for name, j in filter(None, map(weighed, rows)):
-        q = weights[j].to(x.dtype)
-        terms = {DOT: lambda q=q: q * shifted, MASS: lambda q=q: q.expand(n, v), EXPDOT: lambda q=q: q * exp}
-        values.append(terms[name]().sum(-1))
+    # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
+    columns = _Columns(x, torch.where(m == -torch.inf, 0.0, m), weights)
+    values = []
+    for row in rows:
+        if row.statistic.term is not None:
+            values.append(columns(row.statistic.term, row).expand(n, v).sum(-1))
+        elif row.index is not None:
+            values.append(_picked(x, labels[row.index]))
+        elif row.statistic.held == MAXIMUM:
+            values.append(m)
+        else:
+            values.append(x.argmax(-1).to(x.dtype) if v else torch.zeros_like(m))
     return torch.stack(values)
 
 
 @row_stats.register_fake
-def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
+def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, site: int = NO_SITE) -> Tensor:
     rows = _check(z, labels, weights, which)
     return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
 def row_grad(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    *,
+    site: int = NO_SITE,
 ) -> Tensor:
     """The gradient of `row_stats` with respect to z.
 
@@ -188,52 +200,58 @@ def row_grad(
         labels, weights: as for `row_stats`.
         m: row maxima [N], the first row of the statistics.
         coefficients: [K, N], dtype of the statistics, any strides.
-        which: as for `row_stats`.
+        which, site: as for `row_stats`.
 
     Returns:
         [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
     """
     rows = _check_grad(z, labels, weights, m, coefficients, which)
-    coefficient = {row: c.unsqueeze(-1) for row, c in zip(rows, coefficients.unbind(0), strict=True)}
     x = z.to(stats_dtype(z))
-    gap = x - m.unsqueeze(-1)
-    exp = torch.exp(gap)
-    dz = coefficient[SUMEXP] * exp
-    for j, y in enumerate(labels):
-        index, inside = _columns(y, z.shape[1])
-        b = torch.where(inside, coefficients[2 + j], 0.0)
+    columns = _Columns(x, m, weights)
+    dz = coefficients[1].unsqueeze(-1) * columns.exp
+    for k, j in rows.hits:
+        index, inside = _safe_labels(labels[j], z.shape[1])
+        b = torch.where(inside, coefficients[k], 0.0)
         if z.shape[1]:
             dz = dz.scatter_add(-1, index.unsqueeze(-1), b.unsqueeze(-1))
-    if SUM in rows:
-        dz = dz + coefficient[SUM]
-    if SUMEXPZ in rows:
-        dz = dz + coefficient[SUMEXPZ] * torch.where(gap == -torch.inf, 0.0, (1 + gap) * exp)
-    for row in rows:
-        name, j = weighed(row) or ("", 0)
-        if name in (DOT, EXPDOT):
-            term = coefficient[row] * weights[j].to(x.dtype)
-            dz = dz + (term if name == DOT else term * exp)
+    for k, row in rows.slopes:
+        dz = dz + columns(row.slope, row, coefficients[k].unsqueeze(-1))
     return dz.to(z.dtype).contiguous()
 
 
 @row_grad.register_fake
 def _(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    *,
+    site: int = NO_SITE,
 ) -> Tensor:
     _check_grad(z, labels, weights, m, coefficients, which)
     return z.new_empty(z.shape)
 
 
-def _save_for_grad(ctx, inputs, output) -> None:
+def told_columns(rows: Rows, packed: Tensor) -> list[Tensor]:
+    """The columns [N] that alone have the gradient of some rows of `packed`: more labels for `row_grad`."""
+    return [packed[k] for _, k in rows.told]
+
+
+def _save_for_grad(ctx, inputs, keyword_only_inputs, output) -> None:
     z, labels, weights, ctx.which = inputs
-    ctx.n_labels = len(labels)
-    ctx.save_for_backward(z, output[0], *labels, *weights)
+    ctx.site = keyword_only_inputs["site"]
+    told = told_columns(Rows.decode(ctx.which, len(labels), len(weights)), output)
+    ctx.n_told, ctx.n_labels = len(told), len(labels)
+    ctx.save_for_backward(z, output[0], *told, *labels, *weights)
 
 
 def _row_stats_backward(ctx, upstream: Tensor):
     z, m, *rest = ctx.saved_tensors
+    told, rest = [column.to(torch.int64) for column in rest[: ctx.n_told]], rest[ctx.n_told :]
     labels, weights = rest[: ctx.n_labels], rest[ctx.n_labels :]
-    dz = row_grad(z, labels, weights, m, upstream, ctx.which)
+    dz = row_grad(z, labels + told, weights, m, upstream, ctx.which, site=ctx.site)
     return dz, [None] * len(labels), [None] * len(weights), None
 
 

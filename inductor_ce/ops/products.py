@@ -102,7 +102,7 @@ def _(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
-@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often"), tags=ANY_STRIDES)
+@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often", "dz"), tags=ANY_STRIDES)
 def product_but(
     out: Tensor,
     often: Tensor,
@@ -116,8 +116,8 @@ def product_but(
 
     `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
     Returns the entries at the labels, [labels, n]; where two labels of a row are equal the second is 0, as it
-    is where a label is none of the columns. For the time of the product they are 0 in dz; who runs before
-    or after it, as all do on one stream, finds dz unchanged.
+    is where a label is none of the columns. For the time of the product they are 0 in dz, which is therefore
+    written, though who reads it afterwards finds it as it was.
     """
     take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
     taken = dz.new_empty((dz.shape[0], len(columns)))

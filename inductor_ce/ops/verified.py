@@ -9,6 +9,11 @@ and the rest of the program:
 On the first backward both paths get the whole upstream gradient; their dz are compared and the original's is
 taken. From then on the upstream gradient goes where the values come from.
 
+NOTE Why heads stay whole
+The original reads all logits, and what it reads is what ours reads. A head in pieces would need a product of
+its own, and gradients to compare of what that is made of, not of the logits. So what is compared is
+recognition, rewriting and the operators; the pieces of heads are held by tests alone.
+
 NOTE Why operators with a memory
 What differs is known only when the program runs, and a graph cannot be compiled anew from within. The memory
 is of one process, by a key that is part of the graph, so that a graph from a cache is verified afresh too.

@@ -11,21 +11,23 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Reason, Refusal
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
 from .operands import Number, Operands, applied, operands, plain
-from .targets import Step, mask_of
-from .values import Columns, OnLogits, RowValue, Value, VocabValue
+from .targets import Function, mask_of
+from .values import Columns, OnLogits, Outcome, RowValue, Value, VocabValue
 
 
-def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
+def binary(combine: Callable[[Any, Any], Any], *names: str) -> Function:
     """The step of an operator between values over the same logits, or between a value and a number."""
     first, second = names or ("input", "other")
 
-    def step(context: Context, args: dict[str, Any]) -> Value | None:
-        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
-            return None
+    def step(context: Context, args: dict[str, Any]) -> Outcome:
+        for name, usual in (("alpha", 1), ("rounding_mode", None)):
+            if args.get(name, usual) != usual:
+                return Refusal(Reason.NOT_UNDERSTOOD, f"Its {name} is {args[name]!r}.")
         return applied(context, operands(context, args.get(first), args.get(second)), combine)
 
     return step
@@ -34,7 +36,7 @@ def binary(combine: Callable[[Any, Any], Any], *names: str) -> Step:
 def unary(
     on_vocab: Callable[[algebra.Vocab], algebra.Vocab | None],
     on_row: Callable[[sympy.Expr], sympy.Expr | None] = lambda row: None,
-) -> Step:
+) -> Function:
     def function(expr: Any) -> Any:
         return on_vocab(expr) if isinstance(expr, algebra.Vocab) else on_row(expr)
 
@@ -65,13 +67,13 @@ def over(a: Any, b: Any) -> Any:
     return times(a, 1 / b) if b is not None and b != 0 else None
 
 
-def xlogy(a: Any, b: Any) -> Any:
+def times_log(a: Any, b: Any) -> Any:
     logarithm = algebra.log(b) if isinstance(b, algebra.Vocab) else None
     return None if logarithm is None else times(a, logarithm)
 
 
 def entropy_term(a: algebra.Vocab) -> Any:
-    product = xlogy(a, a)
+    product = times_log(a, a)
     return None if product is None else -product
 
 
@@ -80,16 +82,27 @@ def row_log(expr: sympy.Expr) -> sympy.Expr | None:
     return algebra.row_log(expr) if expr.has(sympy.exp) else None
 
 
-def exponential(context: Context, args: dict[str, Any]) -> Value | None:
+add = binary(plus)
+sub = binary(minus)
+reversed_sub = binary(minus, "other", "input")
+mul = binary(times)
+div = binary(over)
+negative = unary(lambda value: -value, lambda row: -row)
+logarithm = unary(algebra.log, row_log)
+xlogy = binary(times_log)
+entropy_terms = unary(entropy_term)
+
+
+def exponential(context: Context, args: dict[str, Any]) -> Outcome:
     """exp of what is known; of logits, if it is summed over one dimension."""
     value = unary(algebra.exp)(context, args)
-    if value is not None:
+    if value is not None and not isinstance(value, Refusal):
         return value
     source = args.get("input")
     axis = next(_summed_dims(context.node), None)
     if axis is None or not isinstance(source, Node) or isinstance(context.known(source), (RowValue, Columns)):
         return None
-    logits = context.readable(source, axis, algebra.exp)
+    logits = context.take(source, axis, algebra.exp)
     if logits is None:
         return None
     exp = algebra.exp(logits.expr)
@@ -105,13 +118,13 @@ def _summed_dims(node: Node) -> Iterator[int]:
     """The dimensions over which somebody sums this node."""
     for user in node.users:
         spelled = spellings.read(user)
-        if spelled is not None and spelled[0] == "sum" and spelled[1].get("input") is node:
+        if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:
             dim = one_dim(spelled[1].get("dim"))
             if isinstance(dim, int):
                 yield dim
 
 
-def power(context: Context, args: dict[str, Any]) -> Value | None:
+def power(context: Context, args: dict[str, Any]) -> Outcome:
     """A whole power of a vocabulary value; a row's is the user's own."""
     exponent = args.get("exponent", 2)
     if isinstance(exponent, float) and exponent.is_integer():
@@ -125,10 +138,6 @@ def power(context: Context, args: dict[str, Any]) -> Value | None:
     return unary(lambda value: algebra.power(value, exponent), on_row)(context, args)
 
 
-def reversed_sub(context: Context, args: dict[str, Any]) -> Value | None:
-    return binary(minus, "other", "input")(context, args)
-
-
 def elementwise(context: Context, args: dict[str, Any]) -> Value | None:
     """A function of each element that the algebra does not have: it may still be done after picking."""
     source, *others = context.node.all_input_nodes
@@ -140,19 +149,24 @@ def elementwise(context: Context, args: dict[str, Any]) -> Value | None:
     return replace(value, after=(*value.after, context.node), wide=value.wide | {context.node})
 
 
-def or_afterwards(step: Step) -> Step:
+def or_afterwards(step: Function) -> Function:
     """A step, or else the same done to what is picked."""
 
-    def first_now(context: Context, args: dict[str, Any]) -> Value | None:
-        value = step(context, args)
-        return elementwise(context, args) if value is None else value
+    def first_now(context: Context, args: dict[str, Any]) -> Outcome:
+        outcome = step(context, args)
+        if outcome is not None and not isinstance(outcome, Refusal):
+            return outcome
+        afterwards = elementwise(context, args)
+        return outcome if afterwards is None else afterwards
 
     return first_now
 
 
-def product_of(read: Operands | None) -> VocabValue | None:
+def product_of(read: Operands | Refusal | None) -> VocabValue | Refusal | None:
     """The product of two operands that has the vocabulary axis."""
-    if read is None or not isinstance(read.frame, VocabValue):
+    if not isinstance(read, Operands):
+        return read
+    if not isinstance(read.frame, VocabValue):
         return None
     product = times(*map(algebra.as_vocab, read.exprs))
     return None if product is None else replace(read.frame, expr=product, wide=read.wide)
@@ -164,7 +178,7 @@ def summed(value: VocabValue, kept: int | None = None) -> RowValue | None:
     return None if total is None else value.reduced_to(total, kept)
 
 
-def matmul(context: Context, args: dict[str, Any]) -> Value | None:
+def matmul(context: Context, args: dict[str, Any]) -> Outcome:
     """p @ w with w [V] or [V, 1]: the sum over the vocabulary of a product."""
     left, right = args.get("input"), args.get("other")
     value, weights = context.known(left), tensor_of(right)
@@ -174,19 +188,23 @@ def matmul(context: Context, args: dict[str, Any]) -> Value | None:
     if value.axis != len(shape_of(left)) - 1 or not (weights.dim() == 1 or column):
         return None
     weighed = context.weights(right, value, left)
-    product = None if weighed is None else times(value.expr, weighed)
+    if weighed is None or isinstance(weighed, Refusal):
+        return weighed
+    product = times(value.expr, weighed)
     return None if product is None else summed(replace(value, expr=product), value.axis if column else None)
 
 
-def vecdot(context: Context, args: dict[str, Any]) -> Value | None:
+def vecdot(context: Context, args: dict[str, Any]) -> Outcome:
     """The sum of a product over one dimension."""
     value, dim = product_of(operands(context, args.get("input"), args.get("other"))), args.get("dim", -1)
-    if value is None or tensor_of(context.node) is None:
+    if not isinstance(value, VocabValue):
+        return value
+    if tensor_of(context.node) is None:
         return None
     return summed(value) if dim % (len(shape_of(context.node)) + 1) == value.axis else None
 
 
-def clamp(context: Context, args: dict[str, Any]) -> Value | None:
+def clamp(context: Context, args: dict[str, Any]) -> Outcome:
     """A bound that no finite number passes, as torch.distributions sets to log-probabilities."""
     example, bound = tensor_of(args.get("input")), args.get("min")
     if example is None or args.get("max") is not None or not isinstance(bound, Number):
@@ -196,15 +214,15 @@ def clamp(context: Context, args: dict[str, Any]) -> Value | None:
     return unary(lambda value: value)(context, args)
 
 
-def where(context: Context, args: dict[str, Any]) -> Value | None:
+def where(context: Context, args: dict[str, Any]) -> Outcome:
     return _chosen(context, args.get("condition"), args.get("input"), args.get("other"))
 
 
-def masked_fill(context: Context, args: dict[str, Any]) -> Value | None:
+def masked_fill(context: Context, args: dict[str, Any]) -> Outcome:
     return _chosen(context, args.get("mask"), args.get("value"), args.get("input"))
 
 
-def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Value | None:
+def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """One of two values in the column of a label, the other elsewhere."""
     if mask_of(context, mask) is None:
         return _chosen_by_row(context, mask, yes, no)
@@ -212,27 +230,33 @@ def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Value | None:
     return applied(context, read, lambda *exprs: algebra.select(*map(algebra.as_vocab, exprs)))
 
 
-def _chosen_by_row(context: Context, mask: Any, yes: Any, no: Any) -> Value | None:
+def _chosen_by_row(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """One of two values with the vocabulary axis for all of a row."""
     example, read = tensor_of(mask), operands(context, yes, no)
-    if example is None or example.dtype != torch.bool or read is None or tensor_of(context.node) is None:
+    if example is None or example.dtype != torch.bool or tensor_of(context.node) is None:
         return None
+    if not isinstance(read, Operands):
+        return read
     result = algebra.as_vocab(sympy.Integer(0))
     for expr, made in zip(map(algebra.as_vocab, read.exprs), ("where", "where not"), strict=True):
         if expr.terms:
             chosen = _row_mask(context, mask, read.frame, made)
-            if chosen is None:
-                return None
+            if chosen is None or isinstance(chosen, Refusal):
+                return chosen
             result = result + expr * chosen
     return applied(context, read, lambda *exprs: result)
 
 
-def _row_mask(context: Context, mask: Any, frame: OnLogits | Columns, made: str) -> sympy.Expr | None:
+def _row_mask(
+    context: Context, mask: Any, frame: OnLogits | Columns, made: str
+) -> sympy.Expr | Refusal | None:
     """A mask of rows as a number for each."""
     if isinstance(frame, Columns):
         return None if frame.axis is None else context.loose_outside(mask, context.node, frame.axis, made)
     if not isinstance(frame, VocabValue):
         return None
     chosen = context.outside(mask, frame, context.node, made=made)
-    number = chosen if chosen is None else plain(chosen)
+    if chosen is None or isinstance(chosen, Refusal):
+        return chosen
+    number = plain(chosen)
     return number if isinstance(number, sympy.Expr) else None

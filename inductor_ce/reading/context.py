@@ -10,13 +10,13 @@ import sympy
 from torch.fx import Node
 
 from .. import algebra
-from ..common.findings import Reason
-from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from ..common.findings import Reason, Refusal
+from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
 from .row_views import RowView, arrangement, row_shape
 from .values import Columns, Label, Logits, Outside, Reading, Value, VocabValue
-from .views import keeps_order, step_back, viewed
+from .views import counted, keeps_order, step_back, viewed
 
 
 def is_labels(node: Any) -> TypeGuard[Node]:
@@ -59,16 +59,16 @@ class Context:
         axis = axis_of(arg, dim)
         return None if axis is None else self._seen(arg, axis)
 
-    def readable(self, arg: Any, dim: Any, function: Callable[[algebra.Vocab], Any]) -> VocabValue | None:
+    def take(self, arg: Any, dim: Any, function: Callable[[algebra.Vocab], Any]) -> VocabValue | None:
         """`arg` with the vocabulary on `dim`, such that the algebra has `function` of it.
 
-        Where it has not, as for a temperature after the maximum was taken off, these are other logits.
+        Where it has not, as for a temperature after the maximum was taken off, `arg` is logits in its own
+        right from here on, and recorded so.
         """
         value = self.vocab(arg, dim)
         if value is None or (not value.after and function(value.expr) is not None):
             return value
-        value = self.opaque(arg, value.axis)
-        self.reading.values[arg] = value
+        value = self.reading.values[arg] = self.opaque(arg, value.axis)
         return value
 
     def _seen(self, arg: Node, axis: int) -> VocabValue:
@@ -88,8 +88,8 @@ class Context:
 
     def _is_detached(self, arg: Node) -> bool:
         """Whether the node cuts the gradient between a tensor and the same tensor seen otherwise."""
-        spelled, timeline = spellings.read(arg), self.reading.timeline
-        cut = spelled is not None and spelled[0] == "detach"
+        step, timeline = spellings.step_of(arg), self.reading.timeline
+        cut = step is not None and step.name == "detach"
         return cut or timeline.grad_mode(timeline.position[arg]) is False
 
     def _through(self, arg: Node, axis: int) -> tuple[Node, int, tuple[RowView, ...]] | None:
@@ -101,7 +101,7 @@ class Context:
         if written is not None:  # z.div_(t) is z itself
             return (written, axis, ()) if timeline.shares_storage(arg, written) else None
         spelled = spellings.read(arg)
-        if spelled is not None and spelled[0] == "detach":
+        if spelled is not None and spelled[0].name == "detach":
             return spelled[1]["input"], axis, ()
         source = viewed(arg)
         if source is None or not self.still_alike(arg, source):
@@ -121,6 +121,20 @@ class Context:
         version = self.reading.timeline.version(arg, self.position)
         logits = Logits(arg, axis, version, self.grad_mode == INFERENCE)
         return VocabValue(logits, (), axis, algebra.LOGITS)
+
+    def is_as_made(self, arg: Node) -> bool:
+        """Whether an argument still reads as when it was made."""
+        return self.reading.timeline.unchanged(arg, arg, self.position)
+
+    def counted(self, arg: Any) -> tuple[int, Size] | None:
+        """(dimension from the end, length) of what holds 0, 1, 2, ... along one dimension, see `counted`."""
+        found, node = counted(arg), arg
+        while found is not None and isinstance(node, Node):
+            spelled = spellings.read(node)
+            if not self.is_as_made(node):
+                return None
+            node = None if spelled is None else spelled[1].get("input")
+        return found
 
     def is_edited_view(self, source: Node) -> bool:
         """Whether this node is a view of `source` and either is written later, for the other to see."""
@@ -219,11 +233,15 @@ class Context:
 
     # Tensors from outside
 
-    def outside(self, arg: Any, value: VocabValue, like: Node, made: str = "") -> algebra.Vocab | None:
+    def outside(
+        self, arg: Any, value: VocabValue, like: Node, made: str = ""
+    ) -> algebra.Vocab | Refusal | None:
         """A tensor that is not made of these logits, where it broadcasts against a value shaped as `like`."""
         kind = _kind(arg, like, value.axis)
-        if kind is None or (kind in ("classes", "columns") and self._wants_gradient(arg)):
+        if kind is None:
             return None
+        if kind in ("classes", "columns") and self._wants_gradient(arg):
+            return _weighed_by(arg)
         symbol = self._outside_symbol(arg, kind, value, like, made)
         return algebra.columns(symbol) if kind in ("classes", "columns") else algebra.as_vocab(symbol)
 
@@ -232,18 +250,17 @@ class Context:
         known = self.reading.outside.get(value.logits, {})
         return frozenset(symbol for symbol, held in known.items() if held.is_mask)
 
-    def weights(self, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | None:
+    def weights(self, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | Refusal | None:
         """Class weights [V], whose axis is the vocabulary's wherever that is."""
-        if tensor_of(arg) is None or self._wants_gradient(arg):
+        if tensor_of(arg) is None:
             return None
+        if self._wants_gradient(arg):
+            return _weighed_by(arg)
         return algebra.columns(self._outside_symbol(arg, "classes", value, like, ""))
 
     def _wants_gradient(self, arg: Node) -> bool:
         example = tensor_of(arg)
-        wanted = self.grad_mode is True and example is not None and example.requires_grad
-        if wanted:
-            self.reading.weighers[self.node] = arg
-        return wanted
+        return self.grad_mode is True and example is not None and example.requires_grad
 
     def _outside_symbol(self, arg: Node, kind: str, value: VocabValue, like: Node, made: str) -> sympy.Symbol:
         known, timeline = self.reading.outside.setdefault(value.logits, {}), self.reading.timeline
@@ -258,8 +275,11 @@ class Context:
         known[symbol] = Outside(arg, kind, value.steps, value.axis, like, self.position, made)
         return symbol
 
-    def miss(self, reason: Reason, fact: str) -> None:
-        self.reading.miss(self.node, reason, fact)
+
+def _weighed_by(arg: Node) -> Refusal:
+    shape = list(shape_of(arg))
+    fact = f"The classes are weighed by {{culprit}} {shape}, of which a gradient is wanted."
+    return Refusal(Reason.CLASS_WEIGHTS if len(shape) == 1 else Reason.SOFT_TARGETS, fact, arg)
 
 
 def _new_name(known: dict[sympy.Symbol, Label], letter: str) -> str:

@@ -10,18 +10,20 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
-from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from ..common.findings import Reason, Refusal
+from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context, is_labels
 from .row_views import arrangement, index_per_dimension, index_steps, row_shape
-from .values import Columns, RowValue, Value, VocabValue, detached
-from .views import HALF, counted, step_back, viewed
+from .steps import View
+from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
+from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
 
 # A row of statistics for each label of a row: beyond this a gather is the better kernel.
 MAX_LABELS = 16
 
 
-def view(context: Context, args: dict[str, Any]) -> Value | None:
+def view(context: Context, args: dict[str, Any]) -> Outcome:
     source = args.get("input")
     value = context.known(source)
     if value is None or not isinstance(source, Node):
@@ -44,13 +46,13 @@ def view(context: Context, args: dict[str, Any]) -> Value | None:
         if back is not None and back[0] == value.axis:
             moved = replace(value, axis=axis, steps=value.steps + back[1])
             return replace(moved, wide=value.wide | {context.node})
-    return None
+    return Refusal(Reason.NOT_UNDERSTOOD, "No dimension of its result holds the classes of one row.")
 
 
 def _is_rounding(node: Node, source: Node) -> bool:
     """Whether log-probabilities are cast down before they are picked, to be picked as they were rounded."""
     a, b = tensor_of(source), tensor_of(node)
-    if a is None or b is None or a.device != b.device or spellings.read(node)[0] != "same":  # type: ignore[index]
+    if a is None or b is None or a.device != b.device or viewing(node) is not View.SAME:
         return False
     return a.dtype == torch.float32 and b.dtype in HALF
 
@@ -73,7 +75,7 @@ def _view_of_columns(context: Context, source: Node, value: Columns) -> Columns 
         return None
     if not b.is_floating_point() and a.is_floating_point() and not _is_mask(value):
         return None
-    if same_shape(a.shape, b.shape) and spellings.read(context.node)[0] == "same":  # type: ignore[index]
+    if same_shape(a.shape, b.shape) and viewing(context.node) is View.SAME:
         return value
     if value.axis is None:
         return value
@@ -108,15 +110,18 @@ def detach(context: Context, args: dict[str, Any]) -> Value | None:
     return detached(value)
 
 
-def reorder(context: Context, args: dict[str, Any]) -> Value | None:
+def reorder(context: Context, args: dict[str, Any]) -> Outcome:
     """Transposes move rows about: statistics follow them no further, log-probabilities do."""
     return None if isinstance(context.known(args.get("input")), RowValue) else view(context, args)
 
 
-def getitem(context: Context, args: dict[str, Any]) -> Value | None:
+def getitem(context: Context, args: dict[str, Any]) -> Outcome:
     source, index = args.get("input"), args.get("index")
     if isinstance(index, tuple) and is_labels(index[-1]):
         return picked_by_index(context, source, index)
+    example = tensor_of(source)
+    if example is not None and example.dim() == 1 and is_labels(index):
+        return take(context, args)
     value = context.known(source)
     if isinstance(value, VocabValue):
         picked = fixed_pick(context, "getitem", args, value) or _chosen_rows(context, source, index, value)
@@ -147,17 +152,23 @@ def _chosen_rows(context: Context, source: Any, index: Any, value: VocabValue) -
     return replace(value, axis=axis, steps=steps, wide=value.wide | {context.node})
 
 
-def pick_without_label(step: str, context: Context, args: dict[str, Any]) -> Value | None:
-    """The step of x.select(-1, 3) and x.diag(); of logits that nobody has normalised yet, see `operands`."""
+def select(context: Context, args: dict[str, Any]) -> Value | None:
+    """x.select(-1, 3); of logits that nobody has normalised yet, see `operands`."""
     source = args.get("input")
     value = context.known(source)
     if not isinstance(value, VocabValue):
         return None
     dim, index = args.get("dim"), args.get("index")
-    if step == "select" and isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
+    if isinstance(dim, int) and dim % len(shape_of(source)) != value.axis:  # type: ignore
         chosen = (slice(None),) * (dim % len(shape_of(source)))  # type: ignore[arg-type]
         return _chosen_rows(context, source, (*chosen, index), value)
-    return fixed_pick(context, step, args, value)
+    return fixed_pick(context, "select", args, value)
+
+
+def diagonal(context: Context, args: dict[str, Any]) -> Value | None:
+    """x.diag(), as `select`."""
+    value = context.known(args.get("input"))
+    return fixed_pick(context, "diagonal", args, value) if isinstance(value, VocabValue) else None
 
 
 def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:
@@ -208,21 +219,23 @@ def _diagonal(context: Context, args: dict[str, Any], value: VocabValue) -> RowV
     return _picked(value, [context.label(value, None)], None)
 
 
-def take_along(context: Context, args: dict[str, Any]) -> Value | None:
+def take_along(context: Context, args: dict[str, Any]) -> Outcome:
     """As gather, but that -1 is the last column, and V the first."""
     return gather(context, args, wraps="modulo")
 
 
-def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Value | None:
+def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Outcome:
     index = args.get("index")
     value = context.vocab(args.get("input"), args.get("dim"))
     if value is None or not is_labels(index):
         return None
     if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
-        return None
+        return Refusal(Reason.NOT_UNDERSTOOD, "Its index has not the rows of the tensor that it picks from.")
     count = constant(shape_of(index)[value.axis])
-    if count is None or not 1 <= count <= MAX_LABELS:
-        return None
+    if count is None:
+        return Refusal(Reason.NOT_UNDERSTOOD, "How many labels it picks in a row is not fixed in the graph.")
+    if not 1 <= count <= MAX_LABELS:
+        return Refusal(Reason.NOT_UNDERSTOOD, f"It picks {count} labels in a row, more than {MAX_LABELS}.")
     columns = [None] if count == 1 else range(count)
     labels = [context.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
     return _picked(value, labels, value.axis)
@@ -240,19 +253,80 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
 
 def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Value | None:
     """x[arange, y]: the label counts from the end where it is negative."""
-    axis = label_axis(source, index)
+    axis = label_axis(context, source, index)
     value = None if axis is None else context.vocab(source, axis)
     if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
         return None
     return _picked(value, [context.label(value, index[axis], wraps="negative")], None)
 
 
-def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
+def take(context: Context, args: dict[str, Any]) -> Value | None:
+    """z.view(-1)[arange(N) * V + y], one element of each row by its place in all of z [N, V].
+
+    A label that is no class takes from another row, of which these statistics know nothing. Its logit is 0
+    here and not NaN, as that of labels out of range is, for users multiply such rows by 0.
+    """
+    path, index = _unflattened(context, args.get("input")), args.get("index")
+    if not path or not isinstance(index, Node) or not context.is_as_made(index):
+        return None
+    *flat, rows = path
+    count, classes = shape_of(rows)
+    y = _column_in_row(context, index, count, classes)
+    value = None if y is None else context.vocab(rows, 1)
+    picked = None if value is None else _picked(value, [context.label(value, y, named=False)], None)
+    if picked is not None:
+        context.reading.looked_through.update(flat)
+    return picked
+
+
+def _unflattened(context: Context, source: Any) -> list[Node]:
+    """The flat views or copies that a tensor is, last first, and the [N, V] that they are of; or nothing."""
+    nodes = [source] if tensor_of(source) is not None else []
+    while nodes and len(shape_of(nodes[-1])) == 1:
+        before = viewed(nodes[-1])
+        if before is None or not keeps_order(nodes[-1], before) or not context.still_alike(nodes[-1], before):
+            return []
+        nodes.append(before)
+    return nodes if nodes and len(shape_of(nodes[-1])) == 2 else []
+
+
+def _column_in_row(context: Context, index: Node, count: Size, classes: Size) -> Node | None:
+    """The labels that `index` adds to the places where the rows begin, if they read the same still."""
+    spelled, timeline = spellings.read(index), context.reading.timeline
+    if spelled is None or spelled[0].name != "add" or "alpha" in spelled[1]:
+        return None
+    pair = spelled[1].get("input"), spelled[1].get("other")
+    for begins, y in (pair, pair[::-1]):
+        if not is_labels(y) or not is_labels(begins) or not same_shape(shape_of(y), (count,)):
+            continue
+        if _begins_rows(context, begins, count, classes) and timeline.unchanged(y, index, context.position):
+            return y
+    return None
+
+
+def _begins_rows(context: Context, node: Node, count: Size, classes: Size) -> bool:
+    """Whether a node is 0, V, 2V, ... for all rows: arange(N) * V, or arange(0, N * V, V)."""
+    spelled = spellings.read(node)
+    if spelled is None or not same_shape(shape_of(node), (count,)) or not context.is_as_made(node):
+        return False
+    step, args = spelled
+    if step.name == "arange":
+        return first_and_step(args) == (0, classes)
+    if step.name != "mul":
+        return False
+    pair = args.get("input"), args.get("other")
+    return any(
+        isinstance(width, int) and equal(width, classes) and context.counted(rows) is not None
+        for rows, width in (pair, pair[::-1])
+    )
+
+
+def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | None:
     """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
     shape = shape_of(source)
     if len(index) != len(shape):
         return None
-    counts = [counted(i) for i in index]
+    counts = [context.counted(i) for i in index]
     free = [axis for axis, count in enumerate(counts) if count is None]
     if not free and len(shape) == 2:
         free = [1]  # x[arange, arange]
@@ -262,8 +336,8 @@ def label_axis(source: Any, index: tuple[Any, ...]) -> int | None:
     if not is_labels(index[axis]):
         return None
     rows = [i for i in range(len(shape)) if i != axis]
-    for context, i in enumerate(rows):
+    for place, i in enumerate(rows):
         dim, length = counts[i]  # type: ignore[misc]
-        if dim != context - len(rows) or not equal(length, shape[i]):
+        if dim != place - len(rows) or not equal(length, shape[i]):
             return None
     return axis

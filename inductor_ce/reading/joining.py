@@ -45,7 +45,7 @@ def _put_together(context: Context, args: dict[str, Any], pieces: list[Piece | N
         return None
     values: list[RowValue] = [context.known(t) for t in args["tensors"]]  # type: ignore[misc]
     first = values[0]
-    axis = first.logits.axis + (1 if spellings.read(context.node)[0] == "stack" else 0)  # type: ignore[index]
+    axis = first.logits.axis + (1 if spellings.is_step(context.node, "stack") else 0)
     version = context.reading.timeline.version(whole, context.position)
     if axis == 0 or not same_shape(row_shape(whole, axis), shape_of(context.node)):
         return None
@@ -133,11 +133,11 @@ def _row_of(node: Node | None) -> Piece | None:
         return None
     step, args = spelled
     source, index = args["input"], args.get("index")
-    if step == "select" and args.get("dim") == 0 and isinstance(index, int) and index >= 0:
+    if step.name == "select" and args.get("dim") == 0 and isinstance(index, int) and index >= 0:
         return source, index
-    if step == "getitem" and isinstance(index, int) and index >= 0:
+    if step.name == "getitem" and isinstance(index, int) and index >= 0:
         inner = spellings.read(source)
-        if inner is not None and inner[0] == "unbind":
+        if inner is not None and inner[0].name == "unbind":
             return (inner[1]["input"], index) if inner[1].get("dim", 0) == 0 else None
         return (source, index) if tensor_of(source) is not None else None
     return None
@@ -146,7 +146,7 @@ def _row_of(node: Node | None) -> Piece | None:
 def _chunk_of(node: Node | None) -> Piece | None:
     """(x, start) where a node is x[start:end], or one of the pieces of x."""
     spelled = None if node is None else spellings.read(node)
-    if spelled is None or spelled[0] != "getitem":
+    if spelled is None or spelled[0].name != "getitem":
         return None
     source, index = spelled[1].get("input"), spelled[1].get("index")
     if isinstance(index, tuple) and index and all(i == slice(None) for i in index[1:]):
@@ -162,7 +162,7 @@ def _chunk_of(node: Node | None) -> Piece | None:
 def _part_of(parts: Node, index: int) -> Piece | None:
     """(x, start) of one of the tensors that split and chunk return."""
     spelled = spellings.read(parts)
-    if spelled is None or spelled[0] not in ("split", "chunk") or spelled[1].get("dim", 0) != 0:
+    if spelled is None or spelled[0].name not in ("split", "chunk") or spelled[1].get("dim", 0) != 0:
         return None
     lengths = [constant(part.shape[0]) for part in parts.meta["example_value"][:index]]
     return None if None in lengths else (spelled[1]["input"], sum(lengths))  # type: ignore[arg-type]

@@ -12,13 +12,13 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.graphs import legacy_reduction
-from ..common.findings import Reason
+from ..common.findings import Reason, Refusal
 from ..graph.shapes import tensor_of
 from .arithmetic import minus, times
 from .context import Context, is_labels
-from .indexing import pick_without_label
-from .operands import operands
-from .values import Columns, LossValue, Reduction, RowValue, Value, VocabValue
+from .indexing import diagonal
+from .operands import Operands, operands
+from .values import Columns, LossValue, Outcome, Reduction, RowValue, Value, VocabValue
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -37,15 +37,15 @@ def _modernised(args: dict[str, Any]) -> dict[str, Any]:
     return {**args, "ignore_index": int(value)} if isinstance(value, torch.SymInt) else args
 
 
-def cross_entropy(context: Context, args: dict[str, Any]) -> Value | None:
+def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
     args = _modernised(args)
     value = _class_axis(context, args)
     smoothing = args.get("label_smoothing", 0.0)
-    if value is None or not _arguments(context, args):
-        return None
+    refusal = _refused_arguments(args)
+    if value is None or refusal is not None or tensor_of(args.get("target")) is None:
+        return None if value is None else refusal
     if not isinstance(smoothing, (int, float)):
-        context.miss(Reason.NOT_UNDERSTOOD, "The label smoothing is not a number that is fixed in the graph.")
-        return None
+        return _not_understood("The label smoothing is not a number that is fixed in the graph.")
     if algebra.log_softmax(value.expr) is None:
         value = context.opaque(args["input"], value.axis)
     log_probs = algebra.log_softmax(value.expr)
@@ -55,14 +55,15 @@ def cross_entropy(context: Context, args: dict[str, Any]) -> Value | None:
     return _from_probabilities(context, args, value, log_probs, algebra.number(smoothing))
 
 
-def nll_loss(context: Context, args: dict[str, Any]) -> Value | None:
+def nll_loss(context: Context, args: dict[str, Any]) -> Outcome:
     args = _modernised(args)
     known = context.known(args.get("input"))
     if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
         return None
     value = _class_axis(context, args)
-    if value is None or not _arguments(context, args):
-        return None
+    refusal = _refused_arguments(args)
+    if value is None or refusal is not None:
+        return None if value is None else refusal
     if value.after:
         return _picked_afterwards(context, args, value) if args.get("weight") is None else None
     return _from_indices(context, args, value, value.expr, sympy.Integer(0))
@@ -84,38 +85,37 @@ def _class_axis(context: Context, args: dict[str, Any]) -> VocabValue | None:
     return None if example is None else context.vocab(args["input"], 0 if example.dim() == 1 else 1)
 
 
-def _arguments(context: Context, args: dict[str, Any]) -> bool:
-    """Whether the arguments are ones that the algebra has; a miss tells why not."""
-    target = tensor_of(args.get("target"))
-    if target is None:
-        return False
+def _refused_arguments(args: dict[str, Any]) -> Refusal | None:
+    """Which argument of a loss with a target is none that the algebra has."""
     if args.get("reduction", "mean") not in REDUCTIONS:
-        context.miss(Reason.NOT_UNDERSTOOD, f"The reduction {args['reduction']!r} is none of torch's.")
-    elif not isinstance(args.get("ignore_index", -100), int):
-        context.miss(Reason.NOT_UNDERSTOOD, "The ignore_index is not a number that is fixed in the graph.")
-    else:
-        return True
-    return False
+        return _not_understood(f"The reduction {args['reduction']!r} is none of torch's.")
+    if not isinstance(args.get("ignore_index", -100), int):
+        return _not_understood("The ignore_index is not a number that is fixed in the graph.")
+    return None
 
 
-def _weights(context: Context, args: dict[str, Any], value: VocabValue) -> algebra.Vocab | None:
-    """The class weights as a vocabulary expression, 1 without any. A miss tells why not."""
+def _not_understood(fact: str) -> Refusal:
+    return Refusal(Reason.NOT_UNDERSTOOD, fact)
+
+
+def _weights(context: Context, args: dict[str, Any], value: VocabValue) -> algebra.Vocab | Refusal | None:
+    """The class weights as a vocabulary expression, 1 without any."""
     weight = args.get("weight")
     if weight is None:
         return algebra.as_vocab(sympy.Integer(1))
     weights = context.weights(weight, value, args["input"])
-    if weights is None:
-        context.miss(Reason.CLASS_WEIGHTS, "A gradient is wanted of the class weights.")
+    if isinstance(weights, Refusal):
+        return Refusal(Reason.CLASS_WEIGHTS, "A gradient is wanted of the class weights.")
     return weights
 
 
 def _from_indices(
     context: Context, args: dict[str, Any], value: VocabValue, log_probs: algebra.Vocab, smoothing: sympy.Expr
-) -> Value | None:
+) -> Outcome:
     """(1 - e) (-w_y log p_y) + e/V sum_i -w_i log p_i for each row, then the reduction."""
     weights = _weights(context, args, value)
-    if weights is None:
-        return None
+    if weights is None or isinstance(weights, Refusal):
+        return weights
     y = context.label(value, args["target"])
     weighted = log_probs * weights
     picked = algebra.at(weighted, y)
@@ -132,17 +132,17 @@ def _from_indices(
 
 def _from_probabilities(
     context: Context, args: dict[str, Any], value: VocabValue, log_probs: algebra.Vocab, smoothing: sympy.Expr
-) -> Value | None:
+) -> Outcome:
     """-sum_i w_i ((1 - e) q_i + e/V) log p_i for each row; the mean is over rows."""
     weights = _weights(context, args, value)
-    if weights is None:
-        return None
+    if weights is None or isinstance(weights, Refusal):
+        return weights
     target = _columns_of(context, args["target"], value, args["input"])
     if target is None:
-        context.miss(
-            Reason.SOFT_TARGETS, "The target holds class probabilities of which a gradient is wanted."
-        )
-        return None
+        return _not_understood("The target holds class probabilities that are not read beside these logits.")
+    if isinstance(target, Refusal):
+        fact = "The target holds class probabilities of which a gradient is wanted."
+        return Refusal(Reason.SOFT_TARGETS, fact)
     smoothed = target * (1 - smoothing) + smoothing / algebra.V
     expr = algebra.total(-(log_probs * weights * smoothed))
     if expr is None:
@@ -151,7 +151,7 @@ def _from_probabilities(
     return LossValue(value.logits, value.steps, expr, reduction, value.wide, value.detached)
 
 
-def _columns_of(context: Context, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | None:
+def _columns_of(context: Context, arg: Any, value: VocabValue, like: Node) -> algebra.Vocab | Refusal | None:
     """A target of the shape of the logits: made of labels and numbers, or a tensor from outside."""
     known = context.known(arg)
     if isinstance(known, Columns) and known.axis in (None, value.axis):
@@ -159,22 +159,24 @@ def _columns_of(context: Context, arg: Any, value: VocabValue, like: Node) -> al
     return context.outside(arg, value, like)
 
 
-def kl_div(context: Context, args: dict[str, Any]) -> Value | None:
+def kl_div(context: Context, args: dict[str, Any]) -> Outcome:
     """q log q - q input, or exp(q) (q - input) where the target is a logarithm."""
     args = _modernised(args)
     how = args.get("reduction", "mean")
     if how not in (*REDUCTIONS, "batchmean"):
-        return None
+        return _not_understood(f"The reduction {how!r} is none of torch's.")
     source, target = args.get("input"), args.get("target")
     read = operands(context, source, target)
-    if read is None or not isinstance(read.frame, VocabValue):
+    if not isinstance(read, Operands):
+        return read
+    if not isinstance(read.frame, VocabValue):
         return None
     log_p, q = map(algebra.as_vocab, read.exprs)
     terms = (_divergence_from_log if args.get("log_target") else _divergence)(
         context, read.frame, log_p, q, args
     )
-    if terms is None:
-        return None
+    if terms is None or isinstance(terms, Refusal):
+        return terms
     wide = read.wide | {context.node}
     if how == "none":
         return replace(read.frame, expr=terms, wide=wide)
@@ -183,23 +185,25 @@ def kl_div(context: Context, args: dict[str, Any]) -> Value | None:
 
 def _divergence(
     context: Context, frame: VocabValue, log_p: algebra.Vocab, q: algebra.Vocab, args: dict[str, Any]
-) -> algebra.Vocab | None:
+) -> algebra.Vocab | Refusal | None:
     log_q = algebra.log(q)
-    negentropy = None if log_q is None else times(q, log_q)
+    negentropy: algebra.Vocab | Refusal | None = None if log_q is None else times(q, log_q)
     if negentropy is None:
         negentropy = algebra.in_each_column(_xlogx, q, context.masks(frame))
     if negentropy is None:
         negentropy = context.outside(args["target"], frame, args["input"], made="xlogx")
-    return None if negentropy is None else minus(negentropy, q * log_p)
+    if negentropy is None or isinstance(negentropy, Refusal):
+        return negentropy
+    return minus(negentropy, q * log_p)
 
 
 def _divergence_from_log(
     context: Context, frame: VocabValue, log_p: algebra.Vocab, log_q: algebra.Vocab, args: dict[str, Any]
-) -> algebra.Vocab | None:
-    q = algebra.exp(log_q)
+) -> algebra.Vocab | Refusal | None:
+    q: algebra.Vocab | Refusal | None = algebra.exp(log_q)
     if q is None:
         q = context.outside(args["target"], frame, args["input"], made="exp")
-    return None if q is None else times(q, log_q + (-log_p))
+    return q if q is None or isinstance(q, Refusal) else times(q, log_q + (-log_p))
 
 
 def _xlogx(number: sympy.Expr) -> sympy.Expr:
@@ -220,7 +224,7 @@ def reduced(value: VocabValue, how: str, source: Any) -> LossValue | None:
 
 def trace(context: Context, args: dict[str, Any]) -> Value | None:
     """The sum over the rows of what is picked on the diagonal."""
-    rows = pick_without_label("diagonal", context, args)
+    rows = diagonal(context, args)
     if not isinstance(rows, RowValue) or rows.after:
         return None
     return LossValue(rows.logits, rows.steps, rows.expr, Reduction("sum"), rows.wide, rows.detached)

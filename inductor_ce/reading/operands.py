@@ -11,11 +11,12 @@ import sympy
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
 from .indexing import fixed_pick
-from .values import Columns, OnLogits, RowValue, Value, VocabValue, is_shift
+from .values import Columns, Logits, OnLogits, Outcome, RowValue, Value, VocabValue, is_shift
 
 Number = int | float
 Expr: TypeAlias = "algebra.Vocab | sympy.Expr"
@@ -31,8 +32,11 @@ class Operands:
     more: tuple[tuple[Expr, ...], ...] = ()  # the same for further labels of a row
 
 
-def operands(context: Context, *args: Any) -> Operands | None:
-    """Read the arguments of an elementwise operation together; None where they do not belong together."""
+def operands(context: Context, *args: Any) -> Operands | Refusal | None:
+    """Read the arguments of an elementwise operation together, if they belong together.
+
+    An exponential of logits that nobody had read is recorded as what it is read as here.
+    """
     known = _beside_others([context.known(a) for a in args])
     if any(getattr(value, "after", ()) for value in known):
         return None
@@ -45,15 +49,19 @@ def operands(context: Context, *args: Any) -> Operands | None:
     frame = leader if isinstance(leader, VocabValue) else _frame(leader)
     like = arg if isinstance(leader, VocabValue) else None
     read = [_operand(context, a, value, leader, frame, like) for a, value in zip(args, known, strict=True)]
-    if None in read:
-        return None
-    exprs = tuple(operand.expr for operand in read)  # type: ignore[union-attr]
-    wide = frozenset().union(*(operand.wide for operand in read))  # type: ignore[union-attr]
+    found = [operand for operand in read if isinstance(operand, _Operand)]
+    if len(found) < len(read):
+        return next((operand for operand in read if isinstance(operand, Refusal)), None)
+    exprs = tuple(operand.expr for operand in found)
+    wide = frozenset().union(*(operand.wide for operand in found))
     # A maximum that only shifts has no gradient to lose: the others tell whether there is one.
-    told = [o.detached for o in read if o.detached is not None]  # type: ignore[union-attr]
+    told = [operand.detached for operand in found if operand.detached is not None]
     result = frame if any(isinstance(e, algebra.Vocab) for e in exprs) else leader
     if result is None:
         return None
+    for arg, operand in zip(args, found, strict=True):
+        if operand.first_read is not None:
+            context.reading.values.setdefault(arg, operand.first_read)
     return Operands(replace(result, detached=all(told) if told else leader.detached), exprs, wide)
 
 
@@ -73,7 +81,7 @@ def _of_many_rows(args: tuple[Any, ...], known: list[Value | None], leader: OnLo
         for arg, value in zip(args, known, strict=True):
             if isinstance(arg, Number) and math.isfinite(arg):
                 exprs.append(algebra.number(arg))
-            elif isinstance(value, RowValue) and _goes_with(value, leader, None):
+            elif isinstance(value, RowValue) and _mismatch(value, leader, None) is None:
                 exprs.append(value.exprs[k % len(value.exprs)])
             else:
                 return None
@@ -126,6 +134,7 @@ class _Operand:
     expr: Expr
     wide: frozenset[Node] = frozenset()
     detached: bool | None = None
+    first_read: VocabValue | None = None
 
 
 def _operand(
@@ -135,15 +144,16 @@ def _operand(
     leader: OnLogits,
     frame: VocabValue | None,
     like: Node | None,
-) -> _Operand | None:
+) -> _Operand | Refusal | None:
     if isinstance(arg, Number):
         return _Operand(algebra.number(arg)) if math.isfinite(arg) else None
     if value is None and isinstance(leader, RowValue):
         value = _fixed_pick(context, arg, leader)
-    if isinstance(value, RowValue) and _goes_with(value, leader, frame):
+    mismatch = _mismatch(value, leader, frame) if isinstance(value, (RowValue, VocabValue)) else None
+    if isinstance(value, RowValue) and mismatch is None:
         return _Operand(value.expr, value.wide, None if is_shift(value) else value.detached)
     if frame is None or not isinstance(arg, Node):
-        return None
+        return mismatch
     example, whole = tensor_of(arg), tensor_of(context.node if like is None else like)
     full = example is not None and whole is not None and same_shape(example.shape, whole.shape)
     if full and isinstance(value, Columns) and value.axis in (None, frame.axis):
@@ -152,18 +162,19 @@ def _operand(
     if full:
         candidates = [value] if isinstance(value, VocabValue) else _seen(context, arg, frame.axis)
         for seen in candidates:
-            if _goes_with(seen, leader, frame):
-                if arg in seen.wide:  # an exponential that nobody had read
-                    context.reading.values.setdefault(arg, seen)
-                return _Operand(seen.expr, seen.wide, seen.detached)
+            if _mismatch(seen, leader, frame) is None:
+                first_read = seen if arg in seen.wide else None  # an exponential that nobody had read
+                return _Operand(seen.expr, seen.wide, seen.detached, first_read)
     brought = None if like is None else context.outside(arg, frame, like)
-    return None if brought is None else _Operand(plain(brought))
+    if brought is None:
+        return mismatch
+    return brought if isinstance(brought, Refusal) else _Operand(plain(brought))
 
 
 def _fixed_pick(context: Context, arg: Any, leader: RowValue) -> RowValue | None:
     """A column or the diagonal of logits, of which `leader` says where the vocabulary is."""
     spelled = spellings.read(arg) if isinstance(arg, Node) else None
-    if spelled is None or spelled[0] not in ("diagonal", "getitem", "select"):
+    if spelled is None or not spelled[0].picks:
         return None
     step, args = spelled
     source = tensor_of(args.get("input"))
@@ -173,7 +184,7 @@ def _fixed_pick(context: Context, arg: Any, leader: RowValue) -> RowValue | None
     for axis in reversed(range(source.dim())):
         logits = there.vocab(args["input"], axis)
         if logits is not None and (logits.logits, logits.steps) == (leader.logits, leader.steps):
-            return fixed_pick(there, step, args, logits)
+            return fixed_pick(there, step.name, args, logits)
     return None
 
 
@@ -185,7 +196,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
     spelled = spellings.read(arg)
     if (
         spelled is None
-        or spelled[0] != "exp"
+        or spelled[0].name != "exp"
         or not context.reading.timeline.unchanged(arg, arg, context.position)
     ):
         return
@@ -200,14 +211,28 @@ def plain(value: algebra.Vocab) -> Expr:
     return constant if value == algebra.as_vocab(constant) else value
 
 
-def _goes_with(value: VocabValue | RowValue, leader: OnLogits, frame: VocabValue | None) -> bool:
-    """Whether broadcasting pairs each row with itself, and the gradient to the logits is the same."""
-    if (value.logits, value.steps) != (leader.logits, leader.steps):
-        return False
+def _mismatch(value: VocabValue | RowValue, leader: OnLogits, frame: VocabValue | None) -> Refusal | None:
+    """None if broadcasting pairs each row with itself, and the gradient to the logits is the same."""
+    if value.logits != leader.logits:
+        return EDITED_BETWEEN if _is_edited(value.logits, leader.logits) else OTHER_LOGITS
+    if value.steps != leader.steps:
+        return OTHER_ROWS
     if value.detached != leader.detached and not is_shift(value) and not is_shift(leader):
-        return False
+        return ONE_SIDE_DETACHED
     axis = value.axis if isinstance(value, VocabValue) else value.kept
-    return axis == (leader.kept if isinstance(leader, RowValue) else frame.axis if frame else None)
+    same = axis == (leader.kept if isinstance(leader, RowValue) else frame.axis if frame else None)
+    return None if same else OTHER_DIMENSIONS
+
+
+def _is_edited(logits: Logits, others: Logits) -> bool:
+    return logits.node is others.node and logits.version != others.version
+
+
+EDITED_BETWEEN = Refusal(Reason.MUTATED, "The logits are changed in place between what {step} joins.")
+OTHER_LOGITS = Refusal(Reason.NOT_UNDERSTOOD, "It joins values of different logits.")
+OTHER_ROWS = Refusal(Reason.NOT_UNDERSTOOD, "It joins rows that are not in the same order.")
+ONE_SIDE_DETACHED = Refusal(Reason.NOT_UNDERSTOOD, "Of what it joins, one side is detached from the logits.")
+OTHER_DIMENSIONS = Refusal(Reason.NOT_UNDERSTOOD, "It joins rows that lie along different dimensions.")
 
 
 def _of_columns(context: Context, args: tuple[Any, ...], known: list[Value | None]) -> Operands | None:
@@ -237,10 +262,12 @@ def _of_columns(context: Context, args: tuple[Any, ...], known: list[Value | Non
     return Operands(frame, tuple(map(algebra.as_vocab, exprs)), frozenset()) if len(axes) < 2 else None
 
 
-def applied(context: Context, read: Operands | None, function: Callable[..., Expr | None]) -> Value | None:
+def applied(
+    context: Context, read: Operands | Refusal | None, function: Callable[..., Expr | None]
+) -> Outcome:
     """The value of a node that is a function of its operands."""
-    if read is None:
-        return None
+    if not isinstance(read, Operands):
+        return read
     exprs = [function(*column) for column in (read.exprs, *read.more)]
     if any(expr is None for expr in exprs):
         return None

@@ -11,14 +11,15 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
-from .values import Columns, Value
-from .views import counted
+from .values import Columns, Outcome, Value
 
-Step = Callable[[Context, dict[str, Any]], Value | None]
+# What reads a step: its node, and its arguments by name.
+Function = Callable[[Context, dict[str, Any]], Outcome]
 
 
 def everywhere(value: Any) -> Columns | None:
@@ -28,8 +29,12 @@ def everywhere(value: Any) -> Columns | None:
     return Columns(algebra.as_vocab(algebra.number(value)), None)
 
 
-def filled(number: float) -> Step:
-    return lambda context, args: everywhere(number)
+def zeros(context: Context, args: dict[str, Any]) -> Value | None:
+    return everywhere(0)
+
+
+def ones(context: Context, args: dict[str, Any]) -> Value | None:
+    return everywhere(1)
 
 
 def full(context: Context, args: dict[str, Any]) -> Value | None:
@@ -46,7 +51,7 @@ def one_hot(context: Context, args: dict[str, Any]) -> Value | None:
 def equals(context: Context, args: dict[str, Any]) -> Value | None:
     """arange(V) == y, which is nowhere true for a label that is no class."""
     for classes, y in ((args.get("input"), args.get("other")), (args.get("other"), args.get("input"))):
-        count = counted(classes)
+        count = context.counted(classes)
         if count is not None and is_labels(y) and tensor_of(context.node) is not None:
             shape = shape_of(context.node)
             axis = len(shape) + count[0]
@@ -119,7 +124,7 @@ def setitem(context: Context, args: dict[str, Any]) -> Value | None:
     value = _number_of(context, args.get("value"))
     if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
         return None
-    axis, column = _fixed_column(args["input"], index) or (label_axis(args["input"], index), None)
+    axis, column = _fixed_column(args["input"], index) or (label_axis(context, args["input"], index), None)
     if axis is None or base.axis not in (None, axis):
         return None
     if column is not None:
@@ -154,14 +159,14 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
     return number if value.expr == algebra.as_vocab(number) else None
 
 
-def edit(step: Step) -> Step:
-    """The step of an operation in context, followed only where it changes labels and numbers."""
+def edit(step: Function) -> Function:
+    """The step of an operation in place, followed only where it changes labels and numbers."""
 
-    def edited(context: Context, args: dict[str, Any]) -> Value | None:
+    def edited(context: Context, args: dict[str, Any]) -> Outcome:
         target = args.get("input")
         value = step(context, args)
         if not isinstance(value, Columns) or not isinstance(target, Node):
-            return None
+            return value if isinstance(value, Refusal) else None
         version = context.reading.timeline.version(target, context.position + 1)
         context.reading.edits.setdefault(target, {})[version] = value
         return value

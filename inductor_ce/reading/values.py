@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
-from ..common.findings import Miss, Reason, make_miss
+from ..common.findings import Miss, Refusal, make_miss
 from ..graph.timeline import Timeline
 from .row_views import RowView
 
@@ -165,6 +165,8 @@ class Columns:
 
 OnLogits = VocabValue | RowValue | LossValue
 Value = OnLogits | Columns
+# What a step makes of its node: None where it is not of the kind, a Refusal where it is and cannot be read.
+Outcome = Value | Refusal | None
 
 
 def is_shift(value: Value) -> bool:
@@ -198,18 +200,18 @@ class Reading:
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
-    parted: set[Node] = field(default_factory=set)  # results of several tensors, of which some are read
-    weighers: dict[Node, Node] = field(default_factory=dict)  # who weighs classes by what wants a gradient
+    looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
+    refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
     misses: list[Miss] = field(default_factory=list)
     refused: set[Node] = field(default_factory=set)
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
     )  # what nodes were replaced by, and where
 
-    def miss(self, node: Node, reason: Reason, fact: str) -> None:
+    def miss(self, node: Node, refusal: Refusal) -> None:
         """Tell why the loss at `node` is left as it was."""
         self.refused.add(node)
-        miss = make_miss(node, reason, fact)
+        miss = make_miss(node, refusal.reason, refusal.sentence(node))
         if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
             self.misses.append(miss)
 

@@ -12,6 +12,7 @@ from torch.fx import Node
 from ..graph.shapes import Size, equal, same_count, same_shape, shape_of, tensor_of
 from . import spellings
 from .row_views import Permute, Reshape, RowView, Slice, follow_axis, row_shape, slice_steps
+from .steps import View
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -24,8 +25,11 @@ def keeps_order(node: Node, source: Node) -> bool:
     spelled = spellings.read(node)
     assert spelled is not None
     step, args = spelled
-    whole = step == "getitem" and _is_basic(args["index"]) and same_count(shape_of(node), shape_of(source))
-    return step in ("same", "reshape") or whole
+    if step.view in (View.SAME, View.RESHAPE):
+        return True
+    return (
+        step.name == "getitem" and _is_basic(args["index"]) and same_count(shape_of(node), shape_of(source))
+    )
 
 
 def _is_basic(index: Any) -> bool:
@@ -33,14 +37,20 @@ def _is_basic(index: Any) -> bool:
     return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in items)
 
 
+def viewing(node: Node) -> View | None:
+    """What a node does to the rows of its `input`, if it computes nothing."""
+    step = spellings.step_of(node)
+    return None if step is None else step.view
+
+
 def viewed(node: Node) -> Node | None:
     """The source of a view, of a copy, or of a cast by which labels or statistics lose nothing."""
     spelled = spellings.read(node)
-    if spelled is None or spelled[0] not in _BACK:
+    if spelled is None or spelled[0].view is None:
         return None
     source = spelled[1].get("input")
     a, b = tensor_of(node), tensor_of(source)
-    if spelled[0] == "reshape" and a is not None and b is not None and a.dtype != b.dtype:
+    if spelled[0].view is View.RESHAPE and a is not None and b is not None and a.dtype != b.dtype:
         return None  # x.view(dtype) reads the same bits as something else
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
@@ -59,7 +69,8 @@ def step_back(node: Node, source: Node, axis: int) -> Back | None:
     """(the vocabulary's axis in the source, steps over rows) of a view with the vocabulary on `axis`."""
     spelled = spellings.read(node)
     assert spelled is not None
-    return _BACK[spelled[0]](node, source, axis, spelled[1])
+    assert spelled[0].view is not None
+    return _BACK[spelled[0].view](node, source, axis, spelled[1])
 
 
 def _same_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
@@ -129,15 +140,11 @@ def _flat(args: dict[str, Any]) -> list[Any]:
     return [d for v in values for d in (v if isinstance(v, (tuple, list)) else (v,))]
 
 
-_BACK: dict[str, Callable[..., Back | None]] = {
-    "same": _same_back,
-    "reshape": _reshape_back,
-    "permute": _order_back,
-    "transpose": _order_back,
-    "transposed": _order_back,
-    "movedim": _order_back,
-    "getitem": _slice_back,
-    "narrow": _slice_back,
+_BACK: dict[View, Callable[..., Back | None]] = {
+    View.SAME: _same_back,
+    View.RESHAPE: _reshape_back,
+    View.ORDER: _order_back,
+    View.SLICE: _slice_back,
 }
 
 
@@ -150,14 +157,15 @@ def counted(node: Any) -> tuple[int, Size] | None:
     if spelled is None or example is None or example.is_floating_point():
         return None
     step, args = spelled
-    if step == "arange":
-        return (-1, example.shape[0]) if _from_zero(args["numbers"], args, example) else None
-    source = viewed(node) if step in _BACK else args.get("input") if step == "expand" else None
+    if step.name == "arange":
+        from_zero = first_and_step(args) == (0, 1) and example.dim() == 1
+        return (-1, example.shape[0]) if from_zero else None
+    source = viewed(node) if step.view else args.get("input") if step.name == "expand" else None
     inner = None if source is None else counted(source)
     if inner is None or source is None:
         return None
     dim, length = inner
-    if step == "expand":
+    if step.name == "expand":
         return inner if equal(example.shape[dim], length) else None
     if not keeps_order(node, source):
         return None
@@ -167,19 +175,20 @@ def counted(node: Any) -> tuple[int, Size] | None:
     return along[0] - example.dim(), length
 
 
-def _from_zero(numbers: tuple[Any, ...], args: dict[str, Any], example: torch.Tensor) -> bool:
+def first_and_step(args: dict[str, Any]) -> tuple[Any, Any]:
+    """The first number of an arange with these arguments, and how far apart its numbers are."""
+    numbers = args["numbers"]
     start = numbers[0] if len(numbers) > 1 else args.get("start", 0)
-    step = numbers[2] if len(numbers) > 2 else args.get("step", 1)
-    return (start, step) == (0, 1) and example.dim() == 1
+    return start, numbers[2] if len(numbers) > 2 else args.get("step", 1)
 
 
 def broadcast_operand(node: Node) -> Node | None:
     """Which tensor an element of the result of torch.broadcast_tensors is."""
     spelled = spellings.read(node)
-    if spelled is None or spelled[0] != "getitem":
+    if spelled is None or spelled[0].name != "getitem":
         return None
     source, index = spelled[1]["input"], spelled[1]["index"]
     inner = spellings.read(source) if isinstance(source, Node) else None
-    if inner is None or inner[0] != "broadcast_tensors" or not isinstance(index, int):
+    if inner is None or inner[0].name != "broadcast_tensors" or not isinstance(index, int):
         return None
     return inner[1]["tensors"][index]

@@ -57,8 +57,8 @@ def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
 
 
 def _elementwise_source(node: Node) -> Node | None:
-    spelled = spellings.read(node)
-    if spelled is None or spelled[0] not in spellings.ELEMENTWISE or len(node.all_input_nodes) != 1:
+    step = spellings.step_of(node)
+    if step is None or not step.in_chain or len(node.all_input_nodes) != 1:
         return None
     if any(isinstance(a, torch.memory_format) for a in (*node.args, *node.kwargs.values())):
         return None

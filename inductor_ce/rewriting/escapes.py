@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 
-from ..common.findings import Reason, user_line
+from ..common.findings import Reason, Refusal, name_of, where_is
 from ..graph.shapes import hint, shape_of
 from ..reading import spellings
+from ..reading.operands import EDITED_BETWEEN
 from ..reading.values import LossValue, OnLogits, Reading, RowValue, VocabValue
 from ..reading.views import broadcast_operand
 
@@ -18,7 +19,7 @@ def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
     needed: set[Node] = set()
     wanted = {node for end in replaced for node in _brought(reading, end)}
     for node in reversed(reading.timeline.nodes):
-        is_read = node in reading.values or node in reading.parted
+        is_read = node in reading.values or node in reading.looked_through
         if node not in replaced and (not is_read or node in wanted):
             needed.add(node)
             wanted.update(read_by(node))
@@ -30,27 +31,12 @@ def read_by(node: Node) -> Sequence[Node]:
     operand = broadcast_operand(node)
     if operand is not None:
         return [operand]
-    name = name_of(node)
-    if name in SHAPE_ONLY:
+    step = spellings.step_of(node)
+    if step is None:
+        return node.all_input_nodes
+    if step.reads_shapes:
         return []
-    return [node.args[0]] if name in FIRST_ONLY and isinstance(node.args[0], Node) else node.all_input_nodes
-
-
-SHAPE_ONLY = {
-    *("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"),
-    *("rand_like", "randn_like", "randint_like", "size", "dim", "numel", "broadcast_tensors"),
-}
-# Of their second argument these read the shape or the dtype.
-FIRST_ONLY = {"type_as", "to", "expand_as", "view_as", "reshape_as"}
-
-
-def name_of(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def where_is(node: Node) -> str:
-    location, code = user_line(node)
-    return f"at {location} ({code})"
+    return [node.args[0]] if step.reads_first and isinstance(node.args[0], Node) else node.all_input_nodes
 
 
 def escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
@@ -76,9 +62,7 @@ def _waits(reading: Reading, node: Node) -> bool:
     return isinstance(value, VocabValue) and bool(value.after)
 
 
-def tell_unread(
-    reading: Reading, replaced: set[Node], min_vocab: int, everywhere: tuple[Reason, str] | None
-) -> None:
+def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywhere: Refusal | None) -> None:
     """Tell of log-probabilities over a vocabulary that end in something the algebra does not have.
 
     `everywhere` is the reason that stands for all of the graph, if there is one.
@@ -98,7 +82,7 @@ def tell_unread(
             continue  # what another loss is weighed by
         size = hint(shape_of(value.logits.node)[value.logits.axis])
         if size >= min_vocab and not _is_told(reading, node, value):
-            reading.miss(node, *(everywhere or _unread_fact(reading, node, value)))
+            reading.miss(node, everywhere or _why_unread(reading, node, value))
 
 
 def _brought(reading: Reading, node: Node) -> set[Node]:
@@ -110,20 +94,10 @@ def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
     """Whether a loss seems to begin or to have been taken here: a normaliser, or probabilities with a log."""
     if isinstance(value, LossValue) or _waits(reading, node):
         return False
-    step = _step(node)
-    return _has_log(node) if step == "softmax" else step in ("log_softmax", "logsumexp", "log")
-
-
-def _step(node: Node) -> str | None:
-    spelled = spellings.read(node)
-    return None if spelled is None else spelled[0]
-
-
-# Through these a logarithm is still one of the probabilities.
-_BETWEEN = {
-    *("add", "sub", "mul", "div", "neg", "clamp", "pow", "square", "same", "reshape", "permute", "transpose"),
-    *("getitem", "split", "chunk", "sum", "mean"),
-}
+    step = spellings.step_of(node)
+    if step is None:
+        return False
+    return _has_log(node) if step.name == "softmax" else step.normalises
 
 
 def _has_log(node: Node) -> bool:
@@ -131,10 +105,11 @@ def _has_log(node: Node) -> bool:
     frontier, seen = [node], {node}
     while frontier:
         fresh = [user for user in frontier.pop().users if user not in seen]
-        if any(_step(user) in ("log", "xlogy") for user in fresh):
+        steps = [(user, step) for user in fresh if (step := spellings.step_of(user)) is not None]
+        if any(step.takes_log for _, step in steps):
             return True
         seen.update(fresh)
-        frontier += [user for user in fresh if _step(user) in _BETWEEN]
+        frontier += [user for user, step in steps if step.before_log or step.view is not None]
     return False
 
 
@@ -159,42 +134,45 @@ def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
     return any(user in reading.refused for user in _readers(reading, node, value))
 
 
-def _unread_fact(reading: Reading, node: Node, value: OnLogits) -> tuple[Reason, str]:
-    """Name the step after which the reading broke off."""
+def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
+    """What the step says after which the reading broke off, or its name."""
     for user in _readers(reading, node, value):
-        weigher = reading.weighers.get(user)
-        if weigher is not None and not _is_made_of(weigher, node):
-            return _weigher_fact(weigher)
+        refusal = reading.refusals.get(user)
+        if refusal is not None and not (refusal.culprit and _is_made_of(refusal.culprit, node)):
+            return _told_at(node, user, refusal)
         if user.op == "output":
             fact = f"The result of {name_of(node)} is returned; no loss is taken from it here."
-            return Reason.NOT_UNDERSTOOD, fact
+            return Refusal(Reason.NOT_UNDERSTOOD, fact)
         if not _stays(reading, user, value) or _waits(reading, user):
-            return _break_fact(reading, node, value, user)
-    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used."
+            return _break(reading, node, value, user)
+    return Refusal(Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used.")
 
 
-def _break_fact(reading: Reading, node: Node, value: OnLogits, user: Node) -> tuple[Reason, str]:
-    """Why the reading broke off at `user`."""
+def _told_at(node: Node, user: Node, refusal: Refusal) -> Refusal:
+    """The refusal of `user` as one of the loss that begins at `node`."""
+    fact = refusal.sentence(user)
+    if refusal.reason is Reason.NOT_UNDERSTOOD:
+        fact = f"{_goes_into(node, user)} {fact}"
+    return Refusal(refusal.reason, fact)
+
+
+def _goes_into(node: Node, user: Node) -> str:
+    return f"The result of {name_of(node)} goes into {name_of(user)} {where_is(user)}."
+
+
+def _break(reading: Reading, node: Node, value: OnLogits, user: Node) -> Refusal:
+    """What can be said of `user`, which is not read as being of the same logits and does not say why."""
     other = reading.on_logits(user)
-    if _step(user) in ("nll_loss", "gather") and other is not None and other.logits.node is node:
+    picks = any(spellings.is_step(user, name) for name in ("nll_loss", "gather"))
+    if picks and other is not None and other.logits.node is node:
         theirs = f"{name_of(user)} {where_is(user)} takes classes on dimension {other.logits.axis}"
         fact = f"The {name_of(node)} is over dimension {value.logits.axis}, and {theirs}."
-        return Reason.NOT_UNDERSTOOD, fact
+        return Refusal(Reason.NOT_UNDERSTOOD, fact)
     beside = [reading.on_logits(a) for a in user.all_input_nodes]
     same = [v.logits.version for v in beside if v is not None and v.logits.node is value.logits.node]
     if len(set(same)) > 1:
-        return (
-            Reason.MUTATED,
-            f"The logits are changed in place between what {name_of(user)} {where_is(user)} joins.",
-        )
-    return Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} goes into {name_of(user)} {where_is(user)}."
-
-
-def _weigher_fact(weigher: Node) -> tuple[Reason, str]:
-    what = "an input" if weigher.op == "placeholder" else f"{name_of(weigher)} {where_is(weigher)}"
-    shape = list(shape_of(weigher))
-    fact = f"The classes are weighed by {what} {shape}, of which a gradient is wanted."
-    return (Reason.CLASS_WEIGHTS if len(shape) == 1 else Reason.SOFT_TARGETS), fact
+        return Refusal(EDITED_BETWEEN.reason, EDITED_BETWEEN.sentence(user))
+    return Refusal(Reason.NOT_UNDERSTOOD, _goes_into(node, user))
 
 
 def _is_made_of(node: Node, source: Node) -> bool:

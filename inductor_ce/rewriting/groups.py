@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.graphs import is_dtensor
-from ..common.findings import Reason
+from ..common.findings import Reason, Refusal
 from ..distributed.placements import vocab_dim
 from ..graph.shapes import constant, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
@@ -65,14 +65,18 @@ def value_of(reading: Reading, node: Node) -> Replaceable:
     return value
 
 
+EDITED_BETWEEN = Refusal(
+    Reason.MUTATED, "The logits or the labels are changed in place between their uses by this loss."
+)
+
+
 def grouped(reading: Reading, logits: Logits, nodes: list[Node]) -> list[Group]:
     """As few groups as in-place edits and changes of the gradient mode allow, each with its place."""
     groups: list[Group] = []
     for node in sorted(nodes, key=reading.timeline.position.__getitem__):
         alone = _alone(reading, logits, node)
         if alone is None:
-            fact = "The logits or the labels are changed in place between their uses by this loss."
-            reading.miss(node, Reason.MUTATED, fact)
+            reading.miss(node, EDITED_BETWEEN)
         elif not any(_merge(reading, group, alone) for group in groups):
             groups.append(alone)
     return groups

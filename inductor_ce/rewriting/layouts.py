@@ -33,13 +33,15 @@ class Dense:
         group = self.group
         return flat_logits(self.build, self.reading, group.logits, group.place, group.vocab_size)
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows, site: int
+    ) -> list[Node]:
         """The K rows of `row_stats`."""
-        packed = self.build(ops.ROW_STATS, z, labels, weights, which)
-        return self.unbound(self.build(torch.unbind, packed, 0), which)
+        packed = self.build(ops.ROW_STATS, z, labels, weights, rows.encode(), site=site)
+        return self.unbound(self.build(torch.unbind, packed, 0), rows)
 
-    def unbound(self, rows: Node, which: str) -> list[Node]:
-        return [self.build(operator.getitem, rows, k) for k in range(len(which.split(",")))]
+    def unbound(self, made: Node, rows: ops.Rows) -> list[Node]:
+        return [self.build(operator.getitem, made, k) for k in range(len(rows))]
 
     def brought(self, node: Node) -> Node:
         """A tensor of the user's, such that it can stand beside the logits."""
@@ -78,9 +80,11 @@ class Distributed(Dense):
             self._flat = super().logits()
         return self._flat
 
-    def statistics(self, z: Node, labels: list[Node], weights: list[Node], which: str) -> list[Node]:
-        rows = self.build(placements.whole_rows, z, labels, weights, which)
-        return self.unbound(rows, which)
+    def statistics(
+        self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows, site: int
+    ) -> list[Node]:
+        made = self.build(placements.whole_rows, z, labels, weights, rows.encode(), site=site)
+        return self.unbound(made, rows)
 
     def brought(self, node: Node) -> Node:
         if is_dtensor(tensor_of(node)):

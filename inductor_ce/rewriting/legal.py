@@ -17,7 +17,7 @@ from ..common.compat.graphs import (
     is_plain_tensor,
     set_grad_enabled,
 )
-from ..common.findings import Reason
+from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..distributed.placements import beside_fact, layout_fact
 from ..graph.shapes import hint, shape_of, tensor_of
@@ -30,10 +30,26 @@ from .groups import Group, expr_of, grouped, headline, value_of
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-TRANSFORMED = (Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap.")
-OWN_BACKWARD = (Reason.OWN_BACKWARD, "The loss is inside an autograd.Function, whose backward is its own.")
+TRANSFORMED = Refusal(
+    Reason.FUNCTION_TRANSFORM, "The graph runs under a transform of torch.func, such as vmap."
+)
+OWN_BACKWARD = Refusal(
+    Reason.OWN_BACKWARD, "The loss is inside an autograd.Function, whose backward is its own."
+)
 
-MAXIMUM_KEPT = "The maximum of a row is taken off and not added back: add it or detach it."
+MAXIMUM_KEPT = Refusal(
+    Reason.NOT_UNDERSTOOD, "The maximum of a row is taken off and not added back: add it or detach it."
+)
+LOGITS_EDITED = Refusal(
+    Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
+)
+LABELS_EDITED = Refusal(
+    Reason.MUTATED,
+    "The labels are an argument that is changed in place after this loss, whose backward reads them.",
+)
+ALIAS_EDITED = Refusal(
+    Reason.MUTATED, "The logits are changed in place through a transposed alias before this loss."
+)
 
 
 def judge(reading: Reading, options: Options) -> list[Group]:
@@ -43,12 +59,11 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     for logits, nodes in _losses(reading).items():
         refusal = everywhere or _refusal(logits, options) or _refusal_of_edit(reading, logits)
         if refusal is not None:
-            reading.miss(headline(reading, nodes), *refusal)
+            reading.miss(headline(reading, nodes), refusal)
             continue
         allowed = _without_escapes(reading, nodes)
         if _is_loss(reading, allowed):
-            found = grouped(reading, logits, allowed)
-            groups += [group for group in found if not _is_refused(reading, group)]
+            groups += _not_refused(reading, grouped(reading, logits, allowed))
     replaced = {node for group in groups for node in group.nodes}
     tell_unread(reading, replaced, options.min_vocab, everywhere)
     return sorted(groups, key=lambda group: group.place)
@@ -65,6 +80,8 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
             is_end = not _keeps_maximum(reading, node)
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
+        if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
+            reading.miss(node, MAXIMUM_KEPT)
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
@@ -79,7 +96,7 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
 
 
 def _keeps_maximum(reading: Reading, node: Node) -> bool:
-    """Whether a row's maximum does not cancel, and a gradient flows through it. Tells so where it is a loss.
+    """Whether a row's maximum does not cancel, and a gradient flows through it.
 
     The user's own nodes are as good as ours then, and have that gradient.
     """
@@ -87,10 +104,16 @@ def _keeps_maximum(reading: Reading, node: Node) -> bool:
     expr = row_expr(value)
     if not expr.has(algebra.MAX) or value.detached or not _wants_gradient(value.logits):
         return False
-    kept = any(map(_differentiable, node.users))
-    if kept and algebra.is_normalised(expr) and any(user not in reading.values for user in node.users):
-        reading.miss(node, Reason.NOT_UNDERSTOOD, MAXIMUM_KEPT)
-    return kept
+    return any(map(_differentiable, node.users))
+
+
+def _lacks_maximum(reading: Reading, node: Node) -> bool:
+    """Whether a node that keeps its maximum is where a loss ends."""
+    return (
+        _keeps_maximum(reading, node)
+        and algebra.is_normalised(expr_of(reading, node))
+        and any(user not in reading.values for user in node.users)
+    )
 
 
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
@@ -126,28 +149,30 @@ def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
 # May it be replaced
 
 
-def _refusal_of_graph(reading: Reading) -> tuple[Reason, str] | None:
+def _refusal_of_graph(reading: Reading) -> Refusal | None:
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
     return OWN_BACKWARD if _is_function_body(reading.timeline.nodes) else None
 
 
-def _refusal(logits: Logits, options: Options) -> tuple[Reason, str] | None:
+def _refusal(logits: Logits, options: Options) -> Refusal | None:
     example = tensor_of(logits.node)
     assert example is not None
     if is_dtensor(example):
         fact = layout_fact(example, logits.axis)
         if fact is not None:
-            return Reason.PLACEMENTS, fact
+            return Refusal(Reason.PLACEMENTS, fact)
     elif not is_plain_tensor(example):
-        return Reason.UNSUPPORTED_TENSOR, f"The logits are a {type(example).__name__}, not a plain tensor."
+        fact = f"The logits are a {type(example).__name__}, not a plain tensor."
+        return Refusal(Reason.UNSUPPORTED_TENSOR, fact)
     if example.dtype not in DTYPES:
-        return Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}."
+        return Refusal(Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}.")
     size = shape_of(logits.node)[logits.axis]
     if hint(size) < options.min_vocab:
-        return Reason.SMALL_VOCAB, f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
+        fact = f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
+        return Refusal(Reason.SMALL_VOCAB, fact)
     if not isinstance(size, int) and is_kept_dynamic(size):
-        return Reason.DYNAMIC_VOCAB, "The vocabulary dimension is marked dynamic."
+        return Refusal(Reason.DYNAMIC_VOCAB, "The vocabulary dimension is marked dynamic.")
     return None
 
 
@@ -164,11 +189,11 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
             return allowed
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        reading.miss(node, Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed))
+        reading.miss(node, Refusal(Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed)))
         reading.refused |= escaped.keys()
 
 
-def _refusal_of_edit(reading: Reading, logits: Logits) -> tuple[Reason, str] | None:
+def _refusal_of_edit(reading: Reading, logits: Logits) -> Refusal | None:
     """Made functional, an edit through a transposed alias may leave other strides than the logits had.
 
     Nothing tells a kernel that reads them as [N, V], where the user's own operations do not care.
@@ -185,61 +210,58 @@ def _refusal_of_edit(reading: Reading, logits: Logits) -> tuple[Reason, str] | N
     strides = [tensor_of(alias).stride() for alias in aliases]  # type: ignore[union-attr]
     if all(list(stride) == sorted(stride, reverse=True) for stride in strides):
         return None
-    return Reason.MUTATED, "The logits are changed in place through a transposed alias before this loss."
+    return ALIAS_EDITED
 
 
-def _is_refused(reading: Reading, group: Group) -> bool:
-    """Whether what stands beside the logits, or comes after the loss, forbids it. Tells so."""
-    return (
-        _edited_later(reading, group)
-        or _input_edited_later(reading, group)
-        or _placed_otherwise(reading, group)
-    )
+def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
+    """The groups that nothing forbids that stands beside the logits or comes after the loss."""
+    allowed = []
+    for group in groups:
+        refusal = _refusal_of_group(reading, group)
+        if refusal is None:
+            allowed.append(group)
+        else:
+            reading.miss(headline(reading, group.nodes), refusal)
+    return allowed
 
 
-def _edited_later(reading: Reading, group: Group) -> bool:
-    """Whether the logits are written after the loss, while its backward has to read them. Tells so."""
+def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
+    if _is_edited_later(reading, group):
+        return LOGITS_EDITED
+    return LABELS_EDITED if _are_labels_edited_later(reading, group) else _misplaced(group)
+
+
+def _is_edited_later(reading: Reading, group: Group) -> bool:
+    """Whether the logits are written after the loss, while its backward has to read them."""
     timeline, node = reading.timeline, group.logits.node
     if not group.attached or not _wants_gradient(group.logits):
         return False
-    edited = not timeline.unchanged(node, group.place, len(timeline.nodes))
-    if edited:
-        fact = "The logits are changed in place after this loss, whose backward reads them."
-        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
-    return edited
+    return not timeline.unchanged(node, group.place, len(timeline.nodes))
 
 
-def _input_edited_later(reading: Reading, group: Group) -> bool:
-    """Whether labels that are an argument of the graph are written after the loss. Tells so.
+def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
+    """Whether labels that are an argument of the graph are written after the loss.
 
     AOTAutograd writes arguments at the end of the forward, and its backward may read them after that.
     """
     timeline = reading.timeline
     arguments = [node for node in timeline.nodes if node.op == "placeholder"]
-    edited = group.attached and any(
+    return group.attached and any(
         held.node is not None
         and not timeline.unchanged(held.node, group.place, len(timeline.nodes))
         and any(timeline.shares_storage(held.node, argument) for argument in arguments)
         for held in group.labels.values()
     )
-    if edited:
-        fact = (
-            "The labels are an argument that is changed in place after this loss, whose backward reads them."
-        )
-        reading.miss(headline(reading, group.nodes), Reason.MUTATED, fact)
-    return edited
 
 
-def _placed_otherwise(reading: Reading, group: Group) -> bool:
-    """Whether ranks hold other rows or classes of what stands beside the logits than of these. Tells so."""
+def _misplaced(group: Group) -> Refusal | None:
+    """Ranks hold other rows or classes of what stands beside the logits than of these."""
     if not group.distributed:
-        return False
+        return None
     facts = [_label_fact(group, held) for held in group.labels.values()]
     facts += [_outside_fact(group, held) for held in group.outside.values()]
     fact = next((fact for fact in facts if fact is not None), None)
-    if fact is not None:
-        reading.miss(headline(reading, group.nodes), Reason.PLACEMENTS, fact)
-    return fact is not None
+    return None if fact is None else Refusal(Reason.PLACEMENTS, fact)
 
 
 def _label_fact(group: Group, held: Label) -> str | None:

@@ -15,26 +15,30 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.compat.graphs import is_plain_tensor
-from ..common.options import Options
+from ..common.findings import name_of, where_is
+from ..common.options import NAN, Options
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
 from ..reading import spellings
+from ..reading.steps import View
 from ..reading.values import Reading
 from ..reading.views import keeps_order
-from .escapes import name_of, read_by, where_is
+from .escapes import read_by
 from .groups import Group
+from .promises import FACT
 
 RETURNED = "The logits are returned, so all of them are in memory"
 REMEDY = "; the option drop_logits returns NaN in their place."
 DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
-VERIFIED = "The option verify computes the original too, which has all logits in memory."
+VERIFIED = (
+    "The option verify computes the original too, which has all logits in memory; the head stays whole, and "
+    "what it would be in pieces is not compared."
+)
 
 NOT_PLAIN = "they are no plain tensor"
 INSIDE = "they are returned to other compiled code, not to the program"
 ARGUMENT = "they are an argument of the graph"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
-
-_WHOLE = {"same", "reshape", "permute", "transpose", "transposed", "movedim", "detach", "getitem"}
 
 
 def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: Options) -> list[str]:
@@ -45,8 +49,13 @@ def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: 
         nothing but the loss needs them.
     """
     roots = [_root(group.logits.node) for group in groups]
-    sentences = {root: _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)}
+    sentences = {root: _told(root) or _settle(graph, reading, _copies(root), options) for root in roots}
     return [sentences[root] for root in roots]
+
+
+def _told(root: Node) -> str:
+    """What became of returned logits before this graph was rewritten."""
+    return next((node.meta[FACT] for node in _copies(root) if FACT in node.meta), "")
 
 
 def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options) -> str:
@@ -54,11 +63,11 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
         return VERIFIED
     returned = [node for node in copies if any(user.op == "output" for user in node.users)]
     reader = _reader(copies)
-    if _is_argument(copies[0]) and not (returned and options.drop_logits):
+    if _is_argument(copies[0]) and not (returned and options.returned_logits == NAN):
         return ""  # there is no linear layer
     if not returned:
         return f"The logits are also used by {reader}, so all of them are in memory." if reader else ""
-    if not options.drop_logits:
+    if options.returned_logits != NAN:
         return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
     if refusal is not None:
@@ -78,13 +87,13 @@ def _root(node: Node) -> Node:
 def _copied(node: Node) -> Node | None:
     """The source of a node that holds all elements of it, floating as they were."""
     spelled = spellings.read(node)
-    if spelled is None or spelled[0] not in _WHOLE:
+    if spelled is None or not (spelled[0].view or spelled[0].name == "detach"):
         return None
     source = spelled[1].get("input")
     floating = [x is not None and x.is_floating_point() for x in (tensor_of(node), tensor_of(source))]
     if not isinstance(source, Node) or not all(floating):
         return None
-    return source if spelled[0] != "getitem" or keeps_order(node, source) else None
+    return source if spelled[0].view is not View.SLICE or keeps_order(node, source) else None
 
 
 def _copies(root: Node) -> list[Node]:

@@ -21,15 +21,15 @@ from .groups import Group
 from .statistics import Statistics
 
 
-def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) -> str:
-    """Use statistics in place of the nodes of `group`; returns the rows of them.
+def rewrite(graph: Graph, reading: Reading, group: Group, site: int, verify: bool = False) -> str:
+    """Use statistics in place of the nodes of `group`, with the id of its site; returns the rows of them.
 
     With `verify` the nodes stay, to be compared with. On an exception the graph is as it was.
     """
     build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
     try:
         key = new_key(user_line(group.nodes[0])[0]) if verify else None
-        stats = Statistics(build, reading, group, key)
+        stats = Statistics(build, reading, group, site, key)
         results = [(node, _result(build, stats, reading, group, node)) for node in group.nodes]
     except Exception:
         build.undo()
@@ -40,7 +40,7 @@ def rewrite(graph: Graph, reading: Reading, group: Group, verify: bool = False) 
         # Nodes of other groups were given what may stand at their places.
         node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
         reading.results[node] = result, group.place
-    return stats.which
+    return stats.rows.encode()
 
 
 def _beside_originals(
@@ -74,7 +74,7 @@ def _first_operation(timeline: Timeline) -> int:
 def sweep(graph: Graph, reading: Reading) -> None:
     """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
     for node in reversed(reading.timeline.nodes):
-        if not node.users and spellings.read(node) is not None and not any(written_by(node)):
+        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
             graph.erase_node(node)
 
 

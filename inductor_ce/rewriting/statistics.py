@@ -64,7 +64,9 @@ def _is_mask(node: Node) -> bool:
 class Statistics:
     """Nodes for the symbols of row expressions, made when they are asked for."""
 
-    def __init__(self, build: Builder, reading: Reading, group: Group, verify_key: str | None = None):
+    def __init__(
+        self, build: Builder, reading: Reading, group: Group, site: int, verify_key: str | None = None
+    ):
         self.build, self.vocab_size = build, group.vocab_size
         self.outside = group.outside
         exprs = [row_expr(reading.values[node]) for node in group.nodes]  # type: ignore[arg-type]
@@ -87,21 +89,21 @@ class Statistics:
         self._flat: dict[sympy.Symbol, Node] = {}
         self._known: dict[Any, Node] = {}
         picked = [y for y in self.labels if any(y in algebra.picks_of(e) for e in exprs)]
-        weights, names = self._weights(moved)
-        rows: list[tuple[str, Any]] = [(ops.MAX, algebra.MAX), (ops.SUMEXP, ops.SUMEXP)]
-        rows += [(ops.PICK, algebra.pick(y)) for y in picked]
-        optional = ((ops.SUM, algebra.SUM), (ops.SUMEXPZ, algebra.MEAN_P), (ops.ARGMAX, algebra.ARGMAX))
-        rows += [(name, symbol) for name, symbol in optional if any(e.has(symbol) for e in exprs)]
-        rows += names
+        weights, sums = self._weights(moved)
+        keys = {ops.Row(ops.MAX): algebra.MAX, ops.Row(ops.SUMEXP): ops.SUMEXP}
+        keys |= {ops.Row(ops.PICK, j): algebra.pick(y) for j, y in enumerate(picked)}
+        optional = {ops.SUM: algebra.SUM, ops.SUMEXPZ: algebra.MEAN_P, ops.ARGMAX: algebra.ARGMAX}
+        keys |= {ops.Row(s): symbol for s, symbol in optional.items() if any(e.has(symbol) for e in exprs)}
+        keys |= sums
+        self.rows = ops.Rows(tuple(keys))
         z = self.layout.logits()
         self.is_tapped = (
             verify_key is not None and not group.distributed and _only_losses_read(reading, group)
         )
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
-        self.which = ",".join(name for name, _ in rows)
-        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.which)
-        self._rows = {key: node for (_, key), node in zip(rows, made, strict=True)}
+        made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
+        self._rows = dict(zip(keys.values(), made, strict=True))
 
     def _brought(self, node: Node) -> Node:
         return self.layout.brought(made_before(self.build, self.reading, node, self.place))
@@ -113,10 +115,10 @@ class Statistics:
             made if timeline.unchanged(label, self.place, len(timeline.nodes)) else self.build("clone", made)
         )
 
-    def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], list[tuple[str, Any]]]:
+    def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], dict[ops.Row, Any]]:
         """The tensors that are summed against z or p, and the rows that hold these sums."""
         weights: list[Node] = []
-        rows: list[tuple[str, Any]] = []
+        rows: dict[ops.Row, Any] = {}
         functions = {f for e in exprs for f in e.atoms(sympy.Function)}
         products = {f.args for f in functions if f.func in (algebra.dot_shifted, algebra.mean_p_of)}
         for product in sorted(products, key=str):
@@ -128,8 +130,8 @@ class Statistics:
             ]
             if len(shape_of(weight)) == 1:
                 del kinds[1]  # the same number for all rows
-            wanted = [(name, make(*product)) for name, make in kinds if make(*product) in functions]
-            rows += [(f"{name}:{len(weights)}", function) for name, function in wanted]
+            wanted = [(statistic, make(*product)) for statistic, make in kinds if make(*product) in functions]
+            rows |= {ops.Row(statistic, len(weights)): function for statistic, function in wanted}
             weights.append(weight)
         return weights, rows
 

@@ -27,7 +27,7 @@ def loss(first, second, temperature=0.1):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (negative - positive).mean()). If this
-    is a cross entropy, write this step in one of the spellings that the README lists; if not, it runs
-    as written.
+NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (negative - positive).mean()). It
+    joins values of different logits. If this is a cross entropy, write this step in one of the
+    spellings that the README lists; if not, it runs as written.
 """

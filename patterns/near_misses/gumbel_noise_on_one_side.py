@@ -20,6 +20,7 @@ def loss(logits, labels, noise):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of logsumexp goes into sub (return ((logits + noise).logsumexp(-1) -
-    logits.gather(-1, labels[:, None]).squeeze(-1)).mean()). If this is a cross entropy, write this step
-    in one of the spellings that the README lists; if not, it runs as written.
+    logits.gather(-1, labels[:, None]).squeeze(-1)).mean()). It joins values of different logits. If
+    this is a cross entropy, write this step in one of the spellings that the README lists; if not, it
+    runs as written.
 """

@@ -25,6 +25,6 @@ def loss(logits, log_weights, labels):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of log_softmax goes into mul (weighted = F.softmax(log_weights, dim=0) *
-    V * F.log_softmax(logits, dim=-1)). If this is a cross entropy, write this step in one of the
-    spellings that the README lists; if not, it runs as written.
+    V * F.log_softmax(logits, dim=-1)). It joins values of different logits. If this is a cross entropy,
+    write this step in one of the spellings that the README lists; if not, it runs as written.
 """

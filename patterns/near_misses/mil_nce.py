@@ -21,7 +21,7 @@ def loss(video, text):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()). If
-    this is a cross entropy, write this step in one of the spellings that the README lists; if not, it
-    runs as written.
+NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()). It
+    joins values of different logits. If this is a cross entropy, write this step in one of the
+    spellings that the README lists; if not, it runs as written.
 """

@@ -20,6 +20,6 @@ def loss(logits, labels):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (logits.logsumexp(-1) -
-    picked).mean()). If this is a cross entropy, write this step in one of the spellings that the README
-    lists; if not, it runs as written.
+    picked).mean()). It joins values of different logits. If this is a cross entropy, write this step in
+    one of the spellings that the README lists; if not, it runs as written.
 """

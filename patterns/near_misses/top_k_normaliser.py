@@ -21,6 +21,7 @@ def loss(logits, actions):
 
 EXPECTED = """\
 NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (kept.logsumexp(-1) -
-    logits.gather(-1, actions[:, None]).squeeze(-1)).mean()). If this is a cross entropy, write this
-    step in one of the spellings that the README lists; if not, it runs as written.
+    logits.gather(-1, actions[:, None]).squeeze(-1)).mean()). It joins values of different logits. If
+    this is a cross entropy, write this step in one of the spellings that the README lists; if not, it
+    runs as written.
 """

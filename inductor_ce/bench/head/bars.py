@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..systems import OURS
+from ..shared.compilers import OURS
 from .systems import CCE, CCE_BUDGET, CCE_EXACT, CCE_ROOM, SYSTEMS
 
 TIME_AND_MEMORY = {"gemma": (1.00, 0.27), "llama": (1.00, 0.27), "qwen": (0.97, 0.14)}  # of plain compile's

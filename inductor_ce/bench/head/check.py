@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...common.compat.dynamo import counters
-from ...common.compat.inductor import auto_chunked_graphs
-from .. import measure
-from ..peers import NotOffered
+from ...api.counts import auto_chunked_graphs, counted, forget_counts
+from ..shared import measure
+from ..shared.peers import NotOffered
 from .inputs import HeadFunction, Inputs
 from .reference import Errors, Reference
 from .systems import AUTO_CHUNKER, Case, System
@@ -45,7 +44,7 @@ def ready(system: System, case: Case, call: Callable[[HeadFunction], Any]) -> Re
     built = system.build(case)
     if isinstance(built, NotOffered):
         return built
-    counters.clear()
+    forget_counts()
     chunked = auto_chunked_graphs()
     start = time.perf_counter()
     call(built.function)
@@ -56,7 +55,7 @@ def ready(system: System, case: Case, call: Callable[[HeadFunction], Any]) -> Re
         notes.append("did not fire")
     about = {
         "first_call_s": time.perf_counter() - start,
-        "counted": {str(key): count for key, count in counters["inductor_ce"].items()},
+        "counted": counted(),
         "notes": notes,
     }
     return Ready(built.function, about)

@@ -1,4 +1,4 @@
-"""The command `head`: its options, its record, and the merging of records of several calls."""
+"""Linear layer and cross entropy, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from .. import record
-from ..measure import Calls, fresh_caches
-from ..systems import BASELINE
+from ..shared import record
+from ..shared.compilers import BASELINE
+from ..shared.measure import Calls, fresh_caches
+from ..shared.options import has_gpu
 from . import bars, render, run
 from .inputs import ACTIVATIONS, SHAPES, Shape
 from .systems import SYSTEMS
 
+HELP = "linear layer and cross entropy"
 ROUNDS, QUICK_ROUNDS = 5, 2
 MUST_AGREE = ("gpu", "torch", "triton", "commit", "peers")
 
@@ -62,16 +64,17 @@ def shape(text: str) -> Shape:
     return Shape(text, N, V, D)
 
 
+def main(options: argparse.Namespace) -> int:
+    if options.merge:
+        return merged(options)
+    return measured(options) if has_gpu() else 2
+
+
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every case, print the tables, draw the plot."""
     clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    result: dict[str, Any] = {
-        "benchmark": "head",
-        "environment": record.environment(options.commit),
-        "method": {**run.METHOD, **asdict(clock), "seed": torch.seed()},
-        "cases": [],
-        "bars": [],
-    }
+    method = {**run.METHOD, **asdict(clock), "seed": torch.seed()}
+    result = record.new("head", method, options.commit, cases=[], bars=[])
     path = record.json_path(result, options.out)
     with fresh_caches():
         for case in run.table(options.shapes, options.activations, {BASELINE, *options.systems}, clock):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..losses import IGNORED
+from ..shared.losses import IGNORED
 from . import trained
 
 IGNORED_EVERY = 17

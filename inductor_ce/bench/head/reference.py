@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..losses import IGNORED
+from ..shared.losses import IGNORED
 from .inputs import Inputs
 
 SLAB = 2**27  # elements of one float64 slab of logits [N, slab]: 1 GB

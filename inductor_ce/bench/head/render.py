@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from ..render import aligned, heading, mb
-from ..systems import OURS
+from ..shared.compilers import OURS
+from ..shared.tables import aligned, heading, mb
 from .systems import CCE_BUDGET, SYSTEMS
 
 HEADER = (

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import measure
-from ..measure import Clock
-from ..peers import NotOffered
-from ..systems import BASELINE
+from ..shared import measure
+from ..shared.compilers import BASELINE
+from ..shared.measure import Clock
+from ..shared.peers import NotOffered
 from .check import Ready, attempt, check, check_forward, ratios, ready
 from .inputs import ACTIVATIONS, HeadFunction, Inputs, Shape
 from .reference import Reference, reference

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ...api.backend import inductor_ce_backend
-from ...common.compat.inductor import list_options
-from ..losses import IGNORED
-from ..peers import NotOffered, find
-from ..systems import BASELINE, OURS, fresh
+from ..shared import compilers
+from ..shared.compilers import BASELINE, OURS
+from ..shared.losses import IGNORED
+from ..shared.peers import NotOffered, find
 from .inputs import HeadFunction, Shape, cross_entropy
 
 STRATEGIES = ("materialise", "token_chunks", "vocab_slabs")
@@ -56,19 +55,11 @@ class System:
 
 
 def compiled(case: Case, **options: Any) -> Built:
-    return Built(torch.compile(fresh(cross_entropy), fullgraph=True, dynamic=False, options=options or None))
+    return Built(compilers.plain(cross_entropy, options=options or None))
 
 
 def ours(case: Case, **options: Any) -> Built:
-    return Built(
-        torch.compile(
-            fresh(cross_entropy),
-            backend=inductor_ce_backend,
-            fullgraph=True,
-            dynamic=False,
-            options=options or None,
-        )
-    )
+    return Built(compilers.ours(cross_entropy, options=options or None))
 
 
 def ours_with_room_of_cce(case: Case) -> Built | NotOffered:
@@ -86,8 +77,17 @@ def auto_chunker(case: Case) -> Built | NotOffered:
         "auto_chunker.output_size_threshold": 1,
         "auto_chunker.amplify_ratio_threshold": 1,
     }
-    missing = sorted(options.keys() - set(list_options()))
+    missing = sorted(name for name, value in options.items() if not is_option(name, value))
     return NotOffered(f"this torch has no {', '.join(missing)}") if missing else compiled(case, **options)
+
+
+def is_option(name: str, value: Any) -> bool:
+    """Whether this torch's Inductor can be told it."""
+    try:
+        torch.compile(cross_entropy, options={name: value})
+    except RuntimeError:
+        return False
+    return True
 
 
 def liger_kernel(case: Case) -> Built | NotOffered:

@@ -5,6 +5,7 @@ probing for the capability where one can, so that no other file knows which torc
 
     versions      which releases are supported
     graphs        nodes and their examples
+    symbols       symbolic sizes
     dynamo        what Dynamo compiles
     inductor      Inductor's configuration, passes, lowerings and templates
     distributed   process groups

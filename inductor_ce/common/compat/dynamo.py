@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -13,9 +15,29 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dynamo import config as dynamo_config
+    from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
+    from torch._guards import TracingContext
 
 __all__ = ["counters"]
+
+
+def attribute_source(node: torch.fx.Node, name: str) -> Any:
+    """Where guards find an attribute of what an input of a graph stands for."""
+    return AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]
+
+
+def moved_facts(module: torch.fx.GraphModule, made: torch.fx.GraphModule) -> None:
+    """What Dynamo and the caches know of a captured module, for a copy of it."""
+    made.meta = module.meta
+    for name in ("compile_subgraph_reason", "_param_name_to_source", "_backend_id"):
+        if hasattr(module, name):
+            setattr(made, name, getattr(module, name))
+
+
+def is_captured(module: torch.nn.Module) -> bool:
+    """Whether a graph is one that Dynamo gives to a backend."""
+    return getattr(module, "compile_subgraph_reason", None) is not None
 
 
 def returns_to_program(module: torch.nn.Module | None) -> bool:
@@ -25,6 +47,18 @@ def returns_to_program(module: torch.nn.Module | None) -> bool:
     """
     reason = getattr(module, "compile_subgraph_reason", None)
     return reason is not None and "DDPOptimizer" not in reason.reason
+
+
+_numbers: WeakKeyDictionary[TracingContext, Iterator[int]] = WeakKeyDictionary()
+
+
+def numbers_of_compilation() -> Iterator[int]:
+    """0, 1, 2, ..., each once in what Dynamo now compiles: a graph, and the graphs inside it.
+
+    The same program gets the same numbers whenever it is compiled, as keys of caches must.
+    """
+    context = TracingContext.try_get()
+    return itertools.count() if context is None else _numbers.setdefault(context, itertools.count())
 
 
 def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:

@@ -13,11 +13,18 @@ with of_supported_torch():
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
+    from torch.utils._pytree import tree_leaves, tree_map
 
 if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
-__all__ = ["enable_python_dispatcher", "legacy_reduction", "unset_fake_temporarily"]
+__all__ = [
+    "enable_python_dispatcher",
+    "legacy_reduction",
+    "tree_leaves",
+    "tree_map",
+    "unset_fake_temporarily",
+]
 IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
 
 
@@ -44,12 +51,20 @@ def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
 set_grad_enabled = torch._C._set_grad_enabled
 enter_inference_mode = torch.autograd.grad_mode._enter_inference_mode
 exit_inference_mode = torch.autograd.grad_mode._exit_inference_mode
-autocast_switches = {torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast}
+enter_autocast = torch.amp.autocast_mode._enter_autocast
+exit_autocast = torch.amp.autocast_mode._exit_autocast
+autocast_switches = {enter_autocast, exit_autocast}
 OpOverload = torch._ops.OpOverload
+without_torch_function = torch._C.DisableTorchFunctionSubclass
 get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
 
 
 auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def is_capturing() -> bool:
+    """Whether Dynamo is at work in this thread, and may ask what a tensor is without wanting its elements."""
+    return TracingContext.try_get() is not None
 
 
 def is_tangent(node: torch.fx.Node) -> bool:

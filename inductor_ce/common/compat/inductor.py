@@ -11,6 +11,7 @@ import torch
 from .versions import of_supported_torch
 
 with of_supported_torch():
+    import torch._inductor.compile_fx as compile_fx_module
     from torch._inductor import config as inductor_config
     from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
     from torch._inductor.compile_fx import compile_fx
@@ -31,6 +32,23 @@ __all__ = [
     "list_options",
     "register_lowering",
 ]
+
+# Compilation
+
+
+def current_compile_fx() -> Callable[..., Any]:
+    """What torch.compile's own backend calls, which looks it up by name at each call."""
+    return compile_fx_module.compile_fx
+
+
+def set_compile_fx(function: Callable[..., Any]) -> None:
+    compile_fx_module.compile_fx = function
+
+
+def uses_cudagraphs(patches: dict[str, Any]) -> bool:
+    """Whether what is compiled under these patches of the configuration may run as CUDA graphs."""
+    return bool(patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
+
 
 # Lowering
 
@@ -144,6 +162,24 @@ def _only_read_by(products: Container[Any], node: IRNode) -> bool:
         user.target in products or (user.target in _SEEN_THROUGH and _only_read_by(products, user))
         for user in node.users
     )
+
+
+def read_by_one_loop() -> bool:
+    """Whether one pointwise operation alone reads the result of the operator that is being lowered.
+
+    The scheduler then fuses it into a template, so that the result itself is nowhere in memory.
+    """
+    node = virtualized.graph.current_node
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target not in _SEEN_THROUGH:
+            return _is_loop(node.target)
+    return False
+
+
+def _is_loop(target: Any) -> bool:
+    cast = target is torch.ops.prims.convert_element_type.default
+    return cast or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
 
 
 def _buffer(value: Any) -> Any:

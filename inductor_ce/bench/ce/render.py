@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .losses import LOSSES
-from .systems import BASELINE, SYSTEMS
+from ..shared.compilers import BASELINE
+from ..shared.losses import LOSSES
+from ..shared.pictures import BAR_WIDTH, CUT, bars, finish
+from ..shared.tables import aligned, heading, mb
+from .systems import SYSTEMS
 
 HEADER = ("loss", "system", "ms", "spread", "ratio", "MB", "loss error", "dz error", "compile s", "")
 LEFT = (0, 1, 9)  # the columns of words
-BAR_WIDTH = 0.8
-CUT = 1.5  # bars of time end here, so that those below 1 can be told apart
 
 
 def table(result: dict[str, Any]) -> str:
     """Every number of every shape, and below them what was not measured."""
     return "\n\n".join([heading(result["environment"]), *map(_shape_table, result["shapes"])])
-
-
-def heading(where: dict[str, Any]) -> str:
-    """Where and when, on one line."""
-    versions = f"torch {where['torch']}, triton {where['triton']}, commit {where['commit']}"
-    return f"{where['gpu']}, {versions}{', with changes' if where['dirty'] else ''}, {where['date']}"
 
 
 def _shape_table(shape: dict[str, Any]) -> str:
@@ -64,22 +57,6 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def mb(size: float) -> str:
-    return f"{size / 2**20:.0f}"
-
-
-def aligned(lines: Sequence[tuple[str, ...]], left: Collection[int]) -> list[str]:
-    """The cells in columns, those of `left` to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-
-
 def plot(result: dict[str, Any], path: Path) -> None:
     """Bars for each loss and system, a column for each shape: time above, memory below."""
     shapes = result["shapes"]
@@ -97,15 +74,6 @@ def plot(result: dict[str, Any], path: Path) -> None:
     finish(figure, axes, result, path)
 
 
-def finish(figure: Figure, axes: Any, result: dict[str, Any], path: Path) -> None:
-    """The legend, where and when the numbers were made, and the file."""
-    handles = {h.get_label(): h for a in axes[0] for h in a.containers}
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=len(handles))
-    where = result["environment"]
-    figure.supxlabel(f"{where['gpu']}, torch {where['torch']}, {where['date'][:10]}", fontsize="small")
-    figure.savefig(path, dpi=150)
-
-
 def _losses(shape: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["loss"] for row in shape["rows"]))
 
@@ -116,32 +84,6 @@ def _heights(shape: dict[str, Any], key: str, scale: float = 1.0) -> dict[tuple[
         for row in shape["rows"]
         if row[key] is not None
     }
-
-
-def bars(
-    axes: Axes,
-    heights: dict[tuple[str, str], float],
-    groups: list[str],
-    systems: list[str],
-    text: str,
-    cut: float = math.inf,
-) -> None:
-    """The bars of one quantity by group and system; a system that did not run leaves a gap in its place."""
-    present = [name for name in systems if any(system == name for _, system in heights)]
-    width = BAR_WIDTH / max(1, len(present))
-    for k, name in enumerate(present):
-        places = [i for i, group in enumerate(groups) if (group, name) in heights]
-        values = [heights[groups[i], name] for i in places]
-        drawn = axes.bar(
-            [i + (k + 0.5) * width - BAR_WIDTH / 2 for i in places],
-            [min(value, cut) for value in values],
-            width,
-            label=name,
-            color=f"C{systems.index(name)}",
-        )
-        axes.bar_label(drawn, [text.format(value) for value in values], fontsize=6, rotation=90, padding=2)
-    axes.margins(y=0.15)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
 
 
 def _limits(axes: Axes, shape: dict[str, Any]) -> None:

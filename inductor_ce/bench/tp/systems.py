@@ -6,17 +6,15 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import torch
 from torch.distributed.tensor.parallel import loss_parallel
 
-from ..api.backend import inductor_ce_backend
-from .systems import fresh
-from .tp_tasks import LossFunction
+from ..shared import compilers
+from ..shared.compilers import OURS
+from .tasks import LossFunction
 
 PLAIN = "torch.compile, gathering"
 EAGER = "loss_parallel, eager"
 BASELINE = "loss_parallel, compiled"
-OURS = "inductor_ce"
 
 DEFAULT, GRAPHS = "default", "reduce-overhead"
 MODES = (DEFAULT, GRAPHS)
@@ -36,12 +34,11 @@ def eager(function: LossFunction, mode: str) -> LossFunction:
 
 
 def compiled(function: LossFunction, mode: str) -> LossFunction:
-    return torch.compile(fresh(function), fullgraph=True, dynamic=False, mode=mode)
+    return compilers.plain(function, mode=mode)
 
 
 def ours(function: LossFunction, mode: str) -> LossFunction:
-    backend = inductor_ce_backend
-    return torch.compile(fresh(function), backend=backend, fullgraph=True, dynamic=False, mode=mode)
+    return compilers.ours(function, mode=mode)
 
 
 SYSTEMS = {

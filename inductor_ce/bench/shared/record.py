@@ -13,10 +13,15 @@ from typing import Any
 
 import torch
 
-from .. import __version__
+from ... import __version__
 from .peers import versions
 
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parents[2]
+
+
+def new(benchmark: str, method: dict[str, Any], commit: str | None, **found: Any) -> dict[str, Any]:
+    """The record of a run that begins, and what it has `found` so far."""
+    return {"benchmark": benchmark, "environment": environment(commit), "method": method, **found}
 
 
 def environment(commit: str | None = None) -> dict[str, Any]:

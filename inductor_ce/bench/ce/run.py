@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from ..common.compat.dynamo import counters
-from . import measure
-from .losses import IGNORED, Loss, LossFunction, errors
-from .measure import Budget
-from .peers import NotOffered
-from .systems import BASELINE, OURS, SYSTEMS
+from ..shared import measure
+from ..shared.compilers import BASELINE
+from ..shared.losses import Loss
+from ..shared.measure import Budget
+from ..shared.peers import NotOffered
+from .check import admit
+from .inputs import IGNORED_EVERY, Inputs
+from .systems import SYSTEMS
 
 SHAPES = ((8192, 128256), (8192, 32000), (4096, 256000))
-IGNORED_EVERY = 17
 
 METHOD = {
     "logits": "bf16, 3 * randn",
@@ -38,33 +36,6 @@ METHOD = {
     "errors": "relative to float64 over all rows: |loss - ref| / |ref| and norm(dz - ref) / norm(ref)",
     "limits": "two passes: a copy of the logits; three passes: a read and a copy; measured at each shape",
 }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """`logits` [N, V] as the systems get them, `y` [N], and `pristine`: the logits as they were drawn."""
-
-    logits: Tensor
-    y: Tensor
-    pristine: Tensor
-
-    @classmethod
-    def random(cls, N: int, V: int, device: str) -> Inputs:
-        pristine = 3 * torch.randn(N, V, dtype=torch.bfloat16, device=device)
-        y = torch.randint(0, V, (N,), device=device)
-        y[::IGNORED_EVERY] = IGNORED
-        return cls(pristine.clone().requires_grad_(), y, pristine)
-
-    def restore(self) -> None:
-        """Undo what a system that writes over its input has done."""
-        with torch.no_grad():
-            self.logits.copy_(self.pristine)
-
-    def step(self, function: LossFunction) -> tuple[Tensor, Tensor]:
-        """(loss, dz): one forward and backward. Nothing is added to an earlier gradient."""
-        loss = function(self.logits, self.y)
-        (dz,) = torch.autograd.grad(loss, self.logits)
-        return loss.detach(), dz
 
 
 def table(
@@ -122,72 +93,6 @@ def case(loss: Loss, inputs: Inputs, budget: Budget, bar: tqdm) -> tuple[list[di
     for row in rows.values():
         row["ratio"] = row["ms"] / rows[BASELINE]["ms"] if BASELINE in rows else None
     return list(rows.values()), not_measured
-
-
-def admit(
-    name: str,
-    build: Callable[[Loss], LossFunction | NotOffered],
-    loss: Loss,
-    inputs: Inputs,
-    rows: dict[str, dict[str, Any]],
-) -> LossFunction | NotOffered:
-    """Build a system, run and check it. Its row goes into `rows`; a failure is reported, never raised."""
-    try:
-        function = build(loss)
-        if not isinstance(function, NotOffered):
-            rows[name] = {"loss": loss.name, "system": name, **check(name, function, loss, inputs)}
-        return function
-    except Exception as error:  # whatever one system raises, the others are still worth their numbers
-        tqdm.write(traceback.format_exc(), file=sys.stderr)
-        return NotOffered.because(error)
-
-
-def check(name: str, function: LossFunction, loss: Loss, inputs: Inputs) -> dict[str, Any]:
-    """Everything about a system but its time: compilation, errors against float64, memory."""
-    counters.clear()
-    inputs.restore()
-    start = time.perf_counter()
-    inputs.step(function)[0].item()
-    first_call_s = time.perf_counter() - start
-    sites = counters["inductor_ce"]["sites"]
-
-    inputs.restore()
-    measure.poison(inputs.pristine)
-    value, dz = inputs.step(function)
-    loss_error, dz_error = errors(loss, inputs.pristine, inputs.y, value, dz)
-    overwrites = not torch.equal(inputs.logits, inputs.pristine)
-    problems = _problems(value, loss_error, dz, dz_error)
-    if name == OURS and not sites:
-        problems.append("no loss was rewritten")
-    del value, dz
-
-    inputs.restore()
-    return {
-        "extra_bytes": measure.peak_extra_bytes(lambda: inputs.step(function)),
-        "loss_error": loss_error,
-        "dz_error": dz_error,
-        "overwrites_logits": overwrites,
-        "first_call_s": first_call_s,
-        "sites": sites,
-        "problems": problems,
-    }
-
-
-def _problems(value: Tensor, loss_error: float, dz: Tensor, dz_error: float) -> list[str]:
-    """What is wrong with a result. NaN never passes.
-
-    The limit for dz is that of one rounding to its dtype and a twentieth; the loss, a float32 sum of N rows,
-    gets 1e-5.
-    """
-    limits = {
-        "loss": (loss_error, max(1e-5, torch.finfo(value.dtype).eps)),
-        "dz": (dz_error, 1.05 * torch.finfo(dz.dtype).eps / 2),
-    }
-    return [
-        f"{name}: error {error:.1e}, above {limit:.1e}"
-        for name, (error, limit) in limits.items()
-        if not error <= limit
-    ]
 
 
 def method(budget: Budget) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from .measure import Budget, Step
+from ..shared.measure import Budget, Step
 
 T = TypeVar("T")
 

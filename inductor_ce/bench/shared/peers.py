@@ -1,14 +1,17 @@
-"""Adapters of other libraries' cross entropy over given logits, for those that are installed."""
+"""Other libraries: how they are found, and why one does not take part."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.metadata
 from dataclasses import dataclass
 from typing import Any
 
-from .losses import IGNORED, Loss, LossFunction
+DISTRIBUTIONS = {
+    "liger_kernel": "liger-kernel",
+    "quack": "quack-kernels",
+    "cut_cross_entropy": "cut-cross-entropy",
+}
 
 
 @dataclass(frozen=True)
@@ -33,38 +36,6 @@ def find(module: str, name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             return NotOffered(f"{package} is not installed")
         return NotOffered(f"{module} cannot be imported: {type(error).__name__}: {error}")
-
-
-def liger_kernel(loss: Loss) -> LossFunction | NotOffered:
-    """Liger's loss over logits. It writes the gradient over the logits."""
-    module = find("liger_kernel.transformers", "LigerCrossEntropyLoss")
-    if isinstance(module, NotOffered):
-        return module
-    if loss.entropy:
-        return NotOffered("Liger's loss over logits has no entropy")
-    return module(
-        ignore_index=IGNORED,
-        label_smoothing=loss.smoothing,
-        lse_square_scale=loss.z_loss,
-        softcap=loss.soft_cap or None,
-    )
-
-
-def quack(loss: Loss) -> LossFunction | NotOffered:
-    function = find("quack.cross_entropy", "cross_entropy")
-    if isinstance(function, NotOffered):
-        return function
-    if not loss.is_plain:
-        return NotOffered("quack has no smoothing, z-loss, soft-cap or entropy")
-    return functools.partial(function, ignore_index=IGNORED, reduction="mean")
-
-
-PEERS = {"liger_kernel": liger_kernel, "quack": quack}
-DISTRIBUTIONS = {
-    "liger_kernel": "liger-kernel",
-    "quack": "quack-kernels",
-    "cut_cross_entropy": "cut-cross-entropy",
-}
 
 
 def versions() -> dict[str, str | None]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from . import render
-from .tp_systems import BASELINE, MODES, SYSTEMS
-from .tp_tasks import TASKS
+from ..shared.pictures import CUT, bars, finish
+from ..shared.tables import aligned, heading, mb
+from .systems import BASELINE, MODES, SYSTEMS
+from .tasks import TASKS
 
 HEADER = (
     "task",
@@ -30,16 +31,16 @@ LEFT = (0, 1, 2, 9, 11)  # the columns of words
 
 def table(result: dict[str, Any]) -> str:
     """Every number of every shape, and below them what was not measured."""
-    return "\n\n".join([render.heading(result["environment"]), *map(_shape_table, result["shapes"])])
+    return "\n\n".join([heading(result["environment"]), *map(_shape_table, result["shapes"])])
 
 
 def _shape_table(shape: dict[str, Any]) -> str:
-    heading = (
+    title = (
         f"{shape['N']} x {shape['V']} over {shape['ranks']} ranks: "
-        f"logits {render.mb(shape['logits_bytes'])} MB in all; "
+        f"logits {mb(shape['logits_bytes'])} MB in all; "
         f"all-gather of statistics {shape['all_gather_ms']:.3f} ms by itself"
     )
-    lines = [heading, *render.aligned([HEADER, *map(_cells, shape["rows"])], LEFT)]
+    lines = [title, *aligned([HEADER, *map(_cells, shape["rows"])], LEFT)]
     lines += [f"{e['system']} ({e['task']}, {e['mode']}): {e['reason']}" for e in shape["not_measured"]]
     return "\n".join(lines)
 
@@ -54,7 +55,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         "" if row["ratio"] is None else f"{row['ratio']:.3f}",
         f"{row['collective_ms']:.3f}",
         f"{100 * row['collective_ms'] / row['ms']:.0f}%",
-        "" if row["extra_bytes"] is None else render.mb(row["extra_bytes"]),
+        "" if row["extra_bytes"] is None else mb(row["extra_bytes"]),
         ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items()),
         f"{row['first_call_s']:.1f}",
         "; ".join(row["problems"]),
@@ -69,11 +70,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     groups = [f"{task.title}\n{mode}" for task in TASKS.values() for mode in MODES]
     for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
         upper.set_title(f"{shape['N']} x {shape['V']}, {shape['ranks']} ranks")
-        render.bars(upper, _heights(shape, "ratio"), groups, list(SYSTEMS), "{:.2f}", cut=render.CUT)
-        render.bars(lower, _heights(shape, "extra_bytes", 2.0**-20), groups, list(SYSTEMS), "{:.0f}")
-    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {render.CUT})")
+        bars(upper, _heights(shape, "ratio"), groups, list(SYSTEMS), "{:.2f}", cut=CUT)
+        bars(lower, _heights(shape, "extra_bytes", 2.0**-20), groups, list(SYSTEMS), "{:.0f}")
+    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {CUT})")
     axes[1, 0].set_ylabel("extra memory at the peak of a rank, MB\n(not known of CUDA graphs)")
-    render.finish(figure, axes, result, path)
+    finish(figure, axes, result, path)
 
 
 def _heights(shape: dict[str, Any], key: str, scale: float = 1.0) -> dict[tuple[str, str], float]:

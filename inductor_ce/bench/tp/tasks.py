@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from .losses import IGNORED, LOSSES, errors
+from ..shared.losses import IGNORED, LOSSES, errors
 
 IGNORED_EVERY = 17
 D = 4096

@@ -1,0 +1,166 @@
+"""Round `compile_fx`: returned logits leave a graph before it is compiled and come back lazy when it runs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from ..common.compat.dynamo import is_captured, returns_to_program
+from ..common.compat.inductor import inductor_config, uses_cudagraphs
+from ..common.failsafe import attempt
+from ..common.options import LAZY, Options
+from ..rewriting.promises import promise
+from .lazy_inputs import taken_apart
+from .lazy_logits import LazyLogits
+from .pass_slots import LOSSES_SLOT, passes_in
+from .passes import FuseLosses, fuse_losses, publish
+from .report import Report
+from .telling import is_told, telling
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """How one result is put together: a recipe, and for each part whether it is a result, and its number."""
+
+    place: int
+    recipe: Any
+    parts: tuple[tuple[bool, int], ...]
+
+
+def compile_deferring(
+    module: GraphModule,
+    inputs: Sequence[Any],
+    compile: Callable[..., Any],
+    options: Options,
+    patches: dict[str, Any],
+) -> Callable[..., Any]:
+    """compile(module, inputs), with what is fused told, and logits that need not be there returned lazily.
+
+    Here, and not in the pass that fuses, which Inductor's caches spare a warm machine.
+
+    Args:
+        module: as Dynamo captured it.
+        inputs: examples of its inputs.
+        compile: `compile_fx`, which compiles it.
+        options: in force.
+        patches: of Inductor's configuration, under which it compiles.
+    """
+    module, inputs, flatten = taken_apart(module, inputs)
+    report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
+    publish(report, options)
+    with telling():
+        compiled = compile(module, inputs)
+    if flatten is None and finish is None:
+        return compiled
+
+    def run(*args: Any) -> tuple[Any, ...]:
+        given = args if flatten is None else flatten(args)
+        results = compiled(*given)
+        return results if finish is None else finish(given, results)
+
+    return run
+
+
+def deferring(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
+    """`compile_fx` for graphs that Dynamo captured under an installation, and as it was for any other."""
+
+    @functools.wraps(compile_fx)
+    def compile_with_promises(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
+        patches = kwargs.get("config_patches") or {}
+        options = options_in_force(patches)
+        captured = isinstance(model_, GraphModule) and is_captured(model_)
+        if options is None or not captured or is_told():
+            return compile_fx(model_, example_inputs_, *args, **kwargs)
+        again = functools.partial(_with_arguments, compile_fx, args, kwargs)
+        return compile_deferring(model_, example_inputs_, again, options, patches)
+
+    return compile_with_promises
+
+
+def _with_arguments(f: Any, args: Any, kwargs: Any, module: Any, inputs: Any) -> Any:
+    return f(module, inputs, *args, **kwargs)
+
+
+def options_in_force(patches: dict[str, Any]) -> Options | None:
+    """Those of the pass that Inductor's configuration has in this thread, under these patches of it."""
+    slot = patches.get(LOSSES_SLOT, getattr(inductor_config, LOSSES_SLOT))
+    return next((p.options for p in passes_in(slot) if isinstance(p, FuseLosses)), None)
+
+
+def read_and_defer(
+    module: GraphModule, options: Options, copies: bool = False
+) -> tuple[Report, Callable[..., Any] | None]:
+    """What is fused in a captured graph, and what its compiled results are to be put through, if anything.
+
+    Where logits that are returned can be lazy, the graph returns what they are made of instead.
+    """
+    report = Report()
+    finish = None
+    for inner in [m for m in module.modules() if isinstance(m, GraphModule)]:
+        fused, twins = copied(inner)
+        found = fuse_losses(fused, options)
+        report.sites += found.sites
+        report.misses += found.misses
+        may_be_lazy = options.returned_logits == LAZY and not options.verify and returns_to_program(module)
+        if inner is module and found.sites and may_be_lazy:
+            finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, copies)
+    return report, finish
+
+
+def _defer(
+    module: GraphModule, fused: Graph, twins: dict[Node, Node], copies: bool
+) -> Callable[..., Any] | None:
+    promises = promise(module.graph, fused, twins)
+    if not promises:
+        return None
+    output = module.graph.output_node()
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    promised = {p.place: p for p in promises}
+    kept: list[Any] = [r for i, r in enumerate(results) if i not in promised]
+    lazy = []
+    for each in promises:
+        parts = []
+        for part in each.found.parts:
+            if part in inputs:
+                parts.append((False, inputs.index(part)))
+                continue
+            if part not in kept:
+                kept.append(part)
+            parts.append((True, kept.index(part)))
+        lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts)))
+    output.args = (tuple(kept),)
+    module.recompile()
+    return functools.partial(_finished, len(results), tuple(lazy), copies)
+
+
+def _finished(
+    count: int, lazy: tuple[_Lazy, ...], copies: bool, inputs: Sequence[Any], results: Sequence[Any]
+) -> tuple[Any, ...]:
+    """The results that the program is given: of CUDA graphs, which write over theirs, `copies`."""
+    owned: dict[int, Tensor] = {}
+
+    def part(is_result: bool, number: int) -> Tensor:
+        if not is_result:
+            return inputs[number]
+        if number not in owned:
+            owned[number] = results[number].clone() if copies else results[number]
+        return owned[number]
+
+    made = {e.place: LazyLogits.returned(e.recipe, [part(*where) for where in e.parts]) for e in lazy}
+    others = iter(results)
+    return tuple(made[i] if i in made else next(others) for i in range(count))
+
+
+def copied(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:
+    """The graph of a module, to be rewritten without the module noticing, and each node's twin in it."""
+    graph = Graph(owning_module=module)
+    twins: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(module.graph, twins))
+    twins[module.graph.output_node()] = graph.output_node()
+    return graph, twins

@@ -1,0 +1,290 @@
+"""Logits that are made when somebody looks.
+
+A compiled function whose loss needs no logits returns, in their place, what they are made of: hidden states,
+the weight, and the steps between (`rewriting.recipes`). `LazyLogits` holds these behind a tensor of the right
+shape, dtype and device. Questions about it are answered, casts, views and slices of rows stay lazy, some
+reductions go by chunks of rows, and everything else makes the logits, once, and is done to them.
+
+NOTE Gradients. A lazy tensor has a node of its own in autograd's graph, whose backward turns a gradient of
+the logits into those of the parts. What is made of it later is a child of that node. So whatever is done to
+it, by Python or by C++ that knows nothing of it, no gradient is lost: an autograd.Function, hooks,
+`retain_grad`, `torch.autograd.grad(loss, logits)`. A slice of rows goes round that node, straight to its rows
+of the hidden states, or its gradient would have the size of all logits.
+
+NOTE Never a wrong number. The parts are the user's own tensors. When logits are made the version of each must
+be what it was; after an optimizer's step it is not, and an error says so.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..common.compat.graphs import tree_leaves, tree_map, without_torch_function
+from ..common.errors import LazyLogitsError
+from ..rewriting.recipes import Recipe
+from . import lazy_functions
+from .lazy_source import Source
+
+
+class LazyLogits(Tensor):
+    """Logits [..., V] that a compiled function returned beside its loss, made when somebody looks.
+
+    An ordinary tensor to whoever uses it; `is_made` tells whether all logits are in memory.
+    """
+
+    is_lazy_logits = True
+
+    _source: Source
+    _made: Tensor | None
+    _made_version: int
+    _parent: LazyLogits | None  # of which this is another form
+    _viewed: LazyLogits | None  # of which this is a view, by `_path`
+    _path: Callable[[Tensor], Tensor]
+    _views: weakref.WeakSet[LazyLogits]
+    _is_sliced: bool
+
+    @staticmethod
+    def __new__(cls, source: Source) -> LazyLogits:
+        made = Tensor._make_wrapper_subclass(
+            cls, source.shape, dtype=source.recipe.dtype, device=source.parts[0].device
+        )
+        made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
+        made._made, made._made_version, made._is_sliced = None, 0, False
+        return made
+
+    @staticmethod
+    def returned(recipe: Recipe, parts: Sequence[Tensor]) -> LazyLogits:
+        """Logits in the place of those that a compiled function would have returned."""
+        source = Source(recipe, parts)
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return _OfParts.apply(source, *parts)
+        return LazyLogits(source)
+
+    @property
+    def source(self) -> Source:
+        return self._source
+
+    @property
+    def is_made(self) -> bool:
+        return self._made is not None
+
+    def made(self) -> Tensor:
+        """All logits, as an ordinary tensor.
+
+        Raises:
+            LazyLogitsError: what they are made of was changed or freed since.
+        """
+        if self._made is None:
+            if self.requires_grad:
+                self._made = _OfLazy.apply(self, self._source.make_with_graph())
+            else:
+                self._made = self._source.make()
+            self._made_version = self._made._version
+        return self._made
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the logits have been written to since they were made."""
+        return self._made is not None and self._made._version != self._made_version
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the parts stand for this tensor: it is what they make, its gradients are theirs."""
+        if self.is_edited or self._is_watched:
+            return False
+        if not self.requires_grad:
+            return True
+        if not getattr(self.grad_fn, "is_lazy", False):
+            return False
+        return self._parent is None or self._parent.is_ours
+
+    @property
+    def _is_watched(self) -> bool:
+        return bool(self._backward_hooks) or self.retains_grad
+
+    # Views share memory with what they are of, as soon as somebody writes to it
+
+    def form(self, source: Source, path: Callable[[Tensor], Tensor] | None = None) -> LazyLogits:
+        """All of these logits otherwise: a cast, a copy, or, as `path` says, a view."""
+        if torch.is_grad_enabled() and self.requires_grad:
+            made = _OfParent.apply(self, source)
+            made._parent = self
+        else:
+            made = LazyLogits(source)
+        return made if path is None else self._seen(made, path)
+
+    def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor] | None = None) -> LazyLogits:
+        """Some rows of these logits, those of `hidden`: a copy, or, as `path` says, a view."""
+        self._source.check()
+        recipe, (_, *others) = self._source.recipe, self._source.parts
+        if torch.is_grad_enabled() and self.requires_grad:
+            made = LazyLogits.returned(recipe, [hidden, *others])
+            self._is_sliced = True
+        else:
+            made = LazyLogits(Source(recipe, [hidden.detach(), *others]))
+        return made if path is None else self._seen(made, path)
+
+    def _seen(self, view: LazyLogits, path: Callable[[Tensor], Tensor]) -> LazyLogits:
+        view._viewed, view._path = self, path
+        self._views.add(view)
+        return view
+
+    def share_memory_of_views(self) -> None:
+        """Before a write: let this tensor and all views of what it is a view of be in one place."""
+        root = self
+        while root._viewed is not None:
+            root = root._viewed
+        root.made()
+        root._share()
+
+    def refuse_to_be_watched(self) -> None:
+        """Raises LazyLogitsError where a gradient goes round the node of this tensor."""
+        if self._is_sliced:
+            raise LazyLogitsError(
+                "Rows have been taken of logits that were returned lazily, and their gradient does not go by "
+                "way of these logits: set hooks, and retain the gradient, before rows are taken, or use the "
+                'option returned_logits="eager".'
+            )
+
+    def _share(self) -> None:
+        for view in list(self._views):
+            if view._is_watched:
+                raise LazyLogitsError(
+                    "Logits that were returned lazily are written to while a view of them has hooks or "
+                    'retains its gradient. Use the option returned_logits="eager".'
+                )
+            if view._made is None or not view.is_edited:
+                view._made = view._path(self.made())
+                view._made_version = view._made._version
+            view._share()
+
+    # As an input of compiled functions
+
+    def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
+        recipe: Recipe | None = None
+        parts: Sequence[Tensor] = ()
+        if self.is_ours:
+            self._source.check()
+            recipe, parts = self._source.recipe, self._source.parts
+            if not self.requires_grad:
+                parts = [part.detach() for part in parts]
+        else:
+            parts = [self.made()]
+        names = [f"_part{i}" for i in range(len(parts))]
+        for name, part in zip(names, parts, strict=True):
+            setattr(self, name, part)
+        return names, recipe
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
+    ) -> Tensor:
+        if recipe is None:
+            return parts["_part0"]
+        return LazyLogits(Source(recipe, list(parts.values())))
+
+    # What is done to them
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with without_torch_function():
+            if lazy_functions.is_question(func, args):
+                return func(*args, **kwargs)
+            if func in lazy_functions.WATCHES:
+                args[0].refuse_to_be_watched()
+                return func(*args, **kwargs)
+            if func in lazy_functions.DIFFERENTIATE:
+                outputs, *rest = args
+                for watched in _lazy_in((rest, kwargs)):
+                    watched.refuse_to_be_watched()
+                return func(_made(outputs), *rest, **kwargs)
+        result = lazy_functions.lazily(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+        for written in _lazy_in(lazy_functions.written_by(func, args, kwargs)):
+            written.share_memory_of_views()
+        return func(*_made(args), **_made(kwargs))
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """What C++ does to them, below autograd, where the node of this tensor sees to the gradient."""
+        kwargs = kwargs or {}
+        if func in lazy_functions.COPIES and not args[0].is_edited:
+            return LazyLogits(args[0]._source)
+        for written in _lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
+            written.share_memory_of_views()
+        return func(*_values(args), **_values(kwargs))
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        if self.is_made:
+            return repr(self._made)
+        return f"LazyLogits(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not made)"
+
+
+def _lazy_in(tree: Any) -> list[LazyLogits]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, LazyLogits)]
+
+
+def _made(tree: Any) -> Any:
+    return tree_map(lambda x: x.made() if isinstance(x, LazyLogits) else x, tree)
+
+
+def _values(tree: Any) -> Any:
+    return tree_map(lambda x: x.made().detach() if isinstance(x, LazyLogits) else x, tree)
+
+
+# Nodes of autograd's graph
+
+
+class _OfParts(torch.autograd.Function):
+    """Lazy logits of their parts."""
+
+    @staticmethod
+    def forward(ctx: Any, source: Source, *parts: Tensor) -> LazyLogits:
+        ctx.source, ctx.is_lazy = source, True
+        return LazyLogits(source)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        return None, *ctx.source.gradients(_plain(upstream))
+
+
+class _OfParent(torch.autograd.Function):
+    """Lazy logits that are a cast, a copy or another shape of lazy logits."""
+
+    @staticmethod
+    def forward(ctx: Any, parent: LazyLogits, source: Source) -> LazyLogits:
+        ctx.is_lazy, ctx.dtype, ctx.shape = True, parent.dtype, parent.shape
+        return LazyLogits(source)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        return upstream.to(ctx.dtype).reshape(ctx.shape), None
+
+
+class _OfLazy(torch.autograd.Function):
+    """The logits of lazy ones."""
+
+    @staticmethod
+    def forward(ctx: Any, lazy: LazyLogits, made: Tensor) -> Tensor:
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        return upstream, None
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.made() if isinstance(x, LazyLogits) else x

@@ -1,0 +1,1 @@
+"""The loss of given logits: `python -m inductor_ce.bench ce`."""

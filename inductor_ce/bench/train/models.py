@@ -1,0 +1,89 @@
+"""The models: those of transformers, from their configurations, with random weights in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..shared.peers import NotOffered, find
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model and its batch.
+
+    Attributes:
+        name: of the model.
+        B, S: sequences, and tokens of each.
+        V: vocabulary.
+        configuration: the class of transformers' configuration.
+        sizes: what it is given.
+        liger: the function by which Liger patches the model's class.
+    """
+
+    name: str
+    B: int
+    S: int
+    V: int
+    configuration: str
+    sizes: dict[str, Any]
+    liger: str
+
+    @property
+    def logits_bytes(self) -> int:
+        return self.B * self.S * self.V * 2
+
+
+GEMMA = Model(
+    "Gemma 2, 8 layers",
+    B=4,
+    S=2048,
+    V=256000,
+    configuration="Gemma2Config",
+    sizes={
+        "num_hidden_layers": 8,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "attn_implementation": "eager",  # which has the soft-cap of attention
+    },
+    liger="apply_liger_kernel_to_gemma2",
+)
+QWEN = Model(
+    "Qwen 2.5 0.5B",
+    B=8,
+    S=2048,
+    V=151936,
+    configuration="Qwen2Config",
+    sizes={
+        "num_hidden_layers": 24,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    liger="apply_liger_kernel_to_qwen2",
+)
+MODELS = {"gemma": GEMMA, "qwen": QWEN}
+
+
+def make(model: Model, device: str = "cuda") -> tuple[nn.Module, Tensor] | NotOffered:
+    """(the model, its input_ids [B, S]), or why it cannot be had."""
+    configuration: Callable[..., Any] | NotOffered = find("transformers", model.configuration)
+    auto: Any = find("transformers", "AutoModelForCausalLM")
+    for found in (configuration, auto):
+        if isinstance(found, NotOffered):
+            return found
+    assert not isinstance(configuration, NotOffered)
+    torch.manual_seed(0)
+    with torch.device(device):
+        made = auto.from_config(configuration(vocab_size=model.V, **model.sizes), dtype=torch.bfloat16)
+        tokens = torch.randint(0, model.V, (model.B, model.S))
+    return made, tokens

@@ -1,0 +1,160 @@
+"""The loop over models and systems: each is compiled afresh in every round, after the first from caches."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...api.counts import counted, forget_counts
+from ..shared.compilers import BASELINE
+from ..shared.measure import median_and_spread
+from ..shared.peers import NotOffered
+from .models import Model, make
+from .systems import System
+
+METHOD = {
+    "step": "loss = model(input_ids=x, labels=x).loss; loss.backward(); the gradients are dropped",
+    "ms": "between CUDA events round a step, the host ahead by what it does while the GPU works",
+    "host_ms": "of the host's clock for the calls of a step alone",
+    "peak_bytes": "torch.cuda.max_memory_allocated over the steps, model and gradients included",
+}
+
+
+@dataclass(frozen=True)
+class Length:
+    """Rounds, and in each of them steps that are not counted and steps that are."""
+
+    rounds: int
+    warm_up: int = 3
+    steps: int = 8
+
+
+@dataclass
+class _Round:
+    loss: float
+    gradient_norm: float
+    logits: str
+    ms: float
+    host_ms: float
+    peak_bytes: int
+    first_call_s: float
+    counts: dict[str, int]
+
+
+def table(models: Sequence[Model], systems: Sequence[System], length: Length) -> Iterator[dict[str, Any]]:
+    """One case for each model: a row for each system, and why others did not run."""
+    for model in models:
+        made = make(model)
+        case = {"model": model.name, "B": model.B, "S": model.S, "V": model.V, "rows": [], "not_measured": []}
+        case["logits_bytes"] = model.logits_bytes
+        if isinstance(made, NotOffered):
+            case["not_measured"] = [{"system": s.name, "reason": made.reason} for s in systems]
+        else:
+            rounds, refused = _rounds(model, *made, systems, length)
+            case["rows"] = _rows(rounds)
+            case["not_measured"] = [{"system": n, "reason": r} for n, r in refused.items()]
+        del made
+        yield case
+
+
+def _rounds(
+    model: Model, made: nn.Module, tokens: Tensor, systems: Sequence[System], length: Length
+) -> tuple[dict[str, list[_Round]], dict[str, str]]:
+    found: dict[str, list[_Round]] = {system.name: [] for system in systems}
+    refused: dict[str, str] = {}
+    for i in range(length.rounds):
+        for system in list(systems)[:: -1 if i % 2 else 1]:
+            if system.name in refused:
+                continue
+            with system.of(model, made) as refusal:
+                try:
+                    result = refusal or _round(made, tokens, length)
+                except Exception as error:  # a peer may raise anything; ours is told as a failure
+                    result = NotOffered.because(error)
+            if isinstance(result, NotOffered):
+                refused[system.name] = result.reason
+            else:
+                found[system.name].append(result)
+            _forget(made)
+    return {name: rounds for name, rounds in found.items() if rounds}, refused
+
+
+def _round(made: nn.Module, tokens: Tensor, length: Length) -> _Round:
+    compiled = torch.compile(made)
+    forget_counts()
+    start = time.perf_counter()
+    out = compiled(input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    torch.cuda.synchronize()
+    first_call_s = time.perf_counter() - start
+    loss, kind = out.loss.item(), type(out.logits).__name__
+    squares = [p.grad.double().square().sum() for p in made.parameters() if p.grad is not None]
+    norm = torch.stack(squares).sum().sqrt().item()
+    del out, squares
+    made.zero_grad(set_to_none=True)
+    for _ in range(length.warm_up):
+        _step(compiled, made, tokens)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    timed = [_timed(compiled, made, tokens) for _ in range(length.steps)]
+    ms, host_ms = (median_and_spread(column)[0] for column in zip(*timed, strict=True))
+    peak = torch.cuda.max_memory_allocated()
+    return _Round(loss, norm, kind, ms, host_ms, peak, first_call_s, counted())
+
+
+def _step(compiled: Any, made: nn.Module, tokens: Tensor) -> None:
+    out = compiled(input_ids=tokens, labels=tokens)
+    out.loss.backward()
+    made.zero_grad(set_to_none=True)
+
+
+def _timed(compiled: Any, made: nn.Module, tokens: Tensor) -> tuple[float, float]:
+    """(ms on the GPU, ms of the host)"""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    before = time.perf_counter()
+    _step(compiled, made, tokens)
+    host_ms = 1e3 * (time.perf_counter() - before)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end), host_ms
+
+
+def _forget(made: nn.Module) -> None:
+    made.zero_grad(set_to_none=True)
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _rows(rounds: dict[str, list[_Round]]) -> list[dict[str, Any]]:
+    rows = []
+    base = rounds.get(BASELINE)
+    for name, found in rounds.items():
+        ms, spread = median_and_spread([r.ms for r in found])
+        row: dict[str, Any] = {
+            "system": name,
+            "ms": ms,
+            "spread": spread,
+            "host_ms": median_and_spread([r.host_ms for r in found])[0],
+            "peak_bytes": max(r.peak_bytes for r in found),
+            "loss": found[0].loss,
+            "gradient_norm": found[0].gradient_norm,
+            "logits": found[0].logits,
+            "first_call_s": found[0].first_call_s,
+            "counts": found[0].counts,
+            "round_ms": [r.ms for r in found],
+        }
+        if base is not None:
+            row["ratio"] = ms / median_and_spread([r.ms for r in base])[0]
+            row["peak_ratio"] = row["peak_bytes"] / max(r.peak_bytes for r in base)
+            row["loss_difference"] = abs(row["loss"] - base[0].loss)
+            row["gradient_difference"] = abs(row["gradient_norm"] / base[0].gradient_norm - 1)
+        rows.append(row)
+    return rows

@@ -1,0 +1,312 @@
+"""Rows: the statistics that one `row_stats` packs, and all that any of them is.
+
+A statistic is one entry of the table below. From it the operators, their loops and their templates take what
+a column adds to it and what the gradient of that is, and `combine` how blocks of columns make a row.
+
+    gap = z_i - m      exp = exp(gap)      q = the column's weight      c = the gradient that reaches the row
+
+An expression over these, with + and *, is Python over tensors and Triton alike; `limit(x)` is x, but 0 where
+gap is -inf, as that is the limit of what it is written round.
+
+NOTE The law. A sum over a block of columns is moved to the maximum of the whole row, which is `rise` above
+the block's: gap becomes gap + rise and exp becomes exp e^rise, so that
+
+    moved = (own + beside rise) e^rise,     the factor where the terms have exp, `beside` where they have gap,
+
+and the sums add up. `beside` is the same sum without gap: the number of columns, sumexp, or a mass.
+"""
+
+from __future__ import annotations
+
+import ast
+import enum
+import itertools
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class Per(enum.Enum):
+    """What a `row_stats` has one such row for."""
+
+    CALL = enum.auto()
+    LABEL = enum.auto()
+    WEIGHT = enum.auto()
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """One entry of the table.
+
+    Attributes:
+        name: in the argument `which` of the operators.
+        per: of what there is one.
+        term: what a column adds; None for what is no sum.
+        slope: what a column's gradient gains; None for 0.
+        beside: the name of the statistic that meets the rise, or COUNT.
+        has_exp: whether the terms have exp.
+        held: what a sweep has anyway: MAXIMUM, or FIRST, the first column with it.
+        at: the name of the statistic that says which column alone has a gradient, c; None for none.
+    """
+
+    name: str
+    per: Per = Per.CALL
+    term: str | None = None
+    slope: str | None = None
+    beside: str | None = None
+    has_exp: bool = False
+    held: str | None = None
+    at: str | None = None
+
+
+COUNT = "count"
+MAXIMUM, FIRST = "maximum", "first"
+
+MAX = Statistic("max", held=MAXIMUM)
+SUMEXP = Statistic("sumexp", term="exp", slope="c * exp", has_exp=True)
+PICK = Statistic("pick", Per.LABEL)
+SUM = Statistic("sum", term="gap", slope="c", beside=COUNT)
+SUMEXPZ = Statistic(
+    "sumexpz",
+    term="limit(gap * exp)",
+    slope="c * limit((gap + 1) * exp)",
+    beside="sumexp",
+    has_exp=True,
+)
+ARGMAX = Statistic("argmax", held=FIRST)
+TOP = Statistic("top", held=MAXIMUM, at="argmax")
+DOT = Statistic("dot", Per.WEIGHT, term="q * gap", slope="c * q", beside="mass")
+MASS = Statistic("mass", Per.WEIGHT, term="q")
+EXPDOT = Statistic("expdot", Per.WEIGHT, term="q * exp", slope="c * q * exp", has_exp=True)
+
+# In the order of the packed result.
+ALWAYS = (MAX, SUMEXP)
+OPTIONAL = (SUM, SUMEXPZ, ARGMAX, TOP)
+WEIGHED = (DOT, MASS, EXPDOT)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A statistic, and of which label or weight tensor it is, if of any."""
+
+    statistic: Statistic
+    index: int | None = None
+
+    def __str__(self) -> str:
+        weighed = self.statistic.per is Per.WEIGHT
+        return f"{self.statistic.name}:{self.index}" if weighed else self.statistic.name
+
+    @property
+    def is_sum(self) -> bool:
+        return self.statistic.term is not None
+
+    @property
+    def slope(self) -> str:
+        """Of a row that has one."""
+        assert self.statistic.slope is not None
+        return self.statistic.slope
+
+    @property
+    def is_maximum(self) -> bool:
+        return self.statistic.held == MAXIMUM
+
+    # In the templates
+
+    @property
+    def variable(self) -> str:
+        """A lane's part of the sum; sumexp's is in any case."""
+        return "d" if self.statistic == SUMEXP else f"sum_{self}".replace(":", "_")
+
+    @property
+    def beside_variable(self) -> str:
+        beside = self.beside
+        return "seen" if self.is_beside_count else "" if beside is None else beside.variable
+
+    @property
+    def is_beside_count(self) -> bool:
+        return self.statistic.beside == COUNT
+
+    @property
+    def triton_term(self) -> str:
+        return in_triton(self.statistic.term or "")
+
+    @property
+    def triton_slope(self) -> str:
+        return in_triton(self.slope)
+
+    @property
+    def is_infinite_at_minus_infinity(self) -> bool:
+        """Whether the term is infinite, or NaN, where gap is -inf, as in columns that are dropped."""
+        return self.statistic.beside is not None and not self.statistic.has_exp
+
+    @property
+    def beside(self) -> Row | None:
+        """The row that meets the rise, where one does; for COUNT there is none."""
+        known = {s.name: s for s in (*ALWAYS, *WEIGHED)}
+        statistic = known.get(self.statistic.beside or "")
+        return None if statistic is None else Row(statistic, self.index)
+
+
+@dataclass(frozen=True, repr=False)
+class Rows:
+    """The rows of a packed result [K, N], in its order."""
+
+    rows: tuple[Row, ...]
+
+    @staticmethod
+    def of(n_labels: int, *others: Row) -> Rows:
+        """Those of every call, with so many labels and `others`, in any order."""
+        order = [*OPTIONAL, *WEIGHED]
+
+        def place(row: Row) -> tuple[int, int]:
+            return -1 if row.index is None else row.index, order.index(row.statistic)
+
+        picks = [Row(PICK, j) for j in range(n_labels)]
+        return Rows((*map(Row, ALWAYS), *picks, *sorted(others, key=place)))
+
+    @staticmethod
+    def decode(text: str, n_labels: int, n_weights: int = 0, of_gradient: bool = False) -> Rows:
+        """The rows of an operator's argument `which`; `row_grad` has a label more for each that is `told`.
+
+        Raises:
+            ValueError: a row is unknown, misplaced or missing.
+        """
+        names = text.split(",")
+        if of_gradient:
+            n_labels -= sum(s.name in names for s in OPTIONAL if s.at is not None)
+        weighed = [[Row(s, j) for s in WEIGHED if str(Row(s, j)) in names] for j in range(n_weights)]
+        optional = [Row(s) for s in OPTIONAL if s.name in names]
+        rows = Rows.of(n_labels, *optional, *itertools.chain(*weighed))
+        told = all(s.at is None or s.at in names for s in OPTIONAL if s.name in names)
+        if rows.encode() != text or not all(weighed) or not told:
+            raise ValueError(
+                f"which={text!r} with {n_labels} label tensor(s) and {n_weights} weight tensor(s); expected "
+                f"'max,sumexp' + ',pick' per label tensor"
+                + "".join(f" [+ ',{s.name}']" for s in OPTIONAL)
+                + " + some of "
+                + " ".join(f"',{s.name}:j'" for s in WEIGHED)
+                + " per weight tensor j"
+            )
+        return rows
+
+    def encode(self) -> str:
+        return ",".join(map(str, self.rows))
+
+    def __repr__(self) -> str:
+        """A literal: what a template is given is a constant of its code too."""
+        return repr(self.encode())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __contains__(self, statistic: Statistic) -> bool:
+        return any(row.statistic == statistic for row in self.rows)
+
+    def index(self, statistic: Statistic, index: int | None = None) -> int:
+        """The place of a row."""
+        return self.rows.index(Row(statistic, index))
+
+    @property
+    def labels(self) -> int:
+        """How many label tensors there are."""
+        return sum(row.statistic == PICK for row in self.rows)
+
+    @property
+    def hits(self) -> list[tuple[int, int]]:
+        """(row, label) for each label of `row_grad`: those given, and then the columns that `at` tells."""
+        given = [(self.rows.index(row), row.index or 0) for row in self.rows if row.statistic == PICK]
+        return given + [(k, len(given) + i) for i, (k, _) in enumerate(self.told)]
+
+    @property
+    def has_first(self) -> bool:
+        return any(row.statistic.held == FIRST for row in self.rows)
+
+    # In the templates
+
+    @property
+    def label_names(self) -> list[str]:
+        return [f"labels_{j}" for j in range(self.labels)]
+
+    @property
+    def hit_names(self) -> list[str]:
+        return [f"labels_{j}" for _, j in self.hits]
+
+    @property
+    def weight_names(self) -> list[str]:
+        weights = {row.index for row in self.rows if row.statistic.per is Per.WEIGHT}
+        return [f"weights_{j}" for j in range(len(weights))]
+
+    @property
+    def sums_after_sumexp(self) -> list[Row]:
+        return [row for _, row in self.sums if row.statistic != SUMEXP]
+
+    @property
+    def after_labels(self) -> list[tuple[int, Row]]:
+        return [(k, row) for k, row in enumerate(self.rows) if k >= len(ALWAYS) + self.labels]
+
+    # Of the gradient
+
+    @property
+    def told(self) -> list[tuple[int, int]]:
+        """(row, row that tells its column) for each row whose gradient is that of one column."""
+        names = {row.statistic.name: k for k, row in enumerate(self.rows)}
+        return [(k, names[at]) for k, row in enumerate(self.rows) if (at := row.statistic.at) is not None]
+
+    @property
+    def has_more(self) -> bool:
+        """Whether a sweep holds more than the maximum, sumexp and a sum."""
+        return any(row.statistic not in (*ALWAYS, PICK, SUM) for row in self.rows)
+
+    @property
+    def slopes(self) -> list[tuple[int, Row]]:
+        """The rows with a gradient in every column, but for sumexp, each with its place."""
+        return [(k, row) for k, row in self.sums if row.statistic != SUMEXP and row.statistic.slope]
+
+    @property
+    def sums(self) -> list[tuple[int, Row]]:
+        """The sums, each with its place."""
+        return [(k, row) for k, row in enumerate(self.rows) if row.is_sum]
+
+    def closed(self, known: Container[int] = ()) -> Rows:
+        """With all rows that these combine beside, but the masses that are known."""
+        rows: list[Row] = []
+        for row in self.rows:
+            rows.append(row)
+            beside = row.beside
+            if beside is not None and beside not in self.rows and beside.index not in known:
+                rows.append(beside)
+        return Rows(tuple(rows))
+
+
+def evaluated(
+    expression: str,
+    names: Mapping[str, Any],
+    add: Callable[[Any, Any], Any],
+    mul: Callable[[Any, Any], Any],
+    limit: Callable[[Any], Any],
+) -> Any:
+    """An expression of the table, over whatever `names` stand for."""
+
+    def of(node: ast.expr) -> Any:
+        match node:
+            case ast.Name(name):
+                return names[name]
+            case ast.Constant(value):
+                return value
+            case ast.Call(args=[argument]):
+                return limit(of(argument))
+            case ast.BinOp(left, ast.Add(), right):
+                return add(of(left), of(right))
+            case ast.BinOp(left, ast.Mult(), right):
+                return mul(of(left), of(right))
+        raise AssertionError(f"{expression} is beyond the language of the table")
+
+    return of(ast.parse(expression, mode="eval").body)
+
+
+def in_triton(expression: str) -> str:
+    """An expression of the table as Triton's."""
+    return expression.replace("limit(", 'tl.where(gap == float("-inf"), 0.0, ')

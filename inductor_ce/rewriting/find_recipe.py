@@ -1,0 +1,346 @@
+"""Find the recipe of logits in a graph: from the logits back to the hidden states and the inputs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..common.compat.graphs import enter_autocast, exit_autocast, is_plain_tensor
+from ..graph.builder import Builder
+from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline, written_by
+from ..reading import spellings
+from ..reading.steps import Step, View
+from .recipes import Instruction, Of, Recipe
+
+
+class NoRecipe(Exception):
+    """Why logits cannot be made again, in words."""
+
+
+@dataclass
+class Found:
+    """The recipe of a node of a graph, and the nodes that are its parts.
+
+    The first are hidden states as the node's rows are arranged: the same tensor, or views of it that `build`
+    has added to the graph.
+    """
+
+    recipe: Recipe
+    parts: list[Node]
+    product: Node
+
+
+# Views of rows, which leave the classes last. Of the first two the sizes are given.
+_SIZED = {"view", "reshape"}
+_OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "select"}
+
+_MOST_STEPS = 16
+
+
+@dataclass
+class _Search:
+    """One search through a graph, from the logits back to the hidden states and the inputs."""
+
+    timeline: Timeline
+    build: Builder
+    parts: list[Node] = field(default_factory=list)
+    steps: list[tuple[Node | None, Instruction]] = field(default_factory=list)
+    known: dict[Node, Any] = field(default_factory=dict)  # a node -> a part or the number of a step
+    switches: set[Any] = field(default_factory=set)
+    product: Node | None = None
+    hidden: Node | None = None
+    classes: int = 0
+
+    def unchanged(self, node: Node, since: Node) -> bool:
+        """Whether a tensor is at the end of the graph what it is just after the node `since`."""
+        return self.timeline.unchanged(node, since, len(self.timeline.nodes))
+
+
+def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
+    """How the tensor [..., V] of a node is made again. `build` adds the views of hidden states that it needs.
+
+    Raises NoRecipe.
+    """
+    search = _Search(timeline, build)
+    size = constant(shape_of(node)[-1])
+    if size is None:
+        raise NoRecipe("their number of classes is symbolic")
+    search.classes = size
+    hidden = _rows(search, node)
+    assert search.hidden is not None
+    assert search.product is not None
+    parts = [hidden, *(p for p in search.parts if p is not search.hidden)]
+    number = {search.hidden: 0} | {p: i for i, p in enumerate(parts) if i}
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, Of):
+            return Of(len(parts) + value.index)
+        if isinstance(value, Node):
+            return Of(number[value])
+        if isinstance(value, (tuple, list)):
+            return tuple(placed(v) for v in value)
+        return value
+
+    steps = tuple(
+        Instruction(step.target, placed(step.args), tuple((k, placed(v)) for k, v in step.kwargs))
+        for _, step in search.steps
+    )
+    if len(search.switches) > 1:
+        raise NoRecipe("autocast begins or ends between the steps by which they are made")
+    (autocast,) = search.switches
+    example = tensor_of(node)
+    assert example is not None
+    names = ("the hidden states", *(_name(p) for p in parts[1:]))
+    return Found(Recipe(names, steps, size, example.dtype, autocast), parts, search.product)
+
+
+def _name(part: Node) -> str:
+    source = getattr(part, "_dynamo_source", None)
+    name = getattr(source, "name", part.name)
+    shape = "x".join(map(str, shape_of(part)))
+    return f"{name() if callable(name) else name} [{shape}]"
+
+
+# The rows: what has the vocabulary on its last dimension
+
+
+def _rows(search: _Search, node: Node) -> Node:
+    """Take in the steps that make `node`. Returns the hidden states, arranged as its rows are."""
+    if len(search.steps) > _MOST_STEPS:
+        raise NoRecipe("too many steps make them")
+    example = tensor_of(node)
+    if example is None or not is_plain_tensor(example):
+        raise NoRecipe("they are no plain tensor")
+    if not search.unchanged(node, node):
+        raise NoRecipe("they are changed in place")
+    spelled = spellings.read(node)
+    product = _product(search, node, spelled)
+    if product is not None:
+        return product
+    if spelled is None or any(written_by(node)):
+        raise NoRecipe(f"they are made by {_called(node)}")
+    step, args = spelled
+    source = args.get("input")
+    if _called(node) in _OF_ROWS and isinstance(source, Node):
+        return _rearranged(search, node, source)
+    if step.name == "detach" and isinstance(source, Node):
+        hidden = _rows(search, source)
+        _add(search, node, Instruction("detach", (Of(len(search.steps) - 1),)))
+        return hidden
+    if step.view is View.SAME and isinstance(source, Node):
+        return _cast(search, node, source)
+    if _is_elementwise(step):
+        return _elementwise(search, node)
+    raise NoRecipe(f"they are made by {_called(node)}")
+
+
+def _called(node: Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _add(search: _Search, node: Node | None, step: Instruction) -> None:
+    if node is not None:
+        search.switches.add(_autocast_at(search, node))
+    search.steps.append((node, step))
+
+
+def _autocast_at(search: _Search, node: Node) -> tuple[str, torch.dtype, bool]:
+    """(device type, dtype, whether it is on) of autocast where a node runs."""
+    example = tensor_of(node)
+    assert example is not None
+    device = example.device.type
+    state = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+    entered = []
+    for other in search.timeline.nodes[: search.timeline.position[node]]:
+        if other.target is enter_autocast:
+            entered.append(other.args)
+        elif other.target is exit_autocast:
+            entered.pop()
+    for kind, dtype, enabled, *_ in (args for args in entered if args[0] == device):
+        state = (kind, dtype or state[1], bool(enabled))
+    return state
+
+
+def _cast(search: _Search, node: Node, source: Node) -> Node:
+    hidden = _rows(search, source)
+    before, after = tensor_of(source), tensor_of(node)
+    assert before is not None
+    assert after is not None
+    if before.device != after.device:
+        raise NoRecipe("they are moved to another device")
+    if before.dtype != after.dtype:
+        _add(search, node, Instruction("to", (Of(len(search.steps) - 1), after.dtype)))
+    return hidden
+
+
+def _rearranged(search: _Search, node: Node, source: Node) -> Node:
+    """A view of rows, done to the hidden states instead."""
+    before, after = shape_of(source), shape_of(node)
+    if not before or not after or not (equal(before[-1], after[-1]) and equal(after[-1], search.classes)):
+        raise NoRecipe(f"{_called(node)} cuts or moves the classes")
+    if any(tensor_of(a) is not None for a in node.all_input_nodes if a is not source):
+        raise NoRecipe(f"{_called(node)} chooses rows by a tensor")
+    hidden = _rows(search, source)
+    width = constant(shape_of(hidden)[-1])
+    if width is None:
+        raise NoRecipe("the hidden size is symbolic")
+    arguments = tuple(node.args[1:])
+    if _called(node) in _SIZED:
+        arguments = _with_width(arguments, search.classes, width)
+    moved = search.build(node.target, hidden, *arguments, **node.kwargs)
+    example = tensor_of(moved)
+    assert example is not None
+    if not same_shape(example.shape[:-1], after[:-1]) or not equal(example.shape[-1], width):
+        raise NoRecipe(f"{_called(node)} cuts or moves the classes")
+    return moved
+
+
+def _with_width(sizes: tuple[Any, ...], classes: int, width: Any) -> tuple[Any, ...]:
+    """The sizes of logits as those of hidden states: V, which comes last, is D."""
+    *first, last = sizes
+    if isinstance(last, (tuple, list)):
+        last = _with_width(tuple(last), classes, width)
+    else:
+        size = last.meta.get("example_value") if isinstance(last, Node) else last
+        last = width if size == classes else last
+    return (*first, last)
+
+
+def _is_elementwise(step: Step) -> bool:
+    """Whether a step is a function of each element."""
+    return step.view is None and (step.in_chain or step.commutes)
+
+
+def _elementwise(search: _Search, node: Node) -> Node:
+    """A function of each element, of logits beside numbers and what all rows share."""
+    wide = [a for a in node.all_input_nodes if _is_wide(search, a, node)]
+    if len(wide) != 1:
+        raise NoRecipe(f"{_called(node)} joins them with other rows")
+    (source,) = wide
+    hidden = _rows(search, source)
+    logits = Of(len(search.steps) - 1)
+
+    def argument(a: Node) -> Any:
+        return logits if a is source else _shared(search, a)
+
+    args, kwargs = map_arg((node.args, node.kwargs), argument)
+    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    return hidden
+
+
+def _is_wide(search: _Search, source: Node, node: Node) -> bool:
+    """Whether a source has rows; raises NoRecipe where some of it differs from row to row, but not all."""
+    shape = tensor_of(source)
+    if shape is None:
+        raise NoRecipe(f"{_called(node)} reads what is no tensor")
+    sizes = tuple(shape.shape)
+    if len(sizes) == len(shape_of(node)) and same_shape(sizes, shape_of(node)):
+        return math.prod(sizes[:-1]) != 1 or not _is_shared(sizes, search.classes)
+    if not _is_shared(sizes, search.classes):
+        raise NoRecipe(f"{_called(node)} takes a number for each row")
+    return False
+
+
+def _is_shared(sizes: tuple[Any, ...], classes: int) -> bool:
+    """Whether a tensor of these sizes is the same for all rows: one number, or one a class."""
+    if not sizes:
+        return True
+    return all(equal(s, 1) for s in sizes[:-1]) and (equal(sizes[-1], 1) or equal(sizes[-1], classes))
+
+
+# Products
+
+
+def _product(search: _Search, node: Node, spelled: Any) -> Node | None:
+    """The hidden states of a linear layer, whose step is taken in; None for any other node."""
+    found = _factors(node, spelled)
+    if found is None:
+        return None
+    hidden, target, args = found
+    if not same_shape(shape_of(hidden)[:-1], shape_of(node)[:-1]):
+        raise NoRecipe("their linear layer moves the rows")
+    example = tensor_of(hidden)
+    if example is None or not is_plain_tensor(example):
+        raise NoRecipe("they are no plain tensor")
+    if not search.unchanged(hidden, node):
+        raise NoRecipe("the hidden states are changed in place")
+    search.product, search.hidden = node, hidden
+    made = tuple(hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in args)
+    _add(search, node, Instruction(target, made))
+    return hidden
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node is a linear layer that a recipe can have."""
+    return _factors(node, spellings.read(node)) is not None
+
+
+def is_form(node: Node, classes: int) -> bool:
+    """Whether a node may be what a step of a recipe makes: all or some rows of logits in some form."""
+    example, spelled = tensor_of(node), spellings.read(node)
+    if example is None or spelled is None or not example.is_floating_point() or not example.dim():
+        return False
+    step, _ = spelled
+    known = _called(node) in _OF_ROWS or step.view is View.SAME or _is_elementwise(step)
+    return known and equal(example.shape[-1], classes)
+
+
+def _factors(node: Node, spelled: Any) -> tuple[Node, Callable[..., Any], tuple[Any, ...]] | None:
+    """(hidden states, function, its arguments) of a linear layer."""
+    if node.op == "call_function" and node.target is F.linear:
+        names = ("input", "weight", "bias")
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        hidden: Any = given["input"]
+        return hidden, F.linear, (hidden, given["weight"], given.get("bias"))
+    if node.op == "call_function" and node.target is torch.addmm and not node.kwargs:
+        bias, hidden, columns = node.args
+        return hidden, torch.addmm, (bias, hidden, columns)
+    if spelled is not None and spelled[0].name == "matmul":
+        hidden, columns = spelled[1].get("input"), spelled[1].get("other")
+        example = tensor_of(columns)
+        if example is not None and example.dim() == 2 and isinstance(hidden, Node):
+            return hidden, torch.matmul, (hidden, columns)
+    return None
+
+
+def _shared(search: _Search, node: Node) -> Any:
+    """What all rows share: an input of the graph, or made of inputs by steps that cost nothing to repeat."""
+    if node in search.known:
+        return search.known[node]
+    if not search.unchanged(node, node):
+        raise NoRecipe(f"{node.name} is changed in place")
+    spelled = spellings.read(node)
+    source = spelled[1].get("input") if spelled is not None else None
+    if node.op not in ("placeholder", "get_attr") and spelled is not None and spelled[0].view is not None:
+        made = _repeated(search, node, source)
+        if made is not None:
+            return made
+    search.parts.append(node)
+    search.known[node] = node
+    return node
+
+
+def _repeated(search: _Search, node: Node, source: Any) -> Any:
+    """A cast or view of an input, as a step; None where it is of something else."""
+    root = source
+    while isinstance(root, Node) and root.op not in ("placeholder", "get_attr"):
+        spelled = spellings.read(root)
+        if spelled is None or spelled[0].view is None:
+            return None
+        root = spelled[1].get("input")
+    others = [a for a in node.all_input_nodes if a is not source]
+    if not isinstance(root, Node) or others or not isinstance(source, Node):
+        return None
+    of = _shared(search, source)
+    args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
+    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    search.known[node] = Of(len(search.steps) - 1)
+    return search.known[node]

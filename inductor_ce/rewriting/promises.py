@@ -1,0 +1,107 @@
+"""Returned logits that need not be there: which of a graph's results are promised, made when somebody looks.
+
+The losses of a graph are fused in a scratch copy of it. Where nothing but their statistics and the results
+of the graph then has logits, the results that are forms of them are replaced by what they are made of: the
+hidden states, a plain differentiable result in their place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.findings import name_of, where_is
+from ..graph.builder import Builder
+from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from .escapes import read_by
+from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
+
+LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
+EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
+FACT = "inductor_ce_returned"  # in a node's meta: what became of logits that are returned
+
+
+@dataclass(frozen=True)
+class Promise:
+    """The result at `place` of a graph, as lazy logits of parts, which are inputs or results of the graph."""
+
+    place: int
+    found: Found
+
+
+def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise]:
+    """The results of `graph` that are promised; views that their parts need are added to it.
+
+    Each node of logits that are returned is told what became of it, in its meta.
+
+    Args:
+        graph: as Dynamo captured it.
+        fused: a copy of it whose losses are fused.
+        twins: the node of the copy for each node of the graph.
+    """
+    promises: list[Promise] = []
+    results: Any = graph.output_node().args[0]
+    for product in dict.fromkeys(
+        filter(None, map(_product_of, fused.find_nodes(op="call_function", target=ops.ROW_STATS)))
+    ):
+        forms = _forms_of(product)
+        own = [node for node in graph.nodes if twins.get(node) in forms]
+        places = [i for i, result in enumerate(results) if result in own]
+        if not places:
+            continue
+        build = Builder(graph, graph.output_node(), like=own[0])
+        why = _reader(forms)
+        made: list[Promise] = []
+        if not why:
+            try:
+                timeline = Timeline(graph)
+                made = [Promise(i, recipe_of(timeline, results[i], build)) for i in places]
+            except NoRecipe as reason:
+                build.undo()
+                why = str(reason)
+        promises += made
+        for node in own:
+            node.meta[FACT] = EAGER.format(why=why) if why else LAZY
+    return promises
+
+
+def _product_of(stats: Node) -> Node | None:
+    """The linear layer that makes the logits of a `row_stats`."""
+    node = stats.args[0]
+    assert isinstance(node, Node)
+    classes = constant(shape_of(node)[-1])
+    while classes is not None and not is_product(node):
+        wide = [a for a in node.all_input_nodes if _is_large(a, node)]
+        if len(wide) != 1 or not is_form(node, classes):
+            return None
+        (node,) = wide
+    return node if classes is not None else None
+
+
+def _is_large(source: Node, node: Node) -> bool:
+    """Whether a source has the elements of a node, not a number for all or one for each class."""
+    example = tensor_of(source)
+    return example is not None and example.dim() > 1 and shape_of(source)[-1:] == shape_of(node)[-1:]
+
+
+def _forms_of(product: Node) -> set[Node]:
+    classes = constant(shape_of(product)[-1])
+    assert classes is not None
+    found = {product}
+    frontier = [product]
+    while frontier:
+        fresh = [user for user in frontier.pop().users if user not in found and is_form(user, classes)]
+        found.update(fresh)
+        frontier += fresh
+    return found
+
+
+def _reader(forms: set[Node]) -> str:
+    """Who else reads logits, beside the statistics and whoever is given the results of the graph."""
+    users = (user for node in forms for user in node.users if node in read_by(user))
+    others = (u for u in users if u not in forms and u.op != "output" and u.target is not ops.ROW_STATS)
+    return next((f"they are also used by {name_of(u)} {where_is(u)}" for u in others), "")

@@ -1,0 +1,121 @@
+"""Recipes: how logits that a graph returns are made again from what they were made of.
+
+    z = chain(product(h, W))      with h [..., D], W [V, D], and a chain of casts, scale, bias, soft-cap
+
+A row of such logits is made of the same row of the hidden states and of things that no row has for itself, so
+rows can be made in any number and order. A recipe is data: graphs from caches and later calls of one
+compiled function have equal ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.builder import Builder
+from ..graph.shapes import shape_of
+
+
+@dataclass(frozen=True)
+class Of:
+    """In the arguments of a step: the value of this number, parts first, then the results of steps."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A torch callable, or the Tensor method of a name, and its arguments."""
+
+    target: Callable[..., Any] | str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Logits [..., V] from parts, of which the first are the hidden states [..., D].
+
+    Attributes:
+        parts: what the parts are called in messages.
+        steps: what is done; the last result are the logits of rows [n, V].
+        classes: V.
+        dtype: of the logits.
+        autocast: (device type, dtype, whether it is on) under which the steps run.
+    """
+
+    parts: tuple[str, ...]
+    steps: tuple[Instruction, ...]
+    classes: int
+    dtype: torch.dtype
+    autocast: tuple[str, torch.dtype, bool]
+
+    def make(self, parts: Sequence[Tensor]) -> Tensor:
+        """The logits [..., V], contiguous, of hidden states [..., D] and the other parts."""
+        hidden, *others = parts
+        lead = hidden.shape[:-1]
+        values: list[Any] = [hidden.reshape(-1, hidden.shape[-1]), *others]
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False):
+            for step in self.steps:
+                args, kwargs = _filled(step.args, values), _filled(dict(step.kwargs), values)
+                if isinstance(step.target, str):
+                    receiver, *args = args
+                    values.append(getattr(receiver, step.target)(*args, **kwargs))
+                else:
+                    values.append(step.target(*args, **kwargs))
+        return values[-1].reshape(*lead, self.classes)
+
+    def nodes(self, build: Builder, parts: Sequence[Node]) -> Node:
+        """The same in a graph: the logits of parts that are nodes of it."""
+        hidden, *others = parts
+        lead = shape_of(hidden)[:-1]
+        flat = (
+            build("flatten", hidden, 0, -2)
+            if len(lead) > 1
+            else build("unsqueeze", hidden, 0)
+            if not lead
+            else hidden
+        )
+        values: list[Any] = [flat, *others]
+        for step in self.steps:
+            values.append(
+                build(step.target, *_filled(step.args, values), **_filled(dict(step.kwargs), values))
+            )
+        if len(lead) == 1:
+            return values[-1]
+        if not lead:
+            return build("squeeze", values[-1], 0)
+        return build(
+            "unflatten",
+            values[-1],
+            0,
+            [s if isinstance(s, int) else build("size", hidden, i) for i, s in enumerate(lead)],
+        )
+
+    @property
+    def is_of_here(self) -> bool:
+        """Whether autocast is here as it is where the steps are to run."""
+        device, dtype, enabled = self.autocast
+        here = torch.is_autocast_enabled(device)
+        return here == enabled and (not here or torch.get_autocast_dtype(device) == dtype)
+
+    def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Recipe:
+        """The same with one more step, a function of each row of the logits."""
+        last = Of(len(self.parts) + len(self.steps) - 1)
+        return replace(self, steps=(*self.steps, Instruction(target, (last, *args))), dtype=dtype)
+
+
+def _filled(value: Any, values: list[Any]) -> Any:
+    if isinstance(value, Of):
+        return values[value.index]
+    if isinstance(value, (tuple, list)):
+        return type(value)(_filled(v, values) for v in value)
+    if isinstance(value, dict):
+        return {name: _filled(v, values) for name, v in value.items()}
+    return value

@@ -1,0 +1,114 @@
+"""`bench train` without a GPU: its loop over stand-ins, its table and its picture."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import without_codegen
+from torch import Tensor, nn
+
+from inductor_ce.bench import cli
+from inductor_ce.bench.shared.peers import NotOffered
+from inductor_ce.bench.train import command, models, render, run, systems
+
+V = 2048
+TINY = models.Model("Tiny", B=2, S=8, V=V, configuration="None", sizes={}, liger="none_of_liger")
+LENGTH = run.Length(rounds=1, warm_up=1, steps=2)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(V, 16), nn.Linear(16, V, bias=False)
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.head(torch.tanh(self.embed(input_ids)))
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+class Event:
+    def __init__(self, **_: Any) -> None: ...
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 2.0
+
+
+@pytest.fixture
+def no_gpu() -> Any:
+    names = ("synchronize", "reset_peak_memory_stats", "empty_cache")
+    patches = {name: lambda *a: None for name in names}
+    patched = mock.patch.multiple(torch.cuda, Event=Event, max_memory_allocated=lambda: 2**30, **patches)
+    with patched, without_codegen():
+        yield
+
+
+def case(made: Any, no_gpu: Any) -> dict[str, Any]:
+    with mock.patch.object(run, "make", lambda model: made):
+        (found,) = run.table([TINY], list(systems.SYSTEMS.values()), LENGTH)
+    return found
+
+
+def test_every_system_is_compared_with_plain(no_gpu: Any):
+    torch.manual_seed(0)
+    found = case((Tiny(), torch.randint(V, (2, 8))), no_gpu)
+    rows = {row["system"]: row for row in found["rows"]}
+    plain, ours, nan = "torch.compile", "inductor_ce", 'inductor_ce, returned_logits="nan"'
+    assert list(rows) == [plain, ours, nan]
+    assert [rows[name]["logits"] for name in rows] == ["Tensor", "LazyLogits", "Tensor"]
+    assert [rows[name]["counts"].get("sites", 0) for name in rows] == [0, 1, 1]
+    assert all(row["loss_difference"] < 1e-5 and row["gradient_difference"] < 1e-5 for row in rows.values())
+    assert [row["ratio"] for row in rows.values()] == [1.0, 1.0, 1.0]
+    assert [each["system"] for each in found["not_measured"]] == ["liger_kernel"]
+    assert torch.compile(Tiny()) is not None  # nothing is left installed
+    assert not [p for p in Tiny().parameters() if p.grad is not None]
+
+
+def test_what_fails_is_told(no_gpu: Any):
+    class Broken(Tiny):
+        def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+            raise RuntimeError("out of luck")
+
+    found = case((Broken(), torch.randint(V, (2, 8))), no_gpu)
+    assert found["rows"] == []
+    assert {each["reason"] for each in found["not_measured"]} >= {"failed: RuntimeError: out of luck"}
+    assert command.failed(found)
+
+
+def test_without_transformers():
+    with mock.patch.object(models, "find", lambda module, name: NotOffered(f"{module} is not installed")):
+        found = next(run.table([TINY], [systems.System("torch.compile")], LENGTH))
+    assert found["not_measured"] == [{"system": "torch.compile", "reason": "transformers is not installed"}]
+
+
+def test_table_and_picture(tmp_path: Path, no_gpu: Any):
+    torch.manual_seed(0)
+    found = case((Tiny(), torch.randint(V, (2, 8))), no_gpu)
+    where = {
+        "gpu": "A GPU",
+        "torch": "2.13",
+        "triton": "3.6",
+        "commit": "abc",
+        "dirty": False,
+        "date": "2026-11-28",
+    }
+    result = {"environment": where, "cases": [found]}
+    lines = render.table(result).splitlines()
+    assert lines[2] == "Tiny: 2 x 8 tokens, V = 2048, logits 0 MB"
+    assert lines[4].split()[:5] == ["torch.compile", "2.0", "0.0%", "1.000", lines[4].split()[4]]
+    render.plot(result, tmp_path / "train.png")
+    assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_must_be_a_gpu(capsys: pytest.CaptureFixture[str]):
+    with mock.patch("torch.cuda.is_available", lambda: False):
+        assert cli.main(["train"]) == 2
+    assert "nothing was measured" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""The table of steps: every row can be read, none hides another, and a refusal is told with its fact."""
+
+import dataclasses
+import re
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph
+
+import inductor_ce
+from inductor_ce.reading import spellings
+from inductor_ce.reading.recognise import FUNCTIONS
+from inductor_ce.reading.steps import STEPS, View
+
+N, V = 10, 11
+
+
+def test_no_spelling_is_in_two_rows():
+    counted = Counter(target for step in STEPS for target in step.targets)
+    assert [target for target, count in counted.items() if count > 1] == []
+
+
+def test_rows_of_one_name_are_read_by_one_function():
+    functions = {(step.name, step.function) for step in STEPS}
+    assert len(functions) == len({name for name, _ in functions})
+
+
+def test_every_row_that_names_a_function_has_it():
+    assert {step for step in STEPS if step.function} == FUNCTIONS.keys()
+    assert all(map(callable, FUNCTIONS.values()))
+
+
+def test_methods_exist():
+    methods = [t for step in STEPS for t in step.targets if isinstance(t, str)]
+    attributes = [t[1] for step in STEPS for t in step.targets if isinstance(t, tuple)]
+    assert [name for name in methods + attributes if not hasattr(torch.Tensor, name)] == []
+
+
+def test_only_what_reads_its_input_is_a_view():
+    assert all(step.parameters[0] == "input" for step in STEPS if step.view is not None)
+    assert {step.view for step in STEPS} == {*View, None}
+
+
+def test_every_trait_is_had_and_lacked():
+    traits = [f.name for f in dataclasses.fields(STEPS[0]) if f.type == "bool"]
+    assert len(traits) > 10
+    for trait in traits:
+        assert {getattr(step, trait) for step in STEPS} == {False, True}, trait
+
+
+def test_arguments_go_by_the_names_of_the_row():
+    graph = Graph()
+    x = graph.placeholder("x")
+    by_keyword = graph.call_method("softmax", (x,), {"axis": 1})
+    assert spellings.arguments(by_keyword, spellings.step_of(by_keyword)) == {"input": x, "dim": 1}
+    rest = graph.call_method("view", (x, 2, -1))
+    assert spellings.read(rest)[1] == {"input": x, "shape": (2, -1)}
+    last_two = graph.call_function(getattr, (x, "mT"))
+    assert spellings.read(last_two)[1] == {"input": x, "dim0": -2, "dim1": -1}
+    assert spellings.step_of(graph.call_function(getattr, (x, "shape"))) is None
+
+
+def with_alpha(z, y):
+    return torch.sub(z.log_softmax(-1), z.softmax(-1), alpha=2).sum(-1).mean()
+
+
+def of_many_labels(z, y):
+    labels = torch.arange(17).remainder(V).expand(N, 17)
+    return z.log_softmax(-1).gather(-1, labels).mean()
+
+
+def in_narrower_dtype(z, y):
+    return (F.one_hot(y, V) * z.log_softmax(-1)).sum(-1, dtype=torch.float16).mean()
+
+
+def of_another_equation(z, y):
+    return torch.einsum("nv,mv->nm", z.log_softmax(-1), z.softmax(-1)).mean()
+
+
+def of_edited_logits(z, y):
+    x = z.detach() * 1
+    lse = x.logsumexp(-1)
+    x.mul_(2)
+    return (lse - x.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+
+@pytest.mark.parametrize(
+    ("f", "fact"),
+    [
+        (with_alpha, "goes into sub .* Its alpha is 2\\."),
+        (of_many_labels, "goes into gather .* It picks 17 labels in a row, more than 16\\."),
+        (in_narrower_dtype, "Its argument dtype casts torch.float32 to torch.float16\\."),
+        (of_another_equation, "Its equation 'nv,mv->nm' has not two operands alike"),
+        (of_edited_logits, "The logits are changed in place between what sub at .* joins\\."),
+    ],
+    ids=lambda p: getattr(p, "__name__", ""),
+)
+def test_a_step_says_why_it_does_not_read(f, fact):
+    z, y = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+    inductor_ce.install(min_vocab=2)
+    (miss,) = inductor_ce.explain(f, z, y).misses
+    assert re.search(fact, miss.message), miss.message
