@@ -115,10 +115,10 @@ def _literal(tree: ast.Module) -> ast.expr | None:
 
 def whole(paths: Sequence[Path]) -> list[Path]:
     """Those to go through all passes: of each family the first, and then one in `ONE_IN`."""
-    families = {path: about(path).family for path in paths}
-    groups = dict.fromkeys(families.values())
-    members = [[path for path in paths if families[path] == family] for family in groups]
-    return [path for family in members for path in family[::ONE_IN]]
+    families: dict[str, list[Path]] = {}
+    for path in paths:
+        families.setdefault(about(path).family, []).append(path)
+    return [path for members in families.values() for path in members[::ONE_IN]]
 
 
 def load(path: Path) -> ModuleType:
