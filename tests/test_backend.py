@@ -396,7 +396,7 @@ def test_a_changed_file_in_any_room_changes_the_key(tmp_path: Path):
     keys = {passes.sources(passes.PACKAGE)}
     passes.sources.cache_clear()
     for file in files:
-        file.write_bytes(file.read_bytes() + b"\n")
+        file.write_bytes(file.read_bytes()[:-1] + b"#")  # of the same size
         keys.add(passes.sources(package))
         passes.sources.cache_clear()
     assert len(files) > 60
