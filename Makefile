@@ -45,11 +45,11 @@ $(STAMP): constraints.txt pyproject.toml
 demo: $(STAMP)  ## train a small language model with and without inductor_ce; options: make demo ARGS=--help
 	$(BIN)/python examples/quickstart.py $(ARGS)
 
-# Two workers with one thread each: the tests are many and small. Those that share ranks go to one worker.
+# Two workers with one thread each: the tests are many and small. A file goes to one worker, for what its tests share.
 test: export OMP_NUM_THREADS := 1
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test: $(STAMP)  ## run the tests; one of them: make test ARGS="-k name"
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 accept: export EXPECTTEST_ACCEPT := 1
 accept: test  ## run the tests and take what they print as the new golden outputs

@@ -13,7 +13,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import clean_slate, compile_with_codegen, compile_without_codegen, misses, sites
-from ranks import spawn
+from ranks import Outcomes, attempt, spawn
 from reference import Terms
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -298,14 +298,14 @@ def upstream_of(loss: Tensor) -> Tensor:
 def on_rank(rank: int, jobs: list[tuple[Name, Setup]]) -> dict[Any, dict[str, Any]]:
     """Of each job: the loss, whole and as this rank has it, and the gradients."""
     with clean_slate():
-        return {job: run(*job) for job in jobs}
+        return {job: attempt(run, *job) for job in jobs}
 
 
 def everywhere(jobs: list[tuple[Name, Setup]], size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
     """What each of `size` ranks gives of the jobs on a device, by the job."""
     there = [(name, replace(setup, device=device)) for name, setup in jobs]
     ranks = spawn(on_rank, size, there, device=device)
-    return [dict(zip(jobs, (found[job] for job in there), strict=True)) for found in ranks]
+    return [Outcomes(zip(jobs, (found[job] for job in there), strict=True)) for found in ranks]
 
 
 def collectives(graph: GraphModule) -> dict[str, int]:

@@ -14,14 +14,15 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from harness import Graphs, misses, sites
+from harness import Graphs, Rewritten, misses, sites
+from pairwise import EVERYTHING
 from reference import assert_fair
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -39,6 +40,7 @@ BEGIN, END = "<!-- spellings: begin -->\n", "<!-- spellings: end -->\n"
 HINT = "`make accept` writes it, once the numbers are right; read the diff"
 NOTHING = "nothing to fuse\n"
 FOLD = "\n    "
+ONE_IN = 1 if EVERYTHING else 3  # of each family, and of the near misses, goes through all passes
 
 # The headings of the table, in its order; any others follow.
 FAMILIES = (
@@ -107,6 +109,14 @@ def _literal(tree: ast.Module) -> ast.expr | None:
         if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "EXPECTED":
             return statement.value
     return None
+
+
+def whole(paths: Sequence[Path]) -> list[Path]:
+    """Those to go through all passes: of each family the first, and then one in `ONE_IN`."""
+    families: dict[str, list[Path]] = {}
+    for path in paths:
+        families.setdefault(about(path).family, []).append(path)
+    return [path for members in families.values() for path in members[::ONE_IN]]
 
 
 def load(path: Path) -> ModuleType:
@@ -224,16 +234,27 @@ def check_numbers(ours: Run, loss: Callable[..., Any], args: tuple[Any, ...]) ->
 
 
 def compile_and_check(module: ModuleType) -> Graphs:
-    """`module.loss` compiled whole, and right for two sets of inputs without recompiling."""
+    """`module.loss` through all passes of Inductor, and right for two sets of inputs without recompiling."""
     inductor_ce.install(**{"min_vocab": 2, **getattr(module, "OPTIONS", {})})
     graphs = Graphs()
-    compiled = torch.compile(module.loss, backend=graphs, fullgraph=True)
+    check_twice(module, graphs)
+    return graphs
+
+
+def rewrite_and_check(module: ModuleType) -> Rewritten:
+    """The same of the rewritten torch-level graph."""
+    rewritten = Rewritten(**getattr(module, "OPTIONS", {}))
+    check_twice(module, rewritten)
+    return rewritten
+
+
+def check_twice(module: ModuleType, backend: Callable[..., Any]) -> None:
+    compiled = torch.compile(module.loss, backend=backend, fullgraph=True)
     for seed, error_on_recompile in ((0, False), (1, True)):
         args = inputs(module, seed)
         with _strictly(error_on_recompile):
             ours = run(compiled, args)
         check_numbers(ours, module.loss, args)
-    return graphs
 
 
 def generate_code_and_check(module: ModuleType) -> None:

@@ -9,21 +9,30 @@ from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
+from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
 
 import inductor_ce
 import inductor_ce.api.backend
+from inductor_ce import Options, Report
+from inductor_ce.api.passes import fuse_losses, publish
 
 
 @contextlib.contextmanager
 def clean_slate():
-    """Nothing compiled, nothing installed, no counts; caches off, so that passes run in every test."""
+    """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
+
+    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first.
+    """
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
-    with torch._inductor.config.patch(force_disable_caches=True):
+    with (
+        torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
+    ):
         yield
     inductor_ce.uninstall()
 
@@ -63,6 +72,41 @@ class Graphs:
 
     def count(self, op: Any) -> int:
         return sum(node.target == op for node in self.nodes)
+
+
+class Rewritten:
+    """A torch.compile backend that runs the torch-level graphs as the rewrite leaves them.
+
+    Gradients come by the operators' own backward. No pass of AOTAutograd or Inductor runs, so this is for
+    what a loss is read and rewritten as; `report` is that of the graphs that run.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = Options(**{"min_vocab": 2, **options})
+        self.report = Report()
+        self.final: list[GraphModule] = []
+        self.changed = False
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        for module in gm.modules():
+            if isinstance(module, GraphModule):
+                self._rewrite(module)
+        return gm.forward
+
+    def _rewrite(self, module: GraphModule) -> None:
+        before = str(module.graph)
+        with enable_python_dispatcher():  # as Inductor calls its passes
+            found = fuse_losses(module.graph, self.options)
+        self.changed |= str(module.graph) != before
+        module.graph.lint()
+        module.recompile()
+        publish(found, self.options)
+        self.report.sites += found.sites
+        self.report.misses += found.misses
+        self.final.append(module)
+
+    def count(self, op: Any) -> int:
+        return sum(node.target == op for gm in self.final for node in gm.graph.nodes)
 
 
 def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = None, **options: Any):

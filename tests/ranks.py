@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +50,61 @@ def _worker(
     )
     torch.save(what(rank, *args), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What a rank gives of a job that raised."""
+
+    trace: str
+
+
+class Outcomes(dict):
+    """What a rank gives of its jobs; asking for one that failed there raises, and spares the others."""
+
+    def __getitem__(self, job: Any) -> Any:
+        outcome = super().__getitem__(job)
+        assert not isinstance(outcome, Failed), f"on a rank:\n{outcome.trace}"
+        return outcome
+
+
+def attempt(run: Callable[..., Any], *args: Any) -> Any:
+    """What run(*args) gives, or a `Failed`."""
+    try:
+        return run(*args)
+    except Exception:
+        return Failed(traceback.format_exc())
+
+
+def once(f: Callable[..., Any]) -> Callable[..., Any]:
+    """As `functools.cache`, for errors too: what failed is told to each test, and not tried again."""
+
+    @functools.cache
+    def outcome(*args: Any) -> tuple[Any, Exception | None]:
+        try:
+            return f(*args), None
+        except Exception as error:
+            return None, error
+
+    @functools.wraps(f)
+    def given(*args: Any) -> Any:
+        value, error = outcome(*args)
+        if error is not None:
+            raise error
+        return value
+
+    return given
+
+
+@contextlib.contextmanager
+def tagged_caches(tag: str) -> Iterator[None]:
+    """The caches of graphs, with nothing in them that was not stored under this tag."""
+    with (
+        torch.compiler.config.patch(cache_key_tag=tag),
+        torch._inductor.config.patch(fx_graph_cache=True),
+        torch._functorch.config.patch(enable_autograd_cache=True),
+    ):
+        yield
 
 
 def spawn(what: Callable[..., Any], size: int, *args: Any, device: str = "cpu") -> list[Any]:

@@ -24,8 +24,6 @@ from inductor_ce.bench.tp import check, command, ranks, render, run
 from inductor_ce.bench.tp.systems import BASELINE, DEFAULT, EAGER, GRAPHS, OURS, PLAIN, SYSTEMS, System
 from inductor_ce.bench.tp.tasks import LinearAndLoss, LogitsGiven
 
-pytestmark = pytest.mark.xdist_group("bench tp")
-
 N, V, WIDTH = 35, 1030, 16
 TASKS = {"loss": LogitsGiven, "linear": functools.partial(LinearAndLoss, width=WIDTH)}
 

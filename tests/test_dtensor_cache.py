@@ -1,26 +1,24 @@
-"""Trap 11: one cache folder for all ranks, cold and then warm. What is cached knows no rank."""
+"""Trap 11: one cache for all ranks, cold and then warm. What is cached knows no rank."""
 
-import tempfile
+import uuid
 
 import dtensor_cases
 import pytest
 import torch
 import torch.nn.functional as F
 from dtensor_cases import Setup, distributed, replace, tensors
-from ranks import spawn
+from ranks import spawn, tagged_caches
 from torch._dynamo.utils import counters
 
 import inductor_ce
 
-pytestmark = pytest.mark.xdist_group("dtensor cache")
-
 SETUP = Setup((2,), V=24)
 
 
-def train_step(rank: int, device: str) -> dict:
+def train_step(rank: int, device: str, tag: str) -> dict:
     """As a user compiles it, with a cache that is shared with the other rank."""
     given = distributed(replace(SETUP, device=device), tensors(SETUP, -100))
-    with inductor_ce.install(min_vocab=2), torch._inductor.config.patch(fx_graph_cache=True):
+    with inductor_ce.install(min_vocab=2), tagged_caches(tag):
         f = torch.compile(lambda h, W, y: F.cross_entropy(F.linear(h, W), y, label_smoothing=0.1))
         loss = f(given["h"], given["W"], given["y"])
         loss.backward()
@@ -35,10 +33,8 @@ def train_step(rank: int, device: str) -> dict:
 
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runs(request: pytest.FixtureRequest):
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
-        device = request.param
-        yield tuple(spawn(train_step, 2, device, device=device) for _ in ("cold", "warm"))
+    device, tag = request.param, uuid.uuid4().hex
+    return tuple(spawn(train_step, 2, device, tag, device=device) for _ in ("cold", "warm"))
 
 
 def test_trap_11_cold_and_warm_equal_dense(runs):

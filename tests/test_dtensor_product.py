@@ -1,20 +1,17 @@
-"""Cross entropy over DTensor logits: options, labels, vocabularies and meshes in every combination of three.
+"""Cross entropy over DTensor logits: options, labels, vocabularies and meshes, every two of their choices.
 
-CROSS_PRODUCT=all runs all combinations of all.
+ALL=1 runs all combinations of all.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-import os
 
 import pytest
 from dtensor_cases import Setup, check, everywhere
-from ranks import on_devices
+from pairwise import Combination, pairwise, parts_of
+from ranks import on_devices, once
 from reference import Terms
-
-pytestmark = pytest.mark.xdist_group("dtensor product")
 
 IGNORED = {"-100": lambda V: -100, "0": lambda V: 0, "V - 1": lambda V: V - 1, "V + 5": lambda V: V + 5}
 FACTORS = {
@@ -25,27 +22,8 @@ FACTORS = {
     "V": (24, 23),
     "mesh": ((2,), (2, 2)),
 }
-Combination = tuple  # a choice of each factor, in their order
 PRODUCT: list[Combination] = list(itertools.product(*FACTORS.values()))
-STRENGTH = 3
-
-
-def parts(combination: Combination) -> set[tuple]:
-    """The choices of every STRENGTH factors."""
-    return set(itertools.combinations(enumerate(combination), STRENGTH))
-
-
-def covering(product: list[Combination]) -> list[Combination]:
-    """Combinations in which all parts of all of them occur, always the one that brings the most."""
-    missing = set().union(*map(parts, product))
-    chosen = []
-    while missing:
-        chosen.append(max(product, key=lambda combination: len(parts(combination) & missing)))
-        missing -= parts(chosen[-1])
-    return chosen
-
-
-CHOSEN = PRODUCT if os.environ.get("CROSS_PRODUCT") == "all" else covering(PRODUCT)
+CHOSEN = pairwise(*FACTORS.values())
 
 
 def job(combination: Combination) -> tuple[Terms, Setup]:
@@ -53,14 +31,14 @@ def job(combination: Combination) -> tuple[Terms, Setup]:
     return Terms(reduction, IGNORED[ignored](V), smoothing, z_weight), Setup(mesh, V=V)
 
 
-@functools.cache
+@once
 def results(mesh: tuple[int, ...], device: str):
     jobs = [job(combination) for combination in CHOSEN if combination[-1] == mesh]
     return everywhere(jobs, 2 * len(mesh), device)
 
 
-def test_every_three_choices_meet():
-    assert set().union(*map(parts, CHOSEN)) == set().union(*map(parts, PRODUCT))
+def test_every_two_choices_meet():
+    assert set().union(*map(parts_of, CHOSEN)) == set().union(*map(parts_of, PRODUCT))
     assert len(PRODUCT) == 192
 
 

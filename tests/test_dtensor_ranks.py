@@ -4,16 +4,13 @@ Traps 7 to 9, 25 and 27: labels on other ranks, smoothing over all classes, the 
 ignored classes, and means over ranks that have different numbers of rows that count.
 """
 
-import functools
 from dataclasses import replace
 
 import pytest
 import torch
 from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
-from ranks import on_devices
+from ranks import on_devices, once
 from reference import Terms
-
-pytestmark = pytest.mark.xdist_group("dtensor ranks")
 
 UNEVEN = Setup((2,), V=23)
 EMPTY = Setup((4,), V=5)  # blocks of 2, 2, 1 and 0 columns
@@ -61,7 +58,7 @@ SEQUENCES = {2: replace(UNEVEN, sequence_parallel=True), 4: replace(GRID, sequen
 IN_CODE = ("plain", "all, ignoring 0", "class weights", "soft targets", "entropy", "accuracy")
 
 
-@functools.cache
+@once
 def results(size: int, device: str):
     return everywhere([*JOBS[size], *PIECES[size], ("plain", SEQUENCES[size])], size, device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import dtensor_cases
@@ -11,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from dtensor_cases import Setup, distributed, replace, tensors
 from harness import clean_slate, compile_without_codegen, sites
-from ranks import on_devices, spawn
+from ranks import on_devices, once, spawn
 from reference import Terms, cross_entropy
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
-
-pytestmark = pytest.mark.xdist_group("dtensor steps")
 
 SMOOTHED = Terms(smoothing=0.1)
 SHAPES = {2: Setup((2,), V=23), 4: Setup((2, 2), V=23)}
@@ -57,14 +54,14 @@ def two_heads(h: Tensor, W: Tensor, V: Tensor, y: Tensor) -> Tensor:
 
 def on_rank(rank: int, size: int, device: str) -> dict[str, Any]:
     setup = replace(SHAPES[size], device=device)
-    results = {"once": once(setup)}
+    results = {"once": one_step(setup)}
     if size == 2:
         lengths_of = {("lengths", dynamic): lengths(setup, dynamic) for dynamic in DYNAMIC}
-        return results | lengths_of | {"replicated": once(setup, replicated=True)}
+        return results | lengths_of | {"replicated": one_step(setup, replicated=True)}
     return results | {"two losses": two_losses(setup)}
 
 
-def once(setup: Setup, replicated: bool = False) -> dict[str, Any]:
+def one_step(setup: Setup, replicated: bool = False) -> dict[str, Any]:
     """A step, and what another one exchanges; `replicated`: with logits that every rank has whole."""
     with clean_slate():
         x = distributed(setup, tensors(setup, -100))
@@ -134,7 +131,7 @@ def two_losses(setup: Setup) -> dict[str, Any]:
 sizes = pytest.mark.parametrize("size", list(SHAPES))
 
 
-@functools.cache
+@once
 def results(size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
     return spawn(on_rank, size, size, device, device=device)
 

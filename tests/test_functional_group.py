@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import tempfile
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +11,8 @@ import pytest
 import textbook
 import torch
 import torch.distributed as dist
-from ranks import on_devices, spawn
+from harness import without_codegen
+from ranks import on_devices, once, spawn, tagged_caches
 from reference import Measured, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -21,8 +22,6 @@ from torch.utils._pytree import tree_map
 import inductor_ce
 from inductor_ce.api.functional import cross_entropy
 from inductor_ce.common.errors import InputError
-
-pytestmark = pytest.mark.xdist_group("functional group")
 
 N, V = 10, 24
 
@@ -104,10 +103,11 @@ def eager(rank: int, size: int, device: str) -> dict[str, Any]:
     return run_cases(rank, size, list(CASES), device)
 
 
-def compiled(rank: int, size: int) -> dict[str, Any]:
+def compiled(rank: int, size: int, tag: str) -> dict[str, Any]:
     counters.clear()
     compile_it = functools.partial(torch.compile, fullgraph=True)
-    results = run_cases(rank, size, list(COMPILED), "cpu", compile_it)
+    with tagged_caches(tag):
+        results = run_cases(rank, size, list(COMPILED), "cpu", compile_it)
     return results | {"hits": counters["inductor"]["fxgraph_cache_hit"]}
 
 
@@ -140,7 +140,7 @@ def odds(rank: int, size: int) -> dict[str, Any]:
     results["graphs"] = graphs
 
     torch._dynamo.reset()
-    with inductor_ce.install(min_vocab=2):
+    with inductor_ce.install(min_vocab=2), without_codegen():
         torch.compile(cross_entropy, backend="inductor")(leaf, target, group=group, softcap=5.0).backward()
     results["counts"] = dict(counters["inductor_ce"])
 
@@ -156,13 +156,13 @@ sizes = pytest.mark.parametrize("size", [2, 4])
 splits = pytest.mark.parametrize("split", ["equal", "uneven"])
 
 
-@functools.cache
+@once
 def everywhere(what: Callable[..., dict[str, Any]], size: int) -> list[dict[str, Any]]:
     """What each rank gives."""
     return spawn(what, size, size)
 
 
-@functools.cache
+@once
 def eager_on(device: str, size: int) -> list[dict[str, Any]]:
     return spawn(eager, size, size, device, device=device)
 
@@ -192,17 +192,9 @@ def test_every_rank_equals_dense(name: str, split: str, size: int, device: str) 
     check(eager_on(device, size), name, split)
 
 
-@pytest.fixture(scope="module")
-def cache_folder():
-    """Inductor's cache, empty at first and then shared by all processes."""
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", folder)
-        patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-        yield folder
-
-
-def test_trap_11_two_ranks_and_one_cache(cache_folder: str) -> None:
-    cold, warm = spawn(compiled, 2, 2), spawn(compiled, 2, 2)
+def test_trap_11_two_ranks_and_one_cache() -> None:
+    tag = uuid.uuid4().hex
+    cold, warm = (spawn(compiled, 2, 2, tag) for _ in range(2))
     for ranks in (cold, warm):
         for name in COMPILED:
             for split in ("equal", "uneven"):

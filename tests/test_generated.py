@@ -1,11 +1,11 @@
 """Losses composed at random are fused and right; with a slip in them they are what eager makes of them.
 
-The same cases each time. GENERATED=20 runs twenty times as many, others each time.
+The same cases each time, with ALL=1 three times as many. GENERATED=20 runs twenty times these, and others
+each time.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,10 +18,11 @@ import pytest
 import torch
 from compose import FAMILIES, Spelling, choose_spelling, function, source
 from gallery import in_double
-from harness import Graphs, compile_without_codegen, counters, misses, sites
+from harness import Graphs, Rewritten, compile_without_codegen, counters, misses, sites
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
 from hypothesis import strategies as st
 from meaning import Inputs
+from pairwise import EVERYTHING
 from reference import Measured, assert_fair, measure
 from torch import Tensor
 
@@ -29,13 +30,14 @@ import inductor_ce
 from inductor_ce import ops
 
 TIMES = int(os.environ.get("GENERATED", "0"))
+ONE_IN = 3  # of the cases, without ALL=1
 SEEDS = st.integers(0, 2**31 - 1)
 
 
 def run_cases(check: Callable[[st.DataObject], None], count: int, salt: int) -> None:
     """Hypothesis on `count` cases, which differ between salts."""
     settled = settings(
-        max_examples=max(TIMES, 1) * count,
+        max_examples=max(TIMES, 1) * (count if TIMES or EVERYTHING else -(-count // ONE_IN)),
         deadline=None,
         database=None,
         derandomize=not TIMES,
@@ -51,15 +53,17 @@ def drawn(data: st.DataObject, family: str | None = None) -> tuple[Spelling, int
     return choose_spelling(lambda options: data.draw(st.sampled_from(options)), family), data.draw(SEEDS)
 
 
-@pytest.fixture(autouse=True)
-def _quietly(caplog: pytest.LogCaptureFixture):
-    caplog.set_level(logging.ERROR, logger="torch.__trace")  # else it buries the source of a failure
-
-
 def compiled_afresh(loss: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Graphs]:
     torch._dynamo.reset()
     counters.clear()
     return compile_without_codegen(loss)
+
+
+def rewritten_afresh(loss: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], Rewritten]:
+    torch._dynamo.reset()
+    counters.clear()
+    graphs = Rewritten()
+    return torch.compile(loss, backend=graphs), graphs
 
 
 # Right ones
@@ -71,14 +75,19 @@ def test_a_generated_loss_is_fused_and_right(family: str):
     run_cases(lambda data: check_fused(*drawn(data, family)), counts[family], FAMILIES.index(family))
 
 
-def check_fused(spelling: Spelling, number: int) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_generated_loss_through_all_passes(family: str):
+    run_cases(lambda data: check_fused(*drawn(data, family), whole=True), 6, 100 + FAMILIES.index(family))
+
+
+def check_fused(spelling: Spelling, number: int, whole: bool = False) -> None:
     text = source(spelling)
     note(f"{spelling}\n\n{text}")
     inputs, loss = meaning.make_inputs(spelling, number), function(text)
     upstream = upstream_for(loss, inputs)
     exact = check_meaning(spelling, inputs, loss, upstream)
     naive = measure(loss, inputs.logits, *inputs.others, upstream=upstream)
-    compiled, graphs = compiled_afresh(loss)
+    compiled, graphs = compiled_afresh(loss) if whole else rewritten_afresh(loss)
     ours = measure(compiled, inputs.logits, *inputs.others, upstream=upstream)
     assert (sites(), misses()) == (1, 0), told(loss, inputs)
     assert graphs.count(ops.ROW_STATS) == 1

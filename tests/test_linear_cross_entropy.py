@@ -12,6 +12,7 @@ import textbook
 import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen, misses, sites
+from inputs import labels
 from reference import assert_fair, log_sum_exp
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -48,15 +49,6 @@ class Measured(NamedTuple):
 def head(*shape: int, bias: bool = True, dtype: torch.dtype = torch.float32, classes: int = V) -> Head:
     hidden, weight = torch.randn(*shape or (B, S), D), torch.randn(classes, D)
     return Head(hidden, weight, torch.randn(classes) if bias else None).to(dtype)
-
-
-def labels(*shape: int, ignore_index: int = -100, classes: int = V) -> Tensor:
-    """A fourth of them ignored, the first and the last class among the rest."""
-    y = torch.randint(0, classes, shape or (B, S))
-    flat = y.view(-1)
-    flat[::4] = ignore_index
-    flat[1:3] = torch.tensor([0, classes - 1])[: len(flat[1:3])]
-    return y
 
 
 def probabilities() -> Tensor:
@@ -137,7 +129,7 @@ SOME = {"plain": {}, "all": ALL}
 
 
 def labels_for(options: dict[str, Any]) -> Tensor:
-    return labels(ignore_index=options.get("ignore_index", -100))
+    return labels(B, S, classes=V, every=4, ignore_index=options.get("ignore_index", -100))
 
 
 def made(options: dict[str, Any]) -> dict[str, Any]:
@@ -201,7 +193,7 @@ def test_traps_2_and_3_upstream_gradients(reduce: Callable[[Tensor], Tensor]) ->
     def reduced(f: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
         return lambda *args, **kwargs: reduce(f(*args, reduction="none", **options, **kwargs))
 
-    given, y = head(), labels()
+    given, y = head(), labels(B, S, classes=V, every=4)
     ours = measure(reduced(linear_cross_entropy), given, y)
     naive = measure(reduced(by_the_book, dtype=torch.float32), given, y)
     exact = measure(reduced(by_the_book), given.to(torch.float64), y)
@@ -211,7 +203,9 @@ def test_traps_2_and_3_upstream_gradients(reduce: Callable[[Tensor], Tensor]) ->
 
 def test_trap_23_a_second_backward_gives_the_same() -> None:
     hidden, weight, bias = (x.requires_grad_() for x in head())
-    loss = linear_cross_entropy(hidden, weight, labels(), bias=bias, shift=1, z_loss_weight=0.1)
+    loss = linear_cross_entropy(
+        hidden, weight, labels(B, S, classes=V, every=4), bias=bias, shift=1, z_loss_weight=0.1
+    )
     leaves = (hidden, weight, bias)
     once, twice = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, once, twice))
@@ -248,7 +242,7 @@ def test_trap_26_a_label_outside_makes_its_row_nan(wrong: int) -> None:
 
 
 def test_a_label_that_the_shift_drops_may_be_anything() -> None:
-    given, y = head(), labels()
+    given, y = head(), labels(B, S, classes=V, every=4)
     y[:, 0] = 2**40
     check(given, y, shift=1, class_weight=torch.rand(V), label_smoothing=0.1)
 
@@ -260,7 +254,7 @@ def test_a_label_that_the_shift_drops_may_be_anything() -> None:
 @pytest.mark.parametrize("shift", [0, 1, 3, S - 1])
 def test_shift(shift: int, shape: tuple[int, ...]) -> None:
     hidden, weight, bias = head(*shape)
-    y, mask = labels(*shape), torch.rand(shape) > 0.3
+    y, mask = labels(*shape, classes=V, every=4), torch.rand(shape) > 0.3
 
     def sliced(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor) -> Tensor:
         kept = hidden[..., : S - shift, :]
@@ -274,7 +268,7 @@ def test_shift(shift: int, shape: tuple[int, ...]) -> None:
 
 
 def test_true_is_a_shift_of_one() -> None:
-    given, y = head(), labels()
+    given, y = head(), labels(B, S, classes=V, every=4)
     by_shift = {
         k: measure(functools.partial(linear_cross_entropy, shift=k), given, y) for k in (True, 1, False)
     }
@@ -286,7 +280,7 @@ def test_the_shift_copies_no_hidden_states() -> None:
     hidden, weight, _ = head(2, 64)
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     compiled, graphs = compile_without_codegen(functools.partial(linear_cross_entropy, shift=1))
-    compiled(*leaves, labels(2, 64)).backward()
+    compiled(*leaves, labels(2, 64, classes=V, every=4)).backward()
     forward = graphs.final[0]
     sized = [n for n in forward.graph.nodes if _elements(n) in (2 * 64 * D, 2 * 63 * D)]
     assert {n.target for n in sized if n.op == "call_function"} <= {torch.ops.aten.view.default}
@@ -304,7 +298,7 @@ def _elements(node: torch.fx.Node) -> int:
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_lse_is_that_of_the_rows_with_a_target(softcap: float | None, shift: int) -> None:
     hidden, weight, bias = head()
-    y = labels()
+    y = labels(B, S, classes=V, every=4)
     _, lse = linear_cross_entropy(hidden, weight, y, bias=bias, softcap=softcap, shift=shift, return_lse=True)
     z = F.linear(hidden, weight, bias)[:, : S - shift]
     torch.testing.assert_close(
@@ -326,7 +320,7 @@ def test_a_z_loss_of_ones_own(compile_it: bool, shift: int) -> None:
         return loss + 0.25 * z_loss(lse, y)
 
     f = torch.compile(own, backend="aot_eager", fullgraph=True) if compile_it else own
-    given, y = head(), labels()
+    given, y = head(), labels(B, S, classes=V, every=4)
     built_in = check(given, y, shift=shift, z_loss_weight=0.25)
     assert_same(measure(f, given, y), built_in)
 
@@ -351,7 +345,7 @@ def test_the_lse_alone_has_a_gradient() -> None:
 )
 def test_what_is_frozen_gets_no_gradient(frozen: str, products: int, compile_it: bool) -> None:
     f, graphs = compile_without_codegen(linear_cross_entropy) if compile_it else (linear_cross_entropy, None)
-    given, y = head(), labels()
+    given, y = head(), labels(B, S, classes=V, every=4)
     ours = measure(f, given, y, frozen=frozen)
     whole = measure(by_the_book, given.to(torch.float64), y)
     for name, gradient, expected in zip(Head._fields, ours.gradients, whole.gradients, strict=True):
@@ -367,7 +361,9 @@ def test_what_is_frozen_gets_no_gradient(frozen: str, products: int, compile_it:
 def test_no_gradient_at_all() -> None:
     hidden, weight, bias = head()
     with torch.no_grad():
-        assert not linear_cross_entropy(hidden.requires_grad_(), weight, labels(), bias=bias).requires_grad
+        assert not linear_cross_entropy(
+            hidden.requires_grad_(), weight, labels(B, S, classes=V, every=4), bias=bias
+        ).requires_grad
 
 
 # Dtypes
@@ -379,9 +375,9 @@ def test_autocast_is_that_of_a_linear_layer(hidden_dtype: torch.dtype, compile_i
     given = head()._replace(hidden=torch.randn(B, S, D).to(hidden_dtype))
     f = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True) if compile_it else None
     with torch.autocast("cpu", torch.bfloat16):
-        ours = measure(f or linear_cross_entropy, given, labels())
+        ours = measure(f or linear_cross_entropy, given, labels(B, S, classes=V, every=4))
         torch.manual_seed(1)
-        y = labels()
+        y = labels(B, S, classes=V, every=4)
         ours, theirs = measure(f or linear_cross_entropy, given, y), measure(plainly_in_float32, given, y)
     assert_same(ours, theirs)
     assert ours.gradients[0].dtype == hidden_dtype
@@ -531,7 +527,7 @@ def test_compiled_equals_eager(options: dict[str, Any]) -> None:
 def test_the_graph_is_a_head_and_its_statistics() -> None:
     """Three products and the two operators, for the joint pass to find; nothing is recognised twice."""
     compiled, graphs = compile_without_codegen(linear_cross_entropy)
-    measure(functools.partial(compiled, shift=1), head(bias=False), labels())
+    measure(functools.partial(compiled, shift=1), head(bias=False), labels(B, S, classes=V, every=4))
     assert (sites(), misses()) == (0, 0)
     assert graphs.count(torch.ops.aten.mm.default) == 3
     assert graphs.count(ops.ROW_STATS) == graphs.count(ops.ROW_GRAD) == 1
@@ -544,7 +540,12 @@ def test_eight_lengths() -> None:
         functools.partial(linear_cross_entropy, **options), backend=counter, fullgraph=True
     )
     for n in (12, 17, 5, 31, 8, 23, 3, 29):
-        check(head(2, n), labels(2, n), lambda *args, **given: compiled(*args, bias=given["bias"]), **options)
+        check(
+            head(2, n),
+            labels(2, n, classes=V, every=4),
+            lambda *args, **given: compiled(*args, bias=given["bias"]),
+            **options,
+        )
     assert counter.frame_count <= 2
 
 
@@ -561,7 +562,7 @@ def cpu_as_gpu(monkeypatch: pytest.MonkeyPatch):
 def test_eager_calls_run_compiled_code() -> None:
     for n, w in ((12, 1e-3), (17, 2e-3), (5, 0.0)):
         options = {"z_loss_weight": w, "num_label_tokens": n, "shift": True}
-        check(head(2, n, dtype=torch.bfloat16), labels(2, n), **options)
+        check(head(2, n, dtype=torch.bfloat16), labels(2, n, classes=V, every=4), **options)
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import spawn
+from ranks import once, spawn
 from reference import assert_fair
 from test_linear_cross_entropy import Head, by_the_book, measure
 from torch import Tensor
@@ -107,7 +107,7 @@ def run(rank: int) -> dict[str, dict[Any, Any]]:
 # In the test's process
 
 
-@functools.cache
+@once
 def everywhere() -> list[dict[str, dict[Any, Any]]]:
     """What each rank gives."""
     return spawn(run, RANKS)

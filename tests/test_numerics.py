@@ -9,6 +9,8 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_without_codegen, sites
+from inputs import logits
+from pairwise import pairwise
 from reference import Terms, assert_as_fair, measure
 from torch import Tensor, nn
 
@@ -24,10 +26,6 @@ SAME_VALUES = {
     *(aten.view.default, aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default),
     *(aten.squeeze.dim, aten.unsqueeze.default, aten.slice.Tensor, prims.convert_element_type.default),
 }
-
-
-def logits(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (3 * torch.randn(*shape)).to(dtype)
 
 
 def labels(*shape: int, ignore_index: int = -100, every: int = 3) -> Tensor:
@@ -144,12 +142,12 @@ def flat(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 PLAIN, SMOOTHED, Z_LOSS, BOTH = (0.0, 0.0), (0.1, 0.0), (0.0, 1e-2), (0.1, 1e-2)
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, V - 1, V + 5])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize(
-    ("dtype", "extra"),
-    [(dtype, extra) for dtype in DTYPES[:2] for extra in (PLAIN, SMOOTHED, Z_LOSS, BOTH)]
-    + [(dtype, BOTH) for dtype in DTYPES[2:]],
+    ("dtype", "extra", "reduction", "ignore_index"),
+    pairwise(
+        *(DTYPES, (PLAIN, SMOOTHED, Z_LOSS, BOTH), REDUCTIONS, (-100, -1, 0, V - 1, V + 5)),
+        valid=lambda dtype, extra, *_: dtype in DTYPES[:2] or extra == BOTH,
+    ),
 )
 def test_cross_entropy(
     dtype: torch.dtype, extra: tuple[float, float], reduction: str, ignore_index: int
@@ -159,11 +157,13 @@ def test_cross_entropy(
     check(lambda z, y: cross_entropy(z, y, terms), as_they_are, z, y, terms)
 
 
-@pytest.mark.parametrize("extra", [PLAIN, BOTH])
 @pytest.mark.parametrize(
-    ("dtype", "reduction"), [(d, r) for d in DTYPES[:2] for r in REDUCTIONS] + [(DTYPES[3], "mean")]
+    ("spelling", "dtype", "reduction", "extra"),
+    pairwise(
+        *(SPELLINGS[1:], (*DTYPES[:2], DTYPES[3]), REDUCTIONS, (PLAIN, BOTH)),
+        valid=lambda spelling, dtype, reduction, extra: dtype != DTYPES[3] or reduction == "mean",
+    ),
 )
-@pytest.mark.parametrize("spelling", SPELLINGS[1:])
 def test_spelling(
     spelling: Callable[[Tensor, Tensor, Terms], Tensor],
     dtype: torch.dtype,
@@ -233,9 +233,9 @@ ARRANGEMENTS = [
 ]
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("arrangement", ARRANGEMENTS)
+@pytest.mark.parametrize(
+    ("arrangement", "dtype", "reduction"), pairwise(ARRANGEMENTS, DTYPES[:2], REDUCTIONS)
+)
 def test_arrangement(
     arrangement: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], dtype: torch.dtype, reduction: str
 ) -> None:
@@ -266,9 +266,9 @@ def test_shift_of_gathered_losses(spelling: Callable[[Tensor, Tensor, Terms], Te
     )
 
 
-@pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(
+    ("dtype", "reduction", "contiguous"), pairwise(DTYPES[:2], REDUCTIONS, (True, False))
+)
 def test_classes_in_the_middle(dtype: torch.dtype, reduction: str, contiguous: bool) -> None:
     """[B, V, S]: rows are copied into place where they are not in place already."""
     terms = Terms(reduction, smoothing=0.1)

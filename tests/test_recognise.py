@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_without_codegen, misses, sites
+from harness import Graphs, Rewritten, compile_without_codegen, misses, sites
+from pairwise import EVERYTHING
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 import inductor_ce
 from inductor_ce import ops
@@ -54,18 +56,37 @@ def step(f: Callable[..., Any], *args: Any) -> list[Tensor]:
 
 def check(
     f: Callable[..., Any], *args: Any, forms: str | list[str], row_stats: int = 1, **close: Any
-) -> Graphs:
-    """f is fused under the given normal forms, and computes what eager computes."""
+) -> None:
+    """f is rewritten under the given normal forms, and computes what eager computes."""
+    ours = Rewritten()
+    check_equal(ours, f, *args, **close)
     forms = [forms] if isinstance(forms, str) else forms
-    expected = step(f, *args)
+    assert [site.form for site in ours.report.sites] == forms
+    assert (sites(), misses()) == (len(forms), 0)
+    assert ours.count(ops.ROW_STATS) == row_stats
+    if EVERYTHING:
+        torch._dynamo.reset()
+        counters.clear()
+        check_graphs(f, *args, forms=forms, row_stats=row_stats, **close)
+
+
+def check_graphs(
+    f: Callable[..., Any], *args: Any, forms: str | list[str], row_stats: int = 1, **close: Any
+) -> Graphs:
+    """The same through all passes of Inductor, and by `explain`."""
     inductor_ce.install(min_vocab=2)
     graphs = Graphs()
-    actual = step(torch.compile(f, backend=graphs, fullgraph=True), *args)
-    torch.testing.assert_close(actual, expected, equal_nan=True, **close)
+    check_equal(graphs, f, *args, **close)
+    forms = [forms] if isinstance(forms, str) else forms
     assert [site.form for site in explained(f, *args).sites] == forms
     assert (sites(), misses()) == (len(forms), 0)
     assert graphs.count(ops.ROW_STATS) == row_stats
     return graphs
+
+
+def check_equal(backend: Callable[..., Any], f: Callable[..., Any], *args: Any, **close: Any) -> None:
+    actual = step(torch.compile(f, backend=backend, fullgraph=True), *args)
+    torch.testing.assert_close(actual, step(f, *args), equal_nan=True, **close)
 
 
 def explained(f: Callable[..., Any], *args: Any) -> inductor_ce.Report:
@@ -87,7 +108,7 @@ def test_cross_entropy_function(reduction: str, smoothing: float, ignore_index: 
 
     row = SMOOTHED if smoothing else CE
     form = f"{'' if reduction == 'none' else reduction}[y != {ignore_index}]({row})"
-    check(f, logits(), labels(ignore=ignore_index), forms=form)
+    check_graphs(f, logits(), labels(ignore=ignore_index), forms=form)
 
 
 @pytest.mark.parametrize("ignore_index", [-1, V - 1, V + 5, 255])
@@ -333,7 +354,7 @@ def test_smoothing_as_two_terms():
         nll = -logp.gather(-1, y[:, None]).sum()
         return 0.9 * nll + 0.1 / V * -logp.sum(-1, keepdim=True).sum()
 
-    graphs = check(f, logits(), labels(ignore=None), forms="pick(y) - lse; sum - V*lse")
+    graphs = check_graphs(f, logits(), labels(ignore=None), forms="pick(y) - lse; sum - V*lse")
     assert graphs.count(ops.ROW_GRAD) == 1
 
 
@@ -356,7 +377,7 @@ def z_loss_three_dimensions(z, y):
 def test_z_loss(f: Callable[..., Tensor]):
     """One sweep, also where the labels are reshaped only after the z-loss is computed."""
     form = f"lse; {MEAN}" if f is z_loss_three_dimensions else f"{MEAN}; lse"
-    assert check(f, logits(), labels(), forms=form).count(ops.ROW_GRAD) == 1
+    assert check_graphs(f, logits(), labels(), forms=form).count(ops.ROW_GRAD) == 1
 
 
 def test_lse_used_twice():
@@ -481,7 +502,7 @@ def test_casts_of_bfloat16(cast: Callable[[Tensor], Tensor]):
     def f(z, y):
         return F.cross_entropy(cast(z), y).float()
 
-    graphs = check(f, logits(dtype=torch.bfloat16), labels(), forms=MEAN, rtol=2e-2, atol=2e-3)
+    graphs = check_graphs(f, logits(dtype=torch.bfloat16), labels(), forms=MEAN, rtol=2e-2, atol=2e-3)
     (row_stats,) = (n for n in graphs.nodes if n.target == ops.ROW_STATS)
     assert row_stats.args[0].meta["val"].dtype == torch.bfloat16
 
@@ -536,7 +557,7 @@ def test_causal_shift_of_logits(shift: Callable[..., tuple[Tensor, Tensor]], red
         return F.cross_entropy(*shift(z, y), reduction=reduction)
 
     form = f"{'' if reduction == 'none' else reduction}[y != -100]({CE})"
-    graphs = check(f, logits(B, S, V), labels(B, S), forms=form)
+    graphs = check_graphs(f, logits(B, S, V), labels(B, S), forms=form)
     (row_stats,) = (n for n in graphs.nodes if n.target == ops.ROW_STATS)
     assert row_stats.args[0].meta["val"].shape == (N, V)
 
@@ -607,7 +628,7 @@ def test_autocast(where: str):
         return F.cross_entropy(z.float(), y)
 
     h, w = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
-    graphs = check(f, h, w, labels(), forms=MEAN, rtol=2e-2, atol=1e-2)
+    graphs = check_graphs(f, h, w, labels(), forms=MEAN, rtol=2e-2, atol=1e-2)
     (row_stats,) = (n for n in graphs.nodes if n.target == ops.ROW_STATS)
     assert row_stats.args[0].meta["val"].dtype == torch.bfloat16
 
@@ -771,7 +792,7 @@ def test_cross_entropy_beside_gather():
         logp = z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
         return F.cross_entropy(z, y), logp, 1e-4 * z.logsumexp(-1).square().mean()
 
-    graphs = check(f, logits(), labels(ignore=None), forms=f"{LOGP}; {MEAN}; lse")
+    graphs = check_graphs(f, logits(), labels(ignore=None), forms=f"{LOGP}; {MEAN}; lse")
     assert graphs.count(ops.ROW_GRAD) == 1
 
 
@@ -804,7 +825,7 @@ def test_several_heads():
         return F.cross_entropy(main, y) + 0.3 * F.cross_entropy(extra[:-1], y[1:])
 
     h, w1, w2 = (torch.randn(n, 8, requires_grad=True) for n in (N, V, V))
-    graphs = check(f, h, w1, w2, labels(), forms=[MEAN, MEAN], row_stats=2)
+    graphs = check_graphs(f, h, w1, w2, labels(), forms=[MEAN, MEAN], row_stats=2)
     assert graphs.count(ops.ROW_GRAD) == 2
 
 

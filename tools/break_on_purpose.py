@@ -1,0 +1,314 @@
+"""Break the package on purpose, one line at a time, and see that the tests see it.
+
+    python tools/break_on_purpose.py [words of a name ...]
+
+Each break is applied in a temporary copy of the tree, where its tests are run; they must fail. What is
+printed is the table of tests/README.md. The exit status is the number of breaks that nobody saw.
+
+A text that is no longer there, or more than once, stops everything: the break is to be written anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[1]
+NOT_COPIED = shutil.ignore_patterns("*.egg-info", "__pycache__", "results", ".*")
+
+
+@dataclass(frozen=True)
+class Break:
+    """One text of one file replaced by another, and the tests that are to see it, as arguments of pytest."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+def in_folder(folder: str, breaks: list[tuple[str, str, str, str, str]]) -> list[Break]:
+    return [Break(name, folder + file, old, new, tests) for name, file, old, new, tests in breaks]
+
+
+STATS, GRAD = "row_stats.py.jinja", "row_grad.py.jinja"
+TEMPLATES = in_folder(
+    "inductor_ce/ops/templates/",
+    [
+        (
+            *("`row_stats` template: no guard for -inf", STATS),
+            'return tl.where(m == float("-inf"), 0.0, m)',
+            "return m",
+            "tests/test_templates.py -k test_one_finite_column",
+        ),
+        (
+            *("`row_stats` template: columns of the last tile counted twice", STATS),
+            "fresh = i_tail >= WHOLE",
+            "fresh = i_tail >= 0",
+            "tests/test_templates.py -k 'test_stats_at_every_vocabulary and (0-257 or 0-1000)'",
+        ),
+        (
+            *("`row_stats` template: the sum not lowered with the maximum", STATS),
+            "return s + seen * (inductor_ce_shift(m) - inductor_ce_shift(m_new))",
+            "return s",
+            "tests/test_templates.py -k 'test_stats_at_every_vocabulary and 4097'",
+        ),
+        (
+            *("`row_stats` template: a label outside picks column 0", STATS),
+            "packed = tl.where(named, z_y.to(ACC_TYPE), 0.0)",
+            "packed = z_y.to(ACC_TYPE)",
+            "tests/test_templates.py -k 'test_stats_at_every_vocabulary and 257'",
+        ),
+        (
+            *("`row_grad` template: the maximum left out", GRAD),
+            'gap = z_col.to(ACC_TYPE) - tl.load(m + i_row * {{stride("m", 0)}})',
+            "gap = z_col.to(ACC_TYPE)",
+            "tests/test_templates.py -k 'test_grad_at_every_vocabulary and 257'",
+        ),
+        (
+            *("`row_grad` template: the label one column off", GRAD),
+            "tl.where(i_col == y,",
+            "tl.where(i_col == y + 1,",
+            "tests/test_templates.py -k 'test_grad_at_every_vocabulary and 257'",
+        ),
+        (
+            *("`row_grad` template: labels outside taken for column 0", GRAD),
+            "y = tl.where((y >= 0) & (y < V), y, -1)",
+            "y = tl.where((y >= 0) & (y < V), y, 0)",
+            "tests/test_templates.py -k 'test_grad_at_every_vocabulary and 257'",
+        ),
+        (
+            *("`row_grad` template: only the first block written", GRAD),
+            'stored = {{"i_col >= first" if OVER else "tl.full([BLOCK], True, tl.int1)"}}',
+            "stored = i_col < BLOCK",
+            "tests/test_templates.py -k 'test_grad_at_every_vocabulary and 4097'",
+        ),
+    ],
+)
+OPERATORS = in_folder(
+    "inductor_ce/ops/",
+    [
+        (
+            *("reference op: gradient written over z", "operators.py"),
+            "return dz.to(z.dtype).contiguous()",
+            "return z.copy_(dz.to(z.dtype))",
+            "tests/test_traps.py -k test_trap_14",
+        ),
+        (
+            *("reference op: label mask of the gradient dropped", "operators.py"),
+            "b = torch.where(inside, coefficients[k], 0.0)",
+            "b = coefficients[k]",
+            "tests/test_traps.py -k test_trap_01",
+        ),
+        (
+            *("combine: a block's sum not lowered to the common maximum", "combine.py"),
+            "block = block + beside * rise",
+            "pass",
+            "tests/test_head.py -k 'test_loss and smoothing and vocab_slabs'",
+        ),
+        (
+            *("head: `product_into` ignores `accumulate`", "products.py"),
+            "    if accumulate:\n        torch.addmm(rows",
+            "    if False:\n        torch.addmm(rows",
+            "tests/test_head.py -k 'test_loss and token_chunks and bias'",
+        ),
+        (
+            *("head: the columns of the rarest labels taken for the most frequent", "products.py"),
+            "counts.sort(descending=True,",
+            "counts.sort(descending=False,",
+            "tests/test_products.py -k test_most_frequent",
+        ),
+        (
+            *("head: entries at the labels not put back", "products.py"),
+            "        put_back(dz, label, of_label)",
+            "        pass",
+            "tests/test_products.py -k test_a_product_without_the_labels",
+        ),
+        (
+            *("head: the frequent rows not completed", "products.py"),
+            "    out.index_copy_(0, columns, often.to(out.dtype))",
+            "    pass",
+            "tests/test_products.py -k test_what_was_left_out_is_added",
+        ),
+    ],
+)
+HEADS = in_folder(
+    "inductor_ce/heads/",
+    [
+        (
+            *("joint pass: chains not tagged", "recompute.py"),
+            'link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE',
+            "pass",
+            "tests/test_traps.py -k 'test_trap_28_only_the_raw and cpu'",
+        ),
+        (
+            *("head: the upstream scalar not applied", "gradients.py"),
+            "return x if scale is None else self._scaled(x, scale, of_rows)",
+            "return x",
+            "tests/test_head_programs.py -k 'test_trap_02 and token_chunks'",
+        ),
+        (
+            *("head: a piece does not wait for the one before it", "pieces.py"),
+            "return build(LOGITS, hidden, columns, bias, after)",
+            "return build(LOGITS, hidden, columns, bias, [])",
+            "tests/test_head_golden.py",
+        ),
+        (
+            *("head: slabs' labels shifted by the end of a slab", "pieces.py"),
+            "return self.build(aten.sub.Tensor, wide, piece.start)",
+            "return self.build(aten.sub.Tensor, wide, piece.end)",
+            "tests/test_head.py -k 'test_loss and plain and vocab_slabs'",
+        ),
+        (
+            *("head: chunks end one row early", "pieces.py"),
+            "Range(start, min(start + step, size))",
+            "Range(start, min(start + step - 1, size))",
+            "tests/test_head.py -k 'test_loss and plain'",
+        ),
+        (
+            *("head: the sum over chunks starts anew", "gradients.py"),
+            "accumulate=not first",
+            "accumulate=False",
+            "tests/test_head.py -k 'test_loss and token_chunks and bias'",
+        ),
+        (
+            *("head: the proof accepts a permutation of rows", "row_locality.py"),
+            "return bool(((fact.rows == own) | (fact.rows == NO_ROW)).all())",
+            "return True",
+            "tests/test_rowlocal_facts.py",
+        ),
+        (
+            *("head: the proof lets a row be combined with another", "row_locality.py"),
+            "if bool(((merged != rows) & (merged != NO_ROW) & (rows != NO_ROW)).any()):",
+            "if False:",
+            "tests/test_rowlocal.py -k test_refused",
+        ),
+        (
+            *("plan: the budget not kept to", "plan.py"),
+            "next((p for p in plans if p.extra_bytes <= budget)",
+            "next((p for p in plans if True)",
+            "tests/test_plan.py",
+        ),
+    ],
+)
+REWRITING = in_folder(
+    "inductor_ce/rewriting/",
+    [
+        (
+            *("rewrite: NaN of an impossible label turned into 0", "statistics.py"),
+            "self._known[key] = build(torch.where, known, 1.0, torch.nan)",
+            "self._known[key] = build(torch.where, known, 1.0, 0.0)",
+            "tests/test_traps.py -k test_trap_26",
+        ),
+        (
+            *("rewrite: the mean over the wrong count", "layouts.py"),
+            "return self.build(torch.div, self.total(rows), self.total(counted))",
+            "return self.build(torch.mean, rows)",
+            "tests/test_numerics.py -k test_arrangement",
+        ),
+        (
+            *("rewrite: ignored rows count", "rewrite.py"),
+            "kept = build(torch.where, valid, per_row, 0.0)",
+            "kept = per_row",
+            "tests/test_recognise.py -k test_cross_entropy_function",
+        ),
+    ],
+)
+API = in_folder(
+    "inductor_ce/api/",
+    [
+        (
+            *("uninstall: a foreign pass dropped", "install.py"),
+            "return tuple(p for p in passes_in(value) if not isinstance(p, OURS))",
+            "return ()",
+            "tests/test_traps.py -k test_trap_13",
+        ),
+        (
+            *("cache key: of the top folder's files alone", "passes.py"),
+            "package.rglob(",
+            "package.glob(",
+            "tests/test_backend.py -k key",
+        ),
+        (
+            *("cache key: of the files' sizes, not of their text", "passes.py"),
+            ".encode() + file.read_bytes())",
+            ".encode())",
+            "tests/test_backend.py -k key",
+        ),
+        (
+            *("cache key: without the options", "passes.py"),
+            "return type(self).__name__, sources(), self.options.key()",
+            "return type(self).__name__, sources()",
+            "tests/test_backend.py -k key",
+        ),
+    ],
+)
+BREAKS = [*TEMPLATES, *OPERATORS, *HEADS, *REWRITING, *API]
+
+
+def broken(text: str, each: Break) -> str:
+    found = text.count(each.old)
+    if found != 1:
+        raise SystemExit(f"{each.name}: {found} times in {each.file}: {each.old!r}")
+    return text.replace(each.old, each.new)
+
+
+def run_tests(tree: Path, tests: str) -> tuple[int, list[str]]:
+    """(how many tests ran, the names of those that failed)."""
+    report = tree / "report.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    run = subprocess.run(
+        [*command, *shlex.split(tests)],
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode > 1:  # neither passed nor failed: what was to be run could not be
+        raise SystemExit(f"{tests}: {run.stdout[-3000:]}{run.stderr[-1000:]}")
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    failed = [case for case in cases if {"failure", "error"} & {part.tag for part in case}]
+    return len(cases), [case.attrib["name"].partition("[")[0] for case in failed]
+
+
+def try_each(breaks: list[Break], tree: Path) -> int:
+    """Print the row of each break. Returns how many were not seen."""
+    unseen = 0
+    for each in breaks:
+        file = tree / each.file
+        whole = file.read_text()
+        file.write_text(broken(whole, each))
+        ran, failed = run_tests(tree, each.tests)
+        file.write_text(whole)
+        unseen += not failed
+        seen_by = ", ".join(f"`{name}`" for name in list(dict.fromkeys(failed))[:2]) or "**nobody**"
+        print(f"| {each.name} | {len(failed)} of {ran} | {seen_by} |", flush=True)
+    return unseen
+
+
+def main(words: list[str]) -> int:
+    breaks = [each for each in BREAKS if all(word in each.name for word in words)]
+    for each in BREAKS:
+        broken((ROOT / each.file).read_text(), each)
+    print(f"{datetime.date.today()}, torch {importlib.metadata.version('torch')}, {len(breaks)} breaks\n")
+    print("| what is broken | failures | seen by |\n|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree"
+        shutil.copytree(ROOT, tree, ignore=NOT_COPIED)
+        return try_each(breaks, tree)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
