@@ -16,7 +16,7 @@ def inputs():
 
 def loss(scores, action_holder, reward_holder):
     output = scores.softmax(-1)
-    indexes = torch.arange(0, output.shape[0]) * output.shape[1] + action_holder
+    indexes = torch.arange(0, output.shape[0], device=output.device) * output.shape[1] + action_holder
     responsible_outputs = torch.take(output, indexes)
     return -(responsible_outputs.log() * reward_holder).mean()
 

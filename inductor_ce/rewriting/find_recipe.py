@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,10 +104,13 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
 
 
 def _name(part: Node) -> str:
+    """What a user calls an input, "head.weight", with its shape."""
     source = getattr(part, "_dynamo_source", None)
     name = getattr(source, "name", part.name)
+    text = name() if callable(name) else name
+    path = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
     shape = "x".join(map(str, shape_of(part)))
-    return f"{name() if callable(name) else name} [{shape}]"
+    return f"{'.'.join(path) or text} [{shape}]"
 
 
 # The rows: what has the vocabulary on its last dimension
