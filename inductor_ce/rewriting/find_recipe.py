@@ -114,7 +114,8 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     example = tensor_of(node)
     assert example is not None
     names = ("the hidden states", *(_name(p) for p in parts[1:]))
-    return Found(Recipe(names, steps, size, example.dtype, autocast), parts, search.product)
+    recipe = Recipe(names, steps, size, example.dtype, example.requires_grad, autocast)
+    return Found(recipe, parts, search.product)
 
 
 def _name(part: Node) -> str:

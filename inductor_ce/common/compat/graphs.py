@@ -10,6 +10,7 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dispatch.python import enable_python_dispatcher
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
@@ -24,6 +25,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "unset_fake_temporarily",
+    "without_transforms",
 ]
 IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
 
@@ -60,6 +62,11 @@ get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.
 
 
 auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def refuse_memory(tensor: torch.Tensor) -> None:
+    """Let C++ that asks for the memory of a tensor which has none raise an error."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
 def is_capturing() -> bool:
