@@ -60,6 +60,7 @@ class LazyLogits(Tensor):
     _views: weakref.WeakSet[LazyLogits]
     _is_sliced: bool
     _is_exposed: bool
+    _is_shared: bool
 
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
@@ -68,22 +69,23 @@ class LazyLogits(Tensor):
         )
         refuse_memory(made)
         made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
-        made._made, made._made_version, made._is_whole, made._is_sliced, made._is_exposed = (
-            None,
-            0,
-            False,
-            False,
-            False,
-        )
+        made._made, made._made_version = None, 0
+        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = False
         return made
 
     @staticmethod
-    def returned(recipe: Recipe, parts: Sequence[Tensor]) -> LazyLogits:
-        """Logits in the place of those that a compiled function would have returned."""
+    def returned(recipe: Recipe, parts: Sequence[Tensor], is_shared: bool = False) -> LazyLogits:
+        """Logits in the place of those that a compiled function would have returned.
+
+        `is_shared` says that another of its results would have been in the same memory.
+        """
         source = Source(recipe, parts)
         if torch.is_grad_enabled() and recipe.requires_grad:
-            return _OfParts.apply(source, *parts)
-        return LazyLogits(source)
+            made = _OfParts.apply(source, *parts)
+        else:
+            made = LazyLogits(source)
+        made._is_shared = is_shared
+        return made
 
     @property
     def source(self) -> Source:
@@ -206,6 +208,11 @@ class LazyLogits(Tensor):
         root = self
         while root._viewed is not None:
             root = root._viewed
+        if root._is_shared:
+            raise LazyLogitsError(
+                "Logits that were returned lazily are written to, and another result of the compiled "
+                'function would share memory with them. Use the option returned_logits="eager".'
+            )
         root.made()
         root._share()
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
+from ..common.compat.graphs import without_saved_tensors_hooks
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 
@@ -44,7 +44,7 @@ class Source:
         self.check()
         leaves = [part.detach().requires_grad_(part.requires_grad) for part in self.parts]
         # Hooks that are set where somebody looks first, as by a checkpoint, are for what is done there.
-        with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), without_saved_tensors_hooks():
             made = self.recipe.make(leaves)
         self.graph = made, leaves
         return made.detach()
@@ -68,10 +68,6 @@ class Source:
         """The same with one more function of each row."""
         self.check()
         return Source(self.recipe.then(target, *args, dtype=dtype), self.parts)
-
-
-def _as_it_is(saved: Tensor) -> Tensor:
-    return saved
 
 
 _EXPIRED = (

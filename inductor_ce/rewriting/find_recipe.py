@@ -67,7 +67,7 @@ class _Search:
     timeline: Timeline
     build: Builder
     parts: list[Node] = field(default_factory=list)
-    steps: list[tuple[Node | None, Step]] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     known: dict[Node, Any] = field(default_factory=dict)  # a node -> a part or the number of a step
     switches: set[Any] = field(default_factory=set)
     product: Node | None = None
@@ -106,7 +106,7 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
 
     steps = tuple(
         Step(step.target, placed(step.args), tuple((k, placed(v)) for k, v in step.kwargs))
-        for _, step in search.steps
+        for step in search.steps
     )
     if len(search.switches) > 1:
         raise NoRecipe("autocast begins or ends between the steps by which they are made")
@@ -151,7 +151,7 @@ def _rows(search: _Search, node: Node) -> Node:
         return _cast(search, node, source)
     if step == "detach" and isinstance(source, Node):
         hidden = _rows(search, source)
-        _add(search, node, Step("detach", (Of(len(search.steps) - 1),)))
+        _add(search, Step("detach", (Of(len(search.steps) - 1),)))
         return hidden
     if step in _ELEMENTWISE:
         return _elementwise(search, node)
@@ -162,10 +162,11 @@ def _called(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _add(search: _Search, node: Node | None, step: Step) -> None:
-    if node is not None:
-        search.switches.add(_autocast_at(search, node))
-    search.steps.append((node, step))
+def _add(search: _Search, step: Step, like: Node | None = None) -> None:
+    """Take in a step, of a node `like` which autocast may do otherwise."""
+    if like is not None:
+        search.switches.add(_autocast_at(search, like))
+    search.steps.append(step)
 
 
 def _autocast_at(search: _Search, node: Node) -> tuple[str, torch.dtype, bool]:
@@ -193,7 +194,7 @@ def _cast(search: _Search, node: Node, source: Node) -> Node:
     if before.device != after.device:
         raise NoRecipe("they are moved to another device")
     if before.dtype != after.dtype:
-        _add(search, node, Step("to", (Of(len(search.steps) - 1), after.dtype)))
+        _add(search, Step("to", (Of(len(search.steps) - 1), after.dtype)))
     return hidden
 
 
@@ -243,7 +244,7 @@ def _elementwise(search: _Search, node: Node) -> Node:
         return logits if a is source else _shared(search, a)
 
     args, kwargs = map_arg((node.args, node.kwargs), argument)
-    _add(search, node, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)
     return hidden
 
 
@@ -285,7 +286,7 @@ def _product(search: _Search, node: Node, spelled: Any) -> Node | None:
         raise NoRecipe("the hidden states are changed in place")
     search.product, search.hidden = node, hidden
     made = tuple(hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in args)
-    _add(search, node, Step(target, made))
+    _add(search, Step(target, made), like=node)
     return hidden
 
 
@@ -351,6 +352,6 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
         return None
     of = _shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
-    _add(search, node, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, Step(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)
     search.known[node] = Of(len(search.steps) - 1)
     return search.known[node]

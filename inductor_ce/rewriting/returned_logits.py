@@ -2,7 +2,7 @@
 
 What holds all logits of a loss, in whatever shape, order or floating dtype, is a copy here. Where one is
 returned, the linear layer cannot be fused with the loss: all logits must be there. Who never reads them says
-so by `drop_logits`, and is given NaN of the same shape, dtype and device, one element expanded.
+so by the option, and is given NaN of the same shape, dtype and device, one element expanded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .groups import Group
 from .promises import FACT
 
 RETURNED = "The logits are returned, so all of them are in memory"
-REMEDY = "; the option drop_logits returns NaN in their place."
+REMEDY = '; the option returned_logits="nan" returns NaN in their place.'
 DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
 VERIFIED = "The option verify computes the original too, which has all logits in memory."
 
@@ -68,7 +68,7 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
         return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
     if refusal is not None:
-        return f"{RETURNED}: drop_logits does not apply, because {refusal}."
+        return f'{RETURNED}: returned_logits="nan" does not apply, because {refusal}.'
     for node in returned:
         _return_nan(graph, node)
     return DROPPED

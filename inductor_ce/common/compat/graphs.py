@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, TypeGuard
 
 import torch
@@ -62,6 +63,13 @@ get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.
 
 
 auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Within, autograd saves tensors as they are."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
 
 def refuse_memory(tensor: torch.Tensor) -> None:
