@@ -182,7 +182,7 @@ def _autocast_at(search: _Search, node: Node) -> tuple[str, torch.dtype, bool]:
         elif other.target is exit_autocast:
             entered.pop()
     for kind, dtype, enabled, *_ in (args for args in entered if args[0] == device):
-        state = (kind, dtype or state[1], bool(enabled))  # type: ignore[assignment]
+        state = (kind, dtype or state[1], bool(enabled))
     return state
 
 

@@ -46,7 +46,9 @@ def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: 
         nothing but the loss needs them.
     """
     roots = [_root(group.logits.node) for group in groups]
-    sentences = {root: _told(root) or _settle(graph, reading, _copies(root), options) for root in roots}
+    sentences = {
+        root: _told(root) or _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)
+    }
     return [sentences[root] for root in roots]
 
 

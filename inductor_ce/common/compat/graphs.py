@@ -67,7 +67,7 @@ auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
 
 def without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
     """Within, autograd saves tensors as they are."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return contextlib.nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
 
