@@ -29,11 +29,11 @@ class Case:
         self.z = lazy(*self.parts)
         self.eager = capped(*self.copies)
 
-    def same_gradients(self) -> None:
+    def same_gradients(self, **tolerance: float) -> None:
         for ours, theirs in zip(self.parts, self.copies, strict=True):
             assert (ours.grad is None) == (theirs.grad is None)
             if ours.grad is not None:
-                torch.testing.assert_close(ours.grad, theirs.grad)
+                torch.testing.assert_close(ours.grad, theirs.grad, **tolerance)
 
 
 def capped(h: Tensor, W: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_lazily, misses, sites
+from lazy_cases import Case
 from torch import Tensor, nn
 from torch._inductor import compile_fx as compile_fx_module
 from torch.fx import GraphModule
@@ -586,3 +587,62 @@ def test_a_graph_that_dynamo_did_not_capture_is_left_alone() -> None:
     ours = compiled(*args)
     assert not lazies(ours)
     torch.testing.assert_close(tuple(ours), Loss()(*args))
+
+
+# As inputs of compiled functions
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * 10
+
+
+def edit(z: Tensor) -> Tensor:
+    z.mul_(2)
+    return z
+
+
+def hook(z: Tensor) -> Tensor:
+    z.register_hook(lambda gradient: gradient * 3)
+    return z
+
+
+def write(z: Tensor) -> Tensor:
+    z.data.zero_()
+    return z
+
+
+def view_of_what_is_edited(z: Tensor) -> Tensor:
+    view = z.view(z.shape)
+    z.sum()
+    z[0].detach().zero_()
+    return view
+
+
+STATES: list[Callable[[Tensor], Tensor]] = [
+    *(edit, hook, write, view_of_what_is_edited, Scaled.apply, Tensor.float, Tensor.detach),
+    *(lambda z: z[:, :-1], lambda z: [z, z.sum()][0]),
+]
+
+
+def test_states_of_an_input() -> None:
+    """One compiled function is given lazy logits to which different things have been done."""
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z.float().flatten(0, 1), torch.arange(z.shape[0] * z.shape[1]))
+
+    compiled, _ = compile_lazily(loss)
+    for state in [Tensor.view_as, *STATES, *reversed(STATES)]:
+        case = Case()
+        prepared = [state(z, z) if state is Tensor.view_as else state(z) for z in (case.z, case.eager)]
+        ours, theirs = (f(z) for f, z in zip((compiled, loss), prepared, strict=True))
+        torch.testing.assert_close(ours, theirs)
+        if theirs.requires_grad:
+            ours.backward()
+            theirs.backward()
+        case.same_gradients(rtol=1e-5, atol=1e-6)  # the loss is taken in float32

@@ -258,7 +258,7 @@ class LazyLogits(Tensor):
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_part0"]
+            return parts["_part0"].detach()
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them
