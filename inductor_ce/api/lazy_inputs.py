@@ -14,6 +14,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat.dynamo import attribute_source, moved_facts
+from ..common.compat.graphs import tree_map
 from ..graph.builder import Builder
 from .lazy_logits import LazyLogits
 
@@ -36,11 +37,17 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
         if apart[-1]:
             examples += _apart(module.graph, twins[node], example, given, behind)
         else:
-            if is_lazy:
-                twins[node].meta["example_value"] = example.made()
             examples.append(given.made() if isinstance(given, LazyLogits) else given)
+    for node in module.graph.nodes:
+        if "example_value" in node.meta:
+            node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     module.recompile()
     return module, examples, functools.partial(_flattened, tuple(apart))
+
+
+def _plain(value: Any) -> Any:
+    """An example for what is computed of logits that have been taken apart."""
+    return value.made() if isinstance(value, LazyLogits) else value
 
 
 def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: Node) -> list[Any]:

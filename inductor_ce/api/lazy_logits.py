@@ -156,6 +156,8 @@ class LazyLogits(Tensor):
     @property
     def is_ours(self) -> bool:
         """Whether the parts stand for this tensor: it is what they make, its gradients are theirs."""
+        if self._source.is_example:
+            return True
         if self.may_be_edited or self._is_watched:
             return False
         if not self.requires_grad:

@@ -77,6 +77,10 @@ def refuse_memory(tensor: torch.Tensor) -> None:
     torch._C._set_throw_on_mutable_data_ptr(tensor)
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
+
+
 def is_capturing() -> bool:
     """Whether Dynamo is at work in this thread, and may ask what a tensor is without wanting its elements."""
     return TracingContext.try_get() is not None
