@@ -60,6 +60,7 @@ class LazyLogits(Tensor):
     _views: weakref.WeakSet[LazyLogits]
     _is_sliced: bool
     _is_exposed: bool
+    _whole: Tensor  # the logits, as an input of compiled functions
     _is_shared: bool
 
     @staticmethod
@@ -241,15 +242,13 @@ class LazyLogits(Tensor):
     # As an input of compiled functions
 
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
-        recipe: Recipe | None = None
-        parts: Sequence[Tensor] = ()
-        if self.is_ours:
-            self._source.check()
-            recipe, parts = self._source.recipe, self._source.parts
-            if not self.requires_grad:
-                parts = [part.detach() for part in parts]
-        else:
-            parts = [self.made()]
+        if not self.is_ours:
+            self._whole = self.made()
+            return ["_whole"], None
+        self._source.check()
+        recipe, parts = self._source.recipe, self._source.parts
+        if not self.requires_grad:
+            parts = tuple(part.detach() for part in parts)
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part)
@@ -260,7 +259,7 @@ class LazyLogits(Tensor):
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_part0"].detach()
+            return parts["_whole"].detach()
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them
