@@ -245,10 +245,10 @@ class LazyLogits(Tensor):
         if not self.is_ours:
             self._whole = self.made()
             return ["_whole"], None
+        if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
+            self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
         self._source.check()
         recipe, parts = self._source.recipe, self._source.parts
-        if not self.requires_grad:
-            parts = tuple(part.detach() for part in parts)
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part)

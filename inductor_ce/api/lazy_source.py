@@ -71,6 +71,10 @@ class Source:
         self.check()
         return Source(self.recipe, [hidden, *self.parts[1:]])
 
+    def detached(self) -> Source:
+        self.check()
+        return Source(self.recipe, [part.detach() for part in self.parts])
+
     def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Source:
         """The same with one more function of each row."""
         self.check()
