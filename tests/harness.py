@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 import inductor_ce
 import inductor_ce.api.backend
 from inductor_ce import Options, Report
+from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
 
 
@@ -117,6 +118,18 @@ def compile_without_codegen(f: Callable[..., Any], *, dynamic: bool | None = Non
     inductor_ce.install(**{"min_vocab": 2, **options})
     graphs = Graphs()
     return torch.compile(f, backend=graphs, dynamic=dynamic), graphs
+
+
+def compile_lazily(f: Callable[..., Any], *, dynamic: bool | None = None, **options: Any):
+    """The same, with logits that are returned lazily."""
+    options = {"min_vocab": 2, **options}
+    inductor_ce.install(**options)
+    graphs = Graphs()
+
+    def backend(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compile_deferring(gm, example_inputs, graphs, inductor_ce.Options(**options), {})
+
+    return torch.compile(f, backend=backend, dynamic=dynamic), graphs
 
 
 def compile_with_codegen(f: Callable[..., Any], **options: Any):

@@ -87,7 +87,7 @@ def test_install_and_uninstall():
     assert handle.options == Options(min_vocab=2)
     options = (
         "Options(min_vocab=2, strategy='auto', memory_budget=None, on_miss='ignore', verify=False, "
-        "drop_logits=False)"
+        "returned_logits='lazy')"
     )
     assert repr(handle) == f"<inductor_ce installed with {options}>"
     inductor_ce.uninstall()
@@ -305,7 +305,7 @@ def test_backend_keeps_foreign_passes(patches: list[dict[str, Any]]):
 # Options
 
 
-VALID = "min_vocab, strategy, memory_budget, on_miss, verify, drop_logits"
+VALID = "min_vocab, strategy, memory_budget, on_miss, verify, returned_logits"
 
 
 @pytest.mark.parametrize(
@@ -413,17 +413,22 @@ COMPILE = """
     import json, sys, torch, inductor_ce
     from torch._dynamo.utils import counters
 
-    def f(z, y):
-        return torch.nn.functional.cross_entropy(z, y)
+    def f(h, W, y):
+        z = torch.nn.functional.linear(h, W)
+        return torch.nn.functional.cross_entropy(z, y), z
 
     inductor_ce.install(min_vocab=int(sys.argv[1]))
-    z, y = torch.ones(4, 16), torch.arange(4)
-    torch.compile(f)(z, y)
+    torch.manual_seed(0)
+    args = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
+    loss, z = torch.compile(f)(*args)
     print(json.dumps({
+        "lazy": [hasattr(z, "is_made"), getattr(z, "is_made", True)],
+        "logits": z.tolist(),
+        "eager": f(*args)[1].tolist(),
         "key": repr(torch._inductor.config.pre_grad_custom_pass.uuid()),
         "hits": [counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"]],
         "sites": counters["inductor_ce"]["sites"],
-        "explained": inductor_ce.explain(f, z, y).to_dict(),
+        "explained": inductor_ce.explain(f, *args).to_dict(),
     }))
 """
 
@@ -445,11 +450,11 @@ def test_second_process_hits_the_cache(tmp_path: Path):
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout.splitlines()[-1])
 
-    # Up to 2.11 the pass before autograd runs ahead of the look-up in the cache.
-    runs_on_a_hit = int(not hasattr(inductor_config, "pre_grad_pass_timing"))
     cold, warm, other = run("2"), run("2"), run("3")
     assert [p["hits"] for p in (cold, warm, other)] == [[0, 0], [1, 1], [0, 0]]
-    assert [p["sites"] for p in (cold, warm, other)] == [1, runs_on_a_hit, 1]
+    assert [p["sites"] for p in (cold, warm, other)] == [1, 1, 1]
+    assert [p["lazy"] for p in (cold, warm, other)] == [[True, False]] * 3
+    assert warm["logits"] == cold["logits"] == cold["eager"]
     assert warm["key"] == cold["key"] != other["key"]
     assert warm["explained"] == cold["explained"]
     assert len(cold["explained"]["sites"]) == 1

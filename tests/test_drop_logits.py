@@ -1,4 +1,4 @@
-"""Logits that a compiled function returns beside its loss: told, and, with the option, dropped."""
+"""Logits that a compiled function returns beside its loss: told, and, with "nan", dropped."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from inductor_ce.common.errors import OptionError
 B, S, D, V = 2, 5, 8, 37
 
 IN_MEMORY = "The logits are returned, so all of them are in memory"
-RETURNED = IN_MEMORY + "; the option drop_logits returns NaN in their place."
+RETURNED = IN_MEMORY + '; the option returned_logits="nan" returns NaN in their place.'
 DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
-KEPT = IN_MEMORY + ": drop_logits does not apply, because "
+KEPT = IN_MEMORY + ': returned_logits="nan" does not apply, because '
 
 
 def inputs(n: int = S) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ def test_dropped(model: type[Model], dtype: torch.dtype) -> None:
     x = x.detach().to(dtype).requires_grad_()
     loss, logits = unpacked(module(x, y))
     expected = torch.autograd.grad(loss, (x, module.lm_head.weight))
-    compiled, graphs = compile_without_codegen(module, drop_logits=True)
+    compiled, graphs = compile_without_codegen(module, returned_logits="nan")
     ours, dropped = unpacked(compiled(x, y))
     assert is_one_nan(dropped)
     assert (dropped.shape, dropped.dtype, dropped.device) == (logits.shape, logits.dtype, logits.device)
@@ -195,10 +195,10 @@ def test_dropped(model: type[Model], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("model", DROPPABLE)
-def test_off_by_default(model: type[Model]) -> None:
+def test_eager(model: type[Model]) -> None:
     module, (x, y) = model(), inputs()
     loss, logits = unpacked(module(x, y))
-    compiled, _ = compile_without_codegen(module)
+    compiled, _ = compile_without_codegen(module, returned_logits="eager")
     ours, kept = unpacked(compiled(x, y))
     torch.testing.assert_close(kept, logits)
     torch.testing.assert_close(ours, loss)
@@ -208,7 +208,7 @@ def test_off_by_default(model: type[Model]) -> None:
 
 def test_without_a_gradient() -> None:
     module, (x, y) = NanoGPT(), inputs()
-    compiled, graphs = compile_without_codegen(module, drop_logits=True)
+    compiled, graphs = compile_without_codegen(module, returned_logits="nan")
     with torch.no_grad():
         ours, dropped = compiled(x, y)
     assert is_one_nan(dropped)
@@ -218,7 +218,7 @@ def test_without_a_gradient() -> None:
 
 def test_any_use_is_loud() -> None:
     module, (x, y) = NanoGPT(), inputs()
-    compiled, _ = compile_without_codegen(module, drop_logits=True)
+    compiled, _ = compile_without_codegen(module, returned_logits="nan")
     loss, logits = compiled(x, y)
     assert logits.sum().isnan()
     assert logits[0, -1, 3].isnan()
@@ -232,7 +232,7 @@ def test_any_use_is_loud() -> None:
 def test_what_is_computed_from_nan_adds_nothing_to_the_gradient() -> None:
     module, (x, y) = NanoGPT(), inputs()
     (expected,) = torch.autograd.grad(module(x, y)[0], x)
-    compiled, _ = compile_without_codegen(module, drop_logits=True)
+    compiled, _ = compile_without_codegen(module, returned_logits="nan")
     loss, logits = compiled(x, y)
     total = loss + logits.mean()
     assert total.isnan()
@@ -241,7 +241,7 @@ def test_what_is_computed_from_nan_adds_nothing_to_the_gradient() -> None:
 
 def test_any_length() -> None:
     module = NanoGPT()
-    compiled, _ = compile_without_codegen(module, drop_logits=True, dynamic=True)
+    compiled, _ = compile_without_codegen(module, returned_logits="nan", dynamic=True)
     for n in (5, 9, 4):
         x, y = inputs(n)
         loss, logits = compiled(x, y)
@@ -253,7 +253,7 @@ def test_any_length() -> None:
 def test_compiled_by_inductor() -> None:
     """One element in memory, from generated code too."""
     module, (x, y) = Transformers(), inputs()
-    options = {"drop_logits": True, "min_vocab": 2}
+    options = {"returned_logits": "nan", "min_vocab": 2}
     output = torch.compile(module, backend="inductor_ce", options=options)(x, y)
     assert isinstance(output, CausalLMOutput)
     assert is_one_nan(output.logits)
@@ -302,20 +302,20 @@ KEPT_BECAUSE: dict[Callable[..., Any], str] = {
 }
 
 
-@pytest.mark.parametrize("drop_logits", [False, True])
+@pytest.mark.parametrize("returned_logits", ["eager", "nan"])
 @pytest.mark.parametrize("f", KEPT_BECAUSE)
-def test_kept(f: Callable[..., Any], drop_logits: bool) -> None:
+def test_kept(f: Callable[..., Any], returned_logits: str) -> None:
     module, (x, y) = Model(), inputs()
     expected = f(module, x, y)
-    compiled, _ = compile_without_codegen(f, drop_logits=drop_logits)
+    compiled, _ = compile_without_codegen(f, returned_logits=returned_logits)
     for ours, theirs in zip(compiled(module, x, y), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     assert (sites(), misses()) == (1, 0)
     (site,) = inductor_ce.explain(f, module, x, y).sites
-    if drop_logits:
+    if returned_logits == "nan":
         assert site.head.startswith(KEPT_BECAUSE[f])
     else:
-        assert "drop_logits does not apply" not in site.head
+        assert "does not apply" not in site.head
         assert "in memory" in site.head
 
 
@@ -324,7 +324,7 @@ def test_logits_that_are_an_argument() -> None:
         return F.cross_entropy(z, y), z.float()
 
     z, y = torch.randn(6, V), torch.randint(0, V, (6,))
-    compiled, _ = compile_without_codegen(f, drop_logits=True)
+    compiled, _ = compile_without_codegen(f, returned_logits="nan")
     assert torch.equal(compiled(z, y)[1], z)
     (site,) = inductor_ce.explain(f, z, y).sites
     assert site.head == KEPT + "they are an argument of the graph."
@@ -333,7 +333,7 @@ def test_logits_that_are_an_argument() -> None:
 def test_logits_of_a_loss_that_is_left_as_it_was() -> None:
     """The loss over few classes is not fused, so its logits are not touched."""
     module, (x, y) = NanoGPT(), inputs()
-    compiled, _ = compile_without_codegen(module, drop_logits=True, min_vocab=V + 1)
+    compiled, _ = compile_without_codegen(module, returned_logits="nan", min_vocab=V + 1)
     torch.testing.assert_close(compiled(x, y)[1], module(x, y)[1])
 
 
@@ -346,7 +346,7 @@ def test_logits_beside_a_loss_that_is_left_as_it_was() -> None:
         return loss_of(logits, y) + (p * (p + 1e-8).log()).sum(), logits
 
     module, (x, y) = Model(), inputs()
-    compiled, _ = compile_without_codegen(f, drop_logits=True)
+    compiled, _ = compile_without_codegen(f, returned_logits="nan")
     torch.testing.assert_close(compiled(module, x, y)[1], module.lm_head(x))
     assert (sites(), misses()) == (1, 1)
     (site,) = inductor_ce.explain(f, module, x, y).sites
@@ -365,7 +365,7 @@ def test_a_body_inside_another_graph() -> None:
         return loss + logits.sigmoid().mean()
 
     module, (x, y) = Model(), inputs()
-    compiled, _ = compile_without_codegen(f, drop_logits=True)
+    compiled, _ = compile_without_codegen(f, returned_logits="nan")
     torch.testing.assert_close(compiled(module, x, y), f(module, x, y))
     assert sites() == 1
     (site,) = inductor_ce.explain(f, module, x, y).sites
@@ -384,7 +384,7 @@ def test_a_part_that_is_compiled_apart() -> None:
 
 def test_verify_keeps_the_logits() -> None:
     module, (x, y) = NanoGPT(), inputs()
-    compiled, _ = compile_without_codegen(module, drop_logits=True, verify=True)
+    compiled, _ = compile_without_codegen(module, returned_logits="nan", verify=True)
     torch.testing.assert_close(compiled(x, y)[1], module(x, y)[1])
     (site,) = inductor_ce.explain(module, x, y).sites
     assert site.head == (

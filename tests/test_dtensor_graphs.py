@@ -409,10 +409,10 @@ def test_returned_logits_are_not_dropped():
         return F.cross_entropy(z, y), z
 
     given, _ = made(LINE)
-    compiled, _ = compile_without_codegen(f, drop_logits=True)
+    compiled, _ = compile_without_codegen(f, returned_logits="nan")
     assert not compiled(*given)[1].to_local().isnan().any()
     (site,) = inductor_ce.explain(f, *given).sites
-    assert site.head.endswith("drop_logits does not apply, because they are no plain tensor.")
+    assert site.head.endswith('returned_logits="nan" does not apply, because they are no plain tensor.')
 
 
 def test_strided_shards_are_refused():

@@ -15,6 +15,7 @@ from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
 from ..rewriting.promises import promise
+from ..rewriting.recipes import Recipe
 from .lazy_inputs import taken_apart
 from .lazy_logits import LazyLogits
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -28,8 +29,12 @@ class _Lazy:
     """How one result is put together: a recipe, and for each part whether it is a result, and its number."""
 
     place: int
-    recipe: Any
+    recipe: Recipe
     parts: tuple[tuple[bool, int], ...]
+    is_shared: bool
+
+    def made(self, part: Callable[[bool, int], Tensor]) -> LazyLogits:
+        return LazyLogits.returned(self.recipe, [part(*where) for where in self.parts], self.is_shared)
 
 
 def compile_deferring(
@@ -133,7 +138,7 @@ def _defer(
             if part not in kept:
                 kept.append(part)
             parts.append((True, kept.index(part)))
-        lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts)))
+        lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts), each.is_shared))
     output.args = (tuple(kept),)
     module.recompile()
     return functools.partial(_finished, len(results), tuple(lazy), copies)
@@ -152,7 +157,7 @@ def _finished(
             owned[number] = results[number].clone() if copies else results[number]
         return owned[number]
 
-    made = {e.place: LazyLogits.returned(e.recipe, [part(*where) for where in e.parts]) for e in lazy}
+    made = {each.place: each.made(part) for each in lazy}
     others = iter(results)
     return tuple(made[i] if i in made else next(others) for i in range(count))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,7 +21,12 @@ COPIES = {aten.detach.default, aten.alias.default, aten.clone.default, aten.lift
 
 # What autograd's node of the tensor itself is asked for.
 WATCHES = {Tensor.register_hook, Tensor.retain_grad}
-DIFFERENTIATE = {torch.autograd.grad, torch.autograd.backward}
+
+# What gives the memory away, to be written to without a word.
+EXPOSE = {
+    *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage),
+    *(Tensor.storage, Tensor.data.__get__, Tensor.data.__set__),  # type: ignore[attr-defined]
+}
 
 
 # Questions
@@ -30,24 +35,24 @@ _QUESTIONS = {
     *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
     *(Tensor.storage_offset, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
     *(Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.is_inference, Tensor.is_signed),
-    *(Tensor.requires_grad_, Tensor.__hash__, Tensor.__repr__, Tensor.is_same_size),
+    *(Tensor.requires_grad_, Tensor.__hash__, Tensor.__repr__, Tensor.__format__),
     *(Tensor._is_view, Tensor.is_neg, Tensor.is_conj, Tensor.is_coalesced, torch.is_conj, torch.is_neg),
     *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference, torch.is_signed),
-    *(torch.result_type, torch.is_same_size),
+    torch.result_type,
 }
 # Properties that are not about the tensor but of its elements.
 _VALUES = ("T", "mT", "H", "mH", "data", "real", "imag", "__cuda_array_interface__")
 
 
-def is_question(func: Any, args: tuple[Any, ...]) -> bool:
+def is_question(func: Any) -> bool:
     """Whether shape, dtype and the like are the answer."""
-    if func in _QUESTIONS or (func is Tensor.type and len(args) == 1):
+    if func in _QUESTIONS:
         return True
     if func is Tensor.untyped_storage:
         return is_capturing()
-    name = getattr(func, "__name__", "")
-    owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    return name in ("__get__", "__set__", "__delete__") and owner not in _VALUES
+    owner = getattr(func, "__self__", None)
+    of = getattr(getattr(owner, "fget", owner), "__name__", "")
+    return getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__") and of not in _VALUES
 
 
 # Writes
@@ -78,10 +83,8 @@ def written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 def lazily(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a torch callable, without all logits; NotImplemented where it needs them, or has them."""
     handler = _HANDLERS.get(func)
-    if func is Tensor.data.__get__:  # type: ignore[attr-defined]
-        handler = _detach
     z = args[0] if args else None
-    if handler is None or not getattr(z, "is_lazy_logits", False) or z.is_made:  # type: ignore[union-attr]
+    if handler is None or not getattr(z, "is_lazy_logits", False) or z.is_at_hand:  # type: ignore[union-attr]
         return NotImplemented
     return handler(z, *args[1:], **kwargs)
 
@@ -102,7 +105,7 @@ def _as_dtype(z: Any, dtype: torch.dtype) -> Any:
         return z
     if not dtype.is_floating_point:
         return NotImplemented
-    return z.form(z._source.then("to", dtype, dtype=dtype))
+    return z.form(z._source.then("to", dtype, dtype=dtype), lambda made: made.to(dtype))
 
 
 def _to(z: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,9 +127,10 @@ def _to(z: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _type(z: Any, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-    return (
-        _as_dtype(z, dtype) if isinstance(dtype, torch.dtype) and not args and not kwargs else NotImplemented
-    )
+    if dtype is None:
+        return torch.empty(0, dtype=z.dtype, device=z.device).type()
+    named = not isinstance(dtype, torch.dtype) or args or kwargs
+    return NotImplemented if named else _as_dtype(z, dtype)
 
 
 def _type_as(z: Any, other: Tensor) -> Any:
@@ -135,21 +139,20 @@ def _type_as(z: Any, other: Tensor) -> Any:
 
 def _itself(z: Any, **kwargs: Any) -> Any:
     """contiguous: they will be."""
-    return (
-        z
-        if kwargs.get("memory_format", torch.contiguous_format) is torch.contiguous_format
-        else NotImplemented
-    )
+    order = kwargs.get("memory_format", torch.contiguous_format)
+    return z if order is torch.contiguous_format else NotImplemented
 
 
 def _clone(z: Any, **kwargs: Any) -> Any:
+    if _itself(z, **kwargs) is NotImplemented and kwargs["memory_format"] is not torch.preserve_format:
+        return NotImplemented
     z._source.check()
-    return z.form(Source(z._source.recipe, z._source.parts))
+    return z.form(Source(z._source.recipe, z._source.parts), torch.clone)
 
 
 def _detach(z: Any, *args: Any) -> Any:
     with torch.no_grad():
-        return z.form(z._source, path=Tensor.detach)
+        return z.form(z._source, Tensor.detach, is_view=True)
 
 
 def _reshaped(func: Any) -> Callable[..., Any]:
@@ -158,53 +161,69 @@ def _reshaped(func: Any) -> Callable[..., Any]:
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.dtype) for a in args):
             return NotImplemented  # the same bits as something else
-        shape = func(torch.empty(z.shape, device="meta"), *args, **kwargs).shape
+        shape = func(_shaped(z), *args, **kwargs).shape
         if not shape or shape[-1] != z.shape[-1] or shape[:-1].numel() != z.shape[:-1].numel():
             return NotImplemented
         source = z._source
         hidden = source.parts[0]
         view = source.of(hidden.reshape(*shape[:-1], hidden.shape[-1]))
-        return z.form(view, path=lambda made: func(made, *args, **kwargs))
+        return z.form(view, lambda made: func(made, *args, **kwargs), is_view=True)
 
     return handler
 
 
 def _getitem(z: Any, index: Any) -> Any:
-    over_rows = _over_rows(index, z.dim())
+    items = _items(index)
+    over_rows = _over_rows(items, z.dim())
     if over_rows is None or (_wants_gradient(z) and not z.is_ours):
         return NotImplemented
-    basic = all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in over_rows)
-    path = (lambda made: made[index]) if basic else None
-    return z.rows(z._source.parts[0][over_rows], path)
+    is_view = not any(isinstance(i, Tensor) for i in items)
+    if all(isinstance(i, slice) and i == slice(None) for i in over_rows):
+        return z.form(z._source, lambda made: made[tuple(items)], is_view=True)
+    return z.rows(z._source.parts[0][over_rows], lambda made: made[tuple(items)], is_view)
 
 
-def _over_rows(index: Any, rank: int) -> tuple[Any, ...] | None:
-    """The index of all dimensions but the last, where x[index] leaves that whole; else None."""
+def _items(index: Any) -> list[Any]:
+    """What the dimensions are indexed by; as numbers and tensors where it stands for them."""
     items = list(index) if isinstance(index, tuple) else [index]
-    items = [torch.as_tensor(i) if isinstance(i, (list, range)) else i for i in items]
+    items = [i if i is None or isinstance(i, _BASIC) else _as_index(i) for i in items]
+    return [int(i) if isinstance(i, Tensor) and i.dim() == 0 and not _is_mask(i) else i for i in items]
+
+
+_BASIC = (bool, int, slice, type(Ellipsis), Tensor)
+
+
+def _as_index(item: Any) -> Tensor:
+    found = torch.as_tensor(item)
+    return found if found.numel() else found.long()
+
+
+def _over_rows(items: list[Any], rank: int) -> tuple[Any, ...] | None:
+    """The index of all dimensions but the last, where x[items] leaves that whole; else None."""
     if any(isinstance(i, bool) for i in items):
         return None
-    taken = sum(map(_dimensions, items))
-    missing = [slice(None)] * (rank - taken)
-    if Ellipsis in [i for i in items if not isinstance(i, Tensor)]:
-        place = next(k for k, i in enumerate(items) if i is Ellipsis)
-        items[place : place + 1] = missing
-    else:
-        items += missing
-    if not items or not isinstance(items[-1], slice) or items[-1] != slice(None):
-        return None
-    return tuple(items[:-1])
+    missing = [slice(None)] * (rank - sum(map(_dimensions, items)))
+    place = next((k for k, i in enumerate(items) if i is Ellipsis), len(items))
+    whole = [*items[:place], *missing, *items[place + 1 :]]
+    last = whole.pop() if whole else None
+    return tuple(whole) if isinstance(last, slice) and last == slice(None) else None
 
 
 def _dimensions(item: Any) -> int:
     """How many dimensions of a tensor an item of an index is for."""
     if item is None or item is Ellipsis:
         return 0
-    return item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool else 1
+    return item.dim() if isinstance(item, Tensor) and _is_mask(item) else 1
+
+
+def _is_mask(item: Tensor) -> bool:
+    return item.dtype in (torch.bool, torch.uint8)
 
 
 def _along(z: Any, dim: int, item: Any) -> Any:
     """z[:, ..., item] with the item at a dimension."""
+    if not -z.dim() <= dim < z.dim():
+        return NotImplemented
     return _getitem(z, (slice(None),) * (dim % z.dim()) + (item,))
 
 
@@ -212,41 +231,41 @@ def _select(z: Any, dim: int, index: int) -> Any:
     return _along(z, dim, index)
 
 
+def _index_select(z: Any, dim: int, index: Tensor) -> Any:
+    return _along(z, dim, index) if index.dim() == 1 and not _is_mask(index) else NotImplemented
+
+
 def _narrow(z: Any, dim: int, start: Any, length: int) -> Any:
     if not isinstance(start, int):
         return NotImplemented
+    _shaped(z).narrow(dim, start, length)  # raises what it raises
     start = start % z.shape[dim] if start < 0 else start
     return _along(z, dim, slice(start, start + length))
 
 
-def _index_select(z: Any, dim: int, index: Tensor) -> Any:
-    return _along(z, dim, index)
+def _cut(func: Any) -> Callable[..., Any]:
+    """split and chunk, as they cut a tensor of this shape."""
 
+    def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        lengths = [piece.shape[dim] for piece in func(_shaped(z), *args, **kwargs)]
+        starts = itertools.accumulate(lengths, initial=0)
+        return _pieces(_along(z, dim, slice(s, s + n)) for s, n in zip(starts, lengths, strict=False))
 
-def _cut(z: Any, dim: int, lengths: list[int]) -> Any:
-    if dim % z.dim() == z.dim() - 1:
-        return NotImplemented
-    starts = itertools.accumulate(lengths, initial=0)
-    pieces = [_along(z, dim, slice(s, s + n)) for s, n in zip(starts, lengths, strict=False)]
-    return NotImplemented if any(piece is NotImplemented for piece in pieces) else tuple(pieces)
-
-
-def _split(z: Any, split_size: Any, dim: int = 0) -> Any:
-    if not isinstance(split_size, int):
-        return _cut(z, dim, list(split_size))
-    size = z.shape[dim]
-    return _cut(z, dim, [min(split_size, size - s) for s in range(0, size, max(split_size, 1))])
-
-
-def _chunk(z: Any, chunks: int, dim: int = 0) -> Any:
-    return _split(z, max(-(-z.shape[dim] // chunks), 1), dim)
+    return handler
 
 
 def _unbind(z: Any, dim: int = 0) -> Any:
-    if dim % z.dim() == z.dim() - 1:
-        return NotImplemented
-    pieces = [_along(z, dim, i) for i in range(z.shape[dim])]
-    return NotImplemented if any(piece is NotImplemented for piece in pieces) else tuple(pieces)
+    return _pieces(_along(z, dim, i) for i in range(len(_shaped(z).unbind(dim))))
+
+
+def _pieces(made: Iterable[Any]) -> Any:
+    pieces = tuple(made)
+    return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
+
+
+def _shaped(z: Any) -> Tensor:
+    return torch.empty(z.shape, device="meta")
 
 
 def _iter(z: Any) -> Any:
@@ -261,30 +280,17 @@ def _reduced(func: Any, differentiable: bool = True) -> Callable[..., Any]:
     """func(z, dim=-1, ...), of which a gradient is not wanted."""
 
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
-        dim = args[0] if args else kwargs.get("dim")
-        return _of_rows(func, z, dim, args, kwargs, differentiable)
+        dim, *others = args or (kwargs.pop("dim", None),)
+        if not _is_last(z, dim) or "out" in kwargs or (differentiable and _wants_gradient(z)):
+            return NotImplemented
+        return _by_chunks(z, lambda rows, _: func(rows, -1, *others, **kwargs))
 
     return handler
 
 
-def _of_rows(func: Any, z: Any, dim: Any, args: Any, kwargs: Any, differentiable: bool) -> Any:
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    if not isinstance(dim, int) or dim % z.dim() != z.dim() - 1 or "out" in kwargs:
-        return NotImplemented
-    if differentiable and _wants_gradient(z):
-        return NotImplemented
-    return _by_chunks(z, lambda rows, _: func(rows, *_last(args, dim), **_last_named(kwargs)))
-
-
-def _last(args: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
-    """Positional arguments with the dimension as the last one of rows."""
-    return tuple(
-        -1 if a is not True and a is not False and a == dim and i == 0 else a for i, a in enumerate(args)
-    )
-
-
-def _last_named(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {name: -1 if name == "dim" else value for name, value in kwargs.items()}
+def _is_last(z: Any, dim: Any) -> bool:
+    (dim,) = dim if isinstance(dim, (tuple, list)) and len(dim) == 1 else (dim,)
+    return type(dim) is int and dim in (-1, z.dim() - 1)
 
 
 def _by_chunks(z: Any, function: Callable[[Tensor, slice], Any]) -> Any:
@@ -301,20 +307,20 @@ def _by_chunks(z: Any, function: Callable[[Tensor, slice], Any]) -> Any:
             for start in range(0, max(len(rows), 1), step)
         ]
     if isinstance(found[0], Tensor):
-        return torch.cat(found).reshape(*lead, *found[0].shape[1:])
-    columns = [torch.cat(c).reshape(*lead, *c[0].shape[1:]) for c in zip(*found, strict=True)]
+        return torch.cat(found).reshape((*lead, *found[0].shape[1:]))
+    columns = [torch.cat(c).reshape((*lead, *c[0].shape[1:])) for c in zip(*found, strict=True)]
     return type(found[0])(columns)
 
 
 def _topk(z: Any, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    if dim % z.dim() != z.dim() - 1 or _wants_gradient(z):
+    if not _is_last(z, dim) or _wants_gradient(z):
         return NotImplemented
     return _by_chunks(z, lambda rows, _: torch.topk(rows, k, -1, largest, sorted))
 
 
 def _gather(z: Any, dim: int, index: Tensor, **kwargs: Any) -> Any:
     whole = index.dim() == z.dim() and index.shape[:-1] == z.shape[:-1]
-    if dim % z.dim() != z.dim() - 1 or not whole or kwargs or _wants_gradient(z):
+    if not _is_last(z, dim) or not whole or kwargs or _wants_gradient(z):
         return NotImplemented
     flat = index.reshape(-1, index.shape[-1])
     return _by_chunks(z, lambda rows, which: rows.gather(-1, flat[which]))
@@ -330,9 +336,10 @@ def _normalised(func: Any) -> Callable[..., Any]:
             or next((a for a in args if isinstance(a, torch.dtype)), None)
             or z.dtype
         )
-        if not isinstance(dim, int) or dim % z.dim() != z.dim() - 1 or kwargs or _wants_gradient(z):
+        if not _is_last(z, dim) or kwargs or _wants_gradient(z):
             return NotImplemented
-        return z.form(z._source.then(func, -1, dtype, dtype=dtype))
+        source = z._source.then(func, -1, dtype, dtype=dtype)
+        return z.form(source, lambda made: func(made, -1, dtype))
 
     return handler
 
@@ -360,19 +367,19 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.type_as: _type_as,
     Tensor.contiguous: _itself,
     **dict.fromkeys(_methods("clone"), _clone),
-    **dict.fromkeys(_methods("detach"), _detach),
+    **dict.fromkeys((*_methods("detach"), Tensor.data.__get__), _detach),  # type: ignore[attr-defined]
     **{
         func: _reshaped(func)
         for func in _methods(
             "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"
         )
     },
+    **dict.fromkeys(_methods("is_same_size"), lambda z, other: z.shape == other.shape),
     Tensor.__getitem__: _getitem,
     **dict.fromkeys(_methods("select"), _select),
     **dict.fromkeys(_methods("narrow"), _narrow),
     **dict.fromkeys(_methods("index_select"), _index_select),
-    **dict.fromkeys(_methods("split"), _split),
-    **dict.fromkeys(_methods("chunk"), _chunk),
+    **{func: _cut(func) for func in _methods("split", "chunk")},
     **dict.fromkeys(_methods("unbind"), _unbind),
     Tensor.__iter__: _iter,
     **{func: _reduced(func, differentiable=False) for func in _methods("argmax", "argmin")},

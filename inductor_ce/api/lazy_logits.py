@@ -17,6 +17,7 @@ be what it was; after an optimizer's step it is not, and an error says so.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,11 +26,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.compat.graphs import tree_leaves, tree_map, without_torch_function
+from ..common.compat.graphs import (
+    refuse_memory,
+    tree_leaves,
+    tree_map,
+    without_torch_function,
+    without_transforms,
+)
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 from . import lazy_functions
 from .lazy_source import Source
+
+_MAKING = threading.RLock()  # one reader makes, the others wait
+_BEFORE_THE_EDIT = -1
 
 
 class LazyLogits(Tensor):
@@ -44,27 +54,39 @@ class LazyLogits(Tensor):
     _made: Tensor | None
     _made_version: int
     _parent: LazyLogits | None  # of which this is another form
-    _viewed: LazyLogits | None  # of which this is a view, by `_path`
-    _path: Callable[[Tensor], Tensor]
+    _viewed: LazyLogits | None  # of which this is a view
+    _is_whole: bool  # whether this is all of that
+    _path: Callable[[Tensor], Tensor]  # from the logits of either to these
     _views: weakref.WeakSet[LazyLogits]
     _is_sliced: bool
+    _is_exposed: bool
+    _whole: Tensor  # the logits, as an input of compiled functions
+    _is_shared: bool
 
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
         made = Tensor._make_wrapper_subclass(
             cls, source.shape, dtype=source.recipe.dtype, device=source.parts[0].device
         )
+        refuse_memory(made)
         made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
-        made._made, made._made_version, made._is_sliced = None, 0, False
+        made._made, made._made_version = None, 0
+        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = False
         return made
 
     @staticmethod
-    def returned(recipe: Recipe, parts: Sequence[Tensor]) -> LazyLogits:
-        """Logits in the place of those that a compiled function would have returned."""
+    def returned(recipe: Recipe, parts: Sequence[Tensor], is_shared: bool = False) -> LazyLogits:
+        """Logits in the place of those that a compiled function would have returned.
+
+        `is_shared` says that another of its results would have been in the same memory.
+        """
         source = Source(recipe, parts)
-        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-            return _OfParts.apply(source, *parts)
-        return LazyLogits(source)
+        if torch.is_grad_enabled() and recipe.requires_grad:
+            made = _OfParts.apply(source, *parts)
+        else:
+            made = LazyLogits(source)
+        made._is_shared = is_shared
+        return made
 
     @property
     def source(self) -> Source:
@@ -80,13 +102,46 @@ class LazyLogits(Tensor):
         Raises:
             LazyLogitsError: what they are made of was changed or freed since.
         """
-        if self._made is None:
-            if self.requires_grad:
-                self._made = _OfLazy.apply(self, self._source.make_with_graph())
-            else:
-                self._made = self._source.make()
-            self._made_version = self._made._version
+        with _MAKING, torch.inference_mode(False), without_transforms():
+            if self._made is None:
+                self._make()
+        assert self._made is not None
         return self._made
+
+    def _make(self) -> None:
+        viewed = self._viewed
+        if viewed is not None and (viewed.is_at_hand or self._is_whole):
+            made = viewed.made()
+            if viewed.may_be_edited:
+                self._see(made)
+            else:
+                self._keep(self._path(made.detach()))
+        elif not self.requires_grad or (self._parent is not None and self._parent.may_be_edited):
+            self._keep(self._source.make())
+        elif self._parent is None:
+            self._keep(self._source.make_with_graph())
+        else:  # the gradient goes by way of the parent, which needs its logits
+            self._keep(self._path(self._parent.made().detach()))
+
+    def _keep(self, made: Tensor) -> None:
+        """Those logits as a child of this tensor's node, whoever looks first, and under whatever mode."""
+        if self.requires_grad:
+            with torch.enable_grad():
+                made = _OfLazy.apply(self, made)
+        self._made, self._made_version = made, made._version
+
+    def _see(self, viewed: Tensor) -> None:
+        """Be a view of logits that are written to: what has a gradient has that of the edits."""
+        if not getattr(self.grad_fn, "is_lazy", False):
+            self._keep(self._path(viewed.detach()))
+            return
+        with torch.inference_mode(False), torch.enable_grad():
+            self._made, self._made_version = self._path(viewed), _BEFORE_THE_EDIT
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether these logits are in memory, here or in what they are a view of."""
+        return self.is_made or (self._viewed is not None and self._viewed.is_at_hand)
 
     @property
     def is_edited(self) -> bool:
@@ -94,9 +149,17 @@ class LazyLogits(Tensor):
         return self._made is not None and self._made._version != self._made_version
 
     @property
+    def may_be_edited(self) -> bool:
+        """The same, or what they are a view of, or somebody has the memory, to write to without a word."""
+        of = self._viewed
+        return self._is_exposed or self.is_edited or (of is not None and of.may_be_edited)
+
+    @property
     def is_ours(self) -> bool:
         """Whether the parts stand for this tensor: it is what they make, its gradients are theirs."""
-        if self.is_edited or self._is_watched:
+        if self._source.is_example:
+            return True
+        if self.may_be_edited or self._is_watched:
             return False
         if not self.requires_grad:
             return True
@@ -110,36 +173,49 @@ class LazyLogits(Tensor):
 
     # Views share memory with what they are of, as soon as somebody writes to it
 
-    def form(self, source: Source, path: Callable[[Tensor], Tensor] | None = None) -> LazyLogits:
-        """All of these logits otherwise: a cast, a copy, or, as `path` says, a view."""
+    def form(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool = False) -> LazyLogits:
+        """All of these logits otherwise: what `path` makes of them, a cast, a copy or a view."""
         if torch.is_grad_enabled() and self.requires_grad:
             made = _OfParent.apply(self, source)
             made._parent = self
         else:
             made = LazyLogits(source)
-        return made if path is None else self._seen(made, path)
+        made._is_whole = True
+        return self._followed(made, path, is_view)
 
-    def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor] | None = None) -> LazyLogits:
-        """Some rows of these logits, those of `hidden`: a copy, or, as `path` says, a view."""
+    def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
+        """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
         self._source.check()
         recipe, (_, *others) = self._source.recipe, self._source.parts
         if torch.is_grad_enabled() and self.requires_grad:
             made = LazyLogits.returned(recipe, [hidden, *others])
-            self._is_sliced = True
+            self._tell_parents()
         else:
             made = LazyLogits(Source(recipe, [hidden.detach(), *others]))
-        return made if path is None else self._seen(made, path)
+        return self._followed(made, path, is_view)
 
-    def _seen(self, view: LazyLogits, path: Callable[[Tensor], Tensor]) -> LazyLogits:
-        view._viewed, view._path = self, path
-        self._views.add(view)
-        return view
+    def _tell_parents(self) -> None:
+        form: LazyLogits | None = self
+        while form is not None:
+            form._is_sliced, form = True, form._parent
+
+    def _followed(self, made: LazyLogits, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
+        made._path = path
+        if is_view:
+            made._viewed = self
+            self._views.add(made)
+        return made
 
     def share_memory_of_views(self) -> None:
         """Before a write: let this tensor and all views of what it is a view of be in one place."""
         root = self
         while root._viewed is not None:
             root = root._viewed
+        if root._is_shared:
+            raise LazyLogitsError(
+                "Logits that were returned lazily are written to, and another result of the compiled "
+                'function would share memory with them. Use the option returned_logits="eager".'
+            )
         root.made()
         root._share()
 
@@ -153,29 +229,26 @@ class LazyLogits(Tensor):
             )
 
     def _share(self) -> None:
+        if self._is_watched:
+            raise LazyLogitsError(
+                "Logits that were returned lazily are written to while they, or a view of them, have hooks "
+                'or retain their gradient. Use the option returned_logits="eager".'
+            )
         for view in list(self._views):
-            if view._is_watched:
-                raise LazyLogitsError(
-                    "Logits that were returned lazily are written to while a view of them has hooks or "
-                    'retains its gradient. Use the option returned_logits="eager".'
-                )
-            if view._made is None or not view.is_edited:
-                view._made = view._path(self.made())
-                view._made_version = view._made._version
+            if not view.is_edited:
+                view._see(self.made())
             view._share()
 
     # As an input of compiled functions
 
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
-        recipe: Recipe | None = None
-        parts: Sequence[Tensor] = ()
-        if self.is_ours:
-            self._source.check()
-            recipe, parts = self._source.recipe, self._source.parts
-            if not self.requires_grad:
-                parts = [part.detach() for part in parts]
-        else:
-            parts = [self.made()]
+        if not self.is_ours:
+            self._whole = self.made()
+            return ["_whole"], None
+        if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
+            self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
+        self._source.check()
+        recipe, parts = self._source.recipe, self._source.parts
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part)
@@ -186,7 +259,7 @@ class LazyLogits(Tensor):
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_part0"]
+            return parts["_whole"].detach()
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them
@@ -196,23 +269,26 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        with without_torch_function():
-            if lazy_functions.is_question(func, args):
-                return func(*args, **kwargs)
-            if func in lazy_functions.WATCHES:
-                args[0].refuse_to_be_watched()
-                return func(*args, **kwargs)
-            if func in lazy_functions.DIFFERENTIATE:
-                outputs, *rest = args
-                for watched in _lazy_in((rest, kwargs)):
-                    watched.refuse_to_be_watched()
-                return func(_made(outputs), *rest, **kwargs)
+        if lazy_functions.is_question(func):
+            with without_torch_function():
+                return func(*_current(args), **kwargs)
+        if func in lazy_functions.WATCHES:
+            (watched,) = _current(args[:1])
+            if isinstance(watched, LazyLogits):
+                watched.refuse_to_be_watched()
+            with without_torch_function():
+                return func(watched, *args[1:], **kwargs)
+        if func is torch.autograd.grad:
+            return _differentiated(*args, **kwargs)
         result = lazy_functions.lazily(func, args, kwargs)
         if result is not NotImplemented:
             return result
         for written in _lazy_in(lazy_functions.written_by(func, args, kwargs)):
             written.share_memory_of_views()
-        return func(*_made(args), **_made(kwargs))
+        result = func(*_made(args), **_made(kwargs))
+        if func in lazy_functions.EXPOSE:
+            args[0]._is_exposed = True
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -220,7 +296,7 @@ class LazyLogits(Tensor):
     ) -> Any:
         """What C++ does to them, below autograd, where the node of this tensor sees to the gradient."""
         kwargs = kwargs or {}
-        if func in lazy_functions.COPIES and not args[0].is_edited:
+        if func in lazy_functions.COPIES and not args[0].may_be_edited:
             return LazyLogits(args[0]._source)
         for written in _lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
             written.share_memory_of_views()
@@ -233,11 +309,24 @@ class LazyLogits(Tensor):
 
 
 def _lazy_in(tree: Any) -> list[LazyLogits]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, LazyLogits)]
+    return [leaf for leaf in tree_leaves(list(tree)) if isinstance(leaf, LazyLogits)]
 
 
 def _made(tree: Any) -> Any:
     return tree_map(lambda x: x.made() if isinstance(x, LazyLogits) else x, tree)
+
+
+def _current(tree: Any) -> Any:
+    """With the logits themselves in place of lazy ones that have been written to."""
+    return tree_map(lambda x: x.made() if isinstance(x, LazyLogits) and x.is_edited else x, tree)
+
+
+def _differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.autograd.grad, where lazy logits are among what is differentiated or by what."""
+    for watched in _lazy_in([_current(inputs)]):
+        watched.refuse_to_be_watched()
+    with without_torch_function():
+        return torch.autograd.grad(_made(outputs), _current(inputs), *_made(args), **_made(kwargs))
 
 
 def _values(tree: Any) -> Any:

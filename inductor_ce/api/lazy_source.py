@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.compat.graphs import is_fake, without_saved_tensors_hooks
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 
@@ -21,11 +22,18 @@ class Source:
         self.graph: tuple[Tensor, list[Tensor]] | None = None  # the logits, and leaves in place of the parts
 
     @property
+    def is_example(self) -> bool:
+        """Whether this stands for others in a graph that is being captured."""
+        return is_fake(self.parts[0])
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return (*self.parts[0].shape[:-1], self.recipe.classes)
 
     def check(self) -> None:
         """Raises LazyLogitsError where a part is no longer what it was."""
+        if self.is_example:
+            return
         for name, part, version in zip(self.recipe.parts, self.parts, self._versions, strict=True):
             if _is_freed(part):
                 raise LazyLogitsError(_EXPIRED.format(name=name, fate="was freed since"))
@@ -42,7 +50,8 @@ class Source:
         """The same, and `graph`, by which their gradient becomes that of the parts."""
         self.check()
         leaves = [part.detach().requires_grad_(part.requires_grad) for part in self.parts]
-        with torch.enable_grad():
+        # Hooks that are set where somebody looks first, as by a checkpoint, are for what is done there.
+        with torch.enable_grad(), without_saved_tensors_hooks():
             made = self.recipe.make(leaves)
         self.graph = made, leaves
         return made.detach()
@@ -61,6 +70,10 @@ class Source:
         """The same recipe on other hidden states, which are made of these."""
         self.check()
         return Source(self.recipe, [hidden, *self.parts[1:]])
+
+    def detached(self) -> Source:
+        self.check()
+        return Source(self.recipe, [part.detach() for part in self.parts])
 
     def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Source:
         """The same with one more function of each row."""

@@ -53,7 +53,7 @@ class _Search:
     timeline: Timeline
     build: Builder
     parts: list[Node] = field(default_factory=list)
-    steps: list[tuple[Node | None, Instruction]] = field(default_factory=list)
+    steps: list[Instruction] = field(default_factory=list)
     known: dict[Node, Any] = field(default_factory=dict)  # a node -> a part or the number of a step
     switches: set[Any] = field(default_factory=set)
     product: Node | None = None
@@ -92,7 +92,7 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
 
     steps = tuple(
         Instruction(step.target, placed(step.args), tuple((k, placed(v)) for k, v in step.kwargs))
-        for _, step in search.steps
+        for step in search.steps
     )
     if len(search.switches) > 1:
         raise NoRecipe("autocast begins or ends between the steps by which they are made")
@@ -100,7 +100,8 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     example = tensor_of(node)
     assert example is not None
     names = ("the hidden states", *(_name(p) for p in parts[1:]))
-    return Found(Recipe(names, steps, size, example.dtype, autocast), parts, search.product)
+    recipe = Recipe(names, steps, size, example.dtype, example.requires_grad, autocast)
+    return Found(recipe, parts, search.product)
 
 
 def _name(part: Node) -> str:
@@ -137,7 +138,7 @@ def _rows(search: _Search, node: Node) -> Node:
         return _rearranged(search, node, source)
     if step.name == "detach" and isinstance(source, Node):
         hidden = _rows(search, source)
-        _add(search, node, Instruction("detach", (Of(len(search.steps) - 1),)))
+        _add(search, Instruction("detach", (Of(len(search.steps) - 1),)))
         return hidden
     if step.view is View.SAME and isinstance(source, Node):
         return _cast(search, node, source)
@@ -150,10 +151,11 @@ def _called(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def _add(search: _Search, node: Node | None, step: Instruction) -> None:
-    if node is not None:
-        search.switches.add(_autocast_at(search, node))
-    search.steps.append((node, step))
+def _add(search: _Search, step: Instruction, like: Node | None = None) -> None:
+    """Take in a step, of a node `like` which autocast may do otherwise."""
+    if like is not None:
+        search.switches.add(_autocast_at(search, like))
+    search.steps.append(step)
 
 
 def _autocast_at(search: _Search, node: Node) -> tuple[str, torch.dtype, bool]:
@@ -181,7 +183,7 @@ def _cast(search: _Search, node: Node, source: Node) -> Node:
     if before.device != after.device:
         raise NoRecipe("they are moved to another device")
     if before.dtype != after.dtype:
-        _add(search, node, Instruction("to", (Of(len(search.steps) - 1), after.dtype)))
+        _add(search, Instruction("to", (Of(len(search.steps) - 1), after.dtype)))
     return hidden
 
 
@@ -236,7 +238,7 @@ def _elementwise(search: _Search, node: Node) -> Node:
         return logits if a is source else _shared(search, a)
 
     args, kwargs = map_arg((node.args, node.kwargs), argument)
-    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)
     return hidden
 
 
@@ -278,7 +280,7 @@ def _product(search: _Search, node: Node, spelled: Any) -> Node | None:
         raise NoRecipe("the hidden states are changed in place")
     search.product, search.hidden = node, hidden
     made = tuple(hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in args)
-    _add(search, node, Instruction(target, made))
+    _add(search, Instruction(target, made), like=node)
     return hidden
 
 
@@ -345,6 +347,6 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
         return None
     of = _shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
-    _add(search, node, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))))
+    _add(search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)
     search.known[node] = Of(len(search.steps) - 1)
     return search.known[node]

@@ -27,10 +27,14 @@ FACT = "inductor_ce_returned"  # in a node's meta: what became of logits that ar
 
 @dataclass(frozen=True)
 class Promise:
-    """The result at `place` of a graph, as lazy logits of parts, which are inputs or results of the graph."""
+    """The result at `place` of a graph, as lazy logits of parts, which are inputs or results of the graph.
+
+    `is_shared` says that another result is in the same memory.
+    """
 
     place: int
     found: Found
+    is_shared: bool
 
 
 def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise]:
@@ -59,7 +63,10 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         if not why:
             try:
                 timeline = Timeline(graph)
-                made = [Promise(i, recipe_of(timeline, results[i], build)) for i in places]
+                made = [
+                    Promise(i, recipe_of(timeline, results[i], build), _is_shared(timeline, results, i))
+                    for i in places
+                ]
             except NoRecipe as reason:
                 build.undo()
                 why = str(reason)
@@ -67,6 +74,11 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         for node in own:
             node.meta[FACT] = EAGER.format(why=why) if why else LAZY
     return promises
+
+
+def _is_shared(timeline: Timeline, results: Any, place: int) -> bool:
+    others = (r for r in results if isinstance(r, Node) and r is not results[place])
+    return any(timeline.shares_storage(other, results[place]) for other in others)
 
 
 def _product_of(stats: Node) -> Node | None:

@@ -46,6 +46,7 @@ class Recipe:
         steps: what is done; the last result are the logits of rows [n, V].
         classes: V.
         dtype: of the logits.
+        requires_grad: whether a gradient goes from them to the parts.
         autocast: (device type, dtype, whether it is on) under which the steps run.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     steps: tuple[Instruction, ...]
     classes: int
     dtype: torch.dtype
+    requires_grad: bool
     autocast: tuple[str, torch.dtype, bool]
 
     def make(self, parts: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 What holds all logits of a loss, in whatever shape, order or floating dtype, is a copy here. Where one is
 returned, the linear layer cannot be fused with the loss: all logits must be there. Who never reads them says
-so by `drop_logits`, and is given NaN of the same shape, dtype and device, one element expanded.
+so by the option, and is given NaN of the same shape, dtype and device, one element expanded.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .groups import Group
 from .promises import FACT
 
 RETURNED = "The logits are returned, so all of them are in memory"
-REMEDY = "; the option drop_logits returns NaN in their place."
+REMEDY = '; the option returned_logits="nan" returns NaN in their place.'
 DROPPED = "The logits that are returned are dropped: NaN is returned in their place."
 VERIFIED = (
     "The option verify computes the original too, which has all logits in memory; the head stays whole, and "
@@ -49,7 +49,9 @@ def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: 
         nothing but the loss needs them.
     """
     roots = [_root(group.logits.node) for group in groups]
-    sentences = {root: _told(root) or _settle(graph, reading, _copies(root), options) for root in roots}
+    sentences = {
+        root: _told(root) or _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)
+    }
     return [sentences[root] for root in roots]
 
 
@@ -71,7 +73,7 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
         return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
     if refusal is not None:
-        return f"{RETURNED}: drop_logits does not apply, because {refusal}."
+        return f'{RETURNED}: returned_logits="nan" does not apply, because {refusal}.'
     for node in returned:
         _return_nan(graph, node)
     return DROPPED

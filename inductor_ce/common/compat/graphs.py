@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, TypeGuard
 
 import torch
@@ -10,6 +11,7 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dispatch.python import enable_python_dispatcher
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
     from torch._guards import TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
@@ -24,6 +26,7 @@ __all__ = [
     "tree_leaves",
     "tree_map",
     "unset_fake_temporarily",
+    "without_transforms",
 ]
 IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
 
@@ -60,6 +63,22 @@ get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.
 
 
 auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
+
+
+def without_saved_tensors_hooks() -> contextlib.AbstractContextManager[Any]:
+    """Within, autograd saves tensors as they are."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
+def refuse_memory(tensor: torch.Tensor) -> None:
+    """Let C++ that asks for the memory of a tensor which has none raise an error."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def is_fake(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, FakeTensor)
 
 
 def is_capturing() -> bool:
