@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.builder import Builder
-from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from .escapes import name_of, read_by, where_is
 from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
@@ -74,15 +74,17 @@ def _product_of(stats: Node) -> Node | None:
     assert isinstance(node, Node)
     classes = constant(shape_of(node)[-1])
     while classes is not None and not is_product(node):
-        wide = [a for a in node.all_input_nodes if _is_large(a, node)]
+        wide = [a for a in node.all_input_nodes if _has_classes(a, node)]
+        if len(wide) > 1:  # a bias may have dimensions for the rows too
+            wide = [a for a in wide if not all(equal(size, 1) for size in shape_of(a)[:-1])]
         if len(wide) != 1 or not is_form(node, classes):
             return None
         (node,) = wide
     return node if classes is not None else None
 
 
-def _is_large(source: Node, node: Node) -> bool:
-    """Whether a source has the elements of a node, not a number for all or one for each class."""
+def _has_classes(source: Node, node: Node) -> bool:
+    """Whether a source has rows of as many classes as those of a node."""
     example = tensor_of(source)
     return example is not None and example.dim() > 1 and shape_of(source)[-1:] == shape_of(node)[-1:]
 
