@@ -167,26 +167,31 @@ class LazyLogits(Tensor):
     # As an input of compiled functions
 
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
-        recipe: Recipe | None = None
-        parts: Sequence[Tensor] = ()
-        if self.is_ours:
-            self._source.check()
-            recipe, parts = self._source.recipe, self._source.parts
-            if not self.requires_grad:
-                parts = [part.detach() for part in parts]
-        else:
-            parts = [self.made()]
+        if not self.is_ours:
+            return ["_whole"], None
+        self._source.check()
+        parts = self._source.parts
+        if not self.requires_grad:
+            parts = tuple(part.detach() for part in parts)
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part)
-        return names, recipe
+        return names, self._source.recipe
+
+    @property
+    def _whole(self) -> Tensor:
+        """The one part where the parts do not stand for this tensor, made when it is asked for by name.
+
+        Guards ask for no more than the names. It is an example: what a graph is given has the gradient.
+        """
+        return self.made().detach()
 
     @staticmethod
     def __tensor_unflatten__(
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_part0"]
+            return parts["_whole"]
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them
