@@ -10,11 +10,13 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..common.compat.dynamo import is_captured, returns_to_program
+from ..common.compat.dynamo import is_captured, leave_alone, returns_to_program
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
+from ..rewriting import recipes
 from ..rewriting.promises import promise
+from . import lazy_functions, lazy_logits, lazy_source
 from .lazy_inputs import taken_apart
 from .lazy_logits import LazyLogits
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -136,7 +138,14 @@ def _defer(
         lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts)))
     output.args = (tuple(kept),)
     module.recompile()
+    _keep_for_python()
     return functools.partial(_finished, len(results), tuple(lazy), copies)
+
+
+@functools.cache
+def _keep_for_python() -> None:
+    for module in (lazy_logits, lazy_functions, lazy_source, recipes):
+        leave_alone(module)
 
 
 def _finished(
