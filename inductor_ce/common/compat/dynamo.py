@@ -58,8 +58,7 @@ def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def leave_alone(module: ModuleType) -> None:
     """Let Dynamo compile no function of a module by itself; it may still inline what it traces a call of.
 
-    It would, where a program calls one between two compiled graphs: under a module's wrapper for training over
-    ranks, or after a graph break.
+    It would where a program calls one between two compiled graphs, as DDP's forward does.
     """
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
     methods = [each for value in own if isinstance(value, type) for each in vars(value).values()]
