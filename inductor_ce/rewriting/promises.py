@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..common.compat.dynamo import returns_to_program
 from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
@@ -21,6 +22,7 @@ from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
+INSIDE = "they are returned to other compiled code, not to the program"
 FACT = "inductor_ce_returned"  # in a node's meta: what became of logits that are returned
 
 
@@ -53,7 +55,7 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         if not places:
             continue
         build = Builder(graph, graph.output_node(), like=own[0])
-        why = _reader(forms)
+        why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
         made: list[Promise] = []
         if not why:
             try:

@@ -23,7 +23,7 @@ from ..reading.values import Reading
 from ..reading.views import keeps_order
 from .escapes import name_of, read_by, where_is
 from .groups import Group
-from .promises import FACT
+from .promises import FACT, INSIDE
 
 RETURNED = "The logits are returned, so all of them are in memory"
 REMEDY = "; the option drop_logits returns NaN in their place."
@@ -31,7 +31,6 @@ DROPPED = "The logits that are returned are dropped: NaN is returned in their pl
 VERIFIED = "The option verify computes the original too, which has all logits in memory."
 
 NOT_PLAIN = "they are no plain tensor"
-INSIDE = "they are returned to other compiled code, not to the program"
 ARGUMENT = "they are an argument of the graph"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
 
