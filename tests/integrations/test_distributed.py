@@ -19,7 +19,10 @@ pytest.importorskip("transformers", reason="transformers is not installed: make 
 from small_models import batch_of, model_of
 
 import inductor_ce
+from inductor_ce.api import deferral
 from inductor_ce.common.errors import LazyLogitsError
+from inductor_ce.rewriting.promises import EAGER, INSIDE
+from inductor_ce.rewriting.promises import LAZY as LAZILY
 
 pytestmark = pytest.mark.xdist_group("integrations over ranks")
 
@@ -47,6 +50,7 @@ def trained(rank: int, name: str, ours: bool) -> dict[str, Any]:
         clean_slate(),
         without_codegen(),
         mock.patch.object(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", first_bucket),
+        mock.patch.object(deferral, "publish", wraps=deferral.publish) as told,
         warnings.catch_warnings(record=True) as warned,
     ):
         warnings.simplefilter("always")
@@ -71,6 +75,7 @@ def trained(rank: int, name: str, ours: bool) -> dict[str, Any]:
             with torch.no_grad():
                 seen["read"].append(compiled(**batch_of(seed=rank)).logits + 0)
         seen["sites"] = sites()
+        seen["heads"] = [site.head for call in told.call_args_list for site in call.args[0].sites]
         seen["warned"] = {str(w.message) for w in warned}
         inductor_ce.uninstall()
     return seen
@@ -105,6 +110,13 @@ def test_logits_read_between_backward_and_step(name: str, ranks: list[dict[str, 
         plain, ours = rank[name]
         assert not ours["errors"]
         torch.testing.assert_close(ours["read"], plain["read"], rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_told(ranks: list[dict[str, Any]]):
+    for rank in ranks:
+        for name in ("ddp", "static", "fsdp2"):
+            assert set(rank[name][1]["heads"]) == {LAZILY}
+        assert set(rank["buckets"][1]["heads"]) == {EAGER.format(why=INSIDE)}
 
 
 def test_fsdp_has_freed_the_weight_after_the_backward(ranks: list[dict[str, Any]]):
