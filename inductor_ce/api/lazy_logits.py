@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..common.compat.graphs import tree_leaves, tree_map, without_torch_function
+from ..common.compat.graphs import is_plain_tensor, tree_leaves, tree_map, without_torch_function
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 from . import lazy_functions
@@ -101,7 +101,7 @@ class LazyLogits(Tensor):
         if not self.requires_grad:
             return True
         if not getattr(self.grad_fn, "is_lazy", False):
-            return False
+            return is_plain_tensor(self._source.parts[0])  # an example, of which Dynamo made the graph up
         return self._parent is None or self._parent.is_ours
 
     @property
