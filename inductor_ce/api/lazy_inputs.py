@@ -29,12 +29,12 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     module, twins = copied_module(module)
     examples: list[Any] = []
     apart: list[bool] = []
-    last = twins[places[-1]]
+    behind = twins[places[-1]].next
     for node, is_lazy, given in zip(places, lazy, inputs, strict=True):
         example = node.meta.get("example_value")
         apart.append(is_lazy and example.source.recipe.is_of_here)
         if apart[-1]:
-            examples += _apart(module.graph, twins[node], example, given, last)
+            examples += _apart(module.graph, twins[node], example, given, behind)
         else:
             if is_lazy:
                 twins[node].meta["example_value"] = example.made()
@@ -43,7 +43,7 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     return module, examples, functools.partial(_flattened, tuple(apart))
 
 
-def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, last: Node) -> list[Any]:
+def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: Node) -> list[Any]:
     """Replace an input by its parts. Returns examples of these."""
     source = example.source
     parts = []
@@ -55,10 +55,9 @@ def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, last: Node
         part.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
         part.meta["example_value"] = of_example
         parts.append(part)
-    build = Builder(graph, last.next, like=parts[0])
+    build = Builder(graph, behind, like=parts[0])
     node.replace_all_uses_with(source.recipe.nodes(build, parts))
-    if node is not last:
-        graph.erase_node(node)
+    graph.erase_node(node)
     return list(given.source.parts if isinstance(given, LazyLogits) else source.parts)
 
 
