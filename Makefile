@@ -23,7 +23,7 @@ ifeq ($(shell command -v openssl 2>/dev/null),)
 export TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS ?= 0
 endif
 
-.PHONY: help setup demo test accept lint format bench clean
+.PHONY: help setup demo test integrations accept lint format bench clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -50,6 +50,12 @@ test: export OMP_NUM_THREADS := 1
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test: $(STAMP)  ## run the tests; one of them: make test ARGS="-k name"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+integrations: export OMP_NUM_THREADS := 1
+integrations: export TORCHINDUCTOR_COMPILE_THREADS := 1
+integrations: $(STAMP)  ## install transformers and accelerate, and test with them
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[integrations]'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integrations $(ARGS)
 
 accept: export EXPECTTEST_ACCEPT := 1
 accept: test  ## run the tests and take what they print as the new golden outputs

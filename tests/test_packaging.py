@@ -27,7 +27,7 @@ def test_distribution_facts():
     assert PROJECT["license"] == "BSD-3-Clause"
     assert PROJECT["requires-python"] == ">=3.10"
     assert PROJECT["dependencies"] == ["torch>=2.11,<2.16", "sympy"]
-    assert set(PROJECT["optional-dependencies"]) == {"test", "examples", "bench", "lint"}
+    assert set(PROJECT["optional-dependencies"]) == {"test", "examples", "bench", "lint", "integrations"}
     assert PROJECT["dynamic"] == ["version"]
     assert (ROOT / "LICENSE").read_text().startswith("BSD 3-Clause License")
 

@@ -10,12 +10,14 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..common.compat.dynamo import is_captured, returns_to_program
+from ..common.compat.dynamo import is_captured, leave_alone
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
-from ..rewriting.promises import promise
+from ..rewriting import recipes
+from ..rewriting.promises import FACT, promise
 from ..rewriting.recipes import Recipe
+from . import lazy_functions, lazy_logits, lazy_source
 from .lazy_inputs import taken_apart
 from .lazy_logits import LazyLogits
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -109,11 +111,13 @@ def read_and_defer(
     for inner in [m for m in module.modules() if isinstance(m, GraphModule)]:
         fused, twins = copied(inner)
         found = fuse_losses(fused, options)
-        report.sites += found.sites
-        report.misses += found.misses
-        may_be_lazy = options.returned_logits == LAZY and not options.verify and returns_to_program(module)
+        may_be_lazy = options.returned_logits == LAZY and not options.verify
         if inner is module and found.sites and may_be_lazy:
             finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, copies)
+            if any(FACT in node.meta for node in module.graph.nodes):
+                found = fuse_losses(copied(module)[0], options)  # which tells what became of them
+        report.sites += found.sites
+        report.misses += found.misses
     return report, finish
 
 
@@ -141,7 +145,14 @@ def _defer(
         lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts), each.is_shared))
     output.args = (tuple(kept),)
     module.recompile()
+    _keep_for_python()
     return functools.partial(_finished, len(results), tuple(lazy), copies)
+
+
+@functools.cache
+def _keep_for_python() -> None:
+    for module in (lazy_logits, lazy_functions, lazy_source, recipes):
+        leave_alone(module)
 
 
 def _finished(

@@ -60,7 +60,6 @@ class LazyLogits(Tensor):
     _views: weakref.WeakSet[LazyLogits]
     _is_sliced: bool
     _is_exposed: bool
-    _whole: Tensor  # the logits, as an input of compiled functions
     _is_shared: bool
 
     @staticmethod
@@ -243,23 +242,30 @@ class LazyLogits(Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Recipe | None]:
         if not self.is_ours:
-            self._whole = self.made()
             return ["_whole"], None
         if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
             self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
         self._source.check()
-        recipe, parts = self._source.recipe, self._source.parts
+        parts = self._source.parts
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):
             setattr(self, name, part)
-        return names, recipe
+        return names, self._source.recipe
+
+    @property
+    def _whole(self) -> Tensor:
+        """The one part where the parts do not stand for this tensor, made when it is asked for by name.
+
+        Guards ask for no more than the names. It is an example: what a graph is given has the gradient.
+        """
+        return self.made().detach()
 
     @staticmethod
     def __tensor_unflatten__(
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_whole"].detach()
+            return parts["_whole"]
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them

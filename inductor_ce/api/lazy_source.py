@@ -36,9 +36,11 @@ class Source:
             return
         for name, part, version in zip(self.recipe.parts, self.parts, self._versions, strict=True):
             if _is_freed(part):
-                raise LazyLogitsError(_EXPIRED.format(name=name, fate="was freed since"))
+                raise LazyLogitsError(_EXPIRED.format(name=name, fate="was freed since", when="backward"))
             if _version(part) != version:
-                raise LazyLogitsError(_EXPIRED.format(name=name, fate="was changed in place since"))
+                raise LazyLogitsError(
+                    _EXPIRED.format(name=name, fate="was changed in place since", when="optimizer.step")
+                )
 
     def make(self) -> Tensor:
         """The logits, without a gradient."""
@@ -83,7 +85,7 @@ class Source:
 
 _EXPIRED = (
     "These logits were returned lazily and can no longer be made: {name} {fate}. Read them before that, as "
-    'before optimizer.step(), or have them made with the loss: the option returned_logits="eager".'
+    'before {when}(), or have them made with the loss: the option returned_logits="eager".'
 )
 
 

@@ -13,15 +13,17 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..common.compat.dynamo import returns_to_program
 from ..common.findings import name_of, where_is
 from ..graph.builder import Builder
-from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from .escapes import read_by
 from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
+INSIDE = "they are returned to other compiled code, not to the program"
 FACT = "inductor_ce_returned"  # in a node's meta: what became of logits that are returned
 
 
@@ -58,7 +60,7 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         if not places:
             continue
         build = Builder(graph, graph.output_node(), like=own[0])
-        why = _reader(forms)
+        why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
         made: list[Promise] = []
         if not why:
             try:
@@ -87,15 +89,17 @@ def _product_of(stats: Node) -> Node | None:
     assert isinstance(node, Node)
     classes = constant(shape_of(node)[-1])
     while classes is not None and not is_product(node):
-        wide = [a for a in node.all_input_nodes if _is_large(a, node)]
+        wide = [a for a in node.all_input_nodes if _has_classes(a, node)]
+        if len(wide) > 1:  # a bias may have dimensions for the rows too
+            wide = [a for a in wide if not all(equal(size, 1) for size in shape_of(a)[:-1])]
         if len(wide) != 1 or not is_form(node, classes):
             return None
         (node,) = wide
     return node if classes is not None else None
 
 
-def _is_large(source: Node, node: Node) -> bool:
-    """Whether a source has the elements of a node, not a number for all or one for each class."""
+def _has_classes(source: Node, node: Node) -> bool:
+    """Whether a source has rows of as many classes as those of a node."""
     example = tensor_of(source)
     return example is not None and example.dim() > 1 and shape_of(source)[-1:] == shape_of(node)[-1:]
 

@@ -25,7 +25,7 @@ from ..reading.values import Reading
 from ..reading.views import keeps_order
 from .escapes import read_by
 from .groups import Group
-from .promises import FACT
+from .promises import FACT, INSIDE
 
 RETURNED = "The logits are returned, so all of them are in memory"
 REMEDY = '; the option returned_logits="nan" returns NaN in their place.'
@@ -36,7 +36,6 @@ VERIFIED = (
 )
 
 NOT_PLAIN = "they are no plain tensor"
-INSIDE = "they are returned to other compiled code, not to the program"
 ARGUMENT = "they are an argument of the graph"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from types import CodeType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,7 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dynamo import config as dynamo_config
+    from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
     from torch._guards import TracingContext
@@ -66,6 +68,27 @@ def captured_copy(module: torch.fx.GraphModule) -> torch.fx.GraphModule:
     made = copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
     made.compile_subgraph_reason = getattr(module, "compile_subgraph_reason", None)  # type: ignore[assignment]
     return made
+
+
+def leave_alone(module: ModuleType) -> None:
+    """Let Dynamo compile no function of a module by itself; it may still inline what it traces a call of.
+
+    It would where a program calls one between two compiled graphs, as DDP's forward does.
+    """
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == module.__name__]
+    methods = [each for value in own if isinstance(value, type) for each in vars(value).values()]
+    for value in (*own, *methods):
+        value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+        for code in _with_inner(getattr(value, "__code__", None)):
+            skip_code(code)
+
+
+def _with_inner(code: Any) -> Iterator[CodeType]:
+    """The code of a function and of those that it defines."""
+    if isinstance(code, CodeType):
+        yield code
+        for constant in code.co_consts:
+            yield from _with_inner(constant)
 
 
 def no_recompile_limit() -> contextlib.AbstractContextManager[None]:
