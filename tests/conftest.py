@@ -1,6 +1,8 @@
 """Shared by all tests: the gpu marker, and a clean slate round each test."""
 
 import logging
+import os
+import tempfile
 
 import pytest
 import torch
@@ -9,6 +11,16 @@ from harness import clean_slate
 from inductor_ce.heads import plan
 
 logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # pytest would format and keep every record
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Code is compiled once for all workers of a run, in a folder that goes with it: a run that was killed
+    leaves half a library, which would fail the next one."""
+    if not hasattr(config, "workerinput") and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        folder = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
 
 
 def pytest_collection_modifyitems(items):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ce.api.lazy_logits import LazyLogits
-from inductor_ce.rewriting.recipes import Of, Recipe, Step
+from inductor_ce.rewriting.recipes import Instruction, Of, Recipe
 
 B, T, D, V = 2, 5, 4, 16
 
@@ -43,10 +43,10 @@ def capped(h: Tensor, W: Tensor) -> Tensor:
 def recipe(dtype: torch.dtype, classes: int = V) -> Recipe:
     """What makes `capped`."""
     steps = (
-        Step(F.linear, (Of(0), Of(1))),
-        Step("div", (Of(2), 3)),
-        Step(torch.tanh, (Of(3),)),
-        Step("mul", (Of(4), 3)),
+        Instruction(F.linear, (Of(0), Of(1))),
+        Instruction("div", (Of(2), 3)),
+        Instruction(torch.tanh, (Of(3),)),
+        Instruction("mul", (Of(4), 3)),
     )
     autocast = ("cpu", torch.bfloat16, False)
     return Recipe(("the hidden states", "the weight [16x4]"), steps, classes, dtype, True, autocast)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,12 +111,13 @@ def read_and_defer(
     finish = None
     for inner in [m for m in module.modules() if isinstance(m, GraphModule)]:
         fused, twins = copied(inner)
-        found = fuse_losses(fused, options)
+        found = fuse_losses(fused, options, itertools.count())
         may_be_lazy = options.returned_logits == LAZY and not options.verify
         if inner is module and found.sites and may_be_lazy:
             finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, copies)
             if any(FACT in node.meta for node in module.graph.nodes):
-                found = fuse_losses(copied(module)[0], options)  # which tells what became of them
+                # Read again, for what is told of them now.
+                found = fuse_losses(copied(module)[0], options, itertools.count())
         report.sites += found.sites
         report.misses += found.misses
     return report, finish

@@ -256,16 +256,16 @@ class LazyLogits(Tensor):
     def _whole(self) -> Tensor:
         """The one part where the parts do not stand for this tensor, made when it is asked for by name.
 
-        Guards ask for no more than the names. It is an example: what a graph is given has the gradient.
+        Guards ask for no more than the names.
         """
-        return self.made().detach()
+        return self.made()
 
     @staticmethod
     def __tensor_unflatten__(
         parts: dict[str, Tensor], recipe: Recipe | None, size: Any, stride: Any
     ) -> Tensor:
         if recipe is None:
-            return parts["_whole"]
+            return parts["_whole"].detach()
         return LazyLogits(Source(recipe, list(parts.values())))
 
     # What is done to them

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,11 @@ class FuseHeads(_Pass):
         attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
 
 
-def fuse_losses(graph: Graph, options: Options) -> Report:
+def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = None) -> Report:
     """Rewrite every loss in a torch-level graph that is recognised and may be rewritten.
 
-    A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss.
+    A failure of ours leaves the graph, or the loss in question, as it was, and is told as a miss. The ids of
+    sites are those of the compilation, or `numbers`.
     """
     report = Report()
     judged, error = attempt(LEFT, _read_and_judge, graph, options)
@@ -96,7 +98,7 @@ def fuse_losses(graph: Graph, options: Options) -> Report:
     reading, groups = judged
     report.misses += reading.misses
     fused = []
-    for group, number in zip(groups, numbers_of_compilation(), strict=False):
+    for group, number in zip(groups, numbers or numbers_of_compilation(), strict=False):
         site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)
         if site is not None:
             fused.append(group)

@@ -295,7 +295,8 @@ def is_form(node: Node, classes: int) -> bool:
     if example is None or spelled is None or not example.is_floating_point() or not example.dim():
         return False
     step, _ = spelled
-    known = _called(node) in _OF_ROWS or step.view is View.SAME or _is_elementwise(step)
+    copied = step.view is View.SAME or step.name == "detach"
+    known = copied or _called(node) in _OF_ROWS or _is_elementwise(step)
     return known and equal(example.shape[-1], classes)
 
 
