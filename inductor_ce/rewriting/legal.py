@@ -24,9 +24,9 @@ from ..graph.shapes import hint, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.row_views import Index, Permute, RowView, Slice
-from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
+from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue
 from .escapes import escape_fact, needed_nodes, tell_unread
-from .groups import Group, expr_of, grouped, headline, value_of
+from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -96,15 +96,11 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
 
 
 def _keeps_maximum(reading: Reading, node: Node) -> bool:
-    """Whether a row's maximum does not cancel, and a gradient flows through it.
+    """Whether a row's maximum does not cancel, and a gradient of which we have none flows through it.
 
     The user's own nodes are as good as ours then, and have that gradient.
     """
-    value = value_of(reading, node)
-    expr = row_expr(value)
-    if not expr.has(algebra.MAX) or value.detached or not _wants_gradient(value.logits):
-        return False
-    return any(map(_differentiable, node.users))
+    return algebra.lacks_gradient(expr_of(reading, node))
 
 
 def _lacks_maximum(reading: Reading, node: Node) -> bool:
@@ -119,17 +115,6 @@ def _lacks_maximum(reading: Reading, node: Node) -> bool:
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
     value = reading.values.get(user)
     return isinstance(value, (RowValue, LossValue)) and node in reading.brought(value)
-
-
-def _differentiable(user: Node) -> bool:
-    """Whether a gradient may flow through a node: through a comparison none does."""
-    example = tensor_of(user)
-    return example is None or example.is_floating_point()
-
-
-def _wants_gradient(logits: Logits) -> bool:
-    example = tensor_of(logits.node)
-    return example is not None and example.requires_grad
 
 
 def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
@@ -234,7 +219,7 @@ def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
 def _is_edited_later(reading: Reading, group: Group) -> bool:
     """Whether the logits are written after the loss, while its backward has to read them."""
     timeline, node = reading.timeline, group.logits.node
-    if not group.attached or not _wants_gradient(group.logits):
+    if not group.attached or not wants_gradient(group.logits):
         return False
     return not timeline.unchanged(node, group.place, len(timeline.nodes))
 
