@@ -11,6 +11,7 @@ V = sympy.Symbol("V", positive=True, integer=True)
 LSE = sympy.Symbol("lse", real=True)
 MAX = sympy.Symbol("max", real=True)
 MAX_HELD = sympy.Symbol("max", extended_real=True)  # the same, detached: a constant to every gradient
+TOP = sympy.Symbol("top", real=True)  # the same, its gradient that of the first column that has it
 ARGMAX = sympy.Symbol("argmax", integer=True)
 SUM = sympy.Symbol("sum", real=True)
 MEAN_P = sympy.Symbol("mean_p", real=True)
@@ -29,6 +30,7 @@ LSE_EXTENDED = sympy.Symbol("lse", extended_real=True)
 LOG_SUMEXP = sympy.Symbol("log_sumexp", real=True)
 LOG_SUMEXP_EXTENDED = sympy.Symbol("log_sumexp", extended_real=True)
 MAX_SHIFTED = sympy.Symbol("max_shifted", real=True)  # 0, and NaN where the maximum is infinite
+TOP_SHIFTED = sympy.Symbol("top_shifted", real=True)  # as max_shifted, but with a gradient
 SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
 MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
@@ -61,6 +63,7 @@ STATISTICS = (
     Statistic(LSE_EXTENDED, MAX + LOG_SUMEXP_EXTENDED, normalises=True),
     Statistic(MAX, MAX + MAX_SHIFTED, weighs=True, held=MAX_HELD, lacks_gradient=True),
     Statistic(MAX_HELD, MAX + MAX_SHIFTED, weighs=True),
+    Statistic(TOP, MAX + TOP_SHIFTED, weighs=True, held=MAX_HELD),
     Statistic(ARGMAX, ARGMAX, weighs=True),
     Statistic(SUM, V * MAX + SUM_SHIFTED, weighs=True),
     Statistic(MEAN_P, MAX + MEAN_P_SHIFTED, normalises=True, weighs=True),

@@ -92,7 +92,7 @@ mean = _over_vocab(_mean, partial(losses.over_all, "mean"), reads_logits=False)
 # NOTE Ties. Of columns that share the maximum amax gives each a share of its gradient, max(dim) the first
 # all of it.
 amax = _over_vocab(algebra.peak, reads_logits=False)
-maximum = _over_vocab(partial(algebra.peak, maximum=symbols.MAX), reads_logits=False)
+maximum = _over_vocab(partial(algebra.peak, maximum=symbols.TOP), reads_logits=False)
 argmax = _over_vocab(algebra.argmax, reads_logits=False)
 
 

@@ -63,6 +63,9 @@ _OF_ROWS = {
     symbols.MAX: _OfRows((rows.MAX,), lambda build, m: m),
     MAX_OR_NAN: _OfRows((rows.MAX, rows.SUMEXP), _max_or_nan),
     symbols.MAX_SHIFTED: _OfRows((rows.MAX,), lambda build, m: build(torch.sub, m, m)),
+    symbols.TOP_SHIFTED: _OfRows(
+        (rows.TOP, rows.MAX, rows.ARGMAX), lambda build, top, m, _: build(torch.sub, top, m)
+    ),
     symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
     LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
     symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
