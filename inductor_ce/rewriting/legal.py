@@ -40,6 +40,11 @@ OWN_BACKWARD = Refusal(
 MAXIMUM_KEPT = Refusal(
     Reason.NOT_UNDERSTOOD, "The maximum of a row is taken off and not added back: add it or detach it."
 )
+TIES_SHARE = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "All classes that have the maximum share the gradient of amax: take max(dim).values, whose first class "
+    "has it.",
+)
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
 )
@@ -81,7 +86,7 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            reading.miss(node, MAXIMUM_KEPT)
+            reading.miss(node, _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
@@ -110,6 +115,12 @@ def _lacks_maximum(reading: Reading, node: Node) -> bool:
         and algebra.is_normalised(expr_of(reading, node))
         and any(user not in reading.values for user in node.users)
     )
+
+
+def _maximum_fact(reading: Reading, node: Node) -> Refusal:
+    """Why a maximum is kept: it is missing from the normaliser, or is itself what the loss is of."""
+    moved = algebra.shifted(expr_of(reading, node))
+    return MAXIMUM_KEPT if moved.has(algebra.MAX) else TIES_SHARE
 
 
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
