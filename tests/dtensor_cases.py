@@ -143,6 +143,14 @@ def _exact_accuracy(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
     return rows * torch.where(z.argmax(-1) == y, 0.5, 1.0)
 
 
+def _confidence(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    return F.softmax(z, -1).max(-1).values + F.cross_entropy(z, y, reduction="none")
+
+
+def _exact_confidence(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
+    return _log_p(z).max(-1).values.exp() + reference.cross_entropy(z, y, Terms("none"))
+
+
 def _shifted(z: Tensor, y: Tensor, w: Tensor, q: Tensor) -> Tensor:
     return F.cross_entropy(z[:, :-1].reshape(-1, z.shape[-1]), y[:, 1:].reshape(-1))
 
@@ -200,6 +208,7 @@ CASES = {
     ),
     "entropy": Case(_entropy, lambda z, y, w, q: -(_log_p(z).exp() * _log_p(z)).sum(-1)),
     "accuracy": Case(_accuracy, _exact_accuracy),
+    "confidence": Case(_confidence, _exact_confidence),
     "divergence": Case(
         lambda z, y, w, q: F.kl_div(F.log_softmax(z, -1), q, reduction="batchmean"),
         lambda z, y, w, q: (q * (q.log() - _log_p(z))).sum() / z.shape[0],
@@ -221,6 +230,7 @@ CASES = {
     "special numbers, smoothing": as_eager(_smoothed),
     "special numbers, entropy": Case(_entropy, _entropy_without_zeros, offsets=_special),
     "special numbers, soft targets": as_eager(_dot),
+    "special numbers, confidence": as_eager(lambda z, y, w, q: F.softmax(z, -1).max(-1).values),
     "labels outside": Case(
         lambda z, y, w, q: F.cross_entropy(z, y, reduction="none"), _exact_outside, outside=True
     ),

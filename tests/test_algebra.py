@@ -47,7 +47,7 @@ def evaluate(value: sympy.Expr, z: Tensor, **labels: int) -> float:
     lse, m = z.logsumexp(0).item(), z.max().item()
     known: dict[sympy.Expr, Any] = {LSE: lse, LSE_EXTENDED: lse, MAX: m, SUM: z.sum().item(), V: len(z)}
     known |= {algebra.LOG_SUMEXP: lse - m, algebra.LOG_SUMEXP_EXTENDED: lse - m}
-    known |= {algebra.SUM_SHIFTED: (z - m).sum().item()}
+    known |= {algebra.SUM_SHIFTED: (z - m).sum().item(), algebra.symbols.MAX_SHIFTED: 0}
     for name, y in labels.items():
         known[pick(algebra.label(name))] = z[y].item()
         known[algebra.pick_shifted(algebra.label(name))] = (z[y] - m).item()

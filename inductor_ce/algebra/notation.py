@@ -8,7 +8,7 @@ import sympy
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
-from .symbols import ARGMAX, LSE, LSE_EXTENDED, MAX, MAX_HELD, MEAN_P, SUM, dot, entry, mean_p_of, pick
+from .symbols import STATISTICS, SUM, dot, entry, mean_p_of, pick
 
 
 class _Printer(StrPrinter):
@@ -46,11 +46,8 @@ def render(value: sympy.Expr) -> str:
     return _Printer().doprint(decimal)
 
 
-_STATISTICS = (LSE, LSE_EXTENDED, MAX, MAX_HELD, ARGMAX, SUM, MEAN_P)
-
-
 def statistics_of(value: sympy.Expr) -> list[str]:
     """The names of the statistics in a row expression, in the order of the table above."""
-    names = [s.name for s in _STATISTICS if value.has(s)]
+    names = [s.symbol.name for s in STATISTICS if value.has(s.symbol)]
     functions = sorted(value.atoms(pick, dot, mean_p_of), key=str)
     return list(dict.fromkeys(names)) + [render(f) for f in functions]

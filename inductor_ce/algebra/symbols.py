@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import sympy
 
@@ -10,6 +11,7 @@ V = sympy.Symbol("V", positive=True, integer=True)
 LSE = sympy.Symbol("lse", real=True)
 MAX = sympy.Symbol("max", real=True)
 MAX_HELD = sympy.Symbol("max", extended_real=True)  # the same, detached: a constant to every gradient
+TOP = sympy.Symbol("top", real=True)  # the same, its gradient that of the first column that has it
 ARGMAX = sympy.Symbol("argmax", integer=True)
 SUM = sympy.Symbol("sum", real=True)
 MEAN_P = sympy.Symbol("mean_p", real=True)
@@ -27,10 +29,50 @@ LSE_EXTENDED = sympy.Symbol("lse", extended_real=True)
 # The statistics relative to the row's maximum, see `shifted`.
 LOG_SUMEXP = sympy.Symbol("log_sumexp", real=True)
 LOG_SUMEXP_EXTENDED = sympy.Symbol("log_sumexp", extended_real=True)
+MAX_SHIFTED = sympy.Symbol("max_shifted", real=True)  # 0, and NaN where the maximum is infinite
+TOP_SHIFTED = sympy.Symbol("top_shifted", real=True)  # as max_shifted, but with a gradient
 SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
 MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
 dot_shifted = sympy.Function("dot_shifted", real=True)
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """A statistic that has no argument.
+
+    Attributes:
+        symbol: in row expressions.
+        over_max: the same over statistics relative to the row's maximum, see `shifted`.
+        normalises: whether it is the normaliser of a row, or has the softmax that comes of it.
+        weighs: whether it has some of the logits, apart from the normaliser.
+        held: of a maximum through which a gradient flows, the same as a constant.
+        lacks_gradient: whether no row of ours has the gradient that it has in torch.
+    """
+
+    symbol: sympy.Symbol
+    over_max: sympy.Expr
+    normalises: bool = False
+    weighs: bool = False
+    held: sympy.Symbol | None = None
+    lacks_gradient: bool = False
+
+
+STATISTICS = (
+    Statistic(LSE, MAX + LOG_SUMEXP, normalises=True),
+    Statistic(LSE_EXTENDED, MAX + LOG_SUMEXP_EXTENDED, normalises=True),
+    Statistic(MAX, MAX + MAX_SHIFTED, weighs=True, held=MAX_HELD, lacks_gradient=True),
+    Statistic(MAX_HELD, MAX + MAX_SHIFTED, weighs=True),
+    Statistic(TOP, MAX + TOP_SHIFTED, weighs=True, held=MAX_HELD),
+    Statistic(ARGMAX, ARGMAX, weighs=True),
+    Statistic(SUM, V * MAX + SUM_SHIFTED, weighs=True),
+    Statistic(MEAN_P, MAX + MEAN_P_SHIFTED, normalises=True, weighs=True),
+)
+_OVER_MAX = {s.symbol: s.over_max for s in STATISTICS}
+_HELD = {s.symbol: s.held for s in STATISTICS if s.held is not None}
+_NORMALISERS = tuple(s.symbol for s in STATISTICS if s.normalises)
+_WEIGHING = tuple(s.symbol for s in STATISTICS if s.weighs)
+_WITHOUT_GRADIENT = tuple(s.symbol for s in STATISTICS if s.lacks_gradient)
 
 
 class same(sympy.Function):
@@ -95,19 +137,30 @@ def shifted(value: sympy.Expr) -> sympy.Expr:
     """The same row expression over statistics taken relative to the row's maximum.
 
     lse = max + log_sumexp, pick = hit max + pick_shifted, sum = V max + sum_shifted, mean_p = max +
-    mean_p_shifted, dot = mass max + dot_shifted. In a loss that does not change when a constant is added to
+    mean_p_shifted, dot = mass max + dot_shifted, and a maximum is max + 0, but max + NaN where it is
+    infinite, as differences of infinities are. In a loss that does not change when a constant is added to
     all logits, and almost every loss is such, `max` cancels here, before any rounding.
     """
-    over_max = {
-        LSE: MAX + LOG_SUMEXP,
-        LSE_EXTENDED: MAX + LOG_SUMEXP_EXTENDED,
-        MAX_HELD: MAX,
-        SUM: V * MAX + SUM_SHIFTED,
-        MEAN_P: MAX + MEAN_P_SHIFTED,
-    }
+    over_max = dict(_OVER_MAX)
     over_max |= {p: hit(*p.args) * MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
     over_max |= {d: mass(*d.args) * MAX + dot_shifted(*d.args) for d in value.atoms(dot)}
     return expand(value.subs(over_max, simultaneous=True))
+
+
+@remembered
+def held(value: sympy.Basic) -> sympy.Basic:
+    """The same where no gradient flows through it: maxima are constants."""
+    return value.subs(_HELD)
+
+
+def lacks_gradient(value: sympy.Basic) -> bool:
+    """Whether an expression has a statistic of whose gradient in torch we have none."""
+    return value.has(*_WITHOUT_GRADIENT)
+
+
+def is_maximum(value: sympy.Expr) -> bool:
+    """Whether a row expression is the maximum of the row, plus a number."""
+    return (held(value) - MAX_HELD).is_number
 
 
 def labels_of(value: sympy.Expr) -> list[sympy.Symbol]:
@@ -124,9 +177,9 @@ def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
 
 def is_normalised(value: sympy.Expr) -> bool:
     """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
-    return value.has(LSE, LSE_EXTENDED, MEAN_P) or bool(value.atoms(mean_p_of))
+    return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of))
 
 
 def weighs_logits(value: sympy.Expr) -> bool:
     """Whether an expression has some of the logits of a row, apart from its normaliser."""
-    return value.has(SUM, MEAN_P, MAX, MAX_HELD, ARGMAX) or bool(value.atoms(pick, dot, mean_p_of))
+    return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of))

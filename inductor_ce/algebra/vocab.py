@@ -226,11 +226,14 @@ def logsumexp(value: Vocab) -> sympy.Expr | None:
 
 
 @remembered
-def peak(value: Vocab) -> sympy.Expr | None:
-    """The maximum over the vocabulary: max + c for z + c, exp(max - lse + c) for c p."""
+def peak(value: Vocab, maximum: sympy.Symbol = MAX) -> sympy.Expr | None:
+    """The maximum over the vocabulary: max + c for z + c, exp(max - lse + c) for c p.
+
+    `maximum` is the symbol of that of z, which says what gradient it has.
+    """
     if _is_shifted_logits(value):
-        return MAX + value.get(ONE)
-    return value.get(P) * sympy.exp(MAX - LSE) if _is_positive_multiple_of_p(value) else None
+        return maximum + value.get(ONE)
+    return value.get(P) * sympy.exp(maximum - LSE) if _is_positive_multiple_of_p(value) else None
 
 
 def _is_positive_multiple_of_p(value: Vocab) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import sympy
 from torch.fx import Graph, Node
 
 from ..algebra.notation import render, statistics_of
@@ -26,7 +27,7 @@ from ..graph.shapes import hint, shape_of, tensor_of
 from ..heads.fuse import fuse_heads, plan_line
 from ..heads.recompute import recompute_chains
 from ..reading.recognise import recognise
-from ..reading.values import LossValue, Reading, row_expr
+from ..reading.values import LossValue, Reading
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.legal import judge
 from ..rewriting.returned_logits import settle_logits
@@ -128,9 +129,8 @@ def _fuse(graph: Graph, reading: Reading, group: Group, number: int, verify: boo
 
 
 def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
-    values = [value_of(reading, node) for node in group.nodes]
-    forms = [_form(value) for value in values]
-    statistics = [name for value in values for name in statistics_of(row_expr(value))]
+    forms = [_form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes]
+    statistics = [name for expr in group.exprs.values() for name in statistics_of(expr)]
     location, code = user_line(headline(reading, group.nodes))
     return Site(
         location,
@@ -150,10 +150,10 @@ def _nbytes(node: Node) -> int:
     return size * tensor_of(node).element_size()  # type: ignore[union-attr]
 
 
-def _form(value: Replaceable) -> str:
+def _form(value: Replaceable, exprs: tuple[sympy.Expr, ...]) -> str:
     if isinstance(value, LossValue):
-        return form_of_loss(value.expr, value.reduction.how, value.reduction.y, value.reduction.ignore_index)
-    return ", ".join(map(render, value.exprs))
+        return form_of_loss(exprs[0], value.reduction.how, value.reduction.y, value.reduction.ignore_index)
+    return ", ".join(map(render, exprs))
 
 
 def publish(report: Report, options: Options) -> None:

@@ -63,6 +63,8 @@ def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     constants = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
     facts = facts_about([*coefficients, *constants, *head.beside()], head.stats, is_tangent, size_of)
     factor, why_not = one_factor(facts, head.grads)
+    if not why_not and any(facts[node].rows is not None for node in constants):
+        why_not = "what the gradient is made of beside the logits is made of their statistics"
     if not why_not and not all(facts[node].is_early for node in constants):
         why_not = "what the gradient is made of beside the logits is known in the backward only"
     if not why_not:

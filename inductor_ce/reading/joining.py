@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Node
 
 from .. import algebra
+from ..algebra import symbols
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
@@ -74,15 +75,7 @@ def _alike(value: RowValue, first: RowValue, version: int) -> bool:
 
 
 def _has_outside(value: RowValue) -> bool:
-    known = {
-        algebra.V,
-        algebra.LSE,
-        algebra.LSE_EXTENDED,
-        algebra.MAX,
-        algebra.ARGMAX,
-        algebra.SUM,
-        algebra.MEAN_P,
-    }
+    known = {algebra.V, *(statistic.symbol for statistic in symbols.STATISTICS)}
     return bool(value.expr.free_symbols - known - set(algebra.labels_of(value.expr)))
 
 

@@ -151,7 +151,7 @@ def _operand(
         value = _fixed_pick(context, arg, leader)
     mismatch = _mismatch(value, leader, frame) if isinstance(value, (RowValue, VocabValue)) else None
     if isinstance(value, RowValue) and mismatch is None:
-        return _Operand(value.expr, value.wide, None if is_shift(value) else value.detached)
+        return _Operand(value.expr, value.wide, None if _is_held(value) else value.detached)
     if frame is None or not isinstance(arg, Node):
         return mismatch
     example, whole = tensor_of(arg), tensor_of(context.node if like is None else like)
@@ -217,11 +217,16 @@ def _mismatch(value: VocabValue | RowValue, leader: OnLogits, frame: VocabValue 
         return EDITED_BETWEEN if _is_edited(value.logits, leader.logits) else OTHER_LOGITS
     if value.steps != leader.steps:
         return OTHER_ROWS
-    if value.detached != leader.detached and not is_shift(value) and not is_shift(leader):
+    if value.detached != leader.detached and not _is_held(value) and not _is_held(leader):
         return ONE_SIDE_DETACHED
     axis = value.axis if isinstance(value, VocabValue) else value.kept
     same = axis == (leader.kept if isinstance(leader, RowValue) else frame.axis if frame else None)
     return None if same else OTHER_DIMENSIONS
+
+
+def _is_held(value: OnLogits) -> bool:
+    """Whether a value is a maximum that is a constant to every gradient, and so goes with every other."""
+    return is_shift(value) and value.detached
 
 
 def _is_edited(logits: Logits, others: Logits) -> bool:

@@ -11,6 +11,7 @@ import sympy
 from torch.fx import Node
 
 from .. import algebra
+from ..algebra import symbols
 from ..common.findings import Reason, Refusal
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from . import indexing, losses, spellings
@@ -88,7 +89,10 @@ softmax = _on_vocab(algebra.softmax)
 logsumexp = _over_vocab(algebra.logsumexp)
 sum = _over_vocab(algebra.total, partial(losses.over_all, "sum"), reads_logits=False)
 mean = _over_vocab(_mean, partial(losses.over_all, "mean"), reads_logits=False)
+# NOTE Ties. Of columns that share the maximum amax gives each a share of its gradient, max(dim) the first
+# all of it.
 amax = _over_vocab(algebra.peak, reads_logits=False)
+maximum = _over_vocab(partial(algebra.peak, maximum=symbols.TOP), reads_logits=False)
 argmax = _over_vocab(algebra.argmax, reads_logits=False)
 
 
@@ -102,7 +106,7 @@ def getitem(context: Context, args: dict[str, Any]) -> Outcome:
     source, index = args.get("input"), args.get("index")
     spelled = spellings.read(source) if isinstance(source, Node) else None
     if isinstance(source, Node) and spelled is not None and spelled[0].name == "max":
-        part = (amax, argmax)[index](context, spelled[1])  # type: ignore[index]
+        part = (maximum, argmax)[index](context, spelled[1])  # type: ignore[index]
         if part is not None:
             context.reading.looked_through.add(source)
         return part

@@ -171,15 +171,13 @@ Outcome = Value | Refusal | None
 
 def is_shift(value: Value) -> bool:
     """Whether a value is the maximum of a row: subtracted from all logits, it changes no loss."""
-    return isinstance(value, RowValue) and any(
-        (value.expr - m).is_number for m in (algebra.MAX, algebra.MAX_HELD)
-    )
+    return isinstance(value, RowValue) and algebra.is_maximum(value.expr)
 
 
 def detached(value: OnLogits) -> OnLogits:
     """A value through which no gradient flows. Its maximum is a constant then."""
     if isinstance(value, RowValue) and is_shift(value):
-        value = replace(value, expr=value.expr.subs(algebra.MAX, algebra.MAX_HELD))
+        value = replace(value, expr=algebra.held(value.expr))
     return replace(value, detached=True)
 
 

@@ -21,16 +21,28 @@ Replaceable = RowValue | LossValue
 
 @dataclass
 class Group:
-    """Nodes to be computed from one `row_stats` call, which goes before the node at `place`."""
+    """Nodes to be computed from one `row_stats` call, which goes before the node at `place`.
+
+    `exprs` has what is to be computed for each, as `expr_of` says before anything is rewritten.
+    """
 
     logits: Logits
     first: int
     last: int
     attached: bool
     place: int
-    nodes: list[Node] = field(default_factory=list)
+    exprs: dict[Node, sympy.Basic] = field(default_factory=dict)
     labels: dict[sympy.Symbol, Label] = field(default_factory=dict)
     outside: dict[sympy.Symbol, Outside] = field(default_factory=dict)
+
+    @property
+    def nodes(self) -> list[Node]:
+        return list(self.exprs)
+
+    def exprs_of(self, node: Node) -> tuple[sympy.Expr, ...]:
+        """One, or several that stand along an axis."""
+        expr = self.exprs[node]
+        return tuple(expr) if isinstance(expr, sympy.Tuple) else (expr,)
 
     @property
     def vocab_size(self) -> int:
@@ -54,8 +66,27 @@ def headline(reading: Reading, nodes: list[Node]) -> Node:
 
 
 def expr_of(reading: Reading, node: Node) -> sympy.Basic:
-    """The row expression of a node that may be replaced."""
-    return row_expr(value_of(reading, node))
+    """The row expression of a node that may be replaced, or all of them, as a gradient sees it."""
+    expr = row_expr(value_of(reading, node))
+    return expr if _carries_gradient(reading, node) else algebra.held(expr)
+
+
+def _carries_gradient(reading: Reading, node: Node) -> bool:
+    """Whether a gradient flows through a node to its logits."""
+    value = value_of(reading, node)
+    wanted = not value.detached and wants_gradient(value.logits)
+    return wanted and any(map(_is_differentiable, node.users))
+
+
+def _is_differentiable(user: Node) -> bool:
+    """Whether a gradient may flow through a node: through a comparison none does."""
+    example = tensor_of(user)
+    return example is None or example.is_floating_point()
+
+
+def wants_gradient(logits: Logits) -> bool:
+    example = tensor_of(logits.node)
+    return example is not None and example.requires_grad
 
 
 def value_of(reading: Reading, node: Node) -> Replaceable:
@@ -94,7 +125,8 @@ def _alone(reading: Reading, logits: Logits, node: Node) -> Group | None:
     windows += [_label_window(reading, label) for label in labels.values()]
     windows += [_outside_window(reading, held) for held in outside.values()]
     first, last = max(w[0] for w in windows), min(w[1] for w in windows)
-    group = Group(logits, first, last, not value.detached, position, [node], labels, outside)
+    exprs = {node: expr_of(reading, node)}
+    group = Group(logits, first, last, not value.detached, position, exprs, labels, outside)
     place = _place(reading, group, position)
     if place is None:
         return None
@@ -173,12 +205,12 @@ def _merge(reading: Reading, group: Group, other: Group) -> bool:
     if first > last:
         return False
     attached = group.attached or other.attached
-    both = Group(group.logits, first, last, attached, group.place, group.nodes + other.nodes)
+    both = Group(group.logits, first, last, attached, group.place, group.exprs | other.exprs)
     place = _place(reading, both, group.place)
     if place is None:
         return False
     group.first, group.last, group.attached, group.place = first, last, attached, place
-    group.nodes += other.nodes
+    group.exprs |= other.exprs
     group.labels |= other.labels
     group.outside |= other.outside
     return True

@@ -24,9 +24,9 @@ from ..graph.shapes import hint, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.row_views import Index, Permute, RowView, Slice
-from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
+from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue
 from .escapes import escape_fact, needed_nodes, tell_unread
-from .groups import Group, expr_of, grouped, headline, value_of
+from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,6 +39,11 @@ OWN_BACKWARD = Refusal(
 
 MAXIMUM_KEPT = Refusal(
     Reason.NOT_UNDERSTOOD, "The maximum of a row is taken off and not added back: add it or detach it."
+)
+TIES_SHARE = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "All classes that have the maximum share the gradient of amax: take max(dim).values, whose first class "
+    "has it.",
 )
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
@@ -81,7 +86,7 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            reading.miss(node, MAXIMUM_KEPT)
+            reading.miss(node, _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
@@ -96,15 +101,11 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
 
 
 def _keeps_maximum(reading: Reading, node: Node) -> bool:
-    """Whether a row's maximum does not cancel, and a gradient flows through it.
+    """Whether a row's maximum does not cancel, and a gradient of which we have none flows through it.
 
     The user's own nodes are as good as ours then, and have that gradient.
     """
-    value = value_of(reading, node)
-    expr = row_expr(value)
-    if not expr.has(algebra.MAX) or value.detached or not _wants_gradient(value.logits):
-        return False
-    return any(map(_differentiable, node.users))
+    return algebra.lacks_gradient(expr_of(reading, node))
 
 
 def _lacks_maximum(reading: Reading, node: Node) -> bool:
@@ -116,20 +117,15 @@ def _lacks_maximum(reading: Reading, node: Node) -> bool:
     )
 
 
+def _maximum_fact(reading: Reading, node: Node) -> Refusal:
+    """Why a maximum is kept: it is missing from the normaliser, or is itself what the loss is of."""
+    moved = algebra.shifted(expr_of(reading, node))
+    return MAXIMUM_KEPT if moved.has(algebra.MAX) else TIES_SHARE
+
+
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
     value = reading.values.get(user)
     return isinstance(value, (RowValue, LossValue)) and node in reading.brought(value)
-
-
-def _differentiable(user: Node) -> bool:
-    """Whether a gradient may flow through a node: through a comparison none does."""
-    example = tensor_of(user)
-    return example is None or example.is_floating_point()
-
-
-def _wants_gradient(logits: Logits) -> bool:
-    example = tensor_of(logits.node)
-    return example is not None and example.requires_grad
 
 
 def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
@@ -234,7 +230,7 @@ def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
 def _is_edited_later(reading: Reading, group: Group) -> bool:
     """Whether the logits are written after the loss, while its backward has to read them."""
     timeline, node = reading.timeline, group.logits.node
-    if not group.attached or not _wants_gradient(group.logits):
+    if not group.attached or not wants_gradient(group.logits):
         return False
     return not timeline.unchanged(node, group.place, len(timeline.nodes))
 

@@ -15,7 +15,7 @@ from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..ops.verified import ORIGINAL, TAPPED, VERIFIED, new_key
 from ..reading import spellings
-from ..reading.values import Afterwards, LossValue, Reading, Reduction, RowValue
+from ..reading.values import Afterwards, LossValue, Reading, Reduction
 from .arrange import arranged, first_size
 from .groups import Group
 from .statistics import Statistics
@@ -80,8 +80,7 @@ def sweep(graph: Graph, reading: Reading) -> None:
 
 def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, node: Node) -> Node:
     value: Any = reading.values[node]
-    exprs = value.exprs if isinstance(value, RowValue) else (value.expr,)
-    rows = [_rows(build, stats, group, value, expr) for expr in exprs]
+    rows = [_rows(build, stats, group, value, expr) for expr in group.exprs_of(node)]
     if isinstance(value, LossValue):
         result = _reduced(build, stats, rows[0], value)
     elif len(rows) > 1:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch.fx import Node
 
 from .. import algebra, ops
+from ..algebra import symbols
 from ..graph.builder import Builder
 from ..graph.shapes import shape_of, tensor_of
+from ..ops import rows
 from ..ops.verified import FUSED, TAPPED
-from ..reading.values import Outside, Reading, row_expr
+from ..reading.values import Outside, Reading
 from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
@@ -28,6 +30,50 @@ MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
 
 # log d in float64, where it is to cancel.
 LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
+
+
+class finite(sympy.Function):
+    """What is added to a maximum, 0 where that is infinite."""
+
+    @classmethod
+    def eval(cls, shifted: sympy.Expr) -> sympy.Expr | None:
+        return sympy.Integer(0) if shifted == symbols.MAX_SHIFTED else None
+
+
+def _max_or_nan(build: Builder, m: Node, d: Node) -> Node:
+    # A kernel's maximum need not see NaN; d does, and is NaN beside +inf as well.
+    unseen = build(torch.logical_and, build(torch.isnan, d), build(torch.ne, m, torch.inf))
+    return build(torch.where, unseen, torch.nan, m)
+
+
+def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
+    # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
+    return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
+
+
+class _OfRows(NamedTuple):
+    """How a symbol is made: `by`, with a builder and the rows that it needs."""
+
+    needs: tuple[rows.Statistic, ...]
+    by: Callable[..., Node]
+
+
+# The symbols that are left when all is relative to the maximum.
+_OF_ROWS = {
+    symbols.MAX: _OfRows((rows.MAX,), lambda build, m: m),
+    MAX_OR_NAN: _OfRows((rows.MAX, rows.SUMEXP), _max_or_nan),
+    symbols.MAX_SHIFTED: _OfRows((rows.MAX,), lambda build, m: build(torch.sub, m, m)),
+    symbols.TOP_SHIFTED: _OfRows(
+        (rows.TOP, rows.MAX, rows.ARGMAX), lambda build, top, m, _: build(torch.sub, top, m)
+    ),
+    symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
+    LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
+    symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
+    symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
+    symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
+    symbols.ARGMAX: _OfRows((rows.ARGMAX,), lambda build, first: first),
+}
+_MAXIMA_SHIFTED = [s.over_max - symbols.MAX for s in symbols.STATISTICS if symbols.is_maximum(s.symbol)]
 
 Product = tuple[sympy.Symbol, ...]
 
@@ -57,6 +103,21 @@ def _only_losses_read(reading: Reading, group: Group) -> bool:
     return True
 
 
+def _any_has(exprs: list[sympy.Expr], symbol: sympy.Symbol) -> bool:
+    return any(expr.has(symbol) for expr in exprs)
+
+
+def _with_infinities(moved: sympy.Expr) -> sympy.Expr:
+    """A shifted expression, of a row whose maximum is infinite as torch has it.
+
+    Where the maximum is taken from the normaliser and cancels, that is NaN; else it is the maximum's to say.
+    """
+    normalised = moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED)
+    if not normalised or moved.has(algebra.MAX):
+        moved = moved.subs({shifted: finite(shifted) for shifted in _MAXIMA_SHIFTED})
+    return moved if normalised else moved.subs(algebra.MAX, MAX_OR_NAN)
+
+
 def _is_mask(node: Node) -> bool:
     return tensor_of(node).dtype == torch.bool  # type: ignore[union-attr]
 
@@ -69,10 +130,8 @@ class Statistics:
     ):
         self.build, self.vocab_size = build, group.vocab_size
         self.outside = group.outside
-        exprs = [row_expr(reading.values[node]) for node in group.nodes]  # type: ignore[arg-type]
-        moved = [
-            algebra.shifted(e) for expr in exprs for e in (expr if isinstance(expr, sympy.Tuple) else (expr,))
-        ]
+        exprs = [expr for node in group.nodes for expr in group.exprs_of(node)]
+        moved = [algebra.shifted(expr) for expr in exprs]
         self.reading, self.place = reading, group.place
         self.layout = layout_of(build, reading, group)
         self.named = {
@@ -90,12 +149,9 @@ class Statistics:
         self._known: dict[Any, Node] = {}
         picked = [y for y in self.labels if any(y in algebra.picks_of(e) for e in exprs)]
         weights, sums = self._weights(moved)
-        keys = {ops.Row(ops.MAX): algebra.MAX, ops.Row(ops.SUMEXP): ops.SUMEXP}
-        keys |= {ops.Row(ops.PICK, j): algebra.pick(y) for j, y in enumerate(picked)}
-        optional = {ops.SUM: algebra.SUM, ops.SUMEXPZ: algebra.MEAN_P, ops.ARGMAX: algebra.ARGMAX}
-        keys |= {ops.Row(s): symbol for s, symbol in optional.items() if any(e.has(symbol) for e in exprs)}
-        keys |= sums
-        self.rows = ops.Rows(tuple(keys))
+        asked = {s for symbol, made in _OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
+        others = [ops.Row(s) for s in asked if s not in (ops.MAX, ops.SUMEXP)]
+        self.rows = ops.Rows.of(len(picked), *others, *sums)
         z = self.layout.logits()
         self.is_tapped = (
             verify_key is not None and not group.distributed and _only_losses_read(reading, group)
@@ -103,7 +159,10 @@ class Statistics:
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
         made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
-        self._rows = dict(zip(keys.values(), made, strict=True))
+        self._rows = dict(zip(self.rows, made, strict=True))
+        functions = {algebra.pick(y): ops.Row(ops.PICK, j) for j, y in enumerate(picked)}
+        functions |= {function: row for row, function in sums.items()}
+        self._of_function = {function: self._rows[row] for function, row in functions.items()}
 
     def _brought(self, node: Node) -> Node:
         return self.layout.brought(made_before(self.build, self.reading, node, self.place))
@@ -156,47 +215,33 @@ class Statistics:
         return self._known[key]
 
     def _made(self, key: sympy.Expr) -> Node:
-        build, d = self.build, self._rows[ops.SUMEXP]
-        m = self._rows[algebra.MAX]
-        if key == algebra.MAX:
-            return m
-        if key == MAX_OR_NAN:
-            # A kernel's maximum need not see NaN; d does, and is NaN beside +inf as well.
-            unseen = build(torch.logical_and, build(torch.isnan, d), build(torch.ne, m, torch.inf))
-            return build(torch.where, unseen, torch.nan, m)
-        if key == algebra.LOG_SUMEXP:
-            return build(torch.log, d)
-        if key == LOG_SUMEXP_WIDE:
-            return build(torch.log, build("double", d))
-        if key == algebra.LOG_SUMEXP_EXTENDED:
-            # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
-            return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
-        if key == algebra.MEAN_P_SHIFTED:
-            return build(torch.div, self._rows[algebra.MEAN_P], d)
-        if key == algebra.SUM_SHIFTED:
-            return self._rows[algebra.SUM]
+        if key in _OF_ROWS:
+            made = _OF_ROWS[key]
+            return made.by(self.build, *(self._rows[ops.Row(statistic)] for statistic in made.needs))
         if key in self.outside:
             return self.flat(key)
         return self._made_of_function(key)
 
     def _made_of_function(self, key: sympy.Expr) -> Node:
-        build, m = self.build, self._rows[algebra.MAX]
+        build, m = self.build, self[algebra.MAX]
         if key.func == algebra.pick_shifted:
             (y,) = key.args
-            gap = build(torch.sub, self._rows[algebra.pick(y)], m)
+            gap = build(torch.sub, self._of_function[algebra.pick(y)], m)
             return gap if y.is_nonnegative else build(torch.where, self.inside(y), gap, 0.0)
+        if key.func == finite:
+            return build(torch.where, build(torch.isfinite, m), self[key.args[0]], 0.0)
         if key.func == algebra.same:
             one, other = (self.labels[y] for y in key.args)
             return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
         if key.func == algebra.hit:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
         if key.func == algebra.mean_p_of:
-            return build(torch.div, self._rows[key], self._rows[ops.SUMEXP])
+            return build(torch.div, self._of_function[key], self._rows[ops.Row(ops.SUMEXP)])
         if key.func == algebra.entry:
             return self.entry(*key.args)
-        if key not in self._rows and key.func == algebra.mass:
+        if key not in self._of_function and key.func == algebra.mass:
             return self.layout.whole(build(torch.sum, self.product(key.args), -1))
-        return self._rows[key]
+        return self._of_function[key]
 
     def inside(self, y: sympy.Symbol) -> Node:
         """Whether labels name a column."""
@@ -230,13 +275,11 @@ class Statistics:
 
     def row(self, expr: sympy.Expr) -> Node:
         """A row expression as torch operations, [N]."""
-        moved = algebra.shifted(expr).subs(algebra.V, self.vocab_size)
-        if not moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED):
-            moved = moved.subs(algebra.MAX, MAX_OR_NAN)
-        value = self._emit_with_masses(moved)
+        moved = _with_infinities(algebra.shifted(expr))
+        value = self._emit_with_masses(moved.subs(algebra.V, self.vocab_size))
         if isinstance(value, Node) and len(shape_of(value)) == 1:
             return value
-        return self.build(torch.add, self.build(torch.zeros_like, self._rows[algebra.MAX]), value)
+        return self.build(torch.add, self.build(torch.zeros_like, self[algebra.MAX]), value)
 
     def _emit_with_masses(self, expr: sympy.Expr) -> Any:
         """As `_emit`, with what is summed of tensors from outside in one sum over the classes.
@@ -276,7 +319,7 @@ class Statistics:
         return not (term / mass).has(mass) and len(shape_of(self.product(mass.args))) == 2
 
     def _in_stats_dtype(self, node: Node) -> Node:
-        dtype = tensor_of(self._rows[algebra.MAX]).dtype  # type: ignore[union-attr]
+        dtype = tensor_of(self[algebra.MAX]).dtype  # type: ignore[union-attr]
         return node if tensor_of(node).dtype == dtype else self.build("to", node, dtype)  # type: ignore[union-attr]
 
     def _emit(self, expr: sympy.Expr) -> Any:
