@@ -59,7 +59,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Bars for each model and system: time above, memory below."""
     cases = [case for case in result["cases"] if case["rows"]]
     names = [f"{case['model']}\n{case['B']} x {case['S']} tokens" for case in cases]
-    figure = Figure(figsize=(2 + 3 * len(cases), 7), layout="constrained")
+    figure = Figure(figsize=(max(9, 2 + 3 * len(cases)), 7), layout="constrained")
     axes = figure.subplots(2, 1, squeeze=False)
     for (axis,), key, text, cut in zip(
         axes, ("ratio", "peak_bytes"), ("{:.2f}", "{:.0f}"), (CUT, 1e9), strict=True
