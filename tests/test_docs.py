@@ -252,7 +252,7 @@ def measured(row: dict, column: str) -> str:
 
 def expected(rows: list[dict], loss: str | None, column: str) -> str:
     system = SYSTEMS.get(column, "inductor_ce")
-    found = [row for row in rows if row["system"] == system and row.get("loss") == loss]
+    found = [row for row in rows if row["system"] == system and loss in (None, row.get("loss"))]
     text = measured(found[0], column) if found else "none"
     return f"**{text}**" if column == "inductor_ce" else text
 
