@@ -55,7 +55,7 @@ integrations: export OMP_NUM_THREADS := 1
 integrations: export TORCHINDUCTOR_COMPILE_THREADS := 1
 integrations: $(STAMP)  ## install transformers and accelerate, and test with them
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[integrations]'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integrations $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations $(ARGS)
 
 accept: export EXPECTTEST_ACCEPT := 1
 accept: test  ## run the tests and take what they print as the new golden outputs
