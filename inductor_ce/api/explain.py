@@ -19,7 +19,7 @@ from ..common.findings import Site
 from ..common.options import Options
 from ..heads.fuse import Planned, fuse_heads, sentence
 from ..heads.plan import Plan
-from .deferral import read_and_defer
+from .deferral import copied, read_and_defer
 from .install import installed_options
 from .lazy_inputs import taken_apart
 from .pass_slots import HEADS_SLOT, LOSSES_SLOT
@@ -79,7 +79,7 @@ def _found(
         if compiled is not None:
             return compiled
     graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
-    return [fuse_losses(copied(graph), options) for graph in graphs], []
+    return [fuse_losses(copied(graph)[0], options) for graph in graphs], []
 
 
 LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
@@ -144,10 +144,3 @@ def _apart(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _calls = itertools.count()
-
-
-def copied(module: GraphModule) -> Graph:
-    """The graph of a module, to be rewritten without the module noticing."""
-    copy = Graph(owning_module=module)
-    copy.output(copy.graph_copy(module.graph, {}))
-    return copy

@@ -21,7 +21,6 @@ from .operators import (
     row_stats,
     stats_dtype,
     stats_dtype_of,
-    told_columns,
 )
 from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
 
@@ -46,5 +45,4 @@ __all__ = [
     "row_stats",
     "stats_dtype",
     "stats_dtype_of",
-    "told_columns",
 ]

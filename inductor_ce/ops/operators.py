@@ -234,7 +234,7 @@ def _(
     return z.new_empty(z.shape)
 
 
-def told_columns(rows: Rows, packed: Tensor) -> list[Tensor]:
+def _told_columns(rows: Rows, packed: Tensor) -> list[Tensor]:
     """The columns [N] that alone have the gradient of some rows of `packed`: more labels for `row_grad`."""
     return [packed[k] for _, k in rows.told]
 
@@ -242,7 +242,7 @@ def told_columns(rows: Rows, packed: Tensor) -> list[Tensor]:
 def _save_for_grad(ctx, inputs, keyword_only_inputs, output) -> None:
     z, labels, weights, ctx.which = inputs
     ctx.site = keyword_only_inputs["site"]
-    told = told_columns(Rows.decode(ctx.which, len(labels), len(weights)), output)
+    told = _told_columns(Rows.decode(ctx.which, len(labels), len(weights)), output)
     ctx.n_told, ctx.n_labels = len(told), len(labels)
     ctx.save_for_backward(z, output[0], *told, *labels, *weights)
 

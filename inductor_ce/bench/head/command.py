@@ -13,7 +13,7 @@ import torch
 from ..shared import record
 from ..shared.compilers import BASELINE
 from ..shared.measure import Calls, fresh_caches
-from ..shared.options import has_gpu
+from ..shared.options import add_systems, has_gpu
 from . import bars, render, run
 from .inputs import ACTIVATIONS, SHAPES, Shape
 from .systems import SYSTEMS
@@ -35,14 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--activations", choices=ACTIVATIONS, nargs="+", default=list(ACTIVATIONS), help="(default: both)"
     )
-    parser.add_argument(
-        "--systems",
-        choices=SYSTEMS,
-        nargs="+",
-        default=list(SYSTEMS),
-        metavar="SYSTEM",
-        help=f"besides {BASELINE}, which all are compared with: {', '.join(SYSTEMS)} (default: all)",
-    )
+    add_systems(parser, SYSTEMS)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument(
         "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: put these records together"

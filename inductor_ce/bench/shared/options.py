@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
+
+from .compilers import BASELINE
 
 NO_GPU = "the benchmark times GPU kernels, and torch.cuda sees no GPU here: nothing was measured"
 
@@ -28,6 +30,18 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
         help="rows x vocabulary (default: those of the table)",
     )
     parser.add_argument("--quick", action="store_true", help="the first shape only, in fewer rounds")
+
+
+def add_systems(parser: argparse.ArgumentParser, systems: Collection[str]) -> None:
+    """`--systems`, to choose among these."""
+    parser.add_argument(
+        "--systems",
+        choices=systems,
+        nargs="+",
+        default=list(systems),
+        metavar="SYSTEM",
+        help=f"besides {BASELINE}, which all are compared with: {', '.join(systems)} (default: all)",
+    )
 
 
 def shape(text: str) -> tuple[int, int]:

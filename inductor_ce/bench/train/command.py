@@ -11,7 +11,7 @@ import torch
 from ..shared import record
 from ..shared.compilers import BASELINE
 from ..shared.measure import fresh_caches
-from ..shared.options import has_gpu
+from ..shared.options import add_systems, has_gpu
 from . import render, run
 from .models import MODELS
 from .systems import LIGER, SYSTEMS
@@ -24,14 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--models", choices=MODELS, nargs="+", default=list(MODELS), help="(default: all of them)"
     )
-    parser.add_argument(
-        "--systems",
-        choices=SYSTEMS,
-        nargs="+",
-        default=list(SYSTEMS),
-        metavar="SYSTEM",
-        help=f"besides {BASELINE}, which all are compared with: {', '.join(SYSTEMS)} (default: all)",
-    )
+    add_systems(parser, SYSTEMS)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
 
 
