@@ -1,5 +1,10 @@
 """`bench train` without a GPU: its loop over stand-ins, its table and its picture."""
 
+import math
+import os
+import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +17,7 @@ from harness import without_codegen
 from torch import Tensor, nn
 
 from inductor_ce.bench import cli
+from inductor_ce.bench.shared.alone import alone
 from inductor_ce.bench.shared.peers import NotOffered
 from inductor_ce.bench.train import command, models, render, run, systems
 
@@ -81,6 +87,38 @@ def test_what_fails_is_told(no_gpu: Any):
     assert found["rows"] == []
     assert {each["reason"] for each in found["not_measured"]} >= {"failed: RuntimeError: out of luck"}
     assert command.failed(found)
+
+
+def interrupt(signal: int) -> None:
+    os.kill(os.getpid(), signal)
+
+
+@pytest.mark.parametrize(
+    ("what", "args", "reason"),
+    [
+        (math.log, (0,), "failed: ValueError: "),
+        (interrupt, (9,), "failed: its process ended with exit code -9"),
+        (time.sleep, (600,), "failed: not done after 1 s"),
+    ],
+)
+def test_a_peer_harms_nobody(what: Any, args: tuple[Any, ...], reason: str):
+    found = alone(what, *args, limit_s=1 if what is time.sleep else 60, start="fork")
+    assert isinstance(found, NotOffered)
+    assert found.reason.startswith(reason)
+
+
+def test_a_peer_gives_its_figures(no_gpu: Any):
+    """From its own process; `fork` takes the stand-ins for CUDA along."""
+    peer = systems.System("a peer", patch="its patch")
+    given = Tiny(), torch.randint(V, (2, 8))
+    patches = mock.patch.multiple(run, make=lambda model: given, alone=partial(alone, start="fork"))
+    unpatched = mock.patch.multiple(systems, find=lambda *a: None, _patched=lambda *a: nullcontext())
+    with patches, unpatched:
+        (found,) = run.table([TINY], [systems.System("torch.compile"), peer], LENGTH)
+    plain, its = found["rows"]
+    assert (plain["system"], its["system"]) == ("torch.compile", "a peer")
+    assert its["loss_difference"] < 1e-6
+    assert found["not_measured"] == []
 
 
 def test_without_transformers():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...api.counts import counted, forget_counts
+from ..shared.alone import alone
 from ..shared.compilers import BASELINE
 from ..shared.measure import median_and_spread
 from ..shared.peers import NotOffered
@@ -23,16 +24,18 @@ METHOD = {
     "ms": "between CUDA events round a step, the host ahead by what it does while the GPU works",
     "host_ms": "of the host's clock for the calls of a step alone",
     "peak_bytes": "torch.cuda.max_memory_allocated over the steps, model and gradients included",
+    "peers": "in a process of their own, after the others",
 }
 
 
 @dataclass(frozen=True)
 class Length:
-    """Rounds, and in each of them steps that are not counted and steps that are."""
+    """Rounds, and in each of them steps that are not counted and steps that are; a peer's limit in all."""
 
     rounds: int
     warm_up: int = 3
     steps: int = 8
+    peer_limit_s: float = 240.0
 
 
 @dataclass
@@ -56,11 +59,31 @@ def table(models: Sequence[Model], systems: Sequence[System], length: Length) ->
         if isinstance(made, NotOffered):
             case["not_measured"] = [{"system": s.name, "reason": made.reason} for s in systems]
         else:
-            rounds, refused = _rounds(model, *made, systems, length)
+            rounds, refused = _rounds(model, *made, [s for s in systems if not s.patch], length)
+            for system in (s for s in systems if s.patch):
+                found = _peer(model, system, length)
+                if isinstance(found, NotOffered):
+                    refused[system.name] = found.reason
+                else:
+                    rounds[system.name] = found
             case["rows"] = _rows(rounds)
             case["not_measured"] = [{"system": n, "reason": r} for n, r in refused.items()]
         del made
         yield case
+
+
+def _peer(model: Model, system: System, length: Length) -> list[_Round] | NotOffered:
+    refusal = system.refused(model)
+    return refusal or alone(_rounds_of, model, system, length, limit_s=length.peer_limit_s)
+
+
+def _rounds_of(model: Model, system: System, length: Length) -> list[_Round] | NotOffered:
+    """Run in a process of its own."""
+    made = make(model)
+    if isinstance(made, NotOffered):
+        return made
+    rounds, refused = _rounds(model, *made, [system], length)
+    return NotOffered(refused[system.name]) if refused else rounds[system.name]
 
 
 def _rounds(
@@ -72,9 +95,9 @@ def _rounds(
         for system in list(systems)[:: -1 if i % 2 else 1]:
             if system.name in refused:
                 continue
-            with system.of(model, made) as refusal:
+            with system.of(model, made):
                 try:
-                    result = refusal or _round(made, tokens, length)
+                    result: _Round | NotOffered = _round(made, tokens, length)
                 except Exception as error:  # a peer may raise anything; ours is told as a failure
                     result = NotOffered.because(error)
             if isinstance(result, NotOffered):

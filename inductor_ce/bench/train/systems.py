@@ -26,32 +26,34 @@ class System:
     options: dict[str, Any] | None = None
     patch: str = ""
 
+    def refused(self, model: Model) -> NotOffered | None:
+        """Why this system cannot be had for `model`, where that is known before anything runs."""
+        apply = find("liger_kernel.transformers", model.liger) if self.patch else None
+        return apply if isinstance(apply, NotOffered) else None
+
     @contextlib.contextmanager
-    def of(self, model: Model, made: nn.Module) -> Iterator[NotOffered | None]:
-        """Within the block, torch.compile of `made` is this system; or why it cannot be had."""
+    def of(self, model: Model, made: nn.Module) -> Iterator[None]:
+        """Within the block, torch.compile of `made` is this system."""
         if self.options is not None:
             with install(**self.options):
-                yield None
+                yield
         elif self.patch:
-            with _patched(model, made) as refusal:
-                yield refusal
+            with _patched(model, made):
+                yield
         else:
-            yield None
+            yield
 
 
 @contextlib.contextmanager
-def _patched(model: Model, made: nn.Module) -> Iterator[NotOffered | None]:
+def _patched(model: Model, made: nn.Module) -> Iterator[None]:
     """The head and its loss by Liger, and nothing else; taken back from this model at the end."""
     apply = find("liger_kernel.transformers", model.liger)
-    if isinstance(apply, NotOffered):
-        yield apply
-        return
     kind = type(made)
     others = ("rope", "rms_norm", "swiglu", "geglu", "cross_entropy")
     before = copy.copy(kind.forward)
     try:
         apply(fused_linear_cross_entropy=True, **{name: False for name in others if _takes(apply, name)})
-        yield None
+        yield
     finally:
         kind.forward = before
 
