@@ -1,5 +1,6 @@
 """`bench train` without a GPU: its loop over stand-ins, its table and its picture."""
 
+import json
 import math
 import os
 import time
@@ -144,6 +145,23 @@ def test_table_and_picture(tmp_path: Path, no_gpu: Any):
     assert lines[4].split()[:5] == ["torch.compile", "2.0", "0.0%", "1.000", lines[4].split()[4]]
     render.plot(result, tmp_path / "train.png")
     assert (tmp_path / "train.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_merging(tmp_path: Path):
+    where = {"gpu": "A GPU", "torch": "2.13", "triton": "3.6", "commit": "abc", "peers": {}, "dirty": False}
+    where["date"] = "2026-11-28T10:00:00"
+    for i, name in enumerate(("one", "two")):
+        case = {"model": name, "B": 2, "S": 8, "V": V, "logits_bytes": 1, "rows": [], "not_measured": []}
+        record = {
+            "benchmark": "train",
+            "environment": where,
+            "cases": [case],
+        }
+        (tmp_path / f"{i}.json").write_text(json.dumps(record))
+    paths = [str(tmp_path / f"{i}.json") for i in range(2)]
+    assert cli.main(["train", "--merge", *paths, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("train-*-merged.json")
+    assert [case["model"] for case in json.loads(path.read_text())["cases"]] == ["one", "two"]
 
 
 def test_there_must_be_a_gpu(capsys: pytest.CaptureFixture[str]):

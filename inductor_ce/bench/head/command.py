@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..shared import record
+from ..shared import merge, record
 from ..shared.compilers import BASELINE
 from ..shared.measure import Calls, fresh_caches
 from ..shared.options import add_systems, has_gpu
@@ -20,7 +19,6 @@ from .systems import SYSTEMS
 
 HELP = "linear layer and cross entropy"
 ROUNDS, QUICK_ROUNDS = 5, 2
-MUST_AGREE = ("gpu", "torch", "triton", "commit", "peers")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_systems(parser, SYSTEMS)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument(
-        "--merge", type=Path, nargs="+", metavar="JSON", help="measure nothing: put these records together"
-    )
+    merge.add_merge(parser)
 
 
 def shape(text: str) -> Shape:
@@ -80,19 +76,11 @@ def measured(options: argparse.Namespace) -> int:
 
 def merged(options: argparse.Namespace) -> int:
     """Put records of one machine and version together, and print, draw and keep what that gives."""
-    results = [json.loads(path.read_text()) for path in options.merge]
-    first = results[0]
-    for path, result in zip(options.merge, results, strict=True):
-        for key in MUST_AGREE:
-            ours, theirs = first["environment"][key], result["environment"][key]
-            if ours != theirs:
-                print(f"{path} is of another {key}: {theirs}, not {ours}; nothing was merged")
-                return 2
-    cases = [case for result in results for case in result["cases"]]
-    result = {**first, "cases": cases, "merged": [path.name for path in options.merge]}
+    result = merge.merged(options.merge)
+    if result is None:
+        return 2
     result["bars"] = bars.bars(result)
-    path = record.json_path(result, options.out)
-    path = path.with_stem(f"{path.stem}-merged")
+    path = merge.merged_path(result, options.out)
     record.write(result, path)
     show(result, path)
     return 0

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..shared import record
+from ..shared import merge, record
 from ..shared.compilers import BASELINE
 from ..shared.measure import fresh_caches
 from ..shared.options import add_systems, has_gpu
@@ -26,9 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_systems(parser, SYSTEMS)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    merge.add_merge(parser)
 
 
 def main(options: argparse.Namespace) -> int:
+    if options.merge:
+        return merged(options)
     return measured(options) if has_gpu() else 2
 
 
@@ -43,9 +47,24 @@ def measured(options: argparse.Namespace) -> int:
         for case in run.table([MODELS[name] for name in options.models], systems, length):
             result["cases"].append(case)
             record.write(result, path)
+    show(result, path)
+    return int(any(map(failed, result["cases"])))
+
+
+def merged(options: argparse.Namespace) -> int:
+    """Put records of one machine and version together, and print, draw and keep what that gives."""
+    result = merge.merged(options.merge)
+    if result is None:
+        return 2
+    path = merge.merged_path(result, options.out)
+    record.write(result, path)
+    show(result, path)
+    return 0
+
+
+def show(result: dict[str, Any], path: Path) -> None:
     render.plot(result, path.with_suffix(".png"))
     print(render.table(result), f"\n{path}", path.with_suffix(".png"), sep="\n")
-    return int(any(map(failed, result["cases"])))
 
 
 def failed(case: dict[str, Any]) -> bool:
