@@ -15,6 +15,7 @@ from ..common.compat.dynamo import is_captured, leave_alone
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
+from ..graph.walk import graphs_within
 from ..rewriting import recipes
 from ..rewriting.promises import FACT, promise
 from ..rewriting.recipes import Recipe
@@ -109,7 +110,7 @@ def read_and_defer(
     """
     report = Report()
     finish = None
-    for inner in [m for m in module.modules() if isinstance(m, GraphModule)]:
+    for inner in graphs_within(module):
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
         may_be_lazy = options.returned_logits == LAZY and not options.verify

@@ -11,12 +11,13 @@ import torch
 from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch.fx import Graph, GraphModule
 
-from ..common.compat.dynamo import captured_copy, no_recompile_limit, uncompiled
+from ..common.compat.dynamo import aot_eager, captured_copy, no_recompile_limit, uncompiled
 from ..common.compat.inductor import CustomGraphPass, compile_fx
 from ..common.compat.versions import check_torch
 from ..common.failsafe import attempt
 from ..common.findings import Site
 from ..common.options import Options
+from ..graph.walk import graphs_within
 from ..heads.fuse import Planned, fuse_heads, sentence
 from ..heads.plan import Plan
 from .deferral import copied, read_and_defer
@@ -50,7 +51,8 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         found, planned = _found(gm, example_inputs, options)
         report.sites += with_plans([site for each in found for site in each.sites], planned)
         report.misses += [miss for each in found for miss in each.misses]
-        return gm.forward
+        # Bodies of higher-order operators may run by way of AOTAutograd alone.
+        return aot_eager(gm, list(example_inputs)) if len(graphs_within(gm)) > 1 else gm.forward
 
     with no_recompile_limit():
         torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
@@ -78,8 +80,7 @@ def _found(
         compiled, _ = attempt("the plans are not told", _compiled, gm, example_inputs, options)
         if compiled is not None:
             return compiled
-    graphs = [module for module in gm.modules() if isinstance(module, GraphModule)]
-    return [fuse_losses(copied(graph)[0], options) for graph in graphs], []
+    return [fuse_losses(copied(graph)[0], options) for graph in graphs_within(gm)], []
 
 
 LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
@@ -87,8 +88,7 @@ LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
 
 def has_products(gm: GraphModule) -> bool:
     """Whether anything in a torch-level graph, or in the graphs inside it, may be a linear layer."""
-    graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    nodes = (node for graph in graphs for node in graph.nodes if node.op.startswith("call"))
+    nodes = (node for inner in graphs_within(gm) for node in inner.graph.nodes if node.op.startswith("call"))
     return any(
         node.op == "call_module" or any(name in str(node.target) for name in LINEAR_NAMES) for node in nodes
     )

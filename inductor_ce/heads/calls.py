@@ -44,8 +44,16 @@ def grad_call(node: Node) -> GradCall:
     return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
 
 
+PLANNED = "inductor_ce_planned"  # in the meta of a `row_stats`: its head has been planned
+
+
+def is_planned(node: Node) -> bool:
+    return PLANNED in node.meta
+
+
 def forget_sites(graph: Graph) -> None:
-    """Let operators carry no site."""
+    """Let operators carry no site, and be known to have a plan, if the pass comes again."""
     for target in (ops.ROW_STATS, ops.ROW_GRAD):
         for node in graph.find_nodes(op="call_function", target=target):
             node.kwargs = {}
+            node.meta[PLANNED] = True

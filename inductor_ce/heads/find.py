@@ -21,7 +21,7 @@ from .. import ops
 from ..common.compat.graphs import OpOverload
 from ..graph.shapes import equal, shape_of, tensor_of
 from ..graph.walk import args_of
-from .calls import grad_call, stats_call
+from .calls import grad_call, is_planned, stats_call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -115,10 +115,10 @@ class Head:
 
 
 def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
-    """(the head or None, its `row_stats` nodes, why it is none that can be divided or ""), each once."""
+    """(the head or None, its `row_stats` nodes, why it cannot be divided or ""), where none is planned."""
     seen: set[Node] = set()
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
-        if stats in seen:
+        if stats in seen or is_planned(stats):
             continue
         try:
             head = _head_of(stats)

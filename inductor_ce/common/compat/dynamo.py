@@ -16,12 +16,13 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._dynamo import config as dynamo_config
+    from torch._dynamo.backends.debugging import aot_eager
     from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
     from torch._guards import TracingContext
 
-__all__ = ["counters"]
+__all__ = ["aot_eager", "counters"]
 
 
 def attribute_source(node: torch.fx.Node, name: str) -> Any:
