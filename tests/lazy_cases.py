@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inductor_ce.api.lazy_logits import LazyLogits
+from inductor_ce.api.lazy_source import Source
 from inductor_ce.rewriting.recipes import Instruction, Of, Recipe
 
 B, T, D, V = 2, 5, 4, 16
@@ -53,7 +54,7 @@ def recipe(dtype: torch.dtype, classes: int = V) -> Recipe:
 
 
 def lazy(h: Tensor, W: Tensor) -> LazyLogits:
-    return LazyLogits.returned(recipe(h.dtype), [h, W])
+    return LazyLogits.returned(Source(recipe(h.dtype), [h, W]))
 
 
 def rows_made(monkeypatch: Any) -> list[int]:

@@ -15,13 +15,16 @@ from ..common.compat.dynamo import is_captured, leave_alone
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
+from ..distributed import local_logits
+from ..distributed.local_logits import LocalLogits
 from ..graph.walk import graphs_within
 from ..rewriting import recipes
 from ..rewriting.promises import FACT, promise
 from ..rewriting.recipes import Recipe
 from . import lazy_functions, lazy_logits, lazy_source
-from .lazy_inputs import taken_apart
+from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
+from .lazy_source import Source
 from .pass_slots import LOSSES_SLOT, passes_in
 from .passes import FuseLosses, fuse_losses, publish
 from .report import Report
@@ -34,11 +37,16 @@ class _Lazy:
 
     place: int
     recipe: Recipe
+    spread: LocalLogits | None
     parts: tuple[tuple[bool, int], ...]
     is_shared: bool
 
-    def made(self, part: Callable[[bool, int], Tensor]) -> LazyLogits:
-        return LazyLogits.returned(self.recipe, [part(*where) for where in self.parts], self.is_shared)
+    def made(self, part: Callable[[bool, int], Tensor]) -> Tensor:
+        parts = [part(*where) for where in self.parts]
+        if self.spread is None:
+            return LazyLogits.returned(Source(self.recipe, parts), self.is_shared)
+        of = Source(self.recipe, self.spread.parts(parts), watched=parts)
+        return self.spread.whole(LazyLogits.returned(of, self.is_shared))
 
 
 def compile_deferring(
@@ -62,7 +70,7 @@ def compile_deferring(
     module, inputs, flatten = taken_apart(module, inputs)
     report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
     publish(report, options)
-    with telling():
+    with telling(), made_inside(inputs):
         compiled = compile(module, inputs)
     if flatten is None and finish is None:
         return compiled
@@ -145,7 +153,8 @@ def _defer(
             if part not in kept:
                 kept.append(part)
             parts.append((True, kept.index(part)))
-        lazy.append(_Lazy(each.place, each.found.recipe, tuple(parts), each.is_shared))
+        found = each.found
+        lazy.append(_Lazy(each.place, found.recipe, found.spread, tuple(parts), each.is_shared))
     output.args = (tuple(kept),)
     module.recompile()
     _keep_for_python()
@@ -154,7 +163,7 @@ def _defer(
 
 @functools.cache
 def _keep_for_python() -> None:
-    for module in (lazy_logits, lazy_functions, lazy_source, recipes):
+    for module in (lazy_logits, lazy_functions, lazy_source, recipes, local_logits):
         leave_alone(module)
 
 

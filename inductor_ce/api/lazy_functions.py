@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.compat.graphs import is_capturing
-from .lazy_source import Source
 
 CHUNK_BYTES = 2**26  # of the logits that are there at once where only a few numbers of each row are wanted
 
@@ -146,8 +145,7 @@ def _itself(z: Any, **kwargs: Any) -> Any:
 def _clone(z: Any, **kwargs: Any) -> Any:
     if _itself(z, **kwargs) is NotImplemented and kwargs["memory_format"] is not torch.preserve_format:
         return NotImplemented
-    z._source.check()
-    return z.form(Source(z._source.recipe, z._source.parts), torch.clone)
+    return z.form(z._source.again(), torch.clone)
 
 
 def _detach(z: Any, *args: Any) -> Any:
@@ -161,6 +159,7 @@ def _reshaped(func: Any) -> Callable[..., Any]:
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.dtype) for a in args):
             return NotImplemented  # the same bits as something else
+        args = tuple(_shaped(a) if isinstance(a, Tensor) else a for a in args)  # it may be z itself
         shape = func(_shaped(z), *args, **kwargs).shape
         if not shape or shape[-1] != z.shape[-1] or shape[:-1].numel() != z.shape[:-1].numel():
             return NotImplemented

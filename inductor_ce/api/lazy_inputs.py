@@ -7,14 +7,16 @@ together.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat.dynamo import attribute_source, moved_facts
-from ..common.compat.graphs import tree_map
+from ..common.compat.graphs import local_of, set_local, tree_map
 from ..graph.builder import Builder
 from .lazy_logits import LazyLogits
 
@@ -25,7 +27,7 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     """(the graph, its inputs, what arguments are put through) with parts in place of lazy logits."""
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
-    if not any(lazy) and not any(isinstance(x, LazyLogits) for x in inputs):
+    if not any(lazy) and not any(map(_is_lazy, [*inputs, *(n.meta.get("example_value") for n in places)])):
         return module, list(inputs), None
     module, twins = copied_module(module)
     examples: list[Any] = []
@@ -45,9 +47,34 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     return module, examples, functools.partial(_flattened, tuple(apart))
 
 
+def _is_lazy(value: Any) -> bool:
+    """Whether a value is lazy logits, or a DTensor of them."""
+    return isinstance(value, Tensor) and isinstance(local_of(value), LazyLogits)
+
+
 def _plain(value: Any) -> Any:
-    """An example for what is computed of logits that have been taken apart."""
-    return value.made() if isinstance(value, LazyLogits) else value
+    """The same logits, not lazy."""
+    if isinstance(value, LazyLogits):
+        return value.made()
+    if _is_lazy(value):  # it stays the same DTensor, whose gradient is known, and which AOTAutograd knows
+        set_local(value, local_of(value).made())
+    return value
+
+
+@contextlib.contextmanager
+def made_inside(inputs: Sequence[Any]) -> Iterator[None]:
+    """Within, DTensors of lazy logits are what a compiled function is given when it runs.
+
+    For Dynamo, which is about to guard them, they are again what it saw.
+    """
+    lazy = {i: local_of(x) for i, x in enumerate(inputs) if _is_lazy(x)}
+    for i, local in lazy.items():
+        set_local(inputs[i], local.made())
+    try:
+        yield
+    finally:
+        for i, local in lazy.items():
+            set_local(inputs[i], local)
 
 
 def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: Node) -> list[Any]:
@@ -71,13 +98,11 @@ def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: No
 def _flattened(apart: tuple[bool, ...], arguments: Sequence[Any]) -> list[Any]:
     flat: list[Any] = []
     for argument, is_apart in zip(arguments, apart, strict=True):
-        if not isinstance(argument, LazyLogits):
-            flat.append(argument)
-        elif is_apart:
+        if is_apart and isinstance(argument, LazyLogits):
             argument.source.check()
             flat += argument.source.parts
         else:
-            flat.append(argument.made())
+            flat.append(_plain(argument))
     return flat
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,14 +74,13 @@ class LazyLogits(Tensor):
         return made
 
     @staticmethod
-    def returned(recipe: Recipe, parts: Sequence[Tensor], is_shared: bool = False) -> LazyLogits:
+    def returned(source: Source, is_shared: bool = False) -> LazyLogits:
         """Logits in the place of those that a compiled function would have returned.
 
         `is_shared` says that another of its results would have been in the same memory.
         """
-        source = Source(recipe, parts)
-        if torch.is_grad_enabled() and recipe.requires_grad:
-            made = _OfParts.apply(source, *parts)
+        if torch.is_grad_enabled() and source.recipe.requires_grad:
+            made = _OfParts.apply(source, *source.parts)
         else:
             made = LazyLogits(source)
         made._is_shared = is_shared
@@ -182,15 +181,19 @@ class LazyLogits(Tensor):
         made._is_whole = True
         return self._followed(made, path, is_view)
 
+    def again(self, is_view: bool) -> LazyLogits:
+        """The same logits below autograd: a copy, or a view."""
+        made = LazyLogits(self._source)
+        made._is_whole = True
+        return self._followed(made, torch.Tensor.detach, is_view)
+
     def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
         """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
-        self._source.check()
-        recipe, (_, *others) = self._source.recipe, self._source.parts
         if torch.is_grad_enabled() and self.requires_grad:
-            made = LazyLogits.returned(recipe, [hidden, *others])
+            made = LazyLogits.returned(self._source.of(hidden))
             self._tell_parents()
         else:
-            made = LazyLogits(Source(recipe, [hidden.detach(), *others]))
+            made = LazyLogits(self._source.of(hidden.detach()))
         return self._followed(made, path, is_view)
 
     def _tell_parents(self) -> None:
@@ -303,7 +306,7 @@ class LazyLogits(Tensor):
         """What C++ does to them, below autograd, where the node of this tensor sees to the gradient."""
         kwargs = kwargs or {}
         if func in lazy_functions.COPIES and not args[0].may_be_edited:
-            return LazyLogits(args[0]._source)
+            return args[0].again(is_view=func is not torch.ops.aten.clone.default)
         for written in _lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
             written.share_memory_of_views()
         return func(*_values(args), **_values(kwargs))

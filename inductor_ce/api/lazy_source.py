@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..common.compat.graphs import is_fake, without_saved_tensors_hooks
+from ..common.compat.graphs import is_fake, local_of, without_saved_tensors_hooks
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 
 
 class Source:
-    """What logits [..., V] are made of: a recipe and its parts, the hidden states [..., D] first."""
+    """What logits [..., V] are made of: a recipe and its parts, the hidden states [..., D] first.
 
-    def __init__(self, recipe: Recipe, parts: Sequence[Tensor]):
-        self.recipe, self.parts = recipe, tuple(parts)
-        self._versions = tuple(map(_version, parts))
+    `watched` are the tensors in whose memory the parts are, DTensors, whose edits the parts do not count.
+    """
+
+    def __init__(self, recipe: Recipe, parts: Sequence[Tensor], watched: Sequence[Tensor] = ()):
+        self.recipe, self.parts, self.watched = recipe, tuple(parts), tuple(watched)
+        self._versions = tuple(map(_version, (*self.parts, *self.watched)))
+        self._stepped: set[int] = set()  # the places in `watched` of what an optimizer has stepped
         self.graph: tuple[Tensor, list[Tensor]] | None = None  # the logits, and leaves in place of the parts
+        if watched:
+            _see_steps()
+            _watching.add(self)
 
     @property
     def is_example(self) -> bool:
@@ -34,13 +44,19 @@ class Source:
         """Raises LazyLogitsError where a part is no longer what it was."""
         if self.is_example:
             return
-        for name, part, version in zip(self.recipe.parts, self.parts, self._versions, strict=True):
+        held = (*self.parts, *self.watched)
+        for i, (part, version) in enumerate(zip(held, self._versions, strict=True)):
+            name = self.recipe.parts[i % len(self.parts)]
             if _is_freed(part):
                 raise LazyLogitsError(_EXPIRED.format(name=name, fate="was freed since", when="backward"))
-            if _version(part) != version:
+            if _version(part) != version or i - len(self.parts) in self._stepped:
                 raise LazyLogitsError(
                     _EXPIRED.format(name=name, fate="was changed in place since", when="optimizer.step")
                 )
+
+    def see_step(self, stepped: set[int]) -> None:
+        """An optimizer has changed tensors of these ids."""
+        self._stepped |= {i for i, part in enumerate(self.watched) if id(part) in stepped}
 
     def make(self) -> Tensor:
         """The logits, without a gradient."""
@@ -68,19 +84,37 @@ class Source:
         found = iter(torch.autograd.grad(made, wanted, upstream, retain_graph=True, allow_unused=True))
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
+    def again(self, recipe: Recipe | None = None, parts: Sequence[Tensor] | None = None) -> Source:
+        """The same, with another recipe or other parts, as it is now."""
+        self.check()
+        return Source(recipe or self.recipe, self.parts if parts is None else parts, self.watched)
+
     def of(self, hidden: Tensor) -> Source:
         """The same recipe on other hidden states, which are made of these."""
-        self.check()
-        return Source(self.recipe, [hidden, *self.parts[1:]])
+        return self.again(parts=[hidden, *self.parts[1:]])
 
     def detached(self) -> Source:
-        self.check()
-        return Source(self.recipe, [part.detach() for part in self.parts])
+        return self.again(parts=[part.detach() for part in self.parts])
 
     def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Source:
         """The same with one more function of each row."""
-        self.check()
-        return Source(self.recipe.then(target, *args, dtype=dtype), self.parts)
+        return self.again(recipe=self.recipe.then(target, *args, dtype=dtype))
+
+
+# NOTE Steps of optimizers. They edit lists of DTensors at once, by torch._foreach_add_ and the like, which
+# changes no version in torch 2.13. So optimizers are asked to tell of their steps.
+_watching: weakref.WeakSet[Source] = weakref.WeakSet()
+
+
+@functools.cache
+def _see_steps() -> None:
+    register_optimizer_step_post_hook(_stepped)
+
+
+def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+    for source in list(_watching):
+        source.see_step(stepped)
 
 
 _EXPIRED = (
@@ -95,4 +129,5 @@ def _version(part: Tensor) -> int:
 
 def _is_freed(part: Tensor) -> bool:
     """Whether somebody took the memory away, as FSDP2 does with gathered weights."""
+    part = local_of(part)
     return part.numel() > 0 and part.untyped_storage().size() == 0

@@ -3,8 +3,9 @@
 In:   the statistics of this rank's columns.
 Out:  those of whole rows, by one all-gather and the law of `ops.combine`; DTensors as a user's code has them.
 
-    shards       statistics over a process group, the gradient without a collective
-    placements   DTensor logits: which placements can be read, and what is made of them
+    shards         statistics over a process group, the gradient without a collective
+    placements     DTensor logits: which placements can be read, and what is made of them
+    local_logits   which of them a rank can make by itself, when somebody reads them
 
 What is decided here follows from placements and global shapes alone, so that every rank decides alike.
 """

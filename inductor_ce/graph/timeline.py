@@ -21,6 +21,7 @@ from ..common.compat.graphs import (
     enter_inference_mode,
     exit_inference_mode,
     is_higher_order,
+    local_of,
     set_grad_enabled,
 )
 from .shapes import tensor_of
@@ -126,7 +127,7 @@ class Timeline:
     def _storage(node: Node) -> Hashable:
         value = tensor_of(node)
         try:
-            return node if value is None else value.untyped_storage()._cdata
+            return node if value is None else local_of(value).untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # a tensor without storage aliases nothing that we follow
             return node
 

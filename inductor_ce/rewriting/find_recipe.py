@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from ..common.compat.graphs import enter_autocast, exit_autocast, is_plain_tensor
+from ..common.compat.graphs import enter_autocast, exit_autocast, is_dtensor, is_plain_tensor, local_of
+from ..distributed.local_logits import Dims, LocalLogits, beside, local_part, step_fact, view_fact
 from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import constant, equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.steps import Step, View
+from .linear_layers import linear_layer
 from .recipes import Instruction, Of, Recipe
 
 
@@ -31,12 +31,13 @@ class Found:
     """The recipe of a node of a graph, and the nodes that are its parts.
 
     The first are hidden states as the node's rows are arranged: the same tensor, or views of it that `build`
-    has added to the graph.
+    has added to the graph. Of a DTensor the recipe makes what each rank has, as `spread` puts it together.
     """
 
     recipe: Recipe
     parts: list[Node]
     product: Node
+    spread: LocalLogits | None = None
 
 
 # Views of rows, which leave the classes last. Of the first two the sizes are given.
@@ -100,8 +101,28 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     example = tensor_of(node)
     assert example is not None
     names = ("the hidden states", *(_name(p) for p in parts[1:]))
-    recipe = Recipe(names, steps, size, example.dtype, example.requires_grad, autocast)
-    return Found(recipe, parts, search.product)
+    own = constant(local_of(example).shape[-1])
+    if own is None:
+        raise NoRecipe("their number of classes is symbolic")
+    recipe = Recipe(names, steps, own, example.dtype, example.requires_grad, autocast)
+    if not is_dtensor(example):
+        return Found(recipe, parts, search.product)
+    parts = [_own_part(search, p, node) for p in parts]
+    spread = LocalLogits.of(example, list(map(example_of, parts)))
+    if spread is None:
+        raise NoRecipe("their number of rows is symbolic, and sharded")
+    return Found(recipe, parts, search.product, spread)
+
+
+def _own_part(search: _Search, part: Node, logits: Node) -> Node:
+    """What a rank has of a part that is a DTensor and no input."""
+    if part.op in ("placeholder", "get_attr") or not is_dtensor(tensor_of(part)):
+        return part
+    *nodes, output = search.timeline.nodes
+    outside = [n for n in nodes if n.op in ("placeholder", "get_attr")] + output.all_input_nodes
+    if any(search.timeline.shares_storage(part, n) for n in outside):
+        raise NoRecipe(f"{part.name}, of which they are made, is returned too or is a view of an input")
+    return search.build(local_part, part, logits)
 
 
 def _name(part: Node) -> str:
@@ -122,7 +143,7 @@ def _rows(search: _Search, node: Node) -> Node:
     if len(search.steps) > _MOST_STEPS:
         raise NoRecipe("too many steps make them")
     example = tensor_of(node)
-    if example is None or not is_plain_tensor(example):
+    if example is None or not _is_known(example):
         raise NoRecipe("they are no plain tensor")
     if not search.unchanged(node, node):
         raise NoRecipe("they are changed in place")
@@ -145,6 +166,15 @@ def _rows(search: _Search, node: Node) -> Node:
     if _is_elementwise(step):
         return _elementwise(search, node)
     raise NoRecipe(f"they are made by {_called(node)}")
+
+
+def _is_known(example: torch.Tensor) -> bool:
+    return is_plain_tensor(example) or is_dtensor(example)
+
+
+def _refuse(fact: str | None) -> None:
+    if fact is not None:
+        raise NoRecipe(fact)
 
 
 def _called(node: Node) -> str:
@@ -202,10 +232,12 @@ def _rearranged(search: _Search, node: Node, source: Node) -> Node:
     if _called(node) in _SIZED:
         arguments = _with_width(arguments, search.classes, width)
     moved = search.build(node.target, hidden, *arguments, **node.kwargs)
-    example = tensor_of(moved)
-    assert example is not None
+    example = example_of(moved)
     if not same_shape(example.shape[:-1], after[:-1]) or not equal(example.shape[-1], width):
         raise NoRecipe(f"{_called(node)} cuts or moves the classes")
+    for of, view in ((source, node), (hidden, moved)):
+        if is_dtensor(example):
+            _refuse(view_fact(example_of(of), example_of(view)))
     return moved
 
 
@@ -237,9 +269,16 @@ def _elementwise(search: _Search, node: Node) -> Node:
     def argument(a: Node) -> Any:
         return logits if a is source else _shared(search, a)
 
+    result = example_of(node)
+    _refuse_collectives(result, [(x, beside(result, x)) for x in map(example_of, node.all_input_nodes)])
     args, kwargs = map_arg((node.args, node.kwargs), argument)
     _add(search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)
     return hidden
+
+
+def _refuse_collectives(result: torch.Tensor, operands: list[tuple[torch.Tensor, Dims]]) -> None:
+    if is_dtensor(result):
+        _refuse(step_fact(result, operands))
 
 
 def _is_wide(search: _Search, source: Node, node: Node) -> bool:
@@ -267,26 +306,24 @@ def _is_shared(sizes: tuple[Any, ...], classes: int) -> bool:
 
 def _product(search: _Search, node: Node, spelled: Any) -> Node | None:
     """The hidden states of a linear layer, whose step is taken in; None for any other node."""
-    found = _factors(node, spelled)
-    if found is None:
+    layer = linear_layer(node, spelled)
+    if layer is None:
         return None
-    hidden, target, args = found
+    hidden = layer.hidden
     if not same_shape(shape_of(hidden)[:-1], shape_of(node)[:-1]):
         raise NoRecipe("their linear layer moves the rows")
     example = tensor_of(hidden)
-    if example is None or not is_plain_tensor(example):
+    if example is None or not _is_known(example):
         raise NoRecipe("they are no plain tensor")
     if not search.unchanged(hidden, node):
         raise NoRecipe("the hidden states are changed in place")
+    _refuse_collectives(example_of(node), layer.operands(example_of(node)))
     search.product, search.hidden = node, hidden
-    made = tuple(hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in args)
-    _add(search, Instruction(target, made), like=node)
+    made = tuple(
+        hidden if a is hidden else _shared(search, a) if isinstance(a, Node) else a for a in layer.args
+    )
+    _add(search, Instruction(layer.target, made), like=node)
     return hidden
-
-
-def is_product(node: Node) -> bool:
-    """Whether a node is a linear layer that a recipe can have."""
-    return _factors(node, spellings.read(node)) is not None
 
 
 def is_form(node: Node, classes: int) -> bool:
@@ -298,24 +335,6 @@ def is_form(node: Node, classes: int) -> bool:
     copied = step.view is View.SAME or step.name == "detach"
     known = copied or _called(node) in _OF_ROWS or _is_elementwise(step)
     return known and equal(example.shape[-1], classes)
-
-
-def _factors(node: Node, spelled: Any) -> tuple[Node, Callable[..., Any], tuple[Any, ...]] | None:
-    """(hidden states, function, its arguments) of a linear layer."""
-    if node.op == "call_function" and node.target is F.linear:
-        names = ("input", "weight", "bias")
-        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        hidden: Any = given["input"]
-        return hidden, F.linear, (hidden, given["weight"], given.get("bias"))
-    if node.op == "call_function" and node.target is torch.addmm and not node.kwargs:
-        bias, hidden, columns = node.args
-        return hidden, torch.addmm, (bias, hidden, columns)
-    if spelled is not None and spelled[0].name == "matmul":
-        hidden, columns = spelled[1].get("input"), spelled[1].get("other")
-        example = tensor_of(columns)
-        if example is not None and example.dim() == 2 and isinstance(hidden, Node):
-            return hidden, torch.matmul, (hidden, columns)
-    return None
 
 
 def _shared(search: _Search, node: Node) -> Any:
@@ -344,6 +363,8 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
             return None
         root = spelled[1].get("input")
     others = [a for a in node.all_input_nodes if a is not source]
+    if is_dtensor(tensor_of(node)) and spellings.step_of(node).view not in (View.SAME, View.ORDER):  # type: ignore[union-attr]
+        raise NoRecipe(f"{_called(node)} cuts or joins a DTensor")
     if not isinstance(root, Node) or others or not isinstance(source, Node):
         return None
     of = _shared(search, source)

@@ -10,12 +10,21 @@ from torch.fx import Node
 from .. import ops
 from ..common.compat.graphs import is_dtensor
 from ..distributed import placements
+from ..distributed.local_logits import local_part
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
 from ..reading.values import Reading
 from .arrange import fixed_labels, flat_logits
 from .groups import Group
 from .rematerialise import made_before
+
+STATISTICS = {ops.ROW_STATS, placements.whole_rows}
+_OF_A_LAYOUT = {placements.on_every_rank, placements.rows_of, local_part}
+
+
+def reads_elements(node: Node) -> bool:
+    """Whether a reader of logits needs them in memory: not for statistics, nor to see where they are."""
+    return node.target not in STATISTICS | _OF_A_LAYOUT
 
 
 def layout_of(build: Builder, reading: Reading, group: Group) -> Dense:

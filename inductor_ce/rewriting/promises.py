@@ -12,14 +12,16 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.findings import name_of, where_is
 from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from ..reading import spellings
 from .escapes import read_by
-from .find_recipe import Found, NoRecipe, is_form, is_product, recipe_of
+from .find_recipe import Found, NoRecipe, is_form, recipe_of
+from .layouts import STATISTICS, reads_elements
+from .linear_layers import linear_layer
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
@@ -51,9 +53,8 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
     """
     promises: list[Promise] = []
     results: Any = graph.output_node().args[0]
-    for product in dict.fromkeys(
-        filter(None, map(_product_of, fused.find_nodes(op="call_function", target=ops.ROW_STATS)))
-    ):
+    statistics = (node for node in fused.nodes if node.target in STATISTICS)
+    for product in dict.fromkeys(filter(None, map(_product_of, statistics))):
         forms = _forms_of(product)
         own = [node for node in graph.nodes if twins.get(node) in forms]
         places = [i for i, result in enumerate(results) if result in own]
@@ -84,11 +85,11 @@ def _is_shared(timeline: Timeline, results: Any, place: int) -> bool:
 
 
 def _product_of(stats: Node) -> Node | None:
-    """The linear layer that makes the logits of a `row_stats`."""
+    """The linear layer that makes the logits of which statistics are taken."""
     node = stats.args[0]
     assert isinstance(node, Node)
     classes = constant(shape_of(node)[-1])
-    while classes is not None and not is_product(node):
+    while classes is not None and linear_layer(node, spellings.read(node)) is None:
         wide = [a for a in node.all_input_nodes if _has_classes(a, node)]
         if len(wide) > 1:  # a bias may have dimensions for the rows too
             wide = [a for a in wide if not all(equal(size, 1) for size in shape_of(a)[:-1])]
@@ -119,5 +120,5 @@ def _forms_of(product: Node) -> set[Node]:
 def _reader(forms: set[Node]) -> str:
     """Who else reads logits, beside the statistics and whoever is given the results of the graph."""
     users = (user for node in forms for user in node.users if node in read_by(user))
-    others = (u for u in users if u not in forms and u.op != "output" and u.target is not ops.ROW_STATS)
+    others = (u for u in users if u not in forms and u.op != "output" and reads_elements(u))
     return next((f"they are also used by {name_of(u)} {where_is(u)}" for u in others), "")

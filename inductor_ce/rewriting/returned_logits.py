@@ -12,7 +12,6 @@ import math
 import torch
 from torch.fx import Graph, Node
 
-from .. import ops
 from ..common.compat.dynamo import returns_to_program
 from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import name_of, where_is
@@ -25,6 +24,7 @@ from ..reading.values import Reading
 from ..reading.views import keeps_order
 from .escapes import read_by
 from .groups import Group
+from .layouts import reads_elements
 from .promises import FACT, INSIDE
 
 RETURNED = "The logits are returned, so all of them are in memory"
@@ -69,7 +69,9 @@ def _settle(graph: Graph, reading: Reading, copies: list[Node], options: Options
     if not returned:
         return f"The logits are also used by {reader}, so all of them are in memory." if reader else ""
     if options.returned_logits != NAN:
-        return RETURNED + (REMEDY if reader is None else f"; they are also used by {reader}.")
+        if reader is not None:
+            return f"{RETURNED}; they are also used by {reader}."
+        return RETURNED + (REMEDY if _are_plain(copies) else ".")
     refusal = _refusal(graph, reading, copies) if reader is None else f"they are also used by {reader}"
     if refusal is not None:
         return f'{RETURNED}: returned_logits="nan" does not apply, because {refusal}.'
@@ -107,11 +109,9 @@ def _copies(root: Node) -> list[Node]:
 
 def _reader(copies: list[Node]) -> str | None:
     """Who else reads the logits, beside the statistics and whoever is given what the graph returns."""
-    if not _are_plain(copies):
-        return None  # the statistics of a DTensor begin with other operations
     users = (user for node in copies for user in node.users if node in read_by(user))
     others = (user for user in users if user not in copies and user.op != "output")
-    return next((f"{name_of(u)} {where_is(u)}" for u in others if u.target is not ops.ROW_STATS), None)
+    return next((f"{name_of(u)} {where_is(u)}" for u in others if reads_elements(u)), None)
 
 
 def _are_plain(nodes: list[Node]) -> bool:

@@ -41,9 +41,19 @@ def is_dtensor(example: object) -> TypeGuard[Any]:
     return torch.distributed.is_available() and isinstance(example, DTensor)
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, without a gradient; any other tensor itself."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
+
+
+def set_local(tensor: Any, local: torch.Tensor) -> None:
+    """Let a DTensor have another tensor of the same elements in place of this rank's part."""
+    tensor._local_tensor = local
+
+
 def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
     """The mode in which the example of a node was made."""
-    local = example._local_tensor if is_dtensor(example) else example
+    local = None if example is None else local_of(example)
     assert isinstance(local, FakeTensor)
     return local.fake_mode
 
