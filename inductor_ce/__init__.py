@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api.backend import inductor_ce_backend
+    from .api.defer import defer, restore
     from .api.explain import explain
     from .api.functional import cross_entropy, linear_cross_entropy
     from .api.install import Installation, install, uninstall
@@ -35,10 +36,12 @@ __all__ = [
     "Site",
     "UnsupportedTorchError",
     "cross_entropy",
+    "defer",
     "explain",
     "inductor_ce_backend",
     "install",
     "linear_cross_entropy",
+    "restore",
     "uninstall",
 ]
 
@@ -47,6 +50,7 @@ _HOMES = {
     "api.install": ("Installation", "install", "uninstall"),
     "common.options": ("Options",),
     "common.errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
+    "api.defer": ("defer", "restore"),
     "api.explain": ("explain",),
     "api.functional": ("cross_entropy", "linear_cross_entropy"),
     "api.report": ("Report",),

@@ -122,9 +122,9 @@ def read_and_defer(
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
         may_be_lazy = options.returned_logits == LAZY and not options.verify
-        if inner is module and found.sites and may_be_lazy:
-            finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, copies)
-            if any(FACT in node.meta for node in module.graph.nodes):
+        if inner is module and may_be_lazy:
+            finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, options, copies)
+            if found.sites and any(FACT in node.meta for node in module.graph.nodes):
                 # Read again, for what is told of them now.
                 found = fuse_losses(copied(module)[0], options, itertools.count())
         report.sites += found.sites
@@ -133,9 +133,9 @@ def read_and_defer(
 
 
 def _defer(
-    module: GraphModule, fused: Graph, twins: dict[Node, Node], copies: bool
+    module: GraphModule, fused: Graph, twins: dict[Node, Node], options: Options, copies: bool
 ) -> Callable[..., Any] | None:
-    promises = promise(module.graph, fused, twins)
+    promises = promise(module.graph, fused, twins, options.min_vocab)
     if not promises:
         return None
     output = module.graph.output_node()

@@ -51,12 +51,22 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         found, planned = _found(gm, example_inputs, options)
         report.sites += with_plans([site for each in found for site in each.sites], planned)
         report.misses += [miss for each in found for miss in each.misses]
-        # Bodies of higher-order operators may run by way of AOTAutograd alone.
-        return aot_eager(gm, list(example_inputs)) if len(graphs_within(gm)) > 1 else gm.forward
+        return _runnable(gm, example_inputs, options)
 
     with no_recompile_limit():
         torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
     return report
+
+
+def _runnable(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
+    """The graph as it is, but what it returns lazily, for graphs behind it to be read as they will be."""
+    if len(graphs_within(gm)) > 1:  # bodies of higher-order operators may run by way of AOTAutograd alone
+        return aot_eager(gm, list(example_inputs))
+    module = captured_copy(gm)
+    _, finish = read_and_defer(module, options)
+    if finish is None:
+        return gm.forward
+    return lambda *args: finish(args, module(*args))
 
 
 class _Silent(CustomGraphPass):
@@ -76,8 +86,9 @@ def _found(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options
 ) -> tuple[list[Report], list[Planned]]:
     """(what is found in a torch-level graph, then in those inside it, the plans of the heads)"""
-    if has_products(gm):
-        compiled, _ = attempt("the plans are not told", _compiled, gm, example_inputs, options)
+    module, inputs, _ = taken_apart(gm, example_inputs)
+    if has_products(module):
+        compiled, _ = attempt("the plans are not told", _compiled, captured_copy(module), inputs, options)
         if compiled is not None:
             return compiled
     return [fuse_losses(copied(graph)[0], options) for graph in graphs_within(gm)], []
@@ -95,9 +106,9 @@ def has_products(gm: GraphModule) -> bool:
 
 
 def _compiled(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+    module: GraphModule, inputs: Sequence[Any], options: Options
 ) -> tuple[list[Report], list[Planned]]:
-    """What both passes tell when a graph, which is not touched, goes through Inductor."""
+    """What both passes tell when a graph, which is changed, goes through Inductor."""
     found: list[Report] = []
     planned: list[Planned] = []
     patches = {
@@ -109,7 +120,6 @@ def _compiled(
     def no_code(graph: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
         return make_boxed_func(graph.forward)
 
-    module, inputs, _ = taken_apart(captured_copy(gm), example_inputs)
     read_and_defer(module, options)
     compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
     return [*found[-1:], *found[:-1]], planned  # the graphs inside come first to the passes

@@ -35,7 +35,7 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     behind = twins[places[-1]].next
     for node, is_lazy, given in zip(places, lazy, inputs, strict=True):
         example = node.meta.get("example_value")
-        apart.append(is_lazy and example.source.recipe.is_of_here)
+        apart.append(is_lazy)
         if apart[-1]:
             examples += _apart(module.graph, twins[node], example, given, behind)
         else:

@@ -56,6 +56,24 @@ def _needed(result: Any, dims: Dims) -> Any:
     return dt.Replicate() if type(result) is dt.Replicate else None
 
 
+def placements_of_linear(hidden: Any, weight: Any, bias: Any = None) -> tuple[Any, ...] | None:
+    """Those of F.linear of DTensors, where each rank makes its part by itself; else None."""
+    if any(x.device_mesh != hidden.device_mesh for x in (weight, bias) if x is not None):
+        return None
+    last, found = hidden.ndim - 1, []
+    for i, (of_hidden, of_weight) in enumerate(zip(hidden.placements, weight.placements, strict=True)):
+        of_result = dt.Shard(last) if _kind(of_weight, 1) == "last" else of_hidden
+        wanted = [_needed(of_result, (*range(last), None)), _needed(of_result, (last, None))]
+        given = [of_hidden, of_weight]
+        if bias is not None:
+            wanted.append(_needed(of_result, (last,)))
+            given.append(bias.placements[i])
+        if wanted != given:
+            return None
+        found.append(of_result)
+    return tuple(found)
+
+
 def view_fact(source: DTensor, view: DTensor) -> str | None:
     """Why a view, with the same last dimension, is not a view of each rank's part; None where it is."""
     kinds = [[_kind(p, x.ndim) for p in x.placements] for x in (source, view)]
@@ -75,14 +93,14 @@ def local_part(x: DTensor, logits: DTensor) -> Tensor:
     of zeros for it, which AOTAutograd refuses; and that of this one is summed over the ranks, if it is, by
     the graph's own backward: the collectives of a rank do not depend on who looks.
     """
-    return x.to_local(grad_placements=gradient_placements(x, logits))
+    return x.to_local(grad_placements=gradient_placements(x.placements, logits.placements))
 
 
-def gradient_placements(x: Any, logits: Any) -> tuple[Any, ...]:
-    """Of the gradient of x: of what is whole where the logits are sharded each rank has a term of a sum."""
+def gradient_placements(x: Sequence[Any], logits: Sequence[Any]) -> tuple[Any, ...]:
+    """Of the gradient of what has placements x: a sum over ranks where it is whole and the logits are not."""
     return tuple(
         dt.Partial() if type(ours) is dt.Shard and type(theirs) is dt.Replicate else theirs
-        for ours, theirs in zip(logits.placements, x.placements, strict=True)
+        for ours, theirs in zip(logits, x, strict=True)
     )
 
 
@@ -104,18 +122,28 @@ class LocalLogits:
     gradients: tuple[tuple[Any, ...] | None, ...]
 
     @staticmethod
+    def of_linear(parts: Sequence[Any]) -> LocalLogits | None:
+        """Those of F.linear(*parts), whose sizes are known; None where a rank cannot make its own."""
+        hidden, weight, *_ = parts
+        placements = placements_of_linear(*parts)
+        if placements is None:
+            return None
+        mesh, shape = hidden.device_mesh, (*hidden.shape[:-1], weight.shape[0])
+        gradients = tuple(gradient_placements(part.placements, placements) for part in parts)
+        return LocalLogits(mesh, placements, shape, _times(mesh, placements, len(shape)), gradients)
+
+    @staticmethod
     def of(logits: Any, parts: Sequence[Tensor]) -> LocalLogits | None:
         """Those of examples; None where the size of what is sharded can only be known at a run."""
-        times = [1] * logits.ndim
-        for i, placement in enumerate(logits.placements):
-            if type(placement) is dt.Shard:
-                times[placement.dim] *= logits.device_mesh.size(i)
+        times = _times(logits.device_mesh, logits.placements, logits.ndim)
         sizes = zip(logits.shape, local_of(logits).shape, times, strict=True)
         if any(constant(size) is None and not equal(size, own * n) for size, own, n in sizes):
             return None
-        gradients = tuple(gradient_placements(p, logits) if is_dtensor(p) else None for p in parts)
+        gradients = tuple(
+            gradient_placements(p.placements, logits.placements) if is_dtensor(p) else None for p in parts
+        )
         shape = tuple(map(constant, logits.shape))
-        return LocalLogits(logits.device_mesh, tuple(logits.placements), shape, tuple(times), gradients)
+        return LocalLogits(logits.device_mesh, tuple(logits.placements), shape, times, gradients)
 
     def parts(self, parts: Sequence[Any]) -> list[Tensor]:
         """Those of this rank, by which gradients go to all."""
@@ -132,3 +160,12 @@ class LocalLogits:
         return dt.DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride
         )
+
+
+def _times(mesh: Any, placements: Sequence[Any], rank: int) -> tuple[int, ...]:
+    """Over how many ranks each dimension is sharded."""
+    times = [1] * rank
+    for i, placement in enumerate(placements):
+        if type(placement) is dt.Shard:
+            times[placement.dim] *= mesh.size(i)
+    return tuple(times)

@@ -3,6 +3,9 @@
 The losses of a graph are fused in a scratch copy of it. Where nothing but their statistics and the results
 of the graph then has logits, the results that are forms of them are replaced by what they are made of: the
 hidden states, a plain differentiable result in their place.
+
+So are those of a linear layer whose loss is not in the graph, but is awaited: of a layer that the user has
+deferred, and where Dynamo cuts the program behind the layer, to go on with another graph.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from ..common.compat.dynamo import returns_to_program
+from ..common.compat.dynamo import is_cut, returns_to_program
 from ..common.findings import name_of, where_is
 from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, shape_of, tensor_of
@@ -26,6 +29,7 @@ from .linear_layers import linear_layer
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
 INSIDE = "they are returned to other compiled code, not to the program"
+DEFERS = "inductor_ce_defers"  # an attribute of the class of a module whose results are to be lazy
 FACT = "inductor_ce_returned"  # in a node's meta: what became of logits that are returned
 
 
@@ -41,7 +45,7 @@ class Promise:
     is_shared: bool
 
 
-def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise]:
+def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int) -> list[Promise]:
     """The results of `graph` that are promised; views that their parts need are added to it.
 
     Each node of logits that are returned is told what became of it, in its meta.
@@ -50,11 +54,13 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         graph: as Dynamo captured it.
         fused: a copy of it whose losses are fused.
         twins: the node of the copy for each node of the graph.
+        min_vocab: the least number of classes of a layer whose loss is awaited.
     """
     promises: list[Promise] = []
     results: Any = graph.output_node().args[0]
     statistics = (node for node in fused.nodes if node.target in STATISTICS)
-    for product in dict.fromkeys(filter(None, map(_product_of, statistics))):
+    products = [*filter(None, map(_product_of, statistics)), *awaited(graph, twins, min_vocab)]
+    for product in dict.fromkeys(products):
         forms = _forms_of(product)
         own = [node for node in graph.nodes if twins.get(node) in forms]
         places = [i for i, result in enumerate(results) if result in own]
@@ -77,6 +83,27 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node]) -> list[Promise
         for node in own:
             node.meta[FACT] = EAGER.format(why=why) if why else LAZY
     return promises
+
+
+def awaited(graph: Graph, twins: dict[Node, Node], min_vocab: int) -> list[Node]:
+    """The twins of linear layers whose results a loss elsewhere may be made of."""
+    cut = is_cut(graph.owning_module)
+    return [twins[node] for node in graph.nodes if _is_awaited(node, cut, min_vocab) and node in twins]
+
+
+def _is_awaited(node: Node, cut: bool, min_vocab: int) -> bool:
+    example = tensor_of(node)
+    if example is None or not example.dim() or not (is_deferred(node) or (cut and example.requires_grad)):
+        return False
+    classes = constant(shape_of(node)[-1])
+    wide = classes is not None and classes >= min_vocab
+    return wide and linear_layer(node, spellings.read(node)) is not None
+
+
+def is_deferred(node: Node) -> bool:
+    """Whether a node is of a module whose class says that its results are to be lazy."""
+    *_, (_, kind) = node.meta.get("nn_module_stack", {"": ("", None)}).values()
+    return getattr(kind, DEFERS, False)
 
 
 def _is_shared(timeline: Timeline, results: Any, place: int) -> bool:

@@ -9,7 +9,8 @@ compiled function have equal ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..common.compat.graphs import enter_autocast, exit_autocast
 from ..graph.builder import Builder
 from ..graph.shapes import shape_of
 
@@ -85,10 +87,11 @@ class Recipe:
             else hidden
         )
         values: list[Any] = [flat, *others]
-        for step in self.steps:
-            values.append(
-                build(step.target, *_filled(step.args, values), **_filled(dict(step.kwargs), values))
-            )
+        with self._autocast(build):
+            for step in self.steps:
+                values.append(
+                    build(step.target, *_filled(step.args, values), **_filled(dict(step.kwargs), values))
+                )
         if len(lead) == 1:
             return values[-1]
         if not lead:
@@ -100,12 +103,19 @@ class Recipe:
             [s if isinstance(s, int) else build("size", hidden, i) for i, s in enumerate(lead)],
         )
 
-    @property
-    def is_of_here(self) -> bool:
-        """Whether autocast is here as it is where the steps are to run."""
+    @contextlib.contextmanager
+    def _autocast(self, build: Builder) -> Iterator[None]:
+        """The nodes that are built within run under the autocast of the recipe."""
         device, dtype, enabled = self.autocast
         here = torch.is_autocast_enabled(device)
-        return here == enabled and (not here or torch.get_autocast_dtype(device) == dtype)
+        if here == enabled and (not here or torch.get_autocast_dtype(device) == dtype):
+            yield
+            return
+        entered = build(enter_autocast, device, dtype, enabled, False)
+        try:
+            yield
+        finally:
+            build(exit_autocast, entered)
 
     def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Recipe:
         """The same with one more step, a function of each row of the logits."""

@@ -52,6 +52,12 @@ def returns_to_program(module: torch.nn.Module | None) -> bool:
     return reason is not None and "DDPOptimizer" not in reason.reason
 
 
+def is_cut(module: torch.nn.Module | None) -> bool:
+    """Whether Dynamo ends a captured graph where it could not go on, perhaps with another graph behind it."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return reason is not None and reason.graph_break and returns_to_program(module)
+
+
 _numbers: WeakKeyDictionary[TracingContext, Iterator[int]] = WeakKeyDictionary()
 
 

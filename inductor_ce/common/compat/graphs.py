@@ -96,6 +96,11 @@ def is_capturing() -> bool:
     return TracingContext.try_get() is not None
 
 
+def is_transformed() -> bool:
+    """Whether torch.func.vmap, grad or the like are at work in this thread."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_tangent(node: torch.fx.Node) -> bool:
     """Whether an input of a joint graph is an upstream gradient."""
     return node.op == "placeholder" and str(node.target).startswith("tangents")
