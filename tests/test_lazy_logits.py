@@ -122,6 +122,12 @@ def detached(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 @promised
+def frozen_head(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(m.hidden(x), m.head.weight.detach(), m.head.weight.detach()[:, 0])
+    return ce(z, y), z
+
+
+@promised
 def without_gradient(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     h = m.hidden(x)
     with torch.no_grad():

@@ -21,7 +21,7 @@ from ..heads.fuse import Planned, fuse_heads, sentence
 from ..heads.plan import Plan
 from .deferral import copied, read_and_defer
 from .install import installed_options
-from .lazy_inputs import taken_apart
+from .lazy_inputs import made_inside, taken_apart
 from .pass_slots import HEADS_SLOT, LOSSES_SLOT
 from .passes import fuse_losses
 from .report import Report
@@ -111,7 +111,8 @@ def _compiled(
 
     module, inputs, _ = taken_apart(captured_copy(gm), example_inputs)
     read_and_defer(module, options)
-    compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
+    with made_inside(inputs):
+        compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
     return [*found[-1:], *found[:-1]], planned  # the graphs inside come first to the passes
 
 
