@@ -389,6 +389,83 @@ def test_a_leaf_of_its_own() -> None:
     assert case.parts[0].grad is case.parts[1].grad is None
 
 
+def nothing(z: Tensor) -> None:
+    pass
+
+
+@pytest.mark.parametrize("before", [nothing, Tensor.sum, lambda z: z.mul_(2), lambda z: z[:, -1]])
+@pytest.mark.parametrize("detach", [Tensor.detach_, torch.detach_])
+def test_detached_in_place(before: Callable[[Tensor], Any], detach: Callable[[Tensor], Tensor]) -> None:
+    """A leaf from then on; what was made of it before keeps its gradient."""
+    case = Case()
+    results = []
+    for z in (case.z, case.eager):
+        kept = [before(z), z.float(), z.view(-1, V), z[0]][1:]
+        assert detach(z) is z
+        sums = [x.sin().sum() for x in kept]
+        torch.stack([x.double() for x in sums]).sum().backward()
+        results.append([z * 1, z.requires_grad, z.is_leaf, z.grad_fn])
+        z.requires_grad_().retain_grad()
+        z.square().sum().backward()
+        results[-1] += [z.detach_().grad, z.mul_(3).view(-1) * 1]
+    assert_same(*results)
+    case.same_gradients()
+
+
+def test_a_view_is_not_detached_in_place() -> None:
+    for z in (Case().z, Case().eager):
+        with pytest.raises(RuntimeError, match="Can't detach views in-place"):
+            z.view(-1, V).detach_()
+
+
+def edit_a_view(z: Tensor) -> Tensor:
+    view = z.view(-1, V)
+    view[2:].mul_(3)
+    return view
+
+
+def edit_below_a_view(z: Tensor) -> Tensor:
+    view = z.view(-1, V)
+    z.mul_(3)
+    return view
+
+
+def edit_all(z: Tensor) -> Tensor:
+    z.mul_(3)
+    return z
+
+
+@pytest.mark.parametrize("edit", [edit_all, edit_a_view, edit_below_a_view])
+def test_backward_from_edited_logits(edit: Callable[[Tensor], Tensor]) -> None:
+    """Alone and in a list, which is handed to C++ as it is."""
+    for backward in (
+        lambda z, edited, g: edited.backward(g),
+        lambda z, edited, g: torch.autograd.backward([edited], [g]),
+        lambda z, edited, g: torch.autograd.backward([z.sum(), edited, z], [None, g, g.view(z.shape)]),
+        lambda z, edited, g: torch.autograd.backward((edited, z.exp().sum()), (g, None)),
+    ):
+        case = Case()
+        for z in (case.z, case.eager):
+            edited = edit(z)
+            backward(z, edited, torch.linspace(0, 1, z.numel(), dtype=z.dtype).view(edited.shape))
+        case.same_gradients()
+
+
+def test_an_optimizer_of_logits() -> None:
+    case = Case()
+    results = []
+    for z in (case.z, case.eager):
+        leaf = z.detach().requires_grad_()
+        optimizer = torch.optim.SGD([leaf], lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            leaf.square().sum().backward()
+            optimizer.step()
+        assert leaf.is_leaf
+        results.append([leaf.grad, leaf.detach() * 1])
+    assert_same(*results)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpoints(reentrant: bool) -> None:
     case = Case()

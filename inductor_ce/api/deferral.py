@@ -20,7 +20,7 @@ from ..distributed.local_logits import LocalLogits
 from ..rewriting import recipes
 from ..rewriting.promises import FACT, promise
 from ..rewriting.recipes import Recipe
-from . import lazy_functions, lazy_logits, lazy_source
+from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
 from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
@@ -162,7 +162,7 @@ def _defer(
 
 @functools.cache
 def _keep_for_python() -> None:
-    for module in (lazy_logits, lazy_functions, lazy_source, recipes, local_logits):
+    for module in (lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
         leave_alone(module)
 
 

@@ -361,7 +361,7 @@ def _is_view(spelled: Any) -> bool:
 
 
 def _repeated(search: _Search, node: Node, source: Any) -> Any:
-    """A cast or view of an input, or that without its gradient, as a step; None where it is of something else."""
+    """A cast or view of an input, or what has no gradient of it, as a step; None for what is of another."""
     root = source
     while isinstance(root, Node) and root.op not in ("placeholder", "get_attr"):
         spelled = spellings.read(root)
