@@ -636,6 +636,40 @@ STATES: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
+def shifted_of_rows(z: Tensor, y: Tensor) -> Tensor:
+    return ce(z.float()[..., :-1, :].contiguous(), y[..., 1:])
+
+
+def with_metrics(z: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        right = (z.argmax(-1) == y).float().mean() + z.logsumexp(-1).mean() + z.max(-1).values.mean()
+        picked = z.log_softmax(-1).gather(-1, y.clamp_min(0)[..., None]).mean()
+    return ce(z.view(-1, z.shape[-1]), y) * right + picked
+
+
+def flattened(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten()) + F.cross_entropy(z.unsqueeze(0)[0].mT, y)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("loss", [ce, shifted_of_rows, with_metrics, flattened])
+def test_an_input_of_any_length(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
+    """The third length is not compiled for again, nor with `dynamic` the second."""
+    m = Model()
+    first, _ = compile_lazily(raw, dynamic=True)
+    second, graphs = compile_lazily(loss, dynamic=dynamic)
+    compiled = []
+    for length in (6, 9, 4, 7):
+        x, y = batch(length)
+        told, z = first(m, x, y)
+        ours, theirs = second(z, y), loss(m.head(m.hidden(x)), y)
+        torch.testing.assert_close(ours, theirs)
+        of = m.head.weight, m.embed.weight
+        torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours + 0 * told, theirs)))
+        compiled.append(len(graphs.final))
+    assert compiled == [2] * 4 if dynamic else compiled == [2, 4, 4, 4]
+
+
 def test_states_of_an_input() -> None:
     """One compiled function is given lazy logits to which different things have been done."""
 
