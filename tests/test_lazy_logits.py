@@ -22,7 +22,9 @@ import inductor_ce
 from inductor_ce.api import deferral
 from inductor_ce.api.lazy_logits import LazyLogits
 from inductor_ce.common.errors import LazyLogitsError
-from inductor_ce.rewriting.promises import FACT, LAZY
+from inductor_ce.rewriting import promises
+from inductor_ce.rewriting.promises import LAZY
+from inductor_ce.rewriting.returned_logits import RETURNED
 
 B, T, D, V = 2, 6, 8, 64
 
@@ -321,7 +323,7 @@ def test_kept(name: str) -> None:
 
     def spied(graph: Any, fused: Any, twins: Any) -> Any:
         made = original(graph, fused, twins)
-        told.extend(node.meta[FACT] for node in graph.nodes if FACT in node.meta)
+        told.extend(made.facts.values())
         return made
 
     with pytest.MonkeyPatch.context() as patch:
@@ -339,6 +341,38 @@ def test_kept(name: str) -> None:
         [*torch.autograd.grad(total(r), [*m.parameters()], allow_unused=True)] for r in (ours, theirs)
     )
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("where", ["promises", "results"])
+def test_told_as_is_when_an_internal_error_stops_it(
+    where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After the first of two heads has been promised: neither is lazy, and neither is said to be."""
+    made: list[Any] = []
+    original = promises.recipe_of
+
+    def failing(*args: Any) -> Any:
+        if made:
+            raise ZeroDivisionError
+        made.append(original(*args))
+        return made[0]
+
+    if where == "promises":
+        monkeypatch.setattr(promises, "recipe_of", failing)
+    else:
+        monkeypatch.setattr(deferral, "_Lazy", lambda *args: 1 / 0)
+    reports: list[Any] = []
+    monkeypatch.setattr(deferral, "publish", lambda report, options: reports.append(report))
+    m, (x, y) = Model(), batch()
+    compiled, _ = compile_lazily(two_heads)
+    with warnings.catch_warnings():  # of the first failure in this process
+        warnings.simplefilter("ignore")
+        ours = compiled(m, x, y)
+    assert "inductor_ce failed: returned logits are kept" in caplog.text
+    assert len(made) == (where == "promises")
+    assert not lazies(ours)
+    torch.testing.assert_close(ours, two_heads(m, x, y))
+    assert [site.head.split(";")[0] for site in reports[0].sites] == [RETURNED] * 2
 
 
 # Where they come from
