@@ -56,7 +56,7 @@ def _needed(result: Any, dims: Dims) -> Any:
     return dt.Replicate() if type(result) is dt.Replicate else None
 
 
-def view_fact(source: DTensor, view: DTensor) -> str | None:
+def view_fact(source: Any, view: Any) -> str | None:
     """Why a view, with the same last dimension, is not a view of each rank's part; None where it is."""
     kinds = [[_kind(p, x.ndim) for p in x.placements] for x in (source, view)]
     return None if kinds[0] == kinds[1] else f"a view of {described(source)} is {described(view)}"

@@ -44,7 +44,7 @@ class Found:
 _SIZED = {"view", "reshape"}
 _OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "select"}
 
-_CUTS = {View.RESHAPE, View.SLICE}
+_CUTS: set[View | None] = {View.RESHAPE, View.SLICE}
 
 _MOST_STEPS = 16
 
@@ -365,13 +365,14 @@ def _repeated(search: _Search, node: Node, source: Any) -> Any:
     root = source
     while isinstance(root, Node) and root.op not in ("placeholder", "get_attr"):
         spelled = spellings.read(root)
-        if not _is_view(spelled):
+        if spelled is None or not _is_view(spelled):
             return None
         root = spelled[1].get("input")
     others = [a for a in node.all_input_nodes if a is not source]
     if not isinstance(root, Node) or others or not isinstance(source, Node):
         return None
-    if is_dtensor(tensor_of(node)) and spellings.step_of(node).view in _CUTS:  # type: ignore[union-attr]
+    step = spellings.step_of(node)
+    if is_dtensor(tensor_of(node)) and step is not None and step.view in _CUTS:
         raise NoRecipe(f"{_called(node)} cuts or joins a DTensor")
     of = _shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
