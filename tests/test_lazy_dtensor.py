@@ -60,6 +60,17 @@ def frozen(x: Given) -> tuple[Tensor, Tensor]:
     return cross_entropy(z, x["y"]) + 0 * x["h"].sum(), z
 
 
+def whole_rows(x: Tensor) -> Tensor:
+    return x.redistribute(placements=[WHOLE]) if isinstance(x, DTensor) else x
+
+
+def gathered(x: Given) -> tuple[Tensor, Tensor]:
+    """Sequence parallel: rows are brought together for the product."""
+    h, y = whole_rows(x["h"]), whole_rows(x["y"])
+    z = F.linear(h, x["W"])
+    return cross_entropy(z, y), z
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where the hidden states and the weight are on a mesh, and what is computed of them."""
@@ -93,6 +104,7 @@ LAYOUTS = {
     "classes, with a chain": Layout(capped, (WHOLE,), (Shard(0),)),
     "classes, flattened": Layout(flattened, (WHOLE,), (Shard(0),)),
     "classes, without a gradient": Layout(frozen, (WHOLE,), (Shard(0),)),
+    "rows, gathered for the classes": Layout(gathered, (Shard(0),), (Shard(0),)),
     "rows, with a chain": Layout(capped, (Shard(0),), (WHOLE,)),
     "whole": Layout(product, (WHOLE,), (WHOLE,)),
     "rows and classes, with a chain": Layout(capped, (Shard(0), WHOLE), (WHOLE, Shard(0)), V=22, mesh=(2, 2)),
