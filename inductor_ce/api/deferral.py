@@ -19,9 +19,9 @@ from ..distributed import local_logits
 from ..distributed.local_logits import LocalLogits
 from ..graph.walk import graphs_within
 from ..rewriting import recipes
-from ..rewriting.promises import FACT, promise
+from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
-from . import lazy_functions, lazy_logits, lazy_source
+from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
 from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
@@ -135,14 +135,22 @@ def read_and_defer(
 def _defer(
     module: GraphModule, fused: Graph, twins: dict[Node, Node], options: Options, copies: bool
 ) -> Callable[..., Any] | None:
-    promises = promise(module.graph, fused, twins, options.min_vocab)
-    if not promises:
-        return None
+    promised = promise(module.graph, fused, twins, options.min_vocab)
+    finish = _returning_parts(module, promised.promises, copies) if promised.promises else None
+    promised.tell()
+    return finish
+
+
+def _returning_parts(
+    module: GraphModule, promises: Sequence[Promise], copies: bool
+) -> Callable[..., tuple[Any, ...]]:
+    """Let a graph return the parts of what is promised. Returns what its results are put through."""
+    _keep_for_python()
     output = module.graph.output_node()
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    promised = {p.place: p for p in promises}
-    kept: list[Any] = [r for i, r in enumerate(results) if i not in promised]
+    places = {p.place for p in promises}
+    kept: list[Any] = [r for i, r in enumerate(results) if i not in places]
     lazy = []
     for each in promises:
         parts = []
@@ -157,13 +165,12 @@ def _defer(
         lazy.append(_Lazy(each.place, found.recipe, found.spread, tuple(parts), each.is_shared))
     output.args = (tuple(kept),)
     module.recompile()
-    _keep_for_python()
     return functools.partial(_finished, len(results), tuple(lazy), copies)
 
 
 @functools.cache
 def _keep_for_python() -> None:
-    for module in (lazy_logits, lazy_functions, lazy_source, recipes, local_logits):
+    for module in (lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
         leave_alone(module)
 
 

@@ -22,7 +22,7 @@ from ..heads.fuse import Planned, fuse_heads, sentence
 from ..heads.plan import Plan
 from .deferral import copied, read_and_defer
 from .install import installed_options
-from .lazy_inputs import taken_apart
+from .lazy_inputs import made_inside, taken_apart
 from .pass_slots import HEADS_SLOT, LOSSES_SLOT
 from .passes import fuse_losses
 from .report import Report
@@ -121,7 +121,8 @@ def _compiled(
         return make_boxed_func(graph.forward)
 
     read_and_defer(module, options)
-    compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
+    with made_inside(inputs):
+        compile_fx(module, inputs, inner_compile=no_code, config_patches=patches)
     return [*found[-1:], *found[:-1]], planned  # the graphs inside come first to the passes
 
 

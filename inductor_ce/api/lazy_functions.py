@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -161,7 +162,7 @@ def _reshaped(func: Any) -> Callable[..., Any]:
             return NotImplemented  # the same bits as something else
         args = tuple(_shaped(a) if isinstance(a, Tensor) else a for a in args)  # it may be z itself
         shape = func(_shaped(z), *args, **kwargs).shape
-        if not shape or shape[-1] != z.shape[-1] or shape[:-1].numel() != z.shape[:-1].numel():
+        if not shape or shape[-1] != z.shape[-1] or math.prod(shape[:-1]) != math.prod(z.shape[:-1]):
             return NotImplemented
         source = z._source
         hidden = source.parts[0]
@@ -295,6 +296,8 @@ def _is_last(z: Any, dim: Any) -> bool:
 def _by_chunks(z: Any, function: Callable[[Tensor, slice], Any]) -> Any:
     """function(some rows of logits [n, V], which), for all rows, put together in the shape of z's rows."""
     source = z._source
+    if source.is_example:
+        return NotImplemented  # it costs nothing, and how many rows there are may be a symbol
     source.check()
     hidden, *others = source.parts
     lead = hidden.shape[:-1]

@@ -12,11 +12,10 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat.dynamo import attribute_source, moved_facts
-from ..common.compat.graphs import local_of, set_local, tree_map
+from ..common.compat.graphs import is_dtensor, local_of, set_local, tree_map
 from ..graph.builder import Builder
 from .lazy_logits import LazyLogits
 
@@ -48,16 +47,22 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
 
 
 def _is_lazy(value: Any) -> bool:
-    """Whether a value is lazy logits, or a DTensor of them."""
-    return isinstance(value, Tensor) and isinstance(local_of(value), LazyLogits)
+    return isinstance(value, LazyLogits) or _lazy_part(value) is not None
+
+
+def _lazy_part(value: Any) -> LazyLogits | None:
+    """The lazy logits of this rank in a DTensor."""
+    local = local_of(value) if is_dtensor(value) else None
+    return local if isinstance(local, LazyLogits) else None
 
 
 def _plain(value: Any) -> Any:
     """The same logits, not lazy."""
     if isinstance(value, LazyLogits):
         return value.made()
-    if _is_lazy(value):  # it stays the same DTensor, whose gradient is known, and which AOTAutograd knows
-        set_local(value, local_of(value).made())
+    local = _lazy_part(value)
+    if local is not None:  # it stays the same DTensor, whose gradient is known, and which AOTAutograd knows
+        set_local(value, local.made())
     return value
 
 
@@ -67,7 +72,8 @@ def made_inside(inputs: Sequence[Any]) -> Iterator[None]:
 
     For Dynamo, which is about to guard them, they are again what it saw.
     """
-    lazy = {i: local_of(x) for i, x in enumerate(inputs) if _is_lazy(x)}
+    found = {i: _lazy_part(x) for i, x in enumerate(inputs)}
+    lazy = {i: local for i, local in found.items() if local is not None}
     for i, local in lazy.items():
         set_local(inputs[i], local.made())
     try:

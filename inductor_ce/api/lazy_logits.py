@@ -28,14 +28,13 @@ from torch.autograd.function import once_differentiable
 
 from ..common.compat.graphs import (
     refuse_memory,
-    tree_leaves,
-    tree_map,
     without_torch_function,
     without_transforms,
 )
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 from . import lazy_functions
+from . import lazy_trees as trees
 from .lazy_source import Source
 
 _MAKING = threading.RLock()  # one reader makes, the others wait
@@ -103,6 +102,8 @@ class LazyLogits(Tensor):
         with _MAKING, torch.inference_mode(False), without_transforms():
             if self._made is None:
                 self._make()
+            elif self._made.requires_grad != self.requires_grad and not self.is_edited:
+                self._keep(self._made.detach())  # a leaf has been asked for a gradient, or no longer
         assert self._made is not None
         return self._made
 
@@ -145,6 +146,12 @@ class LazyLogits(Tensor):
     def is_edited(self) -> bool:
         """Whether the logits have been written to since they were made."""
         return self._made is not None and self._made._version != self._made_version
+
+    @property
+    def is_leaf_of_its_own(self) -> bool:
+        """Whether gradients are kept by this tensor."""
+        with without_torch_function():
+            return self.requires_grad and self.is_leaf
 
     @property
     def may_be_edited(self) -> bool:
@@ -221,6 +228,22 @@ class LazyLogits(Tensor):
         root.made()
         root._share()
 
+    def detached_in_place(self) -> LazyLogits:
+        """This tensor, a leaf from now on; what has been made of it keeps its gradient.
+
+        Raises:
+            RuntimeError: it is a view, as of any tensor.
+        """
+        if self.requires_grad and self._viewed is not None:
+            raise RuntimeError("Can't detach views in-place. Use detach() instead.")
+        with without_torch_function():
+            Tensor.detach_(self)
+        made = self._made
+        if made is not None:
+            self._made = made.requires_grad_(False) if made.is_leaf else made.detach()
+        self._parent, self._is_sliced = None, False
+        return self
+
     def refuse_to_be_watched(self) -> None:
         """Raises LazyLogitsError where a gradient goes round the node of this tensor."""
         if self._is_sliced:
@@ -280,21 +303,23 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         if lazy_functions.is_question(func):
             with without_torch_function():
-                return func(*_current(args), **kwargs)
+                return func(*trees.current(args), **kwargs)
         if func in lazy_functions.WATCHES:
-            (watched,) = _current(args[:1])
+            (watched,) = trees.current(args[:1])
             if isinstance(watched, LazyLogits):
                 watched.refuse_to_be_watched()
             with without_torch_function():
                 return func(watched, *args[1:], **kwargs)
+        if func in (Tensor.detach_, torch.detach_):
+            return args[0].detached_in_place()
         if func is torch.autograd.grad:
-            return _differentiated(*args, **kwargs)
+            return trees.differentiated(*args, **kwargs)
         result = lazy_functions.lazily(func, args, kwargs)
         if result is not NotImplemented:
             return result
-        for written in _lazy_in(lazy_functions.written_by(func, args, kwargs)):
+        for written in trees.lazy_in(lazy_functions.written_by(func, args, kwargs)):
             written.share_memory_of_views()
-        result = func(*_made(args), **_made(kwargs))
+        result = func(*trees.made(args), **trees.made(kwargs))
         if func in lazy_functions.EXPOSE:
             args[0]._is_exposed = True
         return result
@@ -307,39 +332,14 @@ class LazyLogits(Tensor):
         kwargs = kwargs or {}
         if func in lazy_functions.COPIES and not args[0].may_be_edited:
             return args[0].again(is_view=func is not torch.ops.aten.clone.default)
-        for written in _lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
+        for written in trees.lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
             written.share_memory_of_views()
-        return func(*_values(args), **_values(kwargs))
+        return func(*trees.values(args), **trees.values(kwargs))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.is_made:
             return repr(self._made)
         return f"LazyLogits(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not made)"
-
-
-def _lazy_in(tree: Any) -> list[LazyLogits]:
-    return [leaf for leaf in tree_leaves(list(tree)) if isinstance(leaf, LazyLogits)]
-
-
-def _made(tree: Any) -> Any:
-    return tree_map(lambda x: x.made() if isinstance(x, LazyLogits) else x, tree)
-
-
-def _current(tree: Any) -> Any:
-    """With the logits themselves in place of lazy ones that have been written to."""
-    return tree_map(lambda x: x.made() if isinstance(x, LazyLogits) and x.is_edited else x, tree)
-
-
-def _differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-    """torch.autograd.grad, where lazy logits are among what is differentiated or by what."""
-    for watched in _lazy_in([_current(inputs)]):
-        watched.refuse_to_be_watched()
-    with without_torch_function():
-        return torch.autograd.grad(_made(outputs), _current(inputs), *_made(args), **_made(kwargs))
-
-
-def _values(tree: Any) -> Any:
-    return tree_map(lambda x: x.made().detach() if isinstance(x, LazyLogits) else x, tree)
 
 
 # Nodes of autograd's graph
@@ -356,7 +356,7 @@ class _OfParts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.source.gradients(_plain(upstream))
+        return None, *ctx.source.gradients(trees.made(upstream))
 
 
 class _OfParent(torch.autograd.Function):
@@ -382,7 +382,3 @@ class _OfLazy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         return upstream, None
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.made() if isinstance(x, LazyLogits) else x

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,8 @@ class Source:
         self.graph: tuple[Tensor, list[Tensor]] | None = None  # the logits, and leaves in place of the parts
         if watched:
             _see_steps()
-            _watching.add(self)
+            with _WATCHING:
+                _watching.add(self)
 
     @property
     def is_example(self) -> bool:
@@ -104,6 +106,7 @@ class Source:
 # NOTE Steps of optimizers. They edit lists of DTensors at once, by torch._foreach_add_ and the like, which
 # changes no version in torch 2.13. So optimizers are asked to tell of their steps.
 _watching: weakref.WeakSet[Source] = weakref.WeakSet()
+_WATCHING = threading.Lock()
 
 
 @functools.cache
@@ -113,7 +116,9 @@ def _see_steps() -> None:
 
 def _stepped(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-    for source in list(_watching):
+    with _WATCHING:
+        sources = list(_watching)
+    for source in sources:
         source.see_step(stepped)
 
 

@@ -74,7 +74,7 @@ def placements_of_linear(hidden: Any, weight: Any, bias: Any = None) -> tuple[An
     return tuple(found)
 
 
-def view_fact(source: DTensor, view: DTensor) -> str | None:
+def view_fact(source: Any, view: Any) -> str | None:
     """Why a view, with the same last dimension, is not a view of each rank's part; None where it is."""
     kinds = [[_kind(p, x.ndim) for p in x.placements] for x in (source, view)]
     return None if kinds[0] == kinds[1] else f"a view of {described(source)} is {described(view)}"

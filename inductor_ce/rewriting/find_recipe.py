@@ -44,6 +44,8 @@ class Found:
 _SIZED = {"view", "reshape"}
 _OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "select"}
 
+_CUTS: set[View | None] = {View.RESHAPE, View.SLICE}
+
 _MOST_STEPS = 16
 
 
@@ -345,7 +347,7 @@ def _shared(search: _Search, node: Node) -> Any:
         raise NoRecipe(f"{node.name} is changed in place")
     spelled = spellings.read(node)
     source = spelled[1].get("input") if spelled is not None else None
-    if node.op not in ("placeholder", "get_attr") and spelled is not None and spelled[0].view is not None:
+    if node.op not in ("placeholder", "get_attr") and _is_view(spelled):
         made = _repeated(search, node, source)
         if made is not None:
             return made
@@ -354,19 +356,24 @@ def _shared(search: _Search, node: Node) -> Any:
     return node
 
 
+def _is_view(spelled: Any) -> bool:
+    return spelled is not None and (spelled[0].view is not None or spelled[0].name == "detach")
+
+
 def _repeated(search: _Search, node: Node, source: Any) -> Any:
-    """A cast or view of an input, as a step; None where it is of something else."""
+    """A cast or view of an input, or what has no gradient of it, as a step; None for what is of another."""
     root = source
     while isinstance(root, Node) and root.op not in ("placeholder", "get_attr"):
         spelled = spellings.read(root)
-        if spelled is None or spelled[0].view is None:
+        if spelled is None or not _is_view(spelled):
             return None
         root = spelled[1].get("input")
     others = [a for a in node.all_input_nodes if a is not source]
-    if is_dtensor(tensor_of(node)) and spellings.step_of(node).view not in (View.SAME, View.ORDER):  # type: ignore[union-attr]
-        raise NoRecipe(f"{_called(node)} cuts or joins a DTensor")
     if not isinstance(root, Node) or others or not isinstance(source, Node):
         return None
+    step = spellings.step_of(node)
+    if is_dtensor(tensor_of(node)) and step is not None and step.view in _CUTS:
+        raise NoRecipe(f"{_called(node)} cuts or joins a DTensor")
     of = _shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
     _add(search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)

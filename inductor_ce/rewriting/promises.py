@@ -45,10 +45,22 @@ class Promise:
     is_shared: bool
 
 
-def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int) -> list[Promise]:
+@dataclass(frozen=True)
+class Promised:
+    """The promises of a graph, and for each node of logits that are returned what becomes of it."""
+
+    promises: list[Promise]
+    facts: dict[Node, str]
+
+    def tell(self) -> None:
+        for node, fact in self.facts.items():
+            node.meta[FACT] = fact
+
+
+def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int) -> Promised:
     """The results of `graph` that are promised; views that their parts need are added to it.
 
-    Each node of logits that are returned is told what became of it, in its meta.
+    On an exception the graph is as it was.
 
     Args:
         graph: as Dynamo captured it.
@@ -56,33 +68,46 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int)
         twins: the node of the copy for each node of the graph.
         min_vocab: the least number of classes of a layer whose loss is awaited.
     """
-    promises: list[Promise] = []
+    promised = Promised([], {})
+    builds: list[Builder] = []
+    try:
+        statistics = (node for node in fused.nodes if node.target in STATISTICS)
+        products = [*filter(None, map(_product_of, statistics)), *awaited(graph, twins, min_vocab)]
+        for product in dict.fromkeys(products):
+            _promise_of(product, graph, twins, promised, builds)
+    except Exception:
+        for build in reversed(builds):
+            build.undo()
+        raise
+    return promised
+
+
+def _promise_of(
+    product: Node, graph: Graph, twins: dict[Node, Node], promised: Promised, builds: list[Builder]
+) -> None:
+    """Take in what is promised of the logits that a linear layer of the copy makes, and why not."""
     results: Any = graph.output_node().args[0]
-    statistics = (node for node in fused.nodes if node.target in STATISTICS)
-    products = [*filter(None, map(_product_of, statistics)), *awaited(graph, twins, min_vocab)]
-    for product in dict.fromkeys(products):
-        forms = _forms_of(product)
-        own = [node for node in graph.nodes if twins.get(node) in forms]
-        places = [i for i, result in enumerate(results) if result in own]
-        if not places:
-            continue
+    forms = _forms_of(product)
+    own = [node for node in graph.nodes if twins.get(node) in forms]
+    places = [i for i, result in enumerate(results) if result in own]
+    if not places:
+        return
+    why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
+    if not why:
         build = Builder(graph, graph.output_node(), like=own[0])
-        why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
-        made: list[Promise] = []
-        if not why:
-            try:
-                timeline = Timeline(graph)
-                made = [
+        builds.append(build)
+        try:
+            timeline = Timeline(graph)
+            promised.promises.extend(
+                [
                     Promise(i, recipe_of(timeline, results[i], build), _is_shared(timeline, results, i))
                     for i in places
                 ]
-            except NoRecipe as reason:
-                build.undo()
-                why = str(reason)
-        promises += made
-        for node in own:
-            node.meta[FACT] = EAGER.format(why=why) if why else LAZY
-    return promises
+            )
+        except NoRecipe as reason:
+            build.undo()
+            why = str(reason)
+    promised.facts.update(dict.fromkeys(own, EAGER.format(why=why) if why else LAZY))
 
 
 def awaited(graph: Graph, twins: dict[Node, Node], min_vocab: int) -> list[Node]:

@@ -1,0 +1,276 @@
+"""Programs that return their logits: those of which they are promised, and those that keep them, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from inductor_ce.api.lazy_logits import LazyLogits
+
+B, T, D, V = 2, 6, 8, 64
+
+
+class Model(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(V, D)
+        self.head = nn.Linear(D, V, bias=bias)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.embed(x))
+
+
+def batch(length: int = T) -> tuple[Tensor, Tensor]:
+    y = torch.randint(0, V, (B, length))
+    y[0, 1] = -100
+    return torch.randint(0, V, (B, length)), y
+
+
+def ce(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.reshape(-1, V), y.reshape(-1))
+
+
+# What is returned lazily: (loss, results)
+
+Program = Callable[[Model, Tensor, Tensor], tuple[Tensor, ...]]
+PROMISED: dict[str, Program] = {}
+KEPT: dict[str, Program] = {}
+
+
+def promised(f: Program) -> Program:
+    PROMISED[f.__name__] = f
+    return f
+
+
+@promised
+def raw(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z, y), z
+
+
+@promised
+def cast(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x)).float()
+    return ce(z, y), z
+
+
+@promised
+def cast_from_bfloat16(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(m.hidden(x).bfloat16(), m.head.weight.bfloat16())
+    return ce(z.float(), y), z, z.float()
+
+
+@promised
+def capped(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    z = 5.0 * torch.tanh(z / 5.0)
+    return ce(z, y), z
+
+
+@promised
+def scaled(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x)) * m.scale
+    return ce(z, y), z
+
+
+@promised
+def shifted(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x)) + m.embed.weight[:, 0]
+    return ce(z, y), z
+
+
+@promised
+def viewed(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x)).view(-1, V)
+    return ce(z, y), z
+
+
+@promised
+def last(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z, y), z[:, -1]
+
+
+@promised
+def shifted_by_slices(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z[..., :-1, :].contiguous(), y[..., 1:].contiguous()), z
+
+
+@promised
+def detached(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z, y), z.detach()
+
+
+@promised
+def frozen_head(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(m.hidden(x), m.head.weight.detach(), m.head.weight.detach()[:, 0])
+    return ce(z, y), z
+
+
+@promised
+def without_gradient(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    h = m.hidden(x)
+    with torch.no_grad():
+        z = m.head(h)
+        loss = ce(z, y)
+    return loss, z, h
+
+
+@promised
+def with_accuracy(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    with torch.no_grad():
+        correct = (z.argmax(-1) == y).float().mean()
+    return ce(z, y), z, correct
+
+
+@promised
+def with_an_entropy_of_statistics(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z, y) + 1e-2 * z.logsumexp(-1).square().mean(), z
+
+
+@promised
+def tied(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(m.hidden(x), m.embed.weight)
+    return ce(z, y), z
+
+
+@promised
+def product_with_a_transpose(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.hidden(x) @ m.head.weight.t()
+    return ce(z, y), z
+
+
+@promised
+def product_and_bias(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = torch.addmm(m.embed.weight[:, 0], m.hidden(x).view(-1, D), m.head.weight.T)
+    return ce(z, y), z
+
+
+@promised
+def with_a_bias(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = F.linear(m.hidden(x), m.head.weight, m.embed.weight[:, 1])
+    return ce(z, y), z
+
+
+@promised
+def two_heads(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    h = m.hidden(x)
+    z, w = m.head(h), F.linear(h, m.embed.weight)
+    return ce(z, y) + ce(w, y), z, w
+
+
+@promised
+def twice_and_with_its_hidden_states(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    h = m.hidden(x)
+    z = m.head(h)
+    return ce(z, y), z, h, z
+
+
+@promised
+def classes_first(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return F.cross_entropy(z.transpose(1, 2), y), z
+
+
+@promised
+def shape_read(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))
+    return ce(z, y) + torch.zeros_like(z).sum(), z
+
+
+def lazies(results: Any) -> list[LazyLogits]:
+    return [r for r in results if isinstance(r, LazyLogits)]
+
+
+def wide(results: Any) -> int:
+    return sum(r.dim() > 1 and r.shape[-1] == V for r in results)
+
+
+def gradients(m: nn.Module, scalar: Tensor) -> tuple[Tensor, ...]:
+    """Of all parameters, zeros where there is none."""
+    named = list(m.parameters())
+    return torch.autograd.grad(scalar, named, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+
+def total(results: Any) -> Tensor:
+    parts = [r.float().sin().mean() for r in results if r.requires_grad]
+    return torch.stack(parts).sum() if parts else torch.zeros(()).requires_grad_()
+
+
+# What is kept, for the reason that its docstring says
+
+
+def kept(f: Program) -> Program:
+    KEPT[f.__name__] = f
+    return f
+
+
+@kept
+def read_by_topk(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """also used by topk"""
+    z = m.head(m.hidden(x))
+    return ce(z, y), z, z.topk(3).values
+
+
+@kept
+def read_by_a_loss_that_is_not_fused(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """also used by mean"""
+    z = m.head(m.hidden(x))
+    return ce(z, y) + z.sigmoid().pow(2).mean(-2).sum(), z
+
+
+@kept
+def transposed(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """also used by transpose"""
+    z = m.head(m.hidden(x))
+    return ce(z, y), z.transpose(0, 1), z
+
+
+@kept
+def columns(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """also used by getitem"""
+    z = m.head(m.hidden(x))
+    return ce(z, y), z, z[..., :3]
+
+
+@kept
+def edited(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """also used by mul_"""
+    z = m.head(m.hidden(x))
+    z.mul_(2)
+    return ce(z, y), z
+
+
+@kept
+def edited_hidden_states(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """the hidden states are changed in place"""
+    with torch.no_grad():
+        h = m.hidden(x)
+        z = m.head(h)
+        loss = ce(z, y)
+        h.zero_()
+    return loss, z
+
+
+@kept
+def temperature_of_each_row(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """takes a number for each row"""
+    h = m.hidden(x)
+    z = m.head(h) / h.exp().sum(-1, keepdim=True)
+    return ce(z, y), z
+
+
+@kept
+def rows_by_a_tensor(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """chooses rows by a tensor"""
+    z = m.head(m.hidden(x))
+    return ce(z, y), z[torch.arange(B), y[:, 0].clamp(0, T - 1)]

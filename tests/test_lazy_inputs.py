@@ -1,0 +1,123 @@
+"""Lazy logits as inputs of compiled functions, which take them apart: in any state, of any length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compile_lazily, sites
+from lazy_cases import Case
+from lazy_programs import Model, batch, ce, gradients, lazies, raw, total
+from torch import Tensor
+
+
+def test_into_another_compiled_function() -> None:
+    """After a graph break, or in a function of its own; the loss has its head there."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        loss, z = raw(m, x, y)
+        torch._dynamo.graph_break()
+        return loss + ce(z.float()[:, 1:], y[:, 1:]), z
+
+    m, (x, y) = Model(), batch()
+    compiled, _ = compile_lazily(f)
+    for _ in range(2):
+        ours, theirs = compiled(m, x, y), f(m, x, y)
+        torch.testing.assert_close(ours[0], theirs[0])
+        (z,) = lazies(ours)
+        assert not z.is_made
+        torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+    assert sites() == 2
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * 10
+
+
+def edit(z: Tensor) -> Tensor:
+    z.mul_(2)
+    return z
+
+
+def hook(z: Tensor) -> Tensor:
+    z.register_hook(lambda gradient: gradient * 3)
+    return z
+
+
+def write(z: Tensor) -> Tensor:
+    z.data.zero_()
+    return z
+
+
+def view_of_what_is_edited(z: Tensor) -> Tensor:
+    view = z.view(z.shape)
+    z.sum()
+    z[0].detach().zero_()
+    return view
+
+
+STATES: list[Callable[[Tensor], Tensor]] = [
+    *(edit, hook, write, view_of_what_is_edited, Scaled.apply, Tensor.float, Tensor.detach),
+    *(lambda z: z[:, :-1], lambda z: [z, z.sum()][0]),
+]
+
+
+def shifted_of_rows(z: Tensor, y: Tensor) -> Tensor:
+    return ce(z.float()[..., :-1, :].contiguous(), y[..., 1:])
+
+
+def with_metrics(z: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        right = (z.argmax(-1) == y).float().mean() + z.logsumexp(-1).mean() + z.max(-1).values.mean()
+        picked = z.log_softmax(-1).gather(-1, y.clamp_min(0)[..., None]).mean()
+    return ce(z.view(-1, z.shape[-1]), y) * right + picked
+
+
+def flattened(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), y.flatten()) + F.cross_entropy(z.unsqueeze(0)[0].mT, y)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+@pytest.mark.parametrize("loss", [ce, shifted_of_rows, with_metrics, flattened])
+def test_an_input_of_any_length(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
+    """The third length is not compiled for again, nor with `dynamic` the second."""
+    m = Model()
+    first, _ = compile_lazily(raw, dynamic=True)
+    second, graphs = compile_lazily(loss, dynamic=dynamic)
+    compiled = []
+    for length in (6, 9, 4, 7):
+        x, y = batch(length)
+        told, z = first(m, x, y)
+        ours, theirs = second(z, y), loss(m.head(m.hidden(x)), y)
+        torch.testing.assert_close(ours, theirs)
+        of = m.head.weight, m.embed.weight
+        torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours + 0 * told, theirs)))
+        compiled.append(len(graphs.final))
+    assert compiled == [2] * 4 if dynamic else compiled == [2, 4, 4, 4]
+
+
+def test_states_of_an_input() -> None:
+    """One compiled function is given lazy logits to which different things have been done."""
+
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z.float().flatten(0, 1), torch.arange(z.shape[0] * z.shape[1]))
+
+    compiled, _ = compile_lazily(loss)
+    for state in [Tensor.view_as, *STATES, *reversed(STATES)]:
+        case = Case()
+        prepared = [state(z, z) if state is Tensor.view_as else state(z) for z in (case.z, case.eager)]
+        ours, theirs = (f(z) for f, z in zip((compiled, loss), prepared, strict=True))
+        torch.testing.assert_close(ours, theirs)
+        if theirs.requires_grad:
+            ours.backward()
+            theirs.backward()
+        case.same_gradients(rtol=1e-5, atol=1e-6)  # the loss is taken in float32
