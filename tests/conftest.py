@@ -5,6 +5,7 @@ import os
 import tempfile
 
 import pytest
+import ranks
 import torch
 from harness import clean_slate
 
@@ -21,6 +22,10 @@ def pytest_configure(config):
         folder = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)
+
+
+def pytest_unconfigure():
+    ranks.close_groups()
 
 
 def pytest_collection_modifyitems(items):

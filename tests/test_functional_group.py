@@ -194,7 +194,7 @@ def test_every_rank_equals_dense(name: str, split: str, size: int, device: str) 
 
 def test_trap_11_two_ranks_and_one_cache() -> None:
     tag = uuid.uuid4().hex
-    cold, warm = (spawn(compiled, 2, 2, tag) for _ in range(2))
+    cold, warm = (spawn(compiled, 2, 2, tag, new=True) for _ in range(2))
     for ranks in (cold, warm):
         for name in COMPILED:
             for split in ("equal", "uneven"):
