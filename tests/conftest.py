@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    with clean_slate():
+    with clean_slate(), ranks.guards_unmeasured():
         yield
 
 
