@@ -315,6 +315,7 @@ def test_recognition_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(recognise, "ROUNDS", 1)
+    monkeypatch.setattr(recognise, "IMPORTS", 1)
     monkeypatch.setattr(recognise, "NODES", 200)
     assert cli.main(["recognise", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("recognise-*.json")
