@@ -5,6 +5,7 @@ import os
 import tempfile
 
 import pytest
+import ranks
 import torch
 from harness import clean_slate
 
@@ -23,6 +24,10 @@ def pytest_configure(config):
         config.add_cleanup(folder.cleanup)
 
 
+def pytest_unconfigure():
+    ranks.close_groups()
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -34,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    with clean_slate():
+    with clean_slate(), ranks.guards_unmeasured():
         yield
 
 

@@ -4,40 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import multiprocessing
 import os
+import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from multiprocessing import connection, forkserver
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from harness import clean_slate
 
-# What takes long to import, once for all ranks. CUDA must not be looked at before a fork.
-PRELOAD = ["torch", "torch._inductor.compile_fx", "torch.distributed.tensor", "inductor_ce.api.backend"]
+# CUDA must not be looked at before a fork.
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
-def _worker(
-    rank: int,
-    size: int,
-    what: Callable[..., Any],
-    args: tuple[Any, ...],
-    folder: str,
-    device: str,
-    environment: dict[str, str],
-) -> None:
-    os.environ.clear()  # that of the fork server is older
-    os.environ.update(environment)
+@contextlib.contextmanager
+def guards_unmeasured() -> Iterator[None]:
+    """Within the block, torch does not time guards for its debug log: a tenth of a small compilation, for it
+    first writes over all that the processor has cached."""
+    with mock.patch.object(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0, create=True):
+        yield
+
+
+def _worker(pipe: connection.Connection, rank: int, size: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(rank)
@@ -48,8 +49,88 @@ def _worker(
         world_size=size,
         timeout=timedelta(seconds=300),
     )
-    torch.save(what(rank, *args), f"{folder}/{rank}.pt")
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(_outcome(rank, pipe.recv_bytes()))
     dist.destroy_process_group()
+
+
+def _outcome(rank: int, asked: bytes) -> tuple[bytes, str]:
+    """(what this rank gives, saved; the trace of an error that it raised instead)."""
+    try:
+        environment, path, call = pickle.loads(asked)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[:] = path
+        what, args = pickle.loads(call)  # which imports modules on that path
+        with clean_slate(), guards_unmeasured():
+            saved = io.BytesIO()
+            torch.save(what(rank, *args), saved)
+        return saved.getvalue(), ""
+    except Exception:
+        return b"", traceback.format_exc()
+
+
+def _start_fork_server() -> None:
+    """With all that ranks import, and warm: see `warm_ranks`. Python 3.11 gives it no path."""
+    multiprocessing.set_forkserver_preload(["warm_ranks"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(filter(None, sys.path))):
+        forkserver.ensure_running()
+
+
+class Group:
+    """Processes that share a process group, and live on between what they are asked to do."""
+
+    def __init__(self, size: int, device: str) -> None:
+        if START == "forkserver":
+            _start_fork_server()
+        context = multiprocessing.get_context(START)
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            given = (theirs, rank, size, self.folder.name, device)
+            process = context.Process(target=_worker, args=given, daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, what: Callable[..., Any], *args: Any) -> list[Any]:
+        """What each rank gives. The first that raises or dies ends the wait: others may wait for it."""
+        asked = pickle.dumps((dict(os.environ), sys.path, pickle.dumps((what, args))))
+        for pipe in self.pipes:
+            pipe.send_bytes(asked)
+        given: dict[int, Any] = {}
+        while len(given) < len(self.pipes):
+            waiting = [pipe for rank, pipe in enumerate(self.pipes) if rank not in given]
+            for pipe in connection.wait(waiting):
+                rank = self.pipes.index(pipe)
+                try:
+                    saved, trace = pipe.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    trace = f"it ended, with exit code {self.processes[rank].exitcode}"
+                assert not trace, f"on rank {rank}:\n{trace}"
+                given[rank] = torch.load(io.BytesIO(saved), weights_only=False, map_location="cpu")
+        return [given[rank] for rank in range(len(self.pipes))]
+
+    def close(self, kill: bool = False) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            if kill:
+                process.kill()
+            process.join()
+        self.folder.cleanup()
+
+
+_groups: dict[tuple[int, str], Group] = {}
+
+
+def close_groups() -> None:
+    while _groups:
+        _groups.popitem()[1].close()
 
 
 @dataclass(frozen=True)
@@ -107,15 +188,31 @@ def tagged_caches(tag: str) -> Iterator[None]:
         yield
 
 
-def spawn(what: Callable[..., Any], size: int, *args: Any, device: str = "cpu") -> list[Any]:
-    """What each rank gives of `what(rank, *args)`, tensors on the CPU. Skips where there are fewer GPUs."""
+def spawn(
+    what: Callable[..., Any], size: int, *args: Any, device: str = "cpu", new: bool = False
+) -> list[Any]:
+    """What each rank gives of `what(rank, *args)`, tensors on the CPU. Skips where there are fewer GPUs.
+
+    Ranks are those that were asked before, unless one of them failed or the call wants `new` ones.
+    """
     if device == "cuda" and torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs, and there are {torch.cuda.device_count()}")
-    multiprocessing.set_forkserver_preload(PRELOAD)
-    with tempfile.TemporaryDirectory() as folder:
-        given = (size, what, args, folder, device, dict(os.environ))
-        mp.start_processes(_worker, given, nprocs=size, start_method=START)
-        return [
-            torch.load(Path(folder) / f"{rank}.pt", weights_only=False, map_location="cpu")
-            for rank in range(size)
-        ]
+    group = _groups.pop((size, device), None)
+    if group is None or new:
+        if group is not None:
+            group.close()
+        group = Group(size, device)
+    try:
+        outcomes = group.run(what, *args)
+    except BaseException:
+        group.close(kill=True)
+        raise
+    if any(map(_has_failed, outcomes)):  # maybe on some ranks alone, and others still wait for them
+        group.close(kill=True)
+    else:
+        _groups[size, device] = group
+    return outcomes
+
+
+def _has_failed(outcome: Any) -> bool:
+    return isinstance(outcome, dict) and any(isinstance(job, Failed) for job in outcome.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import runpy
@@ -314,6 +315,7 @@ def test_recognition_is_timed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(recognise, "ROUNDS", 1)
+    monkeypatch.setattr(recognise, "IMPORTS", 1)
     monkeypatch.setattr(recognise, "NODES", 200)
     assert cli.main(["recognise", "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.glob("recognise-*.json")
@@ -324,6 +326,8 @@ def test_recognition_is_timed(
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = "import sys, torch; known = set(sys.modules); import inductor_ce; print(set(sys.modules) - known)"
+    """Neither torch, nor a module of its own."""
+    code = "import sys; known = set(sys.modules); import inductor_ce; print(set(sys.modules) - known)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out.strip() == "{'inductor_ce'}"
+    found = {name for name in ast.literal_eval(out) if name.partition(".")[0] not in sys.stdlib_module_names}
+    assert found == {"inductor_ce"}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,13 +225,15 @@ def test_what_is_missing(
     assert found is None if what is None else found is not None and found.startswith(what)
 
 
-def test_refuses_without_a_gpu(tmp_path: Path):
-    called = [sys.executable, "-m", "inductor_ce.bench", "tp", "--out", str(tmp_path)]
-    ran = subprocess.run(
-        called, capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    )
-    assert ran.returncode == 2
-    assert ran.stderr.strip().endswith("no GPU: torch.cuda sees none here")
+def test_refuses_without_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["bench", "tp", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("inductor_ce.bench", run_name="__main__")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.strip().endswith("no GPU: torch.cuda sees none here")
     assert not list(tmp_path.iterdir())
 
 

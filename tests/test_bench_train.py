@@ -1,10 +1,11 @@
 """`bench train` without a GPU: its loop over stand-ins, its table and its picture."""
 
+import contextlib
 import json
 import math
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import without_codegen
+from harness import clean_slate, without_codegen
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 
 from inductor_ce.bench import cli
 from inductor_ce.bench.shared.alone import alone
@@ -49,8 +51,8 @@ class Event:
         return 2.0
 
 
-@pytest.fixture
-def no_gpu() -> Any:
+@contextlib.contextmanager
+def without_a_gpu() -> Iterator[None]:
     names = ("synchronize", "reset_peak_memory_stats", "empty_cache")
     patches = {name: lambda *a: None for name in names}
     patched = mock.patch.multiple(torch.cuda, Event=Event, max_memory_allocated=lambda: 2**30, **patches)
@@ -58,15 +60,23 @@ def no_gpu() -> Any:
         yield
 
 
-def case(made: Any, no_gpu: Any) -> dict[str, Any]:
-    with mock.patch.object(run, "make", lambda model: made):
+def case(model: nn.Module) -> dict[str, Any]:
+    made = model, torch.randint(V, (2, 8))
+    with without_a_gpu(), mock.patch.object(run, "make", lambda model: made):
         (found,) = run.table([TINY], list(systems.SYSTEMS.values()), LENGTH)
     return found
 
 
-def test_every_system_is_compared_with_plain(no_gpu: Any):
-    torch.manual_seed(0)
-    found = case((Tiny(), torch.randint(V, (2, 8))), no_gpu)
+@pytest.fixture(scope="module")
+def measured() -> SimpleNamespace:
+    """What is found of a model, the model, and the pass that is installed afterwards."""
+    with clean_slate():
+        model = Tiny()
+        return SimpleNamespace(found=case(model), model=model, left=inductor_config.pre_grad_custom_pass)
+
+
+def test_every_system_is_compared_with_plain(measured: SimpleNamespace):
+    found = measured.found
     rows = {row["system"]: row for row in found["rows"]}
     plain, ours, nan = "torch.compile", "inductor_ce", 'inductor_ce, returned_logits="nan"'
     assert list(rows) == [plain, ours, nan]
@@ -75,16 +85,16 @@ def test_every_system_is_compared_with_plain(no_gpu: Any):
     assert all(row["loss_difference"] < 1e-5 and row["gradient_difference"] < 1e-5 for row in rows.values())
     assert [row["ratio"] for row in rows.values()] == [1.0, 1.0, 1.0]
     assert [each["system"] for each in found["not_measured"]] == ["liger_kernel"]
-    assert torch.compile(Tiny()) is not None  # nothing is left installed
-    assert not [p for p in Tiny().parameters() if p.grad is not None]
+    assert measured.left is None
+    assert not [p for p in measured.model.parameters() if p.grad is not None]
 
 
-def test_what_fails_is_told(no_gpu: Any):
+def test_what_fails_is_told():
     class Broken(Tiny):
         def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
             raise RuntimeError("out of luck")
 
-    found = case((Broken(), torch.randint(V, (2, 8))), no_gpu)
+    found = case(Broken())
     assert found["rows"] == []
     assert {each["reason"] for each in found["not_measured"]} >= {"failed: RuntimeError: out of luck"}
     assert command.failed(found)
@@ -113,7 +123,9 @@ def test_a_peer_gives_its_figures(no_gpu: Any):
     peer = systems.System("a peer", patch="its patch")
     given = Tiny(), torch.randint(V, (2, 8))
     patches = mock.patch.multiple(run, make=lambda model: given, alone=partial(alone, start="fork"))
-    unpatched = mock.patch.multiple(systems, find=lambda *a: None, _patched=lambda *a: nullcontext())
+    unpatched = mock.patch.multiple(
+        systems, find=lambda *a: None, _patched=lambda *a: contextlib.nullcontext()
+    )
     with patches, unpatched:
         (found,) = run.table([TINY], [systems.System("torch.compile"), peer], LENGTH)
     plain, its = found["rows"]
@@ -128,9 +140,7 @@ def test_without_transformers():
     assert found["not_measured"] == [{"system": "torch.compile", "reason": "transformers is not installed"}]
 
 
-def test_table_and_picture(tmp_path: Path, no_gpu: Any):
-    torch.manual_seed(0)
-    found = case((Tiny(), torch.randint(V, (2, 8))), no_gpu)
+def test_table_and_picture(tmp_path: Path, measured: SimpleNamespace):
     where = {
         "gpu": "A GPU",
         "torch": "2.13",
@@ -139,7 +149,7 @@ def test_table_and_picture(tmp_path: Path, no_gpu: Any):
         "dirty": False,
         "date": "2026-11-28",
     }
-    result = {"environment": where, "cases": [found]}
+    result = {"environment": where, "cases": [measured.found]}
     lines = render.table(result).splitlines()
     assert lines[2] == "Tiny: 2 x 8 tokens, V = 2048, logits 0 MB"
     assert lines[4].split()[:5] == ["torch.compile", "2.0", "0.0%", "1.000", lines[4].split()[4]]

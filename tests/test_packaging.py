@@ -2,10 +2,12 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,38 +109,52 @@ def test_committed_text_names_no_index_and_no_home():
         assert not re.search(r"index-url|find-links|https?://|file://|/home/|/root/", text), name
 
 
-def test_quickstart_help():
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Runs a file of `examples/` as a command, in this process; returns its exit status."""
+
+    def run(name: str, *arguments: str) -> int:
+        monkeypatch.syspath_prepend(ROOT / "examples")
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        try:
+            runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        except SystemExit as stopped:
+            return stopped.code or 0
+        return 0
+
+    return run
+
+
+def test_quickstart_help(example: Callable[..., int], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("tokenizers")
-    command = [sys.executable, ROOT / "examples/quickstart.py", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert example("quickstart.py", "--help") == 0
+    text = capsys.readouterr().out
     for option in ["--steps", "--untied", "--device", "--out"]:
         assert option in text
 
 
-def test_quickstart_refuses_too_few_steps():
+def test_quickstart_refuses_too_few_steps(example: Callable[..., int], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("tokenizers")
-    command = [sys.executable, ROOT / "examples/quickstart.py", "--steps", "3"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "--steps must be more than the 3 that warm up" in result.stderr
+    assert example("quickstart.py", "--steps", "3") == 2
+    assert "--steps must be more than the 3 that warm up" in capsys.readouterr().err
 
 
-def test_memory_plans_on_a_cpu(tmp_path: Path):
+def test_memory_plans_on_a_cpu(
+    tmp_path: Path, example: Callable[..., int], capsys: pytest.CaptureFixture[str]
+):
     """Without a GPU the figures are planned, and the example says so."""
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "examples/memory.py", "--device", "cpu", "--out", tmp_path]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert example("memory.py", "--device", "cpu", "--out", str(tmp_path)) == 0
+    text = capsys.readouterr().out
     assert "bytes are planned, not measured" in text
     plain, ours = map(int, re.findall(r"(\d+)(?: tokens)? with", text))
     assert ours > 2 * plain
     assert (tmp_path / "batch.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_memory_refuses_layers_on_a_cpu():
+def test_memory_refuses_layers_on_a_cpu(example: Callable[..., int], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("torch")
     pytest.importorskip("matplotlib")
-    command = [sys.executable, ROOT / "examples/memory.py", "--device", "cpu", "--layers", "2"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "--layers needs a GPU" in result.stderr
+    assert example("memory.py", "--device", "cpu", "--layers", "2") == 2
+    assert "--layers needs a GPU" in capsys.readouterr().err

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
 import math
-import os
-import subprocess
-import sys
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_without_codegen, sites
+from ranks import spawn, tagged_caches
 from reference import Measured, Terms, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -338,47 +335,28 @@ def test_trap_10_offsets_beyond_32_bits(n: int, smoothing: float) -> None:
 
 # 12
 
-A_PROCESS = """
-import json
-import torch
-import torch.nn.functional as F
-from torch._dynamo.utils import counters
-import inductor_ce
 
-def loss(z, y):
-    return F.cross_entropy(z, y, label_smoothing=0.1)
+def in_a_process(rank: int, tag: str) -> dict[str, Any]:
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, label_smoothing=0.1)
 
-inductor_ce.install(min_vocab=2)
-z = torch.arange(20.0).view(4, 5).sin().requires_grad_()
-y = torch.arange(4)
-value = torch.compile(loss)(z, y)
-value.backward()
-print(json.dumps({
-    "report": inductor_ce.explain(loss, z, y).to_dict(),
-    "numbers": [value.item(), z.grad.tolist()],
-    "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
-}))
-"""
-
-
-def test_trap_12_explain_is_right_on_a_warm_machine(tmp_path: Path) -> None:
-    """Warm cache: the pass does not run, counters read 0, the user concludes "not applied"."""
-    script = tmp_path / "loss.py"
-    script.write_text(A_PROCESS)
-    root = Path(inductor_ce.__file__).parents[1]
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "TORCH_COMPILE_CACHE_KEY_TAG": uuid.uuid4().hex,  # no graph was stored under it yet
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+    z = torch.arange(20.0).view(4, 5).sin().requires_grad_()
+    y = torch.arange(4)
+    with inductor_ce.install(min_vocab=2), tagged_caches(tag):
+        value = torch.compile(loss)(z, y)
+        value.backward()
+        report = inductor_ce.explain(loss, z, y).to_dict()
+    return {
+        "report": report,
+        "numbers": [value.item(), z.grad.tolist()],
+        "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
     }
 
-    def run() -> dict[str, Any]:
-        done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
 
-    cold, warm = run(), run()
+def test_trap_12_explain_is_right_on_a_warm_machine() -> None:
+    """Warm cache: the pass does not run, counters read 0, the user concludes "not applied"."""
+    tag = uuid.uuid4().hex  # no graph was stored under it yet
+    (cold,), (warm,) = (spawn(in_a_process, 1, tag, new=True) for _ in range(2))
     assert cold["hits"] == 0
     assert warm["hits"] > 0
     assert len(cold["report"]["sites"]) == 1

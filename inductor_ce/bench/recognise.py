@@ -22,7 +22,7 @@ from .shared import record
 
 HELP = "the time that recognition takes; needs no GPU"
 NODES, VOCABULARY, WIDTH, HEADS, TOKENS = 2000, 2048, 32, 4, 16
-ROUNDS = 15
+ROUNDS, IMPORTS = 15, 5
 
 IMPORT = """
 import time, torch
@@ -100,7 +100,7 @@ def measure(rounds: int) -> dict[str, Any]:
             "first_ms": times[0],
             "ms": statistics.median(times[1:]),
         }
-    found["import_ms"] = statistics.median(_import_ms() for _ in range(5))
+    found["import_ms"] = statistics.median(_import_ms() for _ in range(IMPORTS))
     return found
 
 
