@@ -118,15 +118,13 @@ def test_a_peer_harms_nobody(what: Any, args: tuple[Any, ...], reason: str):
     assert found.reason.startswith(reason)
 
 
-def test_a_peer_gives_its_figures(no_gpu: Any):
+def test_a_peer_gives_its_figures():
     """From its own process; `fork` takes the stand-ins for CUDA along."""
     peer = systems.System("a peer", patch="its patch")
     given = Tiny(), torch.randint(V, (2, 8))
     patches = mock.patch.multiple(run, make=lambda model: given, alone=partial(alone, start="fork"))
-    unpatched = mock.patch.multiple(
-        systems, find=lambda *a: None, _patched=lambda *a: contextlib.nullcontext()
-    )
-    with patches, unpatched:
+    no_patch = {"find": lambda *a: None, "_patched": lambda *a: contextlib.nullcontext()}
+    with without_a_gpu(), patches, mock.patch.multiple(systems, **no_patch):
         (found,) = run.table([TINY], [systems.System("torch.compile"), peer], LENGTH)
     plain, its = found["rows"]
     assert (plain["system"], its["system"]) == ("torch.compile", "a peer")

@@ -133,9 +133,9 @@ def compiled(rank: int, size: int) -> dict[Any, Any]:
 
 
 def cached(rank: int, size: int, tag: str) -> dict[Any, Any]:
-    """On equal shards, of which all ranks have the same code."""
+    """On equal shards, of which all ranks have the same code, and on uneven ones, of which each has its own."""
     with tagged_caches(tag):
-        results = in_one_graph(rank, CACHED, "equal", size)
+        results = in_one_graph(rank, CACHED, "equal", size) | in_one_graph(rank, CACHED[:1], "uneven", size)
     return results | {"hits": counters["inductor"]["fxgraph_cache_hit"]}
 
 
@@ -232,6 +232,7 @@ def test_trap_11_two_ranks_and_one_cache() -> None:
     for ranks in (cold, warm):
         for name in CACHED:
             check(ranks, name, "equal")
+        check(ranks, CACHED[0], "uneven")
     assert all(rank["hits"] > 0 for rank in warm)
 
 
