@@ -133,7 +133,7 @@ def compiled(rank: int, size: int) -> dict[Any, Any]:
 
 
 def cached(rank: int, size: int, tag: str) -> dict[Any, Any]:
-    """On equal shards, of which all ranks have the same code, and on uneven ones, of which each has its own."""
+    """On equal shards, of which all ranks have the same code, and uneven ones, whose code is a rank's own."""
     with tagged_caches(tag):
         results = in_one_graph(rank, CACHED, "equal", size) | in_one_graph(rank, CACHED[:1], "uneven", size)
     return results | {"hits": counters["inductor"]["fxgraph_cache_hit"]}

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from ..common.compat import graphs
 from ..common.compat.dynamo import is_captured, leave_alone
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
@@ -170,7 +171,7 @@ def _returning_parts(
 
 @functools.cache
 def _keep_for_python() -> None:
-    for module in (lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
+    for module in (graphs, lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
         leave_alone(module)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..common.compat.graphs import (
+    is_compiling,
     refuse_memory,
     without_torch_function,
     without_transforms,
@@ -271,7 +272,8 @@ class LazyLogits(Tensor):
             return ["_whole"], None
         if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
             self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
-        self._source.check()
+        if not is_compiling():  # which would tell an error of its own; what is compiled checks
+            self._source.check()
         parts = self._source.parts
         names = [f"_part{i}" for i in range(len(parts))]
         for name, part in zip(names, parts, strict=True):

@@ -12,7 +12,7 @@ from .versions import of_supported_torch
 with of_supported_torch():
     from torch._dispatch.python import enable_python_dispatcher
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack as without_transforms
-    from torch._guards import TracingContext
+    from torch._guards import CompileContext, TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
     from torch.utils._pytree import tree_leaves, tree_map
@@ -94,6 +94,11 @@ def is_fake(tensor: torch.Tensor) -> bool:
 def is_capturing() -> bool:
     """Whether Dynamo is at work in this thread, and may ask what a tensor is without wanting its elements."""
     return TracingContext.try_get() is not None
+
+
+def is_compiling() -> bool:
+    """Whether Dynamo is at work in this thread, the making of guards included."""
+    return CompileContext.try_get() is not None
 
 
 def is_transformed() -> bool:
