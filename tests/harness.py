@@ -25,7 +25,8 @@ from inductor_ce.api.passes import fuse_losses, publish
 def clean_slate():
     """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
 
-    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first.
+    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first. How long
+    guards take is not measured, for which Dynamo would flush the processor's caches, 25 ms each time.
     """
     torch._dynamo.reset()
     counters.clear()
@@ -33,6 +34,7 @@ def clean_slate():
     with (
         torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
+        mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0),
     ):
         yield
     inductor_ce.uninstall()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import head_cases as cases
 import pytest
 import torch
@@ -9,8 +11,10 @@ from harness import compile_without_codegen, sites
 from head_cases import BUDGETS, CASES, D, assert_all_fair, counts, exactly, inputs, measure
 from pairwise import pairwise
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from inductor_ce import ops
+from inductor_ce.graph.examples import Examples
 
 MATERIALISE, CHUNKS, SLABS = "materialise", "token_chunks", "vocab_slabs"
 DIVIDING = [CHUNKS, SLABS]
@@ -192,3 +196,40 @@ def test_what_is_not_finite_stays_in_its_rows(value: float, strategy: str) -> No
     ours, eager = measure(compiled, given), measure(cases.plain, given)
     torch.testing.assert_close(ours, eager, equal_nan=True)
     assert counts() == {strategy: 1}
+
+
+def facts(example: object, given: list[Tensor]) -> object:
+    """What a pass can see of an example that was made of others."""
+    if not isinstance(example, Tensor):
+        return example
+    views = [example.untyped_storage()._cdata == other.untyped_storage()._cdata for other in given]
+    layout = example.shape, example.stride(), example.storage_offset()
+    return *layout, example.dtype, example.device, example.requires_grad, views
+
+
+@pytest.mark.parametrize("strategy", DIVIDING)
+@pytest.mark.parametrize("name", ["plain", "soft-cap"])
+def test_examples_of_equal_calls_are_what_torch_makes(
+    name: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[object, ...]] = []
+    called, of = Examples._called, Examples.of
+    calls: list[object] = []
+
+    def counted(self: Examples, *call: Any) -> object:
+        calls.append(call)
+        return called(self, *call)
+
+    def checked(self: Examples, *call: Any) -> object:
+        given = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        result = of(self, *call)
+        for pair in zip(tree_leaves(result), tree_leaves(called(self, *call)), strict=True):
+            made.append(tuple(facts(example, given) for example in pair))
+        return result
+
+    monkeypatch.setattr(Examples, "_called", counted)
+    monkeypatch.setattr(Examples, "of", checked)
+    given = inputs(d=D_16).to(torch.bfloat16)
+    check(CASES[name], given, strategy, BUDGETS[5], in_16_bits=True)
+    assert len(calls) < 0.9 * len(made)
+    assert [ours for ours, _ in made] == [torchs for _, torchs in made]
