@@ -35,9 +35,11 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is there before the first test stays, so that no garbage collection need look at it."""
+    """What is there before the first test stays, so that no garbage collection need look at it; and there is
+    time for one, as what a compilation leaves is small."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
