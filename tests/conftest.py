@@ -1,5 +1,6 @@
 """Shared by all tests: the gpu marker, and a clean slate round each test."""
 
+import gc
 import logging
 import os
 import tempfile
@@ -11,7 +12,8 @@ from harness import clean_slate
 
 from inductor_ce.heads import plan
 
-logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # pytest would format and keep every record
+# To a log of which pytest does not know, or torch would make JSON of each step for it.
+torch._logging._internal.trace_log = logging.Logger("torch.__trace")
 
 
 @pytest.hookimpl(trylast=True)
@@ -35,6 +37,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    """What is there before the first test stays, so that no garbage collection need look at it; and there is
+    time for one, as what a compilation leaves is small."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

@@ -297,6 +297,11 @@ def _afresh(module: ModuleType, args: tuple[Any, ...]) -> list[Tensor]:
 # Rendering
 
 
+def told(graphs: Graphs, module: ModuleType) -> inductor_ce.Report:
+    """What the compilation said of itself; with ALL=1, what explain says."""
+    return explained(module) if EVERYTHING else graphs.report
+
+
 def explained(module: ModuleType) -> inductor_ce.Report:
     """What explain says; the counters of the compilation must have said the same."""
     counted = (sites(), misses())

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 import inductor_ce
 import inductor_ce.api.backend
+import inductor_ce.api.passes
 from inductor_ce import Options, Report
 from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
@@ -25,7 +26,9 @@ from inductor_ce.api.passes import fuse_losses, publish
 def clean_slate():
     """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
 
-    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first.
+    Kernels are: the same text gives the same machine code, whichever test or rank asks for it first. Dynamo
+    neither collects garbage after each compilation nor measures how long guards take, for which it would
+    flush the processor's caches: 10 and 25 ms.
     """
     torch._dynamo.reset()
     counters.clear()
@@ -33,6 +36,8 @@ def clean_slate():
     with (
         torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
+        torch._dynamo.config.patch(run_gc_after_compile=False),
+        mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0),
     ):
         yield
     inductor_ce.uninstall()
@@ -50,11 +55,15 @@ def without_codegen() -> Iterator[None]:
 
 
 class Graphs:
-    """A torch.compile backend that runs Inductor's passes and keeps the final graphs, before code if any."""
+    """A torch.compile backend that runs Inductor's passes and keeps the final graphs, before code if any.
+
+    `report` is what the pass over losses told of each graph, and then of those inside it; without plans.
+    """
 
     def __init__(self, code: bool = False) -> None:
         self.code = code
         self.final: list[GraphModule] = []
+        self.report = Report()
 
     def inner_compile(
         self, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any
@@ -65,7 +74,18 @@ class Graphs:
         return make_boxed_func(gm.forward)
 
     def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        return compile_fx(gm, example_inputs, inner_compile=self.inner_compile)
+        found: list[Report] = []
+
+        def published(report: Report, options: Options) -> None:
+            found.append(report)
+            publish(report, options)
+
+        with mock.patch.object(inductor_ce.api.passes, "publish", published):
+            compiled = compile_fx(gm, example_inputs, inner_compile=self.inner_compile)
+        for report in [*found[-1:], *found[:-1]]:  # the graphs inside come first to the pass
+            self.report.sites += report.sites
+            self.report.misses += report.misses
+        return compiled
 
     @property
     def nodes(self) -> list[torch.fx.Node]:

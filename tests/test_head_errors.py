@@ -60,8 +60,8 @@ def assert_no_worse(
 @pytest.mark.parametrize(
     ("strategy", "budgets", "pieces"),
     [
-        ("token_chunks", [0.56, 0.31, 0.18, 0.086], [2, 4, 8, 32]),
-        ("vocab_slabs", [0.57, 0.32, 0.19, 0.094], [2, 4, 8, 32]),
+        ("token_chunks", [0.56, 0.18, 0.086], [2, 8, 32]),
+        ("vocab_slabs", [0.57, 0.19, 0.094], [2, 8, 32]),
     ],
 )
 def test_trap_15_the_error_does_not_grow_with_the_pieces(
@@ -89,8 +89,8 @@ def test_trap_15_sums_in_16_bits(
     hidden = torch.cat([given.hidden[:, 1:], torch.ones(1024, 1)], 1)
     y = (hidden @ weight.T).softmax(-1).multinomial(1)[:, 0]
     given = given._replace(hidden=hidden, weight=weight, y=y).to(torch.bfloat16)
-    budgets = [2 * b if name == "soft-cap" else b for b in (0.51, 0.26, 0.13)]
-    assert assert_no_worse(name, given, "token_chunks", budgets, upstream, of="dW") == [2, 4, 8]
+    budgets = [2 * b if name == "soft-cap" else b for b in (0.51, 0.13)]
+    assert assert_no_worse(name, given, "token_chunks", budgets, upstream, of="dW") == [2, 8]
 
 
 @pytest.mark.usefixtures("much")

@@ -29,9 +29,8 @@ def test_pattern(path: Path):
 def test_pattern_through_all_passes(path: Path):
     module = gallery.load(path)
     graphs = gallery.compile_and_check(module)
-    report = gallery.explained(module)
     check_graphs(graphs)
-    assert gallery.rendered(report) == gallery.about(path).expected
+    assert gallery.rendered(gallery.told(graphs, module)) == gallery.about(path).expected
 
 
 @pytest.mark.gpu

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 
-from ..common.compat.graphs import enable_python_dispatcher, fake_mode_of
+from ..common.compat.graphs import fake_mode_of
 from ..common.compat.inductor import decompositions
+from .examples import Examples
 from .shapes import tensor_of
 
 
@@ -26,32 +28,26 @@ class Builder:
     def __init__(self, graph: Graph, before: Node, like: Node, key: str = "example_value"):
         self._graph, self._before, self._like, self._key = graph, before, like, key
         self._fake_mode = fake_mode_of(tensor_of(like))
+        self._examples = Examples(self._fake_mode)
         self.created: list[Node] = []
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """Call a function, or the Tensor method whose name is given."""
+        return self._added(target, args, kwargs, self._examples.of(target, *_examples_of((args, kwargs))))
+
+    def _added(self, target: Any, args: Any, kwargs: Any, example: Any) -> Node:
         with self._graph.inserting_before(self._before):
             op = "call_method" if isinstance(target, str) else "call_function"
             node = self._graph.create_node(op, target, args, kwargs)
         self.created.append(node)
         if "stack_trace" in self._like.meta:
             node.meta["stack_trace"] = self._like.meta["stack_trace"]
-        node.meta[self._key] = self._example(target, args, kwargs)
+        node.meta[self._key] = example
         return node
-
-    def _example(self, target: Any, args: Any, kwargs: Any) -> Any:
-        real_args, real_kwargs = torch.fx.node.map_arg(
-            (args, kwargs), lambda n: n.meta.get("example_value", n.meta.get("val"))
-        )
-        if isinstance(target, str):
-            receiver, *real_args = real_args
-            target = getattr(receiver, target)
-        with self._fake_mode, enable_python_dispatcher(), torch.no_grad():
-            return target(*real_args, **real_kwargs)
 
     def again(self, node: Node, sources: dict[Node, Node]) -> Node:
         """The operation of `node` on other sources."""
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), sources.__getitem__)
+        args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)
         return self(node.target, *args, **kwargs)
 
     def traced(self, f: Callable[..., torch.Tensor], sources: Sequence[Node]) -> Node:
@@ -69,10 +65,15 @@ class Builder:
                 (result,) = node.args
                 return made[result]
             else:
-                made[node] = self.again(node, made)
+                args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
+                made[node] = self._added(node.target, args, kwargs, node.meta["val"])
         raise AssertionError("a graph without an output")
 
     def undo(self) -> None:
         for node in reversed(self.created):
             self._graph.erase_node(node)
         self.created.clear()
+
+
+def _examples_of(given: Any) -> Any:
+    return map_arg(given, lambda node: node.meta.get("example_value", node.meta.get("val")))

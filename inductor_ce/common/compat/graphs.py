@@ -21,6 +21,7 @@ if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "FakeTensorMode",
     "enable_python_dispatcher",
     "legacy_reduction",
     "tree_leaves",
@@ -56,6 +57,14 @@ def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
     local = None if example is None else local_of(example)
     assert isinstance(local, FakeTensor)
     return local.fake_mode
+
+
+def fresh_like(example: torch.Tensor) -> torch.Tensor:
+    """An example of the same sizes, strides, dtype and device, in memory of its own."""
+    assert isinstance(example, FakeTensor)
+    with unset_fake_temporarily():
+        empty = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
+    return FakeTensor(example.fake_mode, empty, example.device)
 
 
 # Graphs
