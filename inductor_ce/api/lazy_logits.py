@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..common.compat.distributed import waits_for_backward
 from ..common.compat.graphs import (
     is_compiling,
     refuse_memory,
@@ -309,6 +310,8 @@ class LazyLogits(Tensor):
         if func in lazy_functions.WATCHES:
             (watched,) = trees.current(args[:1])
             if isinstance(watched, LazyLogits):
+                if args[1:] and waits_for_backward(args[1]) and watched.source.parts[0].requires_grad:
+                    return watched.source.parts[0].register_hook(args[1])
                 watched.refuse_to_be_watched()
             with without_torch_function():
                 return func(watched, *args[1:], **kwargs)

@@ -35,3 +35,9 @@ def all_reduce_sum(x: torch.Tensor, group_name: Any) -> torch.Tensor:
 def rank_in_group(group_name: Any) -> int:
     """The rank of this process in a group."""
     return distributed_c10d._resolve_process_group(group_name).rank()
+
+
+def waits_for_backward(hook: Any) -> bool:
+    """Whether a hook of a tensor is FSDP2's, which waits for the backward to begin and reads no gradient."""
+    kind = type(getattr(hook, "__self__", None))
+    return kind.__name__ == "FSDPState" and kind.__module__.startswith("torch.distributed.fsdp")
