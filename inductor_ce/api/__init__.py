@@ -7,6 +7,7 @@ Out:  rewritten graphs, counters, log lines, reports.
     install       for every torch.compile with Inductor; `backend`, for one
     deferral      round compile_fx: tells what is fused (telling), and lets returned logits be lazy_logits,
                   made of a lazy_source, with lazy_functions and lazy_trees, and as lazy_inputs of others
+    defer         linear layers whose logits are lazy, for losses that are compiled alone
     explain       what is fused, what is not, and why: a `report`
     counts        what a process has counted
     functional    the same losses by hand; `arguments`, what they refuse; `loss_formula`, what they compute
