@@ -160,7 +160,7 @@ NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no p
 
 def gpu_code(loss: Loss, strategy: str) -> list[Wrapper]:
     """The code of the forward and of the backward, of a head in bfloat16."""
-    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=0.6)
+    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=1.0)  # three pieces
     measure(compiled, inputs(N, v=V, d=D).to(torch.bfloat16))
     assert counts() == {strategy: 1}
     lowering.register()
@@ -190,7 +190,7 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
 def test_rows_of_a_piece_are_aligned(strategy: str) -> None:
     """On a GPU, whose libraries have slower products for rows that are not."""
     given = inputs(N, v=V + 1, d=D).to(torch.bfloat16)
-    compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=0.6)
+    compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=1.0)
     measure(compiled, given)
     lowering.register()
     code = lower_after_passes(graphs.final[0], is_backward=False).code
