@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen, misses, sites, without_codegen
 from inputs import labels, logits
+from pairwise import pairwise
 from reference import Measured, assert_as_fair, measure
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -429,14 +430,14 @@ def test_bad_numbers_raise_under_compile(bad: float) -> None:
 # Compiled
 
 
+COMPILED = pairwise(["plain", "all"], ["indices", "probabilities"], ["inductor", "inductor_ce"])
+
+
 @pytest.mark.parametrize("backend", ["inductor", "inductor_ce"])
 def test_compiled_equals_float64(backend: str) -> None:
-    """Four losses in one graph, each of its own logits."""
-    cases = [
-        (target, made(OPTIONS[name]))
-        for name in ("plain", "all")
-        for target in (labels(N, classes=V), probabilities())
-    ]
+    """In one graph, each of its own logits. Nothing falls back on the operators, nor without `install`."""
+    targets = {"indices": labels(N, classes=V), "probabilities": probabilities()}
+    cases = [(targets[kind], made(OPTIONS[name])) for name, kind, by in COMPILED if by == backend]
     zs = [logits(N, V, dtype=torch.bfloat16).requires_grad_() for _ in cases]
 
     @functools.partial(torch.compile, backend=backend, fullgraph=True)
@@ -446,14 +447,11 @@ def test_compiled_equals_float64(backend: str) -> None:
     def one_of_them(z: Tensor, target: Tensor, *, i: int, **options: Any) -> Tensor:
         return losses(*zs[:i], z, *zs[i + 1 :])[i]
 
-    for i, (target, options) in enumerate(cases):
-        check(zs[i], target, functools.partial(one_of_them, i=i), **options)
+    def check_each() -> None:
+        for i, (target, options) in enumerate(cases):
+            check(zs[i], target, functools.partial(one_of_them, i=i), **options)
 
-
-def test_lowered_without_install() -> None:
-    """Code compiled by plain Inductor does not fall back on the operator's definition."""
-    z, y = logits(N, V).requires_grad_(), labels(N, classes=V)
-    _, sources = run_and_get_code(lambda: torch.compile(cross_entropy, fullgraph=True)(z, y).backward())
+    _, sources = run_and_get_code(check_each)
     assert len(sources) == 2
     assert not any("inductor_ce.row_" in source for source in sources)
 
