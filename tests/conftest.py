@@ -9,6 +9,7 @@ import pytest
 import ranks
 import torch
 from harness import clean_slate
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from inductor_ce.heads import plan
 
@@ -18,9 +19,12 @@ torch._logging._internal.trace_log = logging.Logger("torch.__trace")
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
-    """Code is compiled once for all workers of a run, in a folder that goes with it: a run that was killed
-    leaves half a library, which would fail the next one."""
-    if not hasattr(config, "workerinput") and "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    """Code is compiled once for all workers of a run, in a folder that goes with it unless the environment
+    names one: a run that was killed leaves half a library, which would fail the next one.
+
+    Importing Inductor has put its usual folder into the environment.
+    """
+    if not hasattr(config, "workerinput") and cache_dir() == default_cache_dir():
         folder = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
         config.add_cleanup(folder.cleanup)

@@ -111,21 +111,21 @@ def most_at_once(code: str, piece: int) -> int:
     return most
 
 
-@pytest.mark.parametrize(("name", "strategy"), [("soft-cap", "token_chunks"), ("soft-cap", "vocab_slabs")])
-def test_generated_code(name: str, strategy: str) -> None:
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_generated_code(strategy: str) -> None:
     """It is right, and has the logits of one piece and their gradient, at most beside memory for the next.
 
     Also for slabs with a chain, of whose logits torch's loops read too early if they are written in place.
+    There is a first piece, one between, and a last.
     """
-    case, given = CASES[name], inputs(N, v=V, d=D)
-    budget = 0.26 * (2 if name == "soft-cap" else 1)
-    inductor_ce.install(min_vocab=2, strategy=strategy, memory_budget=budget)
+    case, given, piece = CASES["soft-cap"], inputs(N, v=V, d=D), N // 3 * V
+    inductor_ce.install(min_vocab=2, strategy=strategy, memory_budget=0.8)
     ours, codes = run_and_get_code(lambda: measure(torch.compile(case.loss), given))
     assert counts() == {strategy: 1}
     assert_all_fair(ours, measure(case.loss, given), exactly(case, given))
     assert len(codes) == 2
-    assert max(size for code in codes for size in sizes(code).values()) <= PIECE[strategy]
-    assert max(most_at_once(code, PIECE[strategy]) for code in codes) <= 3
+    assert max(size for code in codes for size in sizes(code).values()) <= piece
+    assert max(most_at_once(code, piece) for code in codes) <= 3
 
 
 # Code for a GPU
@@ -160,7 +160,7 @@ NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no p
 
 def gpu_code(loss: Loss, strategy: str) -> list[Wrapper]:
     """The code of the forward and of the backward, of a head in bfloat16."""
-    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=0.6)
+    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=1.0)  # three pieces
     measure(compiled, inputs(N, v=V, d=D).to(torch.bfloat16))
     assert counts() == {strategy: 1}
     lowering.register()
@@ -190,7 +190,7 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
 def test_rows_of_a_piece_are_aligned(strategy: str) -> None:
     """On a GPU, whose libraries have slower products for rows that are not."""
     given = inputs(N, v=V + 1, d=D).to(torch.bfloat16)
-    compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=0.6)
+    compiled, graphs = compile_without_codegen(CASES["plain"].loss, strategy=strategy, memory_budget=1.0)
     measure(compiled, given)
     lowering.register()
     code = lower_after_passes(graphs.final[0], is_backward=False).code

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import kernel_reference as reference
 import pytest
 import torch
 from gpu_codegen import generate
 from interpreter import triton_ir
+from pairwise import pairwise
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -24,11 +25,8 @@ EVERY = reference.every_row(2, 2)
 
 
 @pytest.fixture(autouse=True)
-def registered() -> Iterator[None]:
+def registered() -> None:
     lowering.register()
-    torch._dynamo.reset()
-    with torch._inductor.config.patch(force_disable_caches=True):
-        yield
 
 
 def loss(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
@@ -38,47 +36,45 @@ def loss(z: Tensor, y: Tensor, weight: Tensor) -> Tensor:
 # On the CPU: Inductor's own loops
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+Arguments = tuple[Tensor, ...]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}
+
+
+def gradient(value: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
+    return value, torch.autograd.grad(value, arguments[0], retain_graph=True)[0]
+
+
+def exactly(f: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Tensor]:
+    z, y, *others = arguments
+    zd = z.detach().double().requires_grad_()
+    return gradient(f(zd, y, *(a.double() for a in others)), (zd,))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
 def test_loss_and_gradient(dtype: torch.dtype) -> None:
-    n, v = 7, 37
-    z = (3 * torch.randn(n, v)).to(dtype).requires_grad_()
-    y, weight = reference.random_labels(n, v, torch.int32), torch.rand(n)
-    actual = torch.compile(loss)(z, y, weight)
-    (dz,) = torch.autograd.grad(actual, z)
-    zd = z.detach().double().requires_grad_()
-    expected = reference.loss_reference(zd, y, weight)
-    (dzd,) = torch.autograd.grad(expected, zd)
-    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
-    torch.testing.assert_close(actual.double(), expected, rtol=min(tolerance, 1e-5), atol=0)
-    torch.testing.assert_close(dz.double(), dzd, rtol=tolerance, atol=tolerance * dzd.abs().max().item())
+    """Of some rows and of every row, in one graph; nothing falls back on the operators."""
 
+    def given(v: int, *others: Tensor) -> Arguments:
+        z = (3 * torch.randn(7, v)).to(dtype).requires_grad_()
+        return z, reference.random_labels(7, v, torch.int32), torch.rand(7), *others
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_loss_of_every_row_and_gradient(dtype: torch.dtype) -> None:
-    n, v = 7, 130
-    z = (3 * torch.randn(n, v)).to(dtype).requires_grad_()
-    y, weight = reference.random_labels(n, v, torch.int32), torch.rand(n)
-    q, cost = reference.random_weights(n, v)
-    actual = torch.compile(reference.loss_of_every_row)(z, y, weight, q, cost)
-    (dz,) = torch.autograd.grad(actual, z)
-    zd = z.detach().double().requires_grad_()
-    expected = reference.loss_of_every_row_reference(zd, y, weight, q.double(), cost.double())
-    (dzd,) = torch.autograd.grad(expected, zd)
-    tolerance = {torch.bfloat16: 1e-2, torch.float16: 1e-3, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
-    torch.testing.assert_close(actual.double(), expected, rtol=min(tolerance, 1e-5), atol=0)
-    torch.testing.assert_close(dz.double(), dzd, rtol=tolerance, atol=tolerance * dzd.abs().max().item())
+    def both(few: Arguments, many: Arguments) -> tuple[Tensor, Tensor]:
+        return loss(*few), reference.loss_of_every_row(*many)
 
+    few, many = given(37), given(130, *reference.random_weights(7, 130))
 
-def test_no_fallback() -> None:
-    z, y, weight = torch.randn(5, 33, requires_grad=True), reference.random_labels(5, 33), torch.rand(5)
+    def step() -> list[tuple[Tensor, Tensor]]:
+        return list(map(gradient, torch.compile(both)(few, many), (few, many)))
 
-    def step() -> None:
-        every = torch.compile(reference.loss_of_every_row)(z, y, weight, *reference.random_weights(5, 33))
-        (torch.compile(loss)(z, y, weight) + every).backward()
-
-    _, codes = run_and_get_code(step)
-    assert len(codes) == 4
+    actual, codes = run_and_get_code(step)
+    assert len(codes) == 2
     assert not any("torch.ops.inductor_ce" in code for code in codes)
+    references = reference.loss_reference, reference.loss_of_every_row_reference
+    expected = list(map(exactly, references, (few, many)))
+    rtol = TOLERANCE[dtype]
+    for (value, dz), (exact_value, exact_dz) in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value.double(), exact_value, rtol=min(rtol, 1e-5), atol=0)
+        torch.testing.assert_close(dz.double(), exact_dz, rtol=rtol, atol=rtol * exact_dz.abs().max().item())
 
 
 def test_row_count_is_dynamic() -> None:
@@ -104,49 +100,64 @@ WEIGHTS: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights_of_any_kind(kind: str) -> None:
-    z, y, q = torch.randn(6, 11), reference.random_labels(6, 11), [WEIGHTS[kind](), torch.rand(11)]
-    m, c = z.amax(1), torch.randn(13, 6)
+def test_weights_of_any_kind() -> None:
+    which = reference.rows(1, *reference.weighted(1))
+    z, y = torch.randn(6, 11), reference.random_labels(6, 11)
+    m, c = z.amax(1), torch.randn(6, 6)
+    weights = {kind: make() for kind, make in WEIGHTS.items()}
 
     @torch.compile
-    def both(z: Tensor, y: Tensor, m: Tensor, c: Tensor, *q: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.row_stats(z, [y, y], [*q], EVERY), ops.row_grad(z, [y, y], [*q], m, c, EVERY)
+    def of_each_kind(weights: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        return {
+            kind: (ops.row_stats(z, [y], [q], which), ops.row_grad(z, [y], [q], m, c, which))
+            for kind, q in weights.items()
+        }
 
-    stats, dz = both(z, y, m, c, *q)
-    torch.testing.assert_close(stats, reference.stats(z, [y, y], q, EVERY).float())
-    torch.testing.assert_close(dz, reference.grad(z, [y, y], q, m, c, EVERY).float())
+    for kind, (stats, dz) in of_each_kind(weights).items():
+        q = [weights[kind]]
+        torch.testing.assert_close(stats, reference.stats(z, [y], q, which).float(), msg=in_case(kind))
+        torch.testing.assert_close(dz, reference.grad(z, [y], q, m, c, which).float(), msg=in_case(kind))
 
 
-@pytest.mark.parametrize("strided", ["transposed", "expanded"])
-def test_coefficients_of_any_strides(strided: str) -> None:
+def in_case(name: object) -> Callable[[str], str]:
+    return lambda told: f"{name}: {told}"
+
+
+def test_coefficients_of_any_strides() -> None:
     n, v = 6, 11
     z, y = torch.randn(n, v), reference.random_labels(n, v)
     m = z.amax(1)
-    coefficients = torch.rand(n, 5).t() if strided == "transposed" else torch.rand(5, 1).expand(5, n)
-    compiled = torch.compile(lambda *args: ops.row_grad(args[0], [y, y.flip(0)], [], *args[1:], WHICH))
-    expected = reference.grad(z, [y, y.flip(0)], [], m, coefficients, WHICH)
-    torch.testing.assert_close(compiled(z, m, coefficients), expected.float())
+    strided = {"transposed": torch.rand(n, 5).t(), "expanded": torch.rand(5, 1).expand(5, n)}
+    compiled = torch.compile(lambda *cs: [ops.row_grad(z, [y, y.flip(0)], [], m, c, WHICH) for c in cs])
+    for (name, c), dz in zip(strided.items(), compiled(*strided.values()), strict=True):
+        expected = reference.grad(z, [y, y.flip(0)], [], m, c, WHICH)
+        torch.testing.assert_close(dz, expected.float(), msg=in_case(name))
 
 
-@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
-def test_not_finite(value: float) -> None:
-    z, y = torch.randn(4, 9), reference.random_labels(4, 9)
-    z[1, 3], z[2] = value, value
-    q = [torch.randn(4, 9), torch.rand(9)]
+def test_not_finite() -> None:
+    y, q = reference.random_labels(4, 9), [torch.randn(4, 9), torch.rand(9)]
     compiled = torch.compile(lambda z, y, *q: ops.row_stats(z, [y, y], [*q], EVERY))
-    torch.testing.assert_close(compiled(z, y, *q), ops.row_stats(z, [y, y], q, EVERY), equal_nan=True)
+    for value in (-torch.inf, torch.inf, torch.nan):
+        z = torch.randn(4, 9)
+        z[1, 3], z[2] = value, value
+        expected = ops.row_stats(z, [y, y], q, EVERY)
+        torch.testing.assert_close(compiled(z, y, *q), expected, equal_nan=True, msg=in_case(value))
 
 
-@pytest.mark.parametrize("v", [4, 67])
-def test_argmax_is_the_first_of_the_largest(v: int) -> None:
+def test_argmax_is_the_first_of_the_largest() -> None:
     """Among ties; and NaN is the largest, in the vectors of a loop as in its tail."""
-    z = torch.randn(5, v).clamp(max=1)
-    z[0, [1, v - 1]], z[1] = 3, 0
-    z[2, [2, v - 1]], z[3], z[4, v - 1] = torch.nan, -torch.inf, torch.inf
-    z[2, 0] = torch.inf
-    actual = torch.compile(lambda z: ops.row_stats(z, [], [], "max,sumexp,argmax"))(z)[2]
-    assert actual.tolist() == [1, 0, 2, 0, v - 1]
+
+    def given(v: int) -> Tensor:
+        z = torch.randn(5, v).clamp(max=1)
+        z[0, [1, v - 1]], z[1] = 3, 0
+        z[2, [2, v - 1]], z[3], z[4, v - 1] = torch.nan, -torch.inf, torch.inf
+        z[2, 0] = torch.inf
+        return z
+
+    sizes = (4, 67)
+    compiled = torch.compile(lambda *zs: [ops.row_stats(z, [], [], "max,sumexp,argmax")[2] for z in zs])
+    for v, actual in zip(sizes, compiled(*map(given, sizes)), strict=True):
+        assert actual.tolist() == [1, 0, 2, 0, v - 1]
 
 
 def test_gradient_of_a_logit_of_minus_infinity() -> None:
@@ -173,31 +184,15 @@ def gpu_arguments(v: int = V, dtype: torch.dtype = torch.bfloat16) -> tuple[Tens
     )
 
 
-@pytest.mark.parametrize("chain", reference.CHAINS)
-def test_chain_is_absorbed(chain: Callable[[Tensor, Tensor], Tensor]) -> None:
-    bias = torch.empty(V, device="meta")
-    forward, backward = generate(
-        lambda x, y, weight, bias: reference.loss(chain(x, bias), y, weight),
-        *gpu_arguments(),
-        bias,
-        prepare_joint=reference.recompute_chain,
-    )
-    for wrapper in (forward, backward):
-        assert sum(name.startswith("triton_tem") for name in wrapper.launches) == 1
-        assert "extern_kernels" not in "\n".join(wrapper.kernels)
-    assert (N, V) not in forward.allocations
-    assert backward.allocations.count((N, V)) == 1
-
-
-@pytest.mark.parametrize("v", [V, 32768])
-@pytest.mark.parametrize("chain", reference.CHAINS)
-def test_chain_is_absorbed_with_every_row(chain: Callable[[Tensor, Tensor], Tensor], v: int) -> None:
+@pytest.mark.parametrize(("chain", "every", "v"), pairwise(reference.CHAINS, [False, True], [V, 32768]))
+def test_chain_is_absorbed(chain: Callable[[Tensor, Tensor], Tensor], every: bool, v: int) -> None:
     """At a multiple of the tile too. No weight is copied, not even one of columns to [N, V]."""
+    loss_of = reference.loss_of_every_row if every else reference.loss
     forward, backward = generate(
-        lambda x, y, weight, bias, *weights: reference.loss_of_every_row(chain(x, bias), y, weight, *weights),
+        lambda x, y, weight, bias, *weights: loss_of(chain(x, bias), y, weight, *weights),
         *gpu_arguments(v),
         torch.empty(v, device="meta"),
-        *gpu_weights(v),
+        *(gpu_weights(v) if every else ()),
         prepare_joint=reference.recompute_chain,
     )
     for wrapper in (forward, backward):

@@ -6,8 +6,9 @@ with any chain that was fused into it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import kernel_reference as reference
 import pytest
@@ -50,23 +51,63 @@ def logits(v: int, dtype: torch.dtype = torch.float32) -> Tensor:
 Chain = Callable[[Tensor], Tensor]
 
 
+def no_chain(z: Tensor) -> Tensor:
+    return z
+
+
+class Like(NamedTuple):
+    """All of a tensor that its kernels are made for."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensors: list[Tensor]) -> tuple[Like, ...]:
+        return tuple(cls(t.shape, t.stride(), t.dtype) for t in tensors)
+
+    def meta(self) -> Tensor:
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+
+
+@functools.cache
+def stats_kernel(
+    inputs: tuple[Like, ...], n_labels: int, which: str, configuration: int, chain: Chain
+) -> Wrapper:
+    """The code of row_stats, made once for all tests of the same rows, sizes, dtypes and chain."""
+
+    def f(z: Tensor, *rest: Tensor) -> Tensor:
+        return ops.row_stats(chain(z), list(rest[:n_labels]), list(rest[n_labels:]), which)
+
+    (wrapper,) = generate(f, *(like.meta() for like in inputs), configuration=configuration)
+    return wrapper
+
+
+@functools.cache
+def grad_kernel(
+    inputs: tuple[Like, ...], n_labels: int, which: str, configuration: int, chain: Chain
+) -> Wrapper:
+    """The same of row_grad."""
+
+    def f(z: Tensor, m: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
+        return ops.row_grad(chain(z), list(rest[:n_labels]), list(rest[n_labels:]), m, c, which)
+
+    (wrapper,) = generate(f, *(like.meta() for like in inputs), configuration=configuration)
+    return wrapper
+
+
 def run_stats(
     z: Tensor,
     labels: list[Tensor],
     weights: list[Tensor],
     which: str,
     configuration: int = 0,
-    chain: Chain = lambda z: z,
+    chain: Chain = no_chain,
 ) -> Tensor:
-    (wrapper,) = generate(
-        lambda z, *rest: ops.row_stats(chain(z), list(rest[: len(labels)]), list(rest[len(labels) :]), which),
-        z,
-        *labels,
-        *weights,
-        configuration=configuration,
-    )
+    inputs = [z, *labels, *weights]
+    wrapper = stats_kernel(Like.of(inputs), len(labels), which, configuration, chain)
     out = torch.full((which.count(",") + 1, N), torch.nan, dtype=ops.stats_dtype(z))
-    interpret(wrapper, [z, *labels, *weights], out)
+    interpret(wrapper, inputs, out)
     return out
 
 
@@ -78,14 +119,10 @@ def run_grad(
     coefficients: Tensor,
     which: str,
     configuration: int = 0,
-    chain: Chain = lambda z: z,
+    chain: Chain = no_chain,
 ) -> Tensor:
-    def f(z: Tensor, m: Tensor, c: Tensor, *rest: Tensor) -> Tensor:
-        ys, qs = rest[: len(labels)], rest[len(labels) :]
-        return ops.row_grad(chain(z), list(ys), list(qs), m, c, which)
-
     inputs = [z, m, coefficients, *labels, *weights]
-    (wrapper,) = generate(f, *inputs, configuration=configuration)
+    wrapper = grad_kernel(Like.of(inputs), len(labels), which, configuration, chain)
     out = torch.full(z.shape, torch.nan, dtype=z.dtype)
     interpret(wrapper, inputs, out)
     return out
