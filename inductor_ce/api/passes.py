@@ -30,6 +30,7 @@ from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.legal import judge
+from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from .report import Report, form_of_loss, miss_line, site_line
@@ -112,6 +113,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         report.sites = [
             replace(s, head=h) for s, h in zip(report.sites, heads or [""] * len(fused), strict=True)
         ]
+        attempt("a padded vocabulary hides the linear layer", unpad, graph)
     return report
 
 

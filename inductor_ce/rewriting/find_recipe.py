@@ -232,7 +232,7 @@ def _rearranged(search: _Search, node: Node, source: Node) -> Node:
         raise NoRecipe("the hidden size is symbolic")
     arguments = tuple(node.args[1:])
     if _called(node) in _SIZED:
-        arguments = _with_width(arguments, search.classes, width)
+        arguments = with_width(arguments, search.classes, width)
     moved = search.build(node.target, hidden, *arguments, **node.kwargs)
     example = example_of(moved)
     if not same_shape(example.shape[:-1], after[:-1]) or not equal(example.shape[-1], width):
@@ -243,15 +243,20 @@ def _rearranged(search: _Search, node: Node, source: Node) -> Node:
     return moved
 
 
-def _with_width(sizes: tuple[Any, ...], classes: int, width: Any) -> tuple[Any, ...]:
+def with_width(sizes: tuple[Any, ...], classes: int, width: Any) -> tuple[Any, ...]:
     """The sizes of logits as those of hidden states: V, which comes last, is D."""
     *first, last = sizes
     if isinstance(last, (tuple, list)):
-        last = _with_width(tuple(last), classes, width)
+        last = with_width(tuple(last), classes, width)
     else:
         size = last.meta.get("example_value") if isinstance(last, Node) else last
         last = width if size == classes else last
     return (*first, last)
+
+
+def is_sized_view(node: Node) -> bool:
+    """Whether a node is a view whose sizes are given, or a flattening."""
+    return _called(node) in _SIZED or _called(node) == "flatten"
 
 
 def _is_elementwise(step: Step) -> bool:

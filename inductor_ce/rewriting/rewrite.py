@@ -38,13 +38,13 @@ def rewrite(graph: Graph, reading: Reading, group: Group, site: int, verify: boo
         results = _beside_originals(graph, reading, group, stats, results, key)
     for node, result in results:
         # Nodes of other groups were given what may stand at their places.
-        _want_gradients_as(node, result)
+        want_gradients_as(node, result)
         node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
         reading.results[node] = result, group.place
     return stats.rows.encode()
 
 
-def _want_gradients_as(node: Node, result: Node) -> None:
+def want_gradients_as(node: Node, result: Node) -> None:
     """Let the example of a result require a gradient where that of the node in whose place it stands does.
 
     A region that is used more than once says by the examples of its outputs which of them have gradients.

@@ -1,0 +1,227 @@
+"""Padded vocabularies: columns that are cut off logits, or filled with -inf, behind the linear layer.
+
+    linear(h, W)[..., :V]              = linear(h, W[:V])
+    z = linear(h, W); z[..., V:] = -inf = linear(h, W).masked_fill(arange(V') >= V, -inf)
+
+The left sides hide the linear layer from the heads, the right sides are a head with fewer classes, and a
+chain of one step. The gradient of the rows of W that are cut off is 0, exactly. Only logits of which
+statistics are taken are looked at, and only where nothing else has those that are cut off.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.graphs import is_plain_tensor
+from ..graph.builder import Builder
+from ..graph.shapes import constant, equal, example_of, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from ..reading import spellings
+from ..reading.steps import View
+from .find_recipe import is_sized_view, with_width
+from .linear_layers import LinearLayer, linear_layer
+from .rewrite import want_gradients_as
+
+
+def unpad(graph: Graph) -> None:
+    """Move what pads the logits of `row_stats` to where heads are found with it."""
+    for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        node = stats.args[0]
+        while isinstance(node, Node):
+            if _is_cut(graph, node) or _is_filled(graph, node):
+                break
+            node = _wide_source(node)
+
+
+def _wide_source(node: Node) -> Node | None:
+    """The one source with rows of as many classes."""
+    wide = [a for a in node.all_input_nodes if _classes(a) and _classes(a) == _classes(node)]
+    return wide[0] if len(wide) == 1 else None
+
+
+def _classes(node: Node) -> int | None:
+    example = tensor_of(node)
+    return constant(example.shape[-1]) if example is not None and example.dim() > 1 else None
+
+
+def _layer(node: Node) -> LinearLayer | None:
+    layer = linear_layer(node, spellings.read(node))
+    return layer if layer is not None and is_plain_tensor(example_of(node)) else None
+
+
+# Columns that are cut off
+
+
+def _is_cut(graph: Graph, node: Node) -> bool:
+    """Whether a node cuts columns off a linear layer's result; then the weight is cut instead."""
+    kept = _columns_kept(node)
+    if kept is None:
+        return False
+    between: list[Node] = []
+    source: Any = node.args[0]
+    while (layer := _layer(source)) is None:
+        if not _is_copy(source) or not isinstance(source.args[0], Node):
+            return False
+        between.append(source)
+        source = source.args[0]
+    timeline = Timeline(graph)
+    for each in (source, *between):
+        if len(each.users) > 1 or not timeline.unchanged(each, each, len(timeline.nodes)):
+            return False
+    if not timeline.unchanged(node, node, len(timeline.nodes)):
+        return False
+    padded = _classes(source)
+    build = Builder(graph, source, like=source)
+    try:
+        made = _layer_of(build, layer, kept)
+        behind = Builder(graph, node, like=node)
+        try:
+            result = _repeated(behind, made, between, node, padded)
+        except Exception:
+            behind.undo()
+            raise
+    except Exception:
+        build.undo()
+        raise
+    want_gradients_as(node, result)
+    node.replace_all_uses_with(result)
+    for each in (node, *between, source):
+        graph.erase_node(each)
+    return True
+
+
+def _is_copy(node: Node) -> bool:
+    """Whether a node has all elements of its source: a cast, or a view that leaves the classes last."""
+    spelled = spellings.read(node)
+    if spelled is None or len(node.all_input_nodes) != 1:
+        return False
+    source = node.all_input_nodes[0]
+    same_classes = _classes(node) is not None and _classes(node) == _classes(source)
+    return same_classes and (spelled[0].view is View.SAME or is_sized_view(node))
+
+
+def _layer_of(build: Builder, layer: LinearLayer, kept: slice) -> Node:
+    """The linear layer, for the classes that are kept."""
+    hidden, *others = layer.args
+    if layer.target is torch.nn.functional.linear:
+        weight, bias = others
+        return build(layer.target, hidden, _cut(build, weight, kept), _cut(build, bias, kept))
+    if layer.target is torch.addmm:
+        bias, hidden, columns = layer.args
+        return build(layer.target, _cut(build, bias, kept), hidden, _cut(build, columns, (slice(None), kept)))
+    return build(layer.target, hidden, _cut(build, others[0], (slice(None), kept)))
+
+
+def _cut(build: Builder, operand: Any, index: Any) -> Any:
+    return operand if operand is None else build(operator.getitem, operand, index)
+
+
+def _repeated(build: Builder, made: Node, between: list[Node], cut: Node, padded: int | None) -> Node:
+    """What was done between the linear layer and the cut, and the cut of rows, if it is one too."""
+    assert padded is not None
+    kept = _classes(cut)
+    for node in reversed(between):
+        if is_sized_view(node):
+            sizes = with_width(tuple(node.args[1:]), padded, kept)
+            made = build(node.target, made, *sizes, **node.kwargs)
+        else:
+            made = build.again(node, dict.fromkeys(node.all_input_nodes, made))
+    if all(equal(a, b) for a, b in zip(shape_of(made), shape_of(cut), strict=True)):
+        return made
+    *rows, _ = _items(cut)
+    return build(operator.getitem, made, (*rows, slice(None)))
+
+
+def _columns_kept(node: Node) -> slice | None:
+    """The columns that a slice of logits keeps, where it drops some; of the rows it may drop any."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or tensor_of(node) is None:
+        return None
+    before, after = _classes(source), _classes(node)
+    items = _items(node)
+    if before is None or after is None or before <= after or not items:
+        return None
+    last = items[-1]
+    whole = all(x is None or isinstance(x, int) for x in (last.start, last.stop, last.step))
+    if not whole or last.step not in (None, 1):
+        return None
+    start, stop, _ = last.indices(before)
+    return slice(start, stop) if stop - start == after else None
+
+
+def _items(node: Node) -> list[slice]:
+    """A slice for each dimension of what x[...] or x.narrow(...) cuts; empty for anything else."""
+    source = node.args[0]
+    assert isinstance(source, Node)
+    rank = len(shape_of(source))
+    if getattr(node.target, "__name__", node.target) == "narrow" and len(node.args) == 4:
+        dim, start, length = node.args[1:]
+        if not all(isinstance(x, int) for x in (dim, start, length)):
+            return []
+        cut = slice(start, start + length if start + length else None)  # type: ignore[operator]
+        return [cut if d == dim % rank else slice(None) for d in range(rank)]  # type: ignore[operator]
+    if node.target is not operator.getitem:
+        return []
+    return _slices(node.args[1], rank)
+
+
+def _slices(index: Any, rank: int) -> list[slice]:
+    items = list(index) if isinstance(index, tuple) else [index]
+    if sum(item is Ellipsis for item in items) > 1 or not all(
+        item is Ellipsis or isinstance(item, slice) for item in items
+    ):
+        return []
+    place = items.index(Ellipsis) if Ellipsis in items else len(items)
+    items = [item for item in items if item is not Ellipsis]
+    return items[:place] + [slice(None)] * (rank - len(items)) + items[place:]
+
+
+# Columns that are filled with -inf
+
+
+def _is_filled(graph: Graph, node: Node) -> bool:
+    """Whether columns of a linear layer's result are filled in place; then they are filled in a copy."""
+    if _layer(node) is None:
+        return False
+    fills = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
+    if len(fills) != 1:
+        return False
+    (fill,) = fills
+    first = _filled_from(node, fill)
+    timeline = Timeline(graph)
+    early = any(timeline.position[user] < timeline.position[fill] for user in node.users)
+    unchanged = timeline.unchanged(node, fill, len(timeline.nodes))
+    if first is None or early or not unchanged or fill.users:
+        return False
+    build = Builder(graph, fill, like=node)
+    try:
+        place = build(torch.arange, _classes(node), device=example_of(node).device)
+        result = build("masked_fill", node, build(operator.ge, place, first), -math.inf)
+    except Exception:
+        build.undo()
+        raise
+    want_gradients_as(node, result)
+    graph.erase_node(fill)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    return True
+
+
+def _filled_from(node: Node, fill: Node) -> int | None:
+    """The first of the columns that z[..., V:] = -inf fills, all those behind it too."""
+    _, index, value = fill.args
+    items = _slices(index, len(shape_of(node)))
+    classes = _classes(node)
+    if value != -math.inf or not items or classes is None:
+        return None
+    *rows, last = items
+    ints = all(x is None or isinstance(x, int) for x in (last.start, last.stop))
+    if any(row != slice(None) for row in rows) or not ints or last.step not in (None, 1):
+        return None
+    start, stop, _ = last.indices(classes)
+    return start if stop == classes and 0 < start < stop else None
