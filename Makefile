@@ -49,7 +49,7 @@ demo: $(STAMP)  ## train a small language model with and without inductor_ce; op
 test: export OMP_NUM_THREADS := 1
 test: export TORCHINDUCTOR_COMPILE_THREADS := 1
 test: $(STAMP)  ## run the tests; one of them: make test ARGS="-k name"
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 integrations: export OMP_NUM_THREADS := 1
 integrations: export TORCHINDUCTOR_COMPILE_THREADS := 1

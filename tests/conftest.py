@@ -34,7 +34,34 @@ def pytest_unconfigure():
     ranks.close_groups()
 
 
+# What takes long goes first, so that both workers have something to do until the end.
+LONG = (
+    *(
+        "dtensor_ranks",
+        "templates",
+        "traps",
+        "lowering",
+        "head",
+        "head_memory",
+        "functional_group",
+        "patterns",
+    ),
+    *("regions", "lazy_dtensor", "backend", "head_programs", "functional", "rowlocal", "numerics"),
+    *(
+        "explain",
+        "generated",
+        "confidence",
+        "linear_cross_entropy",
+        "lazy_inputs",
+        "dtensor_product",
+        "head_traps",
+    ),
+)
+_PLACE = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _PLACE.get(item.path.name, len(LONG)))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a GPU")

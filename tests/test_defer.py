@@ -308,6 +308,8 @@ def test_where_nothing_can_be_lazy(model: Model) -> None:
     assert torch.equal(exported.module()(x), inner(x).made())
     with pytest.raises(RuntimeError, match="dtype"):
         inner(x.double())
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        inner(x[:, 1:])
 
 
 # Graphs that are cut

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_lazily, sites
+from harness import Graphs, compile_lazily, sites, without_codegen
 from lazy_programs import B, D, Model, T, V, batch, ce, gradients, lazies, raw, total
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor import compile_fx as compile_fx_module
 from torch.fx import GraphModule
 
@@ -98,6 +101,29 @@ def test_installed_twice_and_from_threads() -> None:
         assert compile_fx_module.compile_fx is ours
         handle.uninstall()
     assert compile_fx_module.compile_fx is before
+
+
+def test_installed_for_every_thread() -> None:
+    """Inductor's configuration is each thread's own from torch 2.13."""
+
+    def in_a_thread(f: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(f).result()
+
+    def compiled() -> Any:
+        torch._dynamo.reset()
+        counters.clear()
+        h, w, y = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
+        f = lambda: F.cross_entropy(F.linear(h, w), y)  # noqa: E731
+        torch.testing.assert_close(torch.compile(f)(), f())
+        return counters["inductor_ce"]["sites"], len(inductor_ce.explain(f).sites)
+
+    with without_codegen():
+        with inductor_ce.install(min_vocab=2):
+            assert in_a_thread(compiled) == (1, 1)
+            with torch._inductor.config.patch(pre_grad_custom_pass=None):
+                assert compiled()[0] == 0  # who takes the pass out has it out
+        assert in_a_thread(compiled) == (0, 0)  # under 1024 classes, as nothing is installed
 
 
 def test_another_wrapper_on_top() -> None:

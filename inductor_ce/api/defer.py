@@ -23,6 +23,7 @@ from ..common.errors import InputError
 from ..distributed.local_logits import LocalLogits
 from ..rewriting.promises import DEFERS
 from ..rewriting.recipes import Instruction, Of, Recipe
+from .deferral import keep_for_python
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 
@@ -57,6 +58,7 @@ def defer(module: M) -> M:
         )
     if not isinstance(module, Deferring):
         module.__class__ = _deferring(kind)
+    keep_for_python()
     return module
 
 
@@ -138,11 +140,12 @@ def _recipe(parts: list[Tensor]) -> Recipe | None:
     hidden, weight, *_ = parts
     device = hidden.device.type
     autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-    dtype = hidden.dtype
-    if autocast[2] and dtype != torch.float64:
-        dtype = autocast[1]
-    elif any(part.dtype != dtype or part.device != hidden.device for part in parts):
+    dtypes = {part.dtype for part in parts}
+    casts = autocast[2] and torch.float64 not in dtypes
+    alike = len({part.device for part in parts}) == 1 and hidden.shape[-1] == weight.shape[-1]
+    if not alike or (len(dtypes) > 1 and not casts):
         return None  # F.linear has something to say to this
+    dtype = autocast[1] if casts else hidden.dtype
     names = ("the hidden states", "the layer's weight", "the layer's bias")[: len(parts)]
     steps = (Instruction(F.linear, tuple(Of(i) for i in range(len(parts)))),)
     wants = any(part.requires_grad for part in parts)

@@ -84,15 +84,25 @@ def compile_deferring(
     return run
 
 
-def deferring(compile_fx: Callable[..., Any]) -> Callable[..., Any]:
-    """`compile_fx` for graphs that Dynamo captured under an installation, and as it was for any other."""
+def deferring(
+    compile_fx: Callable[..., Any], missing: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Callable[..., Any]:
+    """`compile_fx` for graphs that Dynamo captured under an installation, and as it was for any other.
+
+    Args:
+        compile_fx: Inductor's.
+        missing: what the configuration of this thread lacks, under patches of it, of what is installed.
+    """
 
     @functools.wraps(compile_fx)
     def compile_with_promises(model_: Any, example_inputs_: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(model_, GraphModule) or not is_captured(model_) or is_told():
+            return compile_fx(model_, example_inputs_, *args, **kwargs)
         patches = kwargs.get("config_patches") or {}
+        if lacking := missing(patches):
+            patches = kwargs["config_patches"] = {**patches, **lacking}
         options = options_in_force(patches)
-        captured = isinstance(model_, GraphModule) and is_captured(model_)
-        if options is None or not captured or is_told():
+        if options is None:
             return compile_fx(model_, example_inputs_, *args, **kwargs)
         again = functools.partial(_with_arguments, compile_fx, args, kwargs)
         return compile_deferring(model_, example_inputs_, again, options, patches)
@@ -146,7 +156,7 @@ def _returning_parts(
     module: GraphModule, promises: Sequence[Promise], copies: bool
 ) -> Callable[..., tuple[Any, ...]]:
     """Let a graph return the parts of what is promised. Returns what its results are put through."""
-    _keep_for_python()
+    keep_for_python()
     output = module.graph.output_node()
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
@@ -170,7 +180,8 @@ def _returning_parts(
 
 
 @functools.cache
-def _keep_for_python() -> None:
+def keep_for_python() -> None:
+    """Let Dynamo compile nothing of lazy logits by itself, where programs use them between graphs."""
     for module in (graphs, lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
         leave_alone(module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -49,9 +50,10 @@ _before: dict[str, Any] = {}
 
 
 def install(**options: Any) -> Installation:
-    """Let every `torch.compile` with Inductor fuse the losses that it finds, in this thread.
+    """Let every `torch.compile` with Inductor fuse the losses that it finds, in every thread of the process.
 
-    It sets Inductor's configuration, of which each thread has its own from torch 2.13.
+    It sets Inductor's configuration. Of that each thread has its own from torch 2.13; what is compiled in
+    others is given the passes when it is compiled.
 
     Installing again puts the new options in force; passes of others that are configured already keep
     running, before ours.
@@ -82,11 +84,29 @@ def uninstall() -> None:
 
 def installed_options() -> Options:
     """The options in force in this thread, the defaults where nothing is installed."""
-    return options_in_force({}) or Options()
+    return options_in_force(_missing({})) or Options()
+
+
+_here = threading.local()  # whether Inductor's configuration of this thread has been set by us
+
+
+def _missing(patches: dict[str, Any]) -> dict[str, Any]:
+    """What the configuration of a thread that installed nothing lacks, under patches of it.
+
+    A thread that did install may have taken our passes out since, and that is respected.
+    """
+    if not _installed or getattr(_here, "is_set", False) or options_in_force(patches) is not None:
+        return {}
+    options = _installed[-1].options
+    return {
+        slot: slot_value((*_foreign(patches.get(slot, getattr(inductor_config, slot))), make_pass(options)))
+        for slot, make_pass in SLOTS.items()
+    }
 
 
 def _apply() -> None:
     """Make Inductor's configuration say what `_installed` says, and no more."""
+    _here.is_set = bool(_installed)
     for slot, make_pass in SLOTS.items():
         value = getattr(inductor_config, slot)
         foreign = _foreign(value)
@@ -109,7 +129,7 @@ def _wrap() -> None:
     """Let torch.compile's own backend return logits lazily."""
     if not _wrapped:
         original = current_compile_fx()
-        _wrapped[:] = [original, deferring(original)]
+        _wrapped[:] = [original, deferring(original, _missing)]
         set_compile_fx(_wrapped[1])
 
 
