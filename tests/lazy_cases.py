@@ -97,3 +97,15 @@ def outcome(f: Callable[..., Any], *args: Any) -> Any:
         return f(*args)
     except Exception as error:
         return type(error)
+
+
+class Scaled(torch.autograd.Function):
+    """A gradient ten times that of the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream * 10

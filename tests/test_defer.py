@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from defer_cases import D, Model, S, V, loss_of
 from harness import compile_lazily, sites
 from head_cases import counts
 from reference import assert_fair
@@ -21,22 +22,8 @@ import inductor_ce
 from inductor_ce.api.lazy_logits import LazyLogits
 from inductor_ce.common.errors import InputError, LazyLogitsError
 
-B, S, D, V = 2, 6, 8, 64
+B = 2
 CHUNKS = {"strategy": "token_chunks", "memory_budget": 0.35}
-
-
-class Model(nn.Module):
-    def __init__(self, bias: bool = False) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(V, D), nn.Linear(D, D)
-        self.output = nn.Linear(D, V, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(torch.tanh(self.body(self.embed(x))))
-
-
-def loss_of(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.flatten(0, 1).float(), y.flatten())
 
 
 def capped(z: Tensor, y: Tensor) -> Tensor:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from defer_cases import Model, S, V, loss_of
 from harness import compile_lazily
 from head_cases import counts
 from ranks import once, spawn
 from reference import assert_fair
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
@@ -22,22 +22,8 @@ import inductor_ce
 from inductor_ce.api.lazy_logits import LazyLogits
 from inductor_ce.common.errors import LazyLogitsError
 
-RANKS, S, D, V = 2, 6, 8, 64
+RANKS = 2
 WAYS = ("kept", "freed", "deferred afterwards", "columns", "columns, gathered")
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.body = nn.Embedding(V, D), nn.Linear(D, D)
-        self.output = nn.Linear(D, V, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.output(torch.tanh(self.body(self.embed(x))))
-
-
-def loss_of(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z.flatten(0, 1).float(), y.flatten())
 
 
 def given() -> tuple[Model, Tensor, Tensor]:

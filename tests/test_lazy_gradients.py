@@ -7,23 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from lazy_cases import Case, V, assert_same
+from lazy_cases import Case, Scaled, V, assert_same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from inductor_ce.common.errors import LazyLogitsError
-
-
-class Scaled(torch.autograd.Function):
-    """A gradient ten times that of the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return upstream * 10
 
 
 class Squared(torch.autograd.Function):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_lazily, sites
-from lazy_cases import Case
+from lazy_cases import Case, Scaled
 from lazy_programs import Model, batch, ce, gradients, lazies, raw, total
 from pairwise import EVERYTHING, pairwise
 from torch import Tensor
@@ -32,16 +31,6 @@ def test_into_another_compiled_function() -> None:
         assert not z.is_made
         torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
     assert sites() == 2
-
-
-class Scaled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return upstream * 10
 
 
 def edit(z: Tensor) -> Tensor:

@@ -8,14 +8,13 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..common.compat.inductor import compile_fx, inductor_config, list_mode_options, list_options
+from ..common.compat.inductor import compile_fx, list_mode_options, list_options
 from ..common.compat.versions import check_torch
 from ..common.errors import OptionError
 from ..common.options import DROP_LOGITS, make_options, option_names
 from ..ops import lowering
 from .deferral import compile_deferring
-from .install import SLOTS, _foreign
-from .pass_slots import slot_value
+from .install import with_passes
 
 
 def inductor_ce_backend(
@@ -42,9 +41,7 @@ def inductor_ce_backend(
     ours, patches = _split(options or {})
     options_of_ours = make_options(ours)
     patches = {**(list_mode_options(mode) if mode else {}), **patches}
-    for slot, make_pass in SLOTS.items():
-        foreign = _foreign(patches.get(slot, getattr(inductor_config, slot)))
-        patches[slot] = slot_value((*foreign, make_pass(options_of_ours)))
+    patches |= with_passes(patches, options_of_ours)
     compile = functools.partial(compile_fx, config_patches=patches)
     return compile_deferring(gm, example_inputs, compile, options_of_ours, patches)
 

@@ -62,6 +62,8 @@ def _runnable(gm: GraphModule, example_inputs: Sequence[Any], options: Options) 
     """The graph as it is, but what it returns lazily, for graphs behind it to be read as they will be."""
     if len(graphs_within(gm)) > 1:  # bodies of higher-order operators may run by way of AOTAutograd alone
         return aot_eager(gm, list(example_inputs))
+    if not has_products(gm):
+        return gm.forward
     module = captured_copy(gm)
     _, finish = read_and_defer(module, options)
     if finish is None:

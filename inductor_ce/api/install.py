@@ -97,7 +97,11 @@ def _missing(patches: dict[str, Any]) -> dict[str, Any]:
     """
     if not _installed or getattr(_here, "is_set", False) or options_in_force(patches) is not None:
         return {}
-    options = _installed[-1].options
+    return with_passes(patches, _installed[-1].options)
+
+
+def with_passes(patches: dict[str, Any], options: Options) -> dict[str, Any]:
+    """What the slots are to hold under patches of the configuration: our passes behind those of others."""
     return {
         slot: slot_value((*_foreign(patches.get(slot, getattr(inductor_config, slot))), make_pass(options)))
         for slot, make_pass in SLOTS.items()

@@ -243,7 +243,7 @@ def _rearranged(search: _Search, node: Node, source: Node) -> Node:
     return moved
 
 
-def with_width(sizes: tuple[Any, ...], classes: int, width: Any) -> tuple[Any, ...]:
+def with_width(sizes: tuple[Any, ...], classes: int | None, width: Any) -> tuple[Any, ...]:
     """The sizes of logits as those of hidden states: V, which comes last, is D."""
     *first, last = sizes
     if isinstance(last, (tuple, list)):

@@ -34,7 +34,7 @@ def unpad(graph: Graph) -> None:
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         node = stats.args[0]
         while isinstance(node, Node):
-            if _is_cut(graph, node) or _is_filled(graph, node):
+            if _cut_weight(graph, node) or _fill_copy(graph, node):
                 break
             node = _wide_source(node)
 
@@ -58,8 +58,8 @@ def _layer(node: Node) -> LinearLayer | None:
 # Columns that are cut off
 
 
-def _is_cut(graph: Graph, node: Node) -> bool:
-    """Whether a node cuts columns off a linear layer's result; then the weight is cut instead."""
+def _cut_weight(graph: Graph, node: Node) -> bool:
+    """Cut the weight instead where a node cuts a linear layer's columns. Returns whether it did."""
     kept = _columns_kept(node)
     if kept is None:
         return False
@@ -70,30 +70,28 @@ def _is_cut(graph: Graph, node: Node) -> bool:
             return False
         between.append(source)
         source = source.args[0]
-    timeline = Timeline(graph)
-    for each in (source, *between):
-        if len(each.users) > 1 or not timeline.unchanged(each, each, len(timeline.nodes)):
-            return False
-    if not timeline.unchanged(node, node, len(timeline.nodes)):
+    chain = [source, *between]
+    if any(len(each.users) > 1 for each in chain) or not _is_unedited(graph, [*chain, node]):
         return False
-    padded = _classes(source)
-    build = Builder(graph, source, like=source)
+    builds = [Builder(graph, place, like=place) for place in (source, node)]
     try:
-        made = _layer_of(build, layer, kept)
-        behind = Builder(graph, node, like=node)
-        try:
-            result = _repeated(behind, made, between, node, padded)
-        except Exception:
-            behind.undo()
-            raise
+        made = _layer_of(builds[0], layer, kept)
+        result = _repeated(builds[1], made, between, node)
     except Exception:
-        build.undo()
+        for build in reversed(builds):
+            build.undo()
         raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):
         graph.erase_node(each)
     return True
+
+
+def _is_unedited(graph: Graph, nodes: list[Node]) -> bool:
+    """Whether nothing writes to what these nodes make."""
+    timeline = Timeline(graph)
+    return all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
 
 
 def _is_copy(node: Node) -> bool:
@@ -122,13 +120,12 @@ def _cut(build: Builder, operand: Any, index: Any) -> Any:
     return operand if operand is None else build(operator.getitem, operand, index)
 
 
-def _repeated(build: Builder, made: Node, between: list[Node], cut: Node, padded: int | None) -> Node:
+def _repeated(build: Builder, made: Node, between: list[Node], cut: Node) -> Node:
     """What was done between the linear layer and the cut, and the cut of rows, if it is one too."""
-    assert padded is not None
     kept = _classes(cut)
     for node in reversed(between):
         if is_sized_view(node):
-            sizes = with_width(tuple(node.args[1:]), padded, kept)
+            sizes = with_width(tuple(node.args[1:]), _classes(node), kept)
             made = build(node.target, made, *sizes, **node.kwargs)
         else:
             made = build.again(node, dict.fromkeys(node.all_input_nodes, made))
@@ -147,12 +144,17 @@ def _columns_kept(node: Node) -> slice | None:
     items = _items(node)
     if before is None or after is None or before <= after or not items:
         return None
-    last = items[-1]
-    whole = all(x is None or isinstance(x, int) for x in (last.start, last.stop, last.step))
-    if not whole or last.step not in (None, 1):
+    bounds = _bounds(items[-1], before)
+    return slice(*bounds) if bounds is not None and bounds[1] - bounds[0] == after else None
+
+
+def _bounds(columns: slice, classes: int) -> tuple[int, int] | None:
+    """(first, behind the last) of the columns of a slice; None where they are unknown or not side by side."""
+    known = all(x is None or isinstance(x, int) for x in (columns.start, columns.stop))
+    if not known or columns.step not in (None, 1):
         return None
-    start, stop, _ = last.indices(before)
-    return slice(start, stop) if stop - start == after else None
+    start, stop, _ = columns.indices(classes)
+    return start, stop
 
 
 def _items(node: Node) -> list[slice]:
@@ -185,8 +187,8 @@ def _slices(index: Any, rank: int) -> list[slice]:
 # Columns that are filled with -inf
 
 
-def _is_filled(graph: Graph, node: Node) -> bool:
-    """Whether columns of a linear layer's result are filled in place; then they are filled in a copy."""
+def _fill_copy(graph: Graph, node: Node) -> bool:
+    """Fill a copy where columns of a linear layer's result are filled in place. Returns whether it did."""
     if _layer(node) is None:
         return False
     fills = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
@@ -220,8 +222,8 @@ def _filled_from(node: Node, fill: Node) -> int | None:
     if value != -math.inf or not items or classes is None:
         return None
     *rows, last = items
-    ints = all(x is None or isinstance(x, int) for x in (last.start, last.stop))
-    if any(row != slice(None) for row in rows) or not ints or last.step not in (None, 1):
+    bounds = _bounds(last, classes)
+    if any(row != slice(None) for row in rows) or bounds is None:
         return None
-    start, stop, _ = last.indices(classes)
+    start, stop = bounds
     return start if stop == classes and 0 < start < stop else None

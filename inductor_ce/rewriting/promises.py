@@ -118,14 +118,14 @@ def awaited(graph: Graph, twins: dict[Node, Node], min_vocab: int) -> list[Node]
 
 def _is_awaited(node: Node, cut: bool, min_vocab: int) -> bool:
     example = tensor_of(node)
-    if example is None or not example.dim() or not (is_deferred(node) or (cut and example.requires_grad)):
+    if example is None or not example.dim() or not (_is_deferred(node) or (cut and example.requires_grad)):
         return False
     classes = constant(shape_of(node)[-1])
     wide = classes is not None and classes >= min_vocab
     return wide and linear_layer(node, spellings.read(node)) is not None
 
 
-def is_deferred(node: Node) -> bool:
+def _is_deferred(node: Node) -> bool:
     """Whether a node is of a module whose class says that its results are to be lazy."""
     *_, (_, kind) = node.meta.get("nn_module_stack", {"": ("", None)}).values()
     return getattr(kind, DEFERS, False)

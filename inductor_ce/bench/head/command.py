@@ -55,7 +55,7 @@ def shape(text: str) -> Shape:
 
 def main(options: argparse.Namespace) -> int:
     if options.merge:
-        return merged(options)
+        return merge.put_together(options.merge, options.out, show, judge)
     return measured(options) if has_gpu() else 2
 
 
@@ -68,22 +68,15 @@ def measured(options: argparse.Namespace) -> int:
     with fresh_caches():
         for case in run.table(options.shapes, options.activations, {BASELINE, *options.systems}, clock):
             result["cases"].append(case)
-            result["bars"] = bars.bars(result)
+            judge(result)
             record.write(result, path)
     show(result, path)
     return int(any(map(failed, result["cases"])))
 
 
-def merged(options: argparse.Namespace) -> int:
-    """Put records of one machine and version together, and print, draw and keep what that gives."""
-    result = merge.merged(options.merge)
-    if result is None:
-        return 2
+def judge(result: dict[str, Any]) -> None:
+    """Say of a record which bars its cases keep to."""
     result["bars"] = bars.bars(result)
-    path = merge.merged_path(result, options.out)
-    record.write(result, path)
-    show(result, path)
-    return 0
 
 
 def show(result: dict[str, Any], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,20 @@ def add_merge(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def merged(paths: Sequence[Path]) -> dict[str, Any] | None:
-    """One record with the cases of all; None, and why is printed, where machines or versions differ."""
+def put_together(
+    paths: Sequence[Path],
+    folder: Path,
+    show: Callable[[dict[str, Any], Path], None],
+    complete: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> int:
+    """Keep one record with the cases of all, and show it. Returns the status of the command.
+
+    Args:
+        paths: of records of one machine and version.
+        folder: where it is kept.
+        show: is given the record and its path.
+        complete: puts in what the record says of all cases.
+    """
     results = [json.loads(path.read_text()) for path in paths]
     first = results[0]
     for path, result in zip(paths, results, strict=True):
@@ -28,11 +40,12 @@ def merged(paths: Sequence[Path]) -> dict[str, Any] | None:
             ours, theirs = first["environment"][key], result["environment"][key]
             if ours != theirs:
                 print(f"{path} is of another {key}: {theirs}, not {ours}; nothing was merged")
-                return None
+                return 2
     cases = [case for result in results for case in result["cases"]]
-    return {**first, "cases": cases, "merged": [path.name for path in paths]}
-
-
-def merged_path(result: dict[str, Any], folder: Path) -> Path:
-    path = record.json_path(result, folder)
-    return path.with_stem(f"{path.stem}-merged")
+    merged = {**first, "cases": cases, "merged": [path.name for path in paths]}
+    complete(merged)
+    path = record.json_path(merged, folder)
+    path = path.with_stem(f"{path.stem}-merged")
+    record.write(merged, path)
+    show(merged, path)
+    return 0

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> int:
     if options.merge:
-        return merged(options)
+        return merge.put_together(options.merge, options.out, show)
     return measured(options) if has_gpu() else 2
 
 
@@ -49,17 +49,6 @@ def measured(options: argparse.Namespace) -> int:
             record.write(result, path)
     show(result, path)
     return int(any(map(failed, result["cases"])))
-
-
-def merged(options: argparse.Namespace) -> int:
-    """Put records of one machine and version together, and print, draw and keep what that gives."""
-    result = merge.merged(options.merge)
-    if result is None:
-        return 2
-    path = merge.merged_path(result, options.out)
-    record.write(result, path)
-    show(result, path)
-    return 0
 
 
 def show(result: dict[str, Any], path: Path) -> None:
