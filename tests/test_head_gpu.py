@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import head_cases as cases
@@ -120,6 +120,44 @@ def test_autocast(strategy: str) -> None:
     ours = measure(compiled(loss, strategy), given)
     assert counts() == {strategy: 1}
     assert_no_worse(ours, given, Case(loss, case.exact))
+
+
+def biased_in_float32(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h.float(), w.float(), b.float())
+    return F.cross_entropy(*cases.rows(z, y))
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("v", [V, 32003])
+def test_float32_head_of_bfloat16(v: int, strategy: str) -> None:
+    given = on_gpu(v=v)
+    ours = measure(compiled(biased_in_float32, strategy), given)
+    assert counts() == {strategy: 1}
+    assert_no_worse(ours, given, Case(biased_in_float32, CASES["bias"].exact))
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(("n", "v"), [(2048, 32000), (300, 5003), (1, 40), (3, 1)])
+def test_float32_times_bfloat16(n: int, v: int) -> None:
+    """No less exact than the library's product of float32, whichever its precision, of rows and of columns."""
+    dz = torch.randn(n, v, device="cuda") / torch.randn(n, 1, device="cuda").exp()
+    h, w = (torch.randn(k, D, device="cuda").bfloat16() for k in (n, v))
+    for a, b in ((dz, w), (dz.t(), h)):
+        exact = a.double() @ b.double()
+        made = torch.empty(len(a), D, device="cuda")
+        torch.ops.inductor_ce.product_into(made, a, b, 0, False)
+        wrong, accepted = ((x.double() - exact).norm() / exact.norm() for x in (made, a @ b.float()))
+        print(f"product of {tuple(a.shape)}: error {wrong:.3g}, of float32 {accepted:.3g}")
+        assert wrong <= ACCEPTED * accepted + torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

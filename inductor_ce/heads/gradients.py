@@ -55,8 +55,8 @@ class Exit:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
         left, right = args_of(self.node)[:2]
         if self.kind == WEIGHT_T:
-            return self._transposed(self.pieces.matrix(left))
-        return self.pieces.matrix(right)
+            return self._transposed(self.pieces.factor(left))
+        return self.pieces.factor(right)
 
     @property
     def writes_gradient(self) -> bool:

@@ -18,12 +18,12 @@ from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from ..ops.products import LOGITS, PRODUCT_INTO
 from .calls import grad_call, stats_call
-from .find import Head, NoHead, is_pointwise, vocab_axis
+from .factors import has_16_bit_factors, in_16_bits
+from .find import CAST, Head, NoHead, is_pointwise, vocab_axis
 from .plan import piece_size
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
-CAST = prims.convert_element_type.default
 ROWS, COLUMNS = 0, 1
 
 
@@ -49,13 +49,16 @@ class Pieces:
 
     def __init__(self, build: Builder, head: Head, dim: int):
         self.build, self.head, self.dim = build, head, dim
-        self.hidden = self.matrix(head.hidden)
-        self.columns = self.matrix(head.columns)
+        self._has_16_bit_factors = has_16_bit_factors(head)
+        self.hidden = self.factor(head.hidden)
+        self.columns = self.factor(head.columns)
         self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, self.hidden, 0)
         self._whole: dict[tuple[Node, int], Node] = {}
 
-    def matrix(self, node: Node) -> Node:
-        """[1, A, B] as [A, B]."""
+    def factor(self, node: Node) -> Node:
+        """What a product of the head reads, [1, A, B] or [A, B], as [A, B]."""
+        if self._has_16_bit_factors:
+            node = in_16_bits(self.build, node)
         return node if len(shape_of(node)) == 2 else self.build(aten.squeeze.dim, node, 0)
 
     def cut(self, node: Node, piece: Range, dim: int | None = None) -> Node:
@@ -74,7 +77,8 @@ class Pieces:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], head.v):
                 bias = self.cut(bias, piece, 0)
-        return build(LOGITS, hidden, columns, bias, after)
+        own = [example_of(head.product).dtype] if self._has_16_bit_factors else []
+        return build(LOGITS, hidden, columns, bias, after, *own)
 
     def wide(self, z: Node, piece: Range, nodes: Iterable[Node]) -> dict[Node, Node]:
         """The piece of each of `nodes`, which lie before the statistics, of the logits `z`."""

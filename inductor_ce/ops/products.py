@@ -1,6 +1,6 @@
 """The matrix products of a head that is computed piece by piece.
 
-    logits         (a [n, D], b [D, V], bias | None, after)             a b + bias [n, V]
+    logits         (a [n, D], b [D, V], bias | None, after, dtype)      a b + bias [n, V]
     product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
     product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate)
                                                                         the same of dz' b, but for labels
@@ -29,6 +29,12 @@ away again. Those few rows are summed in float32 as well. In norm the error is t
 all rows, whatever the number of chunks; rows without a label are rounded once a chunk. It is no
 approximation: whatever the entries are, none is lost.
 
+NOTE Terms. A head in float32 whose hidden states and weight are bfloat16 numbers has products of those: the
+logits are the float32 product of 16-bit factors, which is exact but for its sums, as that of float32 factors
+is. The gradient of the logits is float32 in truth. It is written as a sum of bfloat16 numbers, three of which
+hold all 24 bits, and each is multiplied by itself. Where products may round their factors to TF32, two hold
+more than that.
+
 NOTE Place. Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32
 of 16-bit factors rounds nothing from piece to piece. What is written in place is read by operators alone,
 until the graph is left: torch 2.13 forgets, when it orders loops anew, that a loop must wait for a write.
@@ -37,7 +43,8 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -50,51 +57,128 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
 
 
 ALIGNED = 8  # elements
+TERMS_BYTES = 128 * 2**20  # of the terms of a gradient that are held at once
 # Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
-def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
-    """a [n, D] times b [D, V], plus `bias`. What is in `after` is not read; it is made before."""
-    z = _empty_logits(a, b)
-    return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+def logits(
+    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
+    ones. What is in `after` is not read; it is made before."""
+    z = _empty_logits(a, b, dtype)
+    if z.dtype == a.dtype:
+        return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+    if bias is not None:
+        z.copy_(bias.expand_as(z))
+    product_into(z, a, b, 0, bias is not None)
+    return z
 
 
-def _empty_logits(a: Tensor, b: Tensor) -> Tensor:
+def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
 
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
     """
     v = b.shape[1]
     step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v
-    return a.new_empty_strided((a.shape[0], v), (step, 1))
+    return a.new_empty_strided((a.shape[0], v), (step, 1), dtype=dtype)
 
 
 @logits.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
-    return _empty_logits(a, b)
+def _(
+    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    return _empty_logits(a, b, dtype)
 
 
 @torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
 def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
 
-    `out` has the dtype of the factors, or is float32 where they are 16-bit.
+    `out` has the dtype of the factors, or is float32 where both or, beside a float32 `a`, b is 16-bit.
     """
     rows = out.narrow(0, start, a.shape[0])
-    if out.dtype != a.dtype and not _has_wide_products(a):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(rows, a, b, out=rows, **wide)
+    if out.dtype == a.dtype == b.dtype:
+        _product(rows, a, b, accumulate)
+    elif not has_wide_products(a.device):
+        _product(rows, a.to(out.dtype), b.to(out.dtype), accumulate)
+    elif a.dtype == b.dtype:
+        _product(rows, a, b, accumulate, out_dtype=out.dtype)
+    elif a.stride(0) == 1:
+        _product_of_columns(rows, a.t(), b, accumulate)
     else:
-        torch.mm(a, b, out=rows, **wide)
+        _product_of_rows(rows, a, b, accumulate)
 
 
-def _has_wide_products(a: Tensor) -> bool:
+def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
+    if accumulate:
+        torch.addmm(out, a, b, out=out, **wide)
+    else:
+        torch.mm(a, b, out=out, **wide)
+
+
+def has_wide_products(device: torch.device) -> bool:
     """Whether the device's library makes float32 products of 16-bit factors."""
-    return a.device.type == "cuda" and torch.version.hip is None
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _product_of_columns(out: Tensor, x: Tensor, b: Tensor, accumulate: bool) -> None:
+    """`out` [K, M] becomes, or gains, x' b of x [n, K] in float32 and b [n, M] in 16 bits."""
+    if not accumulate and not len(x):
+        out.zero_()
+    count = _how_many_terms()
+    repeated = b.repeat(count, 1)
+    for start, terms in _terms_of_blocks(x, count, b.dtype):
+        _product(out.narrow(0, start, terms.shape[1]), terms.t(), repeated, accumulate, out_dtype=out.dtype)
+
+
+def _product_of_rows(out: Tensor, x: Tensor, b: Tensor, accumulate: bool) -> None:
+    """`out` [n, M] becomes, or gains, x b of x [n, K] in float32 and b [K, M] in 16 bits."""
+    count = _how_many_terms()
+    products = x.new_zeros(count * x.shape[0], b.shape[1])
+    for start, terms in _terms_of_blocks(x, count, b.dtype):
+        _product(products, terms, b.narrow(0, start, terms.shape[1]), True, out_dtype=out.dtype)
+    total = products.view(count, *out.shape).sum(0)
+    if accumulate:
+        out.add_(total)
+    else:
+        out.copy_(total)
+
+
+def _how_many_terms() -> int:
+    """As many as hold what a float32 product on a GPU reads of its factors."""
+    return 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 3
+
+
+def _terms_of_blocks(x: Tensor, count: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first column, terms [count * n, columns]) of some columns of x [n, K] after others."""
+    n, k = x.shape
+    if not x.numel():
+        return
+    most = max(TERMS_BYTES // (count * n * dtype.itemsize) // ALIGNED, 1) * ALIGNED
+    most = min(math.ceil(k / math.ceil(k / most) / ALIGNED) * ALIGNED, k)
+    (split,) = _by_device(x, _split)
+    for start in range(0, k, most):
+        block = x.narrow(1, start, min(most, k - start))
+        step = -(-block.shape[1] // ALIGNED) * ALIGNED
+        terms = x.new_empty_strided((count * n, block.shape[1]), (step, 1), dtype=dtype)
+        split(block, terms)
+        yield start, terms
+
+
+def _split(x: Tensor, terms: Tensor) -> None:
+    """`terms` [T * n, K] become 16-bit numbers that add up to x [n, K], the largest first.
+
+    What is infinite, or none, is so in the first of them alone.
+    """
+    rest = x
+    for term in terms.unflatten(0, (-1, len(x))):
+        term.copy_(rest)
+        wide = term.to(x.dtype)
+        rest = torch.where(wide.isfinite(), rest - wide, 0.0)
 
 
 @product_into.register_fake
@@ -263,7 +347,7 @@ def column_sums(dz: Tensor) -> Tensor:
 
     On a GPU as a product, which is as exact and needs no memory. A sum over rows needs much.
     """
-    if dz.itemsize < 4 and _has_wide_products(dz):
+    if dz.itemsize < 4 and has_wide_products(dz.device):
         ones = dz.new_ones((1, dz.shape[0]))
         return torch.mm(ones, dz, out_dtype=torch.float32)[0]
     return dz.sum(0, dtype=stats_dtype(dz))
