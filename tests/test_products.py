@@ -198,17 +198,17 @@ def test_terms_add_up() -> None:
 
 @pytest.fixture
 def wide_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Float32 products of bfloat16 factors, as on a GPU: the shapes of the left factors."""
+    """Float32 products of bfloat16 factors, as on a GPU: the sizes M, K, N of all."""
     shapes = []
 
     def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: torch.dtype) -> None:
         assert a.dtype == b.dtype == torch.bfloat16
-        assert wide == {"out_dtype": torch.float32}
-        shapes.append(tuple(a.shape))
+        assert wide == ({} if out.dtype == a.dtype else {"out_dtype": torch.float32})
+        shapes.append((*a.shape, b.shape[1]))
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
     monkeypatch.setattr(products, "has_wide_products", lambda device: True)
-    monkeypatch.setattr(products, "_product", product)
+    monkeypatch.setattr(products, "_by_library", product)
     return shapes
 
 
@@ -234,8 +234,11 @@ def test_float32_times_bfloat16(
     right = a.double() @ b.double() + (before[1:-1] if accumulate else 0)
     torch.testing.assert_close(out[1:-1].double(), right, rtol=1e-6, atol=1e-5 if terms == 3 else 1e-3)
     assert torch.equal(out[[0, -1]], before[[0, -1]])
-    widths = {"rows": [(terms * n, 16), (terms * n, 14)], "columns": [(16, terms * n), (14, terms * n)]}
-    assert wide_products == widths[of]
+    sizes = {
+        "rows": [(terms * n, 16, d), (terms * n, 14, d)],
+        "columns": [(16, terms * n, d), (14, terms * n, d)],
+    }
+    assert wide_products == sizes[of]
 
 
 def test_no_rows_or_columns_in_terms(wide_products: list[tuple[int, ...]]) -> None:
@@ -246,3 +249,48 @@ def test_no_rows_or_columns_in_terms(wide_products: list[tuple[int, ...]]) -> No
         out = torch.ones(n, D)
         OPS.product_into(out, dz, torch.ones(v, D).bfloat16(), 0, False)
         assert not out.any()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "parts"),
+    [
+        (19, 16, 8, [(16, 16, 8), (3, 16, 8)]),
+        (16, 16, 19, [(16, 16, 16), (16, 16, 3)]),
+        (16, 19, 8, [(16, 16, 8), (16, 3, 8)]),
+        (17, 18, 8, [(16, 16, 8), (16, 2, 8), (1, 16, 8), (1, 2, 8)]),
+        (16, 24, 8, [(16, 24, 8)]),
+        (3, 5, 7, [(3, 5, 7)]),
+    ],
+)
+def test_what_is_beyond_a_multiple_is_apart(
+    m: int,
+    k: int,
+    n: int,
+    parts: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    accumulate: bool,
+    wide_products: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the product, rounded once."""
+    monkeypatch.setattr(products, "_is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    a, b, before = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16(), torch.randn(m, n).to(dtype)
+    out = before.clone()
+    OPS.product_into(out, a, b, 0, accumulate)
+    right = a.double() @ b.double() + (before.double() if accumulate else 0)
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(out.double(), right, rtol=1.01 * rounding, atol=1e-5)
+    assert wide_products == parts
+
+
+def test_biased_logits_of_unaligned_columns(
+    wide_products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    h, w, bias = torch.randn(6, 16).bfloat16(), torch.randn(16, 19).bfloat16(), torch.randn(19).bfloat16()
+    z = OPS.logits(h, w, bias, [])
+    right = h.double() @ w.double() + bias.double()
+    torch.testing.assert_close(z.double(), right, rtol=1.01 * torch.finfo(z.dtype).eps / 2, atol=1e-5)
+    assert wide_products == [(6, 16, 16), (6, 16, 3)]

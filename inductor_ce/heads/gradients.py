@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..common.compat.graphs import IN_MEMORY
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
@@ -64,11 +63,7 @@ class Exit:
         return self._beside is not None
 
     def add(self, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
-        """Take in the gradient of a piece of the logits. Returns what is then made, and the gradient again.
-
-        The products read it from memory, one of them transposed. Inductor would give that one a copy.
-        """
-        dz.meta[IN_MEMORY] = True
+        """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient."""
         if self.kind == BIAS:
             return self._add_bias(dz), dz
         assert self._operand is not None
@@ -201,6 +196,8 @@ def add_piece(exits: list[Exit], made: dict[Node, Node], piece: Range, first: bo
     after = []
     for e in sorted(exits, key=lambda e: e.writes_gradient):
         dz = made[e.source]
-        done, latest[dz] = e.add(latest.get(dz, dz), piece, first)
+        if dz not in latest:
+            latest[dz] = e.pieces.in_memory(dz)
+        done, latest[dz] = e.add(latest[dz], piece, first)
         after.append(done)
     return after

@@ -12,11 +12,11 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import ops
-from ..common.compat.graphs import auto_functionalized
+from ..common.compat.graphs import IN_MEMORY, auto_functionalized
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.products import LOGITS, PRODUCT_INTO
+from ..ops.products import ALIGN_ROWS, ALIGNED, LOGITS, PRODUCT_INTO
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
 from .find import CAST, Head, NoHead, is_pointwise, vocab_axis
@@ -98,6 +98,16 @@ class Pieces:
             elif node not in made:
                 made[node] = self._made(node, made, piece)
         return made
+
+    def in_memory(self, dz: Node) -> Node:
+        """The gradient of a piece, as the products read it: from memory, in rows that are aligned.
+
+        One of the products reads it transposed. Inductor would give that one a copy.
+        """
+        if dz.target != ops.ROW_GRAD and self.head.v % ALIGNED:
+            dz = self.build(ALIGN_ROWS, dz)
+        dz.meta[IN_MEMORY] = True
+        return dz
 
     def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
         return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]

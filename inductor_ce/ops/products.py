@@ -10,6 +10,7 @@
     times          (x [N, M], factor [])                                x times factor, in x's dtype
     times_in_place (x, factor)                                          the same; nothing, if factor is 1
     column_sums    (dz [n, V])                                          [V]
+    align_rows     (dz [n, V])                                          the same, as `logits` has its rows
     once_made      (x, dtype, after)                                    a copy of x in a dtype
 
 A product is what a library makes of it, with float32 sums inside. What is added is order and place.
@@ -35,6 +36,9 @@ is. The gradient of the logits is float32 in truth. It is written as a sum of bf
 hold all 24 bits, and each is multiplied by itself. Where products may round their factors to TF32, two hold
 more than that.
 
+NOTE Sizes. Libraries have their fast kernels for multiples of eight 16-bit numbers alone, in every dimension
+of a product. So what a vocabulary has beyond such a multiple is a product of its own, of a few columns.
+
 NOTE Place. Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32
 of 16-bit factors rounds nothing from piece to piece. What is written in place is read by operators alone,
 until the graph is left: torch 2.13 forgets, when it orders loops anew, that a loop must wait for a write.
@@ -57,7 +61,9 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
 
 
 ALIGNED = 8  # elements
-TERMS_BYTES = 128 * 2**20  # of the terms of a gradient that are held at once
+TERMS_BYTES = 64 * 2**20  # of the terms of a gradient that are held at once
+FEW = 1024  # rows or columns of which a product is fast however unaligned
+MOST_COPIED = 2**24  # elements of a product that are held in float32 on their way to 16 bits
 # Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 
@@ -69,8 +75,8 @@ def logits(
     """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
     ones. What is in `after` is not read; it is made before."""
     z = _empty_logits(a, b, dtype)
-    if z.dtype == a.dtype:
-        return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+    if bias is not None and z.dtype == a.dtype and not _is_slow(b.shape[1], a):
+        return torch.addmm(bias, a, b, out=z)
     if bias is not None:
         z.copy_(bias.expand_as(z))
     product_into(z, a, b, 0, bias is not None)
@@ -82,9 +88,11 @@ def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
 
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
     """
-    v = b.shape[1]
-    step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v
-    return a.new_empty_strided((a.shape[0], v), (step, 1), dtype=dtype)
+    return a.new_empty_strided((a.shape[0], b.shape[1]), aligned_strides(b.shape[1], a.device), dtype=dtype)
+
+
+def aligned_strides(v: int, device: torch.device) -> tuple[int, int]:
+    return -(-v // ALIGNED) * ALIGNED if device.type == "cuda" else v, 1
 
 
 @logits.register_fake
@@ -114,10 +122,46 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
+    """`out` [M, N] becomes, or gains, a [M, K] b [K, N], apart for what is over a multiple of ALIGNED."""
+    (m, k), n = a.shape, b.shape[1]
+    if _is_slow(m, a):
+        for part in _aligned_and_rest(m):
+            _product(out[part], a[part], b, accumulate, **wide)
+    elif _is_slow(n, a):
+        for part in _aligned_and_rest(n):
+            _product(out[:, part], a, b[:, part], accumulate, **wide)
+    elif _is_slow(k, a) and has_wide_products(a.device) and (out.itemsize == 4 or m * n <= MOST_COPIED):
+        _product_over_unaligned(out, a, b, accumulate)
+    else:
+        _by_library(out, a, b, accumulate, **wide)
+
+
+def _by_library(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
     if accumulate:
         torch.addmm(out, a, b, out=out, **wide)
     else:
         torch.mm(a, b, out=out, **wide)
+
+
+def _is_slow(size: int, factor: Tensor) -> bool:
+    """Whether libraries have slow kernels alone for products of such a size, and it matters."""
+    return factor.device.type == "cuda" and factor.itemsize == 2 and size % ALIGNED > 0 and size > FEW
+
+
+def _aligned_and_rest(size: int) -> tuple[slice, slice]:
+    aligned = size - size % ALIGNED
+    return slice(0, aligned), slice(aligned, size)
+
+
+def _product_over_unaligned(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
+    """The same, where K is unaligned. It is rounded once."""
+    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
+    if accumulate and total is not out:
+        total.copy_(out)
+    for part in _aligned_and_rest(a.shape[1]):
+        _product(total, a[:, part], b[part], accumulate or part.start > 0, out_dtype=torch.float32)
+    if total is not out:
+        out.copy_(total)
 
 
 def has_wide_products(device: torch.device) -> bool:
@@ -163,8 +207,8 @@ def _terms_of_blocks(x: Tensor, count: int, dtype: torch.dtype) -> Iterator[tupl
     (split,) = _by_device(x, _split)
     for start in range(0, k, most):
         block = x.narrow(1, start, min(most, k - start))
-        step = -(-block.shape[1] // ALIGNED) * ALIGNED
-        terms = x.new_empty_strided((count * n, block.shape[1]), (step, 1), dtype=dtype)
+        size = count * n, block.shape[1]
+        terms = x.new_empty_strided(size, aligned_strides(size[1], x.device), dtype=dtype)
         split(block, terms)
         yield start, terms
 
@@ -358,6 +402,17 @@ def _(dz: Tensor) -> Tensor:
     return dz.new_empty((dz.shape[1],), dtype=stats_dtype(dz))
 
 
+@torch.library.custom_op("inductor_ce::align_rows", mutates_args=())
+def align_rows(dz: Tensor) -> Tensor:
+    """dz [n, V] with rows as those of `logits`. Inductor lets the loop that makes it write it so."""
+    return _with_aligned_rows(dz).copy_(dz)
+
+
+@align_rows.register_fake
+def _with_aligned_rows(dz: Tensor) -> Tensor:
+    return dz.new_empty_strided(dz.shape, aligned_strides(dz.shape[1], dz.device))
+
+
 @torch.library.custom_op("inductor_ce::once_made", mutates_args=())
 def once_made(x: Tensor, dtype: torch.dtype, after: list[Tensor]) -> Tensor:
     """A copy of x in a dtype. What is in `after` is not read; it is made before."""
@@ -378,4 +433,5 @@ MOST_FREQUENT = torch.ops.inductor_ce.most_frequent.default
 TIMES = torch.ops.inductor_ce.times.default
 TIMES_IN_PLACE = torch.ops.inductor_ce.times_in_place.default
 COLUMN_SUMS = torch.ops.inductor_ce.column_sums.default
+ALIGN_ROWS = torch.ops.inductor_ce.align_rows.default
 ONCE_MADE = torch.ops.inductor_ce.once_made.default
