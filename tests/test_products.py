@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce.ops import product_kernels, products
+from inductor_ce.ops import gemm, product_kernels, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -84,7 +84,8 @@ def test_what_was_left_out_is_added(labels: list[Tensor]) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By tensor operations, and by the kernels for a GPU, which Triton interprets."""
     if request.param == "kernels":
-        monkeypatch.setattr(products, "_by_device", interpreted)
+        for module in (products, gemm):
+            monkeypatch.setattr(module, "by_device", interpreted)
 
 
 def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
@@ -190,7 +191,7 @@ def test_terms_add_up() -> None:
     spread[0, :4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
     x = torch.empty(N, 2 * V)[:, ::2].copy_(spread)
     terms = torch.empty(3 * N, V, dtype=torch.bfloat16)
-    (split,) = products._by_device(x, products._split)
+    (split,) = gemm.by_device(x, gemm._split)
     split(x, terms)
     assert torch.equal(terms.view(3, N, V).double().sum(0).nan_to_num(7.0), spread.double().nan_to_num(7.0))
     assert not terms[N:].isnan().any()
@@ -207,8 +208,8 @@ def wide_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         shapes.append((*a.shape, b.shape[1]))
         out.copy_(a.float() @ b.float() + (out if accumulate else 0))
 
-    monkeypatch.setattr(products, "has_wide_products", lambda device: True)
-    monkeypatch.setattr(products, "_by_library", product)
+    monkeypatch.setattr(gemm, "has_wide_products", lambda device: True)
+    monkeypatch.setattr(gemm, "_by_library", product)
     return shapes
 
 
@@ -224,8 +225,8 @@ def test_float32_times_bfloat16(
 ) -> None:
     """As exact as float32 factors, in blocks of columns, of which the last is smaller."""
     n, v, d = 6, 30, 4
-    monkeypatch.setattr(products, "TERMS_BYTES", 2 * terms * n * 16)
-    monkeypatch.setattr(products, "_how_many_terms", lambda: terms)
+    monkeypatch.setattr(gemm, "TERMS_BYTES", 2 * terms * n * 16)
+    monkeypatch.setattr(gemm, "_how_many_terms", lambda: terms)
     dz, h, w = torch.randn(n, v), torch.randn(n, d).bfloat16(), torch.randn(v, d).bfloat16()
     a, b = (dz, w) if of == "rows" else (dz.t(), h)
     out = torch.randn(len(a) + 2, d)
@@ -275,7 +276,7 @@ def test_what_is_beyond_a_multiple_is_apart(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It is the product, rounded once."""
-    monkeypatch.setattr(products, "_is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8 and size % 8 > 0)
     a, b, before = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16(), torch.randn(m, n).to(dtype)
     out = before.clone()
     OPS.product_into(out, a, b, 0, accumulate)
@@ -288,7 +289,7 @@ def test_what_is_beyond_a_multiple_is_apart(
 def test_biased_logits_of_unaligned_columns(
     wide_products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8 and size % 8 > 0)
     h, w, bias = torch.randn(6, 16).bfloat16(), torch.randn(16, 19).bfloat16(), torch.randn(19).bfloat16()
     z = OPS.logits(h, w, bias, [])
     right = h.double() @ w.double() + bias.double()

@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..graph.builder import Builder
 from ..graph.shapes import example_of
 from ..graph.walk import args_of
-from ..ops.products import has_wide_products
+from ..ops.gemm import has_wide_products
 from .find import CAST, VIEWS, Head
 
 

@@ -16,7 +16,8 @@ from ..common.compat.graphs import IN_MEMORY, auto_functionalized
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.products import ALIGN_ROWS, ALIGNED, LOGITS, PRODUCT_INTO
+from ..ops.gemm import ALIGNED
+from ..ops.products import ALIGN_ROWS, LOGITS, PRODUCT_INTO
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
 from .find import CAST, Head, NoHead, is_pointwise, vocab_axis

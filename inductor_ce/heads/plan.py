@@ -16,7 +16,7 @@ import math
 from dataclasses import dataclass
 
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
-from ..ops.products import TERMS_BYTES
+from ..ops.gemm import TERMS_BYTES
 
 MIB = 2**20
 

@@ -21,6 +21,7 @@ from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
 from ..common.failsafe import attempt
 from . import loops, operators
+from .gemm import aligned_strides
 from .products import (
     ALIGN_ROWS,
     COLUMN_SUMS,
@@ -31,7 +32,6 @@ from .products import (
     PRODUCT_INTO,
     TIMES,
     TIMES_IN_PLACE,
-    aligned_strides,
 )
 from .rows import ARGMAX, Rows
 

@@ -13,7 +13,8 @@
     align_rows     (dz [n, V])                                          the same, as `logits` has its rows
     once_made      (x, dtype, after)                                    a copy of x in a dtype
 
-A product is what a library makes of it, with float32 sums inside. What is added is order and place.
+A product is what a library makes of it, with float32 sums inside: see `gemm.py`. What is added is order and
+place.
 
 NOTE Order. Nobody reads what is in `after`. It makes a piece wait until the piece before it is dealt with:
 no scheduler, and no fusion of the small kernels of two pieces, can then have two pieces in memory at once.
@@ -30,15 +31,6 @@ away again. Those few rows are summed in float32 as well. In norm the error is t
 all rows, whatever the number of chunks; rows without a label are rounded once a chunk. It is no
 approximation: whatever the entries are, none is lost.
 
-NOTE Terms. A head in float32 whose hidden states and weight are bfloat16 numbers has products of those: the
-logits are the float32 product of 16-bit factors, which is exact but for its sums, as that of float32 factors
-is. The gradient of the logits is float32 in truth. It is written as a sum of bfloat16 numbers, three of which
-hold all 24 bits, and each is multiplied by itself. Where products may round their factors to TF32, two hold
-more than that.
-
-NOTE Sizes. Libraries have their fast kernels for multiples of eight 16-bit numbers alone, in every dimension
-of a product. So what a vocabulary has beyond such a multiple is a product of its own, of a few columns.
-
 NOTE Place. Gradients of pieces go to their rows of the whole, or are added there, in place. A sum in float32
 of 16-bit factors rounds nothing from piece to piece. What is written in place is read by operators alone,
 until the graph is left: torch 2.13 forgets, when it orders loops anew, that a loop must wait for a write.
@@ -46,24 +38,13 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 
 from __future__ import annotations
 
-import importlib.util
-import math
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from . import gemm
+from .gemm import aligned_strides, by_device, has_wide_products
 from .operators import stats_dtype
 
-if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
-    from . import product_kernels
-
-
-ALIGNED = 8  # elements
-TERMS_BYTES = 64 * 2**20  # of the terms of a gradient that are held at once
-FEW = 1024  # rows or columns of which a product is fast however unaligned
-MOST_COPIED = 2**24  # elements of a product that are held in float32 on their way to 16 bits
 # Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 
@@ -75,7 +56,7 @@ def logits(
     """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
     ones. What is in `after` is not read; it is made before."""
     z = _empty_logits(a, b, dtype)
-    if bias is not None and z.dtype == a.dtype and not _is_slow(b.shape[1], a):
+    if bias is not None and z.dtype == a.dtype and not gemm.is_slow(b.shape[1], a):
         return torch.addmm(bias, a, b, out=z)
     if bias is not None:
         z.copy_(bias.expand_as(z))
@@ -91,10 +72,6 @@ def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     return a.new_empty_strided((a.shape[0], b.shape[1]), aligned_strides(b.shape[1], a.device), dtype=dtype)
 
 
-def aligned_strides(v: int, device: torch.device) -> tuple[int, int]:
-    return -(-v // ALIGNED) * ALIGNED if device.type == "cuda" else v, 1
-
-
 @logits.register_fake
 def _(
     a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
@@ -108,121 +85,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool
 
     `out` has the dtype of the factors, or is float32 where both or, beside a float32 `a`, b is 16-bit.
     """
-    rows = out.narrow(0, start, a.shape[0])
-    if out.dtype == a.dtype == b.dtype:
-        _product(rows, a, b, accumulate)
-    elif not has_wide_products(a.device):
-        _product(rows, a.to(out.dtype), b.to(out.dtype), accumulate)
-    elif a.dtype == b.dtype:
-        _product(rows, a, b, accumulate, out_dtype=out.dtype)
-    elif a.stride(0) == 1:
-        _product_of_columns(rows, a.t(), b, accumulate)
-    else:
-        _product_of_rows(rows, a, b, accumulate)
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
-    """`out` [M, N] becomes, or gains, a [M, K] b [K, N], apart for what is over a multiple of ALIGNED."""
-    (m, k), n = a.shape, b.shape[1]
-    if _is_slow(m, a):
-        for part in _aligned_and_rest(m):
-            _product(out[part], a[part], b, accumulate, **wide)
-    elif _is_slow(n, a):
-        for part in _aligned_and_rest(n):
-            _product(out[:, part], a, b[:, part], accumulate, **wide)
-    elif _is_slow(k, a) and has_wide_products(a.device) and (out.itemsize == 4 or m * n <= MOST_COPIED):
-        _product_over_unaligned(out, a, b, accumulate)
-    else:
-        _by_library(out, a, b, accumulate, **wide)
-
-
-def _by_library(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
-    if accumulate:
-        torch.addmm(out, a, b, out=out, **wide)
-    else:
-        torch.mm(a, b, out=out, **wide)
-
-
-def _is_slow(size: int, factor: Tensor) -> bool:
-    """Whether libraries have slow kernels alone for products of such a size, and it matters."""
-    return factor.device.type == "cuda" and factor.itemsize == 2 and size % ALIGNED > 0 and size > FEW
-
-
-def _aligned_and_rest(size: int) -> tuple[slice, slice]:
-    aligned = size - size % ALIGNED
-    return slice(0, aligned), slice(aligned, size)
-
-
-def _product_over_unaligned(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """The same, where K is unaligned. It is rounded once."""
-    total = out if out.dtype == torch.float32 else torch.empty_like(out, dtype=torch.float32)
-    if accumulate and total is not out:
-        total.copy_(out)
-    for part in _aligned_and_rest(a.shape[1]):
-        _product(total, a[:, part], b[part], accumulate or part.start > 0, out_dtype=torch.float32)
-    if total is not out:
-        out.copy_(total)
-
-
-def has_wide_products(device: torch.device) -> bool:
-    """Whether the device's library makes float32 products of 16-bit factors."""
-    return device.type == "cuda" and torch.version.hip is None
-
-
-def _product_of_columns(out: Tensor, x: Tensor, b: Tensor, accumulate: bool) -> None:
-    """`out` [K, M] becomes, or gains, x' b of x [n, K] in float32 and b [n, M] in 16 bits."""
-    if not accumulate and not len(x):
-        out.zero_()
-    count = _how_many_terms()
-    repeated = b.repeat(count, 1)
-    for start, terms in _terms_of_blocks(x, count, b.dtype):
-        _product(out.narrow(0, start, terms.shape[1]), terms.t(), repeated, accumulate, out_dtype=out.dtype)
-
-
-def _product_of_rows(out: Tensor, x: Tensor, b: Tensor, accumulate: bool) -> None:
-    """`out` [n, M] becomes, or gains, x b of x [n, K] in float32 and b [K, M] in 16 bits."""
-    count = _how_many_terms()
-    products = x.new_zeros(count * x.shape[0], b.shape[1])
-    for start, terms in _terms_of_blocks(x, count, b.dtype):
-        _product(products, terms, b.narrow(0, start, terms.shape[1]), True, out_dtype=out.dtype)
-    total = products.view(count, *out.shape).sum(0)
-    if accumulate:
-        out.add_(total)
-    else:
-        out.copy_(total)
-
-
-def _how_many_terms() -> int:
-    """As many as hold what a float32 product on a GPU reads of its factors."""
-    return 2 if torch.backends.cuda.matmul.fp32_precision == "tf32" else 3
-
-
-def _terms_of_blocks(x: Tensor, count: int, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first column, terms [count * n, columns]) of some columns of x [n, K] after others."""
-    n, k = x.shape
-    if not x.numel():
-        return
-    most = max(TERMS_BYTES // (count * n * dtype.itemsize) // ALIGNED, 1) * ALIGNED
-    most = min(math.ceil(k / math.ceil(k / most) / ALIGNED) * ALIGNED, k)
-    (split,) = _by_device(x, _split)
-    for start in range(0, k, most):
-        block = x.narrow(1, start, min(most, k - start))
-        size = count * n, block.shape[1]
-        terms = x.new_empty_strided(size, aligned_strides(size[1], x.device), dtype=dtype)
-        split(block, terms)
-        yield start, terms
-
-
-def _split(x: Tensor, terms: Tensor) -> None:
-    """`terms` [T * n, K] become 16-bit numbers that add up to x [n, K], the largest first.
-
-    What is infinite, or none, is so in the first of them alone.
-    """
-    rest = x
-    for term in terms.unflatten(0, (-1, len(x))):
-        term.copy_(rest)
-        wide = term.to(x.dtype)
-        rest = torch.where(wide.isfinite(), rest - wide, 0.0)
+    gemm.product(out.narrow(0, start, a.shape[0]), a, b, accumulate)
 
 
 @product_into.register_fake
@@ -247,7 +110,7 @@ def product_but(
     is where a label is none of the columns. For the time of the product they are 0 in dz, which is therefore
     written, though who reads it afterwards finds it as it was.
     """
-    take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
+    take_columns, take_out, put_back = by_device(dz, _take_columns, _take_out, _put_back)
     taken = dz.new_empty((dz.shape[0], len(columns)))
     take_columns(dz, columns, taken)
     product_into(often, taken.t(), b, 0, accumulate)
@@ -258,13 +121,6 @@ def product_but(
     for label, of_label in reversed([*zip(labels, entries, strict=True)]):
         put_back(dz, label, of_label)
     return entries
-
-
-def _by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
-    """The functions, or the kernels of the same names where there is a GPU."""
-    if like.device.type != "cuda":  # HIP calls itself cuda
-        return functions
-    return tuple(getattr(product_kernels, function.__name__.lstrip("_")) for function in functions)
 
 
 def _take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
@@ -321,7 +177,7 @@ def complete(
     there = (label >= 0) & (label < v)
     there &= ~is_apart[label.masked_fill(~there, 0)]
     key, order = label.masked_fill(~there, v).int().sort(stable=True)
-    (add_rows,) = _by_device(out, _add_rows)
+    (add_rows,) = by_device(out, _add_rows)
     add_rows(out, key, order[:-1], entries.flatten(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
 
@@ -372,7 +228,7 @@ def _(x: Tensor, factor: Tensor) -> Tensor:
 @torch.library.custom_op("inductor_ce::times_in_place", mutates_args=("x",))
 def times_in_place(x: Tensor, factor: Tensor) -> None:
     """Multiply x [N, M] by factor []. Where that is 1, as most upstream gradients are, x is not even read."""
-    (scale,) = _by_device(x, _scale)
+    (scale,) = by_device(x, _scale)
     scale(x, factor)
 
 
