@@ -32,10 +32,11 @@ ORDERED_VIEWS = {
 PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
 VIEWS = ORDERED_VIEWS | PERMUTATIONS
 COPIES = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default}
+SUMS = {aten.sum.default, aten.sum.dim_IntList}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 # What a product, or a sum, makes of the gradient of the logits.
-HIDDEN, WEIGHT, WEIGHT_T, BIAS = "hidden", "weight", "weight_t", "bias"
+HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
 
 
 class NoHead(Exception):
@@ -285,12 +286,21 @@ def _exit_kind(user: Node, source: Node) -> str:
         if _is_transposed(source):
             return WEIGHT if left is source else ""
         return HIDDEN if left is source else WEIGHT_T
-    if user.target == aten.sum.dim_IntList and not _is_transposed(source):
-        axis, rank = vocab_axis(source), len(shape_of(source))
-        dims = {dim % rank for dim in args_of(user)[1]}
+    if user.target in SUMS and not user.kwargs and not _is_transposed(source):
+        axis, (dims, _) = vocab_axis(source), summed_dims(user)
+        if axis in dims:
+            return ROW_SUMS
         rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
-        return BIAS if axis not in dims and rows <= dims else ""
+        return BIAS if rows <= dims else ""
     return ""
+
+
+def summed_dims(node: Node) -> tuple[set[int], bool]:
+    """(the dimensions that a sum sums over, whether it keeps them)"""
+    source, *given = args_of(node)
+    dims, keepdim = (*given, None, False)[:2]
+    rank = len(shape_of(source))
+    return {dim % rank for dim in dims or range(rank)}, bool(keepdim)
 
 
 def _count(node: Node) -> Any:
