@@ -333,7 +333,7 @@ def test_the_log_says_what_else_reads_them(caplog: pytest.LogCaptureFixture) -> 
     assert "the logits are returned" in caplog.text
 
 
-def test_symmetric_losses_are_not_divided() -> None:
+def test_symmetric_losses_are_not_divided(caplog: pytest.LogCaptureFixture) -> None:
     """As CLIP's: rows and columns of the same product are normalised."""
 
     def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -342,6 +342,29 @@ def test_symmetric_losses_are_not_divided() -> None:
         return (F.cross_entropy(z, labels) + F.cross_entropy(z.t(), labels)) / 2
 
     given = inputs()
-    ours = measure(compiled(loss, "token_chunks"), given)
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        ours = measure(compiled(loss, "token_chunks"), given)
     assert counts() == {"materialise": 2}
+    assert caplog.text.count("the rows and the columns of one product are both normalised") == 2
     assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
+
+
+@by_dividing
+def test_symmetric_losses_of_two_products(strategy: str) -> None:
+    """As OpenCLIP's, and as the reason for the former says."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        image, text = h.view(-1, D), b.mean().exp() * w[: B * S]
+        labels = torch.arange(B * S)
+        return (F.cross_entropy(image @ text.t(), labels) + F.cross_entropy(text @ image.t(), labels)) / 2
+
+    check(loss, strategy, 2)
+
+
+def test_the_transpose_of_a_product_is_not_divided(caplog: pytest.LogCaptureFixture) -> None:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy((w @ h.flatten(0, 1).t()).t(), y.view(-1))
+
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", expected="materialise")
+    assert "the logits are the transpose of a product" in caplog.text

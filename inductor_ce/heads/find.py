@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.graphs import OpOverload
 from ..graph.shapes import equal, shape_of, tensor_of
-from ..graph.walk import args_of
+from ..graph.walk import args_of, reached
 from .calls import grad_call, is_planned, stats_call
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -37,6 +37,13 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
 
 # What a product, or a sum, makes of the gradient of the logits.
 HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
+
+
+BOTH_WAYS = (
+    "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
+    "the other only; of two products, one for each direction, each would be a head"
+)
+TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
 class NoHead(Exception):
@@ -133,7 +140,7 @@ def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
 def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
-        raise NoHead("no linear layer in the graph makes the logits")
+        raise NoHead(_why_no_product(stats))
     if len(roots) > 1:
         raise NoHead("the logits are made of several products")
     (product,) = roots
@@ -164,6 +171,22 @@ def _products_before(node: Node) -> set[Node]:
             stack += sources
             seen.update(sources)
     return found
+
+
+def _why_no_product(stats: Node) -> str:
+    """Why there is none at the root of views and pointwise nodes."""
+
+    def before(node: Node) -> list[Node]:
+        return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
+
+    size = _count(stats_call(stats).z)
+    found = reached([stats_call(stats).z], lambda node: [s for s in before(node) if _is_of_size(s, size)])
+    products = {node for node in found if node.target in PRODUCTS}
+    if not products:
+        return "no linear layer in the graph makes the logits"
+    others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
+    straight = any(_products_before(stats_call(other).z) == products for other in others)
+    return BOTH_WAYS if straight else TRANSPOSED
 
 
 def _gather(head: Head) -> None:
@@ -199,8 +222,14 @@ def _gather(head: Head) -> None:
 def _escape(user: Node) -> str:
     if user.op == "output":
         return "the logits are returned"
+    if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
+        return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     return f"the logits, or their gradient, are read by {name} as well"
+
+
+def _read_by(node: Node) -> list[Node]:
+    return list(node.users) if node.target in VIEWS or is_pointwise(node) else []
 
 
 def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
