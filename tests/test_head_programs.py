@@ -43,6 +43,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda h, w: torch.matmul(h, w.t()),
     "mm": lambda h, w: torch.mm(h.reshape(-1, D), w.t()).view(B, S, V),
     "bmm of one": lambda h, w: torch.bmm(h.reshape(1, -1, D), w.t()[None]).view(B, S, V),
+    "baddbmm of one": lambda h, w: torch.baddbmm(w.mean(-1), h.reshape(1, -1, D), w.t()[None]).view(B, S, V),
     "operator": lambda h, w: h @ w.transpose(-1, -2),
     "transposed twice": lambda h, w: (w @ h.flatten(0, 1).t()).t().view(B, S, V),
     "scaled hidden": lambda h, w: F.linear(h * D**-0.5, w),
@@ -76,6 +77,46 @@ def test_addmm(strategy: str) -> None:
         return F.cross_entropy(torch.addmm(b, h.view(-1, D), w.t()), y.view(-1))
 
     check(loss, strategy)
+
+
+# Each sequence, or each codebook, has a weight of its own
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": lambda h, w: torch.bmm(h, w.mT),
+    "baddbmm": lambda h, w: torch.baddbmm(w.mean(-1)[:, None], h, w.mT),
+    "matmul": lambda h, w: h @ w.mT,
+    "einsum": lambda h, w: torch.einsum("bsd,bvd->bsv", h, w),
+    "einsum, batch last": lambda h, w: torch.einsum("sbd,bvd->sbv", h.transpose(0, 1), w).transpose(0, 1),
+}
+CHANGING_PLACES = {"einsum of all with one": lambda h, w: torch.einsum("sd,bvd->bsv", h[0], w)}
+
+
+def of_weights(product: Callable[[Tensor, Tensor], Tensor]) -> cases.Loss:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        weights = torch.stack([w * (k + 1) for k in range(B)])
+        return F.cross_entropy(product(h, weights).reshape(-1, V), y.view(-1))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *CHANGING_PLACES])
+def test_batched_products_are_not_divided(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    loss = of_weights((WEIGHTS | CHANGING_PLACES)[name])
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", expected="materialise")
+    reason = "change places between" if name in CHANGING_PLACES else "each of whose matrices has a weight of"
+    assert reason in caplog.text
+
+
+@by_dividing
+def test_a_loop_over_weights(strategy: str) -> None:
+    """As the reason for the former says."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        weights = torch.stack([w * (k + 1) for k in range(B)])
+        losses = [F.cross_entropy(F.linear(h[k], weights[k]), y[k], reduction="sum") for k in range(B)]
+        return sum(losses) / (y != -100).sum()
+
+    check(loss, strategy, B)
 
 
 # What is made of the loss

@@ -33,7 +33,7 @@ PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
 VIEWS = ORDERED_VIEWS | PERMUTATIONS
 COPIES = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 # What a product, or a sum, makes of the gradient of the logits.
 HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
@@ -42,6 +42,10 @@ HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias
 BOTH_WAYS = (
     "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
     "the other only; of two products, one for each direction, each would be a head"
+)
+BATCHED = (
+    "the logits are a batched product, each of whose matrices has a weight of its own; "
+    "of a loop over them, each step would be a head"
 )
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
@@ -144,8 +148,8 @@ def _head_of(stats: Node) -> Head:
     if len(roots) > 1:
         raise NoHead("the logits are made of several products")
     (product,) = roots
-    if product.target == aten.bmm.default and not equal(shape_of(product)[0], 1):
-        raise NoHead("the logits are a batched product")
+    if is_batched(product):
+        raise NoHead(BATCHED)
     *added, hidden, columns = args_of(product)
     bias = added[0] if added else None
     if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):
@@ -180,10 +184,14 @@ def _why_no_product(stats: Node) -> str:
         return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
 
     size = _count(stats_call(stats).z)
-    found = reached([stats_call(stats).z], lambda node: [s for s in before(node) if _is_of_size(s, size)])
+    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if _is_of_size(s, size)])]
     products = {node for node in found if node.target in PRODUCTS}
     if not products:
         return "no linear layer in the graph makes the logits"
+    if any(map(is_batched, products)):
+        return BATCHED
+    if any(node.target in PERMUTATIONS and not _is_transposed(node) for node in found):
+        return "rows or classes change places between a product and the logits"
     others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     straight = any(_products_before(stats_call(other).z) == products for other in others)
     return BOTH_WAYS if straight else TRANSPOSED
@@ -306,11 +314,16 @@ def _is_transposed(node: Node) -> bool:
     return order in ([1, 0], [0, 2, 1])
 
 
+def is_batched(product: Node) -> bool:
+    """Whether it is more than one product."""
+    return len(shape_of(product)) == 3 and not equal(shape_of(product)[0], 1)
+
+
 def _exit_kind(user: Node, source: Node) -> str:
     """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
     if user.target in (aten.mm.default, aten.bmm.default):
         left, right = user.args
-        if left is right or (user.target == aten.bmm.default and not equal(shape_of(user)[0], 1)):
+        if left is right or is_batched(user):
             return ""
         if _is_transposed(source):
             return WEIGHT if left is source else ""
