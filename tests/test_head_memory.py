@@ -160,6 +160,14 @@ def learnt_cap(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(cap * torch.tanh(F.linear(h, w).float() / cap), y))
 
 
+def learnt_scales_of_classes(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * b, y))
+
+
+def biased_behind_a_scale(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * 0.5 + b, y))
+
+
 def cast(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(F.linear(h, w).float(), y))
 
@@ -172,6 +180,8 @@ CHAINS = {
     "learnt scale": learnt_scale,
     "learnt temperatures": learnt_temperatures,
     "learnt cap": learnt_cap,
+    "learnt scales of classes": learnt_scales_of_classes,
+    "bias behind a scale": biased_behind_a_scale,
 }
 NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no piece
 

@@ -9,7 +9,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
                     at the sizes of the example and at `other_sizes`
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
-    exits           the gradients of a head: by `gradients`, products, by `row_sums`, sums over classes;
+    exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
                     `narrow_sums`, of pieces in 16 bits
     recompute       the chain before logits that are kept is rebuilt in the backward, not saved
     fuse            the pass: find, plan, prove, rearrange

@@ -7,11 +7,18 @@ from torch.fx import Node
 from ..graph.shapes import example_of
 from ..ops import ROW_GRAD_AGAIN
 from ..ops.products import ONCE_MADE
-from .find import ROW_SUMS
+from .find import BIAS, ROW_SUMS, Head, source_of_exit
 from .gradients import Exit
 from .pieces import Pieces, Range
 from .plan import Plan
-from .row_sums import RowSums
+from .sums import Sum
+
+
+def _sums_apart(head: Head) -> list[Node]:
+    """The exits that sum what no product reads."""
+    sums = [node for node, kind in head.exits.items() if kind in (BIAS, ROW_SUMS)]
+    read = {source_of_exit(node, head) for node in head.exits if node not in sums}
+    return [node for node in sums if head.exits[node] == ROW_SUMS or source_of_exit(node, head) not in read]
 
 
 class Exits:
@@ -24,9 +31,9 @@ class Exits:
 
     def __init__(self, pieces: Pieces, plan: Plan):
         self._pieces = pieces
-        kinds = pieces.head.exits
-        self._sums = [RowSums(pieces, node) for node, kind in kinds.items() if kind == ROW_SUMS]
-        self._others = [Exit(pieces, node, plan) for node, kind in kinds.items() if kind != ROW_SUMS]
+        apart = _sums_apart(pieces.head)
+        self._sums = [Sum(pieces, node) for node in apart]
+        self._others = [Exit(pieces, node, plan) for node in pieces.head.exits if node not in apart]
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
