@@ -150,6 +150,10 @@ def biased(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(F.linear(h, w, b), y))
 
 
+def learnt_scale(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * b.mean().exp(), y))
+
+
 def class_weights(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(F.linear(h, w), y), weight=b.detach().abs())
 
@@ -225,6 +229,10 @@ CASES: dict[str, Case] = {
         lambda h, w, b, y: reference.cross_entropy(*rows(3 * torch.tanh(logits(h, w) / 3), y)),
     ),
     "bias": Case(biased, textbook(biased=True)),
+    "learnt scale": Case(
+        learnt_scale,
+        lambda h, w, b, y: reference.cross_entropy(*rows(logits(h, w) * b.double().mean().exp(), y)),
+    ),
     "class weights": Case(class_weights, exact_class_weights),
     "soft targets": Case(soft_targets, exact_soft_targets),
     "entropy bonus": Case(entropy_bonus, exact_entropy_bonus),

@@ -145,6 +145,29 @@ def masked(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(z.masked_fill(padding, -torch.inf), y.clamp(max=z.shape[-1] - 4)))
 
 
+def learnt_scale(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * b.float().mean().exp(), y))
+
+
+def learnt_temperatures(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """One for each row."""
+    z, y = rows(F.linear(h, w).float(), y)
+    return F.cross_entropy(z / (y % 3 + b.float().mean().exp())[:, None], y)
+
+
+def learnt_cap(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    cap = b.float().square().sum()
+    return F.cross_entropy(*rows(cap * torch.tanh(F.linear(h, w).float() / cap), y))
+
+
+def learnt_scales_of_classes(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * b, y))
+
+
+def biased_behind_a_scale(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(*rows(F.linear(h, w) * 0.5 + b, y))
+
+
 def cast(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(*rows(F.linear(h, w).float(), y))
 
@@ -154,6 +177,11 @@ CHAINS = {
     "scale": scaled,
     "bias and soft-cap": biased_and_capped,
     "mask": masked,
+    "learnt scale": learnt_scale,
+    "learnt temperatures": learnt_temperatures,
+    "learnt cap": learnt_cap,
+    "learnt scales of classes": learnt_scales_of_classes,
+    "bias behind a scale": biased_behind_a_scale,
 }
 NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no piece
 

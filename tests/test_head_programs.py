@@ -24,11 +24,13 @@ def compiled(f: Callable[..., Any], strategy: str, budget: float = BUDGET) -> Ca
     return compile_without_codegen(f, strategy=strategy, memory_budget=budget)[0]
 
 
-def check(loss: cases.Loss, strategy: str, heads: int = 1, budget: float = BUDGET) -> None:
-    """The loss is computed by `strategy` throughout, and is fair to itself in float64."""
+def check(
+    loss: cases.Loss, strategy: str, heads: int = 1, budget: float = BUDGET, expected: str = ""
+) -> None:
+    """The loss is computed by `strategy` throughout, or as expected, and is fair to itself in float64."""
     given, upstream = inputs(), torch.randn(loss(*inputs()).shape)
     ours = measure(compiled(loss, strategy, budget), given, upstream)
-    assert counts() == {strategy: heads}
+    assert counts() == {expected or strategy: heads}
     exact = measure(loss, given.to(torch.float64), upstream)
     assert_all_fair(ours, measure(loss, given, upstream), exact)
 
@@ -41,6 +43,7 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "matmul": lambda h, w: torch.matmul(h, w.t()),
     "mm": lambda h, w: torch.mm(h.reshape(-1, D), w.t()).view(B, S, V),
     "bmm of one": lambda h, w: torch.bmm(h.reshape(1, -1, D), w.t()[None]).view(B, S, V),
+    "baddbmm of one": lambda h, w: torch.baddbmm(w.mean(-1), h.reshape(1, -1, D), w.t()[None]).view(B, S, V),
     "operator": lambda h, w: h @ w.transpose(-1, -2),
     "transposed twice": lambda h, w: (w @ h.flatten(0, 1).t()).t().view(B, S, V),
     "scaled hidden": lambda h, w: F.linear(h * D**-0.5, w),
@@ -49,7 +52,6 @@ PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 NO_HEAD = {"transposed twice"}  # its logits are made with the rows last
-OF_ALL_LOGITS = {"a temperature that is learnt"}  # the gradient of the temperature is a sum over them
 
 
 @pytest.mark.parametrize(
@@ -66,7 +68,7 @@ def test_product(name: str, strategy: str) -> None:
     def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(product(h, w).view(-1, V), y.view(-1))
 
-    check(loss, "materialise" if name in NO_HEAD | OF_ALL_LOGITS else strategy)
+    check(loss, strategy, expected="materialise" if name in NO_HEAD else strategy)
 
 
 @by_dividing
@@ -75,6 +77,46 @@ def test_addmm(strategy: str) -> None:
         return F.cross_entropy(torch.addmm(b, h.view(-1, D), w.t()), y.view(-1))
 
     check(loss, strategy)
+
+
+# Each sequence, or each codebook, has a weight of its own
+WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bmm": lambda h, w: torch.bmm(h, w.mT),
+    "baddbmm": lambda h, w: torch.baddbmm(w.mean(-1)[:, None], h, w.mT),
+    "matmul": lambda h, w: h @ w.mT,
+    "einsum": lambda h, w: torch.einsum("bsd,bvd->bsv", h, w),
+    "einsum, batch last": lambda h, w: torch.einsum("sbd,bvd->sbv", h.transpose(0, 1), w).transpose(0, 1),
+}
+CHANGING_PLACES = {"einsum of all with one": lambda h, w: torch.einsum("sd,bvd->bsv", h[0], w)}
+
+
+def of_weights(product: Callable[[Tensor, Tensor], Tensor]) -> cases.Loss:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        weights = torch.stack([w * (k + 1) for k in range(B)])
+        return F.cross_entropy(product(h, weights).reshape(-1, V), y.view(-1))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", [*WEIGHTS, *CHANGING_PLACES])
+def test_batched_products_are_not_divided(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    loss = of_weights((WEIGHTS | CHANGING_PLACES)[name])
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", expected="materialise")
+    reason = "change places between" if name in CHANGING_PLACES else "each of whose matrices has a weight of"
+    assert reason in caplog.text
+
+
+@by_dividing
+def test_a_loop_over_weights(strategy: str) -> None:
+    """As the reason for the former says."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        weights = torch.stack([w * (k + 1) for k in range(B)])
+        losses = [F.cross_entropy(F.linear(h[k], weights[k]), y[k], reduction="sum") for k in range(B)]
+        return sum(losses) / (y != -100).sum()
+
+    check(loss, strategy, B)
 
 
 # What is made of the loss
@@ -332,7 +374,7 @@ def test_the_log_says_what_else_reads_them(caplog: pytest.LogCaptureFixture) -> 
     assert "the logits are returned" in caplog.text
 
 
-def test_symmetric_losses_are_not_divided() -> None:
+def test_symmetric_losses_are_not_divided(caplog: pytest.LogCaptureFixture) -> None:
     """As CLIP's: rows and columns of the same product are normalised."""
 
     def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -341,6 +383,29 @@ def test_symmetric_losses_are_not_divided() -> None:
         return (F.cross_entropy(z, labels) + F.cross_entropy(z.t(), labels)) / 2
 
     given = inputs()
-    ours = measure(compiled(loss, "token_chunks"), given)
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        ours = measure(compiled(loss, "token_chunks"), given)
     assert counts() == {"materialise": 2}
+    assert caplog.text.count("the rows and the columns of one product are both normalised") == 2
     assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
+
+
+@by_dividing
+def test_symmetric_losses_of_two_products(strategy: str) -> None:
+    """As OpenCLIP's, and as the reason for the former says."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        image, text = h.view(-1, D), b.mean().exp() * w[: B * S]
+        labels = torch.arange(B * S)
+        return (F.cross_entropy(image @ text.t(), labels) + F.cross_entropy(text @ image.t(), labels)) / 2
+
+    check(loss, strategy, 2)
+
+
+def test_the_transpose_of_a_product_is_not_divided(caplog: pytest.LogCaptureFixture) -> None:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy((w @ h.flatten(0, 1).t()).t(), y.view(-1))
+
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", expected="materialise")
+    assert "the logits are the transpose of a product" in caplog.text

@@ -10,7 +10,8 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     factors         what products multiply: 16-bit numbers that were cast to float32, as they were
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
-    gradients       what sums the gradients of pieces, or puts them together; `narrow_sums`, in 16 bits
+    exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
+                    `narrow_sums`, of pieces in 16 bits
     recompute       the chain before logits that are kept is rebuilt in the backward, not saved
     fuse            the pass: find, plan, prove, rearrange
 """

@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.graphs import OpOverload
 from ..graph.shapes import equal, shape_of, tensor_of
-from ..graph.walk import args_of
+from ..graph.walk import args_of, reached
 from .calls import grad_call, is_planned, stats_call
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -33,10 +33,22 @@ PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
 VIEWS = ORDERED_VIEWS | PERMUTATIONS
 CAST = prims.convert_element_type.default
 COPIES = {CAST, aten._to_copy.default, aten.clone.default, aten.detach.default}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default}
+SUMS = {aten.sum.default, aten.sum.dim_IntList}
+PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 # What a product, or a sum, makes of the gradient of the logits.
-HIDDEN, WEIGHT, WEIGHT_T, BIAS = "hidden", "weight", "weight_t", "bias"
+HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
+
+
+BOTH_WAYS = (
+    "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
+    "the other only; of two products, one for each direction, each would be a head"
+)
+BATCHED = (
+    "the logits are a batched product, each of whose matrices has a weight of its own; "
+    "of a loop over them, each step would be a head"
+)
+TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
 class NoHead(Exception):
@@ -133,12 +145,12 @@ def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
 def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
-        raise NoHead("no linear layer in the graph makes the logits")
+        raise NoHead(_why_no_product(stats))
     if len(roots) > 1:
         raise NoHead("the logits are made of several products")
     (product,) = roots
-    if product.target == aten.bmm.default and not equal(shape_of(product)[0], 1):
-        raise NoHead("the logits are a batched product")
+    if is_batched(product):
+        raise NoHead(BATCHED)
     *added, hidden, columns = args_of(product)
     bias = added[0] if added else None
     if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):
@@ -164,6 +176,26 @@ def _products_before(node: Node) -> set[Node]:
             stack += sources
             seen.update(sources)
     return found
+
+
+def _why_no_product(stats: Node) -> str:
+    """Why there is none at the root of views and pointwise nodes."""
+
+    def before(node: Node) -> list[Node]:
+        return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
+
+    size = _count(stats_call(stats).z)
+    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if _is_of_size(s, size)])]
+    products = {node for node in found if node.target in PRODUCTS}
+    if not products:
+        return "no linear layer in the graph makes the logits"
+    if any(map(is_batched, products)):
+        return BATCHED
+    if any(node.target in PERMUTATIONS and not _is_transposed(node) for node in found):
+        return "rows or classes change places between a product and the logits"
+    others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
+    straight = any(_products_before(stats_call(other).z) == products for other in others)
+    return BOTH_WAYS if straight else TRANSPOSED
 
 
 def _gather(head: Head) -> None:
@@ -199,8 +231,14 @@ def _gather(head: Head) -> None:
 def _escape(user: Node) -> str:
     if user.op == "output":
         return "the logits are returned"
+    if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
+        return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     return f"the logits, or their gradient, are read by {name} as well"
+
+
+def _read_by(node: Node) -> list[Node]:
+    return list(node.users) if node.target in VIEWS or is_pointwise(node) else []
 
 
 def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
@@ -277,21 +315,35 @@ def _is_transposed(node: Node) -> bool:
     return order in ([1, 0], [0, 2, 1])
 
 
+def is_batched(product: Node) -> bool:
+    """Whether it is more than one product."""
+    return len(shape_of(product)) == 3 and not equal(shape_of(product)[0], 1)
+
+
 def _exit_kind(user: Node, source: Node) -> str:
     """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
     if user.target in (aten.mm.default, aten.bmm.default):
         left, right = user.args
-        if left is right or (user.target == aten.bmm.default and not equal(shape_of(user)[0], 1)):
+        if left is right or is_batched(user):
             return ""
         if _is_transposed(source):
             return WEIGHT if left is source else ""
         return HIDDEN if left is source else WEIGHT_T
-    if user.target == aten.sum.dim_IntList and not _is_transposed(source):
-        axis, rank = vocab_axis(source), len(shape_of(source))
-        dims = {dim % rank for dim in args_of(user)[1]}
+    if user.target in SUMS and not user.kwargs and not _is_transposed(source):
+        axis, (dims, _) = vocab_axis(source), summed_dims(user)
+        if axis in dims:
+            return ROW_SUMS
         rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
-        return BIAS if axis not in dims and rows <= dims else ""
+        return BIAS if rows <= dims else ""
     return ""
+
+
+def summed_dims(node: Node) -> tuple[set[int], bool]:
+    """(the dimensions that a sum sums over, whether it keeps them)"""
+    source, *given = args_of(node)
+    dims, keepdim = (*given, None, False)[:2]
+    rank = len(shape_of(source))
+    return {dim % rank for dim in dims or range(rank)}, bool(keepdim)
 
 
 def _count(node: Node) -> Any:

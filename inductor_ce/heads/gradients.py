@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
@@ -100,23 +101,23 @@ class Exit:
         return self.build(aten.permute.default, node, [1, 0])
 
     def finish(self, scale: Node | None, of_rows: bool = False) -> Node:
-        """The gradient of the whole, times a scalar, as `node` was.
-
-        NOTE 0 stays 0. A scalar that depends on the rows, `of_rows`, may be the inverse of the number of rows
-        that were chosen. Where none is, 0 is what the choice gives each row, and not 0 times infinity.
-        """
+        """The gradient of the whole, times a scalar, as `node` was: see `scaled`."""
         build = self.build
         out = self._out
         if self.kind == BIAS:
             out = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
         assert out is not None
 
-        def scaled(x: Node) -> Node:
-            return x if scale is None else self._scaled(x, scale, of_rows)
+        def times_scale(x: Node) -> Node:
+            if scale is None:
+                return x
+            if x is self._out and not of_rows:
+                return build(TIMES, x, scale)
+            return scaled(build, x, scale, of_rows)
 
-        out = scaled(out)
+        out = times_scale(out)
         if self._beside is not None:
-            out = self._beside.complete(out, scaled)
+            out = self._beside.complete(out, times_scale)
         if self._must_be_copied(out, scale):
             out = build(ONCE_MADE, out, self.dtype, [])
         elif example_of(out).dtype != self.dtype:
@@ -131,16 +132,6 @@ class Exit:
             return False
         return example_of(out).dtype != self.dtype or _is_read_by_loops(self.node)
 
-    def _scaled(self, x: Node, scale: Node, of_rows: bool) -> Node:
-        build = self.build
-        if x is self._out and not of_rows:
-            return build(TIMES, x, scale)
-        made = build(aten.mul.Tensor, x, scale)
-        if of_rows:
-            zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
-            made = build(aten.where.self, build(aten.eq.Scalar, x, 0), zero, made)
-        return made
-
     def _in_shape(self, out: Node) -> Node:
         wanted = shape_of(self.node)
         if len(wanted) == len(shape_of(out)):
@@ -149,6 +140,19 @@ class Exit:
             size = [s if s == self.pieces.head.v else 1 for s in wanted]
             return self.build(aten.reshape.default, out, size)
         return self.build(aten.unsqueeze.default, out, 0)
+
+
+def scaled(build: Builder, x: Node, scale: Node, of_rows: bool) -> Node:
+    """x times a scalar.
+
+    NOTE 0 stays 0. A scalar that depends on the rows, `of_rows`, may be the inverse of the number of rows
+    that were chosen. Where none is, 0 is what the choice gives each row, and not 0 times infinity.
+    """
+    made = build(aten.mul.Tensor, x, scale)
+    if not of_rows:
+        return made
+    zero = build(aten.full.default, [], 0.0, dtype=example_of(made).dtype, **on(made))
+    return build(aten.where.self, build(aten.eq.Scalar, x, 0), zero, made)
 
 
 def _is_read_by_loops(node: Node) -> bool:
@@ -185,19 +189,3 @@ def _retype(node: Node, dtype: torch.dtype) -> None:
         if user.target in VIEWS:
             user.meta["val"] = user.meta["val"].to(dtype)
             _retype(user, dtype)
-
-
-def add_piece(exits: list[Exit], made: dict[Node, Node], piece: Range, first: bool) -> list[Node]:
-    """Give each exit the gradient of a piece. Returns what is then made.
-
-    Those that write it come last: nobody reads it as it was before, so it need not be copied for them.
-    """
-    latest: dict[Node, Node] = {}
-    after = []
-    for e in sorted(exits, key=lambda e: e.writes_gradient):
-        dz = made[e.source]
-        if dz not in latest:
-            latest[dz] = e.pieces.in_memory(dz)
-        done, latest[dz] = e.add(latest[dz], piece, first)
-        after.append(done)
-    return after

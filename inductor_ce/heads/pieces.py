@@ -18,6 +18,7 @@ from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from ..ops.gemm import ALIGNED
 from ..ops.products import ALIGN_ROWS, LOGITS, PRODUCT_INTO
+from . import sizes
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
 from .find import CAST, Head, NoHead, is_pointwise, vocab_axis
@@ -55,6 +56,7 @@ class Pieces:
         self.columns = self.factor(head.columns)
         self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, self.hidden, 0)
         self._whole: dict[tuple[Node, int], Node] = {}
+        self._shared: dict[tuple[Node, Node], Node] = {}
 
     def factor(self, node: Node) -> Node:
         """What a product of the head reads, [1, A, B] or [A, B], as [A, B]."""
@@ -89,13 +91,17 @@ class Pieces:
         return made
 
     def wide_gradients(
-        self, made: dict[Node, Node], piece: Range, coefficients: dict[Node, tuple[Node, Node]]
+        self,
+        made: dict[Node, Node],
+        piece: Range,
+        coefficients: dict[Node, tuple[Node, Node]],
+        op: Any = ops.ROW_GRAD,
     ) -> dict[Node, Node]:
-        """The same of what depends on a `row_grad`, of which m and coefficients are given."""
+        """The same of what depends on a `row_grad`, of which m and coefficients are given, made by `op`."""
         made = dict(made)
         for node in self.head.wide:
             if node.target == ops.ROW_GRAD:
-                made[node] = self.grad(node, made[grad_call(node).z], piece, *coefficients[node])
+                made[node] = self.grad(op, node, made[grad_call(node).z], piece, *coefficients[node])
             elif node not in made:
                 made[node] = self._made(node, made, piece)
         return made
@@ -128,7 +134,7 @@ class Pieces:
         if tensor_of(source) is None or not shape_of(source):
             return source
         rows, columns = self._spread(source, user)
-        whole = self._as_matrix(source, rows, columns)
+        whole = self._as_matrix(self._in_all_rows(source, user) if rows else source, rows, columns)
         return self.cut(whole, piece) if (rows, columns)[self.dim] else whole
 
     def _spread(self, source: Node, user: Node) -> tuple[bool, bool]:
@@ -137,11 +143,21 @@ class Pieces:
         shape = (1,) * (len(of_user) - len(shape)) + tuple(shape)
         axis = vocab_axis(user)
         assert axis is not None, "wide nodes have the vocabulary axis"
-        rows = [(s, u) for i, (s, u) in enumerate(zip(shape, of_user, strict=True)) if i != axis]
-        some = any(not equal(s, 1) for s, _ in rows)
-        if some and not all(equal(s, u) for s, u in rows):
-            raise NoHead("the logits are combined with what differs between some of the rows only")
+        some = any(not equal(s, 1) for i, s in enumerate(shape) if i != axis)
         return some, not equal(shape[axis], 1)
+
+    def _in_all_rows(self, source: Node, user: Node) -> Node:
+        """What rows share, such as those of a sequence, once for each of them."""
+        axis, of_user = vocab_axis(user), shape_of(user)
+        shape = (1,) * (len(of_user) - len(shape_of(source))) + tuple(shape_of(source))
+        if all(i == axis or equal(s, u) for i, (s, u) in enumerate(zip(shape, of_user, strict=True))):
+            return source
+        size = sizes.of_shape(source.graph, [1 if i == axis else u for i, u in enumerate(of_user)])
+        if size is None or axis is None or not equal(shape[axis], 1):
+            raise NoHead("the logits are combined with what differs between some of the rows only")
+        if (source, user) not in self._shared:
+            self._shared[source, user] = self.build(aten.expand.default, source, size)
+        return self._shared[source, user]
 
     def _as_matrix(self, source: Node, rows: bool, columns: bool) -> Node:
         key = (source, 2 * rows + columns)
@@ -155,10 +171,9 @@ class Pieces:
         which = stats_call(node).which if rows is None else rows.encode()
         return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which, **node.kwargs)
 
-    def grad(self, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
+    def grad(self, op: Any, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
         labels, weights = self._constants(node, piece)
-        which = grad_call(node).which
-        return self.build(ops.ROW_GRAD, z, labels, weights, m, coefficients, which, **node.kwargs)
+        return self.build(op, z, labels, weights, m, coefficients, grad_call(node).which)
 
     def _constants(self, node: Node, piece: Range) -> tuple[list[Node], list[Node]]:
         """The labels and weights of `row_stats` or `row_grad`, for a piece."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import sympy
@@ -35,14 +37,26 @@ def from_inputs(graph: Graph) -> None:
     ]
     if not readers:
         return
-    *_, last = (node for node in graph.nodes if node.op == "placeholder")
-    with graph.inserting_before(last.next):
+    with _behind_inputs(graph):
         sizes = _Sizes(graph)
         for node in readers:
             size = sizes.of(node.meta["val"])
             if size is not None:
                 node.replace_all_uses_with(size)
     graph.eliminate_dead_code()
+
+
+def of_shape(graph: Graph, shape: Sequence[Any]) -> list[Any] | None:
+    """A shape as numbers and nodes; None where one of its sizes is no arithmetic of the inputs' sizes."""
+    with _behind_inputs(graph):
+        sizes = _Sizes(graph)
+        made = [sizes.of(size) for size in shape]
+    return None if None in made else made
+
+
+def _behind_inputs(graph: Graph) -> AbstractContextManager[Any]:
+    *_, last = (node for node in graph.nodes if node.op == "placeholder")
+    return graph.inserting_before(last.next)
 
 
 class _Sizes:

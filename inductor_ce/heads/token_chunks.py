@@ -21,8 +21,8 @@ from ..graph.shapes import example_of
 from ..graph.walk import args_of
 from ..ops.products import ONCE_MADE
 from .calls import grad_call, stats_call
+from .exits import Exits
 from .find import Head
-from .gradients import Exit, add_piece
 from .pieces import ROWS, Pieces, Range, on, ranges
 from .plan import Plan
 from .proof import Proof
@@ -136,7 +136,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
     """
     pieces = Pieces(build, head, ROWS)
     coefficients = Coefficients(pieces, proof)
-    exits = [Exit(pieces, node, plan) for node in head.exits]
+    exits = Exits(pieces, plan)
     forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after: list[Node] = []
@@ -148,9 +148,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
             parts[node].append(part)
         after = list(stats.values())
         if exits:
-            of_chunk = coefficients.of(stats, piece)
-            made |= pieces.wide_gradients(made, piece, of_chunk)
-            after = add_piece(exits, made, piece, first=i == 0)
+            after = exits.add(made, piece, coefficients.of(stats, piece), first=i == 0)
     parts |= coefficients.gathered
     whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
     if exits:
@@ -159,7 +157,7 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         }
     scale = _scalar(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
-    return whole | {e.node: e.finish(scale, of_rows) for e in exits}
+    return whole | exits.finish(scale, of_rows)
 
 
 def _scalar(build: Builder, factor: Factor) -> Node | None:

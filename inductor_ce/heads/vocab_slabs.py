@@ -13,8 +13,8 @@ from torch.fx import Node
 from ..graph.builder import Builder
 from ..ops.combine import chosen, combined, own_rows
 from .calls import grad_call, stats_call
+from .exits import Exits
 from .find import Head
-from .gradients import Exit, add_piece
 from .pieces import COLUMNS, Pieces, Range, ranges
 from .plan import Plan
 
@@ -39,21 +39,20 @@ def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:
             parts[node].append(pieces.stats(node, made[call.z], piece, call.rows.closed()))
         after = [of_node[-1] for of_node in parts.values()]
     whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
-    return whole | {e.node: e.finish(None) for e in _backward(pieces, forward, columns, plan)}
+    return whole | _backward(pieces, forward, columns, plan)
 
 
-def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: Plan) -> list[Exit]:
+def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: Plan) -> dict[Node, Node]:
     head = pieces.head
-    exits = [Exit(pieces, node, plan) for node in head.exits]
+    exits = Exits(pieces, plan)
     if not exits:
-        return []
+        return {}
     coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}
     after = [c for _, c in coefficients.values()]
     for i, piece in enumerate(columns):
         made = pieces.wide(pieces.logits(piece, after), piece, forward)
-        made = pieces.wide_gradients(made, piece, coefficients)
-        after = add_piece(exits, made, piece, first=i == 0)
-    return exits
+        after = exits.add(made, piece, coefficients, first=i == 0)
+    return exits.finish(None)
 
 
 def _whole(build: Builder, node: Node, parts: list[Node], columns: list[Range]) -> Node:

@@ -74,6 +74,7 @@ def register() -> None:
     inductor.register_lowering(ALIGN_ROWS, type_promotion_kind=None)(_align_rows)
     inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
     inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
+    inductor.register_lowering(operators.ROW_GRAD_AGAIN, type_promotion_kind=None)(_row_grad_again)
 
 
 def _times(x: IRNode, factor: IRNode) -> IRNode:
@@ -113,6 +114,13 @@ def _row_grad(
 ) -> IRNode:
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
     return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+
+
+def _row_grad_again(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, which: str
+) -> IRNode:
+    rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
+    return loops.row_grad(z, labels, weights, m, coefficients, rows)
 
 
 def _lowered(

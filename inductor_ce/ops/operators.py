@@ -5,6 +5,8 @@ All passes before this file emit these operators, all after it lower them.
     row_stats(z [N, V], labels, weights, which, *, site)                   -> [K, N]
     row_grad (z, labels, weights, m [N], coefficients [K, N], which, *, site) -> dz [N, V]
 
+Beside them stands `row_grad_again`, the gradient for who sums it up in the same sweep.
+
 `which` names the K rows of the packed result, comma-separated, in this order:
 
     row       value                                     d(row)/d(z_i)
@@ -205,6 +207,12 @@ def row_grad(
     Returns:
         [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
     """
+    return _gradient(z, labels, weights, m, coefficients, which)
+
+
+def _gradient(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+) -> Tensor:
     rows = _check_grad(z, labels, weights, m, coefficients, which)
     x = z.to(stats_dtype(z))
     columns = _Columns(x, m, weights)
@@ -229,6 +237,22 @@ def _(
     which: str,
     *,
     site: int = NO_SITE,
+) -> Tensor:
+    _check_grad(z, labels, weights, m, coefficients, which)
+    return z.new_empty(z.shape)
+
+
+@torch.library.custom_op("inductor_ce::row_grad_again", mutates_args=())
+def row_grad_again(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
+) -> Tensor:
+    """As `row_grad`, for who reads it to sum it up: made again there, and nowhere in memory."""
+    return _gradient(z, labels, weights, m, coefficients, which)
+
+
+@row_grad_again.register_fake
+def _(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
 ) -> Tensor:
     _check_grad(z, labels, weights, m, coefficients, which)
     return z.new_empty(z.shape)
@@ -260,3 +284,4 @@ row_stats.register_autograd(_row_stats_backward, setup_context=_save_for_grad)
 # The form in which graphs hold the operators.
 ROW_STATS = torch.ops.inductor_ce.row_stats.default
 ROW_GRAD = torch.ops.inductor_ce.row_grad.default
+ROW_GRAD_AGAIN = torch.ops.inductor_ce.row_grad_again.default

@@ -1,0 +1,81 @@
+"""All gradients that one head gives, as its pieces give their parts."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from ..graph.shapes import example_of
+from ..ops import ROW_GRAD_AGAIN
+from ..ops.products import ONCE_MADE
+from .find import BIAS, ROW_SUMS, Head, source_of_exit
+from .gradients import Exit
+from .pieces import Pieces, Range
+from .plan import Plan
+from .sums import Sum
+
+
+def _sums_apart(head: Head) -> list[Node]:
+    """The exits that sum what no product reads."""
+    sums = [node for node, kind in head.exits.items() if kind in (BIAS, ROW_SUMS)]
+    read = {source_of_exit(node, head) for node in head.exits if node not in sums}
+    return [node for node in sums if head.exits[node] == ROW_SUMS or source_of_exit(node, head) not in read]
+
+
+class Exits:
+    """The gradients of a head.
+
+    Args:
+        pieces: of the head.
+        plan: which says what is kept in float32 though it is 16-bit.
+    """
+
+    def __init__(self, pieces: Pieces, plan: Plan):
+        self._pieces = pieces
+        apart = _sums_apart(pieces.head)
+        self._sums = [Sum(pieces, node) for node in apart]
+        self._others = [Exit(pieces, node, plan) for node in pieces.head.exits if node not in apart]
+
+    def __bool__(self) -> bool:
+        return bool(self._sums or self._others)
+
+    def add(
+        self,
+        forward: dict[Node, Node],
+        piece: Range,
+        coefficients: dict[Node, tuple[Node, Node]],
+        first: bool,
+    ) -> list[Node]:
+        """Give each gradient its part of a piece. Returns what is then made.
+
+        Those that write the gradient of the logits come last: nobody reads it as it was before, so it need
+        not be copied for them.
+
+        Args:
+            forward: the wide nodes that depend on no gradient, as this piece has them.
+            piece: which rows or columns it is of.
+            coefficients: m and coefficients of each `row_grad`.
+            first: whether no piece came before.
+        """
+        after: list[Node] = []
+        if self._sums:
+            made = self._pieces.wide_gradients(forward, piece, coefficients, ROW_GRAD_AGAIN)
+            after += [each.add(made[each.source]) for each in self._sums]
+            coefficients = {node: (m, self._once_made(c, after)) for node, (m, c) in coefficients.items()}
+        made = self._pieces.wide_gradients(forward, piece, coefficients)
+        latest: dict[Node, Node] = {}
+        for each in sorted(self._others, key=lambda e: e.writes_gradient):
+            dz = made[each.source]
+            if dz not in latest:
+                latest[dz] = self._pieces.in_memory(dz)
+            done, latest[dz] = each.add(latest[dz], piece, first)
+            after.append(done)
+        return after
+
+    def _once_made(self, coefficients: Node, after: list[Node]) -> Node:
+        """Let the gradient wait for the sums: its chain would else be fused with them, and be in memory."""
+        return self._pieces.build(ONCE_MADE, coefficients, example_of(coefficients).dtype, after)
+
+    def finish(self, scale: Node | None, of_rows: bool = False) -> dict[Node, Node]:
+        """What stands for each exit: the gradient of the whole, times a scalar."""
+        products = {each.node: each.finish(scale, of_rows) for each in self._others}
+        return products | {each.node: each.finish(scale, of_rows) for each in self._sums}
