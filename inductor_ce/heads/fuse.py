@@ -52,8 +52,10 @@ def sentence(plan: Plan) -> str:
     return f"{plan.strategy}{pieces}, {plan.extra_bytes / MIB:.1f} MiB beyond the gradients: {plan.reason}"
 
 
-def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
+def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Planned]:
     """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`.
+
+    All heads stay whole where `why_whole` says why.
 
     Operators carry no site then: what is computed twice is to be found to be one.
     """
@@ -63,8 +65,11 @@ def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
         _ask_for_ranks_by_inputs(graph)
     for head, stats, why_not in list(find.find_heads(graph)):
         told = [(stats_call(node).site, user_line(node)[0]) for node in stats]
-        made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
-        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
+        made = None
+        if head is not None and not why_whole:
+            made, _ = attempt("a head is left as it was", _fuse, graph, head, options)
+        why = why_not or why_whole or "it failed, see the log"
+        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why)
         done += [Planned(*site_and_line, found) for site_and_line in told]
     forget_sites(graph)
     return done
