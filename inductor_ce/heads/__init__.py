@@ -9,6 +9,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
                     at the sizes of the example and at `other_sizes`
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
+    loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     gradients       what sums the gradients of pieces, or puts them together; `narrow_sums`, in 16 bits
     recompute       the chain before logits that are kept is rebuilt in the backward, not saved
     fuse            the pass: find, plan, prove, rearrange

@@ -23,6 +23,7 @@ from ..ops.products import ONCE_MADE
 from .calls import grad_call, stats_call
 from .find import Head
 from .gradients import Exit, add_piece
+from .loops import Loop, weight_exits
 from .pieces import ROWS, Pieces, Range, on, ranges
 from .plan import Plan
 from .proof import Proof
@@ -125,7 +126,9 @@ def _is_atom(node: Node, fact: Fact) -> bool:
     return fact.factor == ((node, 1),)
 
 
-def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[Node, Node]:
+def token_chunks(
+    build: Builder, head: Head, proof: Proof, plan: Plan, loop: Loop | None = None
+) -> dict[Node, Node]:
     """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
 
     Args:
@@ -133,13 +136,18 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         head: the head.
         proof: about it.
         plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
+        loop: of which it is the next head. The weight's gradient is the last one's then.
     """
+    loop = loop or Loop(1)
     pieces = Pieces(build, head, ROWS)
     coefficients = Coefficients(pieces, proof)
     exits = [Exit(pieces, node, plan) for node in head.exits]
+    sums = [e for e in exits if e.node in weight_exits(head)]
+    if loop.out is not None:
+        sums[0].goes_on(loop.out)
     forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
-    after: list[Node] = []
+    after = loop.after
     for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
         z = pieces.logits(piece, after)
         made = pieces.wide(z, piece, forward)
@@ -159,6 +167,9 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         }
     scale = _scalar(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
+    if not loop.is_last:
+        exits = [e for e in exits if e not in sums]
+        loop.out, loop.after, loop.left = sums[0].out, after, loop.left - 1
     return whole | {e.node: e.finish(scale, of_rows) for e in exits}
 
 
