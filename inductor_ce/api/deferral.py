@@ -27,7 +27,7 @@ from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 from .pass_slots import LOSSES_SLOT, passes_in
-from .passes import FuseLosses, fuse_losses, publish
+from .passes import FuseLosses, fuse_losses, publish, read_aten
 from .report import Report
 from .telling import is_told, telling
 
@@ -130,6 +130,7 @@ def read_and_defer(
     report = Report()
     finish = None
     for inner in graphs_within(module):
+        attempt("operators of ATen are not read", read_aten, inner.graph)
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
         may_be_lazy = options.returned_logits == LAZY and not options.verify

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .. import ops
 from ..common.compat.dynamo import no_recompile_limit
-from ..common.errors import InputError
+from ..common.compat.graphs import has_tangent, is_in_forward_mode, is_transformed
+from ..common.errors import DerivativeError, InputError
 from ..distributed.shards import with_summed_gradient
 from ..ops import lowering
 from .arguments import check_beside, check_head, check_logits, check_options, check_shift, check_weights
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 
 # Where an eager call runs compiled code: the operators' own definitions make float32 copies of z.
 COMPILED_ON = lowering.GPUS
+
+TRANSFORMED = (
+    "The functional forms of inductor_ce run under no transform of torch.func (grad, vmap, jvp, ...) and "
+    "have no forward-mode derivative: use torch.nn.functional.cross_entropy there, or torch.autograd.grad."
+)
 
 
 def cross_entropy(
@@ -200,7 +206,9 @@ def _run(
     assert z is not None
     if torch.compiler.is_compiling():
         _have_lowerings()
-    elif z.device.type in COMPILED_ON:
+    elif is_transformed() or any(t is not None and has_tangent(t) for t in tensors):
+        raise DerivativeError(TRANSFORMED)
+    if not torch.compiler.is_compiling() and z.device.type in COMPILED_ON:
         with no_recompile_limit():
             return _compiled(losses)(*tensors, _on_device(numbers, z), choices)
     return losses(*tensors, numbers, choices)
@@ -215,6 +223,8 @@ def _compiled(losses: Losses) -> Losses:
 @torch.compiler.assume_constant_result
 def _have_lowerings() -> bool:
     """While Dynamo reads a user's code, which need not have called `install`."""
+    if is_transformed() or is_in_forward_mode():
+        raise DerivativeError(TRANSFORMED)
     lowering.register()
     return True
 

@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import sympy
+import torch
 from torch.fx import Graph, Node
 
 from ..algebra.notation import render, statistics_of
 from ..common.compat.dynamo import counters, numbers_of_compilation
-from ..common.compat.inductor import CustomGraphPass
+from ..common.compat.inductor import CustomGraphPass, is_ahead_of_time
 from ..common.errors import MissError
 from ..common.failsafe import attempt
 from ..common.findings import Miss, Reason, Site, make_miss, user_line
 from ..common.options import Options
 from ..common.strategies import MATERIALISE
+from ..graph.exported import is_exported, make_examples
 from ..graph.shapes import hint, shape_of, tensor_of
 from ..heads.fuse import fuse_heads, plan_line
 from ..heads.recompute import recompute_chains
+from ..reading.aten import to_torch
 from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
 from ..rewriting.groups import Group, Replaceable, headline, value_of
@@ -40,6 +43,7 @@ log = logging.getLogger("inductor_ce")
 
 LEFT = "the loss is left as it was"
 
+AHEAD_OF_TIME = "pieces take operators of Python, which a package of AOTInductor has not"
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -70,16 +74,21 @@ class FuseLosses(_Pass):
     """Before autograd: losses become `row_stats` and arithmetic of size [N]."""
 
     def __call__(self, graph: Graph) -> None:
-        report = fuse_losses(graph, self.options)
+        options = self.options
+        if is_ahead_of_time():  # there is no memory of what differs, and no gradient
+            options = replace(options, verify=False)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_ahead_of_time()):
+            report = fuse_losses(graph, options)
         if not is_told():
-            publish(report, self.options)
+            publish(report, options)
 
 
 class FuseHeads(_Pass):
     """Before partitioning: heads are computed in pieces; where logits are kept, no chain of them is saved."""
 
     def __call__(self, graph: Graph) -> None:
-        planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options)
+        why_whole = AHEAD_OF_TIME if is_ahead_of_time() else ""
+        planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options, why_whole)
         for each in planned or []:
             counters["inductor_ce"][each.plan.strategy] += 1
             log.debug("%s", plan_line(each))
@@ -117,7 +126,14 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     return report
 
 
+def read_aten(graph: Graph) -> None:
+    """Let a graph of ATen operators with a loss call torch, with examples if it is not Dynamo's."""
+    if to_torch(graph) and is_exported(graph):
+        make_examples(graph)
+
+
 def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group]]:
+    read_aten(graph)
     reading = recognise(graph)
     return reading, judge(reading, options)
 

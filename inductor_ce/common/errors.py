@@ -25,6 +25,10 @@ class UnsupportedTorchError(InductorCEError, ImportError):
     """The installed torch is outside the supported range."""
 
 
+class DerivativeError(InductorCEError, RuntimeError):
+    """A derivative that the operators have not: a second one, in forward mode, or under torch.func."""
+
+
 class LazyLogitsError(InductorCEError, RuntimeError):
     """Logits that were returned lazily are read when what they are made of is no longer there."""
 

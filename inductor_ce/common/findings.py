@@ -35,6 +35,7 @@ class Reason(enum.Enum):
         "of the logits."
     )
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
+    BACKWARD_IN_GRAPH = "Capture the forward alone, and let torch.compile differentiate it."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
     INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."
 

@@ -38,6 +38,18 @@ class Exits:
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
 
+    def go_on(self, nodes: list[Node], out: Node) -> None:
+        """Let one gradient, that of the only exit in `nodes`, add to a sum begun for another head."""
+        (each,) = (each for each in self._others if each.node in nodes)
+        each.goes_on(out)
+
+    def leave(self, nodes: list[Node]) -> Node:
+        """The sum of that gradient so far, for another head to go on with: it is none of this head then."""
+        (each,) = (each for each in self._others if each.node in nodes)
+        self._others.remove(each)
+        assert each.out is not None
+        return each.out
+
     def add(
         self,
         forward: dict[Node, Node],

@@ -24,6 +24,7 @@ from .calls import forget_sites, grad_call, stats_call
 from .factors import has_16_bit_factors
 from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
+from .loops import Loop, find_loops, leave_to_last
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
@@ -53,8 +54,10 @@ def sentence(plan: Plan) -> str:
     return f"{plan.strategy}{pieces}, {plan.extra_bytes / MIB:.1f} MiB beyond the gradients: {plan.reason}"
 
 
-def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
+def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Planned]:
     """Rearrange every head of a joint graph as its plan says. Returns one `Planned` for each `row_stats`.
+
+    All heads stay whole where `why_whole` says why.
 
     Operators carry no site then: what is computed twice is to be found to be one.
     """
@@ -62,10 +65,15 @@ def fuse_heads(graph: Graph, options: Options) -> list[Planned]:
     if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         sizes.from_inputs(graph)
         _ask_for_ranks_by_inputs(graph)
-    for head, stats, why_not in list(find.find_heads(graph)):
-        told = [(stats_call(node).site, user_line(node)[0]) for node in stats]
-        made = None if head is None else attempt("a head is left as it was", _fuse, graph, head, options)[0]
-        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why_not or "it failed, see the log")
+    heads = list(find.find_heads(graph))
+    tellers = [[(stats_call(node).site, user_line(node)[0]) for node in stats] for _, stats, _ in heads]
+    looped = {} if why_whole else _fuse_loops(graph, [head for head, *_ in heads if head], options)
+    for (head, stats, why_not), told in zip(heads, tellers, strict=True):
+        made = looped.get(id(head))
+        if head is not None and made is None and not why_whole:
+            made, _ = attempt("a head is left as it was", _fuse, graph, head, options)
+        why = why_not or why_whole or "it failed, see the log"
+        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why)
         done += [Planned(*site_and_line, found) for site_and_line in told]
     forget_sites(graph)
     return done
@@ -104,6 +112,50 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     except Exception:
         build.undo()
         raise
+    _put(graph, made, order)
+    graph.eliminate_dead_code()
+    return wanted
+
+
+def _fuse_loops(graph: Graph, heads: list[find.Head], options: Options) -> dict[int, Plan]:
+    """The plans of the heads, by their ids, that are done one after another."""
+    done: dict[int, Plan] = {}
+    for loop in find_loops(heads):
+        plans, _ = attempt("a loop over chunks is done head by head", _fuse_loop, graph, loop, options)
+        done |= zip(map(id, loop), plans or (), strict=plans is not None)
+    return done
+
+
+def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Plan] | None:
+    """The plans of heads that are done one after another, None where they cannot be."""
+    proofs = [Proof(head) for head in loop]
+    if len({proof.factor for proof in proofs}) > 1 or any(len(set(map(_is_late, h.grads))) > 1 for h in loop):
+        return None
+    numbers = [numbers_of(head, proof.why_not) for head, proof in zip(loop, proofs, strict=True)]
+    plans = plan.plan_loop(numbers, options.strategy, options.memory_budget)
+    if plans is None:
+        return None
+    build = Builder(graph, graph.output_node(), loop[0].stats[0], key="val")
+    made: dict[Node, Node] = {}
+    state = Loop(len(loop))
+    try:
+        for head, proof, each in zip(loop, proofs, plans, strict=True):
+            made |= token_chunks(build, head, proof, each, state)
+        order = _ordered(graph, made)
+    except NoHead:
+        build.undo()
+        return None
+    except Exception:
+        build.undo()
+        raise
+    _put(graph, made, order)
+    leave_to_last(graph, loop)
+    graph.eliminate_dead_code()
+    return plans
+
+
+def _put(graph: Graph, made: dict[Node, Node], order: list[Node]) -> None:
+    """Put what is made in its place, and all nodes in an order."""
     for node, new in made.items():
         replace(node, new)
         if node.target == WAIT:  # which no elimination of dead code removes
@@ -111,8 +163,6 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
             graph.erase_node(node)
     for node in order:
         graph.output_node().prepend(node)
-    graph.eliminate_dead_code()
-    return wanted
 
 
 def _sum_biases(graph: Graph, head: find.Head) -> None:

@@ -58,6 +58,15 @@ class Exit:
             return self._transposed(self.pieces.factor(left))
         return self.pieces.factor(right)
 
+    def goes_on(self, out: Node | None) -> None:
+        """Add to a sum that was begun for another head."""
+        self._out = out
+
+    @property
+    def out(self) -> Node | None:
+        """What is made so far."""
+        return self._out
+
     @property
     def writes_gradient(self) -> bool:
         """Whether `add` writes what it is given, for a time."""
@@ -76,7 +85,7 @@ class Exit:
         left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:
             other = self.pieces.cut(other, piece, 0)
-            self._out = into(self.build, out, left, other, accumulate=not first)
+            self._out = into(self.build, out, left, other, accumulate=self._out is not None)
         else:
             self._out = into(self.build, out, left, other, start=piece.start)
         return self._out, dz

@@ -12,6 +12,7 @@ most that is held at once beyond the hidden states, the weight, and their gradie
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -133,6 +134,28 @@ def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float |
     return _auto(head, budget, why_not)
 
 
+def plan_loop(
+    heads: list[HeadNumbers], strategy: str = "auto", memory_budget: int | float | None = None
+) -> list[Plan] | None:
+    """How to compute heads of one weight, one after another, that add to one gradient of it.
+
+    The chunks are the user's own, or some of each, so that no more is held at once than one of them and
+    that gradient, however small they are. None where that cannot be, or something else is asked for.
+    """
+    whole = dataclasses.replace(heads[0], n=sum(head.n for head in heads))
+    if any(head.escapes or head.sharded or not head.wants_weight or _why_no_chunks(head) for head in heads):
+        return None
+    wanted = plan(whole, strategy, memory_budget)
+    if strategy == MATERIALISE or wanted.strategy not in (MATERIALISE, TOKEN_CHUNKS):
+        return None
+    each = [_pieces(head.n, -(-wanted.pieces * head.n // max(whole.n, 1))) for head in heads]
+    wide_sum, wide_hidden = whole.weight_element < 4, _waits_in_float32(whole)
+    piece = max(piece_size(head.n, k) * _tensors(head) for head, k in zip(heads, each, strict=True))
+    extra = _most_in_chunks(whole, piece * whole.v * whole.element, wide_sum, wide_hidden)
+    reason = f"one of {len(heads)} chunks in a loop, which add to one gradient of the weight"
+    return [Plan(TOKEN_CHUNKS, k, wide_sum, extra, reason, wide_hidden) for k in each]
+
+
 def _auto(head: HeadNumbers, budget: int | None, why_not: str) -> Plan:
     whole = _materialise(head, "")
     if _is_small(head, budget):
@@ -225,13 +248,18 @@ def _chunks(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
     piece = piece_size(head.n, pieces) * head.v * head.element * _tensors(head)
     wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
+    extra = _most_in_chunks(head, piece, wide_sum, wide_hidden)
+    return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
+
+
+def _most_in_chunks(head: HeadNumbers, piece: int, wide_sum: bool, wide_hidden: bool) -> int:
+    """The extra memory of chunks of which one takes `piece` bytes."""
     beyond = _beyond_weight(head) if wide_sum else 0
     waiting = _beyond_hidden(head) if wide_hidden else 0
     # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
     weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
     hidden_at_last = head.n * head.d * 4 + beyond if wide_hidden else 0
-    extra = max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
-    return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
+    return max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
 
 
 def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:

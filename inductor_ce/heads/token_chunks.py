@@ -23,6 +23,7 @@ from ..ops.products import ONCE_MADE
 from .calls import grad_call, stats_call
 from .exits import Exits
 from .find import Head
+from .loops import Loop, weight_exits
 from .pieces import ROWS, Pieces, Range, on, ranges
 from .plan import Plan
 from .proof import Proof
@@ -125,7 +126,9 @@ def _is_atom(node: Node, fact: Fact) -> bool:
     return fact.factor == ((node, 1),)
 
 
-def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[Node, Node]:
+def token_chunks(
+    build: Builder, head: Head, proof: Proof, plan: Plan, loop: Loop | None = None
+) -> dict[Node, Node]:
     """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
 
     Args:
@@ -133,13 +136,17 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         head: the head.
         proof: about it.
         plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
+        loop: of which it is the next head. The weight's gradient is the last one's then.
     """
+    loop = loop or Loop(1)
     pieces = Pieces(build, head, ROWS)
     coefficients = Coefficients(pieces, proof)
     exits = Exits(pieces, plan)
+    if loop.out is not None:
+        exits.go_on(weight_exits(head), loop.out)
     forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
-    after: list[Node] = []
+    after = loop.after
     for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
         z = pieces.logits(piece, after)
         made = pieces.wide(z, piece, forward)
@@ -157,6 +164,8 @@ def token_chunks(build: Builder, head: Head, proof: Proof, plan: Plan) -> dict[N
         }
     scale = _scalar(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
+    if not loop.is_last:
+        loop.out, loop.after, loop.left = exits.leave(weight_exits(head)), after, loop.left - 1
     return whole | exits.finish(scale, of_rows)
 
 

@@ -47,6 +47,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..common.errors import DerivativeError
 from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
 
 # The site of a loss that nobody asks about.
@@ -280,6 +281,25 @@ def _row_stats_backward(ctx, upstream: Tensor):
 
 
 row_stats.register_autograd(_row_stats_backward, setup_context=_save_for_grad)
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise DerivativeError(
+        "A cross entropy of inductor_ce has no second derivative: use torch.nn.functional.cross_entropy "
+        "where the gradient of a gradient is wanted."
+    )
+
+
+def _no_batches(info, in_dims, *args, **kwargs):
+    raise DerivativeError(
+        "A cross entropy of inductor_ce cannot run under torch.vmap: give it all batches as rows, or use "
+        "torch.nn.functional.cross_entropy there."
+    )
+
+
+row_grad.register_autograd(_no_second_derivative)
+row_stats.register_vmap(_no_batches)
+row_grad.register_vmap(_no_batches)
 
 # The form in which graphs hold the operators.
 ROW_STATS = torch.ops.inductor_ce.row_stats.default

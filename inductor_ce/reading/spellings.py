@@ -28,7 +28,11 @@ def step_of(node: Node) -> Step | None:
     """The step that a node is, None for a callable that the table does not have."""
     if node.op not in ("call_function", "call_method"):
         return None
-    target = node.target if node.target is not getattr else (getattr, node.args[1])
+    return step_called(node.target if node.target is not getattr else (getattr, node.args[1]))
+
+
+def step_called(target: Any) -> Step | None:
+    """The step that a function, or the method of a name, is."""
     try:
         return _BY_TARGET.get(target)
     except TypeError:  # an unhashable callable is none of ours

@@ -9,6 +9,7 @@ from torch.fx import Node
 from ..common.findings import Reason, Refusal, name_of, where_is
 from ..graph.shapes import hint, shape_of
 from ..reading import spellings
+from ..reading.aten import is_backward
 from ..reading.operands import EDITED_BETWEEN
 from ..reading.values import LossValue, OnLogits, Reading, RowValue, VocabValue
 from ..reading.views import broadcast_operand
@@ -39,7 +40,23 @@ def read_by(node: Node) -> Sequence[Node]:
     return [node.args[0]] if step.reads_first and isinstance(node.args[0], Node) else node.all_input_nodes
 
 
-def escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
+def escape(reading: Reading, wide: Sequence[Node], needed: set[Node]) -> Refusal:
+    """Why losses whose log-probabilities `wide` somebody else needs are left as they were."""
+    backward = next((user for node in wide for user in _readers_of_copies(node) if is_backward(user)), None)
+    if backward is None:
+        return Refusal(Reason.LOGITS_ESCAPE, _escape_fact(reading, wide[0], needed))
+    fact = f"Its backward is in the graph too, as make_fx of a whole step writes it out: {name_of(backward)}."
+    return Refusal(Reason.BACKWARD_IN_GRAPH, fact)
+
+
+def _readers_of_copies(node: Node) -> Iterator[Node]:
+    for user in node.users:
+        yield user
+        if spellings.is_step(user, "detach"):
+            yield from _readers_of_copies(user)
+
+
+def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
     """Who else needs the log-probabilities `wide`."""
     what = f"The {name_of(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
     user: Node | None = wide

@@ -25,7 +25,7 @@ from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.row_views import Index, Permute, RowView, Slice
 from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue
-from .escapes import escape_fact, needed_nodes, tell_unread
+from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -185,7 +185,7 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
             return allowed
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        reading.miss(node, Refusal(Reason.LOGITS_ESCAPE, escape_fact(reading, wide[0], needed)))
+        reading.miss(node, escape(reading, wide, needed))
         reading.refused |= escaped.keys()
 
 

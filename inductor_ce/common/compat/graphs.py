@@ -21,6 +21,7 @@ if torch.distributed.is_available():
     from torch.distributed.tensor import DTensor
 
 __all__ = [
+    "FakeTensor",
     "FakeTensorMode",
     "enable_python_dispatcher",
     "legacy_reduction",
@@ -113,6 +114,16 @@ def is_compiling() -> bool:
 def is_transformed() -> bool:
     """Whether torch.func.vmap, grad or the like are at work in this thread."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether forward-mode differentiation carries a tangent with a tensor."""
+    return is_in_forward_mode() and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def is_in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def is_tangent(node: torch.fx.Node) -> bool:

@@ -50,6 +50,11 @@ def uses_cudagraphs(patches: dict[str, Any]) -> bool:
     return bool(patches.get("triton.cudagraphs", inductor_config.triton.cudagraphs))
 
 
+def is_ahead_of_time() -> bool:
+    """Whether AOTInductor compiles, for a program that may have no Python."""
+    return bool(virtualized.aot_compilation)
+
+
 # Lowering
 
 IRNode = Any  # an Inductor IR value: what lowerings take and return
