@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import head_cases as cases
@@ -123,6 +123,58 @@ def test_autocast(strategy: str) -> None:
     ours = measure(compiled(loss, strategy), given)
     assert counts() == {strategy: 1}
     assert_no_worse(ours, given, Case(loss, case.exact))
+
+
+def biased_in_float32(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h.float(), w.float(), b.float())
+    return F.cross_entropy(*cases.rows(z, y))
+
+
+@pytest.fixture(params=["highest", "high"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+@pytest.mark.parametrize("v", [V, 32003])
+def test_float32_head_of_bfloat16(v: int, strategy: str) -> None:
+    given = on_gpu(v=v)
+    ours = measure(compiled(biased_in_float32, strategy), given)
+    assert counts() == {strategy: 1}
+    assert_no_worse(ours, given, Case(biased_in_float32, CASES["bias"].exact))
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(("n", "v"), [(2048, 32000), (300, 5003), (1, 40), (3, 1)])
+def test_float32_times_bfloat16(n: int, v: int) -> None:
+    """Rounded to the bfloat16 in which gradients of such factors are, as exact as float32 factors."""
+    dz = torch.randn(n, v, device="cuda") / torch.randn(n, 1, device="cuda").exp()
+    h, w = (torch.randn(k, D, device="cuda").bfloat16() for k in (n, v))
+    for a, b in ((dz, w), (dz.t(), h)):
+        exact = a.double() @ b.double()
+        made = torch.empty(len(a), D, device="cuda")
+        torch.ops.inductor_ce.product_into(made, a, b, 0, False)
+        rounded = [_relative(x.bfloat16(), exact) for x in (made, a @ b.float())]
+        assert rounded[0] <= 1.001 * rounded[1]
+        assert _relative(made, exact) <= 2e-5  # a hundredth of that
+
+
+def _relative(x: Tensor, exact: Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("name", ["plain", "bias", "soft-cap"])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_a_vocabulary_that_is_no_multiple(name: str, strategy: str) -> None:
+    """What it has beyond a multiple of eight has products of its own."""
+    case, given = CASES[name], on_gpu(v=V + 3)
+    ours = measure(compiled(case.loss, strategy, 0.6 if name == "soft-cap" else 0.3), given)
+    assert counts() == {strategy: 1}
+    assert_no_worse(ours, given, case)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])

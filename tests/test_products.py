@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce.ops import product_kernels, products
+from inductor_ce.ops import gemm, product_kernels, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -84,7 +84,8 @@ def test_what_was_left_out_is_added(labels: list[Tensor]) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By tensor operations, and by the kernels for a GPU, which Triton interprets."""
     if request.param == "kernels":
-        monkeypatch.setattr(products, "_by_device", interpreted)
+        for module in (products, gemm):
+            monkeypatch.setattr(module, "by_device", interpreted)
 
 
 def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
@@ -125,8 +126,9 @@ POINTERS = {
     "put_back": {"dz": "*bf16", "label": "*i64", "entries": "*bf16"},
     "add_rows": {"out": "*bf16", "key": "*i32", "order": "*i64", "factor": "*fp32", "rows": "*bf16"},
     "scale": {"x": "*bf16", "factor": "*fp32"},
+    "split": {"x": "*fp32", "terms": "*bf16"},
 }
-CONSTANTS = {"TILE": 32, "ROWS": 32, "WIDTH": 1024}
+CONSTANTS = {"TILE": 32, "ROWS": 32, "WIDTH": 1024, "COUNT": 3}
 
 
 @pytest.mark.parametrize("name", POINTERS)
@@ -166,7 +168,9 @@ def test_operators_are_registered_as_they_are(labels: list[Tensor]) -> None:
         (products.TIMES_IN_PLACE, (h.clone(), torch.tensor(0.7))),
         (products.COLUMN_SUMS, (dz,)),
         (products.PRODUCT_INTO, (out, dz.T.contiguous(), h, 0, True)),
+        (products.PRODUCT_INTO, (out, dz.T, h.bfloat16(), 0, True)),
         (products.LOGITS, (h, torch.randn(D, V), None, [dz])),
+        (products.LOGITS, (h.bfloat16(), torch.randn(D, V).bfloat16(), torch.randn(V), [], torch.float32)),
         (products.ONCE_MADE, (dz, torch.bfloat16, [h])),
     ):
         torch.library.opcheck(op, args)
@@ -178,3 +182,116 @@ def test_column_sums(dtype: torch.dtype, sums: torch.dtype) -> None:
     made = OPS.column_sums(dz)
     assert made.dtype == sums
     torch.testing.assert_close(made.double(), dz.double().sum(0), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.usefixtures("way")
+def test_terms_add_up() -> None:
+    """To every bit, at all magnitudes whose last bit bfloat16 has, and what is infinite spoils no other."""
+    spread = torch.randn(N, V).float() * 2.0 ** torch.linspace(-100, 100, N * V).view(N, V)
+    spread[0, :4] = torch.tensor([0.0, torch.inf, -torch.inf, torch.nan])
+    x = torch.empty(N, 2 * V)[:, ::2].copy_(spread)
+    terms = torch.empty(3 * N, V, dtype=torch.bfloat16)
+    (split,) = gemm.by_device(x, gemm._split)
+    split(x, terms)
+    assert torch.equal(terms.view(3, N, V).double().sum(0).nan_to_num(7.0), spread.double().nan_to_num(7.0))
+    assert not terms[N:].isnan().any()
+
+
+@pytest.fixture
+def wide_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Float32 products of bfloat16 factors, as on a GPU: the sizes M, K, N of all."""
+    shapes = []
+
+    def product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: torch.dtype) -> None:
+        assert a.dtype == b.dtype == torch.bfloat16
+        assert wide == ({} if out.dtype == a.dtype else {"out_dtype": torch.float32})
+        shapes.append((*a.shape, b.shape[1]))
+        out.copy_(a.float() @ b.float() + (out if accumulate else 0))
+
+    monkeypatch.setattr(gemm, "has_wide_products", lambda device: True)
+    monkeypatch.setattr(gemm, "_by_library", product)
+    return shapes
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("terms", [2, 3])
+@pytest.mark.parametrize("of", ["rows", "columns"])
+def test_float32_times_bfloat16(
+    of: str,
+    terms: int,
+    accumulate: bool,
+    wide_products: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As exact as float32 factors, in blocks of columns, of which the last is smaller."""
+    n, v, d = 6, 30, 4
+    monkeypatch.setattr(gemm, "TERMS_BYTES", 2 * terms * n * 16)
+    monkeypatch.setattr(gemm, "_how_many_terms", lambda: terms)
+    dz, h, w = torch.randn(n, v), torch.randn(n, d).bfloat16(), torch.randn(v, d).bfloat16()
+    a, b = (dz, w) if of == "rows" else (dz.t(), h)
+    out = torch.randn(len(a) + 2, d)
+    before = out.clone()
+    OPS.product_into(out, a, b, 1, accumulate)
+    right = a.double() @ b.double() + (before[1:-1] if accumulate else 0)
+    torch.testing.assert_close(out[1:-1].double(), right, rtol=1e-6, atol=1e-5 if terms == 3 else 1e-3)
+    assert torch.equal(out[[0, -1]], before[[0, -1]])
+    sizes = {
+        "rows": [(terms * n, 16, d), (terms * n, 14, d)],
+        "columns": [(16, terms * n, d), (14, terms * n, d)],
+    }
+    assert wide_products == sizes[of]
+
+
+def test_no_rows_or_columns_in_terms(wide_products: list[tuple[int, ...]]) -> None:
+    for n, v in ((0, V), (N, 0)):
+        dz, out = torch.empty(n, v), torch.ones(v, D)
+        OPS.product_into(out, dz.t(), torch.ones(n, D).bfloat16(), 0, True)
+        assert torch.equal(out, torch.ones(v, D))
+        out = torch.ones(n, D)
+        OPS.product_into(out, dz, torch.ones(v, D).bfloat16(), 0, False)
+        assert not out.any()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("m", "k", "n", "parts"),
+    [
+        (19, 16, 8, [(16, 16, 8), (3, 16, 8)]),
+        (16, 16, 19, [(16, 16, 16), (16, 16, 3)]),
+        (16, 19, 8, [(16, 16, 8), (16, 3, 8)]),
+        (17, 18, 8, [(16, 16, 8), (16, 2, 8), (1, 16, 8), (1, 2, 8)]),
+        (16, 24, 8, [(16, 24, 8)]),
+        (3, 5, 7, [(3, 5, 7)]),
+    ],
+)
+def test_what_is_beyond_a_multiple_is_apart(
+    m: int,
+    k: int,
+    n: int,
+    parts: list[tuple[int, ...]],
+    dtype: torch.dtype,
+    accumulate: bool,
+    wide_products: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is the product, rounded once."""
+    monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    a, b, before = torch.randn(m, k).bfloat16(), torch.randn(k, n).bfloat16(), torch.randn(m, n).to(dtype)
+    out = before.clone()
+    OPS.product_into(out, a, b, 0, accumulate)
+    right = a.double() @ b.double() + (before.double() if accumulate else 0)
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(out.double(), right, rtol=1.01 * rounding, atol=1e-5)
+    assert wide_products == parts
+
+
+def test_biased_logits_of_unaligned_columns(
+    wide_products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8 and size % 8 > 0)
+    h, w, bias = torch.randn(6, 16).bfloat16(), torch.randn(16, 19).bfloat16(), torch.randn(19).bfloat16()
+    z = OPS.logits(h, w, bias, [])
+    right = h.double() @ w.double() + bias.double()
+    torch.testing.assert_close(z.double(), right, rtol=1.01 * torch.finfo(z.dtype).eps / 2, atol=1e-5)
+    assert wide_products == [(6, 16, 16), (6, 16, 3)]

@@ -133,7 +133,7 @@ def _of_probabilities(
     weights = [q]
     if weight is not None:
         own = _columns_of(weight, z, shard)
-        weights = [q.to(own.dtype) * own] + [own] * bool(smoothing)
+        weights = [q.to(own.dtype) * own] + ([own] if smoothing else [])
     rows, total = _statistics(z, [], weights, bool(smoothing) and weight is None, shard)
     log_d = rows["sumexp"].log()
     loss = _to_weighted(rows, log_d, 0)
@@ -159,9 +159,10 @@ def _statistics(
 ) -> tuple[dict[str, Tensor], int | Tensor]:
     """Statistics of whole rows by name, and V of them, [N] where they are sharded.
 
-    At most one of the labels. Dynamo traces this, so names are plain text.
+    At most one of the labels. Dynamo traces this, so names are plain text. To that of torch 2.11 a float is
+    a symbol, and so is its `bool`, with which no list is multiplied.
     """
-    names = ["max", "sumexp"] + ["pick"] * len(labels) + ["sum"] * with_sum
+    names = ["max", "sumexp"] + ["pick"] * len(labels) + (["sum"] if with_sum else [])
     names += [f"{row}:{j}" for j in range(len(weights)) for row in ("dot", "mass")]
     total: int | Tensor = z.shape[1]
     if shard is None:

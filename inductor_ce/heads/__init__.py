@@ -7,6 +7,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     plan            numbers in, a plan out; never looks at free memory or a clock
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
                     at the sizes of the example and at `other_sizes`
+    factors         what products multiply: 16-bit numbers that were cast to float32, as they were
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;

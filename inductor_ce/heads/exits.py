@@ -65,7 +65,9 @@ class Exits:
         latest: dict[Node, Node] = {}
         for each in sorted(self._others, key=lambda e: e.writes_gradient):
             dz = made[each.source]
-            done, latest[dz] = each.add(latest.get(dz, dz), piece, first)
+            if dz not in latest:
+                latest[dz] = self._pieces.in_memory(dz)
+            done, latest[dz] = each.add(latest[dz], piece, first)
             after.append(done)
         return after
 

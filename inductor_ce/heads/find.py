@@ -31,7 +31,8 @@ ORDERED_VIEWS = {
 }
 PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
 VIEWS = ORDERED_VIEWS | PERMUTATIONS
-COPIES = {prims.convert_element_type.default, aten._to_copy.default, aten.clone.default, aten.detach.default}
+CAST = prims.convert_element_type.default
+COPIES = {CAST, aten._to_copy.default, aten.clone.default, aten.detach.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 

@@ -21,6 +21,7 @@ from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import forget_sites, grad_call, stats_call
+from .factors import has_16_bit_factors
 from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
 from .pieces import CAST
@@ -176,6 +177,7 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "") -> plan.HeadNumb
         wants_weight=bool(weights),
         labelled=bool(head.labels()),
         chained=head.chained,
+        in_terms=has_16_bit_factors(head),
         float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},
         escapes=escapes,
         varies=varies,

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..common.compat.graphs import IN_MEMORY
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
@@ -56,8 +55,8 @@ class Exit:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
         left, right = args_of(self.node)[:2]
         if self.kind == WEIGHT_T:
-            return self._transposed(self.pieces.matrix(left))
-        return self.pieces.matrix(right)
+            return self._transposed(self.pieces.factor(left))
+        return self.pieces.factor(right)
 
     @property
     def writes_gradient(self) -> bool:
@@ -65,11 +64,7 @@ class Exit:
         return self._beside is not None
 
     def add(self, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
-        """Take in the gradient of a piece of the logits. Returns what is then made, and the gradient again.
-
-        The products read it from memory, one of them transposed. Inductor would give that one a copy.
-        """
-        dz.meta[IN_MEMORY] = True
+        """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient."""
         if self.kind == BIAS:
             return self._add_bias(dz), dz
         assert self._operand is not None

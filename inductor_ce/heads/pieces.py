@@ -12,19 +12,20 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import ops
-from ..common.compat.graphs import auto_functionalized
+from ..common.compat.graphs import IN_MEMORY, auto_functionalized
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.products import LOGITS, PRODUCT_INTO
+from ..ops.gemm import ALIGNED
+from ..ops.products import ALIGN_ROWS, LOGITS, PRODUCT_INTO
 from . import sizes
 from .calls import grad_call, stats_call
-from .find import Head, NoHead, is_pointwise, vocab_axis
+from .factors import has_16_bit_factors, in_16_bits
+from .find import CAST, Head, NoHead, is_pointwise, vocab_axis
 from .plan import piece_size
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
-CAST = prims.convert_element_type.default
 ROWS, COLUMNS = 0, 1
 
 
@@ -50,14 +51,17 @@ class Pieces:
 
     def __init__(self, build: Builder, head: Head, dim: int):
         self.build, self.head, self.dim = build, head, dim
-        self.hidden = self.matrix(head.hidden)
-        self.columns = self.matrix(head.columns)
+        self._has_16_bit_factors = has_16_bit_factors(head)
+        self.hidden = self.factor(head.hidden)
+        self.columns = self.factor(head.columns)
         self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, self.hidden, 0)
         self._whole: dict[tuple[Node, int], Node] = {}
         self._shared: dict[tuple[Node, Node], Node] = {}
 
-    def matrix(self, node: Node) -> Node:
-        """[1, A, B] as [A, B]."""
+    def factor(self, node: Node) -> Node:
+        """What a product of the head reads, [1, A, B] or [A, B], as [A, B]."""
+        if self._has_16_bit_factors:
+            node = in_16_bits(self.build, node)
         return node if len(shape_of(node)) == 2 else self.build(aten.squeeze.dim, node, 0)
 
     def cut(self, node: Node, piece: Range, dim: int | None = None) -> Node:
@@ -76,7 +80,8 @@ class Pieces:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], head.v):
                 bias = self.cut(bias, piece, 0)
-        return build(LOGITS, hidden, columns, bias, after)
+        own = [example_of(head.product).dtype] if self._has_16_bit_factors else []
+        return build(LOGITS, hidden, columns, bias, after, *own)
 
     def wide(self, z: Node, piece: Range, nodes: Iterable[Node]) -> dict[Node, Node]:
         """The piece of each of `nodes`, which lie before the statistics, of the logits `z`."""
@@ -100,6 +105,16 @@ class Pieces:
             elif node not in made:
                 made[node] = self._made(node, made, piece)
         return made
+
+    def in_memory(self, dz: Node) -> Node:
+        """The gradient of a piece, as the products read it: from memory, in rows that are aligned.
+
+        One of the products reads it transposed. Inductor would give that one a copy.
+        """
+        if dz.target != ops.ROW_GRAD and self.head.v % ALIGNED:
+            dz = self.build(ALIGN_ROWS, dz)
+        dz.meta[IN_MEMORY] = True
+        return dz
 
     def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
         return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]

@@ -16,6 +16,7 @@ import math
 from dataclasses import dataclass
 
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
+from ..ops.gemm import TERMS_BYTES
 
 MIB = 2**20
 
@@ -52,6 +53,7 @@ class HeadNumbers:
         backward: whether a gradient is wanted.
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
+        in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         labelled: whether gradients have entries at labels, which stand out.
         float16: whether gradients are float16, which need the true upstream gradient within its range.
         escapes: why the logits must be in memory, or "".
@@ -70,6 +72,7 @@ class HeadNumbers:
     wants_hidden: bool = True
     wants_weight: bool = True
     chained: bool = False
+    in_terms: bool = False
     labelled: bool = True
     float16: bool = False
     escapes: str = ""
@@ -227,7 +230,7 @@ def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
     # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
     weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
     hidden_at_last = head.n * head.d * 4 + beyond if wide_hidden else 0
-    extra = max(piece + beyond + waiting, weight_at_last, hidden_at_last)
+    extra = max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
 
 
@@ -271,7 +274,13 @@ def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 def _slabs_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
     piece = head.n * piece_size(head.v, pieces) * head.element * _tensors(head)
     wide = head.wants_hidden and head.element < 4
-    return Plan(VOCAB_SLABS, pieces, wide, piece + (head.n * head.d * 4 if wide else 0), reason)
+    extra = piece + _terms(head, piece) + (head.n * head.d * 4 if wide else 0)
+    return Plan(VOCAB_SLABS, pieces, wide, extra, reason)
+
+
+def _terms(head: HeadNumbers, piece: int) -> int:
+    """Bytes of the terms of a piece's gradient, which are three of 16 bits for 32."""
+    return min(TERMS_BYTES, piece * 3 // 2) if head.in_terms and head.backward else 0
 
 
 # Pieces

@@ -8,6 +8,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
     products        the matrix products of heads, in order and in place; `product_kernels` beside them
+    gemm            one matrix product, by a library
     verified        both ways side by side, for the option `verify`
     lowering        to `templates/`, or to `loops`
 """

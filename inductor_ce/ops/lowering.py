@@ -21,7 +21,9 @@ from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
 from ..common.failsafe import attempt
 from . import loops, operators
+from .gemm import aligned_strides
 from .products import (
+    ALIGN_ROWS,
     COLUMN_SUMS,
     COMPLETE,
     LOGITS,
@@ -69,6 +71,7 @@ GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
 def register() -> None:
     """Give Inductor the lowerings of our operators, once."""
     inductor.register_lowering(TIMES, type_promotion_kind=None)(_times)
+    inductor.register_lowering(ALIGN_ROWS, type_promotion_kind=None)(_align_rows)
     inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
     inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
     inductor.register_lowering(operators.ROW_GRAD_AGAIN, type_promotion_kind=None)(_row_grad_again)
@@ -85,6 +88,11 @@ def _times(x: IRNode, factor: IRNode) -> IRNode:
     wide = inductor.call_lowering(cast, x, dtype)
     product = inductor.call_lowering(torch.ops.aten.mul.Tensor, wide, factor)
     return inductor.call_lowering(cast, product, x.get_dtype())
+
+
+def _align_rows(dz: IRNode) -> IRNode:
+    v = inductor.specialised(dz.get_size()[1])
+    return inductor.laid_out(dz, aligned_strides(v, dz.get_device()))
 
 
 def _row_stats(

@@ -141,3 +141,37 @@ def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.co
             place = x + (first + i) * row_stride + column * stride
             value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
             tl.store(place, (value * by).to(x.dtype.element_ty), mask=inside)
+
+
+def split(x: Tensor, terms: Tensor) -> None:
+    """`terms` [T * n, K] become 16-bit numbers that add up to x [n, K], the largest first.
+
+    What is infinite, or none, is so in the first of them alone.
+    """
+    n, k = x.shape
+    grid = (n, triton.cdiv(k, WIDTH))
+    _split[grid](x, terms, n, k, *x.stride(), *terms.stride(), len(terms) // n, WIDTH)
+
+
+@triton.jit
+def _split(
+    x,
+    terms,
+    n,
+    k,
+    row_stride,
+    stride,
+    term_row_stride,
+    term_stride,
+    COUNT: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
+    inside = column < k
+    rest = tl.load(x + row * row_stride + column * stride, mask=inside, other=0.0)
+    for i in tl.static_range(COUNT):
+        term = rest.to(terms.dtype.element_ty)
+        tl.store(terms + (i * n + row) * term_row_stride + column * term_stride, term, mask=inside)
+        wide = term.to(tl.float32)
+        rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)

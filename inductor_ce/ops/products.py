@@ -1,6 +1,6 @@
 """The matrix products of a head that is computed piece by piece.
 
-    logits         (a [n, D], b [D, V], bias | None, after)             a b + bias [n, V]
+    logits         (a [n, D], b [D, V], bias | None, after, dtype)      a b + bias [n, V]
     product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
     product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate)
                                                                         the same of dz' b, but for labels
@@ -10,9 +10,11 @@
     times          (x [N, M], factor [])                                x times factor, in x's dtype
     times_in_place (x, factor)                                          the same; nothing, if factor is 1
     column_sums    (dz [n, V])                                          [V]
+    align_rows     (dz [n, V])                                          the same, as `logits` has its rows
     once_made      (x, dtype, after)                                    a copy of x in a dtype
 
-A product is what a library makes of it, with float32 sums inside. What is added is order and place.
+A product is what a library makes of it, with float32 sums inside: see `gemm.py`. What is added is order and
+place.
 
 NOTE Order. Nobody reads what is in `after`. It makes a piece wait until the piece before it is dealt with:
 no scheduler, and no fusion of the small kernels of two pieces, can then have two pieces in memory at once.
@@ -36,65 +38,54 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from . import gemm
+from .gemm import aligned_strides, by_device, has_wide_products
 from .operators import stats_dtype
 
-if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
-    from . import product_kernels
-
-
-ALIGNED = 8  # elements
 # Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
 
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
-def logits(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
-    """a [n, D] times b [D, V], plus `bias`. What is in `after` is not read; it is made before."""
-    z = _empty_logits(a, b)
-    return torch.mm(a, b, out=z) if bias is None else torch.addmm(bias, a, b, out=z)
+def logits(
+    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
+    ones. What is in `after` is not read; it is made before."""
+    z = _empty_logits(a, b, dtype)
+    if bias is not None and z.dtype == a.dtype and not gemm.is_slow(b.shape[1], a):
+        return torch.addmm(bias, a, b, out=z)
+    if bias is not None:
+        z.copy_(bias.expand_as(z))
+    product_into(z, a, b, 0, bias is not None)
+    return z
 
 
-def _empty_logits(a: Tensor, b: Tensor) -> Tensor:
+def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
 
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
     """
-    v = b.shape[1]
-    step = -(-v // ALIGNED) * ALIGNED if a.device.type == "cuda" else v
-    return a.new_empty_strided((a.shape[0], v), (step, 1))
+    return a.new_empty_strided((a.shape[0], b.shape[1]), aligned_strides(b.shape[1], a.device), dtype=dtype)
 
 
 @logits.register_fake
-def _(a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor]) -> Tensor:
-    return _empty_logits(a, b)
+def _(
+    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+) -> Tensor:
+    return _empty_logits(a, b, dtype)
 
 
 @torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
 def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
 
-    `out` has the dtype of the factors, or is float32 where they are 16-bit.
+    `out` has the dtype of the factors, or is float32 where both or, beside a float32 `a`, b is 16-bit.
     """
-    rows = out.narrow(0, start, a.shape[0])
-    if out.dtype != a.dtype and not _has_wide_products(a):
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    wide: dict[str, Any] = {} if out.dtype == a.dtype else {"out_dtype": out.dtype}
-    if accumulate:
-        torch.addmm(rows, a, b, out=rows, **wide)
-    else:
-        torch.mm(a, b, out=rows, **wide)
-
-
-def _has_wide_products(a: Tensor) -> bool:
-    """Whether the device's library makes float32 products of 16-bit factors."""
-    return a.device.type == "cuda" and torch.version.hip is None
+    gemm.product(out.narrow(0, start, a.shape[0]), a, b, accumulate)
 
 
 @product_into.register_fake
@@ -119,7 +110,7 @@ def product_but(
     is where a label is none of the columns. For the time of the product they are 0 in dz, which is therefore
     written, though who reads it afterwards finds it as it was.
     """
-    take_columns, take_out, put_back = _by_device(dz, _take_columns, _take_out, _put_back)
+    take_columns, take_out, put_back = by_device(dz, _take_columns, _take_out, _put_back)
     taken = dz.new_empty((dz.shape[0], len(columns)))
     take_columns(dz, columns, taken)
     product_into(often, taken.t(), b, 0, accumulate)
@@ -130,13 +121,6 @@ def product_but(
     for label, of_label in reversed([*zip(labels, entries, strict=True)]):
         put_back(dz, label, of_label)
     return entries
-
-
-def _by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
-    """The functions, or the kernels of the same names where there is a GPU."""
-    if like.device.type != "cuda":  # HIP calls itself cuda
-        return functions
-    return tuple(getattr(product_kernels, function.__name__.lstrip("_")) for function in functions)
 
 
 def _take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
@@ -193,7 +177,7 @@ def complete(
     there = (label >= 0) & (label < v)
     there &= ~is_apart[label.masked_fill(~there, 0)]
     key, order = label.masked_fill(~there, v).int().sort(stable=True)
-    (add_rows,) = _by_device(out, _add_rows)
+    (add_rows,) = by_device(out, _add_rows)
     add_rows(out, key, order[:-1], entries.flatten(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
 
@@ -244,7 +228,7 @@ def _(x: Tensor, factor: Tensor) -> Tensor:
 @torch.library.custom_op("inductor_ce::times_in_place", mutates_args=("x",))
 def times_in_place(x: Tensor, factor: Tensor) -> None:
     """Multiply x [N, M] by factor []. Where that is 1, as most upstream gradients are, x is not even read."""
-    (scale,) = _by_device(x, _scale)
+    (scale,) = by_device(x, _scale)
     scale(x, factor)
 
 
@@ -263,7 +247,7 @@ def column_sums(dz: Tensor) -> Tensor:
 
     On a GPU as a product, which is as exact and needs no memory. A sum over rows needs much.
     """
-    if dz.itemsize < 4 and _has_wide_products(dz):
+    if dz.itemsize < 4 and has_wide_products(dz.device):
         ones = dz.new_ones((1, dz.shape[0]))
         return torch.mm(ones, dz, out_dtype=torch.float32)[0]
     return dz.sum(0, dtype=stats_dtype(dz))
@@ -272,6 +256,17 @@ def column_sums(dz: Tensor) -> Tensor:
 @column_sums.register_fake
 def _(dz: Tensor) -> Tensor:
     return dz.new_empty((dz.shape[1],), dtype=stats_dtype(dz))
+
+
+@torch.library.custom_op("inductor_ce::align_rows", mutates_args=())
+def align_rows(dz: Tensor) -> Tensor:
+    """dz [n, V] with rows as those of `logits`. Inductor lets the loop that makes it write it so."""
+    return _with_aligned_rows(dz).copy_(dz)
+
+
+@align_rows.register_fake
+def _with_aligned_rows(dz: Tensor) -> Tensor:
+    return dz.new_empty_strided(dz.shape, aligned_strides(dz.shape[1], dz.device))
 
 
 @torch.library.custom_op("inductor_ce::once_made", mutates_args=())
@@ -294,4 +289,5 @@ MOST_FREQUENT = torch.ops.inductor_ce.most_frequent.default
 TIMES = torch.ops.inductor_ce.times.default
 TIMES_IN_PLACE = torch.ops.inductor_ce.times_in_place.default
 COLUMN_SUMS = torch.ops.inductor_ce.column_sums.default
+ALIGN_ROWS = torch.ops.inductor_ce.align_rows.default
 ONCE_MADE = torch.ops.inductor_ce.once_made.default

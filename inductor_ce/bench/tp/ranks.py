@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import re
 import statistics
@@ -59,6 +60,8 @@ def joined() -> Iterator[None]:
     try:
         yield
     finally:
+        torch.compiler.reset()  # a communicator does not end while a CUDA graph has it
+        gc.collect()
         dist.destroy_process_group()
 
 

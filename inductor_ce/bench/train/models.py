@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..shared.peers import NotOffered, find
+from .programs import HeadAlone
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,12 @@ class Model:
         name: of the model.
         B, S: sequences, and tokens of each.
         V: vocabulary.
-        configuration: the class of transformers' configuration.
+        configuration: the class of transformers' configuration, "" for a head alone.
         sizes: what it is given.
-        liger: the function by which Liger patches the model's class.
+        liger: the function by which Liger patches the model's class, "" where the program is not the one that
+            it patches.
+        program: how its step is written, one of `PROGRAMS`.
+        element: bytes of a logit.
     """
 
     name: str
@@ -31,11 +35,13 @@ class Model:
     V: int
     configuration: str
     sizes: dict[str, Any]
-    liger: str
+    liger: str = ""
+    program: str = "returned"
+    element: int = 2
 
     @property
     def logits_bytes(self) -> int:
-        return self.B * self.S * self.V * 2
+        return self.B * self.S * self.V * self.element
 
 
 GEMMA = Model(
@@ -71,18 +77,40 @@ QWEN = Model(
     },
     liger="apply_liger_kernel_to_qwen2",
 )
-MODELS = {"gemma": GEMMA, "qwen": QWEN}
+SHALLOW = replace(QWEN, liger="", sizes={**QWEN.sizes, "num_hidden_layers": 6})
+MODELS = {
+    "gemma": GEMMA,
+    "qwen": QWEN,
+    "blocks": replace(SHALLOW, name="Qwen 2.5, 6 layers, blocks and loss compiled apart", program="blocks"),
+    "padded": replace(SHALLOW, name="Qwen 2.5, 6 layers, padded vocabulary, soft-cap", program="padded"),
+    "adapted": replace(SHALLOW, name="Qwen 2.5, 6 layers, adapters, frozen head", program="adapted"),
+    "float32": replace(SHALLOW, name="Qwen 2.5, 6 layers, float32 head", program="in_float32", element=4),
+    "head": Model(
+        "Llama 3's head alone, in float32",
+        B=4,
+        S=2048,
+        V=128256,
+        configuration="",
+        sizes={"D": 4096},
+        program="in_float32",
+        element=4,
+    ),
+}
 
 
 def make(model: Model, device: str = "cuda") -> tuple[nn.Module, Tensor] | NotOffered:
     """(the model, its input_ids [B, S]), or why it cannot be had."""
+    torch.manual_seed(0)
+    if not model.configuration:
+        with torch.device(device):
+            head = HeadAlone(model.B, model.S, model.V, **model.sizes)
+            return head, torch.randint(0, model.V, (model.B, model.S))
     configuration: Callable[..., Any] | NotOffered = find("transformers", model.configuration)
     auto: Any = find("transformers", "AutoModelForCausalLM")
     for found in (configuration, auto):
         if isinstance(found, NotOffered):
             return found
     assert not isinstance(configuration, NotOffered)
-    torch.manual_seed(0)
     with torch.device(device):
         made = auto.from_config(configuration(vocab_size=model.V, **model.sizes), dtype=torch.bfloat16)
         tokens = torch.randint(0, model.V, (model.B, model.S))

@@ -17,10 +17,12 @@ from ..shared.compilers import BASELINE
 from ..shared.measure import median_and_spread
 from ..shared.peers import NotOffered
 from .models import Model, make
+from .programs import PROGRAMS, Step
 from .systems import System
 
 METHOD = {
-    "step": "loss = model(input_ids=x, labels=x).loss; loss.backward(); the gradients are dropped",
+    "step": "loss = program(model)(tokens); loss.backward(); the gradients are dropped",
+    "programs": {name: " ".join((p.__doc__ or "").split()) for name, p in PROGRAMS.items()},
     "ms": "between CUDA events round a step, the host ahead by what it does while the GPU works",
     "host_ms": "of the host's clock for the calls of a step alone",
     "peak_bytes": "torch.cuda.max_memory_allocated over the steps, model and gradients included",
@@ -54,13 +56,14 @@ def table(models: Sequence[Model], systems: Sequence[System], length: Length) ->
     """One case for each model: a row for each system, and why others did not run."""
     for model in models:
         made = make(model)
+        concerned = [system for system in systems if system.concerns(model)]
         case = {"model": model.name, "B": model.B, "S": model.S, "V": model.V, "rows": [], "not_measured": []}
         case["logits_bytes"] = model.logits_bytes
         if isinstance(made, NotOffered):
-            case["not_measured"] = [{"system": s.name, "reason": made.reason} for s in systems]
+            case["not_measured"] = [{"system": s.name, "reason": made.reason} for s in concerned]
         else:
-            rounds, refused = _rounds(model, *made, [s for s in systems if not s.patch], length)
-            for system in (s for s in systems if s.patch):
+            rounds, refused = _rounds(model, *made, [s for s in concerned if not s.patch], length)
+            for system in (s for s in concerned if s.patch):
                 found = _peer(model, system, length)
                 if isinstance(found, NotOffered):
                     refused[system.name] = found.reason
@@ -95,9 +98,11 @@ def _rounds(
         for system in list(systems)[:: -1 if i % 2 else 1]:
             if system.name in refused:
                 continue
+            program = PROGRAMS[model.program]
             with system.of(model, made):
                 try:
-                    result: _Round | NotOffered = _round(made, tokens, length)
+                    with program(made, system.options is not None) as step:
+                        result: _Round | NotOffered = _round(step, made, tokens, length)
                 except Exception as error:  # a peer may raise anything; ours is told as a failure
                     result = NotOffered.because(error)
             if isinstance(result, NotOffered):
@@ -108,41 +113,40 @@ def _rounds(
     return {name: rounds for name, rounds in found.items() if rounds}, refused
 
 
-def _round(made: nn.Module, tokens: Tensor, length: Length) -> _Round:
-    compiled = torch.compile(made)
+def _round(step: Step, made: nn.Module, tokens: Tensor, length: Length) -> _Round:
     forget_counts()
     start = time.perf_counter()
-    out = compiled(input_ids=tokens, labels=tokens)
-    out.loss.backward()
+    loss, kind = step(tokens)
+    loss.backward()
     torch.cuda.synchronize()
     first_call_s = time.perf_counter() - start
-    loss, kind = out.loss.item(), type(out.logits).__name__
+    value = loss.item()
     squares = [p.grad.double().square().sum() for p in made.parameters() if p.grad is not None]
     norm = torch.stack(squares).sum().sqrt().item()
-    del out, squares
+    del loss, squares
     made.zero_grad(set_to_none=True)
     for _ in range(length.warm_up):
-        _step(compiled, made, tokens)
+        _whole(step, made, tokens)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    timed = [_timed(compiled, made, tokens) for _ in range(length.steps)]
+    timed = [_timed(step, made, tokens) for _ in range(length.steps)]
     ms, host_ms = (median_and_spread(column)[0] for column in zip(*timed, strict=True))
     peak = torch.cuda.max_memory_allocated()
-    return _Round(loss, norm, kind, ms, host_ms, peak, first_call_s, counted())
+    return _Round(value, norm, kind, ms, host_ms, peak, first_call_s, counted())
 
 
-def _step(compiled: Any, made: nn.Module, tokens: Tensor) -> None:
-    out = compiled(input_ids=tokens, labels=tokens)
-    out.loss.backward()
+def _whole(step: Step, made: nn.Module, tokens: Tensor) -> None:
+    loss, _ = step(tokens)
+    loss.backward()
     made.zero_grad(set_to_none=True)
 
 
-def _timed(compiled: Any, made: nn.Module, tokens: Tensor) -> tuple[float, float]:
+def _timed(step: Step, made: nn.Module, tokens: Tensor) -> tuple[float, float]:
     """(ms on the GPU, ms of the host)"""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     before = time.perf_counter()
-    _step(compiled, made, tokens)
+    _whole(step, made, tokens)
     host_ms = 1e3 * (time.perf_counter() - before)
     end.record()
     end.synchronize()

@@ -26,6 +26,12 @@ class System:
     options: dict[str, Any] | None = None
     patch: str = ""
 
+    def concerns(self, model: Model) -> bool:
+        """Whether it does something else for `model` than the others do."""
+        if self.patch:
+            return bool(model.liger)
+        return not self.options or model.program == "returned"
+
     def refused(self, model: Model) -> NotOffered | None:
         """Why this system cannot be had for `model`, where that is known before anything runs."""
         apply = find("liger_kernel.transformers", model.liger) if self.patch else None

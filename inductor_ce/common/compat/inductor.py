@@ -101,6 +101,14 @@ def readable(x: IRNode, *, absorb: bool = False, after: Sequence[IRNode] = ()) -
     return x
 
 
+def laid_out(x: IRNode, strides: Sequence[int]) -> IRNode:
+    """`x` in memory, with these strides if what makes it can still be told so."""
+    x.realize()
+    if not isinstance(x.get_layout(), ir.FlexibleLayout):
+        return x
+    return ir.ExternKernel.require_exact_strides(x, strides)
+
+
 def auto_chunked_graphs() -> int | None:
     """How many graphs Inductor's auto_chunker has rewritten in this process; None where none are counted."""
     return getattr(metrics, "num_auto_chunking", None)

@@ -1,0 +1,148 @@
+"""How users write a step: each gives the loss of a batch by a model, compiled as they compile it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...api.defer import defer, restore
+
+# tokens [B, S] to (the loss [], the class of the logits, "" where the program has none)
+Step = Callable[[Tensor], tuple[Tensor, str]]
+
+
+@contextlib.contextmanager
+def returned(model: Any, ours: bool) -> Iterator[Step]:
+    """transformers' Trainer: the model gives loss and logits."""
+    compiled = torch.compile(model)
+
+    def step(tokens: Tensor) -> tuple[Tensor, str]:
+        out = compiled(input_ids=tokens, labels=tokens)
+        return out.loss, type(out.logits).__name__
+
+    yield step
+
+
+@contextlib.contextmanager
+def blocks(model: Any, ours: bool) -> Iterator[Step]:
+    """torchtitan: blocks are compiled one by one, the loss alone, and the head is between them, eager.
+
+    One line more for us: the head is deferred.
+    """
+    layers = list(model.model.layers)
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward)
+    loss = torch.compile(next_token)
+    if ours:
+        defer(model.lm_head)
+    try:
+
+        def step(tokens: Tensor) -> tuple[Tensor, str]:
+            z = model.lm_head(model.model(input_ids=tokens).last_hidden_state)
+            return loss(z, tokens), type(z).__name__
+
+        yield step
+    finally:
+        if ours:
+            restore(model.lm_head)
+        for layer in layers:
+            del layer.forward
+
+
+def next_token(z: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+PADDING = 36  # classes that no token is
+
+
+@contextlib.contextmanager
+def padded(model: Any, ours: bool) -> Iterator[Step]:
+    """nanochat: the padding is cut off logits with a soft-cap, and the loss alone is given."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        z = model.lm_head(model.model(input_ids=tokens).last_hidden_state)
+        z = 15 * torch.tanh(z[..., :-PADDING].float() / 15)
+        y = tokens.roll(-1, 1).clamp(max=z.shape[-1] - 1)
+        return F.cross_entropy(z.view(-1, z.shape[-1]), y.view(-1), ignore_index=-1)
+
+    compiled = torch.compile(forward)
+    yield lambda tokens: (compiled(tokens), "")
+
+
+@contextlib.contextmanager
+def adapted(model: Any, ours: bool) -> Iterator[Step]:
+    """PEFT: adapters at queries and values, all else frozen, the head too; loss and logits are given."""
+    given = [name for name, p in model.named_parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    replaced = [
+        (layer.self_attn, name, getattr(layer.self_attn, name))
+        for layer in model.model.layers
+        for name in ("q_proj", "v_proj")
+    ]
+    for parent, name, linear in replaced:
+        setattr(parent, name, LowRank(linear))
+    try:
+        with returned(model, ours) as step:
+            yield step
+    finally:
+        for parent, name, linear in replaced:
+            setattr(parent, name, linear)
+        for name in given:
+            model.get_parameter(name).requires_grad_(True)
+
+
+class LowRank(nn.Module):
+    """A linear layer with an adapter of `rank` beside it."""
+
+    def __init__(self, linear: nn.Linear, rank: int = 16, scale: float = 2.0):
+        super().__init__()
+        w = linear.weight
+        generator = torch.Generator(w.device).manual_seed(sum(w.shape))
+        a = torch.randn(rank, w.shape[1], generator=generator, device=w.device, dtype=w.dtype)
+        self.linear, self.scale = linear, scale
+        self.a = nn.Parameter(a / w.shape[1] ** 0.5)
+        self.b = nn.Parameter(w.new_zeros(w.shape[0], rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.a), self.b)
+
+
+@contextlib.contextmanager
+def in_float32(model: Any, ours: bool) -> Iterator[Step]:
+    """Reinforcement learning: the head in float32 over bfloat16 hidden states and weight."""
+
+    def forward(tokens: Tensor) -> Tensor:
+        hidden = model.model(input_ids=tokens).last_hidden_state
+        z = F.linear(hidden.float(), model.lm_head.weight.float())
+        return next_token(z, tokens)
+
+    compiled = torch.compile(forward)
+    yield lambda tokens: (compiled(tokens), "")
+
+
+class HeadAlone(nn.Module):
+    """A model whose body is given hidden states, by the names that transformers has."""
+
+    def __init__(self, B: int, S: int, V: int, D: int):
+        super().__init__()
+        self.hidden = nn.Parameter(torch.randn(B, S, D, dtype=torch.bfloat16))
+        self.lm_head = nn.Linear(D, V, bias=False, dtype=torch.bfloat16)
+
+    def model(self, input_ids: Tensor) -> Body:
+        return Body(self.hidden)
+
+
+class Body:
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+
+PROGRAMS: dict[str, Callable[[nn.Module, bool], contextlib.AbstractContextManager[Step]]] = {
+    function.__name__: function for function in (returned, blocks, padded, adapted, in_float32)
+}
