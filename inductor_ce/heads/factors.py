@@ -21,7 +21,8 @@ def has_16_bit_factors(head: Head) -> bool:
     z = example_of(head.product)
     if z.dtype != torch.float32 or not has_wide_products(z.device):
         return False
-    return all(_cast_before(factor)[0] is not None for factor in (head.hidden, head.columns))
+    factors = [factor for product in head.products for factor in (product.hidden, product.columns)]
+    return all(_cast_before(factor)[0] is not None for factor in factors)
 
 
 def in_16_bits(build: Builder, node: Node) -> Node:

@@ -12,14 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from .. import ops
 from ..common.compat.graphs import OpOverload
-from ..graph.shapes import equal, shape_of, tensor_of
+from ..graph.shapes import equal, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call, is_planned, stats_call
 
@@ -55,27 +55,45 @@ class NoHead(Exception):
     """Why the logits of a `row_stats` are no head's that can be divided, in words."""
 
 
+class Product(NamedTuple):
+    """A linear layer.
+
+    Attributes:
+        node: mm, addmm, or bmm with a batch of one.
+        hidden: [N, D] or [1, N, D].
+        columns: the weight as [D, V] or [1, D, V].
+        bias: [V], or None.
+    """
+
+    node: Node
+    hidden: Node
+    columns: Node
+    bias: Node | None
+
+
 @dataclass
 class Head:
     """A head.
 
     Attributes:
-        product: the node that makes the logits, mm, addmm, or bmm with a batch of one.
-        hidden: [N, D] or [1, N, D].
-        columns: the weight as [D, V] or [1, D, V].
-        bias: [V], or None.
-        wide: all wide nodes but `product`, in the order of the graph; `row_grad` too.
+        products: what the logits are made of: one, or more, such as those of an adapter; the widest first.
+        wide: all wide nodes but the products, in the order of the graph; `row_grad` too.
         stats: the `row_stats` nodes.
         exits: what reads wide nodes to make gradients, and what each makes.
     """
 
-    product: Node
-    hidden: Node
-    columns: Node
-    bias: Node | None
+    products: list[Product]
     wide: list[Node] = field(default_factory=list)
     stats: list[Node] = field(default_factory=list)
     exits: dict[Node, str] = field(default_factory=dict)
+
+    @property
+    def product(self) -> Node:
+        return self.products[0].node
+
+    @property
+    def roots(self) -> set[Node]:
+        return {product.node for product in self.products}
 
     @property
     def n(self) -> Any:
@@ -87,7 +105,7 @@ class Head:
 
     @property
     def d(self) -> Any:
-        return shape_of(self.columns)[-2]
+        return shape_of(self.products[0].columns)[-2]
 
     @property
     def grads(self) -> list[Node]:
@@ -104,13 +122,13 @@ class Head:
 
     def beside(self) -> list[Node]:
         """What is combined with wide nodes, in pointwise nodes."""
-        wide = {self.product, *self.wide}
+        wide = {*self.roots, *self.wide}
         readers = [node for node in self.wide if node.target != ops.ROW_GRAD]
         return [s for node in readers for s in node.all_input_nodes if s not in wide]
 
     def factors(self) -> list[Node]:
         """What gradients are multiplied with in products."""
-        wide = {self.product, *self.wide}
+        wide = {*self.roots, *self.wide}
         return [s for node in self.exits for s in node.all_input_nodes if _untransposed(s) not in wide]
 
     def before_statistics(self) -> list[Node]:
@@ -146,20 +164,24 @@ def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
         raise NoHead(_why_no_product(stats))
-    if len(roots) > 1:
-        raise NoHead("the logits are made of several products")
-    (product,) = roots
-    if is_batched(product):
-        raise NoHead(BATCHED)
-    *added, hidden, columns = args_of(product)
-    bias = added[0] if added else None
-    if bias is not None and (len(shape_of(bias)) != 1 or product.kwargs):
-        raise NoHead("the linear layer adds more than a bias")
-    head = Head(product, hidden, columns, bias)
+    products = sorted(map(_product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
+    head = Head(products)
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
+    if not all(equal(shape_of(node)[-1], head.v) for node in head.roots):
+        raise NoHead("the logits are made of several products, of which one has other classes")
     _gather(head)
     return head
+
+
+def _product_of(node: Node) -> Product:
+    if is_batched(node):
+        raise NoHead(BATCHED)
+    *added, hidden, columns = args_of(node)
+    bias = added[0] if added else None
+    if bias is not None and (len(shape_of(bias)) != 1 or node.kwargs):
+        raise NoHead("the linear layer adds more than a bias")
+    return Product(node, hidden, columns, bias)
 
 
 def _products_before(node: Node) -> set[Node]:
@@ -201,8 +223,8 @@ def _why_no_product(stats: Node) -> str:
 def _gather(head: Head) -> None:
     """Fill in what is made of the logits. Raises NoHead where something else reads them."""
     order = {node: i for i, node in enumerate(head.product.graph.nodes)}
-    wide: set[Node] = {head.product}
-    stack = [head.product]
+    wide = head.roots
+    stack = [product.node for product in head.products]
     while stack:
         node = stack.pop()
         for user in node.users:
@@ -220,7 +242,7 @@ def _gather(head: Head) -> None:
                 stack.append(user)
             else:
                 raise NoHead(_escape(user))
-    head.wide = sorted(wide - {head.product}, key=order.__getitem__)
+    head.wide = sorted(wide - head.roots, key=order.__getitem__)
     head.stats.sort(key=order.__getitem__)
     gradients = head.gradients()
     for reader in head.exits:

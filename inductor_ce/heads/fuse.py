@@ -227,13 +227,20 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "") -> plan.HeadNumb
         wants_weight=bool(weights),
         labelled=bool(head.labels()),
         chained=head.chained,
+        added=_added(head),
         in_terms=has_16_bit_factors(head),
-        float16=torch.float16 in {example_of(node).dtype for node in (head.product, *head.wide, *head.exits)},
+        float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,
         varies=varies,
         sharded=bool(exchanges := _exchanges(head.stats)),
         uneven=not all(map(_is_among_equals, exchanges)),
     )
+
+
+def _added(head: find.Head) -> int:
+    """Bytes of a logit of all products but the first, and of its gradient."""
+    own = sum(example_of(product.node).element_size() for product in head.products[1:])
+    return own * (2 if head.grads else 1)
 
 
 def _is_late(grad: Node) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..ops.products import ALIGN_ROWS, LOGITS, PRODUCT_INTO
 from . import sizes
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
-from .find import CAST, Head, NoHead, is_pointwise, vocab_axis
+from .find import CAST, Head, NoHead, Product, is_pointwise, vocab_axis
 from .plan import piece_size
 
 aten = torch.ops.aten
@@ -52,9 +51,10 @@ class Pieces:
     def __init__(self, build: Builder, head: Head, dim: int):
         self.build, self.head, self.dim = build, head, dim
         self._has_16_bit_factors = has_16_bit_factors(head)
-        self.hidden = self.factor(head.hidden)
-        self.columns = self.factor(head.columns)
-        self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, self.hidden, 0)
+        self._factors = {p: (self.factor(p.hidden), self.factor(p.columns)) for p in head.products}
+        hidden, _ = self._factors[head.products[0]]
+        self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, hidden, 0)
+        self._before_statistics = head.before_statistics()
         self._whole: dict[tuple[Node, int], Node] = {}
         self._shared: dict[tuple[Node, Node], Node] = {}
 
@@ -70,25 +70,24 @@ class Pieces:
 
     # Forward
 
-    def logits(self, piece: Range, after: list[Node]) -> Node:
-        """The piece of the logits, once what is in `after` is made."""
-        build, head, bias = self.build, self.head, self.head.bias
-        hidden, columns = self.hidden, self.columns
+    def forward(self, piece: Range, after: list[Node]) -> dict[Node, Node]:
+        """The piece of each wide node that lies before the statistics, once what is in `after` is made."""
+        made = {product.node: self._product(product, piece, after) for product in self.head.products}
+        for node in self._before_statistics:
+            made[node] = self._made(node, made, piece)
+        return made
+
+    def _product(self, product: Product, piece: Range, after: list[Node]) -> Node:
+        build, bias = self.build, product.bias
+        hidden, columns = self._factors[product]
         if self.dim == ROWS:
             hidden = self.cut(hidden, piece)
         else:
             columns = self.cut(columns, piece)
-            if bias is not None and equal(shape_of(bias)[0], head.v):
+            if bias is not None and equal(shape_of(bias)[0], self.head.v):
                 bias = self.cut(bias, piece, 0)
-        own = [example_of(head.product).dtype] if self._has_16_bit_factors else []
+        own = [example_of(product.node).dtype] if self._has_16_bit_factors else []
         return build(LOGITS, hidden, columns, bias, after, *own)
-
-    def wide(self, z: Node, piece: Range, nodes: Iterable[Node]) -> dict[Node, Node]:
-        """The piece of each of `nodes`, which lie before the statistics, of the logits `z`."""
-        made = {self.head.product: z}
-        for node in nodes:
-            made[node] = self._made(node, made, piece)
-        return made
 
     def wide_gradients(
         self,

@@ -54,6 +54,7 @@ class HeadNumbers:
         backward: whether a gradient is wanted.
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
+        added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         labelled: whether gradients have entries at labels, which stand out.
         float16: whether gradients are float16, which need the true upstream gradient within its range.
@@ -73,6 +74,7 @@ class HeadNumbers:
     wants_hidden: bool = True
     wants_weight: bool = True
     chained: bool = False
+    added: int = 0
     in_terms: bool = False
     labelled: bool = True
     float16: bool = False
@@ -150,8 +152,8 @@ def plan_loop(
         return None
     each = [_pieces(head.n, -(-wanted.pieces * head.n // max(whole.n, 1))) for head in heads]
     wide_sum, wide_hidden = whole.weight_element < 4, _waits_in_float32(whole)
-    piece = max(piece_size(head.n, k) * _tensors(head) for head, k in zip(heads, each, strict=True))
-    extra = _most_in_chunks(whole, piece * whole.v * whole.element, wide_sum, wide_hidden)
+    piece = max(piece_size(head.n, k) * _held(head) for head, k in zip(heads, each, strict=True))
+    extra = _most_in_chunks(whole, piece * whole.v, wide_sum, wide_hidden)
     reason = f"one of {len(heads)} chunks in a loop, which add to one gradient of the weight"
     return [Plan(TOKEN_CHUNKS, k, wide_sum, extra, reason, wide_hidden) for k in each]
 
@@ -212,12 +214,12 @@ def _usual_chunks(head: HeadNumbers) -> int:
 
 
 def _materialise(head: HeadNumbers, reason: str) -> Plan:
-    return Plan(MATERIALISE, 1, False, head.logits_bytes * _tensors(head), reason)
+    return Plan(MATERIALISE, 1, False, head.n * head.v * _held(head), reason)
 
 
-def _tensors(head: HeadNumbers) -> int:
-    """Tensors of the size of a piece that are held at once."""
-    return 2 if head.backward and head.chained else 1
+def _held(head: HeadNumbers) -> int:
+    """Bytes that are held at once for each logit of a piece."""
+    return head.element * (2 if head.backward and head.chained else 1) + head.added
 
 
 def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
@@ -233,7 +235,7 @@ def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
 
 
 def _forward_of(head: HeadNumbers, pieces: int) -> Plan:
-    extra = piece_size(head.n, pieces) * head.v * head.element
+    extra = piece_size(head.n, pieces) * head.v * _held(head)
     return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
 
 
@@ -246,7 +248,7 @@ def _chunks(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 
 
 def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
-    piece = piece_size(head.n, pieces) * head.v * head.element * _tensors(head)
+    piece = piece_size(head.n, pieces) * head.v * _held(head)
     wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
     extra = _most_in_chunks(head, piece, wide_sum, wide_hidden)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
@@ -300,7 +302,7 @@ def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 
 
 def _slabs_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
-    piece = head.n * piece_size(head.v, pieces) * head.element * _tensors(head)
+    piece = head.n * piece_size(head.v, pieces) * _held(head)
     wide = head.wants_hidden and head.element < 4
     extra = piece + _terms(head, piece) + (head.n * head.d * 4 if wide else 0)
     return Plan(VOCAB_SLABS, pieces, wide, extra, reason)

@@ -144,12 +144,10 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
-    forward = head.before_statistics()
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
-        z = pieces.logits(piece, after)
-        made = pieces.wide(z, piece, forward)
+        made = pieces.forward(piece, after)
         stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
             parts[node].append(part)

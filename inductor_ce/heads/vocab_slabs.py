@@ -28,21 +28,20 @@ def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:
         plan: how many slabs, of equal size as nearly as may be, and what is summed in float32.
     """
     pieces = Pieces(build, head, COLUMNS)
-    forward = head.before_statistics()
     columns = ranges(build, head.v, plan.pieces)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after: list[Node] = []
     for piece in columns:
-        made = pieces.wide(pieces.logits(piece, after), piece, forward)
+        made = pieces.forward(piece, after)
         for node in head.stats:
             call = stats_call(node)
             parts[node].append(pieces.stats(node, made[call.z], piece, call.rows.closed()))
         after = [of_node[-1] for of_node in parts.values()]
     whole = {node: _whole(build, node, of_node, columns) for node, of_node in parts.items()}
-    return whole | _backward(pieces, forward, columns, plan)
+    return whole | _backward(pieces, columns, plan)
 
 
-def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: Plan) -> dict[Node, Node]:
+def _backward(pieces: Pieces, columns: list[Range], plan: Plan) -> dict[Node, Node]:
     head = pieces.head
     exits = Exits(pieces, plan)
     if not exits:
@@ -50,7 +49,7 @@ def _backward(pieces: Pieces, forward: list[Node], columns: list[Range], plan: P
     coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}
     after = [c for _, c in coefficients.values()]
     for i, piece in enumerate(columns):
-        made = pieces.wide(pieces.logits(piece, after), piece, forward)
+        made = pieces.forward(piece, after)
         after = exits.add(made, piece, coefficients, first=i == 0)
     return exits.finish(None)
 
