@@ -1,6 +1,5 @@
 """Shared by all tests: the gpu marker, and a clean slate round each test."""
 
-import gc
 import logging
 import os
 import tempfile
@@ -8,7 +7,7 @@ import tempfile
 import pytest
 import ranks
 import torch
-from harness import clean_slate
+from harness import clean_slate, collect_seldom
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from inductor_ce.heads import plan
@@ -71,11 +70,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What is there before the first test stays, so that no garbage collection need look at it; and there is
-    time for one, as what a compilation leaves is small."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    collect_seldom()
 
 
 @pytest.fixture(autouse=True)
