@@ -37,7 +37,7 @@ def clean_slate():
 
     Kernels are: the same text gives the same machine code, whichever test or rank asks for it first. Dynamo
     neither collects garbage after each compilation, nor measures how long guards take, for which it would
-    flush the processor's caches, nor keeps a record of it with all options: 10, 25 and 5 ms.
+    flush the processor's caches, nor keeps a record of it with all options: 10, 25 and 2 ms.
     """
     torch._dynamo.reset()
     counters.clear()
