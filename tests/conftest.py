@@ -1,20 +1,12 @@
-"""Shared by all tests: the gpu marker, and a clean slate round each test."""
+"""Shared by all tests: the folder of compiled code. What needs torch is in `every_test.py`."""
 
-import gc
-import logging
 import os
 import tempfile
 
 import pytest
-import ranks
-import torch
-from harness import clean_slate
-from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-from inductor_ce.heads import plan
-
-# To a log of which pytest does not know, or torch would make JSON of each step for it.
-torch._logging._internal.trace_log = logging.Logger("torch.__trace")
+FOLDER = "TORCHINDUCTOR_CACHE_DIR"
+NAMED = FOLDER in os.environ  # importing Inductor puts its usual folder there
 
 
 @pytest.hookimpl(trylast=True)
@@ -22,70 +14,12 @@ def pytest_configure(config):
     """Code is compiled once for all workers of a run, in a folder that goes with it unless the environment
     names one: a run that was killed leaves half a library, which would fail the next one.
 
-    Importing Inductor has put its usual folder into the environment.
+    A process that hands the tests out to workers runs none, and they wait for it: it does without torch.
     """
-    if not hasattr(config, "workerinput") and cache_dir() == default_cache_dir():
+    works = hasattr(config, "workerinput")
+    if not works and not NAMED:
         folder = tempfile.TemporaryDirectory(prefix="inductor-", ignore_cleanup_errors=True)
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+        os.environ[FOLDER] = folder.name
         config.add_cleanup(folder.cleanup)
-
-
-def pytest_unconfigure():
-    ranks.close_groups()
-
-
-# What takes long goes first, so that both workers have something to do until the end.
-LONG = (
-    *(
-        "dtensor_ranks",
-        "templates",
-        "traps",
-        "lowering",
-        "head",
-        "head_memory",
-        "functional_group",
-        "patterns",
-    ),
-    *("regions", "lazy_dtensor", "backend", "head_programs", "functional", "rowlocal", "numerics"),
-    *(
-        "explain",
-        "generated",
-        "confidence",
-        "linear_cross_entropy",
-        "lazy_inputs",
-        "dtensor_product",
-        "head_traps",
-    ),
-)
-_PLACE = {f"test_{name}.py": place for place, name in enumerate(LONG)}
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: _PLACE.get(item.path.name, len(LONG)))
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a GPU")
-    for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
-
-
-def pytest_collection_finish():
-    """What is there before the first test stays, so that no garbage collection need look at it; and there is
-    time for one, as what a compilation leaves is small."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
-
-
-@pytest.fixture(autouse=True)
-def _clean_slate():
-    with clean_slate(), ranks.guards_unmeasured():
-        yield
-
-
-@pytest.fixture
-def much(monkeypatch):
-    """As if float32 beside 16-bit gradients cost much."""
-    monkeypatch.setattr(plan, "LITTLE", 0)
-    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
+    if works or getattr(config.option, "dist", "no") == "no":
+        config.pluginmanager.import_plugin("every_test")

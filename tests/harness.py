@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -22,13 +23,21 @@ from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
 
 
+def collect_seldom() -> None:
+    """What is there now stays, so that no garbage collection need look at it; and there is time for one, as
+    what a compilation leaves is small."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 @contextlib.contextmanager
 def clean_slate():
     """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
 
     Kernels are: the same text gives the same machine code, whichever test or rank asks for it first. Dynamo
-    neither collects garbage after each compilation nor measures how long guards take, for which it would
-    flush the processor's caches: 10 and 25 ms.
+    neither collects garbage after each compilation, nor measures how long guards take, for which it would
+    flush the processor's caches, nor keeps a record of it with all options: 10, 25 and 2 ms.
     """
     torch._dynamo.reset()
     counters.clear()
@@ -38,6 +47,7 @@ def clean_slate():
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._dynamo.config.patch(run_gc_after_compile=False),
         mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0),
+        mock.patch("torch._dynamo.utils.record_compilation_metrics", lambda *_, **__: None),
     ):
         yield
     inductor_ce.uninstall()

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
+from pairwise import pairwise
 from ranks import on_devices, once
 from reference import Terms
 
@@ -41,16 +42,21 @@ JOBS = {
         ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),
     ],
 }
+CHUNKS, SLABS = "token_chunks", "vocab_slabs"
+EVEN = {2: Setup((2,)), 4: Setup((2, 2))}
+DIVIDED = pairwise(
+    list(EVEN),
+    ["plain", "class weights", "all, ignoring 0"],
+    [CHUNKS, SLABS],
+    valid=lambda size, name, strategy: size == 2 or name != "all, ignoring 0",
+)
+DIVIDED_UNEVENLY = {2: ("plain", "soft targets", "entropy"), 4: ("soft targets", "entropy")}
 PIECES = {
     size: [
-        *[
-            (name, replace(setup, strategy=strategy))
-            for name in ("plain", "class weights", *(["all, ignoring 0"] if size == 2 else []))
-            for strategy in ("token_chunks", "vocab_slabs")
-        ],
-        *[(name, replace(uneven, strategy="vocab_slabs")) for name in ("plain", "soft targets", "entropy")],
+        *[(name, replace(even, strategy=strategy)) for of, name, strategy in DIVIDED if of == size],
+        *[(name, replace(uneven, strategy=SLABS)) for name in DIVIDED_UNEVENLY[size]],
     ]
-    for size, setup, uneven in ((2, Setup((2,)), UNEVEN), (4, Setup((2, 2)), GRID))
+    for (size, even), uneven in zip(EVEN.items(), (UNEVEN, GRID), strict=True)
 }
 EVERY_PIECE = [(size, *job) for size, jobs in PIECES.items() for job in jobs]
 EVERY_JOB = [(size, *job) for size, jobs in JOBS.items() for job in jobs]

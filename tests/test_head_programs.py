@@ -132,20 +132,20 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @by_dividing
-@pytest.mark.parametrize(
-    ("name", "inside"), [*((name, False) for name in UPSTREAM), ("squared", True), ("in other units", True)]
-)
-def test_trap_02_upstream_gradients(name: str, inside: bool, strategy: str) -> None:
-    then = UPSTREAM[name]
-
-    def whole(*given: Tensor) -> Tensor:
-        return then(cases.biased(*given))
-
-    half = compiled(whole if inside else cases.biased, strategy)
+@pytest.mark.parametrize("within", ["", "squared", "in other units"])
+def test_trap_02_upstream_gradients(within: str, strategy: str) -> None:
+    """Of what is made of a loss that is compiled alone, and of what is compiled with it."""
     given = inputs()
-    ours = measure(half if inside else lambda *a: then(half(*a)), given)
-    assert counts() == {strategy: 1}
-    assert_all_fair(ours, measure(whole, given), measure(whole, given.to(torch.float64)))
+    half = None if within else compiled(cases.biased, strategy)
+    for then in [UPSTREAM[within]] if within else UPSTREAM.values():
+
+        def whole(*given: Tensor, then: Callable[[Tensor], Tensor] = then) -> Tensor:
+            return then(cases.biased(*given))
+
+        outside = lambda *given, then=then: then(half(*given))  # noqa: E731
+        ours = measure(outside if half else compiled(whole, strategy), given)
+        assert counts() == {strategy: 1}
+        assert_all_fair(ours, measure(whole, given), measure(whole, given.to(torch.float64)))
 
 
 @by_dividing

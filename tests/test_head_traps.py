@@ -102,14 +102,14 @@ def test_trap_25_any_ignore_index(ignore_index: int, strategy: str) -> None:
 
 
 @by_dividing
-@pytest.mark.parametrize("outside", [V, -1, 2**31])
-def test_trap_26_a_label_out_of_range(outside: int, strategy: str) -> None:
+def test_trap_26_a_label_out_of_range(strategy: str) -> None:
     """Out-of-range label answers plausibly: NaN for that row, and for that row alone."""
     given = inputs(ignored=False)
-    wrong = given._replace(y=given.y.clone())
-    wrong.y.view(-1)[5] = outside
     run, _ = compile_without_codegen(cases.per_token, strategy=strategy, memory_budget=BUDGET)
-    losses = run(*wrong)
-    rest = torch.arange(len(losses)) != 5
-    assert losses[5].isnan()
-    torch.testing.assert_close(losses[rest], cases.per_token(*given)[rest])
+    for outside in (V, -1, 2**31):
+        wrong = given._replace(y=given.y.clone())
+        wrong.y.view(-1)[5] = outside
+        losses = run(*wrong)
+        rest = torch.arange(len(losses)) != 5
+        assert losses[5].isnan(), outside
+        torch.testing.assert_close(losses[rest], cases.per_token(*given)[rest])

@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An import goes to a room on a line above, or stays within the room.
 ROOMS = ["common", "algebra", "graph", "ops", "distributed", "reading", "rewriting", "heads", "api", "bench"]
 
-everywhere = pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(PACKAGE)))
+TREES = {file: ast.parse(file.read_text()) for file in FILES}  # a test looks at all: they take no time
 
 
 def imports(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
@@ -41,7 +41,7 @@ def imported(file: Path) -> set[tuple[str, ...]]:
     """The modules of the package that `file` imports, a room for what its `__init__` gives."""
     found = set()
     folder = file.relative_to(PACKAGE).parts[:-1]
-    for node in imports(ast.parse(file.read_text())):
+    for node in imports(TREES[file]):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (*folder[: len(folder) - node.level + 1], *(node.module or "").split("."))
             base = tuple(part for part in base if part)
@@ -56,15 +56,23 @@ def test_every_file_is_in_a_room():
     assert {file.relative_to(PACKAGE).parts[0] for file in FILES} == {*ROOMS, "__init__.py"}
 
 
-@everywhere
-def test_imports_go_to_rooms_above(file: Path):
+def offending(found: Callable[[Path], object], files: Iterable[Path] = FILES) -> dict[str, object]:
+    """What is found in files where nothing is to be found, by their names."""
+    return {str(file.relative_to(PACKAGE)): what for file in files if (what := found(file))}
+
+
+def upward(file: Path) -> set[str]:
+    """The rooms further down that a file imports from."""
     room, *_ = (*dotted(file), "")
     if not room:
-        return  # the package itself, which names what users may
+        return set()  # the package itself, which names what users may
     own = ROOMS.index(room)
     rooms = {m[0] if m else "api" for m in imported(file)}  # the package itself is what `api` offers
-    upward = {other for other in rooms if ROOMS.index(other) > own}
-    assert upward == set()
+    return {other for other in rooms if ROOMS.index(other) > own}
+
+
+def test_imports_go_to_rooms_above():
+    assert offending(upward) == {}
 
 
 def test_a_benchmark_imports_what_is_called_and_what_is_lowered():
@@ -91,54 +99,64 @@ def test_a_room_says_what_comes_in_and_what_goes_out(room: str):
     assert {name for name in named if not re.search(rf"\b{name}\b", told)} == set()
 
 
-@everywhere
-def test_no_import_inside_a_function(file: Path):
-    functions = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.FunctionDef)]
-    assert [ast.unparse(node) for f in functions for node in imports(f)] == []
+def imports_in_functions(file: Path) -> list[str]:
+    functions = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.FunctionDef)]
+    return [ast.unparse(node) for f in functions for node in imports(f)]
 
 
-@everywhere
-def test_private_torch_is_in_compat(file: Path):
-    if file.parent.name == "compat":
-        return
-    named = {m for node in imports(ast.parse(file.read_text())) for m in modules(node)}
-    private = {m for m in named if m.startswith("torch.") and any(p.startswith("_") for p in m.split("."))}
-    assert private == set()
+def test_no_import_inside_a_function():
+    assert offending(imports_in_functions) == {}
 
 
-@everywhere
-def test_private_torch_is_not_reached_by_attributes(file: Path):
+NOT_IN_COMPAT = [file for file in FILES if file.parent.name != "compat"]
+
+
+def private_modules(file: Path) -> set[str]:
+    named = {m for node in imports(TREES[file]) for m in modules(node)}
+    return {m for m in named if m.startswith("torch.") and any(p.startswith("_") for p in m.split("."))}
+
+
+def test_private_torch_is_in_compat():
+    assert offending(private_modules, NOT_IN_COMPAT) == {}
+
+
+def private_attributes(file: Path) -> set[str]:
+    chains = (ast.unparse(n) for n in ast.walk(TREES[file]) if isinstance(n, ast.Attribute))
+    return {c for c in chains if c.startswith("torch._") and not c.startswith(("torch._check", "torch.__"))}
+
+
+def test_private_torch_is_not_reached_by_attributes():
     """As torch._C or torch._ops. torch._check is public in all but its name."""
-    if file.parent.name == "compat":
-        return
-    chains = (ast.unparse(n) for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Attribute))
-    private = {
-        c for c in chains if c.startswith("torch._") and not c.startswith(("torch._check", "torch.__"))
-    }
-    assert private == set()
+    assert offending(private_attributes, NOT_IN_COMPAT) == {}
 
 
-@everywhere
-def test_a_file_is_short(file: Path):
-    assert len(file.read_text().splitlines()) <= 400
+def test_a_file_is_short():
+    lengths = {file: len(file.read_text().splitlines()) for file in FILES}
+    assert offending(lambda file: lengths[file] * (lengths[file] > 400)) == {}
 
 
-@everywhere
-def test_no_exception_is_swallowed(file: Path):
-    handlers = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ExceptHandler)]
-    assert [ast.unparse(h) for h in handlers if h.type is None] == []
-    assert [ast.unparse(h) for h in handlers if all(isinstance(s, ast.Pass) for s in h.body)] == []
+def swallowed(file: Path) -> list[str]:
+    """Handlers of everything, and those that do nothing."""
+    handlers = [n for n in ast.walk(TREES[file]) if isinstance(n, ast.ExceptHandler)]
+    passes = (h for h in handlers if all(isinstance(s, ast.Pass) for s in h.body))
+    return [ast.unparse(h) for h in (*(h for h in handlers if h.type is None), *passes)]
+
+
+def test_no_exception_is_swallowed():
+    assert offending(swallowed) == {}
 
 
 PURE = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "sympy", "typing"}
 
 
-@pytest.mark.parametrize("file", [*(PACKAGE / "algebra").glob("*.py"), PACKAGE / "heads/plan.py"], ids=str)
-def test_what_is_pure_imports_no_torch(file: Path):
-    named = {m for node in imports(ast.parse(file.read_text())) for m in modules(node) if m[0] != "."}
-    assert {m.split(".")[0] for m in named} <= PURE
+def impure(file: Path) -> set[str]:
+    named = {m for node in imports(TREES[file]) for m in modules(node) if m[0] != "."}
+    return {m.split(".")[0] for m in named} - PURE
 
 
-@everywhere
-def test_a_file_opens_with_what_it_is(file: Path):
-    assert ast.get_docstring(ast.parse(file.read_text()))
+def test_what_is_pure_imports_no_torch():
+    assert offending(impure, [*(PACKAGE / "algebra").glob("*.py"), PACKAGE / "heads/plan.py"]) == {}
+
+
+def test_a_file_opens_with_what_it_is():
+    assert offending(lambda file: not ast.get_docstring(TREES[file])) == {}

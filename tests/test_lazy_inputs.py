@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_lazily, sites
@@ -76,29 +75,29 @@ def flattened(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.flatten(0, 1), y.flatten()) + F.cross_entropy(z.unsqueeze(0)[0].mT, y)
 
 
-@pytest.mark.parametrize(
-    ("loss", "dynamic"),
-    pairwise(
-        [ce, shifted_of_rows, with_metrics, flattened],
-        [True, None],
-        valid=lambda loss, dynamic: EVERYTHING or dynamic or loss is ce,
-    ),
+LOSSES_OF_AN_INPUT = pairwise(
+    [ce, shifted_of_rows, with_metrics, flattened],
+    [True, None],
+    valid=lambda loss, dynamic: EVERYTHING or dynamic or loss is ce,
 )
-def test_an_input_of_any_length(loss: Callable[..., Tensor], dynamic: bool | None) -> None:
+
+
+def test_an_input_of_any_length() -> None:
     """The third length is not compiled for again, nor with `dynamic` the second."""
     m = Model()
+    of = m.head.weight, m.embed.weight
     first, _ = compile_lazily(raw, dynamic=True)
-    second, graphs = compile_lazily(loss, dynamic=dynamic)
-    compiled = []
+    seconds = [(loss, *compile_lazily(loss, dynamic=dynamic), []) for loss, dynamic in LOSSES_OF_AN_INPUT]
     for length in (6, 9, 4, 7):
         x, y = batch(length)
-        told, z = first(m, x, y)
-        ours, theirs = second(z, y), loss(m.head(m.hidden(x)), y)
-        torch.testing.assert_close(ours, theirs)
-        of = m.head.weight, m.embed.weight
-        torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours + 0 * told, theirs)))
-        compiled.append(len(graphs.final))
-    assert compiled == [2] * 4 if dynamic else compiled == [2, 4, 4, 4]
+        for loss, second, graphs, compiled in seconds:
+            told, z = first(m, x, y)
+            ours, theirs = second(z, y), loss(m.head(m.hidden(x)), y)
+            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours + 0 * told, theirs)))
+            compiled.append(len(graphs.final))
+    for (*_, compiled), (_, dynamic) in zip(seconds, LOSSES_OF_AN_INPUT, strict=True):
+        assert compiled == ([2] * 4 if dynamic else [2, 4, 4, 4])
 
 
 def test_states_of_an_input() -> None:

@@ -14,6 +14,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_without_codegen, sites
+from pairwise import pairwise
 from ranks import spawn, tagged_caches
 from reference import Measured, Terms, assert_as_fair, assert_fair, measure
 from torch import Tensor
@@ -85,10 +86,12 @@ def with_logsumexp(z: Tensor, y: Tensor) -> Tensor:
 SPELLINGS = [cross_entropy, log_softmax_gather, logsumexp_gather]
 
 
-def assert_as_eager(f: Callable[..., Tensor], z: Tensor, *args: Any, fused: int = 1) -> None:
-    """Value and gradient, NaN included."""
+def assert_as_eager(
+    f: Callable[..., Tensor], z: Tensor, *args: Any, fused: int = 1, run: Callable[..., Tensor] | None = None
+) -> None:
+    """Value and gradient, NaN included; `run` is f compiled, once for all that it is given."""
     eager = measure(f, z, *args)
-    ours = measure(compiled(f, z.device.type), z, *args)
+    ours = measure(run or compiled(f, z.device.type), z, *args)
     assert sites() == fused
     torch.testing.assert_close(ours.value, eager.value, equal_nan=True)
     torch.testing.assert_close(ours.gradient, eager.gradient, equal_nan=True)
@@ -156,17 +159,17 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 
 @on_devices
 @pytest.mark.parametrize("inside", [True, False])
-@pytest.mark.parametrize("name", UPSTREAM)
-def test_trap_02_upstream_gradients_other_than_one(name: str, inside: bool, device: str) -> None:
+def test_trap_02_upstream_gradients_other_than_one(inside: bool, device: str) -> None:
     """Tests only used an upstream gradient of 1."""
-    z, y, then = logits(device), labels(device), UPSTREAM[name]
-    whole = lambda z, y: then(rich(z, y))  # noqa: E731
-    half = compiled(rich, device)
-    ours = measure(compiled(whole, device) if inside else lambda z, y: then(half(z, y)), z, y)
-    terms = Terms("none", smoothing=0.1, z_weight=1e-2)
-    exact = measure(lambda z: then(reference.cross_entropy(z, y, terms)), z.double())
-    assert sites() == 1
-    assert_as_fair(ours, measure(whole, z, y), exact)
+    half, terms = compiled(rich, device), Terms("none", smoothing=0.1, z_weight=1e-2)
+    for then in UPSTREAM.values():
+        z, y = logits(device), labels(device)
+        whole = lambda z, y, then=then: then(rich(z, y))  # noqa: E731
+        outside = lambda z, y, then=then: then(half(z, y))  # noqa: E731
+        ours = measure(compiled(whole, device) if inside else outside, z, y)
+        exact = measure(lambda z, y=y, then=then: then(reference.cross_entropy(z, y, terms)), z.double())
+        assert_as_fair(ours, measure(whole, z, y), exact)
+    assert sites() == (len(UPSTREAM) if inside else 1)
 
 
 @on_devices
@@ -257,29 +260,31 @@ NOT_FINITE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @on_devices
-@pytest.mark.parametrize("name", NOT_FINITE)
 @pytest.mark.parametrize("f", [*SPELLINGS, rich, with_logsumexp])
-def test_trap_05_rows_that_are_not_finite(
-    f: Callable[[Tensor, Tensor], Tensor], name: str, device: str
-) -> None:
+def test_trap_05_rows_that_are_not_finite(f: Callable[[Tensor, Tensor], Tensor], device: str) -> None:
     """The first block of a row is all -inf: (-inf)-(-inf) = NaN."""
-    v = 20_000 if device == "cuda" else V
-    z, y = NOT_FINITE[name](logits(device, v=v)), labels(device, v=v)
-    y[:4] = torch.tensor([0, v // 2, v - 2, v - 1])
-    assert_as_eager(f, z, y)
+    v, run = 20_000 if device == "cuda" else V, compiled(f, device)
+    for fill in NOT_FINITE.values():
+        z, y = fill(logits(device, v=v)), labels(device, v=v)
+        y[:4] = torch.tensor([0, v // 2, v - 2, v - 1])
+        assert_as_eager(f, z, y, run=run)
 
 
 @on_devices
-@pytest.mark.parametrize("value", [-INF, INF, NAN])
 @pytest.mark.parametrize("f", SPELLINGS)
 def test_trap_05_rows_that_are_not_finite_and_do_not_count(
-    f: Callable[[Tensor, Tensor], Tensor], value: float, device: str
+    f: Callable[[Tensor, Tensor], Tensor], device: str
 ) -> None:
     """The first block of a row is all -inf: (-inf)-(-inf) = NaN. Such rows may be masked padding."""
-    z, y = filled(logits(device), slice(2, 5), value), labels(device)
-    counts = torch.ones_like(y, dtype=torch.bool)
+    counts = torch.ones(N, dtype=torch.bool, device=device)
     counts[2:5] = False
-    assert_as_eager(lambda z, y: torch.where(counts, f(z, y), 0.0).sum() / counts.sum(), z, y)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return torch.where(counts, f(z, y), 0.0).sum() / counts.sum()
+
+    run = compiled(loss, device)
+    for value in (-INF, INF, NAN):
+        assert_as_eager(loss, filled(logits(device), slice(2, 5), value), labels(device), run=run)
 
 
 CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -562,9 +567,10 @@ REDUCTIONS = ["none", "mean", "sum"]
 
 
 @on_devices
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("case", ["all ignored", "no row", "one row", "one valid token", "one class"])
+@pytest.mark.parametrize(
+    ("case", "reduction", "smoothing"),
+    pairwise(["all ignored", "no row", "one row", "one valid token", "one class"], REDUCTIONS, [0.0, 0.1]),
+)
 def test_trap_16_hardly_anything_there(case: str, reduction: str, smoothing: float, device: str) -> None:
     """All ignored, N=0, N=1, V=1, one valid token: what eager gives, NaN included."""
     n = {"no row": 0, "one row": 1}.get(case, N)
@@ -771,9 +777,10 @@ def test_trap_24_nothing_waits_for_the_gpu() -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("occurs", [True, False])
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, V - 1, V + 5])
+@pytest.mark.parametrize(
+    ("ignore_index", "occurs", "reduction"),
+    pairwise([-100, -1, 0, V - 1, V + 5], [True, False], REDUCTIONS),
+)
 def test_trap_25_any_ignore_index(ignore_index: int, occurs: bool, reduction: str, device: str) -> None:
     """Positive ignore_index, = 0, V-1, or never occurring; with smoothing and z-loss."""
     terms = Terms(reduction, ignore_index, smoothing=0.1, z_weight=1e-2)
@@ -801,19 +808,17 @@ def test_trap_25_any_ignore_index(ignore_index: int, occurs: bool, reduction: st
 
 
 @on_devices
-@pytest.mark.parametrize("outside", [V, V + 1, 2 * V, 10**6, -1, -V, 2**31, -(2**33)])
-def test_trap_26_a_label_out_of_range(outside: int, device: str) -> None:
+@pytest.mark.parametrize("f", [*SPELLINGS, rich])
+def test_trap_26_a_label_out_of_range(f: Callable[[Tensor, Tensor], Tensor], device: str) -> None:
     """Out-of-range label answers plausibly: NaN for that row, and for that row alone."""
-    z, y = logits(device), labels(device)
-    wrong = y.clone()
-    wrong[5] = outside
-    for f in (*SPELLINGS, rich):
-        torch._dynamo.reset()
-        counters.clear()
-        losses = compiled(f, device)(z, wrong)
+    z, y, run = logits(device), labels(device), compiled(f, device)
+    rest = torch.arange(N, device=device) != 5
+    for outside in (V, V + 1, 2 * V, 10**6, -1, -V, 2**31, -(2**33)):
+        wrong = y.clone()
+        wrong[5] = outside
+        losses = run(z, wrong)
         assert sites() == 1
         assert losses[5].isnan()
-        rest = torch.arange(N, device=device) != 5
         torch.testing.assert_close(losses[rest], f(z, y)[rest])
 
 
@@ -847,9 +852,9 @@ def saved(forward: torch.fx.GraphModule) -> list[torch.fx.Node]:
     return [n for n in nodes if n.meta["val"].numel() >= N * V // 2]
 
 
-@pytest.mark.parametrize("with_head", [False, True])
-@pytest.mark.parametrize("f", [cross_entropy, rich])
-@pytest.mark.parametrize("chain", RAW)
+@pytest.mark.parametrize(
+    ("chain", "f", "with_head"), pairwise(list(RAW), [cross_entropy, rich], [False, True])
+)
 def test_trap_28_only_the_raw_logits_are_saved(
     chain: str, f: Callable[[Tensor, Tensor], Tensor], with_head: bool
 ) -> None:

@@ -11,7 +11,7 @@ import dtensor_cases
 import torch
 import torch.distributed as dist
 from dtensor_cases import Setup
-from harness import clean_slate
+from harness import clean_slate, collect_seldom
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 torch.set_num_threads(1)  # a pool of threads would not outlive the fork
@@ -20,3 +20,4 @@ if not torch.backends.cuda.is_built():
     with clean_slate():
         dtensor_cases.run("plain", Setup((3,)))
     dist.destroy_process_group()
+collect_seldom()

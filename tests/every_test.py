@@ -1,0 +1,70 @@
+"""Round every test, where tests run: their order, the gpu marker, a clean slate; a plugin of pytest."""
+
+import logging
+
+import pytest
+import ranks
+import torch
+from harness import clean_slate, collect_seldom
+
+from inductor_ce.heads import plan
+
+# To a log of which pytest does not know, or torch would make JSON of each step for it.
+torch._logging._internal.trace_log = logging.Logger("torch.__trace")
+
+
+def pytest_unconfigure():
+    ranks.close_groups()
+
+
+# What takes long goes first, so that both workers have something to do until the end.
+LONG = (
+    *(
+        "dtensor_ranks",
+        "templates",
+        "traps",
+        "lowering",
+        "head",
+        "head_memory",
+        "functional_group",
+        "patterns",
+    ),
+    *("regions", "lazy_dtensor", "backend", "head_programs", "functional", "rowlocal", "numerics"),
+    *(
+        "explain",
+        "generated",
+        "confidence",
+        "linear_cross_entropy",
+        "lazy_inputs",
+        "dtensor_product",
+        "head_traps",
+    ),
+)
+_PLACE = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: _PLACE.get(item.path.name, len(LONG)))
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    collect_seldom()
+
+
+@pytest.fixture(autouse=True)
+def _clean_slate():
+    with clean_slate(), ranks.guards_unmeasured():
+        yield
+
+
+@pytest.fixture
+def much(monkeypatch):
+    """As if float32 beside 16-bit gradients cost much."""
+    monkeypatch.setattr(plan, "LITTLE", 0)
+    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
