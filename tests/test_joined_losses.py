@@ -143,6 +143,13 @@ def test_one_head(name: str) -> None:
     assert counts() == {"token_chunks": 1}
 
 
+def test_verified() -> None:
+    """Beside the original, which is the concatenation."""
+    compiled, _ = compile_without_codegen(counted, verify=True)
+    assert_right(compiled, counted, given())
+    assert sites() == 1
+
+
 @pytest.mark.parametrize("name", APART)
 def test_right_where_they_are_no_one_loss(name: str, caplog: pytest.LogCaptureFixture) -> None:
     """A piece of several, as split gives them, is passed over by what looks for padding: nothing fails."""
