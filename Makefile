@@ -26,7 +26,7 @@ endif
 .PHONY: help setup demo test integrations accept lint format bench clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 setup: $(STAMP)  ## create .venv with the pinned versions
 
@@ -53,9 +53,10 @@ test: $(STAMP)  ## run the tests; one of them: make test ARGS="-k name"
 
 integrations: export OMP_NUM_THREADS := 1
 integrations: export TORCHINDUCTOR_COMPILE_THREADS := 1
-integrations: $(STAMP)  ## install transformers and accelerate, and test with them
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[integrations]'
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integrations $(ARGS)
+integrations: $(STAMP)  ## install and test with other projects; a few: make integrations ONLY="transformers accelerate"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation $(or $(ONLY),-e '.[integrations]')
+	$(if $(ONLY),,$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps litgpt torchtitan)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integrations $(ARGS)
 
 accept: export EXPECTTEST_ACCEPT := 1
 accept: test  ## run the tests and take what they print as the new golden outputs

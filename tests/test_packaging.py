@@ -81,6 +81,10 @@ def test_wheel_holds_the_package_data(tmp_path: Path):
 def test_every_extra_is_pinned():
     wanted = names(PROJECT["dependencies"]).union(*map(names, PROJECT["optional-dependencies"].values()))
     assert wanted <= PINS.keys()
+    exact = (r.split("==") for r in PROJECT["optional-dependencies"]["integrations"])
+    assert {name: PINS[name] == version for name, version in exact} == dict.fromkeys(
+        names(PROJECT["optional-dependencies"]["integrations"]), True
+    )
     assert PINS["torch"] == "2.13.0"
     assert PINS["triton"] == "3.6.0"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import sympy
 from torch.fx import Node
 
 from .. import algebra
@@ -14,7 +15,7 @@ from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
 from .row_views import arrangement, row_shape
-from .values import Label, RowValue, Value
+from .values import Label, LossValue, RowValue, Value
 from .views import keeps_order, viewed
 
 # (the whole, where a piece begins along its first dimension)
@@ -37,14 +38,20 @@ def _origins(context: Context, args: dict[str, Any]) -> list[Node | None]:
     if not isinstance(tensors, Sequence) or args.get("dim", 0) != 0:
         return []
     values = [context.known(t) for t in tensors]
-    return [v.logits.node if isinstance(v, RowValue) and v.kept is None else None for v in values]
+    return [v.logits.node if _is_a_number_a_row(v) else None for v in values]  # type: ignore[union-attr]
+
+
+def _is_a_number_a_row(value: Value | None) -> bool:
+    if isinstance(value, LossValue):
+        return value.reduction.how == "none" and value.reduction.weight is None
+    return isinstance(value, RowValue) and value.kept is None
 
 
 def _put_together(context: Context, args: dict[str, Any], pieces: list[Piece | None]) -> Value | None:
     whole = _whole(pieces, args["tensors"] if pieces else ())
     if whole is None:
         return None
-    values: list[RowValue] = [context.known(t) for t in args["tensors"]]  # type: ignore[misc]
+    values: list[RowValue | LossValue] = [context.known(t) for t in args["tensors"]]  # type: ignore[misc]
     first = values[0]
     axis = first.logits.axis + (1 if spellings.is_step(context.node, "stack") else 0)
     version = context.reading.timeline.version(whole, context.position)
@@ -55,7 +62,7 @@ def _put_together(context: Context, args: dict[str, Any], pieces: list[Piece | N
     frame = context.vocab(whole, axis)
     if frame is None or frame.expr != algebra.LOGITS or frame.logits.inference != first.logits.inference:
         return None
-    for y in algebra.labels_of(first.expr):
+    for y in _labels_of(first):
         labels = [context.reading.labels[value.logits][y] for value in values]
         base = _whole_labels(context, labels, [piece[1] for piece in pieces if piece is not None])
         if base is None or not same_shape(shape_of(base), shape_of(context.node)):
@@ -68,13 +75,32 @@ def _put_together(context: Context, args: dict[str, Any], pieces: list[Piece | N
     return replace(first, logits=frame.logits, steps=frame.steps, wide=wide | frame.wide, detached=detached)
 
 
-def _alike(value: RowValue, first: RowValue, version: int) -> bool:
-    plain = not arrangement(value.steps) and not value.more and not value.after
-    same = (value.expr, value.detached, value.logits.axis) == (first.expr, first.detached, first.logits.axis)
-    return plain and same and value.logits.version == version and not _has_outside(value)
+def _alike(value: RowValue | LossValue, first: RowValue | LossValue, version: int) -> bool:
+    plain = not arrangement(value.steps) and not value.after and len(_exprs(value)) == 1
+    return (
+        plain
+        and _facts(value) == _facts(first)
+        and value.logits.version == version
+        and not _has_outside(value)
+    )
 
 
-def _has_outside(value: RowValue) -> bool:
+def _facts(value: RowValue | LossValue) -> tuple[Any, ...]:
+    reduction = value.reduction if isinstance(value, LossValue) else None
+    return reduction, value.expr, value.detached, value.logits.axis
+
+
+def _labels_of(value: RowValue | LossValue) -> list[sympy.Symbol]:
+    """The labels of an expression, and those by which rows are ignored."""
+    ignoring = [value.reduction.y] if isinstance(value, LossValue) and value.reduction.y is not None else []
+    return list(dict.fromkeys([*algebra.labels_of(value.expr), *ignoring]))
+
+
+def _exprs(value: RowValue | LossValue) -> tuple[Any, ...]:
+    return value.exprs if isinstance(value, RowValue) else (value.expr,)
+
+
+def _has_outside(value: RowValue | LossValue) -> bool:
     known = {algebra.V, *(statistic.symbol for statistic in symbols.STATISTICS)}
     return bool(value.expr.free_symbols - known - set(algebra.labels_of(value.expr)))
 

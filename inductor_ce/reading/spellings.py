@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .steps import STEPS, Step
 
 _BY_TARGET: dict[Any, Step] = {target: step for step in STEPS for target in step.targets}
+_CAT, _COPY = _BY_TARGET[torch.cat], _BY_TARGET[torch.clone]
 
 # Parameters that torch calls otherwise by keyword.
 _ALIASES = {
@@ -34,9 +36,16 @@ def step_of(node: Node) -> Step | None:
 def step_called(target: Any) -> Step | None:
     """The step that a function, or the method of a name, is."""
     try:
-        return _BY_TARGET.get(target)
+        step = _BY_TARGET.get(target)
     except TypeError:  # an unhashable callable is none of ours
         return None
+    return _COPY if step is _CAT and _is_of_one(node) else step
+
+
+def _is_of_one(node: Node) -> bool:
+    """Whether a node is torch.cat([x])."""
+    tensors = _named(node, _CAT).get("tensors")
+    return isinstance(tensors, (list, tuple)) and len(tensors) == 1
 
 
 def read(node: Node) -> tuple[Step, dict[str, Any]] | None:
@@ -47,6 +56,12 @@ def read(node: Node) -> tuple[Step, dict[str, Any]] | None:
 
 def arguments(node: Node, step: Step) -> dict[str, Any]:
     """The arguments of a node that is `step`, by the names of its parameters."""
+    if step is _COPY and _BY_TARGET.get(node.target) is _CAT:
+        return {"input": _named(node, _CAT)["tensors"][0]}
+    return _named(node, step)
+
+
+def _named(node: Node, step: Step) -> dict[str, Any]:
     names, args = step.parameters, node.args
     if step.variadic:
         rest = args[len(names) - 1 :]

@@ -82,7 +82,7 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
     ends: dict[Logits, list[Node]] = defaultdict(list)
     for node, value in reading.values.items():
         if isinstance(value, LossValue):
-            is_end = not _keeps_maximum(reading, node)
+            is_end = not _keeps_maximum(reading, node) and not _is_joined(reading, node)
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
@@ -98,6 +98,11 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
     return any(
         _is_strange(reading, user, value.logits) or _is_label_of(reading, node, user) for user in node.users
     )
+
+
+def _is_joined(reading: Reading, node: Node) -> bool:
+    """Whether nothing but what joins it to the losses of other rows uses a loss."""
+    return bool(node.users) and all(user in reading.joined for user in node.users)
 
 
 def _keeps_maximum(reading: Reading, node: Node) -> bool:

@@ -138,8 +138,8 @@ def _repeated(build: Builder, made: Node, between: list[Node], cut: Node) -> Nod
 def _columns_kept(node: Node) -> slice | None:
     """The columns that a slice of logits keeps, where it drops some; of the rows it may drop any."""
     source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or tensor_of(node) is None:
-        return None
+    if not isinstance(source, Node) or tensor_of(source) is None or tensor_of(node) is None:
+        return None  # a piece of several, as split gives them
     before, after = _classes(source), _classes(node)
     items = _items(node)
     if before is None or after is None or before <= after or not items:
