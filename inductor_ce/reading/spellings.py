@@ -30,16 +30,16 @@ def step_of(node: Node) -> Step | None:
     """The step that a node is, None for a callable that the table does not have."""
     if node.op not in ("call_function", "call_method"):
         return None
-    return step_called(node.target if node.target is not getattr else (getattr, node.args[1]))
+    step = step_called(node.target if node.target is not getattr else (getattr, node.args[1]))
+    return _COPY if step is _CAT and _is_of_one(node) else step
 
 
 def step_called(target: Any) -> Step | None:
     """The step that a function, or the method of a name, is."""
     try:
-        step = _BY_TARGET.get(target)
+        return _BY_TARGET.get(target)
     except TypeError:  # an unhashable callable is none of ours
         return None
-    return _COPY if step is _CAT and _is_of_one(node) else step
 
 
 def _is_of_one(node: Node) -> bool:
