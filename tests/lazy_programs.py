@@ -84,6 +84,25 @@ def shifted(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return ce(z, y), z
 
 
+def adapter(m: Model, h: Tensor) -> Tensor:
+    """[..., V], by way of three numbers."""
+    return F.linear(F.linear(h, m.head.weight[:3]), m.embed.weight[:, :3])
+
+
+@promised
+def adapted(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    h = m.hidden(x)
+    z = m.head(h) + 0.5 * adapter(m, h)
+    return ce(z, y), z
+
+
+@promised
+def adapted_first(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    h = m.hidden(x)
+    z = adapter(m, h).mul(m.scale) + m.head(h)
+    return ce(z, y), z
+
+
 @promised
 def viewed(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     z = m.head(m.hidden(x)).view(-1, V)
@@ -274,3 +293,28 @@ def rows_by_a_tensor(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """chooses rows by a tensor"""
     z = m.head(m.hidden(x))
     return ce(z, y), z[torch.arange(B), y[:, 0].clamp(0, T - 1)]
+
+
+@kept
+def adapted_behind_dropout(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """dropout"""
+    h = m.hidden(x)
+    z = m.head(h) + adapter(m, F.dropout(h, 0.5, training=False))
+    return ce(z, y), z
+
+
+@kept
+def adapted_of_others(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """joins them with other rows"""
+    z = m.head(m.hidden(x)) + adapter(m, m.embed(x))
+    return ce(z, y), z
+
+
+@kept
+def adapted_of_what_was_edited(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """changed in place"""
+    h = m.hidden(x)
+    u = F.linear(h, m.head.weight[:3])
+    u.mul_(2.0)
+    z = m.head(h) + F.linear(u, m.embed.weight[:, :3])
+    return ce(z, y), z

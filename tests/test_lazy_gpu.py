@@ -148,3 +148,39 @@ def test_they_outlive_a_cuda_graph_but_not_a_step(model: Model, batch: tuple[Ten
     assert torch.equal(kept[1][0].detach() + 0, kept[1][1])  # made in time, and still there
     with pytest.raises(LazyLogitsError, match=r"head\.weight.* was changed in place since"):
         kept[3][0].sum()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("compiled_body", [False, True])
+def test_a_deferred_head_whose_loss_is_compiled_alone(
+    model: Model, batch: tuple[Tensor, Tensor], compiled_body: bool, mode: str | None
+):
+    """Steps with other batches, each as eager: under CUDA graphs nothing of the step before is read."""
+    inductor_ce.defer(model.head)
+
+    def hidden(x: Tensor) -> Tensor:
+        return F.silu(model.body(model.embed(x)))
+
+    def loss_of(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z.float().flatten(0, 1), y.flatten())
+
+    body = torch.compile(hidden, mode=mode) if compiled_body else hidden
+    loss = torch.compile(loss_of, mode=mode)
+    x, y = batch
+    for i in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        x, y = x.roll(i, 1), y.roll(i, 0)
+        logits = model.head(body(x))
+        assert isinstance(logits, LazyLogits)
+        value = loss(logits, y)
+        value.backward()
+        assert not logits.is_made
+        value, ours = value.clone(), [g.clone() for g in gradients(model)]
+        inductor_ce.restore(model.head)
+        right = loss_of(model.head(hidden(x)), y)
+        right.backward()
+        torch.testing.assert_close(value, right, rtol=1e-3, atol=1e-3)
+        for a, b in zip(ours, gradients(model), strict=True):
+            assert (a - b).float().norm() <= 2e-2 * b.float().norm()
+        inductor_ce.defer(model.head)
+    inductor_ce.restore(model.head)

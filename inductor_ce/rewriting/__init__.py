@@ -9,7 +9,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them
-    promises          returned logits that need not be there; find_recipe, from linear_layers, how they
-                      are made again: recipes
+    promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,
+                      how they are made again: recipes
     returned_logits   who else has the logits in memory, and what is returned in their place
 """
