@@ -99,7 +99,7 @@ def adapted(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 @promised
 def adapted_first(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     h = m.hidden(x)
-    z = adapter(m, h).mul(m.scale) + m.head(h)
+    z = adapter(m, h).mul(0.25) + m.head(h)
     return ce(z, y), z
 
 

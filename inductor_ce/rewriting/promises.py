@@ -72,9 +72,9 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int)
     builds: list[Builder] = []
     try:
         statistics = (node for node in fused.nodes if node.target in STATISTICS)
-        products = [*filter(None, map(_product_of, statistics)), *awaited(graph, twins, min_vocab)]
-        for product in dict.fromkeys(products):
-            _promise_of(product, graph, twins, promised, builds)
+        products = [*map(_products_of, statistics), *((node,) for node in awaited(graph, twins, min_vocab))]
+        for of_one in filter(None, dict.fromkeys(products)):
+            _promise_of(of_one, graph, twins, promised, builds)
     except Exception:
         for build in reversed(builds):
             build.undo()
@@ -83,11 +83,15 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int)
 
 
 def _promise_of(
-    product: Node, graph: Graph, twins: dict[Node, Node], promised: Promised, builds: list[Builder]
+    products: tuple[Node, ...],
+    graph: Graph,
+    twins: dict[Node, Node],
+    promised: Promised,
+    builds: list[Builder],
 ) -> None:
-    """Take in what is promised of the logits that a linear layer of the copy makes, and why not."""
+    """Take in what is promised of the logits that linear layers of the copy make, and why not."""
     results: Any = graph.output_node().args[0]
-    forms = _forms_of(product)
+    forms = _forms_of(products)
     own = [node for node in graph.nodes if twins.get(node) in forms]
     places = [i for i, result in enumerate(results) if result in own]
     if not places:
@@ -136,19 +140,25 @@ def _is_shared(timeline: Timeline, results: Any, place: int) -> bool:
     return any(timeline.shares_storage(other, results[place]) for other in others)
 
 
-def _product_of(stats: Node) -> Node | None:
-    """The linear layer that makes the logits of which statistics are taken."""
-    node = stats.args[0]
-    assert isinstance(node, Node)
-    classes = constant(shape_of(node)[-1])
-    while classes is not None and linear_layer(node, spellings.read(node)) is None:
+def _products_of(stats: Node) -> tuple[Node, ...]:
+    """The linear layers that make the logits of which statistics are taken: more than one with an adapter."""
+    logits = stats.args[0]
+    assert isinstance(logits, Node)
+    classes = constant(shape_of(logits)[-1])
+    found: dict[Node, None] = {}
+    waiting = [logits]
+    while waiting and classes is not None:
+        node = waiting.pop()
+        if linear_layer(node, spellings.read(node)) is not None:
+            found[node] = None
+            continue
         wide = [a for a in node.all_input_nodes if _has_classes(a, node)]
         if len(wide) > 1:  # a bias may have dimensions for the rows too
             wide = [a for a in wide if not all(equal(size, 1) for size in shape_of(a)[:-1])]
-        if len(wide) != 1 or not is_form(node, classes):
-            return None
-        (node,) = wide
-    return node if classes is not None else None
+        if not wide or not is_form(node, classes):
+            return ()
+        waiting += wide
+    return tuple(sorted(found, key=lambda node: node.name))
 
 
 def _has_classes(source: Node, node: Node) -> bool:
@@ -157,11 +167,11 @@ def _has_classes(source: Node, node: Node) -> bool:
     return example is not None and example.dim() > 1 and shape_of(source)[-1:] == shape_of(node)[-1:]
 
 
-def _forms_of(product: Node) -> set[Node]:
-    classes = constant(shape_of(product)[-1])
+def _forms_of(products: tuple[Node, ...]) -> set[Node]:
+    classes = constant(shape_of(products[0])[-1])
     assert classes is not None
-    found = {product}
-    frontier = [product]
+    found = {*products}
+    frontier = [*products]
     while frontier:
         fresh = [user for user in frontier.pop().users if user not in found and is_form(user, classes)]
         found.update(fresh)

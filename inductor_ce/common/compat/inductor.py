@@ -85,7 +85,7 @@ def first_largest(x: IRNode) -> IRNode:
 
     Up to torch 2.12 a loop on a CPU gives 0 if something that it reads column by column shares it.
     """
-    if torch.__version__ < (2, 13) and x.get_device_or_error().type == "cpu":
+    if torch.__version__ < "2.13" and x.get_device_or_error().type == "cpu":
         return fallback_handler(aten.argmax.default, add_to_fallback_set=False)(x, 1)
     return call_lowering(aten.argmax.default, x, 1)
 
