@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from harness import compile_without_codegen
 from harness import sites as sites_told
 from head_cases import counts
+from pairwise import EVERYTHING
 from reference import assert_fair
 from test_head_memory import most_at_once, sizes
 from torch import Tensor
@@ -414,7 +415,7 @@ def test_two_temperatures_of_one_product() -> None:
     assert counts() == {"token_chunks": 2}
 
 
-@pytest.mark.parametrize("options", [CHUNKS, SLABS], ids=["chunks", "slabs"])
+@pytest.mark.parametrize("options", [CHUNKS, SLABS][: 2 if EVERYTHING else 1], ids=str)
 def test_generated_code(options: dict[str, Any]) -> None:
     """It is right, and has the logits of one piece and their gradient at most."""
     inductor_ce.install(min_vocab=2, **options)

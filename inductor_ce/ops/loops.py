@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..common.compat.inductor import IRNode, call_lowering, first_largest
+from ..common.compat.inductor import IRNode, call_lowering
 from . import operators
 from .rows import MAXIMUM, Row, Rows, evaluated
 
@@ -46,7 +46,7 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
-            first = first_largest(x) if v else _full([n], 0.0, x)
+            first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
             values.append(cast(first, x.get_dtype()))
     return _stack(values)
 

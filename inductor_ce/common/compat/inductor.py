@@ -80,16 +80,6 @@ def call_in_place(op: Any, *args: Any) -> None:
     fallback_handler(op, add_to_fallback_set=False)(*args)
 
 
-def first_largest(x: IRNode) -> IRNode:
-    """The column of the first of the largest of each row of x [N, V].
-
-    Up to torch 2.12 a loop on a CPU gives 0 if something that it reads column by column shares it.
-    """
-    if torch.__version__ < "2.13" and x.get_device_or_error().type == "cpu":
-        return fallback_handler(aten.argmax.default, add_to_fallback_set=False)(x, 1)
-    return call_lowering(aten.argmax.default, x, 1)
-
-
 def is_buffer(x: IRNode) -> bool:
     """Whether `x` is in memory, or a strided view of what is; else it is a chain yet to be computed."""
     return ir.is_storage_and_layout(x)
