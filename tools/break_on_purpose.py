@@ -117,10 +117,16 @@ OPERATORS = in_folder(
             "tests/test_head.py -k 'test_loss and smoothing and vocab_slabs'",
         ),
         (
-            *("head: `product_into` ignores `accumulate`", "products.py"),
-            "    if accumulate:\n        torch.addmm(rows",
-            "    if False:\n        torch.addmm(rows",
+            *("head: `product_into` ignores `accumulate`", "gemm.py"),
+            "    if accumulate:\n        torch.addmm(out",
+            "    if False:\n        torch.addmm(out",
             "tests/test_head.py -k 'test_loss and token_chunks and bias'",
+        ),
+        (
+            *("head: of a float32 gradient one term alone is multiplied", "gemm.py"),
+            "rest = torch.where(wide.isfinite(), rest - wide, 0.0)",
+            "rest = torch.zeros_like(rest)",
+            "tests/test_products.py -k 'terms_add_up or float32_times'",
         ),
         (
             *("head: the columns of the rarest labels taken for the most frequent", "products.py"),
@@ -159,8 +165,8 @@ HEADS = in_folder(
         ),
         (
             *("head: a piece does not wait for the one before it", "pieces.py"),
-            "return build(LOGITS, hidden, columns, bias, after)",
-            "return build(LOGITS, hidden, columns, bias, [])",
+            "return build(LOGITS, hidden, columns, bias, after, *own)",
+            "return build(LOGITS, hidden, columns, bias, [], *own)",
             "tests/test_head_golden.py",
         ),
         (
@@ -177,7 +183,7 @@ HEADS = in_folder(
         ),
         (
             *("head: the sum over chunks starts anew", "gradients.py"),
-            "accumulate=not first",
+            "accumulate=self._out is not None",
             "accumulate=False",
             "tests/test_head.py -k 'test_loss and token_chunks and bias'",
         ),
