@@ -19,6 +19,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 import inductor_ce
+from inductor_ce import ops
 
 B, S, V, D = 4, 8, 64, 8
 N = B * S
@@ -426,3 +427,14 @@ def test_generated_code(options: dict[str, Any]) -> None:
     piece = N * V // 3
     assert max(size for code in codes for size in sizes(code).values()) <= 1.2 * piece
     assert max(most_at_once(code, piece // 2) for code in codes) <= 2
+
+
+@pytest.mark.parametrize(("dtype", "again"), [(torch.float32, 0), (torch.bfloat16, 1)])
+def test_what_stays_whole_is_summed_unrounded(dtype: torch.dtype, again: int) -> None:
+    """A template stores the gradient in 16 bits; the scale's is a sum of what it was before."""
+    compiled, graphs = compile_without_codegen(logit_scale, strategy="materialise")
+    args = [t.to(dtype) if t.is_floating_point() else t for t in given()]
+    assert_right(compiled, logit_scale, args)
+    assert counts() == {"materialise": 1}
+    assert graphs.count(ops.ROW_GRAD_AGAIN) == again
+    assert graphs.count(ops.ROW_GRAD) == 1

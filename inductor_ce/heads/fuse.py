@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.distributed import ALL_GATHER, WAIT
@@ -22,7 +23,7 @@ from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import forget_sites, grad_call, stats_call
 from .factors import has_16_bit_factors
-from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, NoHead
+from .find import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
 from .loops import Loop, find_loops, leave_to_last
 from .pieces import CAST
@@ -101,6 +102,7 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
     if wanted.strategy == MATERIALISE:
         _sum_biases(graph, head)
+        _sum_unrounded(graph, head)
         return wanted
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
@@ -176,6 +178,31 @@ def _sum_biases(graph: Graph, head: find.Head) -> None:
         sums = build(CAST, build(COLUMN_SUMS, rows), example_of(node).dtype)
         node.replace_all_uses_with(build(aten.reshape.default, sums, list(shape_of(node))))
         graph.erase_node(node)
+
+
+def _sum_unrounded(graph: Graph, head: find.Head) -> None:
+    """Let sums over the logits of a head that stays whole, as of a learnt scale, read no gradient in 16 bits.
+
+    Plain Inductor sums what it has not rounded yet, and so do pieces.
+    """
+    gradients = head.gradients()
+    for node in [node for node, kind in head.exits.items() if kind == ROW_SUMS]:
+        source = find.source_of_exit(node, head)
+        before = set(reached([source], lambda n: [s for s in n.all_input_nodes if s in gradients]))
+        if any(example_of(wide).itemsize < 4 for wide in before):
+            made = _made_again(Builder(graph, node, node, key="val"), [w for w in head.wide if w in before])
+            node.replace_input_with(source, made[source])
+    graph.eliminate_dead_code()
+
+
+def _made_again(build: Builder, wide: list[Node]) -> dict[Node, Node]:
+    """What wide nodes behind a `row_grad` are, made for who sums it up."""
+    made: dict[Node, Node] = {}
+    for node in wide:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda source: made.get(source, source))
+        again = node.target == ops.ROW_GRAD
+        made[node] = build(ops.ROW_GRAD_AGAIN, *args) if again else build(node.target, *args, **kwargs)
+    return made
 
 
 def _performed(build: Builder, head: find.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
