@@ -17,16 +17,26 @@ if TYPE_CHECKING:
     from .api.functional import cross_entropy, linear_cross_entropy
     from .api.install import Installation, install, uninstall
     from .api.report import Report
-    from .common.errors import InductorCEError, InputError, MissError, OptionError, UnsupportedTorchError
+    from .common.errors import (
+        DerivativeError,
+        InductorCEError,
+        InputError,
+        LazyLogitsError,
+        MissError,
+        OptionError,
+        UnsupportedTorchError,
+    )
     from .common.findings import Miss, Reason, Site
     from .common.options import Options
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DerivativeError",
     "InductorCEError",
     "InputError",
     "Installation",
+    "LazyLogitsError",
     "Miss",
     "MissError",
     "OptionError",
@@ -49,7 +59,10 @@ _HOMES = {
     "api.backend": ("inductor_ce_backend",),
     "api.install": ("Installation", "install", "uninstall"),
     "common.options": ("Options",),
-    "common.errors": ("InductorCEError", "InputError", "MissError", "OptionError", "UnsupportedTorchError"),
+    "common.errors": (
+        *("DerivativeError", "InductorCEError", "InputError", "LazyLogitsError", "MissError", "OptionError"),
+        *("UnsupportedTorchError",),
+    ),
     "api.defer": ("defer", "restore"),
     "api.explain": ("explain",),
     "api.functional": ("cross_entropy", "linear_cross_entropy"),
