@@ -145,6 +145,25 @@ def test_one_gradient_of_the_weight(name: str, dtype: torch.dtype) -> None:
     assert not any(n.target in (torch.ops.inductor_ce.logits.default,) for n in backward.graph.nodes)
 
 
+@pytest.mark.parametrize("name", ["chunks", "checkpointed"])
+def test_a_frozen_weight(name: str) -> None:
+    """There is nothing to add up, and still no chunk's logits wait for the backward."""
+    compiled, graphs = compile_without_codegen(LOOPS[name])
+    h, w, y = inputs(torch.float32)
+    found = []
+    for f in (compiled, LOOPS[name]):
+        h.grad = None
+        f(h, w.detach(), y).backward()
+        found.append(h.grad)
+    torch.testing.assert_close(*found)
+    assert counts() == {"token_chunks": K}
+    assert max(wide(graphs)) <= N // K + 1
+    forward, backward = graphs.final
+    kept = [n.meta["val"] for n in forward.graph.output_node().all_input_nodes]
+    assert not [t for t in kept if isinstance(t, Tensor) and t.dim() == 2 and t.shape[1] == V]
+    assert not [n for n in backward.graph.nodes if n.target == torch.ops.inductor_ce.logits.default]
+
+
 def test_chunks_are_divided_where_that_is_asked() -> None:
     compiled, graphs = compile_without_codegen(chunks, strategy="token_chunks", memory_budget=1 / 6)
     assert_right(chunks, compiled, inputs(torch.float32))

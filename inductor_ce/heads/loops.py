@@ -1,7 +1,8 @@
 """Loops over chunks that a user writes: heads of one weight, whose gradients the graph adds up.
 
-Each is a head of its own, and would keep a gradient of the whole weight until the backward adds them. In a
-loop the chunks go one after another, and add to one sum.
+Each is a head of its own, and would keep a gradient of the whole weight until the backward adds them, and its
+logits if they are few. In a loop the chunks go one after another, and add to one sum, unless the weight is
+frozen.
 """
 
 from __future__ import annotations
@@ -44,13 +45,22 @@ def weight_exits(head: Head) -> list[Node]:
 
 
 def find_loops(heads: Iterable[Head]) -> list[list[Head]]:
-    """Heads whose gradients of the weight are added, two or more in each loop."""
+    """Heads whose gradients of the weight are added, or of one frozen weight, two or more in each loop."""
     loops: dict[Any, list[Head]] = {}
     for head in heads:
         exits = weight_exits(head)
-        if len(exits) == 1 and (found := _summed(exits[0])) is not None:
+        if not exits and head.exits:
+            loops.setdefault((_root(head.products[0].columns), head.v), []).append(head)
+        elif len(exits) == 1 and (found := _summed(exits[0])) is not None:
             loops.setdefault((*found, head.exits[exits[0]], head.v), []).append(head)
     return [loop for loop in loops.values() if len(loop) > 1]
+
+
+def _root(node: Node) -> Node:
+    """What a node is a view or a cast of."""
+    while node.target in VIEWS or node.target == CAST:
+        node = args_of(node)[0]
+    return node
 
 
 def _summed(node: Node) -> tuple[Node, tuple[Any, ...]] | None:
@@ -84,7 +94,7 @@ def _is_sum(node: Node) -> bool:
 
 def leave_to_last(graph: Graph, loop: list[Head]) -> None:
     """Take the gradients of all heads but the last out of the sum, which the last one's then is."""
-    for head in loop[:-1]:
+    for head in (head for head in loop[:-1] if weight_exits(head)):
         top, _ = _added(*weight_exits(head))
         total = _only_user(top)
         assert total is not None

@@ -145,16 +145,17 @@ def plan_loop(
     that gradient, however small they are. None where that cannot be, or something else is asked for.
     """
     whole = dataclasses.replace(heads[0], n=sum(head.n for head in heads))
-    if any(head.escapes or head.sharded or not head.wants_weight or _why_no_chunks(head) for head in heads):
+    if any(head.escapes or head.sharded or _why_no_chunks(head) for head in heads):
         return None
     wanted = plan(whole, strategy, memory_budget)
     if strategy == MATERIALISE or wanted.strategy not in (MATERIALISE, TOKEN_CHUNKS):
         return None
     each = [_pieces(head.n, -(-wanted.pieces * head.n // max(whole.n, 1))) for head in heads]
-    wide_sum, wide_hidden = whole.weight_element < 4, _waits_in_float32(whole)
+    wide_sum, wide_hidden = whole.wants_weight and whole.weight_element < 4, _waits_in_float32(whole)
     piece = max(piece_size(head.n, k) * _held(head) for head, k in zip(heads, each, strict=True))
     extra = _most_in_chunks(whole, piece * whole.v, wide_sum, wide_hidden)
-    reason = f"one of {len(heads)} chunks in a loop, which add to one gradient of the weight"
+    reason = f"one of {len(heads)} chunks in a loop"
+    reason += ", which add to one gradient of the weight" if whole.wants_weight else ", one after another"
     return [Plan(TOKEN_CHUNKS, k, wide_sum, extra, reason, wide_hidden) for k in each]
 
 

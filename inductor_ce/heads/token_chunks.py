@@ -163,7 +163,9 @@ def token_chunks(
     scale = _scalar(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
     if not loop.is_last:
-        loop.out, loop.after, loop.left = exits.leave(weight_exits(head)), after, loop.left - 1
+        if nodes := weight_exits(head):
+            loop.out = exits.leave(nodes)
+        loop.after, loop.left = after, loop.left - 1
     return whole | exits.finish(scale, of_rows)
 
 
