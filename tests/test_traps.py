@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import defer_cases
 import pytest
 import reference
 import torch
@@ -351,11 +352,30 @@ def in_a_process(rank: int, tag: str) -> dict[str, Any]:
         value = torch.compile(loss)(z, y)
         value.backward()
         report = inductor_ce.explain(loss, z, y).to_dict()
+        hits = cache_hits()
+        lazy = of_a_deferred_head()
     return {
         "report": report,
         "numbers": [value.item(), z.grad.tolist()],
-        "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
+        "hits": hits,
+        "lazy": lazy,
+        "lazy hits": cache_hits() - hits,
     }
+
+
+def cache_hits() -> int:
+    return counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
+
+
+def of_a_deferred_head() -> tuple[bool, float, list[Any]]:
+    """(whether the logits were never made, the loss that is compiled alone, the gradient of the weight)"""
+    torch.manual_seed(0)
+    model = defer_cases.Model()
+    x, y = (torch.arange(12).view(2, 6) % defer_cases.V for _ in range(2))
+    z = inductor_ce.defer(model.output)(torch.tanh(model.body(model.embed(x))))
+    value = torch.compile(defer_cases.loss_of)(z, y)
+    value.backward()
+    return not z.is_made, value.item(), model.output.weight.grad.tolist()
 
 
 def test_trap_12_explain_is_right_on_a_warm_machine() -> None:
@@ -367,6 +387,10 @@ def test_trap_12_explain_is_right_on_a_warm_machine() -> None:
     assert len(cold["report"]["sites"]) == 1
     assert warm["report"] == cold["report"]
     assert warm["numbers"] == cold["numbers"]
+    assert cold["lazy hits"] == 0
+    assert warm["lazy hits"] > 0
+    assert warm["lazy"] == cold["lazy"]
+    assert warm["lazy"][0]
 
 
 # 13
