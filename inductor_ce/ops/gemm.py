@@ -2,10 +2,10 @@
 
 NOTE Terms. A head in float32 whose hidden states and weight are bfloat16 numbers has products of those: the
 logits are the float32 product of 16-bit factors, which is exact but for its sums, as that of float32 factors
-is, though the sums of tensor cores are less so. The gradient of the logits is float32 in truth. It is written as a sum of bfloat16 numbers, three of which
-hold all 24 bits, and each is multiplied by itself. Where products may round their factors to TF32, two hold
-more than that. Columns come in blocks: that bounds the memory of the terms, and the error, for a tensor core
-loses digits over a long sum.
+is, though a tensor core sums less exactly. The gradient of the logits is float32 in truth. It is written as a
+sum of bfloat16 numbers, three of which hold all 24 bits, and each is multiplied by itself. Where products may
+round their factors to TF32, two hold more than that. Columns come in blocks: that bounds the memory of the
+terms, and the error of long sums.
 
 NOTE Sizes. Libraries have their fast kernels for multiples of eight 16-bit numbers alone, in every dimension
 of a product. So what a vocabulary has beyond such a multiple is a product of its own, of a few columns.
