@@ -40,15 +40,18 @@ class Exits:
 
     def go_on(self, nodes: list[Node], out: Node) -> None:
         """Let one gradient, that of the only exit in `nodes`, add to a sum begun for another head."""
-        (each,) = (each for each in self._others if each.node in nodes)
-        each.goes_on(out)
+        self._only(nodes).goes_on(out)
 
     def leave(self, nodes: list[Node]) -> Node:
         """The sum of that gradient so far, for another head to go on with: it is none of this head then."""
-        (each,) = (each for each in self._others if each.node in nodes)
+        each = self._only(nodes)
         self._others.remove(each)
         assert each.out is not None
         return each.out
+
+    def _only(self, nodes: list[Node]) -> Exit:
+        (each,) = (each for each in self._others if each.node in nodes)
+        return each
 
     def add(
         self,

@@ -192,7 +192,7 @@ def _sum_unrounded(graph: Graph, head: find.Head) -> None:
         if any(example_of(wide).itemsize < 4 for wide in before):
             made = _made_again(Builder(graph, node, node, key="val"), [w for w in head.wide if w in before])
             node.replace_input_with(source, made[source])
-    graph.eliminate_dead_code()
+            graph.eliminate_dead_code()
 
 
 def _made_again(build: Builder, wide: list[Node]) -> dict[Node, Node]:

@@ -58,7 +58,7 @@ class Exit:
             return self._transposed(self.pieces.factor(left))
         return self.pieces.factor(right)
 
-    def goes_on(self, out: Node | None) -> None:
+    def goes_on(self, out: Node) -> None:
         """Add to a sum that was begun for another head."""
         self._out = out
 

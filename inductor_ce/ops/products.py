@@ -60,7 +60,7 @@ def logits(
         return torch.addmm(bias, a, b, out=z)
     if bias is not None:
         z.copy_(bias.expand_as(z))
-    product_into(z, a, b, 0, bias is not None)
+    gemm.product(z, a, b, bias is not None)
     return z
 
 
@@ -113,11 +113,11 @@ def product_but(
     take_columns, take_out, put_back = by_device(dz, _take_columns, _take_out, _put_back)
     taken = dz.new_empty((dz.shape[0], len(columns)))
     take_columns(dz, columns, taken)
-    product_into(often, taken.t(), b, 0, accumulate)
+    gemm.product(often, taken.t(), b, accumulate)
     entries = dz.new_empty((len(labels), dz.shape[0]))
     for label, of_label in zip(labels, entries, strict=True):
         take_out(dz, label, of_label)
-    product_into(out, dz.t(), b, 0, accumulate)
+    gemm.product(out, dz.t(), b, accumulate)
     for label, of_label in reversed([*zip(labels, entries, strict=True)]):
         put_back(dz, label, of_label)
     return entries

@@ -187,3 +187,12 @@ def whole(x: Any) -> Tensor:
 def scaled() -> Iterator[None]:
     with mock.patch.multiple(plan, **SMALL_SIZES):
         yield
+
+
+def assert_documented(
+    told: list[str], eager: Run, plain: Run, ours: Run, exact: Run | None, strategies: list[str]
+) -> None:
+    """All of this of one program: its row of the table, how it ran, and what `explain` tells."""
+    assert_right(ours, eager, exact)
+    assert_as_told(told, eager, plain, ours)
+    assert_explained(told, strategies)

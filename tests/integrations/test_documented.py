@@ -15,9 +15,7 @@ from documented import (
     EAGER,
     OURS,
     PLAIN,
-    assert_as_told,
-    assert_explained,
-    assert_right,
+    assert_documented,
     explained,
     rows_of_the_table,
     run,
@@ -41,9 +39,8 @@ def test_program(name: str):
         run(program.heading, program.names(torch.float32), how) for how in (EAGER, PLAIN, OURS)
     )
     exact = run(program.heading, program.names(torch.float64), EAGER) if program.in_float64 else None
-    assert_right(ours, eager, exact)
-    assert_as_told(TOLD[name], eager, plain, ours)
-    assert_explained(TOLD[name], explained(program.asked(ours.names), program.options))
+    strategies = explained(program.asked(ours.names), program.options)
+    assert_documented(TOLD[name], eager, plain, ours, exact, strategies)
     for of_ours, of_eager in zip(ours.metrics, eager.metrics, strict=True):
         for key in ("eval_loss", "eval_accuracy", "eval_sum"):
             assert of_ours[key] == pytest.approx(of_eager[key], rel=1e-5)

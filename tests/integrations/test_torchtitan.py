@@ -13,9 +13,7 @@ from documented import (
     OURS,
     PLAIN,
     STEPS,
-    assert_as_told,
-    assert_explained,
-    assert_right,
+    assert_documented,
     explained,
     rows_of_the_table,
     run,
@@ -113,9 +111,7 @@ def test_program(heading: str, found: list[dict[str, dict[str, Any]]]):
     told = rows_of_the_table()[heading]
     for rank in found:
         eager, plain, ours = (rank[heading][how] for how in (EAGER, PLAIN, OURS))
-        assert_right(ours, eager, None)
-        assert_as_told(told, eager, plain, ours)
-        assert_explained(told, rank[heading]["explained"])
+        assert_documented(told, eager, plain, ours, None, rank[heading]["explained"])
     first, second = (rank[heading][OURS] for rank in found)
     assert first.losses != second.losses  # each has batches of its own
     torch.testing.assert_close(first.gradients, second.gradients)
