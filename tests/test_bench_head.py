@@ -70,8 +70,13 @@ CASE = {
     "N": 8192,
     "V": 256000,
     "D": 2304,
+    "bias": False,
     "activations": "random",
-    "about": {"loss": 12.9, "mean_max_probability": 0.0004},
+    "mode": "default",
+    "ignored": None,
+    "pattern": "",
+    "behind": False,
+    "about": {"loss": 12.9, "mean_max_probability": 0.0004, "ignored": 1 / 17},
     "logits_bytes": 4000 * MB,
     "gradient_bytes": 1161 * MB,
     "product_ms": 14.3,
@@ -252,6 +257,7 @@ def test_shapes():
         "8192 x 256000 x 2304",
         "8192 x 128256 x 4096",
         "16384 x 151936 x 896",
+        "16384 x 30522 x 768",
     ]
 
 
@@ -274,7 +280,8 @@ def test_the_loop_on_a_cpu(stopwatch, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setattr(run, "SYSTEMS", stand_ins)
     activations = {"random": inputs.random, "again": inputs.random}
     monkeypatch.setattr(run, "ACTIVATIONS", activations)
-    cases = list(run.table([TINY], list(activations), list(stand_ins), measure.Calls(rounds=2), "cpu"))
+    asked = run.Asked([TINY], list(activations), list(stand_ins))
+    cases = list(run.table(asked, measure.Calls(rounds=2), "cpu"))
     assert [case["activations"] for case in cases] == ["random", "again"]
     for case in cases:
         assert case.keys() == CASE.keys()
@@ -368,22 +375,20 @@ def test_plot(tmp_path: Path):
 
 def test_arguments():
     options = cli.parse(["head"])
-    assert options.shapes == list(SHAPES.values())
-    assert options.activations == ["random", "trained"]
-    assert options.systems == list(SYSTEMS)
     assert not options.merge
-    options = cli.parse(
-        ["head", "--shapes", "qwen", "64x2048x32", "--activations", "random", "--systems", "cce"]
+    assert command.asked(options) == run.Asked(list(SHAPES.values()), ["random", "trained"], set(SYSTEMS))
+    asked = command.asked(
+        cli.parse(["head", "--shapes", "qwen", "64x2048x32", "--activations", "random", "--systems", "cce"])
     )
-    assert options.shapes == [SHAPES["qwen"], Shape("64x2048x32", 64, 2048, 32)]
-    assert (options.activations, options.systems) == (["random"], ["cce"])
+    assert asked.shapes == [SHAPES["qwen"], Shape("64x2048x32", 64, 2048, 32)]
+    assert (asked.activations, asked.systems) == (["random"], {"torch.compile", "cce"})
     assert len([name for name in SYSTEMS if SYSTEMS[name].budget]) == len(BUDGETS)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--shapes", "mistral"], "'mistral' is none of gemma, llama, qwen, nor like 8192x128256x4096"),
+        (["--shapes", "mistral"], "'mistral' is none of gemma, llama, qwen, mlm, nor like 8192x128256x4096"),
         (["--shapes", "1x2048x32"], "'1x2048x32' needs two of everything at least"),
         (["--systems", "quack"], "invalid choice: 'quack'"),
     ],
@@ -407,8 +412,8 @@ def test_the_record_is_complete_after_every_case(
 ):
     kept = []
 
-    def table(shapes, activations, names, clock):
-        for name in activations:
+    def table(asked, clock):
+        for name in asked.activations:
             kept.extend(json.loads(path.read_text())["cases"] for path in tmp_path.glob("head-*.json"))
             yield {**CASE, "activations": name, "rows": [{**ROW, "problems": problem}]}
 

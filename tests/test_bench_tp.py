@@ -19,8 +19,9 @@ from test_bench import RESULT as RESULT_OF_CE
 
 from inductor_ce.bench import cli
 from inductor_ce.bench.shared import measure, options
+from inductor_ce.bench.shared.compilers import DEFAULT, GRAPHS, OURS
 from inductor_ce.bench.tp import check, command, ranks, render, run
-from inductor_ce.bench.tp.systems import BASELINE, DEFAULT, EAGER, GRAPHS, OURS, PLAIN, SYSTEMS, System
+from inductor_ce.bench.tp.systems import BASELINE, EAGER, PLAIN, SYSTEMS, System
 from inductor_ce.bench.tp.tasks import LinearAndLoss, LogitsGiven
 
 N, V, WIDTH = 35, 1030, 16

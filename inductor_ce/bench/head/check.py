@@ -14,20 +14,25 @@ from tqdm import tqdm
 
 from ...api.counts import auto_chunked_graphs, counted, forget_counts
 from ..shared import measure
+from ..shared.body import body
+from ..shared.compilers import DEFAULT, GRAPHS, WARM_UP
 from ..shared.peers import NotOffered
+from .cases import over
 from .inputs import HeadFunction, Inputs
 from .reference import Errors, Reference
 from .systems import AUTO_CHUNKER, Case, System
 
+GRADIENTS = ("dh", "dW", "db")
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-3, 5e-2  # what is further off is wrong, not inexact
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A system that has run at one shape, and what its first call told."""
+    """A system that has run at one shape, what its first call told, and its mode."""
 
     function: HeadFunction
     about: dict[str, Any]
+    mode: str = DEFAULT
 
 
 def attempt(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -44,10 +49,13 @@ def ready(system: System, case: Case, call: Callable[[HeadFunction], Any]) -> Re
     built = system.build(case)
     if isinstance(built, NotOffered):
         return built
+    function = built.function
+    if case.behind and system.kind == "peer" and system.name != AUTO_CHUNKER:
+        function = _behind(function)
     forget_counts()
     chunked = auto_chunked_graphs()
     start = time.perf_counter()
-    call(built.function)
+    call(function)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     notes = [built.note] if built.note else []
@@ -58,23 +66,31 @@ def ready(system: System, case: Case, call: Callable[[HeadFunction], Any]) -> Re
         "counted": counted(),
         "notes": notes,
     }
-    return Ready(built.function, about)
+    for _ in range(WARM_UP - 1 if case.mode == GRAPHS else 0):
+        call(function)
+    return Ready(function, about, case.mode)
+
+
+def _behind(function: HeadFunction) -> HeadFunction:
+    return lambda h, *others: function(body(h), *others)
 
 
 def check(system: System, ready: Ready, inputs: Inputs, ref: Reference) -> dict[str, Any]:
     """The row of a system, without its time."""
     poison_logits(inputs)
-    loss, dh, dW = inputs.step(ready.function)
-    loss_error, errors = ref.loss_error(loss), ref.errors(dh, dW)
+    loss, *gradients = inputs.step(ready.function)
+    loss_error, errors = ref.loss_error(loss), ref.errors(*gradients)
     wrong = problems(loss.dtype, loss_error, errors)
-    gradient_bytes = sum(g.numel() * g.element_size() for g in (dh, dW))
-    del loss, dh, dW
-    extra_bytes = measure.peak_extra_bytes(lambda: inputs.step(ready.function))
+    gradient_bytes = sum(g.numel() * g.element_size() for g in gradients)
+    del loss, gradients
+    extra_bytes = None
+    if ready.mode != GRAPHS:  # whose memory is a pool of their own
+        extra_bytes = measure.peak_extra_bytes(lambda: inputs.step(ready.function))
     return {
         "system": system.name,
         "budget": system.budget,
         "extra_bytes": extra_bytes,
-        "beyond_gradients": extra_bytes - gradient_bytes,
+        "beyond_gradients": None if extra_bytes is None else extra_bytes - gradient_bytes,
         "loss_error": loss_error,
         **{name: asdict(each) for name, each in errors.items()},
         **ready.about,
@@ -124,14 +140,11 @@ def ratios(row: dict[str, Any], baseline: dict[str, Any] | None) -> dict[str, An
         return {"ratio": None, "memory_ratio": None, "error_ratio": None}
     return {
         "ratio": row["ms"] / baseline["ms"],
-        "memory_ratio": _over(row["beyond_gradients"], baseline["beyond_gradients"]),
+        "memory_ratio": over(row["beyond_gradients"], baseline["beyond_gradients"]),
         "error_ratio": {
-            f"{gradient} {kind}": _over(error, baseline[gradient][kind])
-            for gradient in ("dh", "dW")
+            f"{gradient} {kind}": over(error, baseline[gradient][kind])
+            for gradient in GRADIENTS
+            if gradient in row
             for kind, error in row[gradient].items()
         },
     }
-
-
-def _over(a: float, b: float) -> float | None:
-    return a / b if b else None

@@ -9,16 +9,21 @@ from typing import Any
 
 import torch
 
-from ..shared import merge, record
-from ..shared.compilers import BASELINE
+from ..shared import labels, merge, record
+from ..shared.compilers import BASELINE, MODES, OURS
 from ..shared.measure import Calls, fresh_caches
 from ..shared.options import add_systems, has_gpu
 from . import bars, render, run
 from .inputs import ACTIVATIONS, SHAPES, Shape
+from .run import Asked
 from .systems import SYSTEMS
 
 HELP = "linear layer and cross entropy"
 ROUNDS, QUICK_ROUNDS = 5, 2
+
+# What is measured where the command line does not say: usually, and over shares of ignored labels.
+USUAL = Asked([*SHAPES.values()], [*ACTIVATIONS], [*SYSTEMS])
+SHARES = Asked([SHAPES["llama"], SHAPES["qwen"]], ["random"], [OURS], modes=MODES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +31,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shapes",
         type=shape,
         nargs="+",
-        default=list(SHAPES.values()),
         metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or rows x vocabulary x hidden size as NxVxD (default: the three)",
+        help=f"{', '.join(SHAPES)}, or rows x vocabulary x hidden size as NxVxD (default: all of these "
+        "names; with --ignored, llama and qwen)",
     )
     parser.add_argument(
-        "--activations", choices=ACTIVATIONS, nargs="+", default=list(ACTIVATIONS), help="(default: both)"
+        "--activations", choices=ACTIVATIONS, nargs="+", help="(default: both; with --ignored, random)"
+    )
+    parser.add_argument("--modes", choices=MODES, nargs="+", help="(default: default; with --ignored, both)")
+    parser.add_argument(
+        "--ignored",
+        type=share,
+        nargs="+",
+        metavar="SHARE",
+        help="shares of the labels that are ignored, as 0 0.5 0.75 (default: every 17th; of mlm, 0.85)",
+    )
+    parser.add_argument(
+        "--patterns",
+        choices=labels.PATTERNS,
+        nargs="+",
+        default=[*labels.PATTERNS],
+        help="which those are: the starts of sequences, or scattered (default: both)",
     )
     add_systems(parser, SYSTEMS)
+    parser.set_defaults(systems=None)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--before", type=Path, metavar="JSON", help="the record of an earlier version, to compare ours with"
+    )
     merge.add_merge(parser)
+
+
+def share(text: str) -> float:
+    """At least 0, less than 1."""
+    found = float(text)
+    if not 0 <= found < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of labels of which some are left")
+    return found
+
+
+def asked(options: argparse.Namespace) -> Asked:
+    """What the command line says, and what it leaves open."""
+    usual = USUAL if options.ignored is None else SHARES
+    wanted = None
+    if options.ignored is not None:
+        wanted = [each for one in options.ignored for each in labels.of_share(one, options.patterns)]
+    return Asked(
+        options.shapes or usual.shapes,
+        options.activations or usual.activations,
+        {BASELINE, *(options.systems or usual.systems)},
+        wanted,
+        options.modes or usual.modes,
+    )
 
 
 def shape(text: str) -> Shape:
@@ -62,11 +109,14 @@ def main(options: argparse.Namespace) -> int:
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every case, print the tables, draw the plot."""
     clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    method = {**run.METHOD, **asdict(clock), "seed": torch.seed()}
+    times = {key: value for key, value in asdict(clock).items() if key != "begun"}
+    method = {**run.METHOD, **times, "seed": torch.seed()}
     result = record.new("head", method, options.commit, cases=[], bars=[])
+    if options.before:
+        result["before"] = bars.earlier(options.before)
     path = record.json_path(result, options.out)
     with fresh_caches():
-        for case in run.table(options.shapes, options.activations, {BASELINE, *options.systems}, clock):
+        for case in run.table(asked(options), clock):
             result["cases"].append(case)
             judge(result)
             record.write(result, path)

@@ -31,54 +31,67 @@ class Errors:
 
 @dataclass(frozen=True)
 class Reference:
-    """What float64 gives, from the bf16 inputs as they are. dW is kept whole: 4.7 GB at the largest shape."""
+    """What float64 gives, from the bf16 inputs as they are. dW is kept whole: 4.7 GB at the largest shape.
+
+    db is [1, V], a matrix of one row, or None where there is no bias.
+    """
 
     loss: float
     dh: Tensor
     dW: Tensor
+    db: Tensor | None = None
 
     def loss_error(self, loss: Tensor) -> float:
         return abs(loss.double().item() - self.loss) / abs(self.loss)
 
-    def errors(self, dh: Tensor, dW: Tensor) -> dict[str, Errors]:
-        return {"dh": distance(dh, self.dh), "dW": distance(dW, self.dW)}
+    def errors(self, dh: Tensor, dW: Tensor, db: Tensor | None = None) -> dict[str, Errors]:
+        found = {"dh": distance(dh, self.dh), "dW": distance(dW, self.dW)}
+        if db is not None and self.db is not None:
+            found["db"] = distance(db[None], self.db)
+        return found
 
 
 def reference(inputs: Inputs, slab: int = SLAB) -> Reference:
     """By the formula of the gradient, a slab of the vocabulary at a time; never [N, V]."""
     h, W, y = inputs.h.detach().double(), inputs.W.detach(), inputs.y
+    b = W.new_zeros(len(W)) if inputs.b is None else inputs.b.detach()
     width = max(1, slab // len(h))
-    lse, picked = _statistics(h, W, y, width)
+    lse, picked = _statistics(h, W, b, y, width)
     valid = y != IGNORED
     weight = valid.double() / valid.sum()
     dh, dW = torch.zeros_like(h), torch.empty(W.shape, dtype=torch.float64, device=W.device)
-    for start, rows, inside in _slabs(W, y, width):
-        dz = (h @ rows.T).sub_(lse[:, None]).exp_()
+    db = dW.new_empty(1, len(W))
+    for start, rows, bias, inside in _slabs(W, b, y, width):
+        dz = (h @ rows.T).add_(bias).sub_(lse[:, None]).exp_()
         dz[inside, y[inside] - start] -= 1
         dz *= weight[:, None]
         dh.addmm_(dz, rows)
         torch.mm(dz.T, h, out=dW[start : start + len(rows)])
+        torch.sum(dz, dim=0, out=db[0, start : start + len(rows)])
         del dz
-    return Reference(((lse - picked) * weight).sum().item(), dh, dW)
+    loss = ((lse - picked) * weight).sum().item()
+    return Reference(loss, dh, dW, None if inputs.b is None else db)
 
 
-def _statistics(h: Tensor, W: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _statistics(h: Tensor, W: Tensor, b: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """(lse, the label's logit, 0 where there is none) of every row of z, in float64."""
     lse = h.new_full((len(h),), -torch.inf)
     picked = h.new_zeros(len(h))
-    for start, rows, inside in _slabs(W, y, width):
-        z = h @ rows.T
+    for start, rows, bias, inside in _slabs(W, b, y, width):
+        z = (h @ rows.T).add_(bias)
         picked[inside] = z[inside, y[inside] - start]
         lse = torch.logaddexp(lse, z.logsumexp(dim=1))
         del z
     return lse, picked
 
 
-def _slabs(W: Tensor, y: Tensor, width: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first column, rows of W in float64, the rows of z whose label is among them) of every slab."""
+def _slabs(W: Tensor, b: Tensor, y: Tensor, width: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """(first column, rows of W and b in float64, the rows of z whose label is among them) of every slab."""
     for start in range(0, len(W), width):
-        rows = W[start : start + width].double()
-        yield start, rows, ((y >= start) & (y < start + len(rows))).nonzero()[:, 0]
+        slab = slice(start, start + width)
+        rows = W[slab].double()
+        inside = ((y >= start) & (y < start + len(rows))).nonzero()[:, 0]
+        yield start, rows, b[slab].double(), inside
 
 
 def distance(g: Tensor, ref: Tensor) -> Errors:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from ..shared.compilers import OURS
+from ..shared.compilers import DEFAULT, OURS
 from ..shared.tables import aligned, heading, mb
+from . import shares
+from .cases import Case, mode_of, over_shares, title
 from .systems import CCE_BUDGET, SYSTEMS
 
 HEADER = (
@@ -23,9 +27,9 @@ KIND_COLORS = {"baseline": "black", "peer": "C1", "ours": "C0"}
 
 def table(result: dict[str, Any]) -> str:
     """Every number of every case, what was not measured, and the bars."""
-    return "\n\n".join(
-        [heading(result["environment"]), *map(_case_table, result["cases"]), _bar_table(result["bars"])]
-    )
+    several = over_shares(result["cases"])
+    tables = [*map(_case_table, result["cases"]), *([shares.table(several)] if several else [])]
+    return "\n\n".join([heading(result["environment"]), *tables, _bar_table(result["bars"])])
 
 
 def _case_table(case: dict[str, Any]) -> str:
@@ -39,8 +43,9 @@ def _case_table(case: dict[str, Any]) -> str:
 
 def _case_heading(case: dict[str, Any]) -> str:
     about = case["about"]
+    name, _, kind = title(case).partition(", ")
     return (
-        f"{case['name']}, {case['N']} x {case['V']} x {case['D']}, {case['activations']}: "
+        f"{name}, {case['N']} x {case['V']} x {case['D']}, {kind}: "
         f"loss {about['loss']:.3f}, mean of the largest probability {about['mean_max_probability']:.4f}; "
         f"logits {mb(case['logits_bytes'])} MB, gradients {mb(case['gradient_bytes'])} MB; "
         f"product {case['product_ms']:.2f} ms, three {case['products_ms']:.2f} ms"
@@ -54,8 +59,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ms']:.2f}",
         f"{100 * row['spread']:.1f}%",
         _ratio(row["ratio"]),
-        mb(row["extra_bytes"]),
-        mb(row["beyond_gradients"]),
+        _mb(row["extra_bytes"]),
+        _mb(row["beyond_gradients"]),
         _ratio(row["memory_ratio"]),
         f"{row['loss_error']:.1e}",
         f"{row['dh']['norm']:.1e}",
@@ -84,11 +89,16 @@ def _forward_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _remarks(row: dict[str, Any]) -> str:
     strategies = [f"{key} {count}" for key, count in row["counted"].items() if key not in ("sites", "misses")]
-    return "; ".join(strategies + row["notes"] + row["problems"])
+    bias = [f"db error {row['db']['norm']:.1e}"] if "db" in row else []
+    return "; ".join(strategies + bias + row["notes"] + row["problems"])
 
 
 def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _mb(size: float | None) -> str:
+    return "" if size is None else mb(size)
 
 
 def _bar_table(found: list[dict[str, Any]]) -> str:
@@ -101,26 +111,38 @@ def _bar_table(found: list[dict[str, Any]]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Time over memory beyond the gradients, a panel a case: ours a curve over budgets, peers points."""
-    cases = result["cases"]
-    columns = list(dict.fromkeys(case["name"] for case in cases))
-    kinds = list(dict.fromkeys(case["activations"] for case in cases))
-    figure = Figure(figsize=(1 + 5 * len(columns), 0.5 + 4 * len(kinds)), layout="constrained")
-    axes = figure.subplots(len(kinds), len(columns), squeeze=False)
+    """A column for each shape: time over memory, and time over the share of labels that is ignored."""
+    columns = _panels(result["cases"])
+    rows = max(1, *map(len, columns))
+    figure = Figure(figsize=(1 + 5 * len(columns), 0.5 + 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, len(columns), squeeze=False)
     for panel in axes.flat:
         panel.set_visible(False)
-    for case in cases:
-        _panel(axes[kinds.index(case["activations"])][columns.index(case["name"])], case)
+    for column, panels in zip(axes.T, columns, strict=True):
+        for panel, draw in zip(column, panels, strict=False):
+            panel.set_visible(True)
+            draw(panel)
     where = result["environment"]
     figure.supxlabel(f"{where['gpu']}, torch {where['torch']}, {where['date'][:10]}", fontsize="small")
     figure.savefig(path, dpi=150)
 
 
+def _panels(cases: list[Case]) -> list[list[Callable[[Axes], None]]]:
+    """For each shape what draws its panels. Memory is not known of CUDA graphs."""
+    columns: dict[str, list[Callable[[Axes], None]]] = {case["name"]: [] for case in cases}
+    several = over_shares(cases)
+    for case in cases:
+        if case not in several and mode_of(case) == DEFAULT:
+            columns[case["name"]].append(functools.partial(_panel, case=case))
+    for name, kind in dict.fromkeys((case["name"], case["activations"]) for case in several):
+        together = [case for case in several if (case["name"], case["activations"]) == (name, kind)]
+        columns[name].append(functools.partial(shares.panel, cases=together))
+    return [panels for panels in columns.values() if panels] or [[]]
+
+
 def _panel(axes: Axes, case: dict[str, Any]) -> None:
-    axes.set_visible(True)
-    axes.set_title(
-        f"{case['name']}: {case['N']} x {case['V']} x {case['D']}, {case['activations']}", fontsize=9
-    )
+    name, _, kind = title(case).partition(", ")
+    axes.set_title(f"{name}: {case['N']} x {case['V']} x {case['D']}, {kind}", fontsize=9)
     axes.axhline(case["products_ms"], color="gray", linestyle=":", linewidth=1, label="three bare products")
     curve = sorted(_point(row) for row in case["rows"] if _on_curve(row["system"]))
     axes.plot(*zip(*curve, strict=True) if curve else ((), ()), "o-", color="C0", label=f"{OURS}, by budget")

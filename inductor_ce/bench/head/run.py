@@ -1,4 +1,4 @@
-"""Linear layer and cross entropy, forward and backward: the loop over shapes, activations and systems."""
+"""Linear layer and cross entropy, forward and backward: the loop over shapes, modes, inputs and systems."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..shared import measure
-from ..shared.compilers import BASELINE
-from ..shared.measure import Clock
+from ..shared.body import last_end
+from ..shared.compilers import BASELINE, DEFAULT
+from ..shared.labels import Labels
+from ..shared.measure import Calls, Clock
 from ..shared.peers import NotOffered
 from .check import Ready, attempt, check, check_forward, ratios, ready
 from .inputs import ACTIVATIONS, HeadFunction, Inputs, Shape
@@ -23,17 +25,21 @@ from .reference import Reference, reference
 from .systems import FORWARD_ALONE, SYSTEMS, Case, System
 
 METHOD = {
-    "head": "F.cross_entropy(F.linear(h, W).float(), y), reduction mean; h and W in bf16",
-    "labels": "every 17th ignored",
+    "head": "F.cross_entropy(F.linear(h, W).float(), y), reduction mean; h and W in bf16; with b, if any",
+    "labels": "int64, ignored as labels.py says; `ignored` is the share asked for, that of `about` exact",
+    "mode": "of torch.compile; for CUDA graphs W and b are parameters of a module, which are not copied",
     "random": "logits of variance 1, labels uniform",
     "trained": "h, W and y of a model of synthetic bigrams that is trained first: see trained.py",
     "step": "loss, then torch.autograd.grad(loss, (h, W))",
+    "behind": "whether the head stands behind work that keeps the GPU busy, as a body does, and that makes a "
+    "copy of h; ms is counted from its end",
     "forward": "the loss alone, under no_grad",
-    "compiled": "fullgraph, static shapes, caches empty at the start; once for all activations of a shape",
+    "compiled": "fullgraph, static shapes, caches empty at the start; once for all inputs of a shape",
     "ms": "median over the rounds of the median of a few calls; the systems take turns within a round",
     "spread": "(slowest round - fastest round) / median",
-    "extra_bytes": "peak of the memory allocated in a warm step less that before it; dh and dW are in it",
-    "beyond_gradients": "extra_bytes less dh and dW",
+    "extra_bytes": "peak of the memory allocated in a warm step less that before it, gradients included; "
+    "not known of CUDA graphs, whose memory is a pool of their own",
+    "beyond_gradients": "extra_bytes less dh, dW and db",
     "ratio, memory_ratio, error_ratio": f"of ms, beyond_gradients, errors to those of {BASELINE}",
     "errors": "against float64, as Errors in reference.py defines them",
     "seconds": "all that a case took, with training and the compilations that were left to it",
@@ -45,34 +51,37 @@ Rows = dict[str, dict[str, Any]]
 
 @dataclass
 class Bench:
-    """The systems at one shape: each is built and compiled once, then measured on every kind of activations.
+    """The systems at one shape and in one mode: each is built and compiled once, then measured on all inputs.
 
     `peaks` are the extra bytes of those measured, `not_measured` the reasons of the others.
     """
 
     shape: Shape
+    mode: str
     systems: Sequence[System]
-    clock: Clock
+    clock: Calls
     bar: tqdm
+    behind: bool = False
     steps: dict[str, Ready | NotOffered] = field(default_factory=dict)
     forwards: dict[str, Ready | NotOffered] = field(default_factory=dict)
     peaks: dict[str, int] = field(default_factory=dict)
     not_measured: list[dict[str, str]] = field(default_factory=list)
 
-    def case(self, activations: str, inputs: Inputs) -> dict[str, Any]:
-        """What was found for one kind of activations, for JSON."""
+    def case(self, inputs: Inputs) -> dict[str, Any]:
+        """What was found for one kind of activations and labels, for JSON."""
         self.not_measured = []
         found: dict[str, Any] = {
-            **asdict(self.shape),
-            "activations": activations,
             "about": inputs.about,
+            "behind": self.behind,
             "logits_bytes": self.shape.logits_bytes,
             "gradient_bytes": self.shape.gradient_bytes,
             **products(inputs, self.clock),
         }
         ref = reference(inputs)
         found["rows"] = self._rows(inputs, ref)
-        found["forward"] = self._forward_rows(inputs, ref, found["product_ms"])
+        found["forward"] = []
+        if self.mode == DEFAULT and not self.behind:
+            found["forward"] = self._forward_rows(inputs, ref, found["product_ms"])
         return found | {"not_measured": self.not_measured}
 
     def _rows(self, inputs: Inputs, ref: Reference) -> list[dict[str, Any]]:
@@ -84,7 +93,8 @@ class Bench:
                 self._leave_out(system.name, row)
             else:
                 rows[system.name] = row
-                self.peaks[system.name] = row["extra_bytes"]
+                if row["extra_bytes"] is not None:
+                    self.peaks[system.name] = row["extra_bytes"]
             self.bar.update()
         self._time(rows, self.steps, inputs.step)
         return [row | ratios(row, rows.get(BASELINE)) for row in rows.values()]
@@ -111,7 +121,8 @@ class Bench:
     ) -> dict[str, Any] | NotOffered:
         """The row of a system, built where it is not `known`. A failure is reported, never raised."""
         if system.name not in known:
-            known[system.name] = attempt(ready, system, Case(self.shape, self.peaks), call)
+            case = Case(self.shape, self.peaks, self.mode, self.behind)
+            known[system.name] = attempt(ready, system, case, call)
         built = known[system.name]
         if isinstance(built, NotOffered):
             return built
@@ -132,30 +143,61 @@ class Bench:
             for name, system in functions.items()
             if isinstance(system, Ready)
         }
-        for name, (ms, spread, round_ms) in timed(steps, self.clock).items():
+        clock = replace(self.clock, begun=last_end) if self.behind else self.clock
+        for name, (ms, spread, round_ms) in timed(steps, clock).items():
             rows[name].update(ms=ms, spread=spread, round_ms=round_ms)
 
 
-def table(
-    shapes: Sequence[Shape],
-    activations: Sequence[str],
-    names: Collection[str],
-    clock: Clock,
-    device: str = "cuda",
-) -> Iterator[dict[str, Any]]:
-    """Measure; yields what was found for a shape and a kind of activations as soon as it is complete."""
-    systems = [SYSTEMS[name] for name in SYSTEMS if name in names]
-    total = len(shapes) * len(activations) * len(systems)
-    with tqdm(total=total, file=sys.stderr, desc="starting", unit="system") as bar:
-        for shape in shapes:
-            torch.compiler.reset()
-            bench = Bench(shape, systems, clock, bar)
-            for name in activations:
-                bar.set_description(f"{shape.name}, {name} activations")
-                start = time.perf_counter()
-                found = bench.case(name, ACTIVATIONS[name](shape, device))
-                yield found | {"seconds": time.perf_counter() - start}
-                gc.collect()
+@dataclass(frozen=True)
+class Asked:
+    """What to measure: everything with everything. Where `labels` is None they are those of each shape."""
+
+    shapes: Sequence[Shape]
+    activations: Sequence[str]
+    systems: Collection[str]
+    labels: Sequence[Labels] | None = None
+    modes: Sequence[str] = (DEFAULT,)
+
+    def systems_in(self, mode: str) -> list[System]:
+        return [each for name, each in SYSTEMS.items() if name in self.systems and mode in each.modes]
+
+    def inputs_of(self, shape: Shape) -> list[tuple[str, Labels]]:
+        """(activations, labels)"""
+        return [(name, labels) for name in self.activations for labels in self.labels or [shape.labels]]
+
+    @property
+    def total(self) -> int:
+        """Rows there may be."""
+        systems = sum(len(self.systems_in(mode)) for mode in self.modes)
+        return systems * sum(len(self.inputs_of(shape)) for shape in self.shapes)
+
+
+def table(asked: Asked, clock: Calls, device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """Measure; yields what was found for a shape, mode and inputs as soon as it is complete."""
+    with tqdm(total=asked.total, file=sys.stderr, desc="starting", unit="system") as bar:
+        for shape in asked.shapes:
+            drawn = functools.cache(functools.partial(_drawn, shape=shape, device=device))
+            for mode in asked.modes:
+                torch.compiler.reset()
+                shares = asked.labels is not None or shape.labels.ignored is not None
+                bench = Bench(shape, mode, asked.systems_in(mode), clock, bar, shares and mode == DEFAULT)
+                for name, labels in asked.inputs_of(shape):
+                    bar.set_description(f"{shape.name}, {name} activations")
+                    start = time.perf_counter()
+                    found = bench.case(drawn(name).ignoring(labels))
+                    yield {
+                        **{key: getattr(shape, key) for key in ("name", "N", "V", "D", "bias")},
+                        "activations": name,
+                        "mode": mode,
+                        **asdict(labels),
+                        **found,
+                        "seconds": time.perf_counter() - start,
+                    }
+                    gc.collect()
+
+
+def _drawn(activations: str, shape: Shape, device: str) -> Inputs:
+    return ACTIVATIONS[activations](shape, device)
 
 
 def products(inputs: Inputs, clock: Clock) -> dict[str, float]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..shared import compilers
-from ..shared.compilers import BASELINE, OURS
+from ..shared.compilers import BASELINE, DEFAULT, GRAPHS, MODES, OURS
 from ..shared.losses import IGNORED
 from ..shared.peers import NotOffered, find
-from .inputs import HeadFunction, Shape, cross_entropy
+from .inputs import HeadFunction, Shape, behind_body, cross_entropy
 
 STRATEGIES = ("materialise", "token_chunks", "vocab_slabs")
 BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the materialised logits
@@ -27,10 +28,17 @@ CCE_ROOM = 1.3
 
 @dataclass(frozen=True)
 class Case:
-    """The shape a system is built for, and the peak in bytes of each system measured before it."""
+    """What a system is built for.
+
+    Attributes:
+        peaks: the peak in bytes of each system measured before it.
+        behind: whether the head stands behind a body.
+    """
 
     shape: Shape
     peaks: Mapping[str, int] = field(default_factory=dict)
+    mode: str = DEFAULT
+    behind: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,14 +60,38 @@ class System:
     kind: str
     build: Callable[[Case], Built | NotOffered]
     budget: float | None = None
+    modes: tuple[str, ...] = (DEFAULT,)
 
 
 def compiled(case: Case, **options: Any) -> Built:
-    return Built(compilers.plain(cross_entropy, options=options or None))
+    return _built(compilers.plain, case, options)
 
 
 def ours(case: Case, **options: Any) -> Built:
-    return Built(compilers.ours(cross_entropy, options=options or None))
+    return _built(compilers.ours, case, options)
+
+
+def _built(compile: Callable[..., HeadFunction], case: Case, options: dict[str, Any]) -> Built:
+    if case.mode == GRAPHS:
+        return Built(of_parameters(functools.partial(compile, mode=GRAPHS)))
+    return Built(compile(behind_body if case.behind else cross_entropy, options=options or None))
+
+
+def of_parameters(compile: Callable[[HeadFunction], HeadFunction]) -> HeadFunction:
+    """The head of a module: CUDA graphs read parameters where they lie, and copy other inputs first."""
+    held: Any = nn.Module()
+
+    def head(h: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(h, held.W, y, held.b)
+
+    compiled = compile(head)
+
+    def function(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+        held.W, held.b = W, b
+        torch.compiler.cudagraph_mark_step_begin()
+        return compiled(h, y)
+
+    return function
 
 
 def ours_with_room_of_cce(case: Case) -> Built | NotOffered:
@@ -95,14 +127,14 @@ def liger_kernel(case: Case) -> Built | NotOffered:
     if isinstance(module, NotOffered):
         return module
     loss = module(ignore_index=IGNORED)
-    return Built(lambda h, W, y: loss(W, h, y))
+    return Built(lambda h, W, y, b=None: loss(W, h, y, b))
 
 
 def cut_cross_entropy(case: Case, **options: Any) -> Built | NotOffered:
     function = find("cut_cross_entropy", "linear_cross_entropy")
     if isinstance(function, NotOffered):
         return function
-    return Built(functools.partial(function, ignore_index=IGNORED, **options))
+    return Built(_with_bias(function, "bias", ignore_index=IGNORED, **options))
 
 
 def cce_exact(case: Case) -> Built | NotOffered:
@@ -112,7 +144,7 @@ def cce_exact(case: Case) -> Built | NotOffered:
         return function
     if "accum_c_fp32" in inspect.signature(function).parameters:
         return cut_cross_entropy(case, impl="cce_exact")
-    exact = functools.partial(function, ignore_index=IGNORED, impl="cce", filter_eps=None)
+    exact = _with_bias(function, "bias", ignore_index=IGNORED, impl="cce", filter_eps=None)
     return Built(exact, "this release has no cce_exact: its filter is off, its sums stay 16-bit")
 
 
@@ -122,7 +154,16 @@ def linear_cross_entropy(case: Case) -> Built | NotOffered:
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
         return NotOffered("this torch has no F.linear_cross_entropy with chunks")
-    return Built(functools.partial(function, ignore_index=IGNORED, options=options()))
+    return Built(_with_bias(function, "linear_bias", ignore_index=IGNORED, options=options()))
+
+
+def _with_bias(function: HeadFunction, name: str, **options: Any) -> HeadFunction:
+    """A function that takes a bias, where there is one, by this name."""
+
+    def head(h: Tensor, W: Tensor, y: Tensor, *b: Tensor) -> Tensor:
+        return function(h, W, y, **dict(zip((name,), b, strict=False)), **options)
+
+    return head
 
 
 def _all() -> list[System]:
@@ -141,9 +182,9 @@ def _all() -> list[System]:
         for budget in BUDGETS
     ]
     return [
-        System(BASELINE, "baseline", compiled),
+        System(BASELINE, "baseline", compiled, modes=MODES),
         *peers,
-        System(OURS, "ours", ours),
+        System(OURS, "ours", ours, modes=MODES),
         *forced,
         *curve,
         System(CCE_BUDGET, "ours", ours_with_room_of_cce),

@@ -15,6 +15,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 BASELINE = "torch.compile"
 OURS = "inductor_ce"
 
+DEFAULT, GRAPHS = "default", "reduce-overhead"  # modes of torch.compile: the other has CUDA graphs
+MODES = (DEFAULT, GRAPHS)
+WARM_UP = 3  # calls until CUDA graphs are recorded and replayed
+
 
 def plain(function: F, **how: Any) -> F:
     """Compiled by itself for its shapes, in one graph. `how` goes to torch.compile."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import statistics
 import tempfile
@@ -22,6 +23,7 @@ except ModuleNotFoundError:  # torch's CPU builds bring no triton, and nothing i
     do_bench = None
 
 Step = Callable[[], Any]
+MOST_CALLS = 100
 
 
 class Clock(Protocol):
@@ -48,21 +50,39 @@ class Budget:
 
 @dataclass(frozen=True)
 class Calls:
-    """For steps of tens of ms, of which do_bench would spend six to find out how long one takes."""
+    """For steps of tens of ms, of which do_bench would spend six to find out how long one takes.
+
+    Shorter steps are called more often, until they fill `least_ms`.
+
+    Attributes:
+        begun: an event that a call has recorded, from which its time is counted; from its beginning, if None.
+    """
 
     rounds: int
     calls: int = 2
+    least_ms: float = 40.0
+    begun: Callable[[], torch.cuda.Event] | None = None
 
     def time_ms(self, step: Step) -> float:
-        """The median time of `calls` calls of `step`, after one that is not counted."""
+        """The median time of the calls of `step`, after one that is not counted."""
+        ms = self._median_of_calls(step, self.calls)
+        if self.calls * ms < self.least_ms:
+            ms = self._median_of_calls(step, min(MOST_CALLS, math.ceil(self.least_ms / ms)))
+        return ms
+
+    def _median_of_calls(self, step: Step, calls: int) -> float:
+        """The host goes ahead by the first call, which is not counted."""
         step()
-        ends = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.calls)]
-        for start, end in ends:
-            start.record()
-            step()
-            end.record()
+        ends = [self._timed(step) for _ in range(calls)]
         torch.cuda.synchronize()
         return statistics.median(start.elapsed_time(end) for start, end in ends)
+
+    def _timed(self, step: Step) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        return (start if self.begun is None else self.begun()), end
 
 
 def median_and_spread(round_ms: Sequence[float]) -> tuple[float, float]:

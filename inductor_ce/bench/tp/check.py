@@ -14,12 +14,11 @@ from tqdm import tqdm
 
 from ...api.counts import counted, forget_counts
 from ..shared import measure
+from ..shared.compilers import GRAPHS, OURS, WARM_UP
 from . import ranks
 from .ranks import of_all
-from .systems import GRAPHS, OURS, System
+from .systems import System
 from .tasks import Task
-
-WARM_UP = 3  # calls until CUDA graphs are recorded and replayed
 
 
 class Trial:

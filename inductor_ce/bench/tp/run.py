@@ -14,10 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
 from ..shared import measure
+from ..shared.compilers import DEFAULT, GRAPHS, MODES
 from . import ranks
 from .check import Trial
 from .ranks import InStep
-from .systems import BASELINE, DEFAULT, GRAPHS, MODES, SYSTEMS
+from .systems import BASELINE, SYSTEMS
 from .tasks import IGNORED_EVERY, TASKS, Task
 
 SHAPES = ((8192, 128256), (4096, 256000))

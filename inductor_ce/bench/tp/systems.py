@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from torch.distributed.tensor.parallel import loss_parallel
 
 from ..shared import compilers
-from ..shared.compilers import OURS
+from ..shared.compilers import DEFAULT, MODES, OURS
 from .tasks import LossFunction
 
 PLAIN = "torch.compile, gathering"
 EAGER = "loss_parallel, eager"
 BASELINE = "loss_parallel, compiled"
-
-DEFAULT, GRAPHS = "default", "reduce-overhead"
-MODES = (DEFAULT, GRAPHS)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_systems(parser, SYSTEMS)
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="also profile a step: does the GPU idle before the head?",
+    )
     merge.add_merge(parser)
 
 
@@ -38,7 +43,8 @@ def main(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every model, print the table, draw the plot."""
-    length = run.Length(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    length = run.Length(rounds=rounds, profile=options.profile)
     method = {**run.METHOD, **asdict(length), "seed": torch.seed()}
     result = record.new("train", method, options.commit, cases=[])
     path = record.json_path(result, options.out)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..shared.peers import NotOffered, find
-from .programs import HeadAlone
+from .programs import PROMPTS, HeadAlone
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Model:
             it patches.
         program: how its step is written, one of `PROGRAMS`.
         element: bytes of a logit.
+        ignored: the share of the labels that the program ignores.
+        like: the name of the model whose step is the same but for that.
     """
 
     name: str
@@ -38,6 +40,8 @@ class Model:
     liger: str = ""
     program: str = "returned"
     element: int = 2
+    ignored: float = 0.0
+    like: str = ""
 
     @property
     def logits_bytes(self) -> int:
@@ -77,10 +81,19 @@ QWEN = Model(
     },
     liger="apply_liger_kernel_to_qwen2",
 )
+SFT = replace(
+    QWEN,
+    name=f"{QWEN.name}, {100 * PROMPTS:g} % of the labels ignored",
+    liger="",
+    program="sft",
+    ignored=PROMPTS,
+    like=QWEN.name,
+)
 SHALLOW = replace(QWEN, liger="", sizes={**QWEN.sizes, "num_hidden_layers": 6})
 MODELS = {
     "gemma": GEMMA,
     "qwen": QWEN,
+    "sft": SFT,
     "blocks": replace(SHALLOW, name="Qwen 2.5, 6 layers, blocks and loss compiled apart", program="blocks"),
     "padded": replace(SHALLOW, name="Qwen 2.5, 6 layers, padded vocabulary, soft-cap", program="padded"),
     "adapted": replace(SHALLOW, name="Qwen 2.5, 6 layers, adapters, frozen head", program="adapted"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...api.defer import defer, restore
+from ..shared.labels import RUNS, Labels
+from ..shared.losses import IGNORED
 
 # tokens [B, S] to (the loss [], the class of the logits, "" where the program has none)
 Step = Callable[[Tensor], tuple[Tensor, str]]
@@ -26,6 +29,27 @@ def returned(model: Any, ours: bool) -> Iterator[Step]:
         return out.loss, type(out.logits).__name__
 
     yield step
+
+
+PROMPTS = 0.75  # of the tokens, whose labels a supervised fine-tuning ignores
+
+
+@contextlib.contextmanager
+def sft(model: Any, ours: bool) -> Iterator[Step]:
+    """TRL's SFTTrainer, on completions alone: loss and logits are given, labels of prompts ignored."""
+    compiled = torch.compile(model)
+
+    def step(tokens: Tensor) -> tuple[Tensor, str]:
+        labels = tokens.masked_fill(_prompts(*tokens.shape, tokens.device), IGNORED)
+        out = compiled(input_ids=tokens, labels=labels)
+        return out.loss, type(out.logits).__name__
+
+    yield step
+
+
+@functools.cache
+def _prompts(B: int, S: int, device: torch.device) -> Tensor:
+    return Labels(PROMPTS, RUNS).mask(B * S, S).view(B, S).to(device)
 
 
 @contextlib.contextmanager
@@ -144,5 +168,5 @@ class Body:
 
 
 PROGRAMS: dict[str, Callable[[nn.Module, bool], contextlib.AbstractContextManager[Step]]] = {
-    function.__name__: function for function in (returned, blocks, padded, adapted, in_float32)
+    function.__name__: function for function in (returned, sft, blocks, padded, adapted, in_float32)
 }

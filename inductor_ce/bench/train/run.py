@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from ..shared.alone import alone
 from ..shared.compilers import BASELINE
 from ..shared.measure import median_and_spread
 from ..shared.peers import NotOffered
+from .idle import profiled
 from .models import Model, make
 from .programs import PROGRAMS, Step
 from .systems import System
+
+T = TypeVar("T")
 
 METHOD = {
     "step": "loss = program(model)(tokens); loss.backward(); the gradients are dropped",
@@ -27,17 +31,22 @@ METHOD = {
     "host_ms": "of the host's clock for the calls of a step alone",
     "peak_bytes": "torch.cuda.max_memory_allocated over the steps, model and gradients included",
     "peers": "in a process of their own, after the others",
+    "profile": "where asked for, of one step after all rounds, as idle.py says",
 }
 
 
 @dataclass(frozen=True)
 class Length:
-    """Rounds, and in each of them steps that are not counted and steps that are; a peer's limit in all."""
+    """Rounds, and in each of them steps that are not counted and steps that are; a peer's limit in all.
+
+    `profile` asks for one more step of each system but peers, to see where the GPU idles.
+    """
 
     rounds: int
     warm_up: int = 3
     steps: int = 8
     peer_limit_s: float = 240.0
+    profile: bool = False
 
 
 @dataclass
@@ -58,18 +67,20 @@ def table(models: Sequence[Model], systems: Sequence[System], length: Length) ->
         made = make(model)
         concerned = [system for system in systems if system.concerns(model)]
         case = {"model": model.name, "B": model.B, "S": model.S, "V": model.V, "rows": [], "not_measured": []}
-        case["logits_bytes"] = model.logits_bytes
+        case |= {"logits_bytes": model.logits_bytes, "ignored": model.ignored, "like": model.like}
         if isinstance(made, NotOffered):
             case["not_measured"] = [{"system": s.name, "reason": made.reason} for s in concerned]
         else:
-            rounds, refused = _rounds(model, *made, [s for s in concerned if not s.patch], length)
+            here = [s for s in concerned if not s.patch]
+            rounds, refused = _rounds(model, *made, here, length)
+            profiles = _profiles(model, *made, here, refused, length) if length.profile else {}
             for system in (s for s in concerned if s.patch):
                 found = _peer(model, system, length)
                 if isinstance(found, NotOffered):
                     refused[system.name] = found.reason
                 else:
                     rounds[system.name] = found
-            case["rows"] = _rows(rounds)
+            case["rows"] = [row | profiles.get(row["system"], {}) for row in _rows(rounds)]
             case["not_measured"] = [{"system": n, "reason": r} for n, r in refused.items()]
         del made
         yield case
@@ -94,23 +105,59 @@ def _rounds(
 ) -> tuple[dict[str, list[_Round]], dict[str, str]]:
     found: dict[str, list[_Round]] = {system.name: [] for system in systems}
     refused: dict[str, str] = {}
+    work = functools.partial(_round, made=made, tokens=tokens, length=length)
     for i in range(length.rounds):
         for system in list(systems)[:: -1 if i % 2 else 1]:
             if system.name in refused:
                 continue
-            program = PROGRAMS[model.program]
-            with system.of(model, made):
-                try:
-                    with program(made, system.options is not None) as step:
-                        result: _Round | NotOffered = _round(step, made, tokens, length)
-                except Exception as error:  # a peer may raise anything; ours is told as a failure
-                    result = NotOffered.because(error)
+            result = _attempt(model, made, system, work)
             if isinstance(result, NotOffered):
                 refused[system.name] = result.reason
             else:
                 found[system.name].append(result)
-            _forget(made)
     return {name: rounds for name, rounds in found.items() if rounds}, refused
+
+
+def _profiles(
+    model: Model,
+    made: nn.Module,
+    tokens: Tensor,
+    systems: Sequence[System],
+    refused: dict[str, str],
+    length: Length,
+) -> dict[str, dict[str, Any]]:
+    """What the profile of a step says, by system, after all is timed: it slows down what comes after it.
+
+    What fails is put into `refused`.
+    """
+    found = {}
+    work = functools.partial(_profile, made=made, tokens=tokens, length=length)
+    for system in (system for system in systems if system.name not in refused):
+        result = _attempt(model, made, system, work)
+        if isinstance(result, NotOffered):
+            refused[system.name] = f"profile {result.reason}"
+        else:
+            found[system.name] = {"profile": result}
+    return found
+
+
+def _attempt(model: Model, made: nn.Module, system: System, work: Callable[[Step], T]) -> T | NotOffered:
+    """What `work` finds of the step of a system, which is compiled for it and then forgotten."""
+    with system.of(model, made):
+        try:
+            with PROGRAMS[model.program](made, system.options is not None) as step:
+                result: T | NotOffered = work(step)
+        except Exception as error:  # a peer may raise anything; ours is told as a failure
+            result = NotOffered.because(error)
+    _forget(made)
+    return result
+
+
+def _profile(step: Step, made: nn.Module, tokens: Tensor, length: Length) -> dict[str, Any]:
+    whole = functools.partial(_whole, step, made, tokens)
+    for _ in range(length.warm_up):
+        whole()
+    return profiled(whole)
 
 
 def _round(step: Step, made: nn.Module, tokens: Tensor, length: Length) -> _Round:

@@ -1,0 +1,42 @@
+"""Work that stands for the body of a model: a GPU is busy with it while the host comes to the head.
+
+In a training step labels are there when the step begins, and hidden states when the body has ended. Whoever
+looks at labels before the head has that long. A head that is measured alone would have no time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SIZE, TIMES = 8192, 6  # products of matrices: about 10 ms on an H100
+
+_ends: list[torch.cuda.Event] = []
+
+
+@torch.library.custom_op("inductor_ce_bench::body", mutates_args=())
+def body(x: Tensor) -> Tensor:
+    """A copy of x, behind the work. The time when it ends is that of `last_end`."""
+    if x.is_cuda:
+        factor = torch.ones(SIZE, SIZE, dtype=torch.bfloat16, device=x.device)
+        for _ in range(TIMES):
+            torch.mm(factor, factor)
+    made = x.clone()
+    if x.is_cuda:
+        _ends[:] = [torch.cuda.Event(enable_timing=True)]
+        _ends[0].record()
+    return made
+
+
+@body.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+body.register_autograd(lambda ctx, upstream: upstream)
+
+
+def last_end() -> torch.cuda.Event:
+    """Recorded when the work of the last call was behind."""
+    (end,) = _ends
+    return end
