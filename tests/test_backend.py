@@ -358,7 +358,10 @@ def test_supported_torch(version: str):
 def test_unsupported_torch(version: str):
     with pytest.raises(inductor_ce.UnsupportedTorchError) as caught:
         versions.check_torch(version)
-    assert str(caught.value) == f"inductor_ce supports torch>=2.11,<2.16; this is torch {version}"
+    assert str(caught.value) == (
+        f"inductor_ce supports torch>=2.11,<2.16; this is torch {version}. Install one that is supported, "
+        'pip install "torch>=2.11,<2.16", or a release of inductor_ce for this torch.'
+    )
     assert isinstance(caught.value, ImportError)
 
 
@@ -372,6 +375,23 @@ def test_unsupported_torch_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(inductor_ce.UnsupportedTorchError):
             use()
     assert slots() == [None, None]
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.16.0"])
+def test_install_under_an_unsupported_torch(version: str):
+    """In a process of its own, where a private name is not there either."""
+    program = f"""
+import sys, torch
+torch.__version__ = {version!r}
+sys.modules["torch._inductor.custom_graph_pass"] = None
+import inductor_ce
+try:
+    inductor_ce.install()
+except inductor_ce.UnsupportedTorchError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert f"supports torch>=2.11,<2.16; this is torch {version}. Install one" in said
 
 
 # Caches
@@ -474,7 +494,7 @@ def not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failsafe, "_warned", False)
 
 
-def boom(*args: Any) -> Any:
+def boom(*args: Any, **kwargs: Any) -> Any:
     raise ZeroDivisionError("a bug of ours")
 
 

@@ -87,6 +87,24 @@ def test_logits_edited_after_the_loss():
     assert misses() == 1
 
 
+def times_one(z: Tensor) -> Tensor:
+    return z * 1
+
+
+def times_ones(z: Tensor) -> Tensor:
+    return z * torch.ones(V)
+
+
+def plus_zeros(z: Tensor) -> Tensor:
+    return torch.zeros(N, V) + z
+
+
+@pytest.mark.parametrize("f", [times_one, times_ones, plus_zeros], ids=lambda f: f.__name__)
+def test_steps_that_torch_drops_leave_their_input_to_the_backward(f: Callable[[Tensor], Tensor]):
+    """Before the logits, where a chain is made again in the backward."""
+    check(lambda z, y, w: F.cross_entropy(f(z), y), n_sites=1)
+
+
 def test_logits_edited_after_the_loss_without_a_gradient():
     def f(z, y, w):
         x = z.detach() * 1

@@ -16,9 +16,13 @@ class InputError(InductorCEError, ValueError):
 
 
 def unsupported(version: str) -> str:
-    """The sentence that says which versions of torch are supported, and that `version` is none of them."""
+    """Which versions of torch are supported, that `version` is none of them, and what to do."""
     first, after = (".".join(map(str, v)) for v in (FIRST_TORCH, AFTER_LAST_TORCH))
-    return f"inductor_ce supports torch>={first},<{after}; this is torch {version}"
+    wanted = f"torch>={first},<{after}"
+    return (
+        f"inductor_ce supports {wanted}; this is torch {version}. "
+        f'Install one that is supported, pip install "{wanted}", or a release of inductor_ce for this torch.'
+    )
 
 
 class UnsupportedTorchError(InductorCEError, ImportError):

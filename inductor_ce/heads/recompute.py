@@ -8,6 +8,8 @@ backward, where the gradient's kernel absorbs it, and only the raw logits are sa
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
@@ -19,6 +21,7 @@ from .find import VIEWS, is_pointwise
 aten = torch.ops.aten
 
 _LINKS = {*VIEWS, aten.slice.Tensor, aten.expand.default}
+_NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 
 
 def recompute_chains(graph: Graph) -> None:
@@ -26,8 +29,28 @@ def recompute_chains(graph: Graph) -> None:
     returned = set(graph.output_node().all_input_nodes)
     sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     for link in [link for node in sites for link in _chain(node.args[0], returned)]:
-        link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-        link.meta.setdefault("ac_graph_id", 0)
+        if not _may_be_dropped(link):
+            link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            link.meta.setdefault("ac_graph_id", 0)
+
+
+def _may_be_dropped(link: Node) -> bool:
+    """Whether Inductor may take a link for its operand: it adds a zero, or multiplies by a one.
+
+    It would give the operand the tag: a matrix product would be made again, and an input, which nobody can
+    make again, would be lost to the backward. Scalars are dropped from torch 2.14, constant tensors in all.
+    """
+    neutral = _NEUTRAL.get(link.target)
+    return neutral is not None and any(_may_be(operand, neutral) for operand in link.args)
+
+
+def _may_be(operand: Any, number: int) -> bool:
+    """Whether an operand may be this number everywhere: a scalar, or a constant made in the graph."""
+    if not isinstance(operand, Node):
+        return bool(operand == number)
+    if operand.target is aten.full.default:
+        return bool(operand.args[1] == number)
+    return operand.op == "call_function" and all(_may_be(node, number) for node in operand.all_input_nodes)
 
 
 def _chain(logits: Node, returned: set[Node]) -> list[Node]:
