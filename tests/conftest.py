@@ -1,5 +1,6 @@
 """Shared by all tests: the folder of compiled code. What needs torch is in `every_test.py`."""
 
+import gc
 import os
 import tempfile
 
@@ -22,4 +23,5 @@ def pytest_configure(config):
         os.environ[FOLDER] = folder.name
         config.add_cleanup(folder.cleanup)
     if works or getattr(config.option, "dist", "no") == "no":
+        gc.disable()  # until all is imported: `collect_seldom`
         config.pluginmanager.import_plugin("every_test")

@@ -24,14 +24,21 @@ def pairwise(
 
 
 def covering(product: Sequence[Combination], strength: int = 2) -> list[Combination]:
-    """Combinations in which all parts of all of `product` occur, always the one that brings the most."""
+    """Combinations in which all parts of all of `product` occur, always the one that brings the most.
+
+    Those of which the others have all parts are left out again.
+    """
     parts = {index: parts_of(combination, strength) for index, combination in enumerate(product)}
     missing = set().union(*parts.values())
-    chosen = []
+    chosen: dict[int, set[tuple[tuple[int, str], ...]]] = {}
     while missing:
         best = max(parts, key=lambda index: len(parts[index] & missing))
-        missing -= parts.pop(best)
-        chosen.append(best)
+        chosen[best] = parts.pop(best)
+        missing -= chosen[best]
+    for index in list(chosen):
+        own = chosen.pop(index)
+        if not own <= set().union(*chosen.values()):
+            chosen[index] = own
     return [product[index] for index in sorted(chosen)]
 
 

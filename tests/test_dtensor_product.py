@@ -14,26 +14,26 @@ from ranks import on_devices, once
 from reference import Terms
 
 IGNORED = {"-100": lambda V: -100, "0": lambda V: 0, "V - 1": lambda V: V - 1, "V + 5": lambda V: V + 5}
-FACTORS = {
-    "smoothing": (0.0, 0.1),
-    "z-loss": (0.0, 1e-4),
+FACTORS = {  # in the order of which the fewest combinations are chosen
     "ignored": tuple(IGNORED),
-    "reduction": ("none", "mean", "sum"),
     "V": (24, 23),
     "mesh": ((2,), (2, 2)),
+    "reduction": ("none", "mean", "sum"),
+    "smoothing": (0.0, 0.1),
+    "z-loss": (0.0, 1e-4),
 }
 PRODUCT: list[Combination] = list(itertools.product(*FACTORS.values()))
 CHOSEN = pairwise(*FACTORS.values())
 
 
 def job(combination: Combination) -> tuple[Terms, Setup]:
-    smoothing, z_weight, ignored, reduction, V, mesh = combination
+    ignored, V, mesh, reduction, smoothing, z_weight = combination
     return Terms(reduction, IGNORED[ignored](V), smoothing, z_weight), Setup(mesh, V=V)
 
 
 @once
 def results(mesh: tuple[int, ...], device: str):
-    jobs = [job(combination) for combination in CHOSEN if combination[-1] == mesh]
+    jobs = [(terms, setup) for terms, setup in map(job, CHOSEN) if setup.mesh == mesh]
     return everywhere(jobs, 2 * len(mesh), device)
 
 

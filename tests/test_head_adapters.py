@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen
 from head_cases import counts
+from pairwise import pairwise
 from reference import assert_fair
 from torch import Tensor
 from torch.fx import Graph
 
-from inductor_ce import ops
 from inductor_ce.ops.products import LOGITS
 
 N, V, D, R = 48, 40, 8, 3
@@ -86,9 +86,12 @@ def pieces_of(graph: Graph) -> list[tuple[int, ...]]:
     return [tuple(n.meta["val"].shape) for n in graph.find_nodes(op="call_function", target=LOGITS)]
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs", "materialise"])
-@pytest.mark.parametrize("frozen", ["", "w", "wh"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "frozen", "strategy"),
+    pairwise(
+        [torch.float32, torch.bfloat16], ["", "w", "wh"], ["token_chunks", "vocab_slabs", "materialise"]
+    ),
+)
 def test_an_adapter_beside_the_weight(dtype: torch.dtype, frozen: str, strategy: str) -> None:
     budget = None if strategy == "materialise" else 0.4
     compiled, graphs = compile_without_codegen(adapted, strategy=strategy, memory_budget=budget)
@@ -98,7 +101,7 @@ def test_an_adapter_beside_the_weight(dtype: torch.dtype, frozen: str, strategy:
     assert_all_fair(adapted, exact_adapted, made, of, frozen)
     pieces = pieces_of(graphs.final[0].graph)
     if strategy != "materialise":
-        assert len(pieces) == 2 * graphs.count(ops.ROW_STATS) >= 4
+        assert len(pieces) == 2 * graphs.pieces >= 4
         assert all(rows * columns < N * V for rows, columns in pieces)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from inductor_ce.api.lazy_logits import LazyLogits
 from inductor_ce.common.errors import LazyLogitsError
 from inductor_ce.rewriting.promises import LAZY
 
-SIZE, B, T, D = 4, 4, 2, 3
+B, T, D = 4, 2, 3
 WHOLE = Replicate()
 
 Given = dict[str, Any]
@@ -79,7 +80,7 @@ class Layout:
     h: tuple[Placement, ...]
     W: tuple[Placement, ...]
     V: int = 23
-    mesh: tuple[int, ...] = (SIZE,)  # of the ranks
+    mesh: tuple[int, ...] = (2,)  # of the ranks
 
     def given(self) -> Given:
         """The same in every process."""
@@ -99,7 +100,7 @@ class Layout:
 
 LAYOUTS = {
     "classes": Layout(product, (WHOLE,), (Shard(0),)),
-    "classes, fewer than ranks": Layout(product, (WHOLE,), (Shard(0),), V=5),  # 2, 2, 1 and none
+    "classes, fewer than ranks": Layout(product, (WHOLE,), (Shard(0),), V=5, mesh=(4,)),  # 2, 2, 1 and none
     "classes, of an input": Layout(of_an_input, (WHOLE,), (Shard(0),)),
     "classes, with a chain": Layout(capped, (WHOLE,), (Shard(0),)),
     "classes, flattened": Layout(flattened, (WHOLE,), (Shard(0),)),
@@ -171,19 +172,21 @@ def read(layout: Layout, rank: int, mesh: DeviceMesh) -> dict[str, Any]:
 # On ranks
 
 
-def on_rank(rank: int) -> dict[str, Any]:
-    meshes = {size: init_device_mesh("cpu", size) for size in ((SIZE,), (2, 2))}
+def on_rank(rank: int, size: int) -> dict[str, Any]:
+    mine = {name: layout for name, layout in LAYOUTS.items() if math.prod(layout.mesh) == size}
+    sizes = dict.fromkeys(layout.mesh for layout in mine.values())
+    meshes = {mesh: init_device_mesh("cpu", mesh) for mesh in sizes}
 
     def job(layout: Layout) -> Any:
         with clean_slate():
             return attempt(read, layout, rank, meshes[layout.mesh])
 
-    return {name: job(layout) for name, layout in LAYOUTS.items()}
+    return {name: job(layout) for name, layout in mine.items()}
 
 
 @once
-def ranks() -> list[Outcomes]:
-    return [Outcomes(found) for found in spawn(on_rank, SIZE)]
+def ranks(size: int) -> list[Outcomes]:
+    return [Outcomes(found) for found in spawn(on_rank, size, size)]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -201,7 +204,7 @@ def test_values_and_gradients(name: str) -> None:
         return {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
 
     close = {"rtol": 1e-5, "atol": 1e-6} if z.dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
-    for outcomes in ranks():
+    for outcomes in ranks(math.prod(layout.mesh)):
         seen = outcomes[name]
         assert seen["sites"] == (1, 0)
         assert seen["lazy"] == [True] * 4
@@ -216,7 +219,7 @@ def test_values_and_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_one_rank_looks_alone(name: str) -> None:
     """It reads what eager has there, bit for bit, and asks no other."""
-    for rank, outcomes in enumerate(ranks()):
+    for rank, outcomes in enumerate(ranks(math.prod(LAYOUTS[name].mesh))):
         seen = outcomes[name]
         assert seen["communicated"] == 0
         if rank == 1:

@@ -263,7 +263,7 @@ def test_a_loss_that_mixes_rows() -> None:
 
 # 16 bits
 
-DRAWS = 128  # of inputs: how a sum over all logits is rounded is a matter of luck
+DRAWS = 48  # of inputs: how a sum over all logits is rounded is a matter of luck
 IN_16_BITS = ("logit_scale", "divided_in_float32", "scaled_and_cast", "learnt_cap", "of_rows")
 
 
@@ -420,11 +420,12 @@ def test_two_temperatures_of_one_product() -> None:
 def test_generated_code(options: dict[str, Any]) -> None:
     """It is right, and has the logits of one piece and their gradient at most."""
     inductor_ce.install(min_vocab=2, **options)
-    args, compiled = given(), torch.compile(logit_scale)
+    h, w, b, y, s = given()
+    args, compiled = (h[:3], w, b, y[:3], s), torch.compile(logit_scale)  # three pieces that have one code
     _, codes = run_and_get_code(lambda: assert_right(compiled, logit_scale, args))
     assert counts() == {options["strategy"]: 1}
     assert len(codes) == 2
-    piece = N * V // 3
+    piece = 3 * S * V // 3
     assert max(size for code in codes for size in sizes(code).values()) <= 1.2 * piece
     assert max(most_at_once(code, piece // 2) for code in codes) <= 2
 
