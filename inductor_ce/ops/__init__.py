@@ -7,7 +7,9 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     operators       row_stats and row_grad, and what they mean
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
-    products        the matrix products of heads, in order and in place; `product_kernels` beside them
+    counted         rows that count, before those that do not
+    products        the matrix products of heads, in order and in place; `product_kernels` beside them, and
+                    `counted_kernels`, where the device alone knows how many rows count
     gemm            one matrix product, by a library
     verified        both ways side by side, for the option `verify`
     lowering        to `templates/`, or to `loops`
@@ -19,6 +21,8 @@ from .operators import (
     ROW_GRAD,
     ROW_GRAD_AGAIN,
     ROW_STATS,
+    SOME_ROW_GRAD,
+    SOME_ROW_STATS,
     row_grad,
     row_stats,
     stats_dtype,
@@ -38,6 +42,8 @@ __all__ = [
     "ROW_GRAD",
     "ROW_GRAD_AGAIN",
     "ROW_STATS",
+    "SOME_ROW_GRAD",
+    "SOME_ROW_STATS",
     "SUM",
     "SUMEXP",
     "SUMEXPZ",

@@ -24,6 +24,9 @@ from torch import Tensor
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
     from . import product_kernels
 
+# Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
+ANY_STRIDES = (torch.Tag.flexible_layout,)
+
 ALIGNED = 8  # elements
 TERMS_BYTES = 64 * 2**20  # of the terms of a gradient that are held at once
 FEW = 1024  # rows or columns of which a product is fast however unaligned
@@ -88,6 +91,11 @@ def _by_library(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any
 def is_slow(size: int, factor: Tensor) -> bool:
     """Whether libraries have slow kernels alone for products of such a size, and it matters."""
     return factor.device.type == "cuda" and factor.itemsize == 2 and size % ALIGNED > 0 and size > FEW
+
+
+def fast_parts(size: int, factor: Tensor) -> tuple[slice, ...]:
+    """Parts of a dimension of such a size that libraries have fast kernels for, or are small."""
+    return _aligned_and_rest(size) if is_slow(size, factor) else (slice(0, size),)
 
 
 def _aligned_and_rest(size: int) -> tuple[slice, slice]:

@@ -20,7 +20,8 @@ import torch
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
 from ..common.failsafe import attempt
-from . import loops, operators
+from . import counted, loops, operators, products
+from .counted import PRODUCT_TO_ROWS
 from .gemm import aligned_strides
 from .products import (
     ALIGN_ROWS,
@@ -39,9 +40,14 @@ TEMPLATES = Path(__file__).parent / "templates"
 GPUS = ("cuda",)  # HIP calls itself cuda
 MATRIX_READERS = {
     *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
-    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_BUT, COLUMN_SUMS),
+    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_TO_ROWS, PRODUCT_BUT, COLUMN_SUMS),
 }
 PIECES = (LOGITS,)
+DIRECT = (
+    *(counted.row_order, counted.host_copy, counted.take_rows, counted.product_to_rows),
+    *(products.logits, products.product_into, products.product_but),
+    *(products.complete, products.most_frequent, products.column_sums, products.once_made),
+)
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
 
@@ -64,16 +70,21 @@ STATS = (Stats(4, 8), Stats(2, 8), Stats(4, 4), Stats(4, 16))
 STATS_OF_A_PIECE = (Stats(8, 8),)  # of few rows: with more programs at a time too many end late
 STATS_OF_A_CHAIN = (Stats(4, 4),)  # timing would leave the chain out, which wants the smaller loop
 STATS_OF_MORE = (Stats(4, 4), Stats(4, 2), Stats(2, 4), Stats(8, 2))  # more rows hold more registers
+GRAD_OF_SOME = (Grad(8, 8192),)  # of rows that may not count: a program that has nothing to do costs time too
 GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
 
 
 @functools.cache
 def register() -> None:
     """Give Inductor the lowerings of our operators, once."""
+    for op in DIRECT:
+        inductor.call_directly(op)
     inductor.register_lowering(TIMES, type_promotion_kind=None)(_times)
     inductor.register_lowering(ALIGN_ROWS, type_promotion_kind=None)(_align_rows)
     inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
     inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
+    inductor.register_lowering(operators.SOME_ROW_STATS, type_promotion_kind=None)(_some_row_stats)
+    inductor.register_lowering(operators.SOME_ROW_GRAD, type_promotion_kind=None)(_some_row_grad)
     inductor.register_lowering(operators.ROW_GRAD_AGAIN, type_promotion_kind=None)(_row_grad_again)
 
 
@@ -95,11 +106,32 @@ def _align_rows(dz: IRNode) -> IRNode:
     return inductor.laid_out(dz, aligned_strides(v, dz.get_device()))
 
 
+class Limit(NamedTuple):
+    """Where the rows of a piece end that are computed: at left[piece], or nowhere. See `counted.py`."""
+
+    left: IRNode | None = None
+    piece: int = -1
+
+    def inputs(self) -> list[IRNode]:
+        return [] if self.left is None else [inductor.readable(self.left)]
+
+
+NOWHERE = Limit()
+
+
 def _row_stats(
     z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, *, site: int = operators.NO_SITE
 ) -> IRNode:
     rows = Rows.decode(which, len(labels), len(weights))
     return _lowered(z, _stats_template, loops.row_stats, z, labels, weights, rows)
+
+
+def _some_row_stats(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, left: IRNode, piece: int
+) -> IRNode:
+    rows = Rows.decode(which, len(labels), len(weights))
+    template = functools.partial(_stats_template, limit=Limit(left, piece))
+    return _lowered(z, template, loops.row_stats, z, labels, weights, rows)
 
 
 def _row_grad(
@@ -114,6 +146,21 @@ def _row_grad(
 ) -> IRNode:
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
     return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+
+
+def _some_row_grad(
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    m: IRNode,
+    coefficients: IRNode,
+    which: str,
+    left: IRNode,
+    piece: int,
+) -> IRNode:
+    rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
+    template = functools.partial(_grad_template, limit=Limit(left, piece))
+    return _lowered(z, template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
 
 def _row_grad_again(
@@ -172,7 +219,9 @@ def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
     return {"U": unroll, "L": lanes, "num_warps": max(1, min(tried.warps, lanes // (32 * LANE)))}
 
 
-def grad_configurations(v: int, dtype: torch.dtype, rows: Rows, over: bool = False) -> list[dict[str, Any]]:
+def grad_configurations(
+    v: int, dtype: torch.dtype, rows: Rows, over: bool = False, some: bool = False
+) -> list[dict[str, Any]]:
     """What to try for row_grad at V = v, without repetition."""
     largest = 1 << (v.bit_length() - 1)
     configurations = [
@@ -186,7 +235,7 @@ def grad_configurations(v: int, dtype: torch.dtype, rows: Rows, over: bool = Fal
             "ACC_TYPE": _acc_type(dtype),
             "num_stages": 1,
         }
-        for tried in GRAD
+        for tried in (GRAD_OF_SOME if some else GRAD)
     ]
     return _distinct(configurations)
 
@@ -212,10 +261,12 @@ def _template(name: str, grid: Any) -> Any:
     return inductor.template(f"inductor_ce_{name}", (TEMPLATES / f"{name}.py.jinja").read_text(), grid)
 
 
-def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
+def _stats_template(
+    z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows, limit: Limit = NOWHERE
+) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     chained = not inductor.is_buffer(z)
-    others = [*map(inductor.readable, labels), *_readable_weights(weights, z)]
+    others = [*map(inductor.readable, labels), *_readable_weights(weights, z), *limit.inputs()]
     piece = inductor.made_by(z, PIECES)
     z = inductor.readable(_unrounded(z), absorb=True)
     return inductor.choose(
@@ -224,14 +275,22 @@ def _stats_template(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows
         layout=inductor.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
         call_sizes=[n, v],
         configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained, piece), piece),
+        PIECE=limit.piece,
     )
 
 
 def _grad_template(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], m: IRNode, coefficients: IRNode, rows: Rows
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    m: IRNode,
+    coefficients: IRNode,
+    rows: Rows,
+    limit: Limit = NOWHERE,
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     others = [*map(inductor.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
+    others += limit.inputs()
     # NOTE after
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
@@ -241,13 +300,15 @@ def _grad_template(
     over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and all(
         other.get_name() != z.get_name() for other in others
     )
+    configurations = grad_configurations(v, dtype, rows, over, some=limit.left is not None)
     dz = inductor.choose(
         _template("row_grad", _one_program_a_block),
         inputs=[z, *others],
         layout=inductor.contiguous_layout(z, z.get_dtype() if unrounded else dtype, [n, v]),
         call_sizes=[n, v],
-        configurations=_tried(grad_configurations(v, dtype, rows, over), inductor.made_by(z, PIECES)),
+        configurations=_tried(configurations, inductor.made_by(z, PIECES)),
         over=z if over else None,
+        PIECE=limit.piece,
     )
     return loops.cast(dz, dtype) if unrounded else dz
 

@@ -5,7 +5,8 @@ All passes before this file emit these operators, all after it lower them.
     row_stats(z [N, V], labels, weights, which, *, site)                   -> [K, N]
     row_grad (z, labels, weights, m [N], coefficients [K, N], which, *, site) -> dz [N, V]
 
-Beside them stands `row_grad_again`, the gradient for who sums it up in the same sweep.
+Beside them stand `row_grad_again`, the gradient for who sums it up in the same sweep, and `some_row_stats`
+and `some_row_grad`, the same as those two for the rows that count in a piece of a head: see `counted.py`.
 
 `which` names the K rows of the packed result, comma-separated, in this order:
 
@@ -156,6 +157,10 @@ def row_stats(
     Raises:
         ValueError: wrong rank or dtype, unknown rows.
     """
+    return _statistics(z, labels, weights, which)
+
+
+def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
     rows = _check(z, labels, weights, which)
     n, v = z.shape
     x = z.to(stats_dtype(z))
@@ -177,8 +182,25 @@ def row_stats(
 
 @row_stats.register_fake
 def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, site: int = NO_SITE) -> Tensor:
+    return _empty_statistics(z, labels, weights, which)
+
+
+def _empty_statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
     rows = _check(z, labels, weights, which)
     return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
+
+
+@torch.library.custom_op("inductor_ce::some_row_stats", mutates_args=())
+def some_row_stats(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, left: Tensor, piece: int
+) -> Tensor:
+    """As `row_stats`; rows from left[piece] on need not be computed, and hold anything."""
+    return _statistics(z, labels, weights, which)
+
+
+@some_row_stats.register_fake
+def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, left: Tensor, piece: int) -> Tensor:
+    return _empty_statistics(z, labels, weights, which)
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
@@ -259,6 +281,36 @@ def _(
     return z.new_empty(z.shape)
 
 
+@torch.library.custom_op("inductor_ce::some_row_grad", mutates_args=())
+def some_row_grad(
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    left: Tensor,
+    piece: int,
+) -> Tensor:
+    """As `row_grad`; rows from left[piece] on need not be computed, and hold anything."""
+    return _gradient(z, labels, weights, m, coefficients, which)
+
+
+@some_row_grad.register_fake
+def _(
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    m: Tensor,
+    coefficients: Tensor,
+    which: str,
+    left: Tensor,
+    piece: int,
+) -> Tensor:
+    _check_grad(z, labels, weights, m, coefficients, which)
+    return z.new_empty(z.shape)
+
+
 def _told_columns(rows: Rows, packed: Tensor) -> list[Tensor]:
     """The columns [N] that alone have the gradient of some rows of `packed`: more labels for `row_grad`."""
     return [packed[k] for _, k in rows.told]
@@ -305,3 +357,5 @@ row_grad.register_vmap(_no_batches)
 ROW_STATS = torch.ops.inductor_ce.row_stats.default
 ROW_GRAD = torch.ops.inductor_ce.row_grad.default
 ROW_GRAD_AGAIN = torch.ops.inductor_ce.row_grad_again.default
+SOME_ROW_STATS = torch.ops.inductor_ce.some_row_stats.default
+SOME_ROW_GRAD = torch.ops.inductor_ce.some_row_grad.default

@@ -6,6 +6,7 @@ that is none of 0..V - 1 stands for nothing.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,6 +15,7 @@ LABELS_AT_ONCE = 32
 WIDTH = 1024
 COLUMN_TILE = 32
 ROWS_AT_ONCE = 32
+COUNTED_AT_ONCE = 2048
 
 
 def take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
@@ -175,3 +177,58 @@ def _split(
         tl.store(terms + (i * n + row) * term_row_stride + column * term_stride, term, mask=inside)
         wide = term.to(tl.float32)
         rest = tl.where(wide - wide == 0.0, rest - wide, 0.0)
+
+
+def fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
+    """What `counted.row_order` returns, from counts [N], which is bool."""
+    n = len(counts)
+    if n:
+        grid = (triton.cdiv(n, COUNTED_AT_ONCE),)
+        _fill_order[grid](counts.view(torch.uint8), order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
+
+
+@triton.jit
+def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
+    # Each program counts all rows, which are a byte each, and finds where its own rows go.
+    first = tl.program_id(0) * BLOCK
+    total = 0
+    before = 0
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        those = tl.sum(tl.load(counts + i * stride, mask=i < n, other=0).to(tl.int32), 0)
+        total += those
+        before += tl.where(start < first, those, 0)
+    row = first + tl.arange(0, BLOCK)
+    inside = row < n
+    own = tl.load(counts + row * stride, mask=inside, other=0).to(tl.int32)
+    counted = before + tl.cumsum(own, 0)
+    to = tl.where(own != 0, counted - 1, total + row - counted).to(tl.int64)
+    tl.store(place + row, to, mask=inside)
+    tl.store(order + to, row.to(tl.int64), mask=inside)
+    if first == 0:
+        tl.store(count, total)
+
+
+def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, taken: Tensor) -> None:
+    """The first `left` rows of `taken` [n, D] become the rows `rows` [n] of x, 0 where not `counted`."""
+    on_device = isinstance(left, Tensor)
+    n, d = len(rows) if on_device else left, x.shape[1]
+    if n and d:
+        grid = (n, triton.cdiv(d, WIDTH))
+        _fill_rows[grid](x, rows, counted.view(torch.uint8), left, taken, d, *x.stride(), on_device, WIDTH)
+
+
+@triton.jit
+def _fill_rows(
+    x, rows, counted, left, taken, d, row_stride, stride, ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr
+):
+    i = tl.program_id(0)
+    limit = left
+    if ON_DEVICE:
+        limit = tl.load(left)
+    if i < limit:
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        row = tl.load(rows + i)
+        wanted = (column < d) & (tl.load(counted + i) != 0)
+        value = tl.load(x + row * row_stride + column.to(tl.int64) * stride, mask=wanted, other=0.0)
+        tl.store(taken + i.to(tl.int64) * d + column, value, mask=column < d)

@@ -16,6 +16,9 @@
 A product is what a library makes of it, with float32 sums inside: see `gemm.py`. What is added is order and
 place.
 
+NOTE Rows that count. `left`, `host` and `piece` tell how many rows of a piece are computed: see `counted.py`.
+Of others nothing is written, and nothing is summed.
+
 NOTE Order. Nobody reads what is in `after`. It makes a piece wait until the piece before it is dealt with:
 no scheduler, and no fusion of the small kernels of two pieces, can then have two pieces in memory at once.
 It also keeps a product that is computed again in the backward from being taken for the one in the forward,
@@ -38,30 +41,57 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
 from . import gemm
-from .gemm import aligned_strides, by_device, has_wide_products
+from .counted import computed_rows, rows_of_piece
+from .gemm import ANY_STRIDES, aligned_strides, by_device
 from .operators import stats_dtype
 
-# Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
-ANY_STRIDES = (torch.Tag.flexible_layout,)
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from . import counted_kernels
 
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
 def logits(
-    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    after: list[Tensor],
+    dtype: torch.dtype | None = None,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
 ) -> Tensor:
     """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
     ones. What is in `after` is not read; it is made before."""
     z = _empty_logits(a, b, dtype)
-    if bias is not None and z.dtype == a.dtype and not gemm.is_slow(b.shape[1], a):
-        return torch.addmm(bias, a, b, out=z)
-    if bias is not None:
-        z.copy_(bias.expand_as(z))
-    gemm.product(z, a, b, bias is not None)
+    n = rows_of_piece(left, host, piece, len(a))
+    if n is None and left is not None and counted_kernels.has_product(z, a, b):
+        counted_kernels.product_of_rows(z, a, b, left[piece], bias)
+    elif n != 0:
+        _fill_logits(z[:n], a[:n], b, bias)
     return z
+
+
+def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and z.dtype == a.dtype and gemm.is_slow(b.shape[1], a) and _has_tiles(z, a, b):
+        counted_kernels.product_of_rows(z, a, b, len(a), bias)  # a library would write the bias, and read it
+        return
+    if bias is None or z.dtype != a.dtype:
+        if bias is not None:
+            z.copy_(bias.expand_as(z))
+        gemm.product(z, a, b, bias is not None)
+        return
+    for part in gemm.fast_parts(b.shape[1], a):
+        torch.addmm(bias[part], a, b[:, part], out=z[:, part])
+
+
+def _has_tiles(*matrices: Tensor) -> bool:
+    return counted_kernels.reads_tiles(matrices[0].device) and all(map(counted_kernels.has_tiles, matrices))
 
 
 def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -74,22 +104,65 @@ def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 @logits.register_fake
 def _(
-    a: Tensor, b: Tensor, bias: Tensor | None, after: list[Tensor], dtype: torch.dtype | None = None
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    after: list[Tensor],
+    dtype: torch.dtype | None = None,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
 ) -> Tensor:
     return _empty_logits(a, b, dtype)
 
 
 @torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
-def product_into(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
+def product_into(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    start: int,
+    accumulate: bool,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
+) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], or gain the product.
 
-    `out` has the dtype of the factors, or is float32 where both or, beside a float32 `a`, b is 16-bit.
+    `out` has the dtype of the factors, or is float32 where both or, beside a float32 `a`, b is 16-bit. The
+    rows of a piece, where `left` tells them, are those of b.
     """
-    gemm.product(out.narrow(0, start, a.shape[0]), a, b, accumulate)
+    _add_terms(out.narrow(0, start, a.shape[0]), a, b, accumulate, left, host, piece)
+
+
+def _add_terms(
+    out: Tensor, a: Tensor, b: Tensor, accumulate: bool, left: Tensor | None, host: Tensor | None, piece: int
+) -> None:
+    """`out` becomes, or gains, a [M, n] b [n, N], summed over those of the n rows that are computed."""
+    n = rows_of_piece(left, host, piece, len(b))
+    if n is not None:
+        if n or not accumulate:
+            gemm.product(out, a[:, :n], b[:n], accumulate)
+        return
+    assert left is not None
+    if counted_kernels.has_product(out, a, b):
+        counted_kernels.product_over_rows(out, a, b, left[piece], accumulate)
+    else:
+        a, b = computed_rows(a.t(), left, piece).t(), computed_rows(b, left, piece)
+        gemm.product(out, a, b, accumulate)
 
 
 @product_into.register_fake
-def _(out: Tensor, a: Tensor, b: Tensor, start: int, accumulate: bool) -> None:
+def _(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    start: int,
+    accumulate: bool,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
+) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
@@ -102,23 +175,34 @@ def product_but(
     labels: list[Tensor],
     columns: Tensor,
     accumulate: bool,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
 ) -> Tensor:
     """`out` [V, M] becomes, or gains, dz' [V, n] times b [n, M], but for the entries of dz at the labels.
 
     `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
-    Returns the entries at the labels, [labels, n]; where two labels of a row are equal the second is 0, as it
+    Returns the entries at the labels, [labels, n]; rows that are not computed must have labels that are none
+    of the columns, and have no entries. Where two labels of a row are equal the second is 0, as it
     is where a label is none of the columns. For the time of the product they are 0 in dz, which is therefore
     written, though who reads it afterwards finds it as it was.
     """
+    n = rows_of_piece(left, host, piece, len(dz))
+    make = dz.new_empty if n in (None, len(dz)) else dz.new_zeros
+    entries = make((len(labels), len(dz)))
+    if n == 0 and accumulate:
+        return entries
+    if n is not None:
+        dz, b, labels, left = dz[:n], b[:n], [label[:n] for label in labels], None
     take_columns, take_out, put_back = by_device(dz, _take_columns, _take_out, _put_back)
-    taken = dz.new_empty((dz.shape[0], len(columns)))
+    taken = dz.new_empty((len(dz), len(columns)))
     take_columns(dz, columns, taken)
-    gemm.product(often, taken.t(), b, accumulate)
-    entries = dz.new_empty((len(labels), dz.shape[0]))
-    for label, of_label in zip(labels, entries, strict=True):
+    _add_terms(often, taken.t(), b, accumulate, left, host, piece)
+    each = [*zip(labels, entries[:, : len(dz)], strict=True)]
+    for label, of_label in each:
         take_out(dz, label, of_label)
-    gemm.product(out, dz.t(), b, accumulate)
-    for label, of_label in reversed([*zip(labels, entries, strict=True)]):
+    _add_terms(out, dz.t(), b, accumulate, left, host, piece)
+    for label, of_label in reversed(each):
         put_back(dz, label, of_label)
     return entries
 
@@ -157,6 +241,9 @@ def _(
     labels: list[Tensor],
     columns: Tensor,
     accumulate: bool,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
 ) -> Tensor:
     torch._check(dz.shape[0] == b.shape[0], lambda: "the factors do not fit")
     return dz.new_empty((len(labels), dz.shape[0]))
@@ -242,19 +329,23 @@ def _(x: Tensor, factor: Tensor) -> None:
 
 
 @torch.library.custom_op("inductor_ce::column_sums", mutates_args=(), tags=ANY_STRIDES)
-def column_sums(dz: Tensor) -> Tensor:
+def column_sums(dz: Tensor, left: Tensor | None = None, host: Tensor | None = None, piece: int = 0) -> Tensor:
     """The sums over rows of dz [n, V], [V] in float32, or in float64 where dz is.
 
-    On a GPU as a product, which is as exact and needs no memory. A sum over rows needs much.
+    On a GPU by a kernel that needs no memory. A sum over rows needs much.
     """
-    if dz.itemsize < 4 and has_wide_products(dz.device):
-        ones = dz.new_ones((1, dz.shape[0]))
-        return torch.mm(ones, dz, out_dtype=torch.float32)[0]
-    return dz.sum(0, dtype=stats_dtype(dz))
+    n = rows_of_piece(left, host, piece, len(dz))
+    if dz.device.type == "cuda" and dz.itemsize < 4:
+        parts = dz.new_empty((counted_kernels.PARTS, dz.shape[1]), dtype=torch.float32)
+        counted_kernels.sums_over_rows(parts, dz, left[piece] if n is None else n)  # type: ignore[index]
+        return parts.sum(0)
+    if n is None and left is not None:
+        dz = computed_rows(dz, left, piece)
+    return dz[:n].sum(0, dtype=stats_dtype(dz))
 
 
 @column_sums.register_fake
-def _(dz: Tensor) -> Tensor:
+def _(dz: Tensor, left: Tensor | None = None, host: Tensor | None = None, piece: int = 0) -> Tensor:
     return dz.new_empty((dz.shape[1],), dtype=stats_dtype(dz))
 
 

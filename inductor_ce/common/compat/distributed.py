@@ -7,15 +7,17 @@ from typing import Any
 import torch
 
 ALL_GATHER: Any
+ALL_REDUCE: Any
 WAIT: Any
 
 if torch.distributed.is_available():
     from torch.distributed import _functional_collectives, distributed_c10d
 
     ALL_GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
+    ALL_REDUCE = torch.ops._c10d_functional.all_reduce.default
     WAIT = torch.ops._c10d_functional.wait_tensor.default
 else:
-    ALL_GATHER = WAIT = None
+    ALL_GATHER = ALL_REDUCE = WAIT = None
 
 
 def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:

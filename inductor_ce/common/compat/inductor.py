@@ -18,8 +18,14 @@ with of_supported_torch():
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.decomposition import select_decomp_table as decompositions
     from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-    from torch._inductor.select_algorithm import SymbolicGridFn, TritonTemplate, autotune_select_algorithm
+    from torch._inductor.select_algorithm import (
+        SymbolicGridFn,
+        TritonTemplate,
+        autotune_select_algorithm,
+        extern_kernels,
+    )
     from torch._inductor.virtualized import V as virtualized
+    from torch._library.custom_ops import CustomOpDef
     from torch.utils._pytree import tree_leaves
 
 __all__ = [
@@ -78,6 +84,28 @@ def call_lowering(op: Any, *args: Any, **kwargs: Any) -> IRNode:
 def call_in_place(op: Any, *args: Any) -> None:
     """Let the graph call an operator that writes to its arguments and returns nothing."""
     fallback_handler(op, add_to_fallback_set=False)(*args)
+
+
+def call_directly(op: CustomOpDef) -> None:
+    """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
+
+    That takes some 50 us for each call, more than launching the operator's kernels does. Autograd, and all
+    else that a dispatcher looks after, has been dealt with when code is generated.
+    """
+    overload, name = op._opoverload, op._qualname.replace("::", "_")
+    call = fallback_handler(overload, add_to_fallback_set=False)
+
+    def lowering(*args: Any, **kwargs: Any) -> Any:
+        graph = virtualized.graph
+        known = len(graph.operations)
+        result = call(*args, **kwargs)
+        for made in graph.operations[known:]:
+            if isinstance(made, ir.FallbackKernel) and not graph.cpp_wrapper:
+                made.python_kernel_name = f"extern_kernels.{name}"
+        return result
+
+    setattr(extern_kernels, name, op._init_fn)  # as torch does with those of its own
+    register_lowering(overload, type_promotion_kind=None)(lowering)
 
 
 def is_buffer(x: IRNode) -> bool:
@@ -218,8 +246,11 @@ def choose(
     call_sizes: Sequence[Any],
     configurations: Sequence[dict[str, Any]],
     over: IRNode | None = None,
+    **constants: Any,
 ) -> IRNode:
     """The output of `source` under the fastest of `configurations`, or the first where none can be timed.
+
+    All have the `constants` beside.
 
     It is written over `over`, where that is given: a value that it `may_overwrite`.
     """
@@ -234,6 +265,7 @@ def choose(
             layout=layout,
             call_sizes=list(call_sizes),
             **configuration,
+            **constants,
         )
         if refused is not None:
             raise refused

@@ -1,0 +1,171 @@
+"""Rows that count, before those that do not.
+
+A loss reads the statistics of some rows alone, where labels are ignored or a mask is given. Those rows are
+taken first, by an order that the device makes, and pieces of a head are filled with them one after another.
+How many of them a piece has is known on the device. There the kernels of rows read it, while products, which
+a library makes, need it on the host: it is copied there as soon as it is known, which is before the work that
+leads to the head has been done, and read when the head is launched.
+
+    row_order   (counts [N])     order [N], place [N], count [1]
+    host_copy   (left [P])       the same on the host, on its way
+    take_rows   (x [N, D], rows [n], counted [n], after)      [n, D], 0 in rows that are not counted
+    product_to_rows (out [N, M], rows [n], a [n, K], b [K, M])    the rows `rows` of `out` become a b
+
+Operators are given `left`, which holds for each of P pieces the number of rows to be computed from the
+piece's first on, all that follow included; `host`, its copy; and the number of the piece. There is no `host`
+where the device alone may look, and no `left` where all rows count. A piece computes ALIGNED rows or a
+multiple, as libraries are slow for other products; what is added has label -1, hidden states of 0, and a
+gradient of 0. Rows beyond are not written.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import torch
+from torch import Tensor
+
+from . import gemm
+from .gemm import ANY_STRIDES, by_device
+
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from . import counted_kernels
+
+ALIGNED = 64  # rows
+PENDING = -(2**31)
+
+
+@torch.library.custom_op("inductor_ce::row_order", mutates_args=())
+def row_order(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How to bring the rows that count before the others, each kind in its own order.
+
+    Args:
+        counts: bool [N].
+
+    Returns:
+        order: int64 [N], the rows in the new order.
+        place: int64 [N], where each row is in it.
+        count: int32 [1], how many rows count.
+    """
+    order, place = (torch.empty_like(counts, dtype=torch.int64) for _ in range(2))
+    count = counts.new_zeros(1, dtype=torch.int32)
+    (fill,) = by_device(counts, _fill_order)
+    fill(counts, order, place, count)
+    return order, place, count
+
+
+def _fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
+    order.copy_(torch.argsort(~counts, stable=True))
+    place.scatter_(0, order, torch.arange(len(order), device=order.device))
+    count.copy_(counts.sum().reshape(1))
+
+
+@row_order.register_fake
+def _(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.empty_like(counts, dtype=torch.int64)
+    return index, torch.empty_like(index), counts.new_empty(1, dtype=torch.int32)
+
+
+@torch.library.custom_op("inductor_ce::host_copy", mutates_args=())
+def host_copy(left: Tensor) -> Tensor:
+    """`left` in the host's memory, PENDING where it has not come yet: nobody has waited for it."""
+    host = torch.full(left.shape, PENDING, dtype=left.dtype, pin_memory=True)
+    return host.copy_(left, non_blocking=True)
+
+
+@host_copy.register_fake
+def _(left: Tensor) -> Tensor:
+    return left.new_empty(left.shape, device="cpu")
+
+
+def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> int | None:
+    """How many of its `most` rows a piece computes; None where the device alone may look."""
+    if left is None:
+        return most
+    if left.device.type == "cpu":
+        host = left
+    elif host is None or torch.cuda.is_current_stream_capturing():
+        return None
+    return min(max(_arrived(host, piece), 0), most)
+
+
+def computed_rows(x: Tensor, left: Tensor, piece: int) -> Tensor:
+    """x [n, M] with 0 in rows that are not computed, for operators that do not look at `left`."""
+    return torch.where((torch.arange(len(x), device=x.device) < left[piece])[:, None], x, 0.0)
+
+
+def _arrived(host: Tensor, piece: int) -> int:
+    """An element of a `host_copy`, when it is there."""
+    while (value := int(host[piece])) == PENDING:
+        if torch.cuda.current_stream().query() and int(host[piece]) == PENDING:
+            raise RuntimeError("the number of rows that count has not come to the host")
+        time.sleep(0)
+    return value
+
+
+@torch.library.custom_op("inductor_ce::take_rows", mutates_args=())
+def take_rows(
+    x: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+    after: list[Tensor],
+    left: Tensor,
+    host: Tensor | None,
+    piece: int,
+) -> Tensor:
+    """The rows `rows` [n] of x [N, D], 0 where `counted` is False. What is in `after` is made before."""
+    taken = _empty_rows(x, rows, counted, after, left, host, piece)
+    n = rows_of_piece(left, host, piece, len(rows))
+    (fill,) = by_device(x, _fill_rows)
+    fill(x, rows, counted, left[piece] if n is None else n, taken)
+    return taken
+
+
+def _fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: int, taken: Tensor) -> None:
+    """The first `left` rows of `taken` [n, D] become the rows `rows` [n] of x, 0 where not `counted`."""
+    taken[:left] = torch.where(counted[:left, None], x[rows[:left]], 0.0)
+
+
+@take_rows.register_fake
+def _empty_rows(
+    x: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+    after: list[Tensor],
+    left: Tensor,
+    host: Tensor | None,
+    piece: int,
+) -> Tensor:
+    return x.new_empty((rows.shape[0], x.shape[1]))
+
+
+@torch.library.custom_op("inductor_ce::product_to_rows", mutates_args=("out",), tags=ANY_STRIDES)
+def product_to_rows(
+    out: Tensor, rows: Tensor, a: Tensor, b: Tensor, left: Tensor, host: Tensor | None, piece: int
+) -> None:
+    """The rows `rows` [n] of `out` [N, M], no two of them equal, become a [n, K] times b [K, M]."""
+    n = rows_of_piece(left, host, piece, len(a))
+    if n is None:
+        made = a.new_empty((len(a), b.shape[1]), dtype=out.dtype)
+        if counted_kernels.has_product(made, a, b):
+            counted_kernels.product_of_rows(made, a, b, left[piece])
+        else:
+            gemm.product(made, a, b, False)
+        counted_kernels.put_rows(out, rows, made, left[piece])
+    elif n:
+        made = a.new_empty((n, b.shape[1]), dtype=out.dtype)
+        gemm.product(made, a[:n], b, False)
+        out.index_copy_(0, rows[:n], made)
+
+
+@product_to_rows.register_fake
+def _(out: Tensor, rows: Tensor, a: Tensor, b: Tensor, left: Tensor, host: Tensor | None, piece: int) -> None:
+    torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
+
+
+# The form in which graphs hold them.
+ROW_ORDER = torch.ops.inductor_ce.row_order.default
+HOST_COPY = torch.ops.inductor_ce.host_copy.default
+PRODUCT_TO_ROWS = torch.ops.inductor_ce.product_to_rows.default
+TAKE_ROWS = torch.ops.inductor_ce.take_rows.default

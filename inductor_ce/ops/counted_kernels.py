@@ -1,0 +1,221 @@
+"""Products of which the device alone knows how many rows count, in Triton. Imported where there is Triton.
+
+A library's product has its sizes from the host, which may not look while a CUDA graph is recorded, or runs.
+Here `left`, an int32 on the device, ends the rows, or the sum over rows, and there is no work beyond. It is
+a multiple of ROWS, or more than all rows. Factors are 16-bit and are read as Hopper and later GPUs read
+tiles; sums are float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ROWS = 64  # rows that are summed at once
+WIDE: dict[str, Any] = {"M": 128, "N": 256, "K": ROWS, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": 8, "num_warps": 8, "num_stages": 3}
+NARROW: dict[str, Any] = {"M": 128, "N": 128, "K": ROWS, "GROUP": 8, "num_warps": 4, "num_stages": 4}
+COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
+WIDTH = 1024
+
+
+def has_tiles(x: Tensor) -> bool:
+    """Whether a factor can be read in tiles: 16 bits, and aligned rows of itself or of its transpose."""
+    row, column = x.stride()
+    return x.itemsize == 2 and ((column == 1 and row % 8 == 0) or (row == 1 and column % 8 == 0))
+
+
+@functools.cache
+def reads_tiles(device: torch.device) -> bool:
+    """Whether a GPU reads tiles by itself, as Hopper and later ones do."""
+    is_gpu = device.type == "cuda" and torch.version.hip is None
+    return is_gpu and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether there is one here that makes `out` of these factors."""
+    (row, column), aligned = out.stride(), 16 // out.itemsize
+    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0
+    return fits and has_tiles(a) and has_tiles(b) and reads_tiles(out.device)
+
+
+def product_of_rows(
+    out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None = None
+) -> None:
+    """Row i of `out` [n, M] becomes a [n, K] b [K, M], plus bias [M], for i < left. Some more are written."""
+    _product(out, a, b, left, bias, accumulate=False, over=False)
+
+
+def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulate: bool) -> None:
+    """`out` [M, N] becomes, or gains, a [M, n] b [n, N], summed over the first `left` of n."""
+    _product(out, a, b, left, None, accumulate, over=True)
+
+
+def _product(
+    out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None, accumulate: bool, over: bool
+) -> None:
+    (m, k), n = a.shape, b.shape[1]
+    if not m or not n:
+        return
+    tile = _tile(n, out, over)
+    a_tiles, a_is_transposed = _tiles(a, tile["M"], tile["K"])
+    b_tiles, b_is_transposed = _tiles(b, tile["K"], tile["N"])
+    programs = min(triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"]), _processors(out.device))
+    _multiply[(programs,)](
+        TensorDescriptor.from_tensor(out, [tile["M"], tile["N"]]),
+        a_tiles,
+        b_tiles,
+        a_tiles if bias is None else bias,
+        left,
+        *(m, n, k),
+        ON_DEVICE=isinstance(left, Tensor),
+        A_T=a_is_transposed,
+        B_T=b_is_transposed,
+        HAS_BIAS=bias is not None,
+        ACCUMULATE=accumulate,
+        OVER=over,
+        **tile,
+    )
+
+
+def _tile(n: int, out: Tensor, over: bool) -> dict[str, Any]:
+    if out.itemsize > 2:
+        return NARROW
+    return WIDE if n > 1024 else TALL if over and len(out) > 2**16 else NARROW
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(x: Tensor, height: int, width: int) -> tuple[TensorDescriptor, bool]:
+    """(what reads tiles of x, or of its transpose; whether of its transpose)"""
+    if x.data_ptr() % 16:
+        x = x.clone()
+    if x.stride(1) == 1:
+        return TensorDescriptor.from_tensor(x, [height, width]), False
+    return TensorDescriptor.from_tensor(x.t(), [width, height]), True
+
+
+@triton.jit
+def _tile_of(pid, rows, columns, GROUP: tl.constexpr):
+    # Programs that run at once read few tiles of either factor.
+    group = pid // (GROUP * columns)
+    first = group * GROUP
+    size = tl.minimum(rows - first, GROUP)
+    inside = pid % (GROUP * columns)
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def _multiply(
+    out,
+    a,
+    b,
+    bias,
+    left,
+    m,
+    n,
+    k,
+    ON_DEVICE: tl.constexpr,
+    A_T: tl.constexpr,
+    B_T: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    OVER: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    limit = left
+    if ON_DEVICE:
+        limit = tl.maximum(tl.load(left), 0)
+    if OVER:
+        k = tl.minimum(limit, k)
+    else:
+        m = tl.minimum(limit, m)
+    tiles = tl.cdiv(m, M)
+    columns = tl.cdiv(n, N)
+    count = tiles * columns
+    if ACCUMULATE:
+        count = tl.where(k > 0, count, 0)
+    for pid in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=not OVER):
+        i_tile, j_tile = _tile_of(pid, tiles, columns, GROUP)
+        total = tl.zeros([M, N], tl.float32)
+        for start in range(0, k, K):
+            if A_T:
+                left_tile = a.load([start, i_tile * M]).T
+            else:
+                left_tile = a.load([i_tile * M, start])
+            if B_T:
+                right_tile = b.load([j_tile * N, start]).T
+            else:
+                right_tile = b.load([start, j_tile * N])
+            total = tl.dot(left_tile, right_tile, total)
+        if HAS_BIAS:
+            j = j_tile * N + tl.arange(0, N)
+            total += tl.load(bias + j, mask=j < n, other=0.0)[None, :].to(tl.float32)
+        if ACCUMULATE:
+            total += out.load([i_tile * M, j_tile * N]).to(tl.float32)
+        out.store([i_tile * M, j_tile * N], total.to(out.dtype))
+
+
+def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
+    """`parts` [P, V] become sums that add up to that over the first `left` rows of dz [n, V]."""
+    n, v = dz.shape
+    if v:
+        grid = (triton.cdiv(v, COLUMNS), len(parts))
+        on_device = isinstance(left, Tensor)
+        _sum_rows[grid](parts, dz, left, n, v, *dz.stride(), on_device, len(parts), COLUMNS, ROWS_OF_SUMS)
+
+
+@triton.jit
+def _sum_rows(
+    parts,
+    dz,
+    left,
+    n,
+    v,
+    row,
+    column,
+    ON_DEVICE: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    limit = left
+    if ON_DEVICE:
+        limit = tl.load(left)
+    n = tl.minimum(limit, n)
+    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(tl.program_id(1) * ROWS, n, PARTS * ROWS):
+        i = start + tl.arange(0, ROWS)
+        place = dz + i.to(tl.int64)[:, None] * row + j.to(tl.int64)[None, :] * column
+        total += tl.load(place, mask=(i < n)[:, None] & (j < v)[None, :], other=0.0).to(tl.float32)
+    tl.store(parts + tl.program_id(1) * v + j, tl.sum(total, 0), mask=j < v)
+
+
+def put_rows(out: Tensor, rows: Tensor, made: Tensor, left: Tensor) -> None:
+    """Row rows[i] of `out` [N, M] becomes made[i] [n, M], for i < left."""
+    n, m = made.shape
+    if n and m:
+        _put_rows[n, triton.cdiv(m, WIDTH)](out, rows, made, left, m, out.stride(0), out.stride(1), WIDTH)
+
+
+@triton.jit
+def _put_rows(out, rows, made, left, m, row_stride, stride, WIDTH: tl.constexpr):
+    i = tl.program_id(0)
+    if i < tl.load(left):
+        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+        value = tl.load(made + i.to(tl.int64) * m + column, mask=column < m)
+        place = out + tl.load(rows + i) * row_stride + column.to(tl.int64) * stride
+        tl.store(place, value, mask=column < m)
