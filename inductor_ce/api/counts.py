@@ -9,7 +9,8 @@ __all__ = ["auto_chunked_graphs", "counted", "forget_counts"]
 
 
 def counted() -> dict[str, int]:
-    """`sites` (losses rewritten), `misses`, and heads by strategy, since the counts were forgotten."""
+    """`sites` (losses rewritten), `misses`, heads by strategy, and `skips_rows`, heads that leave out rows
+    that do not count; since the counts were forgotten."""
     return {str(key): count for key, count in counters["inductor_ce"].items()}
 
 

@@ -142,7 +142,8 @@ def with_plans(sites: list[Site], planned: list[Planned]) -> list[Site]:
 
 def _with_plans(site: Site, plans: list[Plan]) -> Site:
     told = "; ".join(dict.fromkeys(map(sentence, plans)))
-    return dataclasses.replace(site, strategy=plans[0].strategy, plan=told)
+    rows = "; ".join(dict.fromkeys(plan.rows for plan in plans if plan.rows))
+    return dataclasses.replace(site, strategy=plans[0].strategy, plan=told, rows=rows)
 
 
 def _apart(f: Callable[..., Any]) -> Callable[..., Any]:

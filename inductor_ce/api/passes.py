@@ -91,6 +91,8 @@ class FuseHeads(_Pass):
         planned, _ = attempt("heads are left as they were", fuse_heads, graph, self.options, why_whole)
         for each in planned or []:
             counters["inductor_ce"][each.plan.strategy] += 1
+            if each.plan.skips:
+                counters["inductor_ce"]["skips_rows"] += 1
             log.debug("%s", plan_line(each))
         attempt("a chain before the logits may be saved for the backward", recompute_chains, graph)
 

@@ -65,6 +65,7 @@ def _site_lines(site: Site) -> list[str]:
         ("statistics", ", ".join(site.statistics)),
         ("operator", f"row_stats[{site.which}]"),
         ("strategy", (site.plan or site.strategy) + ("; vocabulary sharded" if site.sharded else "")),
+        *([("rows", site.rows)] if site.rows else []),
         ("logits", mebibytes(site.logits_bytes)),
         *([("head", site.head)] if site.head else []),
     ]

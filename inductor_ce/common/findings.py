@@ -57,6 +57,8 @@ class Site:
         head: a sentence on who else has the logits in memory, for example that they are returned, or that
             they were dropped; "" where there is nothing to tell.
         plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
+        rows: whether rows that do not count are skipped, and by what condition, or why none are; "" outside
+            `explain`, or where there is nothing to tell.
         id: what its `row_stats` carries; losses that are compiled together have different ones.
     """
 
@@ -70,6 +72,7 @@ class Site:
     logits_bytes: int
     head: str = ""
     plan: str = ""
+    rows: str = ""
     id: int = 0
 
 

@@ -6,7 +6,11 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     find            the head of a `row_stats`, in the joint graph; `calls`, `sizes`, what its nodes are given
     plan            numbers in, a plan out; never looks at free memory or a clock
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
-                    at the sizes of the example and at `other_sizes`
+                    at the sizes of the example and at `other_sizes`; `facts`, what is known of a node
+    counted_rows    which rows count: those of which anything can be seen, by `where` values are something;
+                    `finite_rows`, what a mask that multiplies can hide; `row_numbers`, of which rows they are
+    skip            are the others skipped? and what is told of it
+    packing         rows that count, before others; `ranges`, of which pieces are
     factors         what products multiply: 16-bit numbers that were cast to float32, as they were
     pieces          a head for some of its rows or columns
     token_chunks    some rows at a time; vocab_slabs, some columns
@@ -14,5 +18,6 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
                     `narrow_sums`, of pieces in 16 bits
     recompute       the chain before logits that are kept is rebuilt in the backward, not saved
+    nodes           new tensors, and operators that write to some
     fuse            the pass: find, plan, prove, rearrange
 """

@@ -9,8 +9,9 @@ from ..ops import ROW_GRAD_AGAIN
 from ..ops.products import ONCE_MADE
 from .find import BIAS, ROW_SUMS, Head, source_of_exit
 from .gradients import Exit
-from .pieces import Pieces, Range
+from .pieces import Pieces
 from .plan import Plan
+from .ranges import Range
 from .sums import Sum
 
 
@@ -74,7 +75,7 @@ class Exits:
         after: list[Node] = []
         if self._sums:
             made = self._pieces.wide_gradients(forward, piece, coefficients, ROW_GRAD_AGAIN)
-            after += [each.add(made[each.source]) for each in self._sums]
+            after += [each.add(made[each.source], piece) for each in self._sums]
             coefficients = {node: (m, self._once_made(c, after)) for node, (m, c) in coefficients.items()}
         made = self._pieces.wide_gradients(forward, piece, coefficients)
         latest: dict[Node, Node] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from dataclasses import replace as replace_fields
 
 import torch
 from torch.fx import Graph, Node
@@ -26,9 +27,11 @@ from .factors import has_16_bit_factors
 from .find import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
 from .loops import Loop, find_loops, leave_to_last
+from .packing import counted_first
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
+from .skip import rows_to_compute
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
 
@@ -99,14 +102,22 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     proof = Proof(head)
     if len(set(map(_is_late, head.grads))) > 1:
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
-    wanted = plan.plan(numbers_of(head, proof.why_not), options.strategy, options.memory_budget)
-    if wanted.strategy == MATERIALISE:
-        _sum_biases(graph, head)
-        _sum_unrounded(graph, head)
-        return wanted
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        made = _performed(build, head, proof, wanted)
+        counts, rows = rows_to_compute(build, head, proof)
+        numbers = numbers_of(head, proof.why_not, "", counts is not None)
+        wanted = plan.plan(numbers, options.strategy, options.memory_budget)
+        if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
+            build.undo()
+        if wanted.strategy == MATERIALISE:
+            _sum_biases(graph, head)
+            _sum_unrounded(graph, head)
+            return wanted
+        if wanted.strategy == VOCAB_SLABS:
+            made = vocab_slabs(build, head, wanted)
+        else:
+            wanted = replace_fields(wanted, rows=rows, skips=counts is not None)
+            made = token_chunks(build, head, proof, wanted, None, counts)
         order = _ordered(graph, made)
     except NoHead as why:
         build.undo()
@@ -141,8 +152,10 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     made: dict[Node, Node] = {}
     state = Loop(len(loop))
     try:
-        for head, proof, each in zip(loop, proofs, plans, strict=True):
-            made |= token_chunks(build, head, proof, each, state)
+        for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
+            counts, rows = rows_to_compute(build, head, proof)
+            plans[i] = replace_fields(plans[i], rows=rows, skips=counts is not None)
+            made |= token_chunks(build, head, proof, plans[i], state, counts)
         order = _ordered(graph, made)
     except NoHead:
         build.undo()
@@ -163,7 +176,7 @@ def _put(graph: Graph, made: dict[Node, Node], order: list[Node]) -> None:
         if node.target == WAIT:  # which no elimination of dead code removes
             order.remove(node)
             graph.erase_node(node)
-    for node in order:
+    for node in counted_first(order):
         graph.output_node().prepend(node)
 
 
@@ -205,12 +218,6 @@ def _made_again(build: Builder, wide: list[Node]) -> dict[Node, Node]:
     return made
 
 
-def _performed(build: Builder, head: find.Head, proof: Proof, wanted: Plan) -> dict[Node, Node]:
-    if wanted.strategy == VOCAB_SLABS:
-        return vocab_slabs(build, head, wanted)
-    return token_chunks(build, head, proof, wanted)
-
-
 def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
     """All nodes but the output, each behind what it is made of once `made` is in place.
 
@@ -238,7 +245,7 @@ def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
     return [node for node in order if node.op != "output"]
 
 
-def numbers_of(head: find.Head, varies: str, escapes: str = "") -> plan.HeadNumbers:
+def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = False) -> plan.HeadNumbers:
     """What the plan is made from."""
     kinds = set(head.exits.values())
     weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
@@ -256,6 +263,7 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "") -> plan.HeadNumb
         chained=head.chained,
         added=_added(head),
         in_terms=has_16_bit_factors(head),
+        skips=skips,
         float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,
         varies=varies,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch.fx import Node
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
+from ..ops.counted import PRODUCT_TO_ROWS
 from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
 from .find import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T, source_of_exit
 from .narrow_sums import NarrowSum
-from .pieces import CAST, ROWS, Pieces, Range, empty, into, on
+from .nodes import empty, in_place, into, on
+from .pieces import CAST, ROWS, Pieces
 from .plan import Plan
+from .ranges import Range
 
 aten = torch.ops.aten
 
@@ -75,7 +79,7 @@ class Exit:
     def add(self, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
         """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient."""
         if self.kind == BIAS:
-            return self._add_bias(dz), dz
+            return self._add_bias(dz, piece), dz
         assert self._operand is not None
         other = self._operand
         out = self._empty(other) if self._out is None else self._out
@@ -84,8 +88,11 @@ class Exit:
             return self._out, dz
         left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:
-            other = self.pieces.cut(other, piece, 0)
-            self._out = into(self.build, out, left, other, accumulate=self._out is not None)
+            other = self.pieces.rows(other, piece, [])
+            limit = self.pieces.limit(piece)
+            self._out = into(self.build, out, left, other, accumulate=self._out is not None, **limit)
+        elif self.pieces.packing is not None:
+            self._out = self._to_rows(out, left, other, piece)
         else:
             self._out = into(self.build, out, left, other, start=piece.start)
         return self._out, dz
@@ -93,14 +100,27 @@ class Exit:
     def _empty(self, operand: Node) -> Node:
         rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
         dtype = torch.float32 if self._wide else self.dtype
-        return empty(self.build, [rows, self._width(operand)], dtype, example_of(operand).device)
+        size = [rows, self._width(operand)]
+        if self.pieces.packing is not None and not self.is_summed:
+            return self.build(aten.full.default, size, 0.0, dtype=dtype, **on(operand))
+        return empty(self.build, size, dtype, example_of(operand).device)
+
+    def _to_rows(self, out: Node, dz: Node, other: Node, piece: Range) -> Node:
+        """The rows of `out` that a piece has become those of its product."""
+        packing = self.pieces.packing
+        assert packing is not None
+        limit = self.pieces.limit(piece)
+        made = in_place(
+            self.build, PRODUCT_TO_ROWS, {"out": out}, rows=packing.rows(piece), a=dz, b=other, **limit
+        )
+        return self.build(operator.getitem, made, 1)
 
     def _width(self, operand: Node) -> Any:
         width = shape_of(operand)[1]
         return width if isinstance(width, int) else self.build(aten.sym_size.int, operand, 1)
 
-    def _add_bias(self, dz: Node) -> Node:
-        part = self.build(COLUMN_SUMS, dz)
+    def _add_bias(self, dz: Node, piece: Range) -> Node:
+        part = self.build(COLUMN_SUMS, dz, **self.pieces.limit(piece))
         if self.is_summed and self._parts:
             part = self.build(aten.add.Tensor, self._parts.pop(), part)
         self._parts.append(part)

@@ -11,7 +11,9 @@ from torch.fx import Node
 
 from ..graph.shapes import example_of
 from ..ops.products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
-from .pieces import CAST, Pieces, Range, empty, in_place
+from .nodes import empty, in_place
+from .pieces import CAST, Pieces
+from .ranges import Range
 
 aten = torch.ops.aten
 
@@ -29,7 +31,10 @@ class NarrowSum:
 
     def __init__(self, pieces: Pieces, rows: Node, width: Any):
         self._build, self._pieces, self._rows = pieces.build, pieces, rows
-        self._labels = pieces.head.labels()
+        packing = pieces.packing
+        self._labels = [
+            label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
+        ]
         count = min(OFTEN, pieces.head.v)
         self._columns = self._build(MOST_FREQUENT, self._labels, pieces.head.v, count)
         self._often = empty(self._build, [count, width], torch.float32, example_of(rows).device)
@@ -37,15 +42,16 @@ class NarrowSum:
 
     def add(self, out: Node, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
         """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits."""
-        build, cut = self._build, self._pieces.cut
+        build = self._build
         made = in_place(
             build,
             PRODUCT_BUT,
             {"out": out, "often": self._often, "dz": dz},
-            b=cut(self._rows, piece, 0),
-            labels=[cut(label, piece, 0) for label in self._labels],
+            b=self._pieces.rows(self._rows, piece, []),
+            labels=[self._pieces.cut(label, piece, 0) for label in self._labels],
             columns=self._columns,
             accumulate=not first,
+            **self._pieces.limit(piece),
         )
         entries, out, self._often, dz = (build(operator.getitem, made, i) for i in range(4))
         self._entries.append(entries)
@@ -54,7 +60,8 @@ class NarrowSum:
     def complete(self, out: Node, scaled: Callable[[Node], Node]) -> Node:
         """`out`, which is scaled by what all gradients share, and what stands beside it, which is not yet."""
         build = self._build
-        entries = build(CAST, build(aten.cat.default, self._entries, 1), torch.float32)
+        entries = self._pieces.in_order(build(aten.cat.default, self._entries, 1), 1)
+        entries = build(CAST, entries, torch.float32)
         made = in_place(
             build,
             COMPLETE,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,29 +9,22 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import ops
-from ..common.compat.graphs import IN_MEMORY, auto_functionalized
+from ..common.compat.graphs import IN_MEMORY
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from ..ops.gemm import ALIGNED
-from ..ops.products import ALIGN_ROWS, LOGITS, PRODUCT_INTO
+from ..ops.products import ALIGN_ROWS, LOGITS
 from . import sizes
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
 from .find import CAST, Head, NoHead, Product, is_pointwise, vocab_axis
-from .plan import piece_size
+from .packing import Packing
+from .ranges import Range
 
 aten = torch.ops.aten
 
 ROWS, COLUMNS = 0, 1
-
-
-@dataclass(frozen=True)
-class Range:
-    """Rows, or columns, from `start` up to `end`: numbers, or nodes of numbers."""
-
-    start: Any
-    end: Any
 
 
 class Pieces:
@@ -44,12 +35,16 @@ class Pieces:
         head: the head.
         dim: ROWS or COLUMNS, along which it is cut.
 
+    Attributes:
+        packing: how rows that count come before others, where they do.
+
     Raises:
         NoHead: something that the head reads cannot be cut.
     """
 
     def __init__(self, build: Builder, head: Head, dim: int):
         self.build, self.head, self.dim = build, head, dim
+        self.packing: Packing | None = None
         self._has_16_bit_factors = has_16_bit_factors(head)
         self._factors = {p: (self.factor(p.hidden), self.factor(p.columns)) for p in head.products}
         hidden, _ = self._factors[head.products[0]]
@@ -66,7 +61,34 @@ class Pieces:
 
     def cut(self, node: Node, piece: Range, dim: int | None = None) -> Node:
         """A piece of a matrix, or of a vector, along a dimension of its own."""
+        if self.packing is not None:
+            return self.packing.cut(node, piece, self.dim if dim is None else dim)
         return self.build(aten.slice.Tensor, node, self.dim if dim is None else dim, piece.start, piece.end)
+
+    def counted(self, node: Node, piece: Range, dim: int = 0, otherwise: float = 0.0) -> Node:
+        """The same, with another value in rows that do not count."""
+        if self.packing is None:
+            return self.cut(node, piece, dim)
+        return self.packing.counted(node, piece, dim, otherwise)
+
+    def rows(self, factor: Node, piece: Range, after: list[Node]) -> Node:
+        """The rows of a piece of what products read, [N, D]."""
+        if self.packing is None:
+            return self.cut(factor, piece, 0)
+        return self.packing.taken(factor, piece, after)
+
+    def limit(self, piece: Range) -> dict[str, Any]:
+        """What products are given to compute of a piece the rows that count."""
+        return {} if self.packing is None else self.packing.limit(piece)
+
+    def in_order(self, node: Node, dim: int) -> Node:
+        """What pieces made one after another, along the dimension of rows, in the order of the rows."""
+        return node if self.packing is None else self.packing.in_order(node, dim)
+
+    def whole(self, parts: list[Node]) -> Node:
+        """Statistics of all rows, of pieces of rows. Those of rows that do not count are finite."""
+        made = self.in_order(self.build(aten.cat.default, parts, 1), 1)
+        return made if self.packing is None else self.packing.all_counted(made, 1.0)
 
     # Forward
 
@@ -81,13 +103,13 @@ class Pieces:
         build, bias = self.build, product.bias
         hidden, columns = self._factors[product]
         if self.dim == ROWS:
-            hidden = self.cut(hidden, piece)
+            hidden = self.rows(hidden, piece, after)
         else:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], self.head.v):
                 bias = self.cut(bias, piece, 0)
         own = [example_of(product.node).dtype] if self._has_16_bit_factors else []
-        return build(LOGITS, hidden, columns, bias, after, *own)
+        return build(LOGITS, hidden, columns, bias, after, *own, **self.limit(piece))
 
     def wide_gradients(
         self,
@@ -110,7 +132,7 @@ class Pieces:
 
         One of the products reads it transposed. Inductor would give that one a copy.
         """
-        if dz.target != ops.ROW_GRAD and self.head.v % ALIGNED:
+        if dz.target not in (ops.ROW_GRAD, ops.SOME_ROW_GRAD) and self.head.v % ALIGNED:
             dz = self.build(ALIGN_ROWS, dz)
         dz.meta[IN_MEMORY] = True
         return dz
@@ -134,7 +156,13 @@ class Pieces:
             return source
         rows, columns = self._spread(source, user)
         whole = self._as_matrix(self._in_all_rows(source, user) if rows else source, rows, columns)
-        return self.cut(whole, piece) if (rows, columns)[self.dim] else whole
+        if not (rows, columns)[self.dim]:
+            return whole
+        if self.packing is not None and not columns and example_of(source).is_floating_point():
+            # NaN of a row that does not count would be one of the weight's gradient.
+            whole = self.packing.all_counted(whole, 1.0, 0)
+            whole.meta[IN_MEMORY] = True
+        return self.cut(whole, piece)
 
     def _spread(self, source: Node, user: Node) -> tuple[bool, bool]:
         """Whether it differs from row to row, and from column to column."""
@@ -168,18 +196,24 @@ class Pieces:
     def stats(self, node: Node, z: Node, piece: Range, rows: ops.Rows | None = None) -> Node:
         """The statistics `node` of a piece; other rows of them, if given."""
         which = stats_call(node).which if rows is None else rows.encode()
-        return self.build(ops.ROW_STATS, z, *self._constants(node, piece), which, **node.kwargs)
+        given = (z, *self._constants(node, piece), which)
+        if self.packing is not None:
+            return self.build(ops.SOME_ROW_STATS, *given, self.packing.left, piece.index)
+        return self.build(ops.ROW_STATS, *given, **node.kwargs)
 
     def grad(self, op: Any, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
         labels, weights = self._constants(node, piece)
-        return self.build(op, z, labels, weights, m, coefficients, grad_call(node).which)
+        given = (z, labels, weights, m, coefficients, grad_call(node).which)
+        if self.packing is not None and op == ops.ROW_GRAD:
+            return self.build(ops.SOME_ROW_GRAD, *given, self.packing.left, piece.index)
+        return self.build(op, *given)
 
     def _constants(self, node: Node, piece: Range) -> tuple[list[Node], list[Node]]:
         """The labels and weights of `row_stats` or `row_grad`, for a piece."""
         labels, weights = args_of(node)[1:3]
         if self.dim == ROWS:
             own = [q if len(shape_of(q)) == 1 else self.cut(q, piece, 0) for q in weights]
-            return [self.cut(y, piece, 0) for y in labels], own
+            return [self.counted(y, piece, 0, -1) for y in labels], own
         own = [self.cut(q, piece, len(shape_of(q)) - 1) for q in weights]
         return [self._shifted(y, piece) for y in labels], own
 
@@ -187,37 +221,3 @@ class Pieces:
         """Labels relative to the first of the columns."""
         wide = self.build(CAST, label, torch.int64)
         return self.build(aten.sub.Tensor, wide, piece.start)
-
-
-def empty(build: Builder, size: list[Any], dtype: torch.dtype, device: torch.device) -> Node:
-    return build(aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
-
-
-def on(node: Node) -> dict[str, Any]:
-    """Where a new tensor is made beside a node's."""
-    return {"device": example_of(node).device, "pin_memory": False}
-
-
-def into(build: Builder, out: Node, a: Node, b: Node, *, start: Any = 0, accumulate: bool = False) -> Node:
-    """`product_into` as a function."""
-    made = in_place(build, PRODUCT_INTO, {"out": out}, a=a, b=b, start=start, accumulate=accumulate)
-    return build(operator.getitem, made, 1)
-
-
-def in_place(build: Builder, op: Any, written: dict[str, Node], **others: Any) -> Node:
-    """An operator as a function: (what it returns, *what it has written).
-
-    Inductor writes in place, as nobody else reads what is written.
-    """
-    places = {f"_{name}_base_index": i for i, name in enumerate(written)}
-    return build(auto_functionalized, op, **others, **places, _all_bases=[*written.values()])
-
-
-def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
-    """`size` cut in so many ranges, equal but for the last."""
-    if isinstance(size, int):
-        step = max(piece_size(size, pieces), 1)
-        return [Range(start, min(start + step, size)) for start in range(0, size, step)] or [Range(0, size)]
-    part = build(operator.floordiv, size, pieces)
-    starts: list[Any] = [0, *(build(operator.mul, part, i) for i in range(1, pieces))]
-    return [Range(start, end) for start, end in zip(starts, [*starts[1:], size], strict=True)]

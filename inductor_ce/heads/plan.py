@@ -22,6 +22,8 @@ from ..ops.gemm import TERMS_BYTES
 MIB = 2**20
 
 SMALL = 128 * MIB  # logits that are not worth dividing
+CHUNK_WORK = 2**37  # N V D of a chunk that may be empty: what it costs the host is not made up for
+WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # products over fewer rows run more slowly
 ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
@@ -56,6 +58,8 @@ class HeadNumbers:
         chained: whether a gradient needs memory of its own beside the logits.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
+        skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
+            which nothing is known; memory is not, as all may.
         labelled: whether gradients have entries at labels, which stand out.
         float16: whether gradients are float16, which need the true upstream gradient within its range.
         escapes: why the logits must be in memory, or "".
@@ -76,6 +80,7 @@ class HeadNumbers:
     chained: bool = False
     added: int = 0
     in_terms: bool = False
+    skips: bool = False
     labelled: bool = True
     float16: bool = False
     escapes: str = ""
@@ -100,6 +105,8 @@ class Plan:
         reason: why, in words.
         wide_hidden: whether the hidden states' gradient, put together from chunks, waits in float32 for its
             upstream gradient though it is 16-bit.
+        rows: which rows are skipped, or why none are, in words; "" for nothing to tell.
+        skips: whether some are.
     """
 
     strategy: str
@@ -108,6 +115,8 @@ class Plan:
     extra_bytes: int
     reason: str
     wide_hidden: bool = False
+    rows: str = ""
+    skips: bool = False
 
 
 def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float | None = None) -> Plan:
@@ -162,6 +171,8 @@ def plan_loop(
 def _auto(head: HeadNumbers, budget: int | None, why_not: str) -> Plan:
     whole = _materialise(head, "")
     if _is_small(head, budget):
+        if head.skips and not why_not and head.n * head.v * head.d >= WORTH_SKIPPING:
+            return _chunks_of(head, 1, "rows that count are computed at once")
         return _materialise(head, NOT_WORTH_IT)
     if budget is not None and whole.extra_bytes <= budget:
         return _materialise(head, "the logits fit in the budget")
@@ -172,6 +183,8 @@ def _auto(head: HeadNumbers, budget: int | None, why_not: str) -> Plan:
         slabs = _slabs(head, budget, "the sum over chunks does not fit in the budget")
         return slabs if slabs.extra_bytes < chunks.extra_bytes and chunks.extra_bytes > budget else chunks
     if chunks.pieces == 1 or chunks.extra_bytes > WORTH * whole.extra_bytes:
+        if head.skips:
+            return _chunks_of(head, 1, "so few rows are not divided, but those that count are fewer")
         return _materialise(head, "dividing so few rows would save little")
     return chunks
 
@@ -211,7 +224,10 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 def _usual_chunks(head: HeadNumbers) -> int:
     """As many chunks as leave products fast, and no more than pay: 0 for fewer rows than one takes."""
-    return min(max(-(-head.n // CHUNK_ROWS), min(4, head.n // LEAST_ROWS)), NARROW_CHUNKS)
+    rows = CHUNK_ROWS
+    if head.skips:
+        rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
+    return min(max(-(-head.n // rows), min(4, head.n // LEAST_ROWS)), NARROW_CHUNKS)
 
 
 def _materialise(head: HeadNumbers, reason: str) -> Plan:
@@ -236,7 +252,8 @@ def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
 
 
 def _forward_of(head: HeadNumbers, pieces: int) -> Plan:
-    extra = piece_size(head.n, pieces) * head.v * _held(head)
+    rows = piece_size(head.n, pieces)
+    extra = rows * head.v * _held(head) + (rows * head.d * head.element if head.skips else 0)
     return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
 
 
@@ -249,7 +266,8 @@ def _chunks(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 
 
 def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
-    piece = piece_size(head.n, pieces) * head.v * _held(head)
+    rows = piece_size(head.n, pieces)
+    piece = rows * head.v * _held(head) + (2 * rows * head.d * head.element if head.skips else 0)
     wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
     extra = _most_in_chunks(head, piece, wide_sum, wide_hidden)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)

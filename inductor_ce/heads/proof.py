@@ -11,9 +11,10 @@ import torch
 from ..common.compat.graphs import is_tangent, unset_fake_temporarily
 from ..graph.shapes import constant, hint, is_hinted
 from .calls import grad_call
+from .facts import Factor, Facts
 from .find import Head
 from .other_sizes import SizeOf, UnknownSize, other_sizes
-from .row_locality import Factor, Facts, factors_of_wide, facts_about, one_factor
+from .row_locality import factors_of_wide, facts_about, one_factor
 
 ELSEWHERE = "at other sizes than the example's"
 NOWHERE_ELSE = "no sizes but the example's were found at which to prove that rows are apart"
@@ -39,7 +40,7 @@ class Proof:
 
     def _why_not_elsewhere(self, head: Head) -> str:
         """Why the same is not proved at other sizes, or ""."""
-        symbolic = _symbolic_sizes(self.facts)
+        symbolic = symbolic_sizes(self.facts)
         if not symbolic:
             return ""
         tried = 0
@@ -72,7 +73,7 @@ def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     return facts, factor, why_not
 
 
-def _symbolic_sizes(facts: Facts) -> list[torch.SymInt]:
+def symbolic_sizes(facts: Facts) -> list[torch.SymInt]:
     """The sizes on which row numbers depend, without those that are numbers."""
     moved = [node for node, fact in facts.items() if fact.rows is not None]
     nodes = {*moved, *(source for node in moved for source in node.all_input_nodes)}

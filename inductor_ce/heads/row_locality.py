@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,57 +24,14 @@ from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.distributed import ALL_GATHER, WAIT
-from ..graph.shapes import example_of, hint, shape_of, tensor_of
+from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import grad_call
+from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown
 from .find import is_pointwise
 from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-Factor = tuple[tuple[Node, int], ...]  # scalars with their powers, sorted
-
-NO_ROW = -1
-
-
-@dataclass(frozen=True)
-class Fact:
-    """What is known about a node: that it is a scalar factor times something that can be made early.
-
-    Attributes:
-        factor: of scalars that the backward knows, or that depend on all rows.
-        rows: [shape of the node], the row whose statistics each element depends on, -1 for none; or None
-            where no element depends on any.
-        is_zero: whether it is 0, which is any factor's.
-        why_not: or why nothing of this kind is known.
-    """
-
-    factor: Factor = ()
-    rows: Tensor | None = None
-    is_zero: bool = False
-    why_not: str = ""
-
-    @property
-    def is_early(self) -> bool:
-        """Whether it can be made before any statistics."""
-        return self.rows is None and not self.factor and not self.why_not
-
-
-EARLY = Fact()
-
-
-class Facts(dict[Node, Fact]):
-    """Facts by node, at sizes that are numbers by `size_of`."""
-
-    def __init__(self, size_of: SizeOf = hint):
-        self.size_of = size_of
-
-    def shape_of(self, node: Node) -> list[int]:
-        return [self.size_of(size) for size in shape_of(node)]
-
-
-class Unknown(Exception):
-    """Why nothing is known about a node, in words."""
 
 
 def facts_about(
@@ -146,6 +102,21 @@ def _rule(node: Node) -> Callable[[Node, Facts], Fact]:
     if node.target in _RULES:
         return _RULES[node.target]
     return _pointwise if is_pointwise(node) else _unknown
+
+
+def has_rule(node: Node) -> bool:
+    """Whether anything but that it is pointwise is known of what a node does."""
+    return node.target in _RULES
+
+
+def is_moved(node: Node) -> bool:
+    """Whether a node brings values to other places, and makes none but 0."""
+    return _RULES.get(node.target) in (_moved, _padded_fact, _unbound, _item)
+
+
+def is_reduced(node: Node) -> bool:
+    """Whether a node brings together values of one row, such as those of several ranks."""
+    return _RULES.get(node.target) is _reduced
 
 
 def _unknown(node: Node, facts: Facts) -> Fact:

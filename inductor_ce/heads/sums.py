@@ -16,6 +16,7 @@ from . import sizes
 from .find import ROW_SUMS, NoHead, source_of_exit, summed_dims, vocab_axis
 from .gradients import result_dtype, scaled
 from .pieces import CAST, COLUMNS, ROWS, Pieces
+from .ranges import Range
 
 aten = torch.ops.aten
 
@@ -34,8 +35,10 @@ class Sum:
         self._over = COLUMNS if pieces.head.exits[node] == ROW_SUMS else ROWS
         self._parts: list[Node] = []
 
-    def add(self, source: Node) -> Node:
+    def add(self, source: Node, piece: Range) -> Node:
         """Take in a piece of what is summed, [n, V] or [N, v]. Returns what is then made."""
+        if self.pieces.packing is not None:
+            source = self.pieces.packing.cleared(source, piece)
         dtype = torch.promote_types(example_of(source).dtype, torch.float32)
         part = self.build(aten.sum.dim_IntList, source, [self._over], dtype=dtype)
         if self._parts and self.pieces.dim == self._over:
@@ -47,6 +50,8 @@ class Sum:
         """The gradient of the whole, times a scalar, as `node` was: see `scaled`."""
         build = self.build
         sums = self._parts[0] if len(self._parts) == 1 else build(aten.cat.default, self._parts)
+        if self._over == COLUMNS:
+            sums = self.pieces.in_order(sums, 0)
         if scale is not None:
             sums = scaled(build, sums, scale, of_rows)
         made = self._of_classes(sums) if self._over == ROWS else self._of_rows(sums)

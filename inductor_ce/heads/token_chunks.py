@@ -22,12 +22,16 @@ from ..graph.walk import args_of
 from ..ops.products import ONCE_MADE
 from .calls import grad_call, stats_call
 from .exits import Exits
+from .facts import Fact, Factor
 from .find import Head
 from .loops import Loop, weight_exits
-from .pieces import ROWS, Pieces, Range, on, ranges
+from .nodes import on
+from .packing import Packing
+from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
-from .row_locality import Fact, Factor
+from .ranges import Range, ranges
+from .skip import is_on_device
 
 aten = torch.ops.aten
 
@@ -74,11 +78,7 @@ class Coefficients:
         as nobody reads it.
         """
         build, pieces = self.build, self.pieces
-        after = self._rows_after(piece)
-        made = {
-            node: build(aten.constant_pad_nd.default, part, [piece.start, after], 0.0)
-            for node, part in stats.items()
-        }
+        made = {node: self._in_all_rows(part, piece) for node, part in stats.items()}
         for node in self._nodes:
             if _is_atom(node, self.proof.facts[node]):
                 made[node] = self._one(node)
@@ -87,15 +87,15 @@ class Coefficients:
             elif node.target == WAIT:
                 waited = build(WAIT, made[args_of(node)[0]])
                 self.gathered.setdefault(node, []).append(waited)
-                made[node] = build(aten.constant_pad_nd.default, waited, [piece.start, after], 0.0)
+                made[node] = self._in_all_rows(waited, piece)
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
                 target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
                 made[node] = build(target, *args, **kwargs)
         return {
             node: (
-                pieces.cut(made.get(call.m, call.m), piece, 0),
-                pieces.cut(made.get(call.coefficients, call.coefficients), piece, 1),
+                self._maxima(call.m, stats, made, piece),
+                pieces.counted(made.get(call.coefficients, call.coefficients), piece, 1),
             )
             for node, call in self._calls.items()
         }
@@ -106,6 +106,18 @@ class Coefficients:
         part = self.pieces.cut(made[own], piece, -1)
         part = self.build(aten.clone.default, part, memory_format=torch.contiguous_format)
         return self.build(ALL_GATHER, part, *rest)
+
+    def _maxima(self, m: Node, stats: dict[Node, Node], made: dict[Node, Node], piece: Range) -> Node:
+        """Those of a chunk's rows, which in most graphs the statistics have as they are."""
+        if m.target == aten.select.int and (source := args_of(m)[0]) in stats and args_of(m)[1] == 0:
+            return self.build(aten.select.int, stats[source], *args_of(m)[1:])
+        return self.pieces.cut(made.get(m, m), piece, 0)
+
+    def _in_all_rows(self, part: Node, piece: Range) -> Node:
+        """What a chunk has of rows [K, n] among those of all, [K, N]."""
+        if self.pieces.packing is not None:
+            return self.pieces.packing.in_all_rows(part, piece)
+        return self.build(aten.constant_pad_nd.default, part, [piece.start, self._rows_after(piece)], 0.0)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
@@ -127,7 +139,12 @@ def _is_atom(node: Node, fact: Fact) -> bool:
 
 
 def token_chunks(
-    build: Builder, head: Head, proof: Proof, plan: Plan, loop: Loop | None = None
+    build: Builder,
+    head: Head,
+    proof: Proof,
+    plan: Plan,
+    loop: Loop | None = None,
+    counts: Node | None = None,
 ) -> dict[Node, Node]:
     """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
 
@@ -137,16 +154,20 @@ def token_chunks(
         proof: about it.
         plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
         loop: of which it is the next head. The weight's gradient is the last one's then.
+        counts: which rows count, bool [N]; the others are not computed. None where all do.
     """
     loop = loop or Loop(1)
     pieces = Pieces(build, head, ROWS)
+    chunks = ranges(build, pieces.n, plan.pieces)
+    if counts is not None:
+        pieces.packing = Packing(build, counts, chunks, is_on_device(head))
     coefficients = Coefficients(pieces, proof)
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
-    for i, piece in enumerate(ranges(build, pieces.n, plan.pieces)):
+    for i, piece in enumerate(chunks):
         made = pieces.forward(piece, after)
         stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
@@ -155,7 +176,7 @@ def token_chunks(
         if exits:
             after = exits.add(made, piece, coefficients.of(stats, piece), first=i == 0)
     parts |= coefficients.gathered
-    whole = {node: build(aten.cat.default, of_node, 1) for node, of_node in parts.items()}
+    whole = {node: pieces.whole(of_node) for node, of_node in parts.items()}
     if exits:
         whole = {
             node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()

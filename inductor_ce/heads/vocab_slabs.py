@@ -15,8 +15,9 @@ from ..ops.combine import chosen, combined, own_rows
 from .calls import grad_call, stats_call
 from .exits import Exits
 from .find import Head
-from .pieces import COLUMNS, Pieces, Range, ranges
+from .pieces import COLUMNS, Pieces
 from .plan import Plan
+from .ranges import Range, ranges
 
 
 def vocab_slabs(build: Builder, head: Head, plan: Plan) -> dict[Node, Node]:

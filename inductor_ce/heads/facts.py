@@ -1,0 +1,55 @@
+"""What is known about the nodes of a joint graph, each told by a `Fact`: see `row_locality.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..graph.shapes import hint, shape_of
+from .other_sizes import SizeOf
+
+Factor = tuple[tuple[Node, int], ...]  # scalars with their powers, sorted
+
+NO_ROW = -1
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known about a node: that it is a scalar factor times something that can be made early.
+
+    Attributes:
+        factor: of scalars that the backward knows, or that depend on all rows.
+        rows: [shape of the node], the row whose statistics each element depends on, -1 for none; or None
+            where no element depends on any.
+        is_zero: whether it is 0, which is any factor's.
+        why_not: or why nothing of this kind is known.
+    """
+
+    factor: Factor = ()
+    rows: Tensor | None = None
+    is_zero: bool = False
+    why_not: str = ""
+
+    @property
+    def is_early(self) -> bool:
+        """Whether it can be made before any statistics."""
+        return self.rows is None and not self.factor and not self.why_not
+
+
+EARLY = Fact()
+
+
+class Facts(dict[Node, Fact]):
+    """Facts by node, at sizes that are numbers by `size_of`."""
+
+    def __init__(self, size_of: SizeOf = hint):
+        self.size_of = size_of
+
+    def shape_of(self, node: Node) -> list[int]:
+        return [self.size_of(size) for size in shape_of(node)]
+
+
+class Unknown(Exception):
+    """Why nothing is known about a node, in words."""

@@ -1,0 +1,139 @@
+"""Skip rows that do not count: which can be, and what is told of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT
+from ..common.compat.inductor import uses_cudagraphs
+from ..graph.builder import Builder
+from ..graph.shapes import equal, example_of, shape_of, tensor_of
+from ..graph.walk import args_of, reached
+from .calls import stats_call
+from .counted_rows import AllCount, counted_rows
+from .factors import has_16_bit_factors
+from .find import VIEWS, Head, NoHead
+from .pieces import CAST
+from .proof import Proof
+
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from ..ops import counted_kernels
+
+aten = torch.ops.aten
+
+_COMPARISONS = {
+    **dict.fromkeys((aten.ne.Scalar, aten.ne.Tensor), ("!=", "==")),
+    **dict.fromkeys((aten.eq.Scalar, aten.eq.Tensor), ("==", "!=")),
+    **dict.fromkeys((aten.gt.Scalar, aten.gt.Tensor), (">", "<=")),
+    **dict.fromkeys((aten.ge.Scalar, aten.ge.Tensor), (">=", "<")),
+    **dict.fromkeys((aten.lt.Scalar, aten.lt.Tensor), ("<", ">=")),
+    **dict.fromkeys((aten.le.Scalar, aten.le.Tensor), ("<=", ">")),
+}
+_SEEN_THROUGH = {
+    *VIEWS,
+    CAST,
+    aten.clamp_min.default,
+    aten.clamp.default,
+    aten.slice.Tensor,
+    aten.constant_pad_nd.default,
+    aten.expand.default,
+}
+
+
+IF_FINITE = ", of those whose logits may be infinite, or NaN, none"
+
+
+def rows_to_compute(build: Builder, head: Head, proof: Proof) -> tuple[Node | None, str]:
+    """(bool [N], what is told of it), or (None, why all rows are computed, or "")."""
+    try:
+        _check(head)
+        counted = counted_rows(build, head, proof)
+    except (AllCount, NoHead) as why:
+        return None, str(why)
+    texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
+    told = f"rows that do not count are skipped: `{' and '.join(texts)}`"
+    return _of_any_rank(build, head, counted.rows), told + IF_FINITE * counted.if_finite
+
+
+def is_on_device(head: Head) -> bool:
+    """Whether the device alone may know how many rows count, as in CUDA graphs."""
+    return example_of(head.product).device.type == "cuda" and uses_cudagraphs({})
+
+
+def _check(head: Head) -> None:
+    """Raises AllCount where the rows of a piece cannot be those that count, or it would not pay."""
+    if any(len(shape_of(weight)) == 2 for node in head.stats for weight in stats_call(node).weights):
+        raise AllCount("a weight for each row and class would have to be copied")
+    if any(_is_wide(source, head) for source in head.beside()):
+        raise AllCount("what the logits are combined with, for each row and class, would have to be copied")
+    if is_on_device(head) and not _has_products_on_device(head):
+        raise AllCount("CUDA graphs leave out rows of 16-bit products alone, on GPUs since Hopper")
+
+
+def _is_wide(source: Node, head: Head) -> bool:
+    """Whether what is combined with logits differs from row to row and from class to class."""
+    if tensor_of(source) is None or not shape_of(source):
+        return False
+    *rows, columns = shape_of(source)
+    return equal(columns, head.v) and not all(equal(size, 1) for size in rows)
+
+
+def _has_products_on_device(head: Head) -> bool:
+    device = example_of(head.product).device
+    if has_16_bit_factors(head) or not counted_kernels.reads_tiles(device):
+        return False
+    products = [(example_of(product.hidden), example_of(product.columns)) for product in head.products]
+    return all(
+        counted_kernels.has_tiles(columns) and hidden.shape[-1] % 8 == 0 for hidden, columns in products
+    )
+
+
+def _of_any_rank(build: Builder, head: Head, counts: Node) -> Node:
+    """The rows that count on any of the ranks that share the classes, which must take rows in one order.
+
+    They have the same labels, so that these are the same rows. It is not taken on trust.
+    """
+    gathers = [node for node in reached(head.stats, lambda node: node.users) if node.target == ALL_GATHER]
+    if not gathers:
+        return counts
+    _, _, group = args_of(gathers[0])
+    numbers = build(CAST, counts, torch.int32)
+    most = build(WAIT, build(ALL_REDUCE, numbers, "max", group))
+    return build(aten.ne.Scalar, most, 0)
+
+
+# In words
+
+
+def _text(node: Node, is_true: bool, head: Head) -> str:
+    """A condition, of rows that count, as a user knows it."""
+    if node.target in _COMPARISONS:
+        left, right = (_name(arg, head) for arg in args_of(node))
+        return f"{left} {_COMPARISONS[node.target][not is_true]} {right}"
+    if node.target in (aten.logical_not.default, aten.bitwise_not.default):
+        return _text(args_of(node)[0], not is_true, head)
+    if node.target in VIEWS or node.target == aten.expand.default:
+        return _text(args_of(node)[0], is_true, head)
+    if example_of(node).dtype != torch.bool:
+        return f"{_name(node, head)} != 0"
+    return f"{'' if is_true else 'not '}{_name(node, head)}"
+
+
+def _name(value: Any, head: Head) -> str:
+    """y for a label, and mask for what else is in the graph."""
+    if not isinstance(value, Node):
+        return str(value)
+    labels = {_source(label) for node in head.stats for label in stats_call(node).labels}
+    if _source(value) in labels:
+        return "y"
+    return "mask" if tensor_of(value) is not None and example_of(value).dim() else value.name
+
+
+def _source(node: Node) -> Node:
+    while node.target in _SEEN_THROUGH:
+        node = args_of(node)[0]
+    return node
