@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import reference
 import torch
@@ -21,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.fx import GraphModule
+
+from inductor_ce.ops import counted, products
 
 D = 3
 
@@ -342,7 +345,16 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
     counts["token_chunks"] = counts["vocab_slabs"] = 0
     options = {} if setup.strategy == "auto" else {"strategy": setup.strategy, "memory_budget": 0.34}
     compiled, graphs = (compile_with_codegen if setup.code else compile_without_codegen)(f, **options)
-    with implicit_replication() if setup.weights == "plain" else nullcontext():
+    computed: list[int | None] = []
+
+    def rows_of_piece(*given: Any) -> int | None:
+        computed.append(counted.rows_of_piece(*given))
+        return computed[-1]
+
+    with (
+        implicit_replication() if setup.weights == "plain" else nullcontext(),
+        mock.patch.object(products, "rows_of_piece", rows_of_piece),
+    ):
         loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
     upstream = upstream_of(loss).to(loss.dtype)
     upstream = distribute_tensor(
@@ -359,6 +371,7 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
         "strategies": {name: counts[name] for name in ("token_chunks", "vocab_slabs") if counts[name]},
         "loss": loss.detach().full_tensor(),
         "collectives": tuple(map(collectives, graphs.final)),
+        "rows": computed,
         "loss placements": tuple(map(str, loss.placements)),
         "dz": x["zero"].grad.full_tensor(),
         "dz shard": x["zero"].grad.to_local(),

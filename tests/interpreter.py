@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import triton
+import triton.language as tl
 import triton.runtime.interpreter
 
 
@@ -65,7 +66,7 @@ def run(
     output.copy_(result)
 
 
-def call(module: str, name: str, *arguments: torch.Tensor) -> list[torch.Tensor]:
+def call(module: str, name: str, *arguments: Any) -> list[Any]:
     """The arguments after a call of a function that launches kernels and returns nothing."""
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         return _process().submit(_call, module, name, list(arguments)).result()
@@ -78,14 +79,23 @@ def _process() -> ProcessPoolExecutor:
 
 def _run(source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Tensor], index: int) -> Any:
     with _only_in(arguments):
-        load_kernel(source, name)[grid](*arguments)
+        kernel = load_kernel(source, name)
+        kernel.fn.__globals__["range"] = _range
+        kernel[grid](*arguments)
     return arguments[index]
 
 
-def _call(module: str, name: str, arguments: list[torch.Tensor]) -> list[torch.Tensor]:
-    with _only_in(arguments):
+def _call(module: str, name: str, arguments: list[Any]) -> list[Any]:
+    with _only_in([a for a in arguments if isinstance(a, torch.Tensor)]):
         getattr(importlib.import_module(module), name)(*arguments)
     return arguments
+
+
+def _range(*bounds: Any) -> Iterator[Any]:
+    """A loop of a generated kernel, over tensors, as a compiler has it."""
+    for i in range(*bounds):
+        handle = triton.runtime.interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32)
+        yield tl.core.tensor(handle, tl.int32)
 
 
 @contextlib.contextmanager
@@ -96,15 +106,23 @@ def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
     builder = triton.runtime.interpreter.interpreter_builder
 
     def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
-        def check(pointers: Any, *args: Any) -> Any:
-            used = pointers.data[args[mask_at].data.astype(bool)]  # it may be of ones and zeros
+        def check(pointers: Any, *args: Any, **how: Any) -> Any:
+            mask = args[mask_at]  # of a tile it is an array; it may be of ones and zeros
+            used = pointers.data[(mask if isinstance(mask, np.ndarray) else mask.data).astype(bool)]
             inside = [(used >= first) & (used < end) for first, end in bounds]
             assert np.logical_or.reduce(inside).all(), "out of bounds"
-            return access(pointers, *args)
+            return access(pointers, *args, **how)
 
         return check
 
+    patch_tensor = triton.runtime.interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)  # it has numbers as arrays, of which NumPy makes no index
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     with (
+        mock.patch.object(triton.runtime.interpreter, "_patch_lang_tensor", with_index),
         mock.patch.object(builder, "create_masked_load", checked(builder.create_masked_load, 0)),
         mock.patch.object(builder, "create_masked_store", checked(builder.create_masked_store, 1)),
     ):

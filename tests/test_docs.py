@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from inductor_ce.bench.shared.labels import Labels
 from inductor_ce.common.options import Options
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,7 @@ TESTS = ROOT / "tests"
 README = ROOT / "README.md"
 FOLDERS = [f for f in ROOT.iterdir() if f.is_dir() and not f.name.startswith(".") and f.name != "build"]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(path for folder in FOLDERS for path in folder.rglob("*.md"))])
-MAKE_TARGETS = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKE_TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 
@@ -160,7 +161,7 @@ def test_every_file_of_the_tests_is_told():
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / ".ci/run"], ids=lambda d: str(d.relative_to(ROOT)))
 def test_named_make_targets_exist(document: Path):
-    named = set(re.findall(r"\bmake ([a-z]+)\b", "\n".join(code(document))))
+    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)\b", "\n".join(code(document))))
     assert named <= MAKE_TARGETS
 
 
@@ -222,14 +223,20 @@ Case = tuple[str, str | None]  # a shape, and which activations it had, if any
 
 def cases(document: Path, paragraph: str) -> dict[Case, list[dict]]:
     """The rows of each case in the records that a paragraph cites."""
-    found = {}
+    found: dict[Case, list[dict]] = {}
     for link in re.findall(r"\]\((\S+\.json)\)", paragraph):
         record = json.loads((document.parent / link).read_text())
         for case in record.get("shapes", record.get("cases")):
             sizes = " x ".join(str(case[letter]) for letter in "NVD" if letter in case)
             shape = case.get("model", sizes)
-            found[shape, case.get("activations")] = case["rows"]
+            told = {"mode": case["mode"], "labels": labels_of(case)} if "mode" in case else {}
+            rows = [{**row, **told} for row in case["rows"]]
+            found.setdefault((shape, case.get("activations")), []).extend(rows)
     return found
+
+
+def labels_of(case: dict) -> str:
+    return str(Labels(case["ignored"], case["pattern"]))
 
 
 def case_of(cells: dict[str, str], paragraph: str) -> Case:
@@ -243,17 +250,19 @@ def case_of(cells: dict[str, str], paragraph: str) -> Case:
 def measured(row: dict, column: str) -> str:
     """As a table has it: ms / MB, or what they are of plain compile's; ours in bold."""
     if column in RATIOS:
-        return " / ".join(f"{row[key]:.2f}x" for key in ("ratio", "memory_ratio", "peak_ratio") if key in row)
+        keys = ("ratio", "memory_ratio", "peak_ratio")
+        return " / ".join(f"{row[key]:.2f}x" for key in keys if row.get(key) is not None)
     if "peak_bytes" in row:
         return f"{row['ms']:.1f} / {row['peak_bytes'] / 2**20:.0f}"
     if "beyond_gradients" in row:
-        return f"{row['ms']:.1f} / {row['beyond_gradients'] / 2**20:.0f}"
+        beyond = row["beyond_gradients"]  # not told of CUDA graphs
+        return f"{row['ms']:.1f}" + (f" / {beyond / 2**20:.0f}" if beyond is not None else "")
     memory = f" / {row['extra_bytes'] / 2**20:.0f}" if row["extra_bytes"] else ""  # not told of CUDA graphs
     return f"{row['ms']:.2f}{memory}"
 
 
 def expected(rows: list[dict], cells: dict[str, str], column: str) -> str:
-    wanted = {key: cells[key] for key in ("task", "mode") if key in cells}
+    wanted = {key: cells[key] for key in ("task", "mode", "labels") if key in cells}
     wanted |= {"loss": LOSSES[cells["loss"]]} if "loss" in cells else {}
     wanted["system"] = SYSTEMS.get(column, "inductor_ce")
     found = [row for row in rows if wanted.items() <= row.items()]
@@ -273,6 +282,39 @@ def test_figures_stand_in_committed_records(document: Path):
             assert [cells[c] for c in columns] == [expected(found, cells, c) for c in columns]
 
 
+HEADS = [
+    {
+        "N": 2,
+        "V": 3,
+        "D": 4,
+        "activations": "random",
+        "mode": mode,
+        "ignored": ignored,
+        "pattern": pattern,
+        "rows": [{"system": "inductor_ce", "ms": ms, "ratio": ms / 16, "beyond_gradients": beyond}],
+    }
+    for mode, ignored, pattern, ms, beyond in (
+        ("default", 0.75, "scattered", 2.5, 3 * 2**20),
+        ("default", 0.75, "runs", 2.0, 3 * 2**20),
+        ("reduce-overhead", 0.0, "", 8.0, None),
+    )
+]
+
+
+def test_figures_of_modes_and_labels(tmp_path: Path):
+    (tmp_path / "head.json").write_text(json.dumps({"cases": HEADS}))
+    text = "A head ([record](head.json)), activations random.\n\n"
+    text += "| N x V x D | labels | mode | inductor_ce | of torch.compile |\n|---|---|---|---|---|\n"
+    right = ("| 2 x 3 x 4 | none ignored | reduce-overhead | **8.0** | 0.50x |\n",)
+    right += ("| 2 x 3 x 4 | 75 % ignored, runs | default | **2.0 / 3** | 0.12x |\n",)
+    document = tmp_path / "figures.md"
+    document.write_text(text + "".join(right))
+    test_figures_stand_in_committed_records(document)
+    document.write_text(text + right[1].replace("runs", "scattered"))
+    with pytest.raises(AssertionError):
+        test_figures_stand_in_committed_records(document)
+
+
 def test_there_are_figures_of_each_kind():
     assert [len(rows) for _, _, rows in figures(README)] == [4, 3, 4]
-    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [12, 6, 2, 5, 8]
+    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [12, 6, 13, 2, 5, 8]

@@ -1,7 +1,7 @@
 """Losses over DTensor logits in real processes, over gloo or NCCL, against a dense float64 reference.
 
 Traps 7 to 9, 25 and 27: labels on other ranks, smoothing over all classes, the gradient of every shard,
-ignored classes, and means over ranks that have different numbers of rows that count.
+ignored classes, and means over ranks that have different numbers of rows that count. ALL=1 runs more jobs.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
-from pairwise import pairwise
+from pairwise import EVERYTHING
 from ranks import on_devices, once
 from reference import Terms
 
@@ -17,47 +17,66 @@ UNEVEN = Setup((2,), V=23)
 EMPTY = Setup((4,), V=5)  # blocks of 2, 2, 1 and 0 columns
 GRID = Setup((2, 2), V=23)  # 2 and 4 rows that count
 RAGGED = Setup((2, 2), N=7, V=23)  # 4 and 3 rows, of which torch 2.13 traces no mean
+BFLOAT16, FLOAT16 = replace(UNEVEN, dtype=torch.bfloat16), replace(UNEVEN, dtype=torch.float16)
+WHOLE, PLAIN = replace(UNEVEN, weights="whole"), replace(UNEVEN, weights="plain")
+CHUNKS, SLABS = "token_chunks", "vocab_slabs"
+
+# Of float64 over shards, what another job has as well: with special numbers, other placements, or in pieces.
+# The terms of cross entropy are those of test_dtensor_product.py.
+ELSEWHERE = ("plain", "smoothing", "rows, z-loss", "all, ignoring 0", "class weights", "soft targets")
+ELSEWHERE += ("entropy", "divergence")
 JOBS = {
     2: [
-        *[(name, UNEVEN) for name in CASES],
-        *[(name, replace(UNEVEN, weights="whole")) for name in ("soft targets", "divergence", "expectation")],
-        *[
-            (name, replace(UNEVEN, weights="plain"))
-            for name in ("class weights", "soft targets", "divergence")
-        ],
-        *[(name, replace(UNEVEN, dtype=torch.bfloat16)) for name in ("class weights", "divergence")],
-        *[(name, replace(UNEVEN, dtype=torch.float16)) for name in ("all, ignoring 0", "entropy")],
+        *[(name, UNEVEN) for name in CASES if name not in ELSEWHERE],
+        ("soft targets", WHOLE),
+        *[(name, PLAIN) for name in ("class weights", "divergence")],
+        ("class weights", BFLOAT16),
+        ("all, ignoring 0", FLOAT16),
     ],
     4: [
-        *[
-            (name, EMPTY)
-            for name in ("all, ignoring the last", "class weights", "entropy", "accuracy", "special numbers")
-        ],
-        *[(name, GRID) for name in ("plain", "all, ignoring 0", "class weights")],
-        *[(name, RAGGED) for name in ("rows, z-loss", "soft targets", "accuracy")],
+        *[(name, EMPTY) for name in ("all, ignoring the last", "accuracy", "special numbers, entropy")],
+        ("rows, z-loss", replace(RAGGED, dtype=torch.float32)),
         ("all, ignoring 0", Setup((2, 1, 2))),
         ("smoothing", Setup((2, 2), rows=(False,))),
         ("divergence of rows, a mean", GRID),
-        ("labels outside", GRID),
-        ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),
     ],
 }
-CHUNKS, SLABS = "token_chunks", "vocab_slabs"
 EVEN = {2: Setup((2,)), 4: Setup((2, 2))}
-DIVIDED = pairwise(
-    list(EVEN),
-    ["plain", "class weights", "all, ignoring 0"],
-    [CHUNKS, SLABS],
-    valid=lambda size, name, strategy: size == 2 or name != "all, ignoring 0",
-)
-DIVIDED_UNEVENLY = {2: ("plain", "soft targets", "entropy"), 4: ("soft targets", "entropy")}
 PIECES = {
-    size: [
-        *[(name, replace(even, strategy=strategy)) for of, name, strategy in DIVIDED if of == size],
-        *[(name, replace(uneven, strategy=SLABS)) for name in DIVIDED_UNEVENLY[size]],
-    ]
-    for (size, even), uneven in zip(EVEN.items(), (UNEVEN, GRID), strict=True)
+    2: [
+        ("class weights", Setup((2,), strategy=SLABS)),
+        ("all, ignoring 0", Setup((2,), strategy=CHUNKS)),
+        *[(name, replace(UNEVEN, strategy=SLABS)) for name in ("plain", "entropy")],
+    ],
+    4: [
+        ("class weights", Setup((2, 2), strategy=CHUNKS)),
+        ("soft targets", replace(RAGGED, strategy=SLABS)),
+    ],
 }
+if EVERYTHING:
+    JOBS[2] += [
+        *[(name, UNEVEN) for name in ELSEWHERE],
+        *[(name, WHOLE) for name in ("divergence", "expectation")],
+        ("soft targets", PLAIN),
+        ("divergence", BFLOAT16),
+        ("entropy", FLOAT16),
+    ]
+    JOBS[4] += [
+        *[(name, EMPTY) for name in ("class weights", "entropy", "special numbers")],
+        *[(name, GRID) for name in ("plain", "all, ignoring 0", "class weights", "labels outside")],
+        *[(name, RAGGED) for name in ("rows, z-loss", "soft targets", "accuracy")],
+        ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),
+    ]
+    PIECES[2] += [
+        *[(name, Setup((2,), strategy=CHUNKS)) for name in ("plain", "class weights")],
+        *[(name, Setup((2,), strategy=SLABS)) for name in ("plain", "all, ignoring 0")],
+        ("soft targets", replace(UNEVEN, strategy=SLABS)),
+    ]
+    PIECES[4] += [
+        ("plain", Setup((2, 2), strategy=CHUNKS)),
+        *[(name, Setup((2, 2), strategy=SLABS)) for name in ("plain", "class weights")],
+        *[(name, replace(GRID, strategy=SLABS)) for name in ("soft targets", "entropy")],
+    ]
 EVERY_PIECE = [(size, *job) for size, jobs in PIECES.items() for job in jobs]
 EVERY_JOB = [(size, *job) for size, jobs in JOBS.items() for job in jobs]
 SEQUENCES = {2: replace(UNEVEN, sequence_parallel=True), 4: replace(GRID, sequence_parallel=True)}
@@ -66,7 +85,9 @@ IN_CODE = ("plain", "all, ignoring 0", "class weights", "soft targets", "entropy
 
 @once
 def results(size: int, device: str):
-    return everywhere([*JOBS[size], *PIECES[size], ("plain", SEQUENCES[size])], size, device)
+    in_chunks = replace(EVEN[size], strategy=CHUNKS)
+    jobs = [*JOBS[size], *PIECES[size], ("plain", SEQUENCES[size]), ("plain", in_chunks)]
+    return everywhere(list(dict.fromkeys(jobs)), size, device)
 
 
 def name_of(value: object) -> str:
@@ -96,6 +117,24 @@ def test_heads_in_pieces(size: int, name: str, setup: Setup, device: str):
         forward, backward = rank[name, setup]["collectives"]
         assert forward["all_gather_into_tensor"] == (chunks if setup.strategy == "token_chunks" else 1)
         assert backward == {}
+
+
+@on_devices
+@pytest.mark.parametrize("size", list(EVEN))
+def test_rows_that_count(size: int, device: str):
+    """The ranks that share rows compute the same ones, on which they agree by one small exchange."""
+    setup = replace(EVEN[size], strategy=CHUNKS)
+    by_rows = tensors(setup, -100)["y"].chunk(size // 2)
+    for i, rank in enumerate(results(size, device)):
+        check(results(size, device), "plain", setup)
+        own = by_rows[i // 2]
+        pieces = own.split(-(-len(own) // 3))
+        left = [int((own != -100).sum()) - len(pieces[0]) * k for k in range(len(pieces))]
+        computed = [len(piece) if more > 0 else 0 for piece, more in zip(pieces, left, strict=True)]
+        assert (0 in computed) == bool((own == -100).any())
+        assert rank["plain", setup]["rows"] == [n for n in computed for _ in ("logits", "dW")]
+        mean = len(setup.mesh) - 1
+        assert rank["plain", setup]["collectives"][0]["all_reduce"] == 1 + mean
 
 
 @on_devices
@@ -162,7 +201,7 @@ def test_trap_27_the_mean_over_a_mesh_is_no_mean_of_means(device: str):
     right = exact("plain", GRID)["loss"]
     assert (sum(means) / 2 - right).abs() > 0.01 * right
     for rank in results(4, device):
-        torch.testing.assert_close(rank["plain", GRID]["loss"], right, rtol=1e-10, atol=0)
+        torch.testing.assert_close(rank["plain", SEQUENCES[4]]["loss"], right, rtol=1e-10, atol=0)
 
 
 @pytest.mark.gpu

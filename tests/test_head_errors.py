@@ -11,9 +11,10 @@ from head_cases import CASES, Inputs, Loss, Made, counts, exactly, inputs, measu
 from pairwise import EVERYTHING
 from torch import Tensor
 
-from inductor_ce import ops
 from inductor_ce.heads import narrow_sums
 from inductor_ce.ops import products
+
+aten = torch.ops.aten
 
 ACCEPTED = 1.15  # of the error of materialised logits, whatever the number of pieces
 
@@ -39,7 +40,7 @@ def measured(
     compiled, graphs = compile_without_codegen(CASES[name].loss, strategy=strategy, memory_budget=budget)
     made = [measure(compiled, given, torch.tensor(upstream)) for upstream in upstreams]
     assert counts() == {strategy: 1}
-    return made, graphs.count(ops.ROW_STATS)
+    return made, graphs.pieces
 
 
 def assert_no_worse(
@@ -64,7 +65,7 @@ def assert_no_worse(
 @pytest.mark.parametrize(
     ("strategy", "budgets", "pieces"),
     [
-        ("token_chunks", [0.56, 0.18, 0.086], [2, 8, 32]),
+        ("token_chunks", [0.6, 0.19, 0.088], [2, 8, 32]),
         ("vocab_slabs", [0.57, 0.19, 0.094], [2, 8, 32]),
     ],
 )
@@ -94,7 +95,7 @@ def test_trap_15_sums_in_16_bits(
     hidden = torch.cat([given.hidden[:, 1:], torch.ones(1024, 1)], 1)
     y = (hidden @ weight.T).softmax(-1).multinomial(1)[:, 0]
     given = given._replace(hidden=hidden, weight=weight, y=y).to(torch.bfloat16)
-    budgets = [2 * b if name == "soft-cap" else b for b in (0.51, 0.13)]
+    budgets = [2 * b if name == "soft-cap" else b for b in (0.52, 0.135)]
     assert assert_no_worse(name, given, "token_chunks", budgets, upstream, of="dW") == [2, 8]
 
 
@@ -112,7 +113,7 @@ def test_trap_15_sums_of_rows_without_a_label() -> None:
     unlabelled = torch.ones(len(exact), dtype=torch.bool)
     unlabelled[given.y[given.y >= 0]] = False
     found = {}
-    for strategy, budget in [("materialise", None), ("token_chunks", 0.26), ("token_chunks", 0.13)]:
+    for strategy, budget in [("materialise", None), ("token_chunks", 0.27), ("token_chunks", 0.135)]:
         (made,), pieces = measured("plain", given, strategy, budget, 1.0)
         dW = made.gradients[1]
         assert dW is not None
@@ -134,8 +135,8 @@ def wide_sums(given: Inputs, budget: float) -> list[tuple[int, ...]]:
     """Shapes of what is summed, or put together, in float32 over chunks."""
     compiled, graphs = compile_without_codegen(cases.plain, strategy="token_chunks", memory_budget=budget)
     measure(compiled, given)
-    made = [n.meta["val"] for n in graphs.nodes if n.target is torch.ops.aten.empty.memory_format]
-    return sorted(tuple(x.shape) for x in made if x.dtype == torch.float32)
+    made = [n.meta["val"] for n in graphs.nodes if n.target in (aten.empty.memory_format, aten.full.default)]
+    return sorted(tuple(x.shape) for x in made if x.dtype == torch.float32 and x.dim() == 2)
 
 
 @pytest.mark.usefixtures("much")

@@ -58,6 +58,12 @@ def loss(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.t(), y)
 
 
+def of_all_rows(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """No label is left out."""
+    z = hidden @ weight.t()
+    return (z.logsumexp(-1) - z.gather(-1, y[:, None]).squeeze(-1)).mean()
+
+
 def per_token(hidden: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(hidden @ weight.t(), y, reduction="none")
 
@@ -121,101 +127,103 @@ return [div, permute5, mm3, None]""",
 
     def test_token_chunks(self):
         self.assertExpectedInline(
-            joint(loss, "token_chunks", *head()),
+            joint(of_all_rows, "token_chunks", *head()),
             """\
 primals_1 = <placeholder>
 primals_2 = <placeholder>
 primals_3 = <placeholder>
 tangents_1 = <placeholder>
 permute = permute(primals_1, [1, 0])
+unsqueeze = unsqueeze(primals_3, 1)
+view = view(unsqueeze, [-1])
 slice = slice.Tensor(primals_2, 0, 0, 3)
 logits = logits(slice, permute, None, [])
-slice2 = slice.Tensor(primals_3, 0, 0, 3)
+slice2 = slice.Tensor(view, 0, 0, 3)
 row_stats = row_stats(logits, [slice2], [], 'max,sumexp,pick')
 slice3 = slice.Tensor(primals_2, 0, 3, 6)
-slice4 = slice.Tensor(primals_3, 0, 0, 3)
-constant_pad_nd = constant_pad_nd(row_stats, [0, 3], 0.0)
-select = select.int(constant_pad_nd, 0, 0)
-slice5 = slice.Tensor(select, 0, 0, 3)
-ne = ne.Scalar(primals_3, -100)
+slice4 = slice.Tensor(view, 0, 0, 3)
+select = select.int(row_stats, 0, 0)
 full = full([], 1.0, dtype=float32, device=device(type='cpu'), pin_memory=False)
-sum = sum(ne)
-div = div.Tensor(full, sum)
-expand = expand(div, [6])
-scalar_tensor = scalar_tensor(0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-where = where.self(ne, expand, scalar_tensor)
-ge = ge.Scalar(primals_3, 0)
-lt = lt.Scalar(primals_3, 8)
+expand = expand(full, [6])
+div = div.Scalar(expand, 6)
+ge = ge.Scalar(view, 0)
+lt = lt.Scalar(view, 8)
 logical_and = logical_and(ge, lt)
-eq = eq.Scalar(primals_3, -100)
-logical_or = logical_or(logical_and, eq)
-scalar_tensor2 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-scalar_tensor3 = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-where2 = where.self(logical_or, scalar_tensor2, scalar_tensor3)
-mul = mul.Tensor(where, where2)
+scalar_tensor = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+scalar_tensor2 = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+where = where.self(logical_and, scalar_tensor, scalar_tensor2)
+mul = mul.Tensor(div, where)
 neg = neg(mul)
 neg2 = neg(neg)
+constant_pad_nd = constant_pad_nd(row_stats, [0, 3], 0.0)
 unbind = unbind.int(constant_pad_nd)
-getitem = unbind[1]
-div2 = div.Tensor(mul, getitem)
-cat = cat([neg2, div2, neg])
+getitem = unbind[0]
+eq = eq.Scalar(getitem, inf)
+scalar_tensor3 = scalar_tensor(0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+scalar_tensor4 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+getitem2 = unbind[1]
+where2 = where.self(eq, scalar_tensor4, getitem2)
+div2 = div.Tensor(mul, where2)
+where3 = where.self(eq, scalar_tensor3, div2)
+cat = cat([neg2, where3, neg])
 reshape = reshape(cat, [3, 6])
-slice6 = slice.Tensor(reshape, 1, 0, 3)
-row_grad = row_grad(logits, [slice4], [], slice5, slice6, 'max,sumexp,pick')
+slice5 = slice.Tensor(reshape, 1, 0, 3)
+row_grad = row_grad(logits, [slice4], [], select, slice5, 'max,sumexp,pick')
 permute2 = permute(row_grad, [1, 0])
-slice7 = slice.Tensor(primals_2, 0, 0, 3)
+slice6 = slice.Tensor(primals_2, 0, 0, 3)
 empty = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product = product_into(empty, permute2, slice7, 0, False)
-getitem2 = product[1]
+product = product_into(empty, permute2, slice6, 0, False)
+getitem3 = product[1]
 permute3 = permute(permute, [1, 0])
 empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
 product2 = product_into(empty2, row_grad, permute3, 0, False)
-getitem3 = product2[1]
-logits2 = logits(slice3, permute, None, [getitem2, getitem3])
-slice8 = slice.Tensor(primals_3, 0, 3, 6)
-row_stats2 = row_stats(logits2, [slice8], [], 'max,sumexp,pick')
+getitem4 = product2[1]
+logits2 = logits(slice3, permute, None, [getitem3, getitem4])
+slice7 = slice.Tensor(view, 0, 3, 6)
+row_stats2 = row_stats(logits2, [slice7], [], 'max,sumexp,pick')
 cat2 = cat([row_stats, row_stats2], 1)
-slice9 = slice.Tensor(primals_3, 0, 3, 6)
-constant_pad_nd2 = constant_pad_nd(row_stats2, [3, 0], 0.0)
-select2 = select.int(constant_pad_nd2, 0, 0)
-slice10 = slice.Tensor(select2, 0, 3, 6)
-div3 = div.Tensor(full, sum)
-expand2 = expand(div3, [6])
-where3 = where.self(ne, expand2, scalar_tensor)
-mul2 = mul.Tensor(where3, where2)
+slice8 = slice.Tensor(view, 0, 3, 6)
+select2 = select.int(row_stats2, 0, 0)
+expand2 = expand(full, [6])
+div3 = div.Scalar(expand2, 6)
+mul2 = mul.Tensor(div3, where)
 neg3 = neg(mul2)
 neg4 = neg(neg3)
+constant_pad_nd2 = constant_pad_nd(row_stats2, [3, 0], 0.0)
 unbind2 = unbind.int(constant_pad_nd2)
-getitem4 = unbind2[1]
-div4 = div.Tensor(mul2, getitem4)
-cat3 = cat([neg4, div4, neg3])
+getitem5 = unbind2[0]
+eq2 = eq.Scalar(getitem5, inf)
+getitem6 = unbind2[1]
+where4 = where.self(eq2, scalar_tensor4, getitem6)
+div4 = div.Tensor(mul2, where4)
+where5 = where.self(eq2, scalar_tensor3, div4)
+cat3 = cat([neg4, where5, neg3])
 reshape2 = reshape(cat3, [3, 6])
-slice11 = slice.Tensor(reshape2, 1, 3, 6)
-row_grad2 = row_grad(logits2, [slice9], [], slice10, slice11, 'max,sumexp,pick')
+slice9 = slice.Tensor(reshape2, 1, 3, 6)
+row_grad2 = row_grad(logits2, [slice8], [], select2, slice9, 'max,sumexp,pick')
 permute4 = permute(row_grad2, [1, 0])
-slice12 = slice.Tensor(primals_2, 0, 3, 6)
-product3 = product_into(getitem2, permute4, slice12, 0, True)
-getitem5 = product3[1]
-product4 = product_into(getitem3, row_grad2, permute3, 3, False)
-getitem6 = product4[1]
-once_made = once_made(cat2, float32, [getitem5, getitem6])
+slice10 = slice.Tensor(primals_2, 0, 3, 6)
+product3 = product_into(getitem3, permute4, slice10, 0, True)
+getitem7 = product3[1]
+product4 = product_into(getitem4, row_grad2, permute3, 3, False)
+getitem8 = product4[1]
+once_made = once_made(cat2, float32, [getitem7, getitem8])
 unbind3 = unbind.int(once_made)
-getitem7 = unbind3[0]
-getitem8 = unbind3[1]
-getitem9 = unbind3[2]
-log = log(getitem8)
-sub = sub.Tensor(getitem9, getitem7)
+getitem9 = unbind3[0]
+getitem10 = unbind3[1]
+getitem11 = unbind3[2]
+eq3 = eq.Scalar(getitem9, inf)
+where6 = where.self(eq3, scalar_tensor4, getitem10)
+log = log(where6)
+sub = sub.Tensor(getitem11, getitem9)
 sub2 = sub.Tensor(log, sub)
-mul3 = mul.Tensor(sub2, where2)
-scalar_tensor4 = scalar_tensor(0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-where4 = where.self(ne, mul3, scalar_tensor4)
-sum2 = sum(where4)
-div5 = div.Tensor(sum2, sum)
-times = times(getitem5, tangents_1)
+mul3 = mul.Tensor(sub2, where)
+mean = mean(mul3)
+times = times(getitem7, tangents_1)
 permute5 = permute(times, [1, 0])
 permute6 = permute(permute5, [1, 0])
-times2 = times(getitem6, tangents_1)
-return [div5, permute6, times2, None]""",
+times2 = times(getitem8, tangents_1)
+return [mean, permute6, times2, None]""",
         )
 
     def test_vocab_slabs(self):
@@ -314,28 +322,96 @@ return [where3, permute6, getitem8, None]""",
 
     def test_forward_only(self):
         self.assertExpectedInline(
-            joint(loss, "token_chunks", *head(frozen=True), wanted="forward_only"),
+            joint(of_all_rows, "token_chunks", *head(frozen=True), wanted="forward_only"),
             """\
 arg0_1 = <placeholder>
 arg1_1 = <placeholder>
 arg2_1 = <placeholder>
 permute = permute(arg0_1, [1, 0])
+unsqueeze = unsqueeze(arg2_1, 1)
+view = view(unsqueeze, [-1])
 slice = slice.Tensor(arg1_1, 0, 0, 3)
 logits = logits(slice, permute, None, [])
-slice2 = slice.Tensor(arg2_1, 0, 0, 3)
+slice2 = slice.Tensor(view, 0, 0, 3)
 row_stats = row_stats(logits, [slice2], [], 'max,sumexp,pick')
 slice3 = slice.Tensor(arg1_1, 0, 3, 6)
 logits2 = logits(slice3, permute, None, [row_stats])
-slice4 = slice.Tensor(arg2_1, 0, 3, 6)
+slice4 = slice.Tensor(view, 0, 3, 6)
 row_stats2 = row_stats(logits2, [slice4], [], 'max,sumexp,pick')
 cat = cat([row_stats, row_stats2], 1)
 unbind = unbind.int(cat)
 getitem = unbind[0]
 getitem2 = unbind[1]
 getitem3 = unbind[2]
-log = log(getitem2)
+eq = eq.Scalar(getitem, inf)
+scalar_tensor = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+where = where.self(eq, scalar_tensor, getitem2)
+log = log(where)
 sub = sub.Tensor(getitem3, getitem)
 sub2 = sub.Tensor(log, sub)
+ge = ge.Scalar(view, 0)
+lt = lt.Scalar(view, 8)
+logical_and = logical_and(ge, lt)
+scalar_tensor2 = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+scalar_tensor3 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+where2 = where.self(logical_and, scalar_tensor3, scalar_tensor2)
+mul = mul.Tensor(sub2, where2)
+mean = mean(mul)
+return (mean)""",
+        )
+
+    def test_rows_that_count(self):
+        self.assertExpectedInline(
+            joint(loss, "token_chunks", *head(frozen=True), wanted="forward_only"),
+            """\
+arg0_1 = <placeholder>
+arg1_1 = <placeholder>
+arg2_1 = <placeholder>
+permute = permute(arg0_1, [1, 0])
+ne = ne.Scalar(arg2_1, -100)
+reshape = reshape(ne, [-1])
+row_order = row_order(reshape)
+getitem = row_order[0]
+slice = slice.Tensor(getitem, 0, 0, 2)
+index = index.Tensor(reshape, [getitem])
+slice2 = slice.Tensor(index, 0, 0, 2)
+getitem2 = row_order[2]
+iota = iota(3, start=0, step=1, dtype=int32, device=device(type='cpu'), requires_grad=False)
+mul = mul.Tensor(iota, 2)
+sub = sub.Tensor(getitem2, mul)
+add = add.Tensor(sub, 63)
+bitwise_and = bitwise_and.Scalar(add, -64)
+take_rows = take_rows(arg1_1, slice, slice2, [], left=bitwise_and, host=None, piece=0)
+logits = logits(take_rows, permute, None, [], left=bitwise_and, host=None, piece=0)
+index2 = index.Tensor(arg2_1, [getitem])
+full = full([], -1, dtype=int64, device=device(type='cpu'), pin_memory=False)
+where = where.self(index, index2, full)
+slice3 = slice.Tensor(where, 0, 0, 2)
+some_row_stats = some_row_stats(logits, [slice3], [], 'max,sumexp,pick', bitwise_and, 0)
+slice4 = slice.Tensor(getitem, 0, 2, 4)
+slice5 = slice.Tensor(index, 0, 2, 4)
+take_rows2 = take_rows(arg1_1, slice4, slice5, [some_row_stats], left=bitwise_and, host=None, piece=1)
+logits2 = logits(take_rows2, permute, None, [some_row_stats], left=bitwise_and, host=None, piece=1)
+slice6 = slice.Tensor(where, 0, 2, 4)
+some_row_stats2 = some_row_stats(logits2, [slice6], [], 'max,sumexp,pick', bitwise_and, 1)
+slice7 = slice.Tensor(getitem, 0, 4, 6)
+slice8 = slice.Tensor(index, 0, 4, 6)
+take_rows3 = take_rows(arg1_1, slice7, slice8, [some_row_stats2], left=bitwise_and, host=None, piece=2)
+logits3 = logits(take_rows3, permute, None, [some_row_stats2], left=bitwise_and, host=None, piece=2)
+slice9 = slice.Tensor(where, 0, 4, 6)
+some_row_stats3 = some_row_stats(logits3, [slice9], [], 'max,sumexp,pick', bitwise_and, 2)
+cat = cat([some_row_stats, some_row_stats2, some_row_stats3], 1)
+getitem3 = row_order[1]
+index3 = index.Tensor(cat, [None, getitem3])
+full2 = full([], 1.0, dtype=float32, device=device(type='cpu'), pin_memory=False)
+where2 = where.self(reshape, index3, full2)
+unbind = unbind.int(where2)
+getitem4 = unbind[0]
+getitem5 = unbind[1]
+getitem6 = unbind[2]
+log = log(getitem5)
+sub2 = sub.Tensor(getitem6, getitem4)
+sub3 = sub.Tensor(log, sub2)
 ge = ge.Scalar(arg2_1, 0)
 lt = lt.Scalar(arg2_1, 8)
 logical_and = logical_and(ge, lt)
@@ -343,12 +419,11 @@ eq = eq.Scalar(arg2_1, -100)
 logical_or = logical_or(logical_and, eq)
 scalar_tensor = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
 scalar_tensor2 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-where = where.self(logical_or, scalar_tensor2, scalar_tensor)
-mul = mul.Tensor(sub2, where)
-ne = ne.Scalar(arg2_1, -100)
+where3 = where.self(logical_or, scalar_tensor2, scalar_tensor)
+mul2 = mul.Tensor(sub3, where3)
 scalar_tensor3 = scalar_tensor(0.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-where2 = where.self(ne, mul, scalar_tensor3)
-sum = sum(where2)
+where4 = where.self(ne, mul2, scalar_tensor3)
+sum = sum(where4)
 sum2 = sum(ne)
 div = div.Tensor(sum, sum2)
 return (div)""",

@@ -46,14 +46,15 @@ def run(name: str, strategy: str, given: Inputs, budget: float) -> Graphs:
 
 
 NAMES = ["plain", "soft-cap", "bias", "z-loss", "entropy bonus", "class weights", "by hand"]
-CHAINED = {"soft-cap": 0.51}
+BUDGET = 0.28  # of rows that are brought together the hidden states, and their gradient, take memory too
+CHAINED = {"soft-cap": 0.53}
 
 
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("name", NAMES)
 def test_largest_tensor(name: str, strategy: str) -> None:
     given = inputs(N, v=V, d=D)
-    forward, backward = run(name, strategy, given, CHAINED.get(name, 0.26)).final
+    forward, backward = run(name, strategy, given, CHAINED.get(name, BUDGET)).final
     assert largest(forward) == PIECE[strategy]
     assert max(saved(forward)) <= max(V * D, N * D, 3 * N)
     assert largest(backward) == (PIECE[strategy] if strategy == "vocab_slabs" else max(V * D, N * D))
@@ -186,11 +187,14 @@ CHAINS = {
 NARROW = max(V * D, N * D, 3 * N)  # elements of the largest tensor that is no piece
 
 
-def gpu_code(loss: Loss, strategy: str) -> list[Wrapper]:
+def gpu_code(loss: Loss, strategy: str, pieces: int = 2, v: int = V) -> list[Wrapper]:
     """The code of the forward and of the backward, of a head in bfloat16."""
-    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=1.0)  # three pieces
-    measure(compiled, inputs(N, v=V, d=D).to(torch.bfloat16))
+    budget = {2: 1.2, 3: 1.0}[pieces]
+    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=budget)
+    measure(compiled, inputs(N, v=v, d=D).to(torch.bfloat16))
     assert counts() == {strategy: 1}
+    twice = strategy == "vocab_slabs"  # the backward makes them again
+    assert graphs.count(torch.ops.inductor_ce.logits.default) == (1 + twice) * pieces
     lowering.register()
     return [lower_after_passes(gm, is_backward=i == 1) for i, gm in enumerate(graphs.final)]
 
@@ -202,7 +206,7 @@ def test_chain_of_a_piece_is_absorbed(chain: str, strategy: str) -> None:
 
     Though in one graph the chain is read for the statistics and again for the gradient.
     """
-    for wrapper in gpu_code(CHAINS[chain], strategy):
+    for wrapper in gpu_code(CHAINS[chain], strategy, pieces=3 if chain == "soft-cap" else 2):
         assert [shape for shape in wrapper.allocations_of("float32") if math.prod(shape) > NARROW] == []
         assert most_at_once(wrapper.code, NARROW + 1) <= 1
 
@@ -218,12 +222,7 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
 @pytest.mark.parametrize("name", ["plain", "soft-cap"])
 def test_rows_of_a_piece_are_aligned(name: str, strategy: str) -> None:
     """On a GPU, whose libraries have slower products for others; those of a gradient behind a chain too."""
-    given = inputs(N, v=V + 1, d=D).to(torch.bfloat16)
-    compiled, graphs = compile_without_codegen(CASES[name].loss, strategy=strategy, memory_budget=1.0)
-    measure(compiled, given)
-    lowering.register()
-    wrappers = [lower_after_passes(gm, is_backward=i == 1) for i, gm in enumerate(graphs.final)]
-    code = "".join(wrapper.code for wrapper in wrappers)
+    code = "".join(wrapper.code for wrapper in gpu_code(CASES[name].loss, strategy, v=V + 1))
     logits = re.findall(
         r"assert_size_stride\(\w+, \((\d+), (\d+)\), \((\d+), 1\), 'torch.ops.inductor_ce.logits", code
     )

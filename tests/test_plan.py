@@ -76,6 +76,18 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (HeadNumbers(1024, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
     (HeadNumbers(2048, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
     (HeadNumbers(1023, 256000, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    # Rows that do not count are skipped, in logits that are not divided too if products take long enough.
+    (HeadNumbers(1024, 32768, 2048, skips=True), "auto", None, (TOKEN_CHUNKS, 1, False)),
+    (HeadNumbers(1023, 32768, 2048, skips=True), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(1024, 32768, 2048, skips=True, varies="so it is"), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(1024, 32768, 2048, skips=True), "materialise", None, (MATERIALISE, 1, False)),
+    # Chunks of which some may be empty are no smaller than is worth it, and four at least.
+    (HeadNumbers(16384, 32768, 512, skips=True), "auto", None, (TOKEN_CHUNKS, 4, True)),
+    (HeadNumbers(16384, 32768, 512), "auto", None, (TOKEN_CHUNKS, 8, True)),
+    (HeadNumbers(16384, 131072, 2048, skips=True), "auto", None, (TOKEN_CHUNKS, 8, False)),
+    # Their hidden states are brought together, which takes memory.
+    (HeadNumbers(64, 64, 16, 4, 4, skips=True), "token_chunks", 0.5, (TOKEN_CHUNKS, 4, False)),
+    (HeadNumbers(64, 64, 16, 4, 4), "token_chunks", 0.5, (TOKEN_CHUNKS, 2, False)),
     # What cannot be made in the forward.
     (replace(GEMMA, varies="so it is"), "auto", None, (VOCAB_SLABS, 4, True)),
     (replace(GEMMA, varies="so it is"), "token_chunks", 0.1, (VOCAB_SLABS, 13, True)),

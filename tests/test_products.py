@@ -286,12 +286,18 @@ def test_what_is_beyond_a_multiple_is_apart(
     assert wide_products == parts
 
 
-def test_biased_logits_of_unaligned_columns(
-    wide_products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_biased_logits_of_unaligned_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part is one product, to which the library adds the bias."""
+    sizes: list[tuple[int, ...]] = []
+
+    def addmm(bias: Tensor, a: Tensor, b: Tensor, *, out: Tensor) -> None:
+        sizes.append((*a.shape, *b.shape[1:], *bias.shape))
+        out.copy_(a.float() @ b.float() + bias)
+
+    monkeypatch.setattr(torch, "addmm", addmm)
     monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8 and size % 8 > 0)
     h, w, bias = torch.randn(6, 16).bfloat16(), torch.randn(16, 19).bfloat16(), torch.randn(19).bfloat16()
     z = OPS.logits(h, w, bias, [])
     right = h.double() @ w.double() + bias.double()
     torch.testing.assert_close(z.double(), right, rtol=1.01 * torch.finfo(z.dtype).eps / 2, atol=1e-5)
-    assert wide_products == [(6, 16, 16), (6, 16, 3)]
+    assert sizes == [(6, 16, 16, 16), (6, 16, 3, 3)]

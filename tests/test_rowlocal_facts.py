@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_ce import ops
-from inductor_ce.heads.row_locality import Fact, facts_about, one_factor
+from inductor_ce.heads.facts import Fact
+from inductor_ce.heads.row_locality import facts_about, one_factor
 
 N, V = 12, 37
 

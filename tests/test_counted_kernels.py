@@ -1,0 +1,268 @@
+"""The kernels of rows that count: interpreted, and compiled for an H200."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+from unittest import mock
+
+import interpreter
+import kernel_reference as reference
+import pytest
+import torch
+import triton
+from gpu_codegen import generate, interpret
+from torch import Tensor
+
+from inductor_ce import ops
+from inductor_ce.ops import counted, counted_kernels, lowering, operators, product_kernels
+
+KERNELS = "inductor_ce.ops.product_kernels"
+SHARED = 227 * 1024  # bytes of shared memory that a program of an H200 may have
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    lowering.register()
+
+
+# Interpreted
+
+
+@pytest.mark.parametrize("n", [1, 70, 2048, 5000])
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_order(share: float, n: int) -> None:
+    counts = torch.rand(n) < share
+    made = [torch.full((n,), -7), torch.full((n,), -7), torch.zeros(1, dtype=torch.int32)]
+    _, *made = interpreter.call(KERNELS, "fill_order", counts, *made)
+    for ours, right in zip(made, torch.ops.inductor_ce.row_order(counts), strict=True):
+        assert torch.equal(ours, right)
+
+
+def test_order_of_strided_counts() -> None:
+    counts = (torch.rand(90) < 0.5)[::3]
+    made = [torch.full((30,), -7), torch.full((30,), -7), torch.zeros(1, dtype=torch.int32)]
+    _, *made = interpreter.call(KERNELS, "fill_order", counts, *made)
+    assert torch.equal(made[0], torch.ops.inductor_ce.row_order(counts)[0])
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("left", [0, 3, 5])
+def test_rows(left: int, on_device: bool) -> None:
+    """NaN of rows that are not counted is not taken, and rows beyond are not written."""
+    x, rows = torch.randn(1030, 9).t(), torch.tensor([8, 2, 0, 5, 1])
+    counted_ = torch.tensor([True, False, True, True, False])
+    x[2] = torch.nan
+    taken = torch.full((5, 1030), 7.0)
+    limit: Any = torch.tensor(left, dtype=torch.int32) if on_device else left
+    *_, taken = interpreter.call(KERNELS, "fill_rows", x, rows, counted_, limit, taken)
+    right = torch.where(counted_[:, None], x[rows], 0.0)
+    assert torch.equal(taken[:left], right[:left])
+    assert (taken[left:] == 7).all()
+
+
+def logits_of(n: int, v: int) -> tuple[Tensor, Tensor]:
+    return 3 * torch.randn(n, v), torch.randint(-1, v, (n,))
+
+
+WHICH = "max,sumexp,pick"
+
+
+@pytest.mark.parametrize("v", [7, 5000])
+@pytest.mark.parametrize(("piece", "n"), [(0, 3), (1, 2), (2, 0)])
+def test_statistics_of_some_rows(piece: int, n: int, v: int) -> None:
+    z, y = logits_of(3, v)
+    left = torch.tensor([5, 2, -1], dtype=torch.int32)
+
+    def f(z: Tensor, y: Tensor, left: Tensor) -> Tensor:
+        return operators.some_row_stats(z, [y], [], WHICH, left, piece)
+
+    (wrapper,) = generate(f, *(t.to("meta") for t in (z, y, left)))
+    out = torch.full((3, 3), 7.0)
+    interpret(wrapper, [z, y, left], out)
+    right = reference.stats(z, [y], [], WHICH)
+    torch.testing.assert_close(out[:, :n].double(), right[:, :n], rtol=1e-5, atol=1e-4)
+    assert (out[:, n:] == 7).all()
+
+
+@pytest.mark.parametrize("v", [7, 5000])
+@pytest.mark.parametrize(("piece", "n"), [(0, 20), (1, 13), (2, 1), (3, 0)])
+def test_gradient_of_some_rows(piece: int, n: int, v: int) -> None:
+    """More rows than a program has at once, and as many programs as rows need not be."""
+    z, y = logits_of(20, v)
+    left, c = torch.tensor([33, 13, 1, -20], dtype=torch.int32), torch.randn(3, 20)
+    m = z.amax(-1)
+
+    def f(z: Tensor, y: Tensor, m: Tensor, c: Tensor, left: Tensor) -> Tensor:
+        return operators.some_row_grad(z, [y], [], m, c, WHICH, left, piece)
+
+    (wrapper,) = generate(f, *(t.to("meta") for t in (z, y, m, c, left)))
+    out = torch.full((20, v), 7.0)
+    interpret(wrapper, [z, y, m, c, left], out)
+    right = ops.row_grad(z.double(), [y], [], m.double(), c.double(), WHICH)
+    torch.testing.assert_close(out[:n].double(), right[:n], rtol=1e-5, atol=1e-5)
+    assert (out[n:] == 7).all()
+
+
+# Products, in Triton
+
+LEFT = [0, 64, 192, 300]  # of 256 rows: the last is more than there are
+
+
+def on_three_processors(name: str, *arguments: Any) -> None:
+    """A function of `counted_kernels`, in the process that interprets."""
+    with mock.patch.object(counted_kernels, "_processors", lambda device: 3):
+        getattr(counted_kernels, name)(*arguments)
+
+
+def interpreted(name: str, *arguments: Any) -> list[Any]:
+    return interpreter.call(__name__, "on_three_processors", name, *arguments)[1:]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("left", LEFT)
+def test_product_of_rows(left: int, biased: bool) -> None:
+    a, w = torch.randn(256, 72).half(), torch.randn(200, 72).half()
+    bias, out = torch.randn(200).half(), torch.full((256, 200), 7.0).half()
+    limit = torch.tensor(left, dtype=torch.int32)
+    made, *_ = interpreted("product_of_rows", out, a, w.t(), limit, bias if biased else None)
+    right = a.double() @ w.t().double() + biased * bias.double()
+    torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
+    assert (made[-(-left // 128) * 128 :] == 7).all()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("left", LEFT)
+def test_product_over_rows(left: int, accumulate: bool) -> None:
+    """Rows beyond hold anything."""
+    dz, h = torch.randn(256, 200).half(), torch.randn(256, 72).half()
+    dz[left:], h[left:] = torch.nan, torch.nan
+    out, limit = torch.ones(200, 72), torch.tensor(left, dtype=torch.int32)
+    made, *_ = interpreted("product_over_rows", out, dz.t(), h, limit, accumulate)
+    right = accumulate + dz[:left].double().t() @ h[:left].double()
+    torch.testing.assert_close(made.double(), right, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("left", [0, 3, 300])
+def test_sums_and_places_of_rows(left: int) -> None:
+    dz, rows, limit = torch.randn(200, 70), torch.randperm(250)[:200], torch.tensor(left, dtype=torch.int32)
+    for end in (limit, left):
+        parts, *_ = interpreted("sums_over_rows", torch.full((4, 70), 7.0), dz, end)
+        torch.testing.assert_close(parts.sum(0), dz[:left].sum(0), rtol=1e-5, atol=1e-5)
+    out, *_ = interpreted("put_rows", torch.full((250, 70), 7.0), rows, dz, limit)
+    assert torch.equal(out, torch.full((250, 70), 7.0).index_copy(0, rows[:left], dz[:left]))
+
+
+# Compiled
+
+
+@pytest.mark.parametrize(
+    ("kernel", "types", "constants"),
+    [
+        (
+            product_kernels._fill_order,
+            {"counts": "*u8", "order": "*i64", "place": "*i64", "count": "*i32"},
+            {"BLOCK": product_kernels.COUNTED_AT_ONCE},
+        ),
+        *(
+            (
+                product_kernels._fill_rows,
+                {"x": "*bf16", "rows": "*i64", "counted": "*u8", "taken": "*bf16"} | left,
+                {"ON_DEVICE": int(bool(left)), "WIDTH": 1024},
+            )
+            for left in ({"left": "*i32"}, {})
+        ),
+        (
+            counted_kernels._put_rows,
+            {"out": "*bf16", "rows": "*i64", "made": "*bf16", "left": "*i32"},
+            {"WIDTH": 1024},
+        ),
+        *(
+            (
+                counted_kernels._sum_rows,
+                {"parts": "*fp32", "dz": "*bf16"} | left,
+                {"ON_DEVICE": int(bool(left)), "PARTS": 4, "COLUMNS": 64, "ROWS": 128},
+            )
+            for left in ({"left": "*i32"}, {})
+        ),
+    ],
+)
+def test_kernels_compile(kernel: Any, types: dict[str, str], constants: dict[str, int]) -> None:
+    assert interpreter.compiles(kernel, types, **constants)
+
+
+def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: bool) -> int:
+    """Bytes that a program of `_multiply` has, compiled for an H200."""
+    kernel = counted_kernels._multiply
+    m, n, k = tile["M"], tile["N"], tile["K"]
+    types = {
+        "out": f"tensordesc<{out}[{m},{n}]>",
+        "a": f"tensordesc<bf16[{k},{m}]>" if a_t else f"tensordesc<bf16[{m},{k}]>",
+        "b": f"tensordesc<bf16[{n},{k}]>" if b_t else f"tensordesc<bf16[{k},{n}]>",
+        "bias": "*bf16",
+        "left": "*i32",
+    }
+    constants: dict[str, Any] = {"A_T": a_t, "B_T": b_t, "GROUP": tile["GROUP"], "M": m, "N": n, "K": k}
+    if not uses.get("ON_DEVICE", True):
+        types["left"] = "i32"
+    constants |= dict.fromkeys(("HAS_BIAS", "ACCUMULATE", "OVER"), False) | {"ON_DEVICE": True} | uses
+    signature = {n: types.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+    )
+    made = triton.compile(
+        source,
+        target=triton.backends.compiler.GPUTarget("cuda", 90, 32),
+        options={"num_warps": tile["num_warps"], "num_stages": tile["num_stages"]},
+    )
+    assert "cubin" in made.asm
+    return made.metadata.shared
+
+
+WIDE, TALL, NARROW = counted_kernels.WIDE, counted_kernels.TALL, counted_kernels.NARROW
+USES = {
+    "logits": (False, True, "bf16", {}),
+    "logits with a bias": (False, True, "bf16", {"HAS_BIAS": True}),
+    "logits where the host knows": (False, True, "bf16", {"HAS_BIAS": True, "ON_DEVICE": False}),
+    "logits of a transposed weight": (False, False, "bf16", {"HAS_BIAS": True}),
+    "dh": (False, False, "bf16", {}),
+    "dW": (True, False, "bf16", {"OVER": True}),
+    "dW gains": (True, False, "bf16", {"OVER": True, "ACCUMULATE": True}),
+    "dW gains in float32": (True, False, "fp32", {"OVER": True, "ACCUMULATE": True}),
+    "dh in float32": (False, False, "fp32", {}),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_tiles_fit(use: str) -> None:
+    a_t, b_t, out, uses = USES[use]
+    for tile in [NARROW] if out == "fp32" else [WIDE, TALL, NARROW]:
+        assert shared_memory(tile, a_t, b_t, out, **uses) <= SHARED
+
+
+def test_tiles_divide_what_is_computed() -> None:
+    """Rows of a sum are a multiple of what a program reads at once."""
+    assert counted.ALIGNED % counted_kernels.ROWS == 0
+    assert WIDE["K"] == NARROW["K"] == counted_kernels.ROWS
+
+
+def test_a_symbolic_stride_is_multiplied_as_a_whole() -> None:
+    """`2 * s0 - 3 * (s0 // 4)` is no row of what has `s0 - 3 * (s0 // 4)` in each."""
+
+    def f(x: Tensor, y: Tensor, m: Tensor, c: Tensor) -> Tensor:
+        n = x.shape[0] - 3 * (x.shape[0] // 4)
+        coefficients = c[:n].t().contiguous()
+        return operators.row_grad(x[:n], [y[:n]], [], m[:n], coefficients, "max,sumexp,pick")
+
+    sizes = torch.empty(65, 2000), torch.empty(65, dtype=torch.int64), torch.empty(65), torch.empty(65, 3)
+    (wrapper,) = generate(f, *sizes, dynamic=True)
+    code = "".join(wrapper.kernels.values())
+    loads = re.findall(r"tl\.load\(coefficients \+ (\d) \* (.*s0.*) \+ i_row", code)
+    assert [row for row, _ in loads] == ["1", "2"]
+    for row, stride in loads:
+        names = re.findall(r"\bk?s\d+", stride)
+        for n in (64, 65, 66, 67):
+            values = dict.fromkeys(names, n)
+            assert eval(f"{row} * {stride}", values) == int(row) * (n - 3 * (n // 4))
