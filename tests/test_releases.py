@@ -24,7 +24,11 @@ EMPTY = '<testsuites><testsuite tests="0" failures="0" errors="0" skipped="0" ti
 
 def dry(*arguments: str) -> str:
     run = subprocess.run(
-        ["make", "-n", "-B", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "-n", "-B", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return run.stdout
 

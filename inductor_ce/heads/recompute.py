@@ -41,16 +41,16 @@ def _may_be_dropped(link: Node) -> bool:
     make again, would be lost to the backward. Scalars are dropped from torch 2.14, constant tensors in all.
     """
     neutral = _NEUTRAL.get(link.target)
-    return neutral is not None and any(_may_be(operand, neutral) for operand in link.args)
+    return neutral is not None and any(_is_all(operand, neutral) for operand in link.args)
 
 
-def _may_be(operand: Any, number: int) -> bool:
-    """Whether an operand may be this number everywhere: a scalar, or a constant made in the graph."""
+def _is_all(operand: Any, number: int) -> bool:
+    """Whether an operand is this number everywhere: a scalar, or a constant made in the graph."""
     if not isinstance(operand, Node):
         return bool(operand == number)
     if operand.target is aten.full.default:
         return bool(operand.args[1] == number)
-    return operand.op == "call_function" and all(_may_be(node, number) for node in operand.all_input_nodes)
+    return operand.target in _LINKS and _is_all(operand.args[0], number)
 
 
 def _chain(logits: Node, returned: set[Node]) -> list[Node]:
