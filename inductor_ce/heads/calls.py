@@ -7,7 +7,8 @@ from typing import NamedTuple
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..graph.walk import args_of
+from ..common.compat.distributed import ALL_GATHER
+from ..graph.walk import args_of, reached
 
 
 class StatsCall(NamedTuple):
@@ -42,6 +43,11 @@ def stats_call(node: Node) -> StatsCall:
 
 def grad_call(node: Node) -> GradCall:
     return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
+
+
+def exchanges(stats: list[Node]) -> list[Node]:
+    """The nodes by which ranks exchange statistics."""
+    return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]
 
 
 PLANNED = "inductor_ce_planned"  # in the meta of a `row_stats`: its head has been planned

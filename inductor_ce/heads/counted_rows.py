@@ -29,8 +29,8 @@ from ..graph.shapes import example_of, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call
 from .facts import EARLY, Fact, Facts
-from .find import CAST, Head, is_pointwise
-from .finite_rows import NotFinite
+from .find import CAST, COPIES, Head, is_pointwise
+from .finite_rows import PRODUCTS, SUMS, NotFinite
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes
@@ -40,11 +40,8 @@ from .where import Places, Where
 
 aten = torch.ops.aten
 
-_CASTS = (CAST, aten._to_copy.default, aten.clone.default, aten.detach.default, aten.alias.default)
 _ANDS = (aten.logical_and.default, aten.bitwise_and.Tensor)
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 _QUOTIENTS = (aten.div.Tensor, aten.div.Scalar)
-_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
 
 MULTIPLIED = (
     "a mask, or weights, multiply what may be infinite, or NaN, in rows of weight 0, which are seen then; "
@@ -84,8 +81,9 @@ def counted_rows(build: Builder, head: Head, proof: Proof) -> Counted:
     places = Places(build, example_of(head.product).device)
     seen = _Seen(places, head)
     parts = seen.rows()
+    where_live = _Live(places, proof.facts)
     for grad in head.grads:
-        live = _Live(places, proof.facts).of(grad_call(grad).coefficients)
+        live = where_live.of(grad_call(grad).coefficients)
         parts.append(build(aten.any.dim, live, 0) if isinstance(live, Node) else live)
     counts = places.any(parts)
     if not isinstance(counts, Node):
@@ -147,7 +145,7 @@ class _Seen:
         if node.target in _ANDS and len(sources) == 1:
             (other,) = (source for source in node.all_input_nodes if source is not sources[0])
             return self._chosen(node, other, self._seen[sources[0]], False)
-        if node.target in _PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
+        if node.target in PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
             return self._weighed(node, *sources)
         if all(self._seen[source] is True for source in sources):
             return True
@@ -188,7 +186,7 @@ class _Seen:
     def _is_multiplied(self, end: Node) -> bool:
         """Whether what is known beforehand, for each row, multiplies what `end` is made of."""
         before = reached([end], lambda node: [s for s in node.all_input_nodes if s in self._seen])
-        factors = [s for node in before if node.target in _PRODUCTS for s in node.all_input_nodes]
+        factors = [s for node in before if node.target in PRODUCTS for s in node.all_input_nodes]
         return any(map(self._may_leave_out, factors))
 
     def _have_all_rows(self, ends: list[Node]) -> bool:
@@ -272,11 +270,11 @@ class _Live:
             return self._places.not_zero(node)
         if node.target == aten.where.self:
             return self._of_choice(node)
-        if node.target in _PRODUCTS and not node.kwargs:
+        if node.target in PRODUCTS and not node.kwargs:
             return self._of_product(node)
         if node.target in _QUOTIENTS and not node.kwargs:
             return self._of_quotient(node)
-        if node.target in _SUMS or node.target in _CASTS:
+        if node.target in SUMS or node.target in COPIES or node.target == aten.alias.default:
             parts = [self.of(arg) for arg in node.args if isinstance(arg, (Node, int, float))]
             return self._places.over(node, self._places.any(parts))
         if is_moved(node) and not fact.is_early:

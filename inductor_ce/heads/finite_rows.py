@@ -29,8 +29,8 @@ LOGITS_BELOW = 2.0**40
 FACTORS_BELOW = 2.0**20
 MOST_FACTORS = 3  # beyond a sum over all classes, within float32
 
-_SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
-_PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
+SUMS = (aten.add.Tensor, aten.sub.Tensor, aten.neg.default)
+PRODUCTS = (aten.mul.Tensor, aten.mul.Scalar)
 
 
 class NotFinite:
@@ -67,9 +67,9 @@ class NotFinite:
             return self._places.moved(node, parts)
         if node.target == aten.log.default:
             return parts[sources[0]] if self._is_at_least_1(sources[0]) else True
-        if node.target in _PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
+        if node.target in PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
             return self._of_product(node, parts)
-        if node.target in _SUMS or (node.target == CAST and example_of(node).itemsize >= 4):
+        if node.target in SUMS or (node.target == CAST and example_of(node).itemsize >= 4):
             return self._places.over(node, self._places.any(parts.values()))
         if node.target == aten.where.self:
             return self._of_choice(node)

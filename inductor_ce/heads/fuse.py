@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from .. import ops
-from ..common.compat.distributed import ALL_GATHER, WAIT
+from ..common.compat.distributed import WAIT
 from ..common.compat.graphs import is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
@@ -22,7 +22,7 @@ from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
-from .calls import forget_sites, grad_call, stats_call
+from .calls import exchanges, forget_sites, grad_call, stats_call
 from .factors import has_16_bit_factors
 from .find import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T, NoHead
 from .gradients import replace, result_dtype
@@ -102,17 +102,23 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     proof = Proof(head)
     if len(set(map(_is_late, head.grads))) > 1:
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
+
+    def planned(skips: bool) -> Plan:
+        numbers = numbers_of(head, proof.why_not, "", skips)
+        return plan.plan(numbers, options.strategy, options.memory_budget)
+
+    wanted = planned(True)
+    if wanted.strategy == MATERIALISE:
+        return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
         counts, rows = rows_to_compute(build, head, proof)
-        numbers = numbers_of(head, proof.why_not, "", counts is not None)
-        wanted = plan.plan(numbers, options.strategy, options.memory_budget)
+        if counts is None:
+            wanted = planned(False)
         if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
             build.undo()
         if wanted.strategy == MATERIALISE:
-            _sum_biases(graph, head)
-            _sum_unrounded(graph, head)
-            return wanted
+            return _kept_whole(graph, head, wanted)
         if wanted.strategy == VOCAB_SLABS:
             made = vocab_slabs(build, head, wanted)
         else:
@@ -127,6 +133,12 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         raise
     _put(graph, made, order)
     graph.eliminate_dead_code()
+    return wanted
+
+
+def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:
+    _sum_biases(graph, head)
+    _sum_unrounded(graph, head)
     return wanted
 
 
@@ -267,8 +279,8 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,
         varies=varies,
-        sharded=bool(exchanges := _exchanges(head.stats)),
-        uneven=not all(map(_is_among_equals, exchanges)),
+        sharded=bool(gathers := exchanges(head.stats)),
+        uneven=not all(map(_is_among_equals, gathers)),
     )
 
 
@@ -288,8 +300,3 @@ def _is_among_equals(gather: Node) -> bool:
     _, _, group = args_of(gather)
     ranks = gather.graph.find_nodes(op="call_function", target=GROUP_RANK)
     return any(args_of(node)[1:] == (group, True) for node in ranks)
-
-
-def _exchanges(stats: list[Node]) -> list[Node]:
-    """The nodes by which ranks exchange statistics."""
-    return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]

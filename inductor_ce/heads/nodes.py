@@ -13,11 +13,17 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of
 from ..ops.products import PRODUCT_INTO
 
-aten = torch.ops.aten
+aten, prims = torch.ops.aten, torch.ops.prims
 
 
 def empty(build: Builder, size: list[Any], dtype: torch.dtype, device: torch.device) -> Node:
     return build(aten.empty.memory_format, size, dtype=dtype, device=device, pin_memory=False)
+
+
+def iota(build: Builder, size: Any, dtype: torch.dtype, device: torch.device) -> Node:
+    """0, 1, ... up to a size."""
+    kwargs = {"start": 0, "step": 1, "dtype": dtype, "device": device, "requires_grad": False}
+    return build(prims.iota.default, size, **kwargs)
 
 
 def on(node: Node) -> dict[str, Any]:

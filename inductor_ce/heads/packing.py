@@ -13,7 +13,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from ..ops.counted import ALIGNED, HOST_COPY, ROW_ORDER, TAKE_ROWS
-from .nodes import on
+from .nodes import iota, on
 from .ranges import Range
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -49,15 +49,7 @@ class Packing:
     def _left(self, count: Node, pieces: list[Range]) -> Node:
         """Rows to be computed from the first of each piece on, [P]."""
         build = self._build
-        index = build(
-            prims.iota.default,
-            len(pieces),
-            start=0,
-            step=1,
-            dtype=torch.int32,
-            device=example_of(count).device,
-            requires_grad=False,
-        )
+        index = iota(build, len(pieces), torch.int32, example_of(count).device)
         step = pieces[0].end if len(pieces) > 1 else 0
         left = build(aten.sub.Tensor, count, build(aten.mul.Tensor, index, step))
         return build(aten.bitwise_and.Scalar, build(aten.add.Tensor, left, ALIGNED - 1), -ALIGNED)

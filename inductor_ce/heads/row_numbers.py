@@ -10,10 +10,11 @@ from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.walk import args_of
 from .facts import NO_ROW, Facts
 from .find import Head, is_pointwise
+from .nodes import iota
 from .row_locality import is_moved, is_reduced
 from .where import Places
 
-aten, prims = torch.ops.aten, torch.ops.prims
+aten = torch.ops.aten
 
 
 class RowNumbers:
@@ -54,15 +55,7 @@ class RowNumbers:
 
     def _all(self, stats: Node) -> Node:
         _, n = self._places.shape(stats)
-        return self._places.build(
-            prims.iota.default,
-            n,
-            start=0,
-            step=1,
-            dtype=torch.int64,
-            device=self._places.device,
-            requires_grad=False,
-        )
+        return iota(self._places.build, n, torch.int64, self._places.device)
 
     def _rows(self, node: Node) -> torch.Tensor | None:
         return self._facts[node].rows if node in self._facts else None

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT
+from ..common.compat.distributed import ALL_REDUCE, WAIT
 from ..common.compat.inductor import uses_cudagraphs
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
-from ..graph.walk import args_of, reached
-from .calls import stats_call
+from ..graph.walk import args_of
+from .calls import exchanges, stats_call
 from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
 from .find import VIEWS, Head, NoHead
@@ -97,7 +97,7 @@ def _of_any_rank(build: Builder, head: Head, counts: Node) -> Node:
 
     They have the same labels, so that these are the same rows. It is not taken on trust.
     """
-    gathers = [node for node in reached(head.stats, lambda node: node.users) if node.target == ALL_GATHER]
+    gathers = exchanges(head.stats)
     if not gathers:
         return counts
     _, _, group = args_of(gathers[0])

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,7 +116,7 @@ def take_rows(
     piece: int,
 ) -> Tensor:
     """The rows `rows` [n] of x [N, D], 0 where `counted` is False. What is in `after` is made before."""
-    taken = _empty_rows(x, rows, counted, after, left, host, piece)
+    taken = _empty_rows(x, rows)
     n = rows_of_piece(left, host, piece, len(rows))
     (fill,) = by_device(x, _fill_rows)
     fill(x, rows, counted, left[piece] if n is None else n, taken)
@@ -128,15 +129,7 @@ def _fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: int, taken: Tenso
 
 
 @take_rows.register_fake
-def _empty_rows(
-    x: Tensor,
-    rows: Tensor,
-    counted: Tensor,
-    after: list[Tensor],
-    left: Tensor,
-    host: Tensor | None,
-    piece: int,
-) -> Tensor:
+def _empty_rows(x: Tensor, rows: Tensor, *_: Any, **__: Any) -> Tensor:
     return x.new_empty((rows.shape[0], x.shape[1]))
 
 
@@ -160,7 +153,7 @@ def product_to_rows(
 
 
 @product_to_rows.register_fake
-def _(out: Tensor, rows: Tensor, a: Tensor, b: Tensor, left: Tensor, host: Tensor | None, piece: int) -> None:
+def _(out: Tensor, rows: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 

@@ -83,8 +83,8 @@ def register() -> None:
     inductor.register_lowering(ALIGN_ROWS, type_promotion_kind=None)(_align_rows)
     inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
     inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
-    inductor.register_lowering(operators.SOME_ROW_STATS, type_promotion_kind=None)(_some_row_stats)
-    inductor.register_lowering(operators.SOME_ROW_GRAD, type_promotion_kind=None)(_some_row_grad)
+    inductor.register_lowering(operators.SOME_ROW_STATS, type_promotion_kind=None)(_row_stats)
+    inductor.register_lowering(operators.SOME_ROW_GRAD, type_promotion_kind=None)(_row_grad)
     inductor.register_lowering(operators.ROW_GRAD_AGAIN, type_promotion_kind=None)(_row_grad_again)
 
 
@@ -109,28 +109,26 @@ def _align_rows(dz: IRNode) -> IRNode:
 class Limit(NamedTuple):
     """Where the rows of a piece end that are computed: at left[piece], or nowhere. See `counted.py`."""
 
-    left: IRNode | None = None
-    piece: int = -1
+    left: IRNode | None
+    piece: int
 
     def inputs(self) -> list[IRNode]:
         return [] if self.left is None else [inductor.readable(self.left)]
 
 
-NOWHERE = Limit()
-
-
 def _row_stats(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, *, site: int = operators.NO_SITE
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    which: str,
+    left: IRNode | None = None,
+    piece: int = -1,
+    *,
+    site: int = operators.NO_SITE,
 ) -> IRNode:
+    """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights))
-    return _lowered(z, _stats_template, loops.row_stats, z, labels, weights, rows)
-
-
-def _some_row_stats(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], which: str, left: IRNode, piece: int
-) -> IRNode:
-    rows = Rows.decode(which, len(labels), len(weights))
-    template = functools.partial(_stats_template, limit=Limit(left, piece))
+    template = functools.partial(_stats_template, Limit(left, piece))
     return _lowered(z, template, loops.row_stats, z, labels, weights, rows)
 
 
@@ -141,25 +139,14 @@ def _row_grad(
     m: IRNode,
     coefficients: IRNode,
     which: str,
+    left: IRNode | None = None,
+    piece: int = -1,
     *,
     site: int = operators.NO_SITE,
 ) -> IRNode:
+    """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
-    return _lowered(z, _grad_template, loops.row_grad, z, labels, weights, m, coefficients, rows)
-
-
-def _some_row_grad(
-    z: IRNode,
-    labels: list[IRNode],
-    weights: list[IRNode],
-    m: IRNode,
-    coefficients: IRNode,
-    which: str,
-    left: IRNode,
-    piece: int,
-) -> IRNode:
-    rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
-    template = functools.partial(_grad_template, limit=Limit(left, piece))
+    template = functools.partial(_grad_template, Limit(left, piece))
     return _lowered(z, template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
 
@@ -262,7 +249,7 @@ def _template(name: str, grid: Any) -> Any:
 
 
 def _stats_template(
-    z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows, limit: Limit = NOWHERE
+    limit: Limit, z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     chained = not inductor.is_buffer(z)
@@ -280,13 +267,13 @@ def _stats_template(
 
 
 def _grad_template(
+    limit: Limit,
     z: IRNode,
     labels: list[IRNode],
     weights: list[IRNode],
     m: IRNode,
     coefficients: IRNode,
     rows: Rows,
-    limit: Limit = NOWHERE,
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     others = [*map(inductor.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]

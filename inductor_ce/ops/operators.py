@@ -44,6 +44,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,16 +181,6 @@ def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: s
     return torch.stack(values)
 
 
-@row_stats.register_fake
-def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, site: int = NO_SITE) -> Tensor:
-    return _empty_statistics(z, labels, weights, which)
-
-
-def _empty_statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str) -> Tensor:
-    rows = _check(z, labels, weights, which)
-    return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
-
-
 @torch.library.custom_op("inductor_ce::some_row_stats", mutates_args=())
 def some_row_stats(
     z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, left: Tensor, piece: int
@@ -198,9 +189,11 @@ def some_row_stats(
     return _statistics(z, labels, weights, which)
 
 
+@row_stats.register_fake
 @some_row_stats.register_fake
-def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, left: Tensor, piece: int) -> Tensor:
-    return _empty_statistics(z, labels, weights, which)
+def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, *_: Any, **__: Any) -> Tensor:
+    rows = _check(z, labels, weights, which)
+    return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
@@ -250,35 +243,12 @@ def _gradient(
     return dz.to(z.dtype).contiguous()
 
 
-@row_grad.register_fake
-def _(
-    z: Tensor,
-    labels: list[Tensor],
-    weights: list[Tensor],
-    m: Tensor,
-    coefficients: Tensor,
-    which: str,
-    *,
-    site: int = NO_SITE,
-) -> Tensor:
-    _check_grad(z, labels, weights, m, coefficients, which)
-    return z.new_empty(z.shape)
-
-
 @torch.library.custom_op("inductor_ce::row_grad_again", mutates_args=())
 def row_grad_again(
     z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
 ) -> Tensor:
     """As `row_grad`, for who reads it to sum it up: made again there, and nowhere in memory."""
     return _gradient(z, labels, weights, m, coefficients, which)
-
-
-@row_grad_again.register_fake
-def _(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], m: Tensor, coefficients: Tensor, which: str
-) -> Tensor:
-    _check_grad(z, labels, weights, m, coefficients, which)
-    return z.new_empty(z.shape)
 
 
 @torch.library.custom_op("inductor_ce::some_row_grad", mutates_args=())
@@ -296,6 +266,8 @@ def some_row_grad(
     return _gradient(z, labels, weights, m, coefficients, which)
 
 
+@row_grad.register_fake
+@row_grad_again.register_fake
 @some_row_grad.register_fake
 def _(
     z: Tensor,
@@ -304,8 +276,8 @@ def _(
     m: Tensor,
     coefficients: Tensor,
     which: str,
-    left: Tensor,
-    piece: int,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     _check_grad(z, labels, weights, m, coefficients, which)
     return z.new_empty(z.shape)

@@ -42,6 +42,7 @@ until the graph is left: torch 2.13 forgets, when it orders loops anew, that a l
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def logits(
 
 
 def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if bias is not None and z.dtype == a.dtype and gemm.is_slow(b.shape[1], a) and _has_tiles(z, a, b):
+    if bias is not None and z.dtype == a.dtype and _is_better_by_tiles(z, a, b):
         counted_kernels.product_of_rows(z, a, b, len(a), bias)  # a library would write the bias, and read it
         return
     if bias is None or z.dtype != a.dtype:
@@ -90,8 +91,8 @@ def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         torch.addmm(bias[part], a, b[:, part], out=z[:, part])
 
 
-def _has_tiles(*matrices: Tensor) -> bool:
-    return counted_kernels.reads_tiles(matrices[0].device) and all(map(counted_kernels.has_tiles, matrices))
+def _is_better_by_tiles(z: Tensor, a: Tensor, b: Tensor) -> bool:
+    return gemm.is_slow(b.shape[1], a) and counted_kernels.has_product(z, a, b)
 
 
 def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -109,9 +110,8 @@ def _(
     bias: Tensor | None,
     after: list[Tensor],
     dtype: torch.dtype | None = None,
-    left: Tensor | None = None,
-    host: Tensor | None = None,
-    piece: int = 0,
+    *_: Any,
+    **__: Any,
 ) -> Tensor:
     return _empty_logits(a, b, dtype)
 
@@ -153,16 +153,7 @@ def _add_terms(
 
 
 @product_into.register_fake
-def _(
-    out: Tensor,
-    a: Tensor,
-    b: Tensor,
-    start: int,
-    accumulate: bool,
-    left: Tensor | None = None,
-    host: Tensor | None = None,
-    piece: int = 0,
-) -> None:
+def _(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
@@ -233,18 +224,7 @@ def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
 
 
 @product_but.register_fake
-def _(
-    out: Tensor,
-    often: Tensor,
-    dz: Tensor,
-    b: Tensor,
-    labels: list[Tensor],
-    columns: Tensor,
-    accumulate: bool,
-    left: Tensor | None = None,
-    host: Tensor | None = None,
-    piece: int = 0,
-) -> Tensor:
+def _(out: Tensor, often: Tensor, dz: Tensor, b: Tensor, labels: list[Tensor], *_: Any, **__: Any) -> Tensor:
     torch._check(dz.shape[0] == b.shape[0], lambda: "the factors do not fit")
     return dz.new_empty((len(labels), dz.shape[0]))
 
@@ -345,7 +325,7 @@ def column_sums(dz: Tensor, left: Tensor | None = None, host: Tensor | None = No
 
 
 @column_sums.register_fake
-def _(dz: Tensor, left: Tensor | None = None, host: Tensor | None = None, piece: int = 0) -> Tensor:
+def _(dz: Tensor, *_: Any, **__: Any) -> Tensor:
     return dz.new_empty((dz.shape[1],), dtype=stats_dtype(dz))
 
 

@@ -89,8 +89,8 @@ def call_in_place(op: Any, *args: Any) -> None:
 def call_directly(op: CustomOpDef) -> None:
     """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
 
-    That takes some 50 us for each call, more than launching the operator's kernels does. Autograd, and all
-    else that a dispatcher looks after, has been dealt with when code is generated.
+    That takes the host longer than launching the operator's kernels. Autograd, and all else that a dispatcher
+    looks after, has been dealt with when code is generated.
     """
     overload, name = op._opoverload, op._qualname.replace("::", "_")
     call = fallback_handler(overload, add_to_fallback_set=False)
