@@ -252,6 +252,14 @@ def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.Captur
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help(name: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as stopped:
+        cli.parse([name, "--help"])
+    assert stopped.value.code == 0
+    assert "--out" in capsys.readouterr().out
+
+
 def test_refuses_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["ce"]) == 2

@@ -34,13 +34,14 @@ def add_shapes(parser: argparse.ArgumentParser) -> None:
 
 def add_systems(parser: argparse.ArgumentParser, systems: Collection[str]) -> None:
     """`--systems`, to choose among these."""
+    names = ", ".join(systems).replace("%", "%%")  # argparse formats its help by %
     parser.add_argument(
         "--systems",
         choices=systems,
         nargs="+",
         default=list(systems),
         metavar="SYSTEM",
-        help=f"besides {BASELINE}, which all are compared with: {', '.join(systems)} (default: all)",
+        help=f"besides {BASELINE}, which all are compared with: {names} (default: all)",
     )
 
 
