@@ -75,15 +75,14 @@ def errors(made: Made, exact: Made) -> list[float]:
     return norms + [(x.norm(dim=-1).max() / e.norm(dim=-1).max()).item() for x, e in wrong if x.dim() > 1]
 
 
-def assert_no_worse(ours: Made, given: Inputs, case: Case, rounded_as_eager: int | None = None) -> None:
-    """Than by plain torch.compile; gradient `rounded_as_eager` than by that or eager."""
+def assert_no_worse(ours: Made, given: Inputs, case: Case, roundings: int = 0) -> None:
+    """Than by plain torch.compile; the bias's gradient, than numbers that the program rounds so often."""
     exact = measure(case.exact, given.to(torch.float64))
-    naive = errors(plain_of(case, given), exact)
-    if rounded_as_eager is not None:
-        eager = errors(measure(case.loss, given), exact)
-        naive[rounded_as_eager] = max(naive[rounded_as_eager], eager[rounded_as_eager])
-    for error, accepted in zip(errors(ours, exact), naive, strict=True):
-        assert error <= ACCEPTED * accepted + 4 * torch.finfo(torch.float32).eps
+    accepted = [ACCEPTED * error for error in errors(plain_of(case, given), exact)]
+    if roundings:
+        accepted[2] = max(accepted[2], roundings * torch.finfo(given.weight.dtype).eps / 2)
+    for error, most in zip(errors(ours, exact), accepted, strict=True):
+        assert error <= most + 4 * torch.finfo(torch.float32).eps
     rounded = torch.finfo(ours.value.dtype).eps / 2
     torch.testing.assert_close(ours.value.double(), exact.value, rtol=max(1e-3, rounded), atol=1e-3)
 
@@ -103,8 +102,9 @@ def test_numbers(name: str, strategy: str) -> None:
     case, given = CASES[name], on_gpu()
     ours = measure(compiled(case.loss, strategy, 0.6 if name in CHAINED else 0.3), given)
     assert counts() == {strategy: 1}
-    # The learnt scale is one bf16 number: eager and we round it, where torch.compile keeps it in float32.
-    assert_no_worse(ours, given, case, 2 if name == "learnt scale" else None)
+    # The scale, the sum that is its gradient, and their product are bf16. That sum, 0.9984 here, lies halfway
+    # between two such numbers but for 3e-4: as the program has it, exactly, the error is 7e-3.
+    assert_no_worse(ours, given, case, 3 if name == "learnt scale" else 0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
