@@ -44,26 +44,33 @@ def entries_by_hand(dz: Tensor, labels: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def product_but(
-    out: Tensor, dz: Tensor, h: Tensor, labels: list[Tensor], columns: Tensor, accumulate: bool = False
+    out: Tensor,
+    dz: Tensor,
+    h: Tensor,
+    labels: list[Tensor],
+    columns: Tensor,
+    accumulate: bool = False,
+    restore: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(the entries, the rows in float32)"""
     often = torch.ones(len(columns), h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32))
-    return OPS.product_but(out, often, dz, h, labels, columns, accumulate), often
+    return OPS.product_but(out, often, dz, h, labels, columns, accumulate, restore), often
 
 
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("labels", LABELS)
-def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool) -> None:
+def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool, restore: bool) -> None:
     dz, h = factors()
     before, columns = dz.clone(), torch.tensor([4, 0])
     expected, rest = entries_by_hand(dz, labels)
     out = torch.ones(V, D, dtype=torch.float64)
-    entries, often = product_but(out, dz, h, labels, columns, accumulate)
+    entries, often = product_but(out, dz, h, labels, columns, accumulate, restore)
     assert torch.equal(entries, expected)
     torch.testing.assert_close(out, accumulate + rest.T @ h)
-    torch.testing.assert_close(often, accumulate + (dz.T @ h)[columns])
-    assert torch.equal(dz, before)
+    torch.testing.assert_close(often, accumulate + (before.T @ h)[columns])
+    assert torch.equal(dz, before if restore else rest)
 
 
 @pytest.mark.usefixtures("way")
@@ -93,7 +100,8 @@ def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable
         for argument, made in zip(
             arguments, interpreter.call("inductor_ce.ops.product_kernels", name, *arguments), strict=True
         ):
-            argument.copy_(made)
+            if isinstance(argument, Tensor):
+                argument.copy_(made)
 
     return tuple(functools.partial(kernel, function.__name__.lstrip("_")) for function in functions)
 
@@ -121,14 +129,21 @@ def test_times_in_place(dtype: torch.dtype) -> None:
 
 
 POINTERS = {
-    "take_columns": {"dz": "*bf16", "columns": "*i64", "taken": "*bf16"},
-    "take_out": {"dz": "*bf16", "label": "*i32", "entries": "*bf16"},
+    "take_out": {
+        "dz": "*bf16",
+        "label": "*i32",
+        "entries": "*bf16",
+        "columns": "*i64",
+        "taken": "*bf16",
+    },
+    "count_labels": {"label": "*i64", "counts": "*i32"},
+    "fill_keys": {"label": "*i32", "columns": "*i64", "key": "*i32"},
     "put_back": {"dz": "*bf16", "label": "*i64", "entries": "*bf16"},
     "add_rows": {"out": "*bf16", "key": "*i32", "order": "*i64", "factor": "*fp32", "rows": "*bf16"},
     "scale": {"x": "*bf16", "factor": "*fp32"},
     "split": {"x": "*fp32", "terms": "*bf16"},
 }
-CONSTANTS = {"TILE": 32, "ROWS": 32, "WIDTH": 1024, "COUNT": 3}
+CONSTANTS = {"ROWS": 32, "COLUMNS": 128, "KEYS": 16, "WIDTH": 1024, "COUNT": 3}
 
 
 @pytest.mark.parametrize("name", POINTERS)
@@ -139,6 +154,7 @@ def test_kernels_compile(name: str) -> None:
     assert interpreter.compiles(kernel, POINTERS[name], **constants)
 
 
+@pytest.mark.usefixtures("way")
 def test_most_frequent() -> None:
     labels = labels_of([3, 1, 3, -100, 1, V, 3], [4, 4, 3, 1, -1, 0, 2])
     assert OPS.most_frequent(labels, V, 4).tolist() == [3, 1, 4, 0]
@@ -161,7 +177,7 @@ def test_operators_are_registered_as_they_are(labels: list[Tensor]) -> None:
     dz, h = factors(torch.float32)
     out, often, columns = torch.zeros(V, D), torch.zeros(2, D), torch.tensor([4, 0])
     for op, args in (
-        (products.PRODUCT_BUT, (out, often, dz, h, labels, columns, True)),
+        (products.PRODUCT_BUT, (out, often, dz, h, labels, columns, True, True)),
         (products.COMPLETE, (out, labels, torch.randn(len(labels), N), h, columns, often)),
         (products.MOST_FREQUENT, (labels, V, 2)),
         (products.TIMES, (h, torch.tensor(0.7))),

@@ -79,11 +79,14 @@ class Exits:
             coefficients = {node: (m, self._once_made(c, after)) for node, (m, c) in coefficients.items()}
         made = self._pieces.wide_gradients(forward, piece, coefficients)
         latest: dict[Node, Node] = {}
-        for each in sorted(self._others, key=lambda e: e.writes_gradient):
+        others = sorted(self._others, key=lambda e: e.writes_gradient)
+        # Where another loop reads it, which torch may move behind the write, it is left as it was.
+        only = len({made[each.source] for each in others}) == 1
+        for each in others:
             dz = made[each.source]
             if dz not in latest:
                 latest[dz] = self._pieces.in_memory(dz)
-            done, latest[dz] = each.add(latest[dz], piece, first)
+            done, latest[dz] = each.add(latest[dz], piece, first, only and each is others[-1])
             after.append(done)
         return after
 

@@ -41,6 +41,7 @@ class Exit:
         self.is_summed = (pieces.dim == ROWS) != (self.kind == HIDDEN)
         self.dtype = result_dtype(node)
         self._wide = self.dtype.itemsize < 4 and (plan.wide_sum if self.is_summed else plan.wide_hidden)
+        self._is_packed = pieces.packing is not None and not self.is_summed
         self._out: Node | None = None
         self._parts: list[Node] = []
         self._operand = None if self.kind == BIAS else self._other_factor()
@@ -76,22 +77,29 @@ class Exit:
         """Whether `add` writes what it is given, for a time."""
         return self._beside is not None
 
-    def add(self, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
-        """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient."""
+    def add(self, dz: Node, piece: Range, first: bool, last: bool) -> tuple[Node, Node]:
+        """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient.
+
+        Args:
+            dz: the gradient.
+            piece: which one.
+            first: whether it is the first piece.
+            last: whether nobody reads dz thereafter.
+        """
         if self.kind == BIAS:
             return self._add_bias(dz, piece), dz
         assert self._operand is not None
         other = self._operand
         out = self._empty(other) if self._out is None else self._out
         if self._beside is not None:
-            self._out, dz = self._beside.add(out, dz, piece, first)
+            self._out, dz = self._beside.add(out, dz, piece, first, last)
             return self._out, dz
         left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:
             other = self.pieces.rows(other, piece, [])
             limit = self.pieces.limit(piece)
             self._out = into(self.build, out, left, other, accumulate=self._out is not None, **limit)
-        elif self.pieces.packing is not None:
+        elif self._is_packed:
             self._out = self._to_rows(out, left, other, piece)
         else:
             self._out = into(self.build, out, left, other, start=piece.start)
@@ -100,19 +108,12 @@ class Exit:
     def _empty(self, operand: Node) -> Node:
         rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
         dtype = torch.float32 if self._wide else self.dtype
-        size = [rows, self._width(operand)]
-        if self.pieces.packing is not None and not self.is_summed:
-            return self.build(aten.full.default, size, 0.0, dtype=dtype, **on(operand))
-        return empty(self.build, size, dtype, example_of(operand).device)
+        return empty(self.build, [rows, self._width(operand)], dtype, example_of(operand).device)
 
     def _to_rows(self, out: Node, dz: Node, other: Node, piece: Range) -> Node:
-        """The rows of `out` that a piece has become those of its product."""
-        packing = self.pieces.packing
-        assert packing is not None
+        """The product of a piece goes to the rows of `out` that are the piece's, in the order of pieces."""
         limit = self.pieces.limit(piece)
-        made = in_place(
-            self.build, PRODUCT_TO_ROWS, {"out": out}, rows=packing.rows(piece), a=dz, b=other, **limit
-        )
+        made = in_place(self.build, PRODUCT_TO_ROWS, {"out": out}, a=dz, b=other, start=piece.start, **limit)
         return self.build(operator.getitem, made, 1)
 
     def _width(self, operand: Node) -> Any:
@@ -145,6 +146,9 @@ class Exit:
             return scaled(build, x, scale, of_rows)
 
         out = times_scale(out)
+        if self._is_packed:
+            assert self.pieces.packing is not None
+            out = self.pieces.packing.put_back(out)
         if self._beside is not None:
             out = self._beside.complete(out, times_scale)
         if self._must_be_copied(out, scale):
@@ -157,7 +161,7 @@ class Exit:
 
     def _must_be_copied(self, out: Node, scale: Node | None) -> bool:
         """Whether it was written in place in this graph and anything but operators would read it."""
-        if self.kind == BIAS or (scale is not None and self._beside is None):
+        if self.kind == BIAS or self._is_packed or (scale is not None and self._beside is None):
             return False
         return example_of(out).dtype != self.dtype or _is_read_by_loops(self.node)
 

@@ -40,8 +40,11 @@ class NarrowSum:
         self._often = empty(self._build, [count, width], torch.float32, example_of(rows).device)
         self._entries: list[Node] = []
 
-    def add(self, out: Node, dz: Node, piece: Range, first: bool) -> tuple[Node, Node]:
-        """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits."""
+    def add(self, out: Node, dz: Node, piece: Range, first: bool, last: bool) -> tuple[Node, Node]:
+        """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits.
+
+        Whoever is the `last` to read it may leave it as it becomes.
+        """
         build = self._build
         made = in_place(
             build,
@@ -51,6 +54,7 @@ class NarrowSum:
             labels=[self._pieces.cut(label, piece, 0) for label in self._labels],
             columns=self._columns,
             accumulate=not first,
+            restore=not last,
             **self._pieces.limit(piece),
         )
         entries, out, self._often, dz = (build(operator.getitem, made, i) for i in range(4))

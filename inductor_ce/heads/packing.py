@@ -42,7 +42,6 @@ class Packing:
         left = self._left(count, pieces)
         copied = example_of(counts).device.type != "cpu" and not on_device
         self.left, self._host = left, build(HOST_COPY, left) if copied else None
-        self._rows: dict[Range, Node] = {}
         self._moved: dict[tuple[Node, float | None], Node] = {}
         self._taken: dict[tuple[Node, Range], Node] = {}
 
@@ -57,12 +56,6 @@ class Packing:
     def limit(self, piece: Range) -> dict[str, Any]:
         """What products are given to compute of a piece the rows that count."""
         return {"left": self.left, "host": self._host, "piece": piece.index}
-
-    def rows(self, piece: Range) -> Node:
-        """The rows of a piece."""
-        if piece not in self._rows:
-            self._rows[piece] = self._sliced(self._order, piece)
-        return self._rows[piece]
 
     def cut(self, node: Node, piece: Range, dim: int) -> Node:
         """The rows of a piece, along a dimension of what has all.
@@ -86,9 +79,13 @@ class Packing:
         """The rows of a piece of x [N, D], 0 where they do not count, once what is in `after` is made."""
         if (x, piece) not in self._taken:
             counted = self._sliced(self._in_pieces(self.counts), piece)
-            given = (x, self.rows(piece), counted, after)
+            given = (x, self._sliced(self._order, piece), counted, after)
             self._taken[x, piece] = self._build(TAKE_ROWS, *given, **self.limit(piece))
         return self._taken[x, piece]
+
+    def put_back(self, x: Node) -> Node:
+        """What has rows as the pieces took them, [N, D], as they were, 0 where they do not count."""
+        return self._build(TAKE_ROWS, x, self.place, self.counts, [])
 
     def _in_pieces(self, node: Node, otherwise: float | None = None) -> Node:
         """What rows have, as the pieces take them, once for all pieces: it is in memory."""

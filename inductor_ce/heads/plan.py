@@ -279,8 +279,19 @@ def _most_in_chunks(head: HeadNumbers, piece: int, wide_sum: bool, wide_hidden: 
     waiting = _beyond_hidden(head) if wide_hidden else 0
     # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
     weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
-    hidden_at_last = head.n * head.d * 4 + beyond if wide_hidden else 0
+    hidden_at_last = _hidden_at_last(head, wide_hidden) + beyond
     return max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
+
+
+def _hidden_at_last(head: HeadNumbers, wide_hidden: bool) -> int:
+    """Bytes beside the hidden states' gradient when it is made of what chunks put together.
+
+    Rows that chunks took in their own order go back to their places, in another tensor.
+    """
+    if not head.wants_hidden:
+        return 0
+    put_together = head.n * head.d * (4 if wide_hidden else head.element)
+    return put_together * (wide_hidden + head.skips)
 
 
 def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:

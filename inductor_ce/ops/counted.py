@@ -9,7 +9,7 @@ leads to the head has been done, and read when the head is launched.
     row_order   (counts [N])     order [N], place [N], count [1]
     host_copy   (left [P])       the same on the host, on its way
     take_rows   (x [N, D], rows [n], counted [n], after)      [n, D], 0 in rows that are not counted
-    product_to_rows (out [N, M], rows [n], a [n, K], b [K, M])    the rows `rows` of `out` become a b
+    product_to_rows (out [N, M], a [n, K], b [K, M], start)       rows start..start + n of `out` become a b
 
 Operators are given `left`, which holds for each of P pieces the number of rows to be computed from the
 piece's first on, all that follow included; `host`, its copy; and the number of the piece. There is no `host`
@@ -50,7 +50,7 @@ def row_order(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         count: int32 [1], how many rows count.
     """
     order, place = (torch.empty_like(counts, dtype=torch.int64) for _ in range(2))
-    count = counts.new_zeros(1, dtype=torch.int32)
+    count = counts.new_empty(1, dtype=torch.int32)
     (fill,) = by_device(counts, _fill_order)
     fill(counts, order, place, count)
     return order, place, count
@@ -85,10 +85,12 @@ def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: in
     if left is None:
         return most
     if left.device.type == "cpu":
-        host = left
+        n = int(left[piece])
     elif host is None or torch.cuda.is_current_stream_capturing():
         return None
-    return min(max(_arrived(host, piece), 0), most)
+    else:
+        n = _arrived(host, piece)
+    return min(max(n, 0), most)
 
 
 def computed_rows(x: Tensor, left: Tensor, piece: int) -> Tensor:
@@ -97,12 +99,16 @@ def computed_rows(x: Tensor, left: Tensor, piece: int) -> Tensor:
 
 
 def _arrived(host: Tensor, piece: int) -> int:
-    """An element of a `host_copy`, when it is there."""
-    while (value := int(host[piece])) == PENDING:
-        if torch.cuda.current_stream().query() and int(host[piece]) == PENDING:
+    """An element of a `host_copy`, when all have come: they are read once, and kept with it."""
+    found: list[int] = getattr(host, "_arrived", [PENDING])
+    while PENDING in found:
+        is_over = torch.cuda.current_stream().query()
+        found = host.tolist()
+        if is_over and PENDING in found:
             raise RuntimeError("the number of rows that count has not come to the host")
         time.sleep(0)
-    return value
+    host._arrived = found  # type: ignore[attr-defined]
+    return found[piece]
 
 
 @torch.library.custom_op("inductor_ce::take_rows", mutates_args=())
@@ -111,15 +117,15 @@ def take_rows(
     rows: Tensor,
     counted: Tensor,
     after: list[Tensor],
-    left: Tensor,
-    host: Tensor | None,
-    piece: int,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+    piece: int = 0,
 ) -> Tensor:
     """The rows `rows` [n] of x [N, D], 0 where `counted` is False. What is in `after` is made before."""
     taken = _empty_rows(x, rows)
     n = rows_of_piece(left, host, piece, len(rows))
     (fill,) = by_device(x, _fill_rows)
-    fill(x, rows, counted, left[piece] if n is None else n, taken)
+    fill(x, rows, counted, left[piece] if n is None else n, taken)  # type: ignore[index]
     return taken
 
 
@@ -135,25 +141,19 @@ def _empty_rows(x: Tensor, rows: Tensor, *_: Any, **__: Any) -> Tensor:
 
 @torch.library.custom_op("inductor_ce::product_to_rows", mutates_args=("out",), tags=ANY_STRIDES)
 def product_to_rows(
-    out: Tensor, rows: Tensor, a: Tensor, b: Tensor, left: Tensor, host: Tensor | None, piece: int
+    out: Tensor, a: Tensor, b: Tensor, start: int, left: Tensor, host: Tensor | None, piece: int
 ) -> None:
-    """The rows `rows` [n] of `out` [N, M], no two of them equal, become a [n, K] times b [K, M]."""
+    """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
     n = rows_of_piece(left, host, piece, len(a))
-    if n is None:
-        made = a.new_empty((len(a), b.shape[1]), dtype=out.dtype)
-        if counted_kernels.has_product(made, a, b):
-            counted_kernels.product_of_rows(made, a, b, left[piece])
-        else:
-            gemm.product(made, a, b, False)
-        counted_kernels.put_rows(out, rows, made, left[piece])
-    elif n:
-        made = a.new_empty((n, b.shape[1]), dtype=out.dtype)
-        gemm.product(made, a[:n], b, False)
-        out.index_copy_(0, rows[:n], made)
+    rows = out.narrow(0, start, len(a))
+    if n is None and counted_kernels.has_product(rows, a, b):
+        counted_kernels.product_of_rows(rows, a, b, left[piece])
+    elif n != 0:
+        gemm.product(rows[:n], a[:n], b, False)
 
 
 @product_to_rows.register_fake
-def _(out: Tensor, rows: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
+def _(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 

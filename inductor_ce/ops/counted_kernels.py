@@ -22,7 +22,6 @@ WIDE: dict[str, Any] = {"M": 128, "N": 256, "K": ROWS, "GROUP": 8, "num_warps": 
 TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 NARROW: dict[str, Any] = {"M": 128, "N": 128, "K": ROWS, "GROUP": 8, "num_warps": 4, "num_stages": 4}
 COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
-WIDTH = 1024
 
 
 def has_tiles(x: Tensor) -> bool:
@@ -202,20 +201,3 @@ def _sum_rows(
         place = dz + i.to(tl.int64)[:, None] * row + j.to(tl.int64)[None, :] * column
         total += tl.load(place, mask=(i < n)[:, None] & (j < v)[None, :], other=0.0).to(tl.float32)
     tl.store(parts + tl.program_id(1) * v + j, tl.sum(total, 0), mask=j < v)
-
-
-def put_rows(out: Tensor, rows: Tensor, made: Tensor, left: Tensor) -> None:
-    """Row rows[i] of `out` [N, M] becomes made[i] [n, M], for i < left."""
-    n, m = made.shape
-    if n and m:
-        _put_rows[n, triton.cdiv(m, WIDTH)](out, rows, made, left, m, out.stride(0), out.stride(1), WIDTH)
-
-
-@triton.jit
-def _put_rows(out, rows, made, left, m, row_stride, stride, WIDTH: tl.constexpr):
-    i = tl.program_id(0)
-    if i < tl.load(left):
-        column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        value = tl.load(made + i.to(tl.int64) * m + column, mask=column < m)
-        place = out + tl.load(rows + i) * row_stride + column.to(tl.int64) * stride
-        tl.store(place, value, mask=column < m)

@@ -47,6 +47,7 @@ DIRECT = (
     *(counted.row_order, counted.host_copy, counted.take_rows, counted.product_to_rows),
     *(products.logits, products.product_into, products.product_but),
     *(products.complete, products.most_frequent, products.column_sums, products.once_made),
+    products.times_in_place,
 )
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
@@ -93,7 +94,7 @@ def _times(x: IRNode, factor: IRNode) -> IRNode:
     dtype = torch.promote_types(x.get_dtype(), factor.get_dtype())
     on_gpu = x.get_device().type in GPUS and dtype != torch.float64
     if on_gpu and inductor.may_overwrite(x, (COMPLETE, ONCE_MADE, "output")):
-        inductor.call_in_place(TIMES_IN_PLACE, x, factor)
+        inductor.call_lowering(TIMES_IN_PLACE, x, factor)
         return x
     cast = torch.ops.prims.convert_element_type.default
     wide = inductor.call_lowering(cast, x, dtype)

@@ -12,53 +12,65 @@ import triton.language as tl
 from torch import Tensor
 
 LABELS_AT_ONCE = 32
+COLUMNS_AT_ONCE = 128
+KEYS_AT_ONCE = 16
 WIDTH = 1024
-COLUMN_TILE = 32
 ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
 
 
-def take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
-    """`taken` [n, R] become the columns [R] of dz [n, V], all of which there are."""
-    n, r = taken.shape
-    if taken.numel():
-        grid = (triton.cdiv(n, COLUMN_TILE), triton.cdiv(r, COLUMN_TILE))
-        _take_columns[grid](dz, columns, taken, n, r, *dz.stride(), COLUMN_TILE)
+def take_out(dz: Tensor, label: Tensor, entries: Tensor, columns: Tensor, taken: Tensor) -> None:
+    """`taken` [n, R] become the columns [R] of dz [n, V], of which R may be the first alone.
+
+    Then entries [n] become those at the labels [n], which become 0.
+    """
+    n, v = dz.shape
+    if n:
+        grid = (triton.cdiv(n, LABELS_AT_ONCE),)
+        given = dz, label, entries, columns, taken, n, v, taken.shape[1]
+        strides = *dz.stride(), label.stride(0), taken.stride(0)
+        _take_out[grid](*given, *strides, LABELS_AT_ONCE, COLUMNS_AT_ONCE)
 
 
 @triton.jit
-def _take_columns(dz, columns, taken, n, r, row_stride, column_stride, TILE: tl.constexpr):
-    row = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
-    i = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
-    inside = (row < n) & (i < r)
-    column = tl.load(columns + i, mask=i < r, other=0)
-    place = dz + row.to(tl.int64) * row_stride + column * column_stride
-    tl.store(taken + row * r + i, tl.load(place, mask=inside, other=0.0), mask=inside)
-
-
-def take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
-    """entries [n] become those of dz [n, V] at the labels [n], which become 0."""
-    _launch(_take_out, dz, label, entries)
+def _take_out(
+    dz,
+    label,
+    entries,
+    columns,
+    taken,
+    n,
+    v,
+    r,
+    row_stride,
+    column_stride,
+    label_stride,
+    taken_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
+    for first in range(0, r, COLUMNS):
+        i = (first + tl.arange(0, COLUMNS))[None, :]
+        inside = (rows < n) & (i < r)
+        column = tl.load(columns + i, mask=i < r, other=0)
+        entry = tl.load(dz + rows.to(tl.int64) * row_stride + column * column_stride, mask=inside, other=0.0)
+        tl.store(taken + rows * taken_stride + i, entry, mask=inside)
+    tl.debug_barrier()  # no thread may write what another is about to read
+    row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
+    entry = tl.load(place, mask=there, other=0.0)
+    tl.store(entries + row, entry, mask=row < n)
+    tl.debug_barrier()  # another thread may hold the same row
+    tl.store(place, tl.zeros_like(entry), mask=there)
 
 
 def put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
     """The entries of dz [n, V] at the labels [n] become entries [n]."""
-    _launch(_put_back, dz, label, entries)
-
-
-def _launch(kernel: triton.JITFunction, dz: Tensor, label: Tensor, entries: Tensor) -> None:
     n, v = dz.shape
     if n:
         grid = (triton.cdiv(n, LABELS_AT_ONCE),)
-        kernel[grid](dz, label, entries, n, v, *dz.stride(), label.stride(0), LABELS_AT_ONCE, num_warps=1)
-
-
-@triton.jit
-def _take_out(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
-    row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
-    entry = tl.load(place, mask=there, other=0.0)
-    tl.store(entries + row, entry, mask=row < n)
-    tl.store(place, tl.zeros_like(entry), mask=there)
+        strides = *dz.stride(), label.stride(0)
+        _put_back[grid](dz, label, entries, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
 
 
 @triton.jit
@@ -74,6 +86,40 @@ def _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS: t
     y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
     there = (y >= 0) & (y < v) & (row < n)
     return row, dz + row.to(tl.int64) * row_stride + y * column_stride, there
+
+
+def count_labels(label: Tensor, counts: Tensor) -> None:
+    """counts [V] (int32) gain 1 at each label."""
+    n = len(label)
+    if n:
+        grid = (triton.cdiv(n, WIDTH),)
+        _count_labels[grid](label, counts, n, len(counts), label.stride(0), WIDTH)
+
+
+@triton.jit
+def _count_labels(label, counts, n, v, stride, WIDTH: tl.constexpr):
+    i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    y = tl.load(label + i * stride, mask=i < n, other=-1).to(tl.int64)
+    there = (y >= 0) & (y < v)
+    tl.atomic_add(counts + tl.where(there, y, 0), 1, mask=there, sem="relaxed")
+
+
+def fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
+    """key[i] becomes label[i] where that is one of V, and none of the columns; else V, as the last is."""
+    grid = (triton.cdiv(len(key), KEYS_AT_ONCE),)
+    block = triton.next_power_of_2(max(len(columns), 1))
+    _fill_keys[grid](label, columns, v, key, len(label), len(columns), label.stride(0), KEYS_AT_ONCE, block)
+
+
+@triton.jit
+def _fill_keys(label, columns, v, key, n, r, stride, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
+    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    y = tl.load(label + i * stride, mask=i < n, other=-1).to(tl.int64)
+    j = tl.arange(0, COLUMNS)
+    column = tl.load(columns + j, mask=j < r, other=-1)
+    is_apart = tl.max((y[:, None] == column[None, :]).to(tl.int32), 1) != 0
+    there = (y >= 0) & (y < v) & ~is_apart
+    tl.store(key + i, tl.where(there, y, v).to(tl.int32), mask=i <= n)
 
 
 def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
@@ -182,7 +228,9 @@ def _split(
 def fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
     """What `counted.row_order` returns, from counts [N], which is bool."""
     n = len(counts)
-    if n:
+    if not n:
+        count.zero_()
+    else:
         grid = (triton.cdiv(n, COUNTED_AT_ONCE),)
         _fill_order[grid](counts.view(torch.uint8), order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
 

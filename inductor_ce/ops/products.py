@@ -2,7 +2,7 @@
 
     logits         (a [n, D], b [D, V], bias | None, after, dtype)      a b + bias [n, V]
     product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
-    product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate)
+    product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate, restore)
                                                                         the same of dz' b, but for labels
     complete       (out [V, M], labels, entries, rows [N, M], columns, often)
                                                                         what was left out, added at last
@@ -166,6 +166,7 @@ def product_but(
     labels: list[Tensor],
     columns: Tensor,
     accumulate: bool,
+    restore: bool,
     left: Tensor | None = None,
     host: Tensor | None = None,
     piece: int = 0,
@@ -175,8 +176,8 @@ def product_but(
     `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
     Returns the entries at the labels, [labels, n]; rows that are not computed must have labels that are none
     of the columns, and have no entries. Where two labels of a row are equal the second is 0, as it
-    is where a label is none of the columns. For the time of the product they are 0 in dz, which is therefore
-    written, though who reads it afterwards finds it as it was.
+    is where a label is none of the columns. For the product they become 0 in dz, and with `restore` what they
+    were thereafter.
     """
     n = rows_of_piece(left, host, piece, len(dz))
     make = dz.new_empty if n in (None, len(dz)) else dz.new_zeros
@@ -185,26 +186,21 @@ def product_but(
         return entries
     if n is not None:
         dz, b, labels, left = dz[:n], b[:n], [label[:n] for label in labels], None
-    take_columns, take_out, put_back = by_device(dz, _take_columns, _take_out, _put_back)
+    take_out, put_back = by_device(dz, _take_out, _put_back)
     taken = dz.new_empty((len(dz), len(columns)))
-    take_columns(dz, columns, taken)
-    _add_terms(often, taken.t(), b, accumulate, left, host, piece)
     each = [*zip(labels, entries[:, : len(dz)], strict=True)]
-    for label, of_label in each:
-        take_out(dz, label, of_label)
+    for i, (label, of_label) in enumerate(each):
+        take_out(dz, label, of_label, columns, taken[:, : 0 if i else None])
+    _add_terms(often, taken.t(), b, accumulate, left, host, piece)
     _add_terms(out, dz.t(), b, accumulate, left, host, piece)
-    for label, of_label in reversed(each):
+    for label, of_label in reversed(each) if restore else ():
         put_back(dz, label, of_label)
     return entries
 
 
-def _take_columns(dz: Tensor, columns: Tensor, taken: Tensor) -> None:
-    """`taken` [n, R] become the columns [R]."""
-    torch.index_select(dz, 1, columns, out=taken)
-
-
-def _take_out(dz: Tensor, label: Tensor, entries: Tensor) -> None:
-    """`entries` [n] become those at the labels, which become 0."""
+def _take_out(dz: Tensor, label: Tensor, entries: Tensor, columns: Tensor, taken: Tensor) -> None:
+    """`taken` [n, R] become the columns [R], as many; `entries` [n] those at the labels, which become 0."""
+    taken.copy_(dz[:, columns[: taken.shape[1]]])
     rows, there = _rows_there(label, dz.shape[1])
     entries.zero_()[rows] = dz[rows, there]
     dz[rows, there] = 0
@@ -238,15 +234,21 @@ def complete(
     What a row gains is summed in float32, always in the same order, and the row is rounded once. Labels that
     are none of the V rows are left out. The rows `columns` become those of `often` instead.
     """
-    v = out.shape[0]
-    label = torch.cat([*labels, columns.new_full((1,), v)])
-    is_apart = torch.zeros(v, dtype=torch.bool, device=out.device).index_fill_(0, columns, True)
-    there = (label >= 0) & (label < v)
-    there &= ~is_apart[label.masked_fill(~there, 0)]
-    key, order = label.masked_fill(~there, v).int().sort(stable=True)
-    (add_rows,) = by_device(out, _add_rows)
+    label = labels[0] if len(labels) == 1 else torch.cat(labels)
+    key = torch.empty(len(label) + 1, dtype=torch.int32, device=out.device)
+    fill_keys, add_rows = by_device(out, _fill_keys, _add_rows)
+    fill_keys(label, columns, out.shape[0], key)
+    key, order = key.sort(stable=True)
     add_rows(out, key, order[:-1], entries.flatten(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
+
+
+def _fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
+    """key[i] becomes label[i] where that is one of V, and none of the columns; else V, as the last is."""
+    is_apart = torch.zeros(v, dtype=torch.bool, device=label.device).index_fill_(0, columns, True)
+    there = (label >= 0) & (label < v)
+    there &= ~is_apart[label.masked_fill(~there, 0).long()]
+    key.fill_(v)[:-1] = label.masked_fill(~there, v)
 
 
 def _add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
@@ -269,11 +271,17 @@ def _(
 @torch.library.custom_op("inductor_ce::most_frequent", mutates_args=())
 def most_frequent(labels: list[Tensor], v: int, count: int) -> Tensor:
     """The classes of 0..v - 1 that are labels most often, `count` of them, the lowest of equals."""
-    label = torch.cat(labels).long()
-    there = (label >= 0) & (label < v)
-    counts = torch.zeros(v, dtype=torch.int32, device=label.device)
-    counts.scatter_add_(0, label.masked_fill(~there, 0), there.int())
+    counts = torch.zeros(v, dtype=torch.int32, device=labels[0].device)
+    (count_labels,) = by_device(counts, _count_labels)
+    for label in labels:
+        count_labels(label, counts)
     return counts.sort(descending=True, stable=True).indices[:count].clone()
+
+
+def _count_labels(label: Tensor, counts: Tensor) -> None:
+    """counts[j] gains the number of labels that are j."""
+    there = (label >= 0) & (label < len(counts))
+    counts.scatter_add_(0, label.masked_fill(~there, 0).long(), there.int())
 
 
 @most_frequent.register_fake

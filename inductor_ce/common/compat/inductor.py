@@ -81,11 +81,6 @@ def call_lowering(op: Any, *args: Any, **kwargs: Any) -> IRNode:
     return lowerings[op](*args, **kwargs)
 
 
-def call_in_place(op: Any, *args: Any) -> None:
-    """Let the graph call an operator that writes to its arguments and returns nothing."""
-    fallback_handler(op, add_to_fallback_set=False)(*args)
-
-
 def call_directly(op: CustomOpDef) -> None:
     """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
 
