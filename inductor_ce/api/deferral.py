@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat import graphs
-from ..common.compat.dynamo import is_captured, leave_alone
+from ..common.compat.dynamo import is_captured, is_to_be_saved, leave_alone
 from ..common.compat.inductor import inductor_config, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
@@ -133,7 +133,7 @@ def read_and_defer(
         attempt("operators of ATen are not read", read_aten, inner.graph)
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
-        may_be_lazy = options.returned_logits == LAZY and not options.verify
+        may_be_lazy = options.returned_logits == LAZY and not options.verify and not is_to_be_saved()
         if inner is module and may_be_lazy:
             finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, options, copies)
             if found.sites and any(FACT in node.meta for node in module.graph.nodes):

@@ -96,12 +96,18 @@ class Miss:
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _PACKAGE = Path(__file__).parents[1]
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, _PACKAGE))
+_PYTHONS_OWN = os.path.dirname(os.__file__)  # its modules; installed packages are further within
 
 
 def user_line(node: Node) -> tuple[str, str]:
-    """("file.py:41", the text of that line): the innermost frame outside torch and us that made `node`."""
+    """("file.py:41", the text of that line): the innermost frame that made `node`, outside torch and us.
+
+    Nor is it Python's own, as that of operator.add, which Dynamo of torch 2.15 goes through for a sum.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    outside = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
+    outside = [
+        f for f in frames if not f[0].startswith(_NOT_THE_USERS) and os.path.dirname(f[0]) != _PYTHONS_OWN
+    ] or frames
     if not outside:
         return "<unknown>:0", ""
     file, line = outside[-1]
