@@ -37,6 +37,7 @@ class Reason(enum.Enum):
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     BACKWARD_IN_GRAPH = "Capture the forward alone, and let torch.compile differentiate it."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
+    PASSES_OFF = "Compile without them, or in another mode, and it is fused."
     INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."
 
 

@@ -318,4 +318,18 @@ def choose(
 
 # Passes
 
+LOSS_PASSES, HEAD_PASSES = "use_pre_grad_passes", "use_joint_graph_passes"  # without which ours do not run
+
+
+def is_on(switch: str, patches: dict[str, Any]) -> bool:
+    """Whether a switch of Inductor's configuration is on under patches of it; mode="lite" has both off."""
+    return patches.get(switch, getattr(inductor_config, switch))
+
+
+def patches_of(f: Any) -> dict[str, Any]:
+    """Under which patches of Inductor's configuration `f` was compiled; none where it was not."""
+    configuration = getattr(f, "get_compiler_config", lambda: None)()
+    return configuration or {}
+
+
 HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")
