@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
 folder, what = Path(sys.argv[1]), sys.argv[2]
@@ -71,6 +72,17 @@ elif what == "load":
 elif what == "load without the package":
     sys.modules["inductor_ce"] = None
     found = {"loss": tried(loss)}
+elif what.endswith("the caches"):  # with the program itself among what they hold
+    torch._dynamo.config.caching_precompile = True
+    if what.startswith("save"):
+        import inductor_ce
+        inductor_ce.install(min_vocab=2, **OPTIONS[loss])
+    else:
+        torch.compiler.load_cache_artifacts((folder / "caches").read_bytes())
+    found = {"with_logits": told(with_logits, torch.compile(with_logits))}
+    if what.startswith("save"):
+        (folder / "caches").write_bytes(torch.compiler.save_cache_artifacts()[0])
+    found["is imported"] = "inductor_ce" in sys.modules
 else:
     from inductor_ce.ops import lowering
     lowering.sources = lambda: "of another version"
@@ -87,8 +99,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(folder: Path, what: str) -> dict[str, Any]:
     """What a process of its own says."""
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
     run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder), what],
+        [sys.executable, str(program), str(folder), what],
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -122,3 +136,10 @@ def test_without_the_package(folder: Path, saved: dict[str, Any]):
 def test_another_version_of_the_package(folder: Path, saved: dict[str, Any]):
     told = found(folder, "load with another version")["loss"]
     assert "compiled with another version of inductor_ce. Compile and save it again" in told
+
+
+def test_caches_that_hold_the_program(folder: Path):
+    """Where they are found, our operators come with them; nothing is compiled, or read by our passes."""
+    saved, loaded = found(folder, "save the caches"), found(folder, "load the caches")
+    assert loaded["is imported"]
+    assert loaded["with_logits"] == pytest.approx(saved["with_logits"], rel=1e-6)
