@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
 folder, what = Path(sys.argv[1]), sys.argv[2]
 torch.manual_seed(0)
 H, W, Y = torch.randn(64, 16), torch.randn(512, 16), torch.randint(512, (64,))
