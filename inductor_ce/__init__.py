@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .api.install import Installation, install, uninstall
     from .api.report import Report
     from .common.errors import (
+        ArtefactError,
         DerivativeError,
         InductorCEError,
         InputError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtefactError",
     "DerivativeError",
     "InductorCEError",
     "InputError",
@@ -60,7 +62,15 @@ _HOMES = {
     "api.install": ("Installation", "install", "uninstall"),
     "common.options": ("Options",),
     "common.errors": (
-        *("DerivativeError", "InductorCEError", "InputError", "LazyLogitsError", "MissError", "OptionError"),
+        *(
+            "ArtefactError",
+            "DerivativeError",
+            "InductorCEError",
+            "InputError",
+            "LazyLogitsError",
+            "MissError",
+            "OptionError",
+        ),
         *("UnsupportedTorchError",),
     ),
     "api.defer": ("defer", "restore"),

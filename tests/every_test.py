@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 from harness import clean_slate, collect_seldom
+from releases import skip_if_limit
 
 from inductor_ce.heads import plan
 
@@ -55,6 +56,15 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     collect_seldom()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except Exception as error:
+        skip_if_limit(error)
+        raise
 
 
 @pytest.fixture(autouse=True)

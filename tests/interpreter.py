@@ -108,6 +108,8 @@ def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
     def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
         def check(pointers: Any, *args: Any, **how: Any) -> Any:
             mask = args[mask_at]  # of a tile it is an array; it may be of ones and zeros
+            if not isinstance(mask, np.ndarray):
+                mask.data = mask.data.astype(bool)  # the only ones that Triton 3.9 takes
             used = pointers.data[(mask if isinstance(mask, np.ndarray) else mask.data).astype(bool)]
             inside = [(used >= first) & (used < end) for first, end in bounds]
             assert np.logical_or.reduce(inside).all(), "out of bounds"

@@ -31,6 +31,7 @@ from inductor_ce.api import backend, explain, install, pass_slots, passes
 from inductor_ce.api.passes import FuseHeads, FuseLosses
 from inductor_ce.common import failsafe
 from inductor_ce.common.compat import inductor, versions
+from inductor_ce.common.sources import PACKAGE, sources
 from inductor_ce.heads import fuse
 from inductor_ce.rewriting import rewrite
 
@@ -405,28 +406,28 @@ def test_key_is_of_the_options_and_the_pass():
 
 def test_key_is_of_the_sources(monkeypatch: pytest.MonkeyPatch):
     before = FuseLosses(Options()).uuid()
-    monkeypatch.setattr(passes, "sources", lambda: b"changed")
+    monkeypatch.setattr(passes, "sources", lambda: "changed")
     assert FuseLosses(Options()).uuid() != before
 
 
 def test_a_changed_file_in_any_room_changes_the_key(tmp_path: Path):
     package = tmp_path / "inductor_ce"
-    shutil.copytree(passes.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "bench"))
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__", "bench"))
     files = [file for ending in ("py", "jinja") for file in package.rglob(f"*.{ending}")]
-    keys = {passes.sources(passes.PACKAGE)}
-    passes.sources.cache_clear()
+    keys = {sources(PACKAGE)}
+    sources.cache_clear()
     for file in files:
         file.write_bytes(file.read_bytes()[:-1] + b"#")  # of the same size
-        keys.add(passes.sources(package))
-        passes.sources.cache_clear()
+        keys.add(sources(package))
+        sources.cache_clear()
     assert len(files) > 60
     assert len(keys) == 1 + len(files)
 
 
 def test_the_key_is_the_same_wherever_the_package_lies(tmp_path: Path):
     package = tmp_path / "inductor_ce"
-    shutil.copytree(passes.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
-    assert passes.sources(package) == passes.sources(passes.PACKAGE)
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    assert sources(package) == sources(PACKAGE)
 
 
 COMPILE = """

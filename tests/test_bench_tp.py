@@ -15,6 +15,7 @@ import pytest
 import torch
 from harness import without_codegen
 from ranks import spawn
+from releases import before
 from test_bench import RESULT as RESULT_OF_CE
 
 from inductor_ce.bench import cli
@@ -144,10 +145,13 @@ def test_what_is_recorded(of_ranks: list[dict[str, Any]]):
 
 
 def test_gradients_stay_shards(of_ranks: list[dict[str, Any]]):
-    """But where logits are gathered: then every rank has the whole gradient, and the whole of the head's."""
+    """But for plain compile, which up to torch 2.14 gathers logits: every rank then has all of the gradient."""
     for row in of_ranks[0]["found"]["rows"]:
         name, sharded = ("logits", "S(1)") if row["task"] == "loss" else ("W", "S(0)")
-        assert row["placements"][name] == ("R" if row["system"] == PLAIN else sharded)
+        if row["system"] != PLAIN:
+            assert row["placements"][name] == sharded
+        elif before(2, 15):
+            assert row["placements"][name] == "R"
 
 
 def test_what_one_rank_sees_all_record(of_ranks: list[dict[str, Any]]):

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase
-from harness import compile_without_codegen, misses, sites
-from torch import nn
+from harness import compile_without_codegen, misses, sites, without_codegen
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import inductor_ce
@@ -396,6 +396,41 @@ def test_log(caplog: pytest.LogCaptureFixture):
         f"{where}: left as written [SOFT_TARGETS] The target holds class probabilities of which a gradient "
         f"is wanted. {Reason.SOFT_TARGETS.value}",
     ]
+
+
+def head_and_logits(h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    z = F.linear(h, W)
+    return F.cross_entropy(z, y), z
+
+
+def head_given() -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(32, 8).requires_grad_(), torch.randn(64, 8), torch.randint(64, (32,))
+
+
+def test_lite_mode_fuses_nothing_and_says_so():
+    """It has the passes off among which ours run. No logits are lazy then."""
+    given = head_given()
+    with inductor_ce.install(min_vocab=2, strategy="token_chunks"), without_codegen():
+        compiled = torch.compile(head_and_logits, mode="lite")
+        report = inductor_ce.explain(compiled, *given)
+        value, z = compiled(*given)
+    assert (sites(), misses(), type(z)) == (0, 0, Tensor)
+    torch.testing.assert_close(value, head_and_logits(*given)[0])
+    (miss,) = report.misses
+    assert (report.sites, miss.reason) == ([], Reason.PASSES_OFF)
+    assert 'as in mode="lite" (use_pre_grad_passes). Compile without them' in miss.message
+
+
+def test_heads_stay_whole_where_the_passes_over_joint_graphs_are_off():
+    given = head_given()
+    with inductor_ce.install(min_vocab=2, strategy="token_chunks"), without_codegen():
+        compiled = torch.compile(head_and_logits, options={"use_joint_graph_passes": False})
+        (site,) = inductor_ce.explain(compiled, *given).sites
+        (pieces,) = inductor_ce.explain(head_and_logits, *given).sites
+        compiled(*given)[0].backward()
+    assert (site.strategy, pieces.strategy) == ("materialise", "token_chunks")
+    assert 'as in mode="lite" (use_joint_graph_passes)' in site.plan
+    assert (counters["inductor_ce"]["sites"], counters["inductor_ce"]["token_chunks"]) == (1, 0)
 
 
 def test_one_line_a_site(caplog: pytest.LogCaptureFixture):

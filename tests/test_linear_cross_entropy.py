@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from harness import compile_without_codegen, misses, sites, without_codegen
 from inputs import labels
 from reference import assert_fair, log_sum_exp
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -608,3 +608,30 @@ def test_trap_24_gpu_eager_waits_for_nothing() -> None:
             step(i)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# torch's own form
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch has it from 2.13 on")
+@pytest.mark.parametrize("how", ["function", "module", "with options"])
+def test_torchs_own_form(how: str) -> None:
+    """It is a linear layer and a loss, fused as such; with options it is chunks of torch's, left alone."""
+    h, w, y = torch.randn(32, 8).double(), torch.randn(64, 8).double(), torch.randint(64, (32,))
+    options = nn.LinearCrossEntropyOptions() if how == "with options" else None
+
+    def loss(h: Tensor, w: Tensor) -> Tensor:
+        if how != "module":
+            return F.linear_cross_entropy(h, w, y, options=options)
+        module = nn.LinearCrossEntropyLoss(8, 64, dtype=torch.float64)
+        return torch.func.functional_call(module, {"linear.weight": w}, (h, y))
+
+    def of(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        leaves = h.clone().requires_grad_(), w.clone().requires_grad_()
+        value = f(*leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    compiled, _ = compile_without_codegen(loss)
+    torch.testing.assert_close(of(compiled), of(lambda h, w: F.cross_entropy(h @ w.t(), y)))
+    assert sites() == (how != "with options")
+    assert misses() == 0

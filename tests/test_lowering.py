@@ -160,6 +160,35 @@ def test_argmax_is_the_first_of_the_largest() -> None:
         assert actual.tolist() == [1, 0, 2, 0, v - 1]
 
 
+LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "in memory": lambda a, b: a,
+    "transposed in memory": lambda a, b: b.t(),
+    "of both": lambda a, b: a + b.t(),
+    "of functions": lambda a, b: torch.tanh(a / 3) + torch.exp(b.t()),
+    "16-bit, of both": lambda a, b: a.bfloat16() + b.t().bfloat16(),
+    "float64": lambda a, b: a.double() + b.t(),
+}
+
+
+def test_argmax_beside_what_is_read_across_rows() -> None:
+    """Such a loop goes over tiles: the logits, a weight, or what a program itself sums beside them."""
+    which, n, v = reference.rows(0, "argmax", *reference.weighted(1)), 21, 45
+
+    @torch.compile
+    def of_each_kind(a: Tensor, b: Tensor, *weights: Tensor) -> list[tuple[Tensor, ...]]:
+        made = [logits(a, b) for logits in LOGITS.values()]
+        return [(z, (z * q).sum(1), ops.row_stats(z, [], [q], which)) for z in made for q in weights]
+
+    a, b = 3 * torch.randn(n, v), 3 * torch.randn(v, n)
+    a[:2], b[:, :2] = 1.0, 0.5  # all of them the largest
+    a[2, [3, 6]], b[[3, 6], 2], a[3], b[:, 3] = torch.nan, torch.nan, -torch.inf, -torch.inf
+    weights = torch.randn(n, v), torch.randint(-9, 9, (v, n)).t()
+    kinds = [name for name in LOGITS for _ in weights]
+    place = which.split(",").index("argmax")
+    for kind, (z, _, stats) in zip(kinds, of_each_kind(a, b, *weights), strict=True):
+        assert stats[place].tolist() == z.argmax(1).tolist(), kind
+
+
 def test_gradient_of_a_logit_of_minus_infinity() -> None:
     z, y, q = torch.randn(4, 9), reference.random_labels(4, 9), [torch.randn(4, 9), torch.rand(9)]
     z[:, [0, 8]] = -torch.inf

@@ -12,6 +12,7 @@ from harness import compile_with_codegen, compile_without_codegen, sites
 from head_cases import counts
 from pairwise import EVERYTHING
 from reference import assert_fair
+from releases import before
 from torch import Tensor
 from torch._higher_order_ops.associative_scan import associative_scan
 from torch._higher_order_ops.hints_wrap import hints_wrapper
@@ -269,6 +270,8 @@ def assert_right(compiled: Program, f: Program, given: list[Tensor]) -> None:
 )
 def test_bodies(name: str, strategy: str) -> None:
     f = BODIES[name]
+    if f is scanned and before(2, 13):
+        pytest.skip("torch 2.11 and 2.12 have a wrong gradient of what a scan carries, without us too")
     compiled, _ = compile_without_codegen(f, strategy=strategy, memory_budget=0.35)
     assert_right(compiled, f, leaves())
     assert bool(sites()) == (f not in LEFT)
@@ -313,7 +316,8 @@ def test_any_number_of_rows() -> None:
     compiled, _ = compile_without_codegen(twice, dynamic=True, strategy=CHUNKS, memory_budget=0.35)
     for n in (12, 7, 33):
         assert_right(compiled, twice, leaves(n))
-    assert sites() == 1
+    bodies = 2 if before(2, 12) else 1  # Dynamo of 2.11 keeps two where sizes are symbols
+    assert sites() == bodies
 
 
 def test_without_a_gradient() -> None:

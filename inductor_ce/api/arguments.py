@@ -52,9 +52,14 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 def _dtype_in_linear(tensor: Tensor) -> torch.dtype:
     """The dtype that a linear layer computes in: autocast takes all but float64 to its own."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if tensor.dtype == torch.float64 or not _has_autocast(kind):
         return tensor.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 does not trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
 def check_beside(

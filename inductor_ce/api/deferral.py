@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat import graphs
-from ..common.compat.dynamo import is_captured, leave_alone
-from ..common.compat.inductor import inductor_config, uses_cudagraphs
+from ..common.compat.dynamo import is_captured, is_to_be_saved, leave_alone
+from ..common.compat.inductor import LOSS_PASSES, inductor_config, is_on, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
 from ..distributed import local_logits
@@ -69,7 +69,9 @@ def compile_deferring(
         patches: of Inductor's configuration, under which it compiles.
     """
     module, inputs, flatten = taken_apart(module, inputs)
-    report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
+    report, finish = Report(), None
+    if is_on(LOSS_PASSES, patches):
+        report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
     publish(report, options)
     with telling(), made_inside(inputs):
         compiled = compile(module, inputs)
@@ -133,7 +135,7 @@ def read_and_defer(
         attempt("operators of ATen are not read", read_aten, inner.graph)
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
-        may_be_lazy = options.returned_logits == LAZY and not options.verify
+        may_be_lazy = options.returned_logits == LAZY and not options.verify and not is_to_be_saved()
         if inner is module and may_be_lazy:
             finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, options, copies)
             if found.sites and any(FACT in node.meta for node in module.graph.nodes):

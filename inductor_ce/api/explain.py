@@ -12,10 +12,17 @@ from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch.fx import Graph, GraphModule
 
 from ..common.compat.dynamo import aot_eager, captured_copy, no_recompile_limit, uncompiled
-from ..common.compat.inductor import CustomGraphPass, compile_fx
+from ..common.compat.inductor import (
+    HEAD_PASSES,
+    LOSS_PASSES,
+    CustomGraphPass,
+    compile_fx,
+    is_on,
+    patches_of,
+)
 from ..common.compat.versions import check_torch
 from ..common.failsafe import attempt
-from ..common.findings import Site
+from ..common.findings import Miss, Reason, Site
 from ..common.options import Options
 from ..graph.walk import graphs_within
 from ..heads.fuse import Planned, fuse_heads, sentence
@@ -45,11 +52,16 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """
     check_torch()
     report = Report()
-    options = installed_options()
+    options, patches = installed_options(), patches_of(f)
+    why_whole = "" if is_on(HEAD_PASSES, patches) else f"{SWITCHED_OFF} ({HEAD_PASSES})"
 
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        found, planned = _found(gm, example_inputs, options)
-        report.sites += with_plans([site for each in found for site in each.sites], planned)
+        found, planned = _found(gm, example_inputs, options, why_whole)
+        sites = with_plans([site for each in found for site in each.sites], planned)
+        if is_on(LOSS_PASSES, patches):
+            report.sites += sites
+        else:
+            report.misses += map(_not_fused, sites)
         report.misses += [miss for each in found for miss in each.misses]
         return _runnable(gm, example_inputs, options)
 
@@ -84,13 +96,22 @@ class _Silent(CustomGraphPass):
         return "explain"
 
 
+SWITCHED_OFF = 'the passes of Inductor that ours run among are off, as in mode="lite"'
+
+
+def _not_fused(site: Site) -> Miss:
+    message = f"{site.form} at {site.location} is not fused: {SWITCHED_OFF} ({LOSS_PASSES})."
+    return Miss(site.location, site.code, Reason.PASSES_OFF, f"{message} {Reason.PASSES_OFF.value}")
+
+
 def _found(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, why_whole: str = ""
 ) -> tuple[list[Report], list[Planned]]:
     """(what is found in a torch-level graph, then in those inside it, the plans of the heads)"""
     module, inputs, _ = taken_apart(gm, example_inputs)
     if has_products(module):
-        compiled, _ = attempt("the plans are not told", _compiled, captured_copy(module), inputs, options)
+        given = captured_copy(module), inputs, options, why_whole
+        compiled, _ = attempt("the plans are not told", _compiled, *given)
         if compiled is not None:
             return compiled
     return [fuse_losses(copied(graph)[0], options) for graph in graphs_within(gm)], []
@@ -108,14 +129,15 @@ def has_products(gm: GraphModule) -> bool:
 
 
 def _compiled(
-    module: GraphModule, inputs: Sequence[Any], options: Options
+    module: GraphModule, inputs: Sequence[Any], options: Options, why_whole: str
 ) -> tuple[list[Report], list[Planned]]:
     """What both passes tell when a graph, which is changed, goes through Inductor."""
     found: list[Report] = []
     planned: list[Planned] = []
     patches = {
         LOSSES_SLOT: _Silent(lambda graph: found.append(fuse_losses(graph, options))),
-        HEADS_SLOT: _Silent(lambda graph: planned.extend(fuse_heads(graph, options))),
+        HEADS_SLOT: _Silent(lambda graph: planned.extend(fuse_heads(graph, options, why_whole))),
+        **dict.fromkeys((LOSS_PASSES, HEAD_PASSES), True),
         "force_disable_caches": True,
     }
 

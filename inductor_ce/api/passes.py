@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import logging
 import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import sympy
@@ -23,6 +20,7 @@ from ..common.errors import MissError
 from ..common.failsafe import attempt
 from ..common.findings import Miss, Reason, Site, make_miss, user_line
 from ..common.options import Options
+from ..common.sources import sources
 from ..common.strategies import MATERIALISE
 from ..graph.exported import is_exported, make_examples
 from ..graph.shapes import hint, shape_of, tensor_of
@@ -44,20 +42,6 @@ log = logging.getLogger("inductor_ce")
 LEFT = "the loss is left as it was"
 
 AHEAD_OF_TIME = "pieces take operators of Python, which a package of AOTInductor has not"
-
-PACKAGE = Path(__file__).parents[1]
-
-
-@functools.cache
-def sources(package: Path = PACKAGE) -> bytes:
-    """A hash of all files that a compiled graph may depend on: those of every room but `bench`."""
-    files = sorted(f for ending in ("py", "jinja") for f in package.rglob(f"*.{ending}"))
-    digest = hashlib.sha256()
-    for file in files:
-        name = file.relative_to(package)
-        if name.parts[0] != "bench":
-            digest.update(f"{name.as_posix()} {file.stat().st_size} ".encode() + file.read_bytes())
-    return digest.digest()
 
 
 class _Pass(CustomGraphPass):

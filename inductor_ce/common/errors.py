@@ -37,5 +37,9 @@ class LazyLogitsError(InductorCEError, RuntimeError):
     """Logits that were returned lazily are read when what they are made of is no longer there."""
 
 
+class ArtefactError(InductorCEError, RuntimeError):
+    """Compiled code that was saved is loaded by another version of inductor_ce than made it."""
+
+
 class MissError(InductorCEError):
     """A loss was left unfused while `on_miss="raise"`."""

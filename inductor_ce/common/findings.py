@@ -37,6 +37,7 @@ class Reason(enum.Enum):
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     BACKWARD_IN_GRAPH = "Capture the forward alone, and let torch.compile differentiate it."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."
+    PASSES_OFF = "Compile without them, or in another mode, and it is fused."
     INTERNAL_ERROR = "Please report it with the traceback in the log; your program ran as written."
 
 
@@ -96,12 +97,18 @@ class Miss:
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _PACKAGE = Path(__file__).parents[1]
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, _PACKAGE))
+_PYTHONS_OWN = os.path.dirname(os.__file__)  # its modules; installed packages are further within
 
 
 def user_line(node: Node) -> tuple[str, str]:
-    """("file.py:41", the text of that line): the innermost frame outside torch and us that made `node`."""
+    """("file.py:41", the text of that line): the innermost frame that made `node`, outside torch and us.
+
+    Nor is it Python's own, as that of operator.add, which Dynamo of torch 2.15 goes through for a sum.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
-    outside = [f for f in frames if not f[0].startswith(_NOT_THE_USERS)] or frames
+    outside = [
+        f for f in frames if not f[0].startswith(_NOT_THE_USERS) and os.path.dirname(f[0]) != _PYTHONS_OWN
+    ] or frames
     if not outside:
         return "<unknown>:0", ""
     file, line = outside[-1]

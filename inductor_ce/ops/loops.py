@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from ..common.compat.inductor import IRNode, call_lowering
+from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import operators
-from .rows import MAXIMUM, Row, Rows, evaluated
+from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -34,6 +34,8 @@ class _Columns:
 def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
     """[K, N], one of `rows` each, as `operators.row_stats`."""
     n, v = z.get_size()
+    if ARGMAX in rows and not is_buffer(z):
+        z.realize()  # see _place_of_maximum
     x = cast(z, stats_dtype(z))
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
     columns = _Columns(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m), weights)
@@ -46,8 +48,7 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
-            first = call_lowering(aten.argmax.default, x, 1) if v else _full([n], 0.0, x)
-            values.append(cast(first, x.get_dtype()))
+            values.append(_place_of_maximum(x, m) if v else _full([n], 0.0, x))
     return _stack(values)
 
 
@@ -81,6 +82,22 @@ def over_rows(q: IRNode, z: IRNode) -> IRNode:
 
 def _over_rows(q: IRNode, z: IRNode) -> IRNode:
     return over_rows(cast(q, stats_dtype(z)), z)
+
+
+def _place_of_maximum(x: IRNode, m: IRNode) -> IRNode:
+    """The first column of the largest value, and NaN is the largest; as a number of x's dtype.
+
+    NOTE Not by argmax
+    On a CPU, Inductor of torch 2.11 and 2.12 counts its columns in steps of a tile where anything in the loop
+    is read across its rows: the weights, the logits, or what else the scheduler put there. What is compared
+    with the maximum must be what the maximum was taken of, to the last bit. So x is read from memory: two
+    loops that compute it may round it differently.
+    """
+    v = x.get_size()[1]
+    is_largest = call_lowering(aten.eq.Tensor, x, _unsqueeze(m, 1))
+    is_largest = call_lowering(aten.bitwise_or.Tensor, is_largest, call_lowering(aten.isnan.default, x))
+    column = cast(_unsqueeze(_iota(v, x), 0), x.get_dtype())
+    return call_lowering(aten.amin.default, _where(is_largest, column, torch.inf), [1])
 
 
 def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:

@@ -19,8 +19,10 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
+from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
-from . import counted, loops, operators, products
+from ..common.sources import sources
+from . import counted, group_rank, loops, operators, products, verified
 from .counted import PRODUCT_TO_ROWS
 from .gemm import aligned_strides
 from .products import (
@@ -49,6 +51,7 @@ DIRECT = (
     *(products.complete, products.most_frequent, products.column_sums, products.once_made),
     products.times_in_place,
 )
+BY_NAME = (group_rank, verified)  # modules with operators that generated code calls through the dispatcher
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
 
@@ -78,15 +81,30 @@ GRAD = (Grad(4, 4096), Grad(4, 2048), Grad(2, 2048), Grad(2, 1024))
 @functools.cache
 def register() -> None:
     """Give Inductor the lowerings of our operators, once."""
-    for op in DIRECT:
-        inductor.call_directly(op)
-    inductor.register_lowering(TIMES, type_promotion_kind=None)(_times)
-    inductor.register_lowering(ALIGN_ROWS, type_promotion_kind=None)(_align_rows)
-    inductor.register_lowering(torch.ops.inductor_ce.row_stats.default, type_promotion_kind=None)(_row_stats)
-    inductor.register_lowering(torch.ops.inductor_ce.row_grad.default, type_promotion_kind=None)(_row_grad)
-    inductor.register_lowering(operators.SOME_ROW_STATS, type_promotion_kind=None)(_row_stats)
-    inductor.register_lowering(operators.SOME_ROW_GRAD, type_promotion_kind=None)(_row_grad)
-    inductor.register_lowering(operators.ROW_GRAD_AGAIN, type_promotion_kind=None)(_row_grad_again)
+    ours = torch.ops.inductor_ce
+    first = f"import inductor_ce.ops.lowering; inductor_ce.ops.lowering.load({sources()!r})"
+    for direct in DIRECT:
+        inductor.call_directly(direct, first)
+    for lowering, op in (
+        *((_times, TIMES), (_align_rows, ALIGN_ROWS)),
+        *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),
+        *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
+        (_row_grad_again, operators.ROW_GRAD_AGAIN),
+    ):
+        inductor.lower_by(lowering, op, first)
+
+
+def load(made_by: str) -> None:
+    """Have the operators that generated code calls, in a process that may not compile.
+
+    Raises:
+        ArtefactError: other sources than ours have made the code.
+    """
+    if made_by != sources():
+        raise ArtefactError(
+            "This was compiled with another version of inductor_ce. Compile and save it again with this one."
+        )
+    register()
 
 
 def _times(x: IRNode, factor: IRNode) -> IRNode:

@@ -20,6 +20,7 @@ with of_supported_torch():
     from torch._dynamo.eval_frame import skip_code
     from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
+    from torch._functorch import config as functorch_config
     from torch._guards import TracingContext
 
 __all__ = ["aot_eager", "counters"]
@@ -41,6 +42,11 @@ def moved_facts(module: torch.fx.GraphModule, made: torch.fx.GraphModule) -> Non
 def is_captured(module: torch.nn.Module) -> bool:
     """Whether a graph is one that Dynamo gives to a backend."""
     return getattr(module, "compile_subgraph_reason", None) is not None
+
+
+def is_to_be_saved() -> bool:
+    """Whether what is compiled is saved with its program, so that it can be no function but torch's own."""
+    return functorch_config.bundled_autograd_cache or dynamo_config.caching_precompile
 
 
 def returns_to_program(module: torch.nn.Module | None) -> bool:

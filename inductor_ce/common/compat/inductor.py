@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Container, Sequence
 from typing import Any
@@ -81,11 +82,41 @@ def call_lowering(op: Any, *args: Any, **kwargs: Any) -> IRNode:
     return lowerings[op](*args, **kwargs)
 
 
-def call_directly(op: CustomOpDef) -> None:
+def lower_by(lowering: Callable[..., IRNode], op: Any, first: str) -> None:
+    """Let Inductor lower an operator by a function, in code that begins with the line `first`.
+
+    What a graph was compiled to may be loaded by a process that has not compiled anything.
+    """
+
+    @functools.wraps(lowering)
+    def beginning_with(*args: Any, **kwargs: Any) -> IRNode:
+        _begin_with(first)
+        return lowering(*args, **kwargs)
+
+    register_lowering(op, type_promotion_kind=None)(beginning_with)
+
+
+def _begin_with(line: str) -> None:
+    """Let the Python that is made of the graph that is being lowered begin with a line."""
+    graph = virtualized.graph
+    while hasattr(graph, "parent"):  # of a body inside another graph
+        graph = graph.parent
+    if graph.cpp_wrapper or "init_wrapper_code" in vars(graph):
+        return
+    make = graph.init_wrapper_code
+
+    def make_beginning(*args: Any, **kwargs: Any) -> None:
+        make(*args, **kwargs)
+        graph.wrapper_code.add_import_once(line)
+
+    vars(graph)["init_wrapper_code"] = make_beginning
+
+
+def call_directly(op: CustomOpDef, first: str) -> None:
     """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
 
     That takes the host longer than launching the operator's kernels. Autograd, and all else that a dispatcher
-    looks after, has been dealt with when code is generated.
+    looks after, has been dealt with when code is generated. The code begins with the line `first`.
     """
     overload, name = op._opoverload, op._qualname.replace("::", "_")
     call = fallback_handler(overload, add_to_fallback_set=False)
@@ -100,7 +131,7 @@ def call_directly(op: CustomOpDef) -> None:
         return result
 
     setattr(extern_kernels, name, op._init_fn)  # as torch does with those of its own
-    register_lowering(overload, type_promotion_kind=None)(lowering)
+    lower_by(lowering, overload, first)
 
 
 def is_buffer(x: IRNode) -> bool:
@@ -281,5 +312,19 @@ def choose(
 
 
 # Passes
+
+LOSS_PASSES, HEAD_PASSES = "use_pre_grad_passes", "use_joint_graph_passes"  # without which ours do not run
+
+
+def is_on(switch: str, patches: dict[str, Any]) -> bool:
+    """Whether a switch of Inductor's configuration is on under patches of it; mode="lite" has both off."""
+    return patches.get(switch, getattr(inductor_config, switch))
+
+
+def patches_of(f: Any) -> dict[str, Any]:
+    """Under which patches of Inductor's configuration `f` was compiled; none where it was not."""
+    configuration = getattr(f, "get_compiler_config", lambda: None)()
+    return configuration or {}
+
 
 HAS_PASS_LISTS = hasattr(custom_graph_pass, "get_custom_graph_passes")

@@ -1,0 +1,146 @@
+"""What was compiled and saved under an installation, loaded by a process that installs nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PROGRAM = """
+import json
+import sys
+from pathlib import Path
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+
+torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
+folder, what = Path(sys.argv[1]), sys.argv[2]
+torch.manual_seed(0)
+H, W, Y = torch.randn(64, 16), torch.randn(512, 16), torch.randint(512, (64,))
+Y[::3] = -100
+
+def loss(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+def verified(h, w, y):
+    return F.cross_entropy(F.linear(h, w), y)
+
+def with_logits(h, w, y):
+    z = F.linear(h, w)
+    return F.cross_entropy(z, y), z
+
+OPTIONS = {
+    loss: dict(strategy="token_chunks", memory_budget=0.3),
+    verified: dict(verify=True),
+    with_logits: {},
+}
+
+def told(f, compiled):
+    h, w = (x.detach().clone().requires_grad_() for x in (H, W))
+    results = compiled(h, w, Y)
+    value, *others = results if isinstance(results, tuple) else (results,)
+    assert all(type(z) is torch.Tensor for z in others)
+    value.backward()
+    return [x.double().norm().item() for x in (value, h.grad, w.grad, *others)]
+
+def saved(f):
+    import inductor_ce
+    with inductor_ce.install(min_vocab=2, **OPTIONS[f]):
+        made = torch.compile(f, fullgraph=True).aot_compile(((H.requires_grad_(), W.requires_grad_(), Y), {}))
+    made.save_compiled_function(folder / f.__name__)
+    return made
+
+def loaded(f):
+    with open(folder / f.__name__, "rb") as file:
+        return torch.compiler.load_compiled_function(file)
+
+def tried(f):
+    try:
+        return told(f, loaded(f))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+if what == "save":
+    found = {f.__name__: told(f, saved(f)) for f in OPTIONS}
+    found["eager"] = told(loss, loss)
+elif what == "load":
+    assert "inductor_ce" not in sys.modules
+    found = {f.__name__: told(f, loaded(f)) for f in OPTIONS}
+elif what == "load without the package":
+    sys.modules["inductor_ce"] = None
+    found = {"loss": tried(loss)}
+elif what.endswith("the caches"):  # with the program itself among what they hold
+    torch._dynamo.config.caching_precompile = True
+    if what.startswith("save"):
+        import inductor_ce
+        inductor_ce.install(min_vocab=2, **OPTIONS[loss])
+    else:
+        torch.compiler.load_cache_artifacts((folder / "caches").read_bytes())
+    found = {"with_logits": told(with_logits, torch.compile(with_logits))}
+    if what.startswith("save"):
+        (folder / "caches").write_bytes(torch.compiler.save_cache_artifacts()[0])
+    found["is imported"] = "inductor_ce" in sys.modules
+else:
+    from inductor_ce.ops import lowering
+    lowering.sources = lambda: "of another version"
+    found = {"loss": tried(loss)}
+print("FOUND", json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("artefacts")
+
+
+def found(folder: Path, what: str) -> dict[str, Any]:
+    """What a process of its own says."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    program = folder / "program.py"
+    program.write_text(PROGRAM)
+    run = subprocess.run(
+        [sys.executable, str(program), str(folder), what],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    lines = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, run.stderr
+    return json.loads(lines[0].removeprefix("FOUND "))
+
+
+@pytest.fixture(scope="module")
+def saved(folder: Path) -> dict[str, Any]:
+    return found(folder, "save")
+
+
+def test_the_same_numbers_where_nothing_is_installed(folder: Path, saved: dict[str, Any]):
+    """Of a head in pieces, of one that is verified, and of returned logits, which are then no lazy ones."""
+    loaded = found(folder, "load")
+    assert loaded.keys() == saved.keys() - {"eager"}
+    for name, numbers in loaded.items():
+        assert numbers == pytest.approx(saved[name], rel=1e-6)
+        assert numbers[:3] == pytest.approx(saved["eager"], rel=1e-5)
+    assert len(loaded["with_logits"]) == 4
+
+
+def test_without_the_package(folder: Path, saved: dict[str, Any]):
+    told = found(folder, "load without the package")["loss"]
+    assert told.startswith("ModuleNotFoundError")
+    assert "inductor_ce" in told
+
+
+def test_another_version_of_the_package(folder: Path, saved: dict[str, Any]):
+    told = found(folder, "load with another version")["loss"]
+    assert "compiled with another version of inductor_ce. Compile and save it again" in told
+
+
+def test_caches_that_hold_the_program(folder: Path):
+    """Where they are found, our operators come with them; nothing is compiled, or read by our passes."""
+    saved, loaded = found(folder, "save the caches"), found(folder, "load the caches")
+    assert loaded["is imported"]
+    assert loaded["with_logits"] == pytest.approx(saved["with_logits"], rel=1e-6)
