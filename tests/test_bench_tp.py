@@ -145,7 +145,7 @@ def test_what_is_recorded(of_ranks: list[dict[str, Any]]):
 
 
 def test_gradients_stay_shards(of_ranks: list[dict[str, Any]]):
-    """But for plain compile, which up to torch 2.14 gathers logits: each rank has all of the gradient."""
+    """But for plain compile, which up to torch 2.14 gathers logits: every rank has the whole gradient."""
     for row in of_ranks[0]["found"]["rows"]:
         name, sharded = ("logits", "S(1)") if row["task"] == "loss" else ("W", "S(0)")
         if row["system"] != PLAIN:

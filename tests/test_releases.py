@@ -125,6 +125,8 @@ def test_every_private_name_is_in_the_torch_that_runs():
     assert ("torch._inductor.lowering", "register_lowering") in described
     assert [name for name, text in described.items() if text == "not there"] == []
     assert private_names.described("torch._inductor.lowering", "no_such_name") == "not there"
+    assert max(map(len, described.values())) < 1000
+    assert private_names.described("torch._inductor.lowering", "register_lowering").startswith("aten_fn, ")
 
 
 def test_the_weekly_job_is_a_script_that_bash_reads():

@@ -38,9 +38,15 @@ def described(module: str, name: str) -> str:
     if not callable(value):
         return "there"
     try:
-        return str(inspect.signature(value))
+        return ", ".join(map(_parameter, inspect.signature(value).parameters.values()))
     except (TypeError, ValueError):
         return "callable"
+
+
+def _parameter(parameter: inspect.Parameter) -> str:
+    """Without its default, which may be a table of all operators, and its annotation."""
+    optional = " = ..." if parameter.default is not parameter.empty else ""
+    return str(parameter.replace(default=parameter.empty, annotation=parameter.empty)) + optional
 
 
 if __name__ == "__main__":
