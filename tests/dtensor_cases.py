@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import clean_slate, compile_with_codegen, compile_without_codegen, misses, sites
-from ranks import Outcomes, attempt, spawn
+from ranks import Outcomes, attempt, mesh_there, spawn
 from reference import Terms
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -333,8 +334,15 @@ def on_rank(rank: int, jobs: list[tuple[Name, Setup]]) -> dict[Any, dict[str, An
 
 
 def everywhere(jobs: list[tuple[Name, Setup]], size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
-    """What each of `size` ranks gives of the jobs on a device, by the job."""
-    there = [(name, replace(setup, device=device)) for name, setup in jobs]
+    """What each of `size` ranks gives of the jobs on a device, by the job; of fewer, on smaller meshes, where
+    there are not as many GPUs."""
+    meshes = [mesh_there(setup.mesh, device) for _, setup in jobs]
+    there = [
+        (name, replace(setup, device=device, mesh=mesh))
+        for (name, setup), mesh in zip(jobs, meshes, strict=True)
+    ]
+    if meshes:
+        size = math.prod(meshes[0])
     ranks = spawn(on_rank, size, there, device=device)
     return [Outcomes(zip(jobs, (found[job] for job in there), strict=True)) for found in ranks]
 
