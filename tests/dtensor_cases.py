@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import clean_slate, compile_with_codegen, compile_without_codegen, misses, sites
-from ranks import Outcomes, attempt, spawn
+from ranks import Outcomes, attempt, mesh_there, spawn
 from reference import Terms
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -36,7 +37,10 @@ def _device_mesh(sizes: tuple[int, ...], device: str) -> DeviceMesh:
 
 @dataclass(frozen=True)
 class Setup:
-    """A mesh with the vocabulary on its last dimension, rows on the others where `rows` says so."""
+    """A mesh with the vocabulary on its last dimension, rows on the others where `rows` says so.
+
+    Where it is `whole`, no dimension has the vocabulary, and the rows may be on the last one as well.
+    """
 
     mesh: tuple[int, ...]
     N: int = 8
@@ -47,21 +51,35 @@ class Setup:
     sequence_parallel: bool = False  # whether h comes in sharded over all ranks by its rows
     device: str = "cpu"
     code: bool = False  # whether it runs Inductor's code, not the graph that it is made of
+    whole: bool = False
+    labels: str = "as the rows"  # where y is: see `of_labels`
+    counting: str = "mostly the last"  # which rows count: see `tensors`
     strategy: str = "auto"  # of the head; else it is computed in pieces, and nobody sees the logits' gradient
 
     def device_mesh(self) -> DeviceMesh:
         return _device_mesh(self.mesh, self.device)
 
     def over_rows(self, dim: int = 0) -> list[Placement]:
-        over = self.rows[: len(self.mesh) - 1]
-        return [Shard(dim) if shard else Replicate() for shard in over] + [Replicate()]
+        over = self.rows[: len(self.mesh) - (not self.whole)]
+        placements: list[Placement] = [Shard(dim) if shard else Replicate() for shard in over]
+        return placements if self.whole else [*placements, Replicate()]
 
     def over_classes(self, dim: int) -> list[Placement]:
-        return [Replicate()] * (len(self.mesh) - 1) + [Shard(dim)]
+        last: Placement = Replicate() if self.whole else Shard(dim)
+        return [Replicate()] * (len(self.mesh) - 1) + [last]
 
     @property
     def logits(self) -> list[Placement]:
-        return [*self.over_rows()[:-1], Shard(1)]
+        return self.over_rows() if self.whole else [*self.over_rows()[:-1], Shard(1)]
+
+    @property
+    def of_labels(self) -> list[Placement]:
+        everywhere: list[Placement] = [Replicate()] * len(self.mesh)
+        return {
+            "as the rows": self.over_rows(),
+            "whole": everywhere,
+            "over the last": [*everywhere[:-1], Shard(0)],
+        }[self.labels]
 
     @property
     def beside(self) -> dict[str, list[Placement] | None]:
@@ -254,7 +272,8 @@ def case_of(name: Name, V: int) -> Case:
 def tensors(setup: Setup, ignored: int) -> dict[str, Tensor]:
     """Hidden states, head, labels, class weights and soft targets: the same in every process.
 
-    Half of the first half of the rows is ignored: ranks that share rows have unequal numbers that count.
+    Half of the first half of the rows is ignored, or all of it: ranks that share rows have unequal numbers
+    that count, or some have none.
     """
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(setup.N, D, generator=generator, dtype=torch.float64)
@@ -262,7 +281,7 @@ def tensors(setup: Setup, ignored: int) -> dict[str, Tensor]:
     W[-1] = W[0]  # a tie over ranks
     y = torch.randint(0, setup.V, (setup.N,), generator=generator)
     y[0], y[1], y[-1] = 0, setup.V - 1, setup.V // 2
-    y[2 : setup.N // 2] = ignored
+    y[2 if setup.counting == "mostly the last" else 0 : setup.N // 2] = ignored
     w = torch.rand(setup.V, generator=generator, dtype=torch.float64)
     q = torch.randn(setup.N, setup.V, generator=generator, dtype=torch.float64).softmax(-1)
     return {
@@ -289,7 +308,7 @@ def distributed(setup: Setup, given: dict[str, Tensor]) -> dict[str, Any]:
     placements: dict[str, list[Placement] | None] = setup.beside | {
         "h": [Shard(0)] * len(setup.mesh) if setup.sequence_parallel else setup.over_rows(),
         "W": setup.over_classes(0),
-        "y": setup.over_rows(),
+        "y": setup.of_labels,
         "zero": setup.logits,
     }
     given = {"zero": torch.zeros(setup.N, setup.V, dtype=setup.dtype)} | given
@@ -315,8 +334,15 @@ def on_rank(rank: int, jobs: list[tuple[Name, Setup]]) -> dict[Any, dict[str, An
 
 
 def everywhere(jobs: list[tuple[Name, Setup]], size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
-    """What each of `size` ranks gives of the jobs on a device, by the job."""
-    there = [(name, replace(setup, device=device)) for name, setup in jobs]
+    """What each of `size` ranks gives of the jobs on a device, by the job; of fewer, on smaller meshes, where
+    there are not as many GPUs."""
+    meshes = [mesh_there(setup.mesh, device) for _, setup in jobs]
+    there = [
+        (name, replace(setup, device=device, mesh=mesh))
+        for (name, setup), mesh in zip(jobs, meshes, strict=True)
+    ]
+    if meshes:
+        size = math.prod(meshes[0])
     ranks = spawn(on_rank, size, there, device=device)
     return [Outcomes(zip(jobs, (found[job] for job in there), strict=True)) for found in ranks]
 
@@ -325,6 +351,12 @@ def collectives(graph: GraphModule) -> dict[str, int]:
     """How often a graph calls each collective."""
     names = (str(node.target) for node in graph.graph.nodes if "c10d" in str(node.target))
     return dict(Counter(name.split(".")[1] for name in names if "wait" not in name))
+
+
+def exchanged(graph: GraphModule) -> list[int]:
+    """How many numbers each collective of a graph gives."""
+    nodes = [node for node in graph.graph.nodes if "c10d" in str(node.target)]
+    return [node.meta["val"].numel() for node in nodes if "wait" not in str(node.target)]
 
 
 def run(name: Name, setup: Setup) -> dict[str, Any]:
@@ -371,6 +403,7 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
         "strategies": {name: counts[name] for name in ("token_chunks", "vocab_slabs") if counts[name]},
         "loss": loss.detach().full_tensor(),
         "collectives": tuple(map(collectives, graphs.final)),
+        "exchanged": [n for graph in graphs.final for n in exchanged(graph)],
         "rows": computed,
         "loss placements": tuple(map(str, loss.placements)),
         "dz": x["zero"].grad.full_tensor(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,21 @@ START = "spawn" if torch.cuda.is_available() else "forkserver"
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
+
+def ranks_at_most(device: str) -> float:
+    """How many ranks there can be: one on each GPU, and on CPUs as many as wanted, or as RANKS says."""
+    return torch.cuda.device_count() if device == "cuda" else float(os.environ.get("RANKS", "inf"))
+
+
+def mesh_there(mesh: tuple[int, ...], device: str) -> tuple[int, ...]:
+    """A mesh of four ranks as it can be on a device: where there are not as many, it has half of them.
+
+    A mesh of several dimensions keeps those that come first, which share rows: the last has one rank then.
+    """
+    if math.prod(mesh) <= 2 or math.prod(mesh) <= ranks_at_most(device):
+        return mesh
+    return (*mesh[:-1], mesh[-1] // 2)
 
 
 @contextlib.contextmanager
@@ -191,12 +207,12 @@ def tagged_caches(tag: str) -> Iterator[None]:
 def spawn(
     what: Callable[..., Any], size: int, *args: Any, device: str = "cpu", new: bool = False
 ) -> list[Any]:
-    """What each rank gives of `what(rank, *args)`, tensors on the CPU. Skips where there are fewer GPUs.
+    """What each rank gives of `what(rank, *args)`, tensors on the CPU. Skips where there are not as many.
 
     Ranks are those that were asked before, unless one of them failed or the call wants `new` ones.
     """
-    if device == "cuda" and torch.cuda.device_count() < size:
-        pytest.skip(f"needs {size} GPUs, and there are {torch.cuda.device_count()}")
+    if size > ranks_at_most(device):
+        pytest.skip(f"needs {size} ranks, and there can be {ranks_at_most(device)}")
     group = _groups.pop((size, device), None)
     if group is None or new:
         if group is not None:

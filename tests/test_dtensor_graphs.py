@@ -18,7 +18,7 @@ from harness import compile_without_codegen, misses, sites
 from test_golden import show
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
@@ -395,14 +395,6 @@ REFUSED = {
         lambda mesh: ([Replicate()] * 2, [Shard(0), Shard(0)], [Replicate()] * 2),
         "whose vocabulary 2 mesh dimensions shard",
     ),
-    "labels on every rank": (
-        lambda mesh: ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate()] * 2),
-        "sharded otherwise",
-    ),
-    "labels over the other dimension": (
-        lambda mesh: ([Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
-        "sharded otherwise",
-    ),
 }
 
 
@@ -419,6 +411,50 @@ def test_refused(name: str):
     assert miss.reason.name == "PLACEMENTS"
     assert fact in miss.message
     assert "a DTensor [8, 24] with placements (" in miss.message
+
+
+MOVED = {  # beside logits whose rows and classes are sharded: labels, and soft targets
+    "labels on every rank": lambda y, q: y.redistribute(placements=[Replicate()] * 2),
+    "labels over the other dimension": lambda y, q: y.redistribute(placements=[Replicate(), Shard(0)]),
+    "labels over both": lambda y, q: y.redistribute(placements=[Shard(0)] * 2),
+    "targets on every rank": lambda y, q: q.redistribute(placements=[Replicate()] * 2),
+}
+LEFT = {
+    "labels of which each rank has a part of a sum": (
+        lambda y, q: DTensor.from_local(y.to_local(), y.device_mesh, [Shard(0), Partial()], run_check=False),
+        "sharded otherwise",
+    ),
+    "plain labels": (lambda y, q: y.full_tensor(), "whose rows are sharded"),
+    "targets over the other dimension": (
+        lambda y, q: q.redistribute(placements=[Replicate(), Shard(0)]),
+        "sharded otherwise",
+    ),
+}
+
+
+def placed_beside(placing: Any) -> Any:
+    """What `explain` says of a loss whose labels or targets are where `placing` has them."""
+    x = dtensor_cases.distributed(GRID, tensors(GRID, -100))
+    (h, W), y, q = (x["h"], x["W"]), x["y"], x["q"]
+    beside = placing(y, q)
+    with inductor_ce.install(min_vocab=2), implicit_replication():
+        return inductor_ce.explain(bare, h, W, beside)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_what_can_be_moved_is_brought_to_the_rows(name: str):
+    report = placed_beside(MOVED[name])
+    assert (len(report.sites), len(report.misses)) == (1, 0)
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_cannot_be_moved_is_left(name: str):
+    """Parts of sums, numbers [N, V] that others have, and tensors that may be whole or a rank's part."""
+    placing, fact = LEFT[name]
+    report = placed_beside(placing)
+    (miss,) = report.misses
+    assert (miss.reason.name, len(report.sites)) == ("PLACEMENTS", 0)
+    assert fact in miss.message
 
 
 def test_returned_logits_are_not_dropped():

@@ -10,7 +10,7 @@ import pytest
 import torch
 from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
 from pairwise import EVERYTHING
-from ranks import on_devices, once
+from ranks import mesh_there, on_devices, once, ranks_at_most
 from reference import Terms
 
 UNEVEN = Setup((2,), V=23)
@@ -127,7 +127,7 @@ def test_rows_that_count(size: int, device: str):
     by_rows = tensors(setup, -100)["y"].chunk(size // 2)
     for i, rank in enumerate(results(size, device)):
         check(results(size, device), "plain", setup)
-        own = by_rows[i // 2]
+        own = by_rows[i * len(by_rows) // len(results(size, device))]
         pieces = own.split(-(-len(own) // 3))
         left = [int((own != -100).sum()) - len(pieces[0]) * k for k in range(len(pieces))]
         computed = [len(piece) if more > 0 else 0 for piece, more in zip(pieces, left, strict=True)]
@@ -140,6 +140,8 @@ def test_rows_that_count(size: int, device: str):
 @on_devices
 def test_ranks_without_columns_exchange_as_often_as_the_others(device: str):
     """What a rank makes of its graph must not tell how often it exchanges statistics."""
+    if ranks_at_most(device) < 4:
+        pytest.skip("on two ranks, both have columns")
     setup = replace(EMPTY, strategy="token_chunks")
     for rank in everywhere([("plain", setup)], 4, device):
         result = rank["plain", setup]
@@ -178,7 +180,9 @@ def test_sequence_parallel_hidden_states(size: int, device: str):
     for rank in results(size, device):
         result = rank["plain", SEQUENCES[size]]
         means = {"all_reduce": 1} if size == 4 else {}
-        assert result["collectives"] == ({"all_gather_into_tensor": 2} | means, {"reduce_scatter_tensor": 1})
+        alone = mesh_there(SEQUENCES[size].mesh, device)[-1] == 1
+        gathers, back = (1, {}) if alone else (2, {"reduce_scatter_tensor": 1})
+        assert result["collectives"] == ({"all_gather_into_tensor": gathers} | means, back)
         assert set(result["dh placements"]) == {"S(0)"}
 
 
@@ -187,7 +191,8 @@ def test_sequence_parallel_hidden_states(size: int, device: str):
 def test_trap_9_every_rank_has_the_gradient_of_its_columns(setup: Setup, device: str):
     """Ranks that do not own the label get zero gradient."""
     name, size = "all, ignoring the last", setup.mesh[0]
-    block = -(-setup.V // size)
+    ranks = len(results(size, device))
+    block = -(-setup.V // ranks)
     for i, rank in enumerate(results(size, device)):
         own = exact(name, setup)["dz"][:, i * block : (i + 1) * block]
         torch.testing.assert_close(rank[name, setup]["dz shard"], own, rtol=1e-10, atol=1e-10)

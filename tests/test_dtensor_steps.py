@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import dtensor_cases
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from dtensor_cases import Setup, distributed, replace, tensors
 from harness import clean_slate, compile_without_codegen, sites
-from ranks import on_devices, once, spawn
+from ranks import mesh_there, on_devices, once, spawn
 from reference import Terms, cross_entropy
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -52,8 +53,13 @@ def two_heads(h: Tensor, W: Tensor, V: Tensor, y: Tensor) -> Tensor:
 # In the ranks
 
 
+def there(size: int, device: str) -> Setup:
+    """The setup of so many ranks, with fewer where there are not as many."""
+    return replace(SHAPES[size], device=device, mesh=mesh_there(SHAPES[size].mesh, device))
+
+
 def on_rank(rank: int, size: int, device: str) -> dict[str, Any]:
-    setup = replace(SHAPES[size], device=device)
+    setup = there(size, device)
     results = {"once": one_step(setup)}
     if size == 2:
         lengths_of = {("lengths", dynamic): lengths(setup, dynamic) for dynamic in DYNAMIC}
@@ -133,7 +139,7 @@ sizes = pytest.mark.parametrize("size", list(SHAPES))
 
 @once
 def results(size: int, device: str) -> list[dict[Any, dict[str, Any]]]:
-    return spawn(on_rank, size, size, device, device=device)
+    return spawn(on_rank, math.prod(there(size, device).mesh), size, device, device=device)
 
 
 def dense(n: int, setup: Setup) -> list[Tensor]:
@@ -166,7 +172,7 @@ def test_what_compiled_code_exchanges(size: int, device: str):
     for rank in results(size, device):
         means = {"all_reduce": 1} if size == 4 else {}
         assert rank["once"]["forward"] == {"all_gather_into_tensor": 1} | means
-        assert rank["once"]["gathered"] == [2 * 4 * rows_of_a_rank]
+        assert rank["once"]["gathered"] == [there(size, device).mesh[-1] * 4 * rows_of_a_rank]
         assert rank["once"]["backward"] == {}
         assert (rank["once"]["sites"], rank["once"]["compiled"]) == (1, 1)
 

@@ -34,6 +34,7 @@ class Reason(enum.Enum):
         "Shard the vocabulary over at most one dimension of the mesh, and the rows of the labels like those "
         "of the logits."
     )
+    LOCAL_PART = "Read the loss by full_tensor(), or redistribute it first."
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     BACKWARD_IN_GRAPH = "Capture the forward alone, and let torch.compile differentiate it."
     FUNCTION_TRANSFORM = "Compute the loss outside torch.func transforms."

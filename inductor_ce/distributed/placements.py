@@ -12,6 +12,7 @@ cached for all ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from .. import ops
 from ..common.compat.graphs import is_dtensor
+from ..graph.shapes import equal
 from ..ops.combine import chosen
 from ..ops.group_rank import group_rank
 from .shards import Shard, whole_row_stats
@@ -63,18 +65,39 @@ def layout_fact(z: DTensor, axis: int) -> str | None:
     return None
 
 
-def beside_fact(
-    z: DTensor, axis: int, name: str, x: Tensor, first: int | None, classes: int | None, moved: bool = False
-) -> str | None:
-    """Why a tensor does not lie on the ranks as logits with the vocabulary on `axis` do.
+def beside(z: DTensor, axis: int, x: DTensor, first: int | None, classes: int | None) -> list[Any]:
+    """The placements of a DTensor that lies on the ranks as logits with the vocabulary on `axis` do.
 
     Args:
         z, axis: the logits.
-        name: what the tensor is to be called.
-        x: the tensor.
+        x: the DTensor, on the same mesh.
         first: its dimension that corresponds to the first of the rows, None if it has no rows.
-        classes: its dimension that corresponds to the vocabulary, None if it has none.
-        moved: whether that correspondence does not hold, as after a transpose.
+        classes: its dimension that corresponds to the vocabulary, None if it has none. Where the logits are
+            sharded on it, x may be so too, or not.
+    """
+    vocab, wanted = vocab_dim(z, axis), []
+    for i, (placement, of_logits, dim) in enumerate(zip(x.placements, _sharded(z), _sharded(x), strict=True)):
+        if i == vocab:
+            wanted.append(placement if dim is not None and dim == classes else dt.Replicate())
+        else:
+            wanted.append(dt.Replicate() if of_logits is None or first is None else dt.Shard(first))
+    return wanted
+
+
+def beside_fact(
+    z: DTensor, axis: int, name: str, x: Tensor, first: int | None, classes: int | None, moved: bool = False
+) -> str | None:
+    """Why a tensor cannot be brought to lie on the ranks as logits with the vocabulary on `axis` do.
+
+    NOTE What may be moved. A DTensor that lies otherwise is the same numbers, of which a rank that has all
+    takes its own, and others are gathered where they are no more than a number for each row or class. What a
+    plain tensor holds is only known where no rows are sharded: torch takes it for the whole in one context,
+    and for this rank's part in another.
+
+    Args:
+        z, axis, x, first, classes: as for `beside`; x may be a plain tensor.
+        name: what the tensor is to be called.
+        moved: whether the correspondence of the first rows does not hold, as after a transpose.
     """
     vocab = vocab_dim(z, axis)
     rows = [i for i, dim in enumerate(_sharded(z)) if dim is not None and i != vocab and first is not None]
@@ -85,15 +108,64 @@ def beside_fact(
         return f"{fact}, whose rows are sharded." if rows else None
     if x.device_mesh != z.device_mesh:
         return f"{fact}, on another mesh."
-    for i, (placement, dim) in enumerate(zip(x.placements, _sharded(x), strict=True)):
-        whole = type(placement) is dt.Replicate
-        if i in rows:
-            alike = dim == first
-        else:
-            alike = whole or (i == vocab and dim is not None and dim == classes)
-        if not alike:
-            return f"{fact}, sharded otherwise."
-    return None
+    wanted = beside(z, axis, x, first, classes)
+    if list(x.placements) == wanted or _may_move(z, axis, x, first, classes, rows, wanted):
+        return None
+    return f"{fact}, sharded otherwise."
+
+
+def _may_move(
+    z: DTensor,
+    axis: int,
+    x: DTensor,
+    first: int | None,
+    classes: int | None,
+    rows: list[int],
+    wanted: list[Any],
+) -> bool:
+    """Whether a DTensor can be brought to the placements `wanted`, and gives each rank the rows it has."""
+    if not are_blocks(x.placements):
+        return False
+    pairs = zip(x.placements, wanted, strict=True)
+    is_wide = first is not None and classes is not None
+    if is_wide and any(have != want and type(have) is dt.Shard for have, want in pairs):
+        return False
+    if not rows:
+        return True
+    assert first is not None
+    if first < 0:
+        return False
+    size, ranks = x.shape[first], math.prod(z.device_mesh.size(i) for i in rows)
+    of_logits = z.shape[1 if axis == 0 else 0]
+    return equal(size, of_logits) or (isinstance(size, int) and size % ranks == 0)
+
+
+def numbered(placements: Sequence[Any]) -> list[int]:
+    """Placements as numbers that a graph can hold: the dimension that is sharded, -1 for none."""
+    return [p.dim if type(p) is dt.Shard else -1 for p in placements]
+
+
+def are_blocks(placements: Sequence[Any]) -> bool:
+    """Whether each rank has a block of neighbours, or all."""
+    return all(type(p) in (dt.Shard, dt.Replicate) for p in placements)
+
+
+def read_as_ours(x: DTensor, how: str, z: DTensor, axis: int) -> bool:
+    """Whether what torch makes of a reduced loss has on each rank the part of it that we make.
+
+    Args:
+        x: what torch makes.
+        how: the reduction.
+        z, axis: the logits.
+    """
+    if not any(p.is_partial() for p in x.placements):
+        return True
+    vocab, everywhere = vocab_dim(z, axis), how == "mean"
+    ours = [
+        dt.Replicate() if everywhere or dim is None or i == vocab else dt.Partial()
+        for i, dim in enumerate(_sharded(z))
+    ]
+    return list(x.placements) == ours
 
 
 def described(x: Tensor) -> str:
@@ -176,6 +248,27 @@ def on_every_rank(x: Tensor, z: DTensor) -> DTensor:
     return dt.DTensor.from_local(x, z.device_mesh, placements, run_check=False)
 
 
+def placed(x: DTensor, where: list[int]) -> DTensor:
+    """x with the placements that `numbered` has made numbers of."""
+    return x.redistribute(placements=[dt.Replicate() if dim < 0 else dt.Shard(dim) for dim in where])
+
+
+def padded(x: DTensor, pads: list[int], value: int) -> DTensor:
+    """As `torch.nn.functional.pad`, by each rank for itself where it has whole what is padded.
+
+    NOTE torch 2.11 brings all of x to all ranks for it.
+    """
+    grown = {x.ndim - 1 - i // 2 for i, pad in enumerate(pads) if pad}
+    if grown & {*_sharded(x)}:
+        return torch.nn.functional.pad(x, pads, value=value)  # type: ignore[return-value]
+    local = torch.nn.functional.pad(x.to_local(), pads, value=value)
+    shape = torch.Size([size + sum(pads[2 * (x.ndim - 1 - i) :][:2]) for i, size in enumerate(x.shape)])
+    stride = torch.empty(shape, device="meta").stride()
+    return dt.DTensor.from_local(
+        local, x.device_mesh, x.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
 def rows_of(z: DTensor, number: int) -> DTensor:
     """Labels [N] that are a number everywhere, on the ranks as the rows of logits z [N, V] are."""
     vocab, local = vocab_dim(z, 1), z.to_local()
@@ -203,6 +296,7 @@ def mean(x: DTensor, counted: DTensor) -> DTensor:
     NOTE Both sums are reduced, at once. A mean of the ranks' means is another number where ranks hold
     different numbers of rows that count.
     """
+    counted = counted.redistribute(placements=x.placements)
     local, count = x.to_local().sum(), counted.to_local().sum()
     if not all(p.is_replicate() for p in x.placements):
         dtype = torch.promote_types(x.dtype, torch.float32)

@@ -7,6 +7,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     escapes           who else needs the log-probabilities, and which losses were not read
     rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
+    beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from ..common.compat.graphs import is_dtensor
+from ..distributed.placements import padded
 from ..graph.builder import Builder
 from ..graph.shapes import constant, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
@@ -140,9 +142,13 @@ def _undo_step(build: Builder, node: Node, step: RowView, classes: tuple[int, ..
     if isinstance(step, Index):
         node = build("unsqueeze", node, step.dim)
         outer = [0, 0] * (len(shape_of(node)) - 1 - step.dim)
-        return build(F.pad, node, [*outer, step.at, step.size - 1 - step.at], value=ANY_LABEL)
+        return _padded(build, node, [*outer, step.at, step.size - 1 - step.at])
     pads = [p for pair in zip(reversed(step.left), reversed(step.right), strict=True) for p in pair]
-    return build(F.pad, node, [0, 0] * len(classes) + pads, value=ANY_LABEL)
+    return _padded(build, node, [0, 0] * len(classes) + pads)
+
+
+def _padded(build: Builder, node: Node, pads: list[int]) -> Node:
+    return build(padded if is_dtensor(tensor_of(node)) else F.pad, node, pads, value=ANY_LABEL)
 
 
 def arranged(build: Builder, flat: Node, logits: Logits, steps: tuple[RowView, ...]) -> Node:

@@ -12,9 +12,10 @@ from ..common.compat.graphs import is_dtensor
 from ..distributed import placements
 from ..distributed.local_logits import local_part
 from ..graph.builder import Builder
-from ..graph.shapes import tensor_of
-from ..reading.values import Reading
+from ..graph.shapes import example_of, tensor_of
+from ..reading.values import Label, Outside, Reading
 from .arrange import fixed_labels, flat_logits
+from .beside import placements_beside
 from .groups import Group
 from .rematerialise import made_before
 
@@ -52,9 +53,13 @@ class Dense:
     def unbound(self, made: Node, rows: ops.Rows) -> list[Node]:
         return [self.build(operator.getitem, made, k) for k in range(len(rows))]
 
-    def brought(self, node: Node) -> Node:
+    def brought(self, node: Node, held: Label | Outside) -> Node:
         """A tensor of the user's, such that it can stand beside the logits."""
         return node
+
+    def as_made(self, result: Node, node: Node) -> Node:
+        """What is to take the place of a node of the user's, where that was."""
+        return result
 
     def fixed_labels(self, column: int | None) -> Node:
         """Labels [N] that are `column` everywhere, or the number of the row if it is None."""
@@ -95,14 +100,24 @@ class Distributed(Dense):
         made = self.build(placements.whole_rows, z, labels, weights, rows.encode(), site=site)
         return self.unbound(made, rows)
 
-    def brought(self, node: Node) -> Node:
-        if is_dtensor(tensor_of(node)):
-            return node
-        return self.build(placements.on_every_rank, node, self._source)
+    def brought(self, node: Node, held: Label | Outside) -> Node:
+        if not is_dtensor(tensor_of(node)):
+            return self.build(placements.on_every_rank, node, self._source)
+        where = placements_beside(self.group, held)
+        return node if where is None else self.build(placements.placed, node, where)
+
+    def as_made(self, result: Node, node: Node) -> Node:
+        """Which part of it a rank has is seen by the user, unless each has a part of a sum."""
+        ours, theirs = example_of(result), example_of(node)
+        if not is_dtensor(ours) or not is_dtensor(theirs) or ours.placements == theirs.placements:
+            return result
+        if not placements.are_blocks(theirs.placements):
+            return result
+        return self.build(placements.placed, result, placements.numbered(theirs.placements))
 
     def fixed_labels(self, column: int | None) -> Node:
         if column is None:
-            return self.brought(super().fixed_labels(None))
+            return self.build(placements.on_every_rank, super().fixed_labels(None), self._source)
         return self.build(placements.rows_of, self.logits(), column)
 
     def whole(self, sums: Node) -> Node:

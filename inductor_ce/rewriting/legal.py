@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.fx import Node
@@ -19,12 +18,12 @@ from ..common.compat.graphs import (
 )
 from ..common.findings import Reason, Refusal
 from ..common.options import Options
-from ..distributed.placements import beside_fact, layout_fact
+from ..distributed.placements import layout_fact
 from ..graph.shapes import hint, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
-from ..reading.row_views import Index, Permute, RowView, Slice
-from ..reading.values import Columns, Label, Logits, LossValue, Outside, Reading, RowValue
+from ..reading.values import Columns, Logits, LossValue, Reading, RowValue
+from .beside import misplaced
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 
@@ -229,7 +228,7 @@ def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
 def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
     if _is_edited_later(reading, group):
         return LOGITS_EDITED
-    return LABELS_EDITED if _are_labels_edited_later(reading, group) else _misplaced(group)
+    return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
 
 
 def _is_edited_later(reading: Reading, group: Group) -> bool:
@@ -253,47 +252,6 @@ def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
         and any(timeline.shares_storage(held.node, argument) for argument in arguments)
         for held in group.labels.values()
     )
-
-
-def _misplaced(group: Group) -> Refusal | None:
-    """Ranks hold other rows or classes of what stands beside the logits than of these."""
-    if not group.distributed:
-        return None
-    facts = [_label_fact(group, held) for held in group.labels.values()]
-    facts += [_outside_fact(group, held) for held in group.outside.values()]
-    fact = next((fact for fact in facts if fact is not None), None)
-    return None if fact is None else Refusal(Reason.PLACEMENTS, fact)
-
-
-def _label_fact(group: Group, held: Label) -> str | None:
-    z: Any = tensor_of(group.logits.node)
-    axis, moved = group.logits.axis, _first_rows_moved(held.steps)
-    if held.node is not None:
-        y: Any = tensor_of(held.node)
-        return beside_fact(z, axis, "The labels", y, int(held.kept == 0), None, moved)
-    if held.column is not None:
-        return None
-    return beside_fact(z, axis, "The labels, which are the numbers of the rows,", torch.arange(0), 0, None)
-
-
-def _outside_fact(group: Group, held: Outside) -> str | None:
-    z: Any = tensor_of(group.logits.node)
-    x = tensor_of(held.node)
-    assert x is not None
-    assert held.axis is not None
-    missing = len(shape_of(held.like)) - x.dim()
-    first = {"row": int(held.axis == 0) - missing, "columns": int(held.axis == 0)}.get(held.kind)
-    classes = held.axis - missing if held.kind in ("classes", "columns") else None
-    if held.kind == "scalar":
-        return None
-    name = "The weights" if classes is not None else "The numbers of the rows"
-    return beside_fact(z, group.logits.axis, name, x, first, classes, _first_rows_moved(held.steps))
-
-
-def _first_rows_moved(steps: tuple[RowView, ...]) -> bool:
-    """Whether the first dimension of the rows, over which ranks may share them, does not stay as it is."""
-    cut = any(isinstance(s, Slice) and s.left[0] + s.right[0] for s in steps)
-    return cut or any(isinstance(s, (Permute, Index)) for s in steps)
 
 
 def _is_function_body(nodes: Sequence[Node]) -> bool:

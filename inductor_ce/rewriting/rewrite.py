@@ -99,7 +99,7 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
         result = build(torch.stack, rows, value.kept)
     else:
         result = rows[0] if value.kept is None else build("unsqueeze", rows[0], value.kept)
-    result = _done(build, tensor_of(node).dtype, result)  # type: ignore[union-attr]
+    result = stats.layout.as_made(_done(build, tensor_of(node).dtype, result), node)  # type: ignore[union-attr]
     if value.detached and reading.timeline.grad_mode(group.place) is True:
         result = build("detach", result)
     edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))

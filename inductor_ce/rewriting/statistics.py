@@ -16,7 +16,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import shape_of, tensor_of
 from ..ops import rows
 from ..ops.verified import FUSED, TAPPED
-from ..reading.values import Outside, Reading
+from ..reading.values import Label, Outside, Reading
 from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
@@ -135,7 +135,7 @@ class Statistics:
         self.reading, self.place = reading, group.place
         self.layout = layout_of(build, reading, group)
         self.named = {
-            y: self._kept(held.node, self._brought(held.node))
+            y: self._kept(held.node, self._brought(held))
             for y, held in group.labels.items()
             if held.node is not None
         }
@@ -164,8 +164,9 @@ class Statistics:
         functions |= {function: row for row, function in sums.items()}
         self._of_function = {function: self._rows[row] for function, row in functions.items()}
 
-    def _brought(self, node: Node) -> Node:
-        return self.layout.brought(made_before(self.build, self.reading, node, self.place))
+    def _brought(self, held: Label | Outside) -> Node:
+        assert held.node is not None
+        return self.layout.brought(made_before(self.build, self.reading, held.node, self.place), held)
 
     def _kept(self, label: Node, made: Node) -> Node:
         """Labels, copied where the user writes over them later: the backward reads them again."""
@@ -205,7 +206,7 @@ class Statistics:
         """A tensor from outside as [N, V], [V], [N] or a number."""
         if symbol not in self._flat:
             held: Outside = self.outside[symbol]
-            node = flat_outside(self.build, self._brought(held.node), held, self.vocab_size)
+            node = flat_outside(self.build, self._brought(held), held, self.vocab_size)
             self._flat[symbol] = _MADE[held.made](self.build, node)
         return self._flat[symbol]
 

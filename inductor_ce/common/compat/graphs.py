@@ -48,6 +48,15 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
+def reads_local(node: torch.fx.Node) -> bool:
+    """Whether a node gives the part of a DTensor that this rank has: `to_local`, of which some releases make
+    a function of their own."""
+    if node.target is getattr:
+        return node.args[1] == "_local_tensor"
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return name in ("to_local", "prim_to_local")
+
+
 def set_local(tensor: Any, local: torch.Tensor) -> None:
     """Let a DTensor have another tensor of the same elements in place of this rank's part."""
     tensor._local_tensor = local
