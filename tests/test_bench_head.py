@@ -16,7 +16,7 @@ from inductor_ce.bench import cli
 from inductor_ce.bench.head import bars, check, command, inputs, reference, render, run, systems, trained
 from inductor_ce.bench.head.inputs import SHAPES, Inputs, Shape
 from inductor_ce.bench.head.systems import BUDGETS, SYSTEMS, Built, Case
-from inductor_ce.bench.shared import measure
+from inductor_ce.bench.shared import body, measure
 from inductor_ce.bench.shared.losses import IGNORED
 from inductor_ce.bench.shared.options import NO_GPU
 from inductor_ce.bench.shared.peers import NotOffered
@@ -42,12 +42,15 @@ ROW = {
     "ms": 48.0,
     "spread": 0.015,
     "round_ms": [47.9, 48.0, 48.5],
+    "host_ms": 2.0,
+    "wall_ms": 48.5,
     "ratio": 1.0,
     "memory_ratio": 1.0,
     "error_ratio": dict.fromkeys(KINDS, 1.0),
 }
 FORWARD = {key: ROW[key] for key in ("system", "loss_error", "first_call_s", "counted", "notes", "problems")}
 FORWARD |= {"extra_bytes": 500 * MB, "ms": 15.0, "spread": 0.01, "round_ms": [15.0], "of_product": 1.05}
+FORWARD |= {"host_ms": 1.0, "wall_ms": 15.5}
 
 
 def row_of_ours(name: str, ms: float, beyond: int, **changes) -> dict:
@@ -129,6 +132,7 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measure.Calls, "time_ms", time_ms)
     monkeypatch.setattr(measure, "peak_extra_bytes", lambda step: 2**20)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
 def by_autograd(given: Inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -312,6 +316,42 @@ def test_the_loop_on_a_cpu(stopwatch, monkeypatch: pytest.MonkeyPatch, tmp_path:
     render.plot(result, tmp_path / "head.png")
 
 
+def test_the_host_is_timed_apart(monkeypatch: pytest.MonkeyPatch):
+    """Of a step of 2 ms, whose work on the GPU takes 5 more; a first call is not counted."""
+    now = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def passes(seconds: float):
+        now[0] += seconds
+
+    calls: list[float] = []
+
+    def step():
+        calls.append(0.0)
+        passes(0.002 if len(calls) > 1 else 1.0)
+
+    ends = iter([0.0, 0.005] * 3)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: passes(next(ends)))
+    assert measure.host_and_wall_ms(step, 3) == pytest.approx((2.0, 7.0))
+    assert len(calls) == 4
+
+
+def test_a_body_may_be_left_out():
+    assert body._times == [body.TIMES]
+    with body.without_work():
+        assert body._times[-1] == 0
+    assert body._times == [body.TIMES]
+
+
+def test_older_records_have_no_host():
+    case = copy.deepcopy(CASE)
+    for row in case["rows"]:
+        row.pop("host_ms")
+    whats = {bar["what"] for bar in bars.bars({**RESULT, "cases": [case]})}
+    assert "ms of the host beyond plain compile's" not in whats
+    assert render.table({**RESULT, "cases": [case]})
+
+
 def test_only_peers_may_fail():
     case = copy.deepcopy(CASE)
     assert not command.failed(case)
@@ -333,7 +373,8 @@ def test_bars():
     assert found["inductor_ce@cce+30%: time of cce_exact's"]["value"] == pytest.approx(55 / 212)
     assert found["inductor_ce@cce+30%: memory of cce's"]["value"] == pytest.approx(1501 / 1163)
     assert found["forward alone: time of the product's"]["value"] == 1.05
-    assert len(found) == 6 + len(KINDS)
+    assert found["ms of the host beyond plain compile's"]["value"] == 0.0
+    assert len(found) == 7 + len(KINDS)
 
 
 def test_bars_without_peers_or_baseline():
@@ -361,7 +402,8 @@ def test_table():
     lines = case.splitlines()
     assert lines[0].startswith("gemma, 8192 x 256000 x 2304, random: loss 12.900, ")
     assert lines[0].endswith("logits 4000 MB, gradients 1161 MB; product 14.30 ms, three 43.20 ms")
-    assert lines[2].split()[:7] == ["torch.compile", "48.00", "1.5%", "1.000", "5161", "4000", "1.000"]
+    assert lines[2].split()[:6] == ["torch.compile", "48.00", "1.5%", "1.000", "2.00", "48.50"]
+    assert lines[2].split()[6:9] == ["5161", "4000", "1.000"]
     assert lines[5].endswith("token_chunks 1")
     assert bar_table.splitlines()[1].split()[:2] == ["met", "gemma,"]
     assert sum(line.startswith("MISSED") for line in bar_table.splitlines()) == 1

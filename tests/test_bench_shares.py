@@ -101,6 +101,7 @@ def cases() -> list[dict]:
     with pytest.MonkeyPatch.context() as patch, without_codegen():
         patch.setattr(measure.Calls, "time_ms", lambda self, step: [step(), 1.0][1])
         patch.setattr(measure, "peak_extra_bytes", lambda step: 2**20)
+        patch.setattr(torch.cuda, "synchronize", lambda: None)
         return list(run.table(asked, measure.Calls(rounds=1), "cpu"))
 
 

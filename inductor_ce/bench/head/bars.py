@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..shared.compilers import DEFAULT, GRAPHS, OURS
+from ..shared.compilers import BASELINE, DEFAULT, GRAPHS, OURS
 from .cases import Case, mode_of, ms_of, over, title, with_none_ignored
 from .inputs import MLM
 from .systems import CCE, CCE_BUDGET, CCE_EXACT, CCE_ROOM, SYSTEMS
@@ -18,6 +18,7 @@ TIME_AND_MEMORY = {"gemma": (1.00, 0.27), "llama": (1.00, 0.27), "qwen": (0.97, 
 OF_CCE_EXACT = 0.3
 OF_PRODUCT, FORWARD_BYTES = 1.08, 600 * 2**20
 ERROR_RATIO = 1.15
+HOST_MS = 0.5
 
 # Rows that do not count: of the time with all labels, of that of an earlier version, and of plain compile's
 # by the share of labels ignored and the mode.
@@ -96,6 +97,7 @@ def _usual_bars(case: Case, rows: dict[str, dict[str, Any]]) -> Iterator[Bar]:
         time, memory = TIME_AND_MEMORY[case["name"]]
         yield Bar("time of plain compile's", _get(rows, OURS, "ratio"), time)
         yield Bar("memory of plain compile's", _get(rows, OURS, "memory_ratio"), memory)
+    yield from _host_bars(rows)
     ours, exact = _get(rows, CCE_BUDGET, "ms"), _get(rows, CCE_EXACT, "ms")
     yield Bar(f"{CCE_BUDGET}: time of {CCE_EXACT}'s", over(ours, exact), OF_CCE_EXACT)
     ours, peak = _get(rows, CCE_BUDGET, "extra_bytes"), _get(rows, CCE, "extra_bytes")
@@ -103,6 +105,13 @@ def _usual_bars(case: Case, rows: dict[str, dict[str, Any]]) -> Iterator[Bar]:
     forward = {row["system"]: row for row in case["forward"]}
     yield Bar("forward alone: time of the product's", _get(forward, OURS, "of_product"), OF_PRODUCT)
     yield Bar("forward alone: bytes", _get(forward, OURS, "extra_bytes"), FORWARD_BYTES)
+
+
+def _host_bars(rows: dict[str, dict[str, Any]]) -> Iterator[Bar]:
+    """None where it was not looked at, as in older records."""
+    ours, plain = (rows.get(name, {}).get("host_ms") for name in (OURS, BASELINE))
+    if ours is not None and plain is not None:
+        yield Bar("ms of the host beyond plain compile's", ours - plain, HOST_MS)
 
 
 def _error_bars(rows: dict[str, dict[str, Any]]) -> Iterator[Bar]:

@@ -18,7 +18,7 @@ from .cases import Case, mode_of, over_shares, title
 from .systems import CCE_BUDGET, SYSTEMS
 
 HEADER = (
-    *("system", "ms", "spread", "ratio", "MB", "beyond gradients", "ratio", "loss error"),
+    *("system", "ms", "spread", "ratio", "host", "wall", "MB", "beyond gradients", "ratio", "loss error"),
     *("dh error", "ratio", "dW error", "ratio", "worst row dh", "dW", "compile s", ""),
 )
 FORWARD_HEADER = ("forward alone", "ms", "spread", "of product", "MB", "loss error", "compile s", "")
@@ -59,6 +59,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['ms']:.2f}",
         f"{100 * row['spread']:.1f}%",
         _ratio(row["ratio"]),
+        *(_ms(row.get(key)) for key in ("host_ms", "wall_ms")),
         _mb(row["extra_bytes"]),
         _mb(row["beyond_gradients"]),
         _ratio(row["memory_ratio"]),
@@ -91,6 +92,10 @@ def _remarks(row: dict[str, Any]) -> str:
     strategies = [f"{key} {count}" for key, count in row["counted"].items() if key not in ("sites", "misses")]
     bias = [f"db error {row['db']['norm']:.1e}"] if "db" in row else []
     return "; ".join(strategies + bias + row["notes"] + row["problems"])
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def _ratio(value: float | None) -> str:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..shared import measure
-from ..shared.body import last_end
+from ..shared.body import last_end, without_work
 from ..shared.compilers import BASELINE, DEFAULT
 from ..shared.labels import Labels
 from ..shared.measure import Calls, Clock
@@ -35,7 +35,10 @@ METHOD = {
     "copy of h; ms is counted from its end",
     "forward": "the loss alone, under no_grad",
     "compiled": "fullgraph, static shapes, caches empty at the start; once for all inputs of a shape",
-    "ms": "median over the rounds of the median of a few calls; the systems take turns within a round",
+    "ms": "of the GPU, which has work when the host begins; median over the rounds of the median of a few "
+    "calls; the systems take turns within a round",
+    "host_ms, wall_ms": "of the host's clock for the call of a step, and until the GPU has done it too; the "
+    "GPU is idle before, and what stands for a body makes its copy alone",
     "spread": "(slowest round - fastest round) / median",
     "extra_bytes": "peak of the memory allocated in a warm step less that before it, gradients included; "
     "not known of CUDA graphs, whose memory is a pool of their own",
@@ -45,6 +48,8 @@ METHOD = {
     "seconds": "all that a case took, with training and the compilations that were left to it",
     "product_ms": "h @ W.T by cuBLAS into memory of its own; products_ms: with dz @ W and dz.T @ h",
 }
+
+HOST_CALLS = 5
 
 Rows = dict[str, dict[str, Any]]
 
@@ -145,7 +150,9 @@ class Bench:
         }
         clock = replace(self.clock, begun=last_end) if self.behind else self.clock
         for name, (ms, spread, round_ms) in timed(steps, clock).items():
-            rows[name].update(ms=ms, spread=spread, round_ms=round_ms)
+            with without_work():
+                host_ms, wall_ms = measure.host_and_wall_ms(steps[name], HOST_CALLS)
+            rows[name].update(ms=ms, spread=spread, round_ms=round_ms, host_ms=host_ms, wall_ms=wall_ms)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import math
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,24 @@ class Calls:
         step()
         end.record()
         return (start if self.begun is None else self.begun()), end
+
+
+def host_and_wall_ms(step: Step, calls: int) -> tuple[float, float]:
+    """(the host's time for a step, the time until the GPU has done it too), of an idle GPU: medians in ms."""
+    step()
+    both = [_host_and_wall_ms(step) for _ in range(calls)]
+    host, wall = (statistics.median(column) for column in zip(*both, strict=True))
+    return host, wall
+
+
+def _host_and_wall_ms(step: Step) -> tuple[float, float]:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = step()
+    launched = time.perf_counter()
+    torch.cuda.synchronize()
+    del result
+    return 1e3 * (launched - start), 1e3 * (time.perf_counter() - start)
 
 
 def median_and_spread(round_ms: Sequence[float]) -> tuple[float, float]:
