@@ -213,7 +213,7 @@ def test_a_record_keeps_what_was_before(tmp_path: Path, monkeypatch: pytest.Monk
 def test_records_of_before_have_no_labels():
     old = {key: value for key, value in CASE.items() if key not in ("mode", "ignored", "pattern", "bias")}
     assert title(old) == "gemma, random"
-    assert len(bars.bars({"cases": [old]})) == 6 + len(KINDS)
+    assert len(bars.bars({"cases": [old]})) == 7 + len(KINDS)
     assert over_shares([old, old]) == []
 
 
