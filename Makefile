@@ -42,7 +42,7 @@ $(STAMP): constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "No Python >= 3.11 with venv and ensurepip was found: try make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	sed '/^triton==/d$(if $(TORCH),;/^sympy==/d;/^setuptools==/d;s/^torch==.*/torch==$(TORCH)/)' constraints.txt > $(VENV)/constraints.txt
-	$(BIN)/python -m pip install -c $(VENV)/constraints.txt setuptools torch $(COMPILER)
+	$(BIN)/python -m pip install -c $(VENV)/constraints.txt 'setuptools>=77' torch $(COMPILER)
 	$(BIN)/python -m pip install -c $(VENV)/constraints.txt --no-build-isolation -e '.[test,examples,bench,lint]'
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt triton
 	@touch $@

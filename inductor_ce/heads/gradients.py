@@ -148,7 +148,7 @@ class Exit:
         out = times_scale(out)
         if self._is_packed:
             assert self.pieces.packing is not None
-            out = self.pieces.packing.put_back(out)
+            out = self.pieces.packing.put_back(out, self.dtype)
         if self._beside is not None:
             out = self._beside.complete(out, times_scale)
         if self._must_be_copied(out, scale):

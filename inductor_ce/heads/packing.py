@@ -83,9 +83,9 @@ class Packing:
             self._taken[x, piece] = self._build(TAKE_ROWS, *given, **self.limit(piece))
         return self._taken[x, piece]
 
-    def put_back(self, x: Node) -> Node:
+    def put_back(self, x: Node, dtype: torch.dtype) -> Node:
         """What has rows as the pieces took them, [N, D], as they were, 0 where they do not count."""
-        return self._build(TAKE_ROWS, x, self.place, self.counts, [])
+        return self._build(TAKE_ROWS, x, self.place, self.counts, [], dtype=dtype)
 
     def _in_pieces(self, node: Node, otherwise: float | None = None) -> Node:
         """What rows have, as the pieces take them, once for all pieces: it is in memory."""

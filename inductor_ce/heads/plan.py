@@ -286,12 +286,11 @@ def _most_in_chunks(head: HeadNumbers, piece: int, wide_sum: bool, wide_hidden: 
 def _hidden_at_last(head: HeadNumbers, wide_hidden: bool) -> int:
     """Bytes beside the hidden states' gradient when it is made of what chunks put together.
 
-    Rows that chunks took in their own order go back to their places, in another tensor.
+    Rows that chunks took in their own order go back to their places in another tensor.
     """
-    if not head.wants_hidden:
-        return 0
-    put_together = head.n * head.d * (4 if wide_hidden else head.element)
-    return put_together * (wide_hidden + head.skips)
+    if wide_hidden:
+        return head.n * head.d * 4
+    return head.n * head.d * head.element if head.wants_hidden and head.skips else 0
 
 
 def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:

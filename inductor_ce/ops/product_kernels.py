@@ -279,4 +279,4 @@ def _fill_rows(
         row = tl.load(rows + i)
         wanted = (column < d) & (tl.load(counted + i) != 0)
         value = tl.load(x + row * row_stride + column.to(tl.int64) * stride, mask=wanted, other=0.0)
-        tl.store(taken + i.to(tl.int64) * d + column, value, mask=column < d)
+        tl.store(taken + i.to(tl.int64) * d + column, value.to(taken.dtype.element_ty), mask=column < d)
