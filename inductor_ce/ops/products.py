@@ -222,6 +222,7 @@ def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
 @product_but.register_fake
 def _(out: Tensor, often: Tensor, dz: Tensor, b: Tensor, labels: list[Tensor], *_: Any, **__: Any) -> Tensor:
     torch._check(dz.shape[0] == b.shape[0], lambda: "the factors do not fit")
+    torch._check(len(labels) > 0, lambda: "a product without labels is a product")
     return dz.new_empty((len(labels), dz.shape[0]))
 
 
