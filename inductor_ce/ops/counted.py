@@ -120,13 +120,14 @@ def take_rows(
     left: Tensor | None = None,
     host: Tensor | None = None,
     piece: int = 0,
+    *,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The rows `rows` [n] of x [N, D], 0 where `counted` is False, in `dtype`, or that of x.
 
     What is in `after` is made before.
     """
-    taken = _empty_rows(x, rows, dtype)
+    taken = _empty_rows(x, rows, dtype=dtype)
     n = rows_of_piece(left, host, piece, len(rows))
     (fill,) = by_device(x, _fill_rows)
     fill(x, rows, counted, left[piece] if n is None else n, taken)  # type: ignore[index]
@@ -138,22 +139,9 @@ def _fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: int, taken: Tenso
     taken[:left] = torch.where(counted[:left, None], x[rows[:left]], 0.0).to(taken.dtype)
 
 
-def _empty_rows(x: Tensor, rows: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return x.new_empty((rows.shape[0], x.shape[1]), dtype=dtype)
-
-
 @take_rows.register_fake
-def _(
-    x: Tensor,
-    rows: Tensor,
-    counted: Tensor,
-    after: list[Tensor],
-    left: Tensor | None = None,
-    host: Tensor | None = None,
-    piece: int = 0,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    return _empty_rows(x, rows, dtype)
+def _empty_rows(x: Tensor, rows: Tensor, *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    return x.new_empty((rows.shape[0], x.shape[1]), dtype=dtype)
 
 
 @torch.library.custom_op("inductor_ce::product_to_rows", mutates_args=("out",), tags=ANY_STRIDES)
