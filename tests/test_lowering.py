@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import kernel_reference as reference
 import pytest
@@ -18,6 +20,7 @@ from inductor_ce.common import failsafe
 from inductor_ce.common.compat import inductor
 from inductor_ce.heads.fuse import fuse_heads
 from inductor_ce.ops import lowering
+from inductor_ce.ops.counted import HOST_COPY
 
 N, V = 8192, 32000
 WHICH = "max,sumexp,pick,pick,sum"
@@ -419,3 +422,31 @@ def test_template_that_cannot_be_had(
         forward, backward = generate(reference.loss, x, y, weight)
     assert not any(name.startswith("triton_tem") for name in forward.launches + backward.launches)
     assert "Traceback" in caplog.text
+
+
+def late(nodes: list[Any], *_: Any, **__: Any) -> list[Any]:
+    """The copy to the host, and what leads to it, as late as what nodes wait for allows."""
+    (copy,) = (node for node in nodes if "host_copy" in str(getattr(node.node, "python_kernel_name", "")))
+    others = [
+        node for node in nodes if node is not copy and node.get_operation_names().isdisjoint(copy.ancestors)
+    ]
+    first = [node for node in others if copy.get_operation_names().isdisjoint(node.ancestors)]
+    copied = [node for node in nodes if node not in others]
+    return first + copied + [node for node in others if node not in first]
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_count_goes_to_the_host_before_the_body(is_first: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However Inductor orders what is left to it; what comes before in the graph stays before."""
+
+    def f(x: Tensor, A: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        before = None if is_first else torch.mm(x, A)
+        host = HOST_COPY((y != 0).sum(dtype=torch.int32).reshape(1))
+        after = torch.mm(torch.tanh(x), A).relu()
+        return host, after @ A if before is None else before + after
+
+    monkeypatch.setattr("torch._inductor.memory.reorder_for_peak_memory", late)
+    (wrapper,) = generate(f, torch.empty(64, 32), torch.empty(32, 32), torch.empty(64, dtype=torch.int64))
+    called = re.findall(r"extern_kernels\.(\w+)\(", wrapper.code)
+    copy = "inductor_ce_host_copy"
+    assert called == ([copy, "mm", "mm"] if is_first else ["mm", copy, "mm"])

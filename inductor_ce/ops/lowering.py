@@ -84,7 +84,7 @@ def register() -> None:
     ours = torch.ops.inductor_ce
     first = f"import inductor_ce.ops.lowering; inductor_ce.ops.lowering.load({sources()!r})"
     for direct in DIRECT:
-        inductor.call_directly(direct, first)
+        inductor.call_directly(direct, first, ahead=direct is counted.host_copy)
     for lowering, op in (
         *((_times, TIMES), (_align_rows, ALIGN_ROWS)),
         *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),

@@ -67,6 +67,7 @@ def is_ahead_of_time() -> bool:
 IRNode = Any  # an Inductor IR value: what lowerings take and return
 
 aten = torch.ops.aten
+_LARGE = (ir.ExternKernel, ir.TemplateBuffer)
 OWNED = (ir.DonatedBuffer, ir.ExternKernelOut)  # storage that nobody else has
 _SEEN_THROUGH = {
     aten.permute.default,
@@ -101,22 +102,47 @@ def _begin_with(line: str) -> None:
     graph = virtualized.graph
     while hasattr(graph, "parent"):  # of a body inside another graph
         graph = graph.parent
-    if graph.cpp_wrapper or "init_wrapper_code" in vars(graph):
-        return
+    if not graph.cpp_wrapper and not hasattr(graph, "_begins_with_ours"):
+        graph._begins_with_ours = True
+        _when_lowered(graph, lambda: graph.wrapper_code.add_import_once(line))
+
+
+def _when_lowered(graph: Any, do: Callable[[], None]) -> None:
+    """Do something when all of a graph has been lowered, and nothing of it has been ordered or fused."""
     make = graph.init_wrapper_code
 
-    def make_beginning(*args: Any, **kwargs: Any) -> None:
+    def make_and_do(*args: Any, **kwargs: Any) -> None:
         make(*args, **kwargs)
-        graph.wrapper_code.add_import_once(line)
+        do()
 
-    vars(graph)["init_wrapper_code"] = make_beginning
+    vars(graph)["init_wrapper_code"] = make_and_do
 
 
-def call_directly(op: CustomOpDef, first: str) -> None:
+def _run_before_the_rest(graph: Any, op: ir.Operation) -> None:
+    """Let what the library or a template runs, and is not lowered yet, wait for `op`.
+
+    Inductor orders operations by the memory that they hold, whatever the order of the graph.
+    """
+    done = len(graph.operations)
+
+    def order() -> None:
+        waiting: set[str] = set()
+        for later in graph.operations[done:]:
+            if waiting.isdisjoint(later.get_read_names()):
+                if not isinstance(later, _LARGE):
+                    continue
+                graph.additional_buffer_deps[later.get_operation_name()].add(op.get_name())
+            waiting.update(buffer.get_name() for buffer in later.get_outputs())
+
+    _when_lowered(graph, order)
+
+
+def call_directly(op: CustomOpDef, first: str, *, ahead: bool = False) -> None:
     """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
 
     That takes the host longer than launching the operator's kernels. Autograd, and all else that a dispatcher
-    looks after, has been dealt with when code is generated. The code begins with the line `first`.
+    looks after, has been dealt with when code is generated. The code begins with the line `first`. It runs
+    the operator `ahead` of all large operations that follow in the graph.
     """
     overload, name = op._opoverload, op._qualname.replace("::", "_")
     call = fallback_handler(overload, add_to_fallback_set=False)
@@ -128,6 +154,8 @@ def call_directly(op: CustomOpDef, first: str) -> None:
         for made in graph.operations[known:]:
             if isinstance(made, ir.FallbackKernel) and not graph.cpp_wrapper:
                 made.python_kernel_name = f"extern_kernels.{name}"
+            if isinstance(made, ir.FallbackKernel) and ahead:
+                _run_before_the_rest(graph, made)
         return result
 
     setattr(extern_kernels, name, op._init_fn)  # as torch does with those of its own
