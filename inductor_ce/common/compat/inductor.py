@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Container, Sequence
 from typing import Any
 
@@ -97,13 +98,16 @@ def lower_by(lowering: Callable[..., IRNode], op: Any, first: str) -> None:
     register_lowering(op, type_promotion_kind=None)(beginning_with)
 
 
+_begun = weakref.WeakSet[Any]()  # graphs whose code begins with our line
+
+
 def _begin_with(line: str) -> None:
     """Let the Python that is made of the graph that is being lowered begin with a line."""
     graph = virtualized.graph
     while hasattr(graph, "parent"):  # of a body inside another graph
         graph = graph.parent
-    if not graph.cpp_wrapper and not hasattr(graph, "_begins_with_ours"):
-        graph._begins_with_ours = True
+    if not graph.cpp_wrapper and graph not in _begun:
+        _begun.add(graph)
         _when_lowered(graph, lambda: graph.wrapper_code.add_import_once(line))
 
 
@@ -118,7 +122,7 @@ def _when_lowered(graph: Any, do: Callable[[], None]) -> None:
     vars(graph)["init_wrapper_code"] = make_and_do
 
 
-def _run_before_the_rest(graph: Any, op: ir.Operation) -> None:
+def _run_before_the_rest(graph: Any, op: ir.FallbackKernel) -> None:
     """Let what the library or a template runs, and is not lowered yet, wait for `op`.
 
     Inductor orders operations by the memory that they hold, whatever the order of the graph.
