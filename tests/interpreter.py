@@ -49,6 +49,7 @@ def triton_ir(source: str, name: str, signature: dict[str, str]) -> str:
 
 def compiles(kernel: Any, types: dict[str, str], **constants: int) -> bool:
     """Whether Triton makes a binary for an H200. What is not named in `types` is a number."""
+    kernel = getattr(kernel, "function", kernel)  # behind what launches it
     types = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = triton.compiler.ASTSource(kernel, types, constexprs=places)

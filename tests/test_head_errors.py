@@ -13,6 +13,7 @@ from torch import Tensor
 
 from inductor_ce.heads import narrow_sums
 from inductor_ce.ops import products
+from inductor_ce.ops.counted import FREQUENT_ROWS
 
 aten = torch.ops.aten
 
@@ -135,7 +136,8 @@ def wide_sums(given: Inputs, budget: float) -> list[tuple[int, ...]]:
     """Shapes of what is summed, or put together, in float32 over chunks."""
     compiled, graphs = compile_without_codegen(cases.plain, strategy="token_chunks", memory_budget=budget)
     measure(compiled, given)
-    made = [n.meta["val"] for n in graphs.nodes if n.target in (aten.empty.memory_format, aten.full.default)]
+    sums = (aten.empty.memory_format, aten.full.default, FREQUENT_ROWS)
+    made = [n.meta["val"] for n in graphs.nodes if n.target in sums]
     return sorted(tuple(x.shape) for x in made if x.dtype == torch.float32 and x.dim() == 2)
 
 

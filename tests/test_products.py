@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce.ops import gemm, product_kernels, products
+from inductor_ce.ops import counted, gemm, product_kernels, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -52,9 +52,12 @@ def product_but(
     accumulate: bool = False,
     restore: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """(the entries, the rows in float32)"""
-    often = torch.ones(len(columns), h.shape[1], dtype=torch.promote_types(h.dtype, torch.float32))
-    return OPS.product_but(out, often, dz, h, labels, columns, accumulate, restore), often
+    """(the entries [N, K], the rows in float32). What is kept of other rows is left as it was."""
+    r, k = len(columns), len(labels)
+    kept = torch.full((len(dz) + 2, r + k), 7.0, dtype=dz.dtype)
+    OPS.product_but(out, kept, dz, h, labels, columns, 1, accumulate, restore)
+    assert bool((kept[[0, -1]] == 7.0).all())
+    return kept[1:-1, r : r + k], OPS.frequent_rows(kept[1:-1, :r], h, None, None)
 
 
 @pytest.mark.usefixtures("way")
@@ -67,10 +70,28 @@ def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool, re
     expected, rest = entries_by_hand(dz, labels)
     out = torch.ones(V, D, dtype=torch.float64)
     entries, often = product_but(out, dz, h, labels, columns, accumulate, restore)
-    assert torch.equal(entries, expected)
+    assert torch.equal(entries.T, expected)
     torch.testing.assert_close(out, accumulate + rest.T @ h)
-    torch.testing.assert_close(often, accumulate + (before.T @ h)[columns])
+    torch.testing.assert_close(often.double(), (before.T @ h)[columns], rtol=1e-5, atol=1e-5)
     assert torch.equal(dz, before if restore else rest)
+
+
+@pytest.mark.parametrize("block", [64, 10**6])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_rows_of_frequent_columns(share: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken in their order, a few at a time; of rows that do not count neither factor is looked at."""
+    n, r, m = 200, 3, 5
+    monkeypatch.setattr(counted, "TAKEN_BYTES", block * m * 2)
+    counts, rows = torch.rand(n) < share, torch.randn(n, m).bfloat16()
+    order, _, count = torch.ops.inductor_ce.row_order(counts)
+    left = (count + counted.ALIGNED - 1) // counted.ALIGNED * counted.ALIGNED
+    kept = torch.randn(n, r).bfloat16()
+    kept[int(count) :] = 0  # of what is added to a multiple, whose gradient is 0
+    kept[int(left) :] = torch.nan
+    right = kept[: int(count)].double().T @ rows[order[: int(count)]].double()
+    rows[~counts] = torch.nan
+    made = OPS.frequent_rows(kept, rows, order, counts[order], left.int(), None)
+    torch.testing.assert_close(made.double(), right, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.usefixtures("way")
@@ -112,7 +133,7 @@ def test_a_row_is_rounded_once() -> None:
     out, none = torch.ones(2, 1, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
     n, half = 256, torch.finfo(torch.bfloat16).eps / 2
     entries, label = torch.full((1, n), half), torch.ones(n, dtype=torch.int64)
-    OPS.complete(out, [label], entries, torch.ones(n, 1).bfloat16(), none, torch.empty(0, 1))
+    OPS.complete(out, [label], entries.T, torch.ones(n, 1).bfloat16(), none, torch.empty(0, 1))
     assert out.flatten().tolist() == [1, 2]
 
 
@@ -129,16 +150,10 @@ def test_times_in_place(dtype: torch.dtype) -> None:
 
 
 POINTERS = {
-    "take_out": {
-        "dz": "*bf16",
-        "label": "*i32",
-        "entries": "*bf16",
-        "columns": "*i64",
-        "taken": "*bf16",
-    },
+    "take_out": {"dz": "*bf16", "label": "*i32", "columns": "*i64", "kept": "*bf16"},
     "count_labels": {"label": "*i64", "counts": "*i32"},
     "fill_keys": {"label": "*i32", "columns": "*i64", "key": "*i32"},
-    "put_back": {"dz": "*bf16", "label": "*i64", "entries": "*bf16"},
+    "put_back": {"dz": "*bf16", "label": "*i64", "kept": "*bf16"},
     "add_rows": {"out": "*bf16", "key": "*i32", "order": "*i64", "factor": "*fp32", "rows": "*bf16"},
     "scale": {"x": "*bf16", "factor": "*fp32"},
     "split": {"x": "*fp32", "terms": "*bf16"},
@@ -149,7 +164,7 @@ CONSTANTS = {"ROWS": 32, "COLUMNS": 128, "KEYS": 16, "WIDTH": 1024, "COUNT": 3}
 @pytest.mark.parametrize("name", POINTERS)
 def test_kernels_compile(name: str) -> None:
     """What an interpreter takes, a compiler need not."""
-    kernel = getattr(product_kernels, f"_{name}")
+    kernel = getattr(product_kernels, f"_{name}").function
     constants = {n: value for n, value in CONSTANTS.items() if n in kernel.arg_names}
     assert interpreter.compiles(kernel, POINTERS[name], **constants)
 
@@ -169,16 +184,17 @@ def test_no_rows() -> None:
     columns = OPS.most_frequent([nothing], V, 1)
     entries, often = product_but(out, torch.empty(0, V), torch.empty(0, D), [nothing], columns, True)
     OPS.complete(out, [nothing], entries, torch.empty(0, D), columns, often)
-    assert torch.equal(out, torch.ones(V, D))
+    assert bool((out[1:] == 1).all())
+    assert bool((out[columns] == 0).all())  # the whole of them is what is kept
 
 
 @pytest.mark.parametrize("labels", LABELS)
 def test_operators_are_registered_as_they_are(labels: list[Tensor]) -> None:
     dz, h = factors(torch.float32)
-    out, often, columns = torch.zeros(V, D), torch.zeros(2, D), torch.tensor([4, 0])
+    out, kept, columns = torch.zeros(V, D), torch.zeros(N + 1, 2 + len(labels)), torch.tensor([4, 0])
     for op, args in (
-        (products.PRODUCT_BUT, (out, often, dz, h, labels, columns, True, True)),
-        (products.COMPLETE, (out, labels, torch.randn(len(labels), N), h, columns, often)),
+        (products.PRODUCT_BUT, (out, kept, dz, h, labels, columns, 1, True, True)),
+        (products.COMPLETE, (out, labels, torch.randn(N, len(labels)), h, columns, torch.zeros(2, D))),
         (products.MOST_FREQUENT, (labels, V, 2)),
         (products.TIMES, (h, torch.tensor(0.7))),
         (products.TIMES_IN_PLACE, (h.clone(), torch.tensor(0.7))),

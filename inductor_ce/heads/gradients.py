@@ -54,7 +54,7 @@ class Exit:
         if self.kind not in (WEIGHT, WEIGHT_T):
             return None
         assert self._operand is not None
-        return NarrowSum(self.pieces, self._operand, self._width(self._operand))
+        return NarrowSum(self.pieces, self._operand)
 
     def _other_factor(self) -> Node:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from ..graph.shapes import example_of
-from ..ops.products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
+from ..ops.counted import FREQUENT_ROWS
+from ..ops.gemm import ALIGNED
+from ..ops.products import COMPLETE, MOST_FREQUENT, ONCE_MADE, PRODUCT_BUT
 from .nodes import empty, in_place
-from .pieces import CAST, Pieces
+from .pieces import Pieces
 from .ranges import Range
 
 aten = torch.ops.aten
@@ -26,19 +27,17 @@ class NarrowSum:
     Args:
         pieces: of the head.
         rows: what the gradient is multiplied with, [N, M].
-        width: M.
     """
 
-    def __init__(self, pieces: Pieces, rows: Node, width: Any):
+    def __init__(self, pieces: Pieces, rows: Node):
         self._build, self._pieces, self._rows = pieces.build, pieces, rows
         packing = pieces.packing
         self._labels = [
             label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
         ]
-        count = min(OFTEN, pieces.head.v)
-        self._columns = self._build(MOST_FREQUENT, self._labels, pieces.head.v, count)
-        self._often = empty(self._build, [count, width], torch.float32, example_of(rows).device)
-        self._entries: list[Node] = []
+        self._often = min(OFTEN, pieces.head.v)
+        self._columns = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
+        self._kept: Node | None = None
 
     def add(self, out: Node, dz: Node, piece: Range, first: bool, last: bool) -> tuple[Node, Node]:
         """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits.
@@ -49,31 +48,52 @@ class NarrowSum:
         made = in_place(
             build,
             PRODUCT_BUT,
-            {"out": out, "often": self._often, "dz": dz},
+            {"out": out, "kept": self._room(dz) if self._kept is None else self._kept, "dz": dz},
             b=self._pieces.rows(self._rows, piece, []),
             labels=[self._pieces.cut(label, piece, 0) for label in self._labels],
             columns=self._columns,
+            start=piece.start,
             accumulate=not first,
             restore=not last,
             **self._pieces.limit(piece),
         )
-        entries, out, self._often, dz = (build(operator.getitem, made, i) for i in range(4))
-        self._entries.append(entries)
+        out, self._kept, dz = (build(operator.getitem, made, i) for i in range(1, 4))
         return out, dz
+
+    def _room(self, dz: Node) -> Node:
+        """For what is kept of all rows, each of which begins where libraries are fast."""
+        width = -(-(self._often + len(self._labels)) // ALIGNED) * ALIGNED
+        return empty(self._build, [self._pieces.n, width], example_of(dz).dtype, example_of(dz).device)
 
     def complete(self, out: Node, scaled: Callable[[Node], Node]) -> Node:
         """`out`, which is scaled by what all gradients share, and what stands beside it, which is not yet."""
         build = self._build
-        entries = self._pieces.in_order(build(aten.cat.default, self._entries, 1), 1)
-        entries = build(CAST, entries, torch.float32)
         made = in_place(
             build,
             COMPLETE,
             {"out": out},
             labels=self._labels,
-            entries=scaled(entries),
+            entries=scaled(self._entries()),
             rows=self._rows,
             columns=self._columns,
-            often=scaled(self._often),
+            often=scaled(self._frequent_rows()),
         )
         return build(operator.getitem, made, 1)
+
+    def _columns_kept(self, start: int, end: int) -> Node:
+        assert self._kept is not None
+        return self._build(aten.slice.Tensor, self._kept, 1, start, end)
+
+    def _entries(self) -> Node:
+        """Those at the labels, [N, K] in float32, in the order of the rows, 0 where rows do not count."""
+        kept = self._columns_kept(self._often, self._often + len(self._labels))
+        if self._pieces.packing is not None:
+            return self._pieces.packing.put_back(kept, torch.float32)
+        return self._build(ONCE_MADE, kept, torch.float32, [])
+
+    def _frequent_rows(self) -> Node:
+        """The rows of the whole gradient that are those of the most frequent labels, in float32."""
+        packing = self._pieces.packing
+        order = [None, None] if packing is None else packing.order()
+        given = (self._columns_kept(0, self._often), self._rows, *order)
+        return self._build(FREQUENT_ROWS, *given, **({} if packing is None else packing.all_limit()))

@@ -83,6 +83,14 @@ class Packing:
             self._taken[x, piece] = self._build(TAKE_ROWS, *given, **self.limit(piece))
         return self._taken[x, piece]
 
+    def order(self) -> tuple[Node, Node]:
+        """(the rows as the pieces take them, one after another, and which of these count), [N]"""
+        return self._order, self._in_pieces(self.counts)
+
+    def all_limit(self) -> dict[str, Any]:
+        """What an operator is given to compute, of all rows in that order, those that count."""
+        return {"left": self.left, "host": self._host}
+
     def put_back(self, x: Node, dtype: torch.dtype) -> Node:
         """What has rows as the pieces took them, [N, D], as they were, 0 where they do not count."""
         return self._build(TAKE_ROWS, x, self.place, self.counts, [], dtype=dtype)

@@ -11,6 +11,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     products        the matrix products of heads, in order and in place; `product_kernels` beside them, and
                     `counted_kernels`, where the device alone knows how many rows count
     gemm            one matrix product, by a library
+    launch          launches a Triton kernel again
     verified        both ways side by side, for the option `verify`
     lowering        to `templates/`, or to `loops`
 """

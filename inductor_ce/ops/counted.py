@@ -10,6 +10,7 @@ leads to the head has been done, and read when the head is launched.
     host_copy   (left [P])       the same on the host, on its way
     take_rows   (x [N, D], rows [n], counted [n], after)      [n, D], 0 in rows that are not counted
     product_to_rows (out [N, M], a [n, K], b [K, M], start)       rows start..start + n of `out` become a b
+    frequent_rows   (kept [N, R], rows [N, M], order, counted)   kept' [R, N] times rows [N, M] in that order
 
 Operators are given `left`, which holds for each of P pieces the number of rows to be computed from the
 piece's first on, all that follow included; `host`, its copy; and the number of the piece. There is no `host`
@@ -34,6 +35,7 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
     from . import counted_kernels
 
 ALIGNED = 64  # rows
+TAKEN_BYTES = 32 * 2**20  # of the rows that are taken at once where all are read
 PENDING = -(2**31)
 
 
@@ -150,11 +152,12 @@ def product_to_rows(
 ) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
     n = rows_of_piece(left, host, piece, len(a))
-    rows = out.narrow(0, start, len(a))
-    if n is None and counted_kernels.has_product(rows, a, b):
+    if n is None and counted_kernels.has_product(rows := out.narrow(0, start, len(a)), a, b):
         counted_kernels.product_of_rows(rows, a, b, left[piece])
-    elif n != 0:
-        gemm.product(rows[:n], a[:n], b, False)
+    elif n is None or n == len(a):
+        gemm.product(out.narrow(0, start, len(a)), a, b, False)
+    elif n:
+        gemm.product(out.narrow(0, start, n), a[:n], b, False)
 
 
 @product_to_rows.register_fake
@@ -162,7 +165,46 @@ def _(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
+@torch.library.custom_op("inductor_ce::frequent_rows", mutates_args=(), tags=ANY_STRIDES)
+def frequent_rows(
+    kept: Tensor,
+    rows: Tensor,
+    order: Tensor | None,
+    counted: Tensor | None,
+    left: Tensor | None = None,
+    host: Tensor | None = None,
+) -> Tensor:
+    """kept' [R, N] times rows [N, M], in float32.
+
+    `kept` has its rows in `order` [N], if that is given. Of those that do not count, or are not computed,
+    neither factor is looked at. Some rows are taken after others: never is there a copy of all.
+    """
+    made = _empty_frequent_rows(kept, rows)
+    n = rows_of_piece(left, host, 0, len(rows))
+    if n is None:
+        kept, n = computed_rows(kept, left, 0), len(rows)  # type: ignore[arg-type]
+    if order is None or counted is None:
+        gemm.product(made, kept.t(), rows, False)
+        return made
+    if not n:
+        return made.zero_()
+    (fill,) = by_device(rows, _fill_rows)
+    most = max(TAKEN_BYTES // (rows.shape[1] * rows.itemsize) // ALIGNED, 1) * ALIGNED
+    taken = rows.new_empty((min(n, most), rows.shape[1]))
+    for start in range(0, n, most):
+        count = min(n - start, most)
+        fill(rows, order[start:], counted[start:], count, taken)
+        gemm.product(made, kept[start : start + count].t(), taken[:count], start > 0)
+    return made
+
+
+@frequent_rows.register_fake
+def _empty_frequent_rows(kept: Tensor, rows: Tensor, *_: Any, **__: Any) -> Tensor:
+    return rows.new_empty((kept.shape[1], rows.shape[1]), dtype=torch.float32)
+
+
 # The form in which graphs hold them.
+FREQUENT_ROWS = torch.ops.inductor_ce.frequent_rows.default
 ROW_ORDER = torch.ops.inductor_ce.row_order.default
 HOST_COPY = torch.ops.inductor_ce.host_copy.default
 PRODUCT_TO_ROWS = torch.ops.inductor_ce.product_to_rows.default

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .launch import Kernel
+
 ROWS = 64  # rows that are summed at once
 WIDE: dict[str, Any] = {"M": 128, "N": 256, "K": ROWS, "GROUP": 8, "num_warps": 8, "num_stages": 3}
 TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": 8, "num_warps": 8, "num_stages": 3}
@@ -176,6 +178,7 @@ def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
         _sum_rows[grid](parts, dz, left, n, v, *dz.stride(), on_device, len(parts), COLUMNS, ROWS_OF_SUMS)
 
 
+@Kernel
 @triton.jit
 def _sum_rows(
     parts,

@@ -69,7 +69,9 @@ def by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[.
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:
     """`out` [M, N] becomes, or gains, a [M, K] b [K, N], apart for what is over a multiple of ALIGNED."""
     (m, k), n = a.shape, b.shape[1]
-    if is_slow(m, a):
+    if not (m | n | k) % ALIGNED:
+        _by_library(out, a, b, accumulate, **wide)
+    elif is_slow(m, a):
         for part in _aligned_and_rest(m):
             _product(out[part], a[part], b, accumulate, **wide)
     elif is_slow(n, a):

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import Kernel
+
 LABELS_AT_ONCE = 32
 COLUMNS_AT_ONCE = 128
 KEYS_AT_ONCE = 16
@@ -19,33 +21,34 @@ ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
 
 
-def take_out(dz: Tensor, label: Tensor, entries: Tensor, columns: Tensor, taken: Tensor) -> None:
-    """`taken` [n, R] become the columns [R] of dz [n, V], of which R may be the first alone.
+def take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int) -> None:
+    """Into row i of `kept` [n, W] go the columns [R] of row i of dz [n, V], one after another from the first.
 
-    Then entries [n] become those at the labels [n], which become 0.
+    Then at `place` goes the entry at the label [n], which becomes 0 in dz.
     """
     n, v = dz.shape
     if n:
         grid = (triton.cdiv(n, LABELS_AT_ONCE),)
-        given = dz, label, entries, columns, taken, n, v, taken.shape[1]
-        strides = *dz.stride(), label.stride(0), taken.stride(0)
+        strides = *dz.stride(), label.stride(0), kept.stride(0)
+        given = dz, label, columns, kept, place, n, v, len(columns)
         _take_out[grid](*given, *strides, LABELS_AT_ONCE, COLUMNS_AT_ONCE)
 
 
+@Kernel
 @triton.jit
 def _take_out(
     dz,
     label,
-    entries,
     columns,
-    taken,
+    kept,
+    at,
     n,
     v,
     r,
     row_stride,
     column_stride,
     label_stride,
-    taken_stride,
+    kept_stride,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -55,28 +58,31 @@ def _take_out(
         inside = (rows < n) & (i < r)
         column = tl.load(columns + i, mask=i < r, other=0)
         entry = tl.load(dz + rows.to(tl.int64) * row_stride + column * column_stride, mask=inside, other=0.0)
-        tl.store(taken + rows * taken_stride + i, entry, mask=inside)
+        tl.store(kept + rows * kept_stride + i, entry, mask=inside)
     tl.debug_barrier()  # no thread may write what another is about to read
     row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
     entry = tl.load(place, mask=there, other=0.0)
-    tl.store(entries + row, entry, mask=row < n)
+    tl.store(kept + row * kept_stride + at, entry, mask=row < n)
     tl.debug_barrier()  # another thread may hold the same row
     tl.store(place, tl.zeros_like(entry), mask=there)
 
 
-def put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
-    """The entries of dz [n, V] at the labels [n] become entries [n]."""
+def put_back(dz: Tensor, label: Tensor, kept: Tensor, place: int) -> None:
+    """The entry of row i of dz [n, V] at the label [n] becomes what `kept` [n, W] has at `place` of row i."""
     n, v = dz.shape
     if n:
         grid = (triton.cdiv(n, LABELS_AT_ONCE),)
-        strides = *dz.stride(), label.stride(0)
-        _put_back[grid](dz, label, entries, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
+        strides = *dz.stride(), label.stride(0), kept.stride(0)
+        _put_back[grid](dz, label, kept, place, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
 
 
+@Kernel
 @triton.jit
-def _put_back(dz, label, entries, n, v, row_stride, column_stride, label_stride, ROWS: tl.constexpr):
+def _put_back(
+    dz, label, kept, at, n, v, row_stride, column_stride, label_stride, kept_stride, ROWS: tl.constexpr
+):
     row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
-    tl.store(place, tl.load(entries + row, mask=row < n), mask=there)
+    tl.store(place, tl.load(kept + row * kept_stride + at, mask=row < n), mask=there)
 
 
 @triton.jit
@@ -96,6 +102,7 @@ def count_labels(label: Tensor, counts: Tensor) -> None:
         _count_labels[grid](label, counts, n, len(counts), label.stride(0), WIDTH)
 
 
+@Kernel
 @triton.jit
 def _count_labels(label, counts, n, v, stride, WIDTH: tl.constexpr):
     i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
@@ -111,6 +118,7 @@ def fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
     _fill_keys[grid](label, columns, v, key, len(label), len(columns), label.stride(0), KEYS_AT_ONCE, block)
 
 
+@Kernel
 @triton.jit
 def _fill_keys(label, columns, v, key, n, r, stride, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
     i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
@@ -135,6 +143,7 @@ def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tens
         _add_rows[grid](out, key, order, factor, rows, v, m, len(rows), *strides, WIDTH)
 
 
+@Kernel
 @triton.jit
 def _add_rows(
     out,
@@ -178,6 +187,7 @@ def scale(x: Tensor, factor: Tensor) -> None:
         _scale[grid](x, factor, n, m, *x.stride(), ROWS_AT_ONCE, WIDTH)
 
 
+@Kernel
 @triton.jit
 def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
@@ -201,6 +211,7 @@ def split(x: Tensor, terms: Tensor) -> None:
     _split[grid](x, terms, n, k, *x.stride(), *terms.stride(), len(terms) // n, WIDTH)
 
 
+@Kernel
 @triton.jit
 def _split(
     x,
@@ -235,6 +246,7 @@ def fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> N
         _fill_order[grid](counts.view(torch.uint8), order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
 
 
+@Kernel
 @triton.jit
 def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
     # Each program counts all rows, which are a byte each, and finds where its own rows go.
@@ -260,12 +272,13 @@ def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
 def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, taken: Tensor) -> None:
     """The first `left` rows of `taken` [n, D] become the rows `rows` [n] of x, 0 where not `counted`."""
     on_device = isinstance(left, Tensor)
-    n, d = len(rows) if on_device else left, x.shape[1]
+    n, d = len(rows) if isinstance(left, Tensor) else left, x.shape[1]
     if n and d:
         grid = (n, triton.cdiv(d, WIDTH))
         _fill_rows[grid](x, rows, counted.view(torch.uint8), left, taken, d, *x.stride(), on_device, WIDTH)
 
 
+@Kernel
 @triton.jit
 def _fill_rows(
     x, rows, counted, left, taken, d, row_stride, stride, ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr

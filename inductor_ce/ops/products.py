@@ -2,9 +2,9 @@
 
     logits         (a [n, D], b [D, V], bias | None, after, dtype)      a b + bias [n, V]
     product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
-    product_but    (out [V, M], often, dz [n, V], b [n, M], labels, columns, accumulate, restore)
+    product_but    (out [V, M], kept [N, W], dz [n, V], b [n, M], labels, columns, start, accumulate, restore)
                                                                         the same of dz' b, but for labels
-    complete       (out [V, M], labels, entries, rows [N, M], columns, often)
+    complete       (out [V, M], labels, entries [N, K], rows [N, M], columns, often)
                                                                         what was left out, added at last
     most_frequent  (labels, v, count)                                   the classes that most labels are
     times          (x [N, M], factor [])                                x times factor, in x's dtype
@@ -73,7 +73,9 @@ def logits(
     n = rows_of_piece(left, host, piece, len(a))
     if n is None and left is not None and counted_kernels.has_product(z, a, b):
         counted_kernels.product_of_rows(z, a, b, left[piece], bias)
-    elif n != 0:
+    elif n == len(a):
+        _fill_logits(z, a, b, bias)
+    elif n:
         _fill_logits(z[:n], a[:n], b, bias)
     return z
 
@@ -140,6 +142,9 @@ def _add_terms(
 ) -> None:
     """`out` becomes, or gains, a [M, n] b [n, N], summed over those of the n rows that are computed."""
     n = rows_of_piece(left, host, piece, len(b))
+    if n == len(b):
+        gemm.product(out, a, b, accumulate)
+        return
     if n is not None:
         if n or not accumulate:
             gemm.product(out, a[:, :n], b[:n], accumulate)
@@ -157,59 +162,59 @@ def _(out: Tensor, a: Tensor, b: Tensor, *_: Any, **__: Any) -> None:
     torch._check(a.shape[1] == b.shape[0], lambda: "the factors do not fit")
 
 
-@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "often", "dz"), tags=ANY_STRIDES)
+@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "kept", "dz"), tags=ANY_STRIDES)
 def product_but(
     out: Tensor,
-    often: Tensor,
+    kept: Tensor,
     dz: Tensor,
     b: Tensor,
     labels: list[Tensor],
     columns: Tensor,
+    start: int,
     accumulate: bool,
     restore: bool,
     left: Tensor | None = None,
     host: Tensor | None = None,
     piece: int = 0,
-) -> Tensor:
+) -> None:
     """`out` [V, M] becomes, or gains, dz' [V, n] times b [n, M], but for the entries of dz at the labels.
 
-    `often` [R, M], in float32, becomes, or gains, the rows `columns` of the product, with all entries.
-    Returns the entries at the labels, [labels, n]; rows that are not computed must have labels that are none
-    of the columns, and have no entries. Where two labels of a row are equal the second is 0, as it
-    is where a label is none of the columns. For the product they become 0 in dz, and with `restore` what they
-    were thereafter.
+    Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, and then those at
+    the labels. Where two labels of a row are equal the second entry is 0, as it is where a label is none of
+    the V columns. For the product the entries at the labels become 0 in dz, and with `restore` what they were
+    thereafter.
     """
     n = rows_of_piece(left, host, piece, len(dz))
-    make = dz.new_empty if n in (None, len(dz)) else dz.new_zeros
-    entries = make((len(labels), len(dz)))
     if n == 0 and accumulate:
-        return entries
-    if n is not None:
-        dz, b, labels, left = dz[:n], b[:n], [label[:n] for label in labels], None
+        return
+    rows = kept.narrow(0, start, len(dz))
+    if n is not None and n < len(dz):
+        dz, b, rows, labels = dz[:n], b[:n], rows[:n], [label[:n] for label in labels]
     take_out, put_back = by_device(dz, _take_out, _put_back)
-    taken = dz.new_empty((len(dz), len(columns)))
-    each = [*zip(labels, entries[:, : len(dz)], strict=True)]
-    for i, (label, of_label) in enumerate(each):
-        take_out(dz, label, of_label, columns, taken[:, : 0 if i else None])
-    _add_terms(often, taken.t(), b, accumulate, left, host, piece)
-    _add_terms(out, dz.t(), b, accumulate, left, host, piece)
-    for label, of_label in reversed(each) if restore else ():
-        put_back(dz, label, of_label)
-    return entries
+    first = len(columns)
+    for k, label in enumerate(labels):
+        take_out(dz, label, columns[:0] if k else columns, rows, first + k)
+    _add_terms(out, dz.t(), b, accumulate, left if n is None else None, host, piece)
+    for k, label in reversed([*enumerate(labels)]) if restore else ():
+        put_back(dz, label, rows, first + k)
 
 
-def _take_out(dz: Tensor, label: Tensor, entries: Tensor, columns: Tensor, taken: Tensor) -> None:
-    """`taken` [n, R] become the columns [R], as many; `entries` [n] those at the labels, which become 0."""
-    taken.copy_(dz[:, columns[: taken.shape[1]]])
+def _take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int) -> None:
+    """Into row i of `kept` [n, W] go the columns [R] of row i of dz [n, V], one after another from the first.
+
+    Then at `place` goes the entry at the label [n], which becomes 0 in dz.
+    """
+    kept[:, : len(columns)] = dz[:, columns]
     rows, there = _rows_there(label, dz.shape[1])
-    entries.zero_()[rows] = dz[rows, there]
+    kept[:, place] = 0
+    kept[rows, place] = dz[rows, there]
     dz[rows, there] = 0
 
 
-def _put_back(dz: Tensor, label: Tensor, entries: Tensor) -> None:
-    """The entries at the labels become `entries`."""
+def _put_back(dz: Tensor, label: Tensor, kept: Tensor, place: int) -> None:
+    """The entry of row i of dz [n, V] at the label [n] becomes what `kept` [n, W] has at `place` of row i."""
     rows, there = _rows_there(label, dz.shape[1])
-    dz[rows, there] = entries[rows]
+    dz[rows, there] = kept[rows, place]
 
 
 def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
@@ -220,17 +225,26 @@ def _rows_there(label: Tensor, v: int) -> tuple[Tensor, Tensor]:
 
 
 @product_but.register_fake
-def _(out: Tensor, often: Tensor, dz: Tensor, b: Tensor, labels: list[Tensor], *_: Any, **__: Any) -> Tensor:
+def _(
+    out: Tensor,
+    kept: Tensor,
+    dz: Tensor,
+    b: Tensor,
+    labels: list[Tensor],
+    columns: Tensor,
+    *_: Any,
+    **__: Any,
+) -> None:
     torch._check(dz.shape[0] == b.shape[0], lambda: "the factors do not fit")
     torch._check(len(labels) > 0, lambda: "a product without labels is a product")
-    return dz.new_empty((len(labels), dz.shape[0]))
+    torch._check(kept.shape[1] >= len(columns) + len(labels), lambda: "there is no room for the entries")
 
 
 @torch.library.custom_op("inductor_ce::complete", mutates_args=("out",))
 def complete(
     out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
 ) -> None:
-    """Row labels[k][i] of `out` [V, M] gains entries[k, i] (float32) times rows[i] [N, M], for all k and i.
+    """Row labels[k][i] of `out` [V, M] gains entries[i, k] (float32) times rows[i] [N, M], for all k and i.
 
     What a row gains is summed in float32, always in the same order, and the row is rounded once. Labels that
     are none of the V rows are left out. The rows `columns` become those of `often` instead.
@@ -240,7 +254,7 @@ def complete(
     fill_keys, add_rows = by_device(out, _fill_keys, _add_rows)
     fill_keys(label, columns, out.shape[0], key)
     key, order = key.sort(stable=True)
-    add_rows(out, key, order[:-1], entries.flatten(), rows)
+    add_rows(out, key, order[:-1], entries.t().reshape(-1).contiguous(), rows)
     out.index_copy_(0, columns, often.to(out.dtype))
 
 

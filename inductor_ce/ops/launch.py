@@ -1,0 +1,55 @@
+"""Launch a Triton kernel again without looking for what it was compiled to.
+
+Triton finds out at every launch, argument by argument, which of a kernel's compilations fits, and that takes
+the host longer than the launch. A head launches a few kernels for each of its pieces, with the same sizes in
+every step; so what fits is kept here by the numbers that are given, and by dtype and alignment of tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VECTOR = 16  # bytes to which Triton asks whether a pointer is aligned
+MOST = 1024  # compilations that are kept of a kernel: sizes may be dynamic
+
+
+class Kernel:
+    """`kernel[grid](*arguments, **options)`, as of the Triton function that it stands for.
+
+    Args:
+        function: what `triton.jit` made. The first of its arguments is a tensor.
+    """
+
+    def __init__(self, function: Any):
+        self.function = function
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
+        kind = _kind(arguments, options)
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            compiled[grid + (1,) * (3 - len(grid))](*arguments)
+            return
+        compiled = self.function[grid](*arguments, **options)
+        # An interpreter compiles nothing, and for HIP the size of a tensor's storage matters too.
+        if compiled is not None and torch.version.hip is None and len(self._compiled) < MOST:
+            self._compiled[kind] = compiled
+
+
+def _kind(arguments: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...]:
+    """What a compilation depends on: Triton looks at nothing else of an argument."""
+    kind: list[Any] = [arguments[0].get_device(), *options.items()]
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kind += argument.dtype, argument.data_ptr() % VECTOR == 0
+        else:
+            kind.append(argument)
+    return tuple(kind)

@@ -1,0 +1,73 @@
+"""Kernels that are launched again: only what they were compiled for is taken from what is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from inductor_ce.ops import launch
+
+
+class Compilation:
+    def __init__(self, log: list[Any]):
+        self._log = log
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self._log.append((self, grid, arguments))
+
+
+class Function:
+    """What `triton.jit` makes, as far as launching goes."""
+
+    def __init__(self) -> None:
+        self.launched: list[Any] = []
+        self.log: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **options: int) -> Compilation:
+            self.launched.append((grid, arguments, options))
+            return Compilation(self.log)
+
+        return launch
+
+
+X = torch.zeros(64)
+OTHERS = {
+    "a number": ((5,), (X, 8, 2), {}),
+    "dtype": ((5,), (X.double(), 7, 2), {}),
+    "alignment": ((5,), (X[1:], 7, 2), {}),
+    "options": ((5,), (X, 7, 2), {"num_warps": 1}),
+}
+
+
+def test_the_same_kind_is_compiled_once() -> None:
+    function = Function()
+    kernel = launch.Kernel(function)
+    kernel[(5,)](X, 7, 2)
+    kernel[(6, 2)](other := torch.ones(8), 7, 2)  # of which Triton asks neither size nor values
+    ((_, grid, arguments),) = function.log
+    assert len(function.launched) == 1
+    assert grid == (6, 2, 1)
+    assert arguments == (other, 7, 2)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_kind_is_not_taken(other: str) -> None:
+    function = Function()
+    kernel = launch.Kernel(function)
+    kernel[(5,)](X, 7, 2)
+    grid, arguments, options = OTHERS[other]
+    for _ in range(2):
+        kernel[grid](*arguments, **options)
+    assert function.launched[1] == (grid, arguments, options)
+    assert [made[1:] for made in function.log] == [((5, 1, 1), arguments)]
+
+
+def test_what_is_kept_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "MOST", 2)
+    kernel = launch.Kernel(function := Function())
+    for i in (0, 1, 2, 2, 0):
+        kernel[(1,)](X, i)
+    assert [arguments[1] for _, arguments, _ in function.launched] == [0, 1, 2, 2]
