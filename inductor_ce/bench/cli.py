@@ -48,5 +48,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
             default=RESULTS,
             help="folder for the results (default: bench/results of the package)",
         )
+        its_parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
         its_parser.add_argument("--commit", help="what to record as the commit where git cannot tell")
     return parser.parse_args(arguments)

@@ -31,8 +31,9 @@ def main(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every shape, print the table, draw the plot."""
+    torch.manual_seed(options.seed)
     budget = Budget(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    result = record.new("ce", {**run.method(budget), "seed": torch.seed()}, options.commit, shapes=[])
+    result = record.new("ce", {**run.method(budget), "seed": options.seed}, options.commit, shapes=[])
     path = record.json_path(result, options.out)
     losses = [LOSSES[name] for name in options.losses]
     with fresh_caches():

@@ -108,9 +108,10 @@ def main(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every case, print the tables, draw the plot."""
+    torch.manual_seed(options.seed)
     clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
     times = {key: value for key, value in asdict(clock).items() if key != "begun"}
-    method = {**run.METHOD, **times, "seed": torch.seed()}
+    method = {**run.METHOD, **times, "seed": options.seed}
     result = record.new("head", method, options.commit, cases=[], bars=[])
     if options.before:
         result["before"] = bars.earlier(options.before)

@@ -36,8 +36,8 @@ def main(options: argparse.Namespace) -> int:
 def measured(options: argparse.Namespace, table: Callable[..., Iterable[dict[str, Any]]]) -> int:
     """What `table` finds, kept by the first rank."""
     budget = ranks.InStep(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    seed = ranks.of_all(torch.seed())[0]
-    result = record.new("tp", {**run.method(budget), "seed": seed}, options.commit, shapes=[])
+    torch.manual_seed(options.seed)
+    result = record.new("tp", {**run.method(budget), "seed": options.seed}, options.commit, shapes=[])
     path = record.json_path(result, options.out)
     for found in table(shapes(options, run.SHAPES), budget):
         result["shapes"].append(found)

@@ -43,9 +43,10 @@ def main(options: argparse.Namespace) -> int:
 
 def measured(options: argparse.Namespace) -> int:
     """Measure, keep the JSON complete after every model, print the table, draw the plot."""
+    torch.manual_seed(options.seed)
     rounds = QUICK_ROUNDS if options.quick else ROUNDS
     length = run.Length(rounds=rounds, profile=options.profile)
-    method = {**run.METHOD, **asdict(length), "seed": torch.seed()}
+    method = {**run.METHOD, **asdict(length), "seed": options.seed}
     result = record.new("train", method, options.commit, cases=[])
     path = record.json_path(result, options.out)
     systems = [system for name, system in SYSTEMS.items() if name in {BASELINE, *options.systems}]
