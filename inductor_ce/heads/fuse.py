@@ -31,7 +31,7 @@ from .packing import counted_first
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
-from .skip import rows_to_compute
+from .skip import ToCompute, rows_to_compute
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
 
@@ -112,8 +112,8 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        counts, rows = rows_to_compute(build, head, proof)
-        if counts is None:
+        computed = rows_to_compute(build, head, proof)
+        if computed.rows is None:
             wanted = planned(False)
         if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
             build.undo()
@@ -122,8 +122,8 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         if wanted.strategy == VOCAB_SLABS:
             made = vocab_slabs(build, head, wanted)
         else:
-            wanted = replace_fields(wanted, rows=rows, skips=counts is not None)
-            made = token_chunks(build, head, proof, wanted, None, counts)
+            wanted = _telling(wanted, computed)
+            made = token_chunks(build, head, proof, wanted, None, computed)
         order = _ordered(graph, made)
     except NoHead as why:
         build.undo()
@@ -134,6 +134,10 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     _put(graph, made, order)
     graph.eliminate_dead_code()
     return wanted
+
+
+def _telling(plan: Plan, computed: ToCompute) -> Plan:
+    return replace_fields(plan, rows=computed.told, skips=computed.rows is not None)
 
 
 def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:
@@ -165,9 +169,9 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     state = Loop(len(loop))
     try:
         for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
-            counts, rows = rows_to_compute(build, head, proof)
-            plans[i] = replace_fields(plans[i], rows=rows, skips=counts is not None)
-            made |= token_chunks(build, head, proof, plans[i], state, counts)
+            computed = rows_to_compute(build, head, proof)
+            plans[i] = _telling(plans[i], computed)
+            made |= token_chunks(build, head, proof, plans[i], state, computed)
         order = _ordered(graph, made)
     except NoHead:
         build.undo()
