@@ -103,14 +103,17 @@ def _is_on_device(head: Head, counts: Node) -> bool:
 
 
 def _has_body(head: Head) -> bool:
-    """Whether the graph has work before the head, for as long as a host takes to launch the head."""
-    work = 0
+    """Whether the graph has work before the head, for as long as a host takes to launch the head.
+
+    Ranks that share the classes decide alike: they do not look at sizes, which may be their own.
+    """
+    work, least = 0, 1 if exchanges(head.stats) else BODY
     for node in reached([product.hidden for product in head.products], sources_of):
         if node.target in _PRODUCTS:
             work += hint(example_of(node).numel()) * hint(shape_of(args_of(node)[-1])[-2])
         elif _may_take_long(node):
             return True
-    return work >= BODY
+    return work >= least
 
 
 def _may_take_long(node: Node) -> bool:
@@ -140,10 +143,12 @@ def _has_products_on_device(head: Head) -> bool:
     device = example_of(head.product).device
     if has_16_bit_factors(head) or not counted_kernels.reads_tiles(device):
         return False
-    products = [(example_of(product.hidden), example_of(product.columns)) for product in head.products]
-    return all(
-        counted_kernels.has_tiles(columns) and hidden.shape[-1] % 8 == 0 for hidden, columns in products
-    )
+    if any(shape_of(product.hidden)[-1] % 8 for product in head.products):
+        return False
+    columns = [example_of(product.columns) for product in head.products]
+    if exchanges(head.stats):  # ranks decide alike, whatever classes they have
+        return all(x.itemsize == 2 and x.stride(0) == 1 for x in columns)
+    return all(map(counted_kernels.has_tiles, columns))
 
 
 def _of_any_rank(build: Builder, head: Head, counts: Node) -> Node:
