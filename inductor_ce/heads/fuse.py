@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.distributed import WAIT
-from ..common.compat.graphs import is_tangent
+from ..common.compat.graphs import AS_TRACED, is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import Options
@@ -91,6 +91,7 @@ def _ask_for_ranks_by_inputs(graph: Graph) -> None:
         device = example_of(like).device
         alike = next((source for source in inputs if example_of(source).device == device), like)
         node.args = (alike, *rest)
+        node.meta.pop(AS_TRACED, None)
 
 
 def _nbytes(stats: Node) -> int:
