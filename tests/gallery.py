@@ -313,7 +313,8 @@ def rendered(report: inductor_ce.Report) -> str:
     for site in report.sites:
         lines += site.form.split("; ")
         lines += [f"row_stats: {site.which}", f"sharded: all_gather [{len(site.which.split(','))}, N]"]
-    told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in report.misses]
+    left = [*report.misses, *report.small]
+    told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in left]
     # In torch 2.11 the body of an autograd.Function returns all its steps, so parts of a loss are losses too.
     lines += dict.fromkeys(told) if before(2, 12) else told
     return "".join(f"{_folded(line)}\n" for line in lines) or NOTHING

@@ -91,15 +91,6 @@ def test_kl_div_to_what_wants_a_gradient():
     check_left(f, logits(), wanted(N, V), reason=Reason.SOFT_TARGETS, fact="of which a gradient is wanted")
 
 
-def test_small_vocabulary():
-    def f(z, y):
-        return F.cross_entropy(z, y)  # here
-
-    check_left(
-        f, logits(), labels(), reason=Reason.SMALL_VOCAB, fact="11 is below min_vocab=12", min_vocab=12
-    )
-
-
 def test_default_vocabulary_limit():
     inductor_ce.install()
     z = torch.randn(2, 1023), torch.randn(2, 1024)

@@ -94,6 +94,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         return report
     reading, groups = judged
     report.misses += reading.misses
+    report.small += reading.small
     fused = []
     for group, number in zip(groups, numbers or numbers_of_compilation(), strict=False):
         site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)

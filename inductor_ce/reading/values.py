@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
-from ..common.findings import Miss, Refusal, make_miss
+from ..common.findings import Miss, Reason, Refusal, make_miss
 from ..graph.timeline import Timeline
 from .row_views import RowView
 
@@ -201,6 +201,7 @@ class Reading:
     looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
     refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
     misses: list[Miss] = field(default_factory=list)
+    small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
@@ -210,8 +211,9 @@ class Reading:
         """Tell why the loss at `node` is left as it was."""
         self.refused.add(node)
         miss = make_miss(node, refusal.reason, refusal.sentence(node))
-        if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
-            self.misses.append(miss)
+        told = self.small if refusal.reason is Reason.SMALL_VOCAB else self.misses
+        if not any((m.location, m.reason) == (miss.location, miss.reason) for m in told):
+            told.append(miss)
 
     def has_value(self, node: Node) -> bool:
         """Whether a node has a value, or has had one since it was edited."""
