@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import grammar as g
 import grammar_of_logits as before
 import meaning
 import mutations
 import pytest
 import torch
-from compose import FAMILIES, Spelling, choose_spelling, function, source
+from compose import FAMILIES, Spelling, choose_spelling, fits, function, source
 from gallery import in_double
 from harness import Graphs, Rewritten, compile_without_codegen, counters, misses, sites
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
@@ -74,6 +75,20 @@ def rewritten_afresh(loss: Callable[..., Tensor]) -> tuple[Callable[..., Tensor]
 def test_a_generated_loss_is_fused_and_right(family: str):
     counts = {"wide": 70, "narrow": 60, "torch": 30, "whole": 25, "nll": 25}
     run_cases(lambda data: check_fused(*drawn(data, family)), counts[family], FAMILIES.index(family))
+
+
+def test_a_generated_loss_of_rows_chosen_after_is_fused_and_right():
+    def check(data: st.DataObject) -> None:
+        spelling, number = drawn(data, "wide")
+        fitting = [p for p, where in g.CHOSEN.items() if fits(where, spelling.viewed)]
+        if fitting and g.ROUNDED not in spelling.normaliser:
+            pick = data.draw(st.sampled_from(fitting))
+            safe = spelling.safe if spelling.safe != g.AS_IT_IS or spelling.ignore >= 0 else g.SAFE[0]
+            safe = safe if spelling.ignored != "none" else g.AS_IT_IS
+            plain = {"smoothing": "", "z_loss": "", "labels": next(iter(before.LABELS))}
+            check_fused(replace(spelling, pick=pick, safe=safe, **plain), number)
+
+    run_cases(check, 60, 300)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -199,6 +199,8 @@ class Reading:
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
     looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
+    chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken
+    added: dict[Node, Node] = field(default_factory=dict)  # to the graph, each with the node that it is for
     refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
     misses: list[Miss] = field(default_factory=list)
     small: list[Miss] = field(default_factory=list)  # those over few classes
