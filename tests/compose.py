@@ -65,7 +65,7 @@ class Spelling:
 
     @property
     def picks_by_hand(self) -> bool:
-        return self.pick in g.PICKS or self.pick in g.OF_LOGP
+        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.CHOSEN))
 
 
 # Choosing

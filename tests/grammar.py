@@ -315,6 +315,13 @@ WEIGHED: dict[str, Reduction] = {
     "loss = (rows.reshape({B}, -1).sum(1) / weights.reshape({B}, -1).sum(1)).mean()": _per_sequence,
 }
 
+# What is kept of log-probabilities beside the loss, which it does not change.
+KEPT = [
+    "loss = loss + 0 * logp.detach().topk(2, {d}).values.sum().to(loss.dtype)",
+    "with torch.no_grad():\n    spread = logp.exp().sqrt().mean().to(loss.dtype)\nloss = loss + 0 * spread",
+    "low = logp.sort({d}).values.select({d}, 0).mean()\nloss = loss + 0 * low.to(loss.dtype)",
+]
+
 RESULTS = {
     "return loss": lambda loss: loss,
     "return loss * 0.37": lambda loss: 0.37 * loss,

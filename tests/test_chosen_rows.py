@@ -206,7 +206,15 @@ def a_flat_index_of_sequences(z, y, rows):
     return (torch.logsumexp(z, -1).mean() - z.view(-1)[torch.arange(B * S) * V + y].mean()) * 2
 
 
-PROGRAMS = [chosen_without_gradient, detached_before, rows_and_all, a_flat_index_of_sequences]
+def of_both_shifts(z, y, rows):
+    z, y = z.view(B, S, V), y.view(B, S)
+    before, after = z[:, :-1].log_softmax(-1), z[:, 1:].log_softmax(-1)
+    rows = rows % B
+    first = before[rows].gather(-1, y[rows][:, :-1, None]).mean()
+    return -first - 2 * after[rows].gather(-1, y[rows][:, 1:, None]).mean()
+
+
+PROGRAMS = [of_both_shifts, chosen_without_gradient, detached_before, rows_and_all, a_flat_index_of_sequences]
 EDITS = [rows_edited_after, rows_edited_between, a_view_edited]  # eager has no backward of these
 
 
@@ -221,6 +229,25 @@ def test_edits(f):
     with torch.no_grad():
         ours = torch.compile(f, backend=Rewritten())(z, y, rows)
         torch.testing.assert_close(ours.double(), f(z.double(), y, rows), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_edited_while_its_backward_reads_it_is_left():
+    def f(z, y, rows):
+        z = z * 1.0
+        some = z.log_softmax(-1)[::2]
+        loss = F.nll_loss(some, y[::2])
+        z.mul_(2)
+        return loss + z.sum() * 0.1
+
+    assert not rewritten(f).report.sites
+
+
+def test_a_maximum_that_is_kept_has_its_gradient():
+    def f(z, y, rows):
+        top = z.log_softmax(-1)[rows].max(-1).values
+        return F.nll_loss(z.log_softmax(-1)[rows], y[rows]) + top.square().mean()
+
+    rewritten(f)
 
 
 def test_what_is_read_twice_is_chosen_once():

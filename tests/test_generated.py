@@ -18,7 +18,7 @@ import meaning
 import mutations
 import pytest
 import torch
-from compose import FAMILIES, Spelling, choose_spelling, fits, function, source
+from compose import FAMILIES, Spelling, choose_spelling, filled, fits, function, source, statements
 from gallery import in_double
 from harness import Graphs, Rewritten, compile_without_codegen, counters, misses, sites
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
@@ -96,8 +96,19 @@ def test_a_generated_loss_through_all_passes(family: str):
     run_cases(lambda data: check_fused(*drawn(data, family), whole=True), 6, 100 + FAMILIES.index(family))
 
 
-def check_fused(spelling: Spelling, number: int, whole: bool = False) -> None:
-    text = source(spelling)
+@pytest.mark.parametrize("kept", g.KEPT)
+def test_a_generated_loss_is_right_beside_what_is_kept(kept: str):
+    def check(data: st.DataObject) -> None:
+        spelling, number = drawn(data, "wide")
+        check_fused(spelling, number, kept=kept)
+
+    run_cases(check, 15, 310 + g.KEPT.index(kept))
+
+
+def check_fused(spelling: Spelling, number: int, whole: bool = False, kept: str = "") -> None:
+    text = source(
+        spelling, {**statements(spelling), "result": f"{filled(kept, spelling)}\n{spelling.result}"}
+    )
     note(f"{spelling}\n\n{text}")
     inputs, loss = meaning.make_inputs(spelling, number), function(text)
     upstream = upstream_for(loss, inputs)

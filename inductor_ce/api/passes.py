@@ -154,6 +154,7 @@ def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
         sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
+        kept="; ".join(dict.fromkeys(reading.kept[node][0] for node in group.nodes if node in reading.kept)),
         id=number,
     )
 

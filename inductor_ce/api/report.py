@@ -80,6 +80,7 @@ def _site_lines(site: Site) -> list[str]:
         ("strategy", (site.plan or site.strategy) + ("; vocabulary sharded" if site.sharded else "")),
         *([("rows", site.rows)] if site.rows else []),
         ("logits", mebibytes(site.logits_bytes)),
+        *([("kept", site.kept)] if site.kept else []),
         *([("head", site.head)] if site.head else []),
     ]
     return [f"  fused   {site.location}  {site.code}", *(f"    {name:<11}{fact}" for name, fact in facts)]

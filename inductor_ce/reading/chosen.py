@@ -25,7 +25,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import Size, constant, equal, example_of, hint, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context, is_labels
-from .row_views import arrangement, follow_axis, row_shape
+from .row_views import Index, Permute, Reshape, RowView, Slice, arrangement, follow_axis, row_shape
 from .steps import View
 from .values import Logits, Reading, VocabValue
 
@@ -97,7 +97,7 @@ def is_alike(index: Any, axis: int) -> bool:
 def _choosable(context: Context, source: Any) -> VocabValue | None:
     """The value of log-probabilities of which rows may be chosen, as they read here."""
     value, timeline = context.known(source), context.reading.timeline
-    if not isinstance(value, VocabValue) or value.after or arrangement(value.steps):
+    if not isinstance(value, VocabValue) or value.after:
         return None
     z = value.logits.node
     as_read = timeline.version(z, context.position) == value.logits.version
@@ -159,7 +159,7 @@ def _made(
 ) -> VocabValue:
     """The value over logits of which `choose` takes rows, those that are there already if they are alike."""
     reading, node = context.reading, context.node
-    whole = value.logits, str(shape_of(source)), value.axis, *key
+    whole = value.logits, arrangement(value.steps), str(shape_of(source)), value.axis, *key
     z = next((z for z in reading.chosen.get(whole, []) if _reads_alike(context, z)), None)
     if z is None:
         build = Builder(node.graph, node, like=node)
@@ -168,7 +168,11 @@ def _made(
         except Exception:
             build.undo()
             raise
+        wanted = context.grad_mode is True and example_of(value.logits.node).requires_grad
         for made in build.created:
+            example = tensor_of(made)
+            if wanted and example is not None:  # examples are made without gradients
+                made.meta["example_value"] = example.detach().requires_grad_()
             reading.added[made] = node
             reading.timeline.position[made] = context.position
         reading.chosen.setdefault(whole, []).append(z)
@@ -193,18 +197,32 @@ def _reads_alike(context: Context, z: Node) -> bool:
 def _arranged(build: Builder, value: VocabValue, source: Node) -> Node:
     """The logits, with rows and classes where `source` has them."""
     z, axis = value.logits.node, value.logits.axis
-    if axis == value.axis and same_shape(shape_of(z), shape_of(source)):
+    steps = value.steps if arrangement(value.steps) else ()
+    if axis == value.axis and not steps and same_shape(shape_of(z), shape_of(source)):
         return z
-    rank = len(shape_of(z))
-    last = z if axis == rank - 1 else build(torch.movedim, z, axis, -1)
-    sizes = [constant(size) for size in (*row_shape(source, value.axis), shape_of(source)[value.axis])]
+    if axis != len(shape_of(z)) - 1:
+        z = build(torch.movedim, z, axis, -1)
+    for step in steps or [Reshape(z, axis, source, value.axis)]:
+        z = _stepped(build, z, step)
+    return z if value.axis == len(shape_of(z)) - 1 else build(torch.movedim, z, -1, value.axis)
+
+
+def _stepped(build: Builder, z: Node, step: RowView) -> Node:
+    """What a step makes of the rows of logits, whose classes are on the last dimension."""
+    if isinstance(step, Permute):
+        return build("permute", z, [*step.order, len(step.order)])
+    if isinstance(step, Index):
+        return build("select", z, step.dim, step.at)
+    if isinstance(step, Slice):
+        cuts = zip(step.left, step.right, strict=True)
+        return build(operator.getitem, z, (*(slice(a or None, -b or None) for a, b in cuts), ...))
+    rows, classes = row_shape(step.result, step.result_axis), shape_of(z)[-1]
+    sizes = [constant(size) for size in rows]
     if sizes.count(None) < 2:
-        sizes = [-1 if size is None else size for size in sizes]
-    else:
-        order = [i for i in range(len(sizes)) if i != value.axis] + [value.axis]
-        sizes = [build("size", source, i) if s is None else s for i, s in zip(order, sizes, strict=True)]
-    flat = build("reshape", last, *sizes)
-    return flat if value.axis == len(sizes) - 1 else build(torch.movedim, flat, -1, value.axis)
+        return build("reshape", z, *(-1 if size is None else size for size in sizes), classes)
+    places = [i for i in range(len(shape_of(step.result))) if i != step.result_axis]
+    made = [build("size", step.result, i) if s is None else s for i, s in zip(places, sizes, strict=True)]
+    return build("reshape", z, *made, classes)
 
 
 def forget(reading: Reading) -> None:

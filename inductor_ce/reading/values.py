@@ -205,6 +205,7 @@ class Reading:
     misses: list[Miss] = field(default_factory=list)
     small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)
+    kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)  # what is, beside a loss
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
     )  # what nodes were replaced by, and where

@@ -27,6 +27,7 @@ from ..reading.values import Columns, Logits, LossValue, Reading, RowValue
 from .beside import misplaced
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
+from .kept import kept
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -202,16 +203,21 @@ def _refusal(logits: Logits) -> Refusal | None:
 
 
 def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
-    """Leave out the nodes whose log-probabilities [N, V] somebody else needs as well.
+    """Leave out the nodes whose log-probabilities [N, V] something else takes a gradient of as well.
 
-    They would have to be computed in any case, and the statistics would be one more sweep.
+    They would have to be computed in any case, forward and backward, and the statistics would be one more
+    sweep.
     """
     allowed = list(nodes)
     while True:
         needed = needed_nodes(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
-        if not escaped:
+        found = {n: kept(reading, n, wide, needed) for n, wide in escaped.items()}
+        if all(found.values()):
+            for n, fact in found.items():
+                reading.kept[n] = fact, frozenset(escaped[n])
             return allowed
+        escaped = {n: wide for n, wide in escaped.items() if not found[n]}
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
         reading.miss(node, escape(reading, wide, needed))
