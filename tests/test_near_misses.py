@@ -658,8 +658,6 @@ def test_miss_warns():
     z, y = logits(), labels(ignore=None)
     line = marked_line(used_elsewhere)
     where = f"{line}: left as written \\[LOGITS_ESCAPE\\] The log_softmax of all classes"
-        f"{marked_line(used_elsewhere)}: left as written \\[LOGITS_ESCAPE\\] The log_softmax of all classes"
-    )
     with pytest.warns(UserWarning, match=where):
         result = compiled(z, y)
     torch.testing.assert_close(result, used_elsewhere(z, y))
