@@ -141,7 +141,7 @@ def test_dictionary_survives_json():
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
         *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
-        *("head", "plan", "rows", "id"),
+        *("head", "plan", "rows", "kept", "id"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],

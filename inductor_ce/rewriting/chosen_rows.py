@@ -137,7 +137,8 @@ def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node:
 
 def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     """The rows of the hidden states that a node takes of the logits."""
-    source = node.args[0]
+    (source,) = node.args[:1]
+    assert isinstance(source, Node)
     if spellings.is_step(node, "gather"):
         index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
         rows = build(operator.getitem, index, (..., slice(0, 1)))
@@ -145,4 +146,4 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
         rows = build("expand", rows, *sizes)
         dim = spellings.arguments(node, spellings.step_of(node))["dim"]  # type: ignore[arg-type]
         return build(torch.gather, hidden, dim, rows)
-    return build.again(node, {n: n for n in node.all_input_nodes} | {source: hidden})  # type: ignore[dict-item]
+    return build.again(node, {n: n for n in node.all_input_nodes} | {source: hidden})
