@@ -216,7 +216,8 @@ def _stepped(build: Builder, z: Node, step: RowView) -> Node:
     if isinstance(step, Slice):
         cuts = zip(step.left, step.right, strict=True)
         return build(operator.getitem, z, (*(slice(a or None, -b or None) for a, b in cuts), ...))
-    rows, classes = row_shape(step.result, step.result_axis), shape_of(z)[-1]
+    rows, number = row_shape(step.result, step.result_axis), constant(shape_of(z)[-1])
+    classes = build("size", z, -1) if number is None else number
     sizes = [constant(size) for size in rows]
     if sizes.count(None) < 2:
         return build("reshape", z, *(-1 if size is None else size for size in sizes), classes)
