@@ -141,6 +141,7 @@ _PICKS = (
     _row("gather", "indexing.gather", "input dim index", torch.gather, "gather"),
     _row("take_along", "indexing.take_along", "input index dim", torch.take_along_dim, "take_along_dim"),
     _row("take", "indexing.take", "input index", torch.take, "take"),
+    _row("index_select", "indexing.index_select", "input dim index", torch.index_select, "index_select"),
     _row("getitem", "reductions.getitem", "input index", operator.getitem, traits="picks", view=View.SLICE),
     _row("select", "indexing.select", "input dim index", torch.select, "select",
          traits="needs_value picks"),
@@ -208,7 +209,7 @@ _VIEWS = (
          traits="needs_value", view=View.ORDER),
     _row("narrow", "indexing.reorder", "input dim start length", torch.narrow, "narrow",
          traits="needs_value", view=View.SLICE),
-    _row("expand", "", "input *shape", "expand", torch.broadcast_to),
+    _row("expand", "", "input *shape", "expand", "repeat", torch.broadcast_to),
     _row("expand", "", "input *shape", "expand_as", traits="reads_first"),
     _row("broadcast_tensors", "", "*tensors", torch.broadcast_tensors, traits="reads_shapes"),
     _row("unbind", "", "input dim", torch.unbind, "unbind"),
@@ -218,7 +219,7 @@ _VIEWS = (
     _row("cat", "joining.cat", "tensors dim", torch.cat, torch.concat, torch.concatenate,
          traits="needs_value"),
     _row("shape", "", "input", "size", "dim", "numel", torch.numel, "new_empty", torch.empty_like,
-         *_RANDOM_LIKE, traits="reads_shapes stays"),
+         torch.ops.aten.sym_size.int, *_RANDOM_LIKE, traits="reads_shapes stays"),
 )
 
 # Vocabulary values made of labels and numbers.

@@ -154,7 +154,10 @@ class Statistics:
         self.rows = ops.Rows.of(len(picked), *others, *sums)
         z = self.layout.logits()
         self.is_tapped = (
-            verify_key is not None and not group.distributed and _only_losses_read(reading, group)
+            verify_key is not None
+            and not group.distributed
+            and group.logits.node not in reading.added
+            and _only_losses_read(reading, group)
         )
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
