@@ -250,6 +250,22 @@ Z_COUNTED = {
 }
 
 
+# Sums over powers of the probabilities, added to the rows, of log-probabilities [.., V]
+
+POWER_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows = rows + 0.1 * (z.softmax({d}) ** 2).sum({d})": lambda logp: 0.1 * (2 * logp).exp().sum(-1),
+    "p = F.softmax(z, dim={d})\nrows = rows - torch.log((p * p).sum(dim={d}))": lambda logp: (
+        -((2 * logp).exp().sum(-1).log())
+    ),
+    "rows = rows + (1 - torch.pow(torch.softmax(z, {d}), 1.5).sum({d})) / 0.5": lambda logp: (
+        2 - 2 * ((1.5 * logp).exp().sum(-1))
+    ),
+    "rows = rows - 0.5 * torch.logsumexp(3 * F.log_softmax(z, {d}), dim={d})": lambda logp: (
+        -0.5 * ((3 * logp).exp().sum(-1).log())
+    ),
+}
+
+
 # Which rows count, and by how much
 
 COUNTS = [

@@ -101,8 +101,8 @@ def _row(
 # Functions of each element that the algebra does not have.
 _ELSEWHERE = (
     *(torch.abs, torch.exp2, torch.expm1, torch.log2, torch.log10, torch.log1p, torch.reciprocal, torch.relu),
-    *(torch.rsqrt, torch.sqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign),
-    *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "sqrt", "nan_to_num"),
+    *(torch.rsqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign),
+    *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "nan_to_num"),
     *("clamp_max", "erf", "sign"),
 )
 _CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
@@ -173,6 +173,8 @@ _ARITHMETIC = (
          traits="needs_value commutes before_log"),
     _row("square", "arithmetic.power", "input", torch.square, "square",
          traits="needs_value commutes before_log"),
+    _row("sqrt", "arithmetic.power", "input", torch.sqrt, "sqrt", given={"exponent": 0.5},
+         traits="needs_value commutes"),
     _row("elementwise", "arithmetic.elementwise", "input",
          *_ELSEWHERE, traits="needs_value"),
     _row("xlogy", "arithmetic.xlogy", "input other", torch.xlogy, torch.special.xlogy, "xlogy",

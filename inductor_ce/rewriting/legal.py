@@ -46,6 +46,11 @@ TIES_SHARE = Refusal(
     "All classes that have the maximum share the gradient of amax: take max(dim).values, whose first class "
     "has it.",
 )
+POWERS_CANCEL = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "Powers of the probabilities are summed beside the probabilities of a target, and gradients are wanted: "
+    "where the prediction is near the target they cancel, which sums of a row do not survive.",
+)
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
 )
@@ -259,7 +264,20 @@ def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
 def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
     if _is_edited_later(reading, group):
         return LOGITS_EDITED
+    if _powers_cancel(reading, group):
+        return POWERS_CANCEL
     return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
+
+
+def _powers_cancel(reading: Reading, group: Group) -> bool:
+    """Whether a gradient may be the small difference of large ones, as that of the Brier score is.
+
+    Torch takes the difference of what reaches each probability, before it is summed with all others.
+    """
+    if not wants_gradient(group.logits):
+        return False
+    exprs = [expr for node, expr in group.exprs.items() if not value_of(reading, node).detached]
+    return any(map(algebra.has_power, exprs)) and any(map(algebra.weighs_probabilities, exprs))
 
 
 def _is_edited_later(reading: Reading, group: Group) -> bool:
