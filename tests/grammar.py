@@ -334,7 +334,7 @@ WEIGHED: dict[str, Reduction] = {
 # What is kept of log-probabilities beside the loss, which it does not change.
 KEPT = [
     "loss = loss + 0 * logp.detach().topk(2, {d}).values.sum().to(loss.dtype)",
-    "with torch.no_grad():\n    spread = logp.exp().sqrt().mean().to(loss.dtype)\nloss = loss + 0 * spread",
+    "with torch.no_grad():\n    spread = logp.exp().cos().mean().to(loss.dtype)\nloss = loss + 0 * spread",
     "low = logp.sort({d}).values.select({d}, 0).mean()\nloss = loss + 0 * low.to(loss.dtype)",
 ]
 
