@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch.fx import Graph, Node
 from inductor_ce.common.compat.distributed import ALL_GATHER
 from inductor_ce.heads import skip
 from inductor_ce.heads.counted_rows import AllCount
+from inductor_ce.heads.packing import counted_first
 from inductor_ce.ops import counted_kernels
+from inductor_ce.ops.counted import HOST_COPY, ROW_ORDER
 
 aten = torch.ops.aten
 N, D, V = 64, 16, 40
@@ -99,11 +102,29 @@ def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("v", [40, 41])
-def test_ranks_that_share_classes_decide_alike(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_share_classes_leave_out_rows_alike(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever classes each has: how much work its body is, and whether rows of its weight are aligned."""
-    assert not skip._is_on_device(*head_of("products", v, sharded=True))
+    assert not skip._is_on_device(*head_of("none", v, sharded=True, weight_is_rows=False))
+    assert skip._is_on_device(*head_of("none", v, sharded=True))
+    monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
     assert skip._is_on_device(*head_of("none", v, sharded=True))
     with pytest.raises(AllCount):
         skip._is_on_device(*head_of("none", v, sharded=True, weight_is_rows=False))
     if v == 40:
         assert skip._is_on_device(*head_of("none", v, weight_is_rows=False))
+
+
+def test_rows_that_count_by_those_of_another_head_are_counted_first() -> None:
+    """In the order of what they are made of, once, and before what is large."""
+    graph = Graph()
+    y = given(graph, "y", (N,), dtype=torch.int64)
+    large = called(graph, aten.mm.default, (given(graph, "x", (N, D)), given(graph, "A", (D, D))), (N, D))
+    counts, made = called(graph, aten.ne.Scalar, (y, -100), (N,), dtype=torch.bool), []
+    for _ in range(2):
+        order = graph.call_function(ROW_ORDER, (counts,))
+        place, count = (called(graph, operator.getitem, (order, i), (N,), dtype=torch.int64) for i in (1, 2))
+        made += [order, graph.call_function(HOST_COPY, (count,))]
+        counts = called(graph, aten.ne.Scalar, (place, 0), (N,), dtype=torch.bool)
+    ordered = counted_first([*graph.nodes])
+    assert [node for node in ordered if node in made] == made
+    assert ordered.index(made[-1]) < ordered.index(large)

@@ -151,17 +151,15 @@ def counted_first(order: list[Node]) -> list[Node]:
     larger than labels, that is done where it was.
     """
     copies = [node for node in order if node.target == HOST_COPY]
-    counted = [(set(reached([copy], sources_of)), shape_of(_counts(copy))[0]) for copy in copies]
-    first = {node for nodes, n in counted if is_light(nodes, n) for node in nodes}
+    counted = [set(reached([copy], sources_of)) for copy in copies]
+    first = {node for nodes in counted if is_light(nodes, _most_rows(nodes)) for node in nodes}
     first |= {node for node in order if node.op == "placeholder"}
     return [node for node in order if node in first] + [node for node in order if node not in first]
 
 
-def _counts(copy: Node) -> Node:
-    """What is counted, of which a copy goes to the host."""
-    (order,) = (node for node in reached([copy], sources_of) if node.target == ROW_ORDER)
-    counts: Node = args_of(order)[0]
-    return counts
+def _most_rows(nodes: Iterable[Node]) -> int:
+    """Of what is counted, as much as there is: which rows of a head count may depend on another's."""
+    return max(hint(shape_of(args_of(node)[0])[0]) for node in nodes if node.target == ROW_ORDER)
 
 
 def is_light(nodes: Iterable[Node], n: Any) -> bool:

@@ -88,32 +88,33 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof) -> ToCompute:
 def _is_on_device(head: Head, counts: Node) -> bool:
     """Whether the device alone may look at how many rows count.
 
-    The host may where it is told before a body begins that keeps the device busy meanwhile.
+    The host may where it is told before a body begins that keeps the device busy meanwhile. Whether rows are
+    left out at all is the same on all ranks that share the classes, whatever these have of their own.
 
     Raises:
         AllCount: the device would have to, and cannot.
     """
     if example_of(head.product).device.type != "cuda":
         return False
-    if not uses_cudagraphs({}) and is_light(reached([counts], sources_of), head.n) and _has_body(head):
+    in_graphs = uses_cudagraphs({})
+    if not in_graphs and is_light(reached([counts], sources_of), head.n) and _has_body(head):
         return False
-    if not _has_products_on_device(head):
-        raise AllCount(NOT_ON_DEVICE)
-    return True
+    if _has_products_on_device(head):
+        return True
+    if exchanges(head.stats) and not in_graphs:
+        return False
+    raise AllCount(NOT_ON_DEVICE)
 
 
 def _has_body(head: Head) -> bool:
-    """Whether the graph has work before the head, for as long as a host takes to launch the head.
-
-    Ranks that share the classes decide alike: they do not look at sizes, which may be their own.
-    """
-    work, least = 0, 1 if exchanges(head.stats) else BODY
+    """Whether the graph has work before the head, for as long as a host takes to launch the head."""
+    work = 0
     for node in reached([product.hidden for product in head.products], sources_of):
         if node.target in _PRODUCTS:
             work += hint(example_of(node).numel()) * hint(shape_of(args_of(node)[-1])[-2])
         elif _may_take_long(node):
             return True
-    return work >= least
+    return work >= BODY
 
 
 def _may_take_long(node: Node) -> bool:
