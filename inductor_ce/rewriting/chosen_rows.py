@@ -14,14 +14,13 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from .find_recipe import is_sized_view, with_width
-from .linear_layers import LinearLayer, linear_layer
+from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
 
 
@@ -67,7 +66,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     """Choose the rows before the linear layer. Returns whether that could be done."""
     between: list[Node] = []
     source: Any = node.args[0]
-    while (layer := _layer(source)) is None:
+    while (layer := plain_layer(source)) is None:
         if not _is_of_each_row(source):
             return False
         between.append(source)
@@ -87,11 +86,6 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     for each in (node, *between, source):
         graph.erase_node(each)
     return True
-
-
-def _layer(node: Node) -> LinearLayer | None:
-    layer = linear_layer(node, spellings.read(node))
-    return layer if layer is not None and is_plain_tensor(example_of(node)) else None
 
 
 def _is_of_each_row(node: Node) -> bool:

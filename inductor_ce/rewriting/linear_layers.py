@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from ..common.compat.graphs import is_plain_tensor
 from ..distributed.local_logits import Dims, beside
 from ..graph.shapes import example_of, tensor_of
+from ..reading import spellings
 
 
 @dataclass(frozen=True)
@@ -56,3 +58,9 @@ def linear_layer(node: Node, spelled: Any) -> LinearLayer | None:
         if example is not None and example.dim() == 2 and isinstance(hidden, Node):
             return LinearLayer(hidden, torch.matmul, (hidden, columns))
     return None
+
+
+def plain_layer(node: Node) -> LinearLayer | None:
+    """The linear layer that a node is, if its result is an ordinary tensor."""
+    layer = linear_layer(node, spellings.read(node))
+    return layer if layer is not None and is_plain_tensor(example_of(node)) else None

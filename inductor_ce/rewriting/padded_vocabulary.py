@@ -18,14 +18,13 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.steps import View
 from .find_recipe import is_sized_view, with_width
-from .linear_layers import LinearLayer, linear_layer
+from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
 
 
@@ -50,11 +49,6 @@ def _classes(node: Node) -> int | None:
     return constant(example.shape[-1]) if example is not None and example.dim() > 1 else None
 
 
-def _layer(node: Node) -> LinearLayer | None:
-    layer = linear_layer(node, spellings.read(node))
-    return layer if layer is not None and is_plain_tensor(example_of(node)) else None
-
-
 # Columns that are cut off
 
 
@@ -65,7 +59,7 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
         return False
     between: list[Node] = []
     source: Any = node.args[0]
-    while (layer := _layer(source)) is None:
+    while (layer := plain_layer(source)) is None:
         if not _is_copy(source) or not isinstance(source.args[0], Node):
             return False
         between.append(source)
@@ -189,7 +183,7 @@ def _slices(index: Any, rank: int) -> list[slice]:
 
 def _fill_copy(graph: Graph, node: Node) -> bool:
     """Fill a copy where columns of a linear layer's result are filled in place. Returns whether it did."""
-    if _layer(node) is None:
+    if plain_layer(node) is None:
         return False
     fills = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
     if len(fills) != 1:
