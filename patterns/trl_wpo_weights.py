@@ -14,7 +14,7 @@ def inputs():
     labels = torch.randint(V, (B, S))
     mask = torch.rand(B, S) < 0.8
     mask[:, -1] = True
-    return (2 * torch.randn(B, S, V)).requires_grad_(), labels, mask, torch.randn(B)
+    return torch.randn(B, S, V, requires_grad=True), labels, mask, torch.randn(B)
 
 
 def loss(logits, labels, loss_mask, ref_logps, beta=0.1):

@@ -129,6 +129,22 @@ def test_of_one_class_or_of_all(f: Callable[[Tensor], Tensor], scale: float):
     )
 
 
+@pytest.mark.parametrize("compile_it", [compile_without_codegen, compile_with_codegen])
+@pytest.mark.parametrize("scale", [2.0, 6.0])
+def test_rows_that_are_sure_keep_their_gradient(scale: float, compile_it: Callable):
+    """2 p_i (p_i - sum_j p_j^2) is small there, and each row is as near to float64 as eager's."""
+    z = scale * torch.randn(3000, 20)
+    compiled, _ = compile_it(gini)
+    ours, naive = measure(compiled, z).gradient.double(), measure(gini, z).gradient.double()
+    exact = measure(SPELLINGS[gini], z.double()).gradient
+    rows = torch.linalg.vector_norm(exact, dim=-1)
+    error, accepted = (
+        (torch.linalg.vector_norm(found - exact, dim=-1) / rows).square().mean().sqrt()
+        for found in (ours, naive)
+    )
+    assert error <= 1.1 * accepted
+
+
 @pytest.mark.parametrize("f", [collision, tsallis, renyi], ids=lambda f: f.__name__)
 def test_rows_that_are_not_finite_are_as_in_eager(f: Callable[[Tensor], Tensor]):
     z = logits()

@@ -39,20 +39,20 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
     n, v = z.get_size()
     if ARGMAX in rows and not is_buffer(z):
         z.realize()  # see _place_of_maximum
-    x = cast(z, stats_dtype(z))
+    x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
     columns = _Columns(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m), weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:
-            values.append(_sum(columns(row.statistic.term, row)))
+            values.append(_sum(cast(columns(row.statistic.term, row), packed)))
         elif row.index is not None:
             values.append(_picked(x, labels[row.index], m))
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
             values.append(_place_of_maximum(x, m) if v else _full([n], 0.0, x))
-    return _stack(values)
+    return _stack([cast(value, packed) for value in values])
 
 
 def row_grad(
@@ -63,7 +63,7 @@ def row_grad(
     def coefficient(k: int) -> IRNode:
         return _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
 
-    columns = _Columns(cast(z, stats_dtype(z)), m, weights)
+    columns = _Columns(cast(z, stats_dtype(z)), cast(m, stats_dtype(z)), weights)
     dz = _mul(coefficient(1), columns.exp)
     column = _unsqueeze(_iota(z.get_size()[1], z), 0)
     for k, j in rows.hits:

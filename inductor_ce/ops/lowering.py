@@ -206,7 +206,8 @@ def stats_configurations(
             "V": v,
             "K_PAD": 1 << (len(rows) - 1).bit_length(),
             "ROWS": rows,
-            "ACC_TYPE": _acc_type(dtype),
+            "ACC_TYPE": _triton_type(operators.stats_dtype_of(dtype)),
+            "SUM_TYPE": _triton_type(operators.packed_dtype_of(dtype, rows)),
             "num_stages": 1,
         }
         for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if rows.has_more else usual)
@@ -239,7 +240,7 @@ def grad_configurations(
             "V": v,
             "ROWS": rows,
             "OVER": int(over),
-            "ACC_TYPE": _acc_type(dtype),
+            "ACC_TYPE": _triton_type(operators.stats_dtype_of(dtype)),
             "num_stages": 1,
         }
         for tried in (GRAD_OF_SOME if some else GRAD)
@@ -251,8 +252,8 @@ def _distinct(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [c for i, c in enumerate(configurations) if c not in configurations[:i]]
 
 
-def _acc_type(dtype: torch.dtype) -> str:
-    return "tl.float64" if dtype == torch.float64 else "tl.float32"
+def _triton_type(dtype: torch.dtype) -> str:
+    return f"tl.{str(dtype).removeprefix('torch.')}"
 
 
 def _one_program_a_row(n: Any, v: Any, meta: dict[str, Any]) -> tuple[Any, int, int]:
@@ -279,7 +280,7 @@ def _stats_template(
     return inductor.choose(
         _template("row_stats", _one_program_a_row),
         inputs=[z] * (4 if ARGMAX in rows else 3) + others,
-        layout=inductor.contiguous_layout(z, loops.stats_dtype(z), [len(rows), n]),
+        layout=inductor.contiguous_layout(z, operators.packed_dtype_of(z.get_dtype(), rows), [len(rows), n]),
         call_sizes=[n, v],
         configurations=_tried(stats_configurations(v, z.get_dtype(), rows, chained, piece), piece),
         PIECE=limit.piece,

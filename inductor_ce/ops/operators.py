@@ -66,7 +66,13 @@ def stats_dtype_of(dtype: torch.dtype) -> torch.dtype:
 
 
 def stats_dtype(z: Tensor) -> torch.dtype:
+    """Of a column's terms, and of statistics unless they cancel."""
     return stats_dtype_of(z.dtype)
+
+
+def packed_dtype_of(dtype: torch.dtype, rows: Rows) -> torch.dtype:
+    """Of statistics: that of the terms, or float64 where they cancel."""
+    return torch.float64 if rows.cancel else stats_dtype_of(dtype)
 
 
 def _check(
@@ -155,8 +161,8 @@ def row_stats(
         site: an id of the loss, which the gradient carries too. Results do not depend on it.
 
     Returns:
-        [K, N] float32, or float64 for float64 logits. A row of z that is all -inf gives m = -inf, d = 0;
-        a NaN or +inf in it gives d = NaN.
+        [K, N] float32, or float64 for float64 logits and beside `sumexp^k`. A row of z that is all -inf gives
+        m = -inf, d = 0; a NaN or +inf in it gives d = NaN.
 
     Raises:
         ValueError: wrong rank or dtype, unknown rows.
@@ -168,20 +174,21 @@ def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: s
     rows = _check(z, labels, weights, which)
     n, v = z.shape
     x = z.to(stats_dtype(z))
+    packed = packed_dtype_of(z.dtype, rows)
     m = x.amax(-1) if v else x.new_full((n,), -torch.inf)
     # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
     columns = _Columns(x, torch.where(m == -torch.inf, 0.0, m), weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:
-            values.append(columns(row.statistic.term, row).expand(n, v).sum(-1))
+            values.append(columns(row.statistic.term, row).expand(n, v).sum(-1, dtype=packed))
         elif row.index is not None:
             values.append(_picked(x, labels[row.index]))
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
             values.append(x.argmax(-1).to(x.dtype) if v else torch.zeros_like(m))
-    return torch.stack(values)
+    return torch.stack([value.to(packed) for value in values])
 
 
 @torch.library.custom_op("inductor_ce::some_row_stats", mutates_args=())
@@ -196,7 +203,7 @@ def some_row_stats(
 @some_row_stats.register_fake
 def _(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, *_: Any, **__: Any) -> Tensor:
     rows = _check(z, labels, weights, which)
-    return z.new_empty((len(rows), z.shape[0]), dtype=stats_dtype(z))
+    return z.new_empty((len(rows), z.shape[0]), dtype=packed_dtype_of(z.dtype, rows))
 
 
 @torch.library.custom_op("inductor_ce::row_grad", mutates_args=())
@@ -226,7 +233,8 @@ def row_grad(
         which, site: as for `row_stats`.
 
     Returns:
-        [N, V], dtype of z, computed in the dtype of the statistics and rounded once.
+        [N, V], dtype of z, of terms in float32 (float64 for float64), times coefficients in the dtype of
+        the statistics, and rounded once.
     """
     return _gradient(z, labels, weights, m, coefficients, which)
 
@@ -236,7 +244,7 @@ def _gradient(
 ) -> Tensor:
     rows = _check_grad(z, labels, weights, m, coefficients, which)
     x = z.to(stats_dtype(z))
-    columns = _Columns(x, m, weights)
+    columns = _Columns(x, m.to(x.dtype), weights)
     dz = coefficients[1].unsqueeze(-1) * columns.exp
     for k, j in rows.hits:
         index, inside = _safe_labels(labels[j], z.shape[1])

@@ -283,6 +283,16 @@ class Rows:
         return any(row.statistic not in (*ALWAYS, PICK, SUM) for row in self.rows)
 
     @property
+    def cancel(self) -> bool:
+        """Whether gradients are small differences of sums, which are then held in float64.
+
+        NOTE Powers cancel. sum_i p_i^2 has the gradient 2 p_i (p_i - sum_j p_j^2); in a row that is sure of
+        one class both are near 1. Torch takes the difference of probabilities that are rounded alike; two
+        sums are each rounded for themselves.
+        """
+        return POWER in self
+
+    @property
     def slopes(self) -> list[tuple[int, Row]]:
         """The rows with a gradient in every column, but for sumexp, each with its place."""
         return [(k, row) for k, row in self.sums if row.statistic != SUMEXP and row.statistic.slope]
