@@ -1,11 +1,20 @@
-"""Train the quickstart's model with its head sharded over the vocabulary, and compare it with one rank.
+"""Train the quickstart's model on a mesh, FSDP2 x tensor parallelism, and compare it with one rank.
 
     torchrun --nproc-per-node 4 examples/tensor_parallel.py
 
-Runs on GPUs (NCCL) where there are as many as ranks, else on the CPU (gloo). The model (transformer.py) is
-plain PyTorch; `parallelize_module` gives each rank a block of the head's columns, and the labels come as a
-DTensor that every rank holds. Nothing else says that the vocabulary is sharded. Prints what
-`inductor_ce.explain` found, and the losses of both runs.
+Two ranks share the vocabulary and the sequence, the others rows of the batch. Runs on GPUs (NCCL) where
+there are as many as ranks, else on the CPU (gloo). The model (transformer.py) is plain PyTorch:
+`parallelize_module` gives each rank a block of the head's columns, and labels come as a DTensor that every
+rank holds. Nothing else says that the vocabulary is sharded. Prints what `inductor_ce.explain` found, and the
+losses of both runs.
+
+NOTE What is compiled
+The head with the loss, and each block. So the head is computed in chunks on each rank's columns; of a chunk
+the ranks gather a few numbers a row. A loss that is compiled alone would be given logits that are made.
+Blocks are checkpointed outside of what is compiled. With the checkpoint inside, torch 2.13 fails by itself
+for tensor-parallel blocks: their graph would save a mesh for the backward ("expected all
+tensors_saved_with_vc_check to be Tensors"). Meshes of one dimension are taken once: a graph that meets two of
+them may not be divided into forward and backward ("Node tangents_2 was invalid, but is output").
 """
 
 import argparse
@@ -14,21 +23,33 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 
 import inductor_ce
 from corpus import token_file
 from train import Sizes, sample_batches, split
 from transformer import Transformer
 
+TP = 2  # ranks that share the vocabulary
+
 
 def main() -> None:
     arguments = parse_arguments()
     device = device_of_this_rank()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("tp",))
+    shape = (dist.get_world_size() // TP, TP)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("dp", "tp"))
+    dp, tp = mesh["dp"], mesh["tp"]
     sizes = Sizes.for_device(device.type)
     if dist.get_rank() == 0:
         token_file(arguments.out, sizes.V)
@@ -38,10 +59,9 @@ def main() -> None:
     with inductor_ce.install():
         alone = train(make_model(sizes, device), batches) if dist.get_rank() == 0 else []
         dist.barrier()
-        model = sharded(make_model(sizes, device), mesh)
-        together = train(model, batches, mesh)
-        x, y = split(batches[0])
-        report = inductor_ce.explain(model, x, on_every_rank(y, mesh))
+        model = sharded(make_model(sizes, device), dp, tp)
+        together = train(model, [batch.chunk(dp.size())[dp.get_local_rank()] for batch in batches], dp, tp)
+        report = explained(model, sizes, dp, tp)
     if dist.get_rank() == 0:
         print(report, comparison(alone, together), sep="\n\n")
     dist.destroy_process_group()
@@ -71,29 +91,72 @@ def make_model(sizes: Sizes, device: torch.device) -> Transformer:
     return model.to(device)
 
 
-def sharded(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """The model with a block of the head's columns on each rank, and logits that stay so."""
-    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
-    return parallelize_module(model, mesh, {"head": head})
+def sharded(model: Transformer, dp: DeviceMesh, tp: DeviceMesh) -> Transformer:
+    """The model with rows of the batch over `dp`, and sequences, heads and vocabulary over `tp`."""
+    whole, by_sequence = Replicate(), Shard(1)
+    layout = {
+        "token_embedding": RowwiseParallel(input_layouts=whole, output_layouts=whole),
+        "blocks.0": PrepareModuleInput(
+            input_layouts=(whole,), desired_input_layouts=(by_sequence,), use_local_output=True
+        ),
+        "norm": SequenceParallel(),
+        "head": ColwiseParallel(input_layouts=by_sequence, output_layouts=Shard(-1), use_local_output=False),
+    }
+    layout_of_block = {
+        "attention_norm": SequenceParallel(),
+        "qkv": ColwiseParallel(input_layouts=by_sequence),
+        "attention_out": RowwiseParallel(output_layouts=by_sequence),
+        "mlp_norm": SequenceParallel(),
+        "mlp.0": ColwiseParallel(input_layouts=by_sequence),
+        "mlp.2": RowwiseParallel(output_layouts=by_sequence),
+    }
+    parallelize_module(model, tp, layout)
+    for i, block in enumerate(model.blocks):
+        parallelize_module(block, tp, layout_of_block)
+        model.blocks[i] = fully_shard(checkpoint_wrapper(torch.compile(block)), mesh=dp)
+    fully_shard(model, mesh=dp)
+    model.loss = torch.compile(model.loss)
+    return model
 
 
-def on_every_rank(y: torch.Tensor, mesh: DeviceMesh) -> DTensor:
-    return DTensor.from_local(y, mesh, [Replicate()], run_check=False)
+def on_every_rank(y: torch.Tensor, tp: DeviceMesh) -> DTensor:
+    return DTensor.from_local(y, tp, [Replicate()], run_check=False)
 
 
-def train(model: Transformer, batches: list[torch.Tensor], mesh: DeviceMesh | None = None) -> list[float]:
-    """The losses of one step on each batch."""
-    loss_of = torch.compile(model)
+def train(
+    model: Transformer,
+    batches: list[torch.Tensor],
+    dp: DeviceMesh | None = None,
+    tp: DeviceMesh | None = None,
+) -> list[float]:
+    """The losses of one step on each batch, of which ranks have as many rows each: FSDP takes means."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), foreach=False)
+    loss_of = torch.compile(model) if dp is None else model  # parts of the sharded one are compiled
     losses = []
     for batch in batches:
         x, y = split(batch)
-        loss = loss_of(x, y if mesh is None else on_every_rank(y, mesh))
+        loss = loss_of(x, y if tp is None else on_every_rank(y, tp))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append((loss if mesh is None else loss.full_tensor()).item())
+        losses.append(loss.item() if dp is None else mean_over_ranks(loss, dp))
     return losses
+
+
+def mean_over_ranks(loss: DTensor, dp: DeviceMesh) -> float:
+    mean = loss.full_tensor().detach()
+    dist.all_reduce(mean, group=dp.get_group())
+    return mean.item() / dp.size()
+
+
+def explained(model: Transformer, sizes: Sizes, dp: DeviceMesh, tp: DeviceMesh) -> inductor_ce.Report:
+    """What is found in the head and the loss, of hidden states as the blocks give them."""
+    rows, device = sizes.B // dp.size(), model.head.weight.device
+    part = torch.randn(rows, sizes.S // tp.size(), sizes.D, device=device, requires_grad=True)
+    h = DTensor.from_local(part, tp, [Shard(1)], run_check=False)
+    y = torch.zeros(rows, sizes.S, dtype=torch.int64, device=device)
+    model.unshard()
+    return inductor_ce.explain(model.loss, h, on_every_rank(y, tp))
 
 
 def comparison(alone: list[float], together: list[float]) -> str:

@@ -10,7 +10,7 @@ class Block(nn.Module):
 
     def __init__(self, D: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.head_size = D // heads
         self.attention_norm = nn.LayerNorm(D)
         self.qkv = nn.Linear(D, 3 * D, bias=False)
         self.attention_out = nn.Linear(D, D, bias=False)
@@ -18,10 +18,11 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D, bias=False), nn.GELU(), nn.Linear(4 * D, D, bias=False))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        B, S, D = h.shape
-        q, k, v = self.qkv(self.attention_norm(h)).view(B, S, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # Heads come first, so that a rank with a block of the columns has q, k and v of some of them.
+        qkv = self.qkv(self.attention_norm(h)).unflatten(-1, (-1, 3, self.head_size))
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        h = h + self.attention_out(attended.transpose(1, 2).reshape(B, S, D))
+        h = h + self.attention_out(attended.transpose(1, 2).flatten(2))
         return h + self.mlp(self.mlp_norm(h))
 
 
@@ -49,5 +50,9 @@ class Transformer(nn.Module):
         h = self.token_embedding(x) + self.position_embedding.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        logits = self.head(self.norm(h))
+        return self.loss(self.norm(h), y)
+
+    def loss(self, h: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Of the normalised hidden states [B, S, D]."""
+        logits = self.head(h)
         return F.cross_entropy(logits.float().view(-1, logits.size(-1)), y.view(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -20,13 +21,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import clean_slate, without_codegen
-from ranks import spawn
+from ranks import ranks_at_most, spawn
 
+import inductor_ce
 from inductor_ce.common.strategies import TOKEN_CHUNKS
 from inductor_ce.heads.plan import HeadNumbers, plan
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-STEPS, RANKS = 3, 2
+STEPS = 3
 CHILD = """
 import json, sys, time
 given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -56,10 +58,10 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         )
 
 
-def write_tokens(folder: Path) -> Path:
+def write_tokens(folder: Path, V: int = SIZES["V"]) -> Path:
     """A corpus of chance, where the examples look for theirs."""
-    tokens = torch.randint(0, SIZES["V"], (500,), generator=torch.Generator().manual_seed(0))
-    path = folder / f"tokens-py{sys.version_info.major}.{sys.version_info.minor}-{SIZES['V']}.pt"
+    tokens = torch.randint(0, V, (500,), generator=torch.Generator().manual_seed(0))
+    path = folder / f"tokens-py{sys.version_info.major}.{sys.version_info.minor}-{V}.pt"
     torch.save(tokens.to(torch.int32), path)
     return path
 
@@ -123,15 +125,20 @@ def test_quickstart(tmp_path: Path, examples: Any, monkeypatch: pytest.MonkeyPat
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def on_rank(rank: int, folder: str) -> str:
+EVEN = {**SIZES, "V": 1028}
+
+
+def on_rank(rank: int, ranks: int, folder: str) -> str:
     """What the example prints on this rank, whose process group is there already."""
     sys.path.insert(0, str(EXAMPLES))
     example, train = (importlib.import_module(name) for name in ("tensor_parallel", "train"))
-    small: Any = train.Sizes(**SIZES)
+    small: Any = train.Sizes(**EVEN)
+    in_chunks = functools.partial(inductor_ce.install, strategy=TOKEN_CHUNKS, memory_budget=0.5)
     with (
-        mock.patch.dict(os.environ, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(RANKS)),
+        mock.patch.dict(os.environ, LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks)),
         mock.patch.object(sys, "argv", ["tensor_parallel.py", "--steps", str(STEPS), "--out", folder]),
         mock.patch.object(train.Sizes, "for_device", lambda device: small),
+        mock.patch.object(inductor_ce, "install", in_chunks),
         mock.patch.multiple(
             dist, init_process_group=lambda backend: None, destroy_process_group=lambda: None
         ),
@@ -144,12 +151,13 @@ def on_rank(rank: int, folder: str) -> str:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the example takes GPUs where there are any")
 def test_tensor_parallel(tmp_path: Path):
-    """Two ranks train to the losses of one, through a head that each has half of."""
-    write_tokens(tmp_path)
-    first, second = spawn(on_rank, RANKS, str(tmp_path))
-    assert second == ""
+    """Ranks train to the losses of one, and of the head each computes its columns in chunks."""
+    ranks = int(min(4, ranks_at_most("cpu")))
+    write_tokens(tmp_path, EVEN["V"])
+    first, *others = spawn(on_rank, ranks, ranks, str(tmp_path))
+    assert others == [""] * (ranks - 1)
     assert "1 loss fused, 0 left as written" in first
-    assert "vocabulary sharded" in first
+    assert re.search(r"strategy +token_chunks in 2 pieces.*; vocabulary sharded", first)
     rows = re.findall(r"^(\d+) +(\d+\.\d+) +(\d+\.\d+)$", first, re.MULTILINE)
     assert [int(step) for step, *_ in rows] == list(range(STEPS))
     alone, together = ([float(row[column]) for row in rows] for column in (1, 2))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..shared.bars import Bar, told
 from ..shared.compilers import BASELINE, DEFAULT, GRAPHS, OURS
-from .cases import Case, mode_of, ms_of, over, title, with_none_ignored
+from ..shared.measure import over
+from .cases import Case, mode_of, ms_of, title, with_none_ignored
 from .inputs import MLM
 from .systems import CCE, CCE_BUDGET, CCE_EXACT, CCE_ROOM, SYSTEMS
 
@@ -28,26 +29,9 @@ OF_PLAIN = {(0.75, DEFAULT): 0.30, (0.75, GRAPHS): 0.36}
 OF_PLAIN_MLM = {(0.85, DEFAULT): 0.35}
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One number that must be at most `limit`; None where it could not be had."""
-
-    what: str
-    value: float | None
-    limit: float
-
-    @property
-    def met(self) -> bool | None:
-        return None if self.value is None else self.value <= self.limit
-
-
 def bars(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Every bar of every case, for JSON."""
-    return [
-        {"case": title(case), **asdict(bar), "met": bar.met}
-        for case in result["cases"]
-        for bar in _bars_of(case, result)
-    ]
+    return [bar for case in result["cases"] for bar in told(title(case), _bars_of(case, result))]
 
 
 def _bars_of(case: Case, result: dict[str, Any]) -> Iterator[Bar]:

@@ -48,8 +48,3 @@ def over_shares(cases: list[Case]) -> list[Case]:
 
 def _but_for_labels(case: Case) -> tuple[str, ...]:
     return case["name"], case["activations"], mode_of(case)
-
-
-def over(a: float | None, b: float | None) -> float | None:
-    """a / b, or None where one is missing."""
-    return a / b if a is not None and b else None

@@ -16,8 +16,8 @@ from ...api.counts import auto_chunked_graphs, counted, forget_counts
 from ..shared import measure
 from ..shared.body import body
 from ..shared.compilers import DEFAULT, GRAPHS, WARM_UP
+from ..shared.measure import over
 from ..shared.peers import NotOffered
-from .cases import over
 from .inputs import HeadFunction, Inputs
 from .reference import Errors, Reference
 from .systems import AUTO_CHUNKER, Case, System

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from ..shared import bars
 from ..shared.compilers import DEFAULT, OURS
 from ..shared.tables import aligned, heading, mb
 from . import shares
@@ -29,7 +30,7 @@ def table(result: dict[str, Any]) -> str:
     """Every number of every case, what was not measured, and the bars."""
     several = over_shares(result["cases"])
     tables = [*map(_case_table, result["cases"]), *([shares.table(several)] if several else [])]
-    return "\n\n".join([heading(result["environment"]), *tables, _bar_table(result["bars"])])
+    return "\n\n".join([heading(result["environment"]), *tables, bars.table(result["bars"])])
 
 
 def _case_table(case: dict[str, Any]) -> str:
@@ -104,15 +105,6 @@ def _ratio(value: float | None) -> str:
 
 def _mb(size: float | None) -> str:
     return "" if size is None else mb(size)
-
-
-def _bar_table(found: list[dict[str, Any]]) -> str:
-    lines = [("", "case", "what must be", "value", "at most")]
-    words = {True: "met", False: "MISSED", None: "not measured"}
-    for bar in found:
-        value = "" if bar["value"] is None else f"{bar['value']:.4g}"
-        lines.append((words[bar["met"]], bar["case"], bar["what"], value, f"{bar['limit']:.4g}"))
-    return "\n".join(aligned(lines, (0, 1, 2)))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -6,7 +6,7 @@ import functools
 import gc
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -149,7 +149,7 @@ class Bench:
             if isinstance(system, Ready)
         }
         clock = replace(self.clock, begun=last_end) if self.behind else self.clock
-        for name, (ms, spread, round_ms) in timed(steps, clock).items():
+        for name, (ms, spread, round_ms) in measure.timed(steps, clock).items():
             with without_work():
                 host_ms, wall_ms = measure.host_and_wall_ms(steps[name], HOST_CALLS)
             rows[name].update(ms=ms, spread=spread, round_ms=round_ms, host_ms=host_ms, wall_ms=wall_ms)
@@ -216,12 +216,6 @@ def products(inputs: Inputs, clock: Clock) -> dict[str, float]:
         torch.mm(z, W, out=dh)
         torch.mm(z.T, h, out=dW)
 
-    times = timed({"forward": lambda: torch.mm(h, W.T, out=z), "backward": backward}, clock)
+    times = measure.timed({"forward": lambda: torch.mm(h, W.T, out=z), "backward": backward}, clock)
     forward_ms, backward_ms = (ms for ms, _, _ in times.values())
     return {"product_ms": forward_ms, "products_ms": forward_ms + backward_ms}
-
-
-def timed(steps: Mapping[str, measure.Step], clock: Clock) -> dict[str, tuple[float, float, list[float]]]:
-    """(median, spread, every round) of every step, in ms but for the spread."""
-    times = measure.interleaved(steps, clock, before_each=measure.nothing, after_each=measure.nothing)
-    return {name: (*measure.median_and_spread(rounds), rounds) for name, rounds in times.items()}

@@ -8,9 +8,10 @@ from matplotlib.axes import Axes
 
 from ..shared.compilers import BASELINE, DEFAULT, OURS
 from ..shared.labels import PATTERNS
+from ..shared.measure import over
 from ..shared.tables import aligned
 from .bars import most_of_all
-from .cases import Case, mode_of, ms_of, over, title, with_none_ignored
+from .cases import Case, mode_of, ms_of, title, with_none_ignored
 
 HEADER = (
     *("over shares of ignored labels", f"{OURS}, ms", "of none ignored", "at most"),

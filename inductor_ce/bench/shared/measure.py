@@ -74,16 +74,35 @@ class Calls:
     def _median_of_calls(self, step: Step, calls: int) -> float:
         """The host goes ahead by the first call, which is not counted."""
         step()
-        ends = [self._timed(step) for _ in range(calls)]
-        torch.cuda.synchronize()
-        return statistics.median(start.elapsed_time(end) for start, end in ends)
+        return statistics.median(gpu_ms(step, calls, begun=self.begun))
 
-    def _timed(self, step: Step) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        return (start if self.begun is None else self.begun()), end
+
+def gpu_ms(
+    step: Step,
+    calls: int,
+    before_each: Step | None = None,
+    begun: Callable[[], torch.cuda.Event] | None = None,
+) -> list[float]:
+    """The GPU's time for each call of `step`; the host waits for none but the last.
+
+    Args:
+        before_each: launches what is not counted.
+        begun: as that of `Calls`.
+    """
+    events = [_events_of(step, before_each or nothing, begun) for _ in range(calls)]
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _events_of(
+    step: Step, before: Step, begun: Callable[[], torch.cuda.Event] | None
+) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    before()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    return (start if begun is None else begun()), end
 
 
 def host_and_wall_ms(step: Step, calls: int) -> tuple[float, float]:
@@ -130,6 +149,17 @@ def interleaved(
             times[name].append(budget.time_ms(steps[name]))
             after_each()
     return times
+
+
+def timed(steps: Mapping[str, Step], clock: Clock) -> dict[str, tuple[float, float, list[float]]]:
+    """(median, spread, every round) of every step, in ms but for the spread."""
+    times = interleaved(steps, clock, before_each=nothing, after_each=nothing)
+    return {name: (*median_and_spread(rounds), rounds) for name, rounds in times.items()}
+
+
+def over(a: float | None, b: float | None) -> float | None:
+    """a / b, or None where one is missing."""
+    return a / b if a is not None and b else None
 
 
 def peak_extra_bytes(step: Step) -> int:

@@ -24,6 +24,7 @@ def put_together(
     folder: Path,
     show: Callable[[dict[str, Any], Path], None],
     complete: Callable[[dict[str, Any]], None] = lambda result: None,
+    key: str = "cases",
 ) -> int:
     """Keep one record with the cases of all, and show it. Returns the status of the command.
 
@@ -32,17 +33,18 @@ def put_together(
         folder: where it is kept.
         show: is given the record and its path.
         complete: puts in what the record says of all cases.
+        key: under which a record has its cases.
     """
     results = [json.loads(path.read_text()) for path in paths]
     first = results[0]
     for path, result in zip(paths, results, strict=True):
-        for key in MUST_AGREE:
-            ours, theirs = first["environment"][key], result["environment"][key]
+        for what in MUST_AGREE:
+            ours, theirs = first["environment"][what], result["environment"][what]
             if ours != theirs:
-                print(f"{path} is of another {key}: {theirs}, not {ours}; nothing was merged")
+                print(f"{path} is of another {what}: {theirs}, not {ours}; nothing was merged")
                 return 2
-    cases = [case for result in results for case in result["cases"]]
-    merged = {**first, "cases": cases, "merged": [path.name for path in paths]}
+    cases = [case for result in results for case in result[key]]
+    merged = {**first, key: cases, "merged": [path.name for path in paths]}
     complete(merged)
     path = record.json_path(merged, folder)
     path = path.with_stem(f"{path.stem}-merged")

@@ -11,6 +11,7 @@ DISTRIBUTIONS = {
     "liger_kernel": "liger-kernel",
     "quack": "quack-kernels",
     "cut_cross_entropy": "cut-cross-entropy",
+    "transformer_engine": "transformer-engine",
 }
 
 

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from ...api.counts import counted, forget_counts
 from ..shared import measure
 from ..shared.compilers import GRAPHS, OURS, WARM_UP
+from ..shared.peers import NotOffered
 from . import ranks
 from .ranks import of_all
 from .systems import System
@@ -34,8 +36,7 @@ class Trial:
         """
         row: dict[str, Any] = {}
         for stage in (self._build, self._first_call, self._check):
-            reason = _failure_of(stage, row)
-            reasons = [f"failed on rank {i}: {why}" for i, why in enumerate(of_all(reason)) if why]
+            reasons = [why for why in of_all(_why_not(stage, row)) if why]
             if reasons:
                 return {}, reasons[0]
         return self._of_ranks(of_all(row)), None
@@ -44,8 +45,12 @@ class Trial:
         torch.compiler.cudagraph_mark_step_begin()
         return self.task.step(self._function, self.system.context())
 
-    def _build(self, row: dict[str, Any]) -> None:
-        self._function = self.system.build(self.task.function, self.mode)
+    def _build(self, row: dict[str, Any]) -> NotOffered | None:
+        built = self.system.build(self.task, self.mode)
+        if isinstance(built, NotOffered):
+            return built
+        self._function = built
+        return None
 
     def _first_call(self, row: dict[str, Any]) -> None:
         forget_counts()
@@ -64,7 +69,8 @@ class Trial:
         row["placements"] = {name: str(x.placements[0]) for name, x in found.items()}
         del found
         row["extra_bytes"] = None if self.mode == GRAPHS else measure.peak_extra_bytes(self.step)
-        row["collective_ms"] = ranks.collective_ms(self.step)
+        row["host_ms"] = ranks.host_ms(self.step)
+        row["collective_ms"] = ranks.collective_ms(self.step, ranks.products_for(row["host_ms"]))
 
     def _of_ranks(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The worst of all ranks."""
@@ -93,14 +99,15 @@ class Trial:
         ]
 
 
-def _failure_of(stage: Callable[[dict[str, Any]], None], row: dict[str, Any]) -> str | None:
-    """What a stage raised, in a line."""
+def _why_not(stage: Callable[[dict[str, Any]], NotOffered | None], row: dict[str, Any]) -> str | None:
+    """Why a system does not take part, or what a stage raised, in a line."""
     try:
-        stage(row)
+        absent = stage(row)
+        return absent.reason if absent else None
     except Exception as error:  # whatever one system raises, the others are still worth their numbers
         tqdm.write(traceback.format_exc(), file=sys.stderr)
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    return None
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return f"failed on rank {dist.get_rank()}: {reason}"
 
 
 def _largest(errors: Iterator[float]) -> float:

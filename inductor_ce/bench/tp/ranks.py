@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
+import math
 import os
 import re
 import statistics
@@ -16,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
+from ..shared import measure
+from ..shared.body import occupy
 from ..shared.measure import Budget, Step
 
 T = TypeVar("T")
@@ -23,6 +27,7 @@ T = TypeVar("T")
 COMMAND = "torchrun --nproc-per-node 4 -m inductor_ce.bench tp"
 L2_BYTES = 2**28  # more than any cache holds
 FEWEST, MOST, WARM_UP = 5, 200, 3
+AHEAD, MARGIN_MS = 2, 5  # a GPU waits so many times what a host needs for a step, and a margin
 TIMEOUT = timedelta(minutes=10)
 
 # The kernels of NCCL. Its ranges in the profile, `nccl:all_gather`, would count the same time again.
@@ -87,33 +92,81 @@ class InStep(Budget):
         return statistics.median(slowest(step_ms(step, count)))
 
 
-def step_ms(step: Step, count: int) -> list[float]:
+@dataclass(frozen=True)
+class FarAhead:
+    """A clock for steps that hosts have launched before the GPUs come to them: these are what is timed."""
+
+    rounds: int
+    products: int
+
+    def time_ms(self, step: Step) -> float:
+        return statistics.median(slowest(step_ms(step, FEWEST, self.products)))
+
+
+def step_ms(step: Step, count: int, products: int = 0) -> list[float]:
     """The times of `count` steps on this rank's GPU, the L2 cache empty before each.
 
     NOTE Ranks wait for each other on their GPUs, by a collective of one number before each step. Hosts run
-    ahead, as they do in training; if they waited too, every launch would show.
+    ahead, as they do in training; if they waited too, every launch would show. Where a host is slower than
+    its GPU it falls behind all the same, but for work that keeps the GPU busy: `products` before each step.
     """
     cache = torch.empty(L2_BYTES // 4, dtype=torch.int32, device="cuda")
     gate = torch.zeros(1, device="cuda")
-    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+
+    def together() -> None:
+        if products:
+            occupy(products)
+        cache.zero_()
+        dist.all_reduce(gate)
+
     of_all(None)
     for _ in range(WARM_UP):
         step()
-    for start, end in pairs:
-        cache.zero_()
-        dist.all_reduce(gate)
-        start.record()
-        step()
-        end.record()
+    return measure.gpu_ms(step, count, together)
+
+
+def host_ms(step: Step) -> float:
+    """The time that the slowest host needs for a step."""
+    of_all(None)
+    return max(of_all(measure.host_and_wall_ms(step, FEWEST)[0]))
+
+
+def products_for(host_ms: float) -> int:
+    """How many products of matrices take longer than a host for its step, and by far."""
+    return math.ceil((AHEAD * host_ms + MARGIN_MS) / _product_ms())
+
+
+@functools.cache
+def _product_ms() -> float:
+    """On the rank that is fastest. All ranks call."""
+    return min(of_all(statistics.median(measure.gpu_ms(lambda: occupy(FEWEST), FEWEST)))) / FEWEST
+
+
+def are_ahead(step: Step, products: int) -> bool:
+    """Whether each host launches steps before its GPU has done so many products. All ranks take as many."""
+    of_all(None)
+    return all(map(all, of_all([_is_ahead(step, products) for _ in range(WARM_UP)])))
+
+
+def _is_ahead(step: Step, products: int) -> bool:
+    reached = torch.cuda.Event()
+    occupy(products)
+    reached.record()
+    step()
+    ahead = not reached.query()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) for start, end in pairs]
+    return ahead
 
 
-def collective_ms(step: Step) -> float:
-    """How long the collectives of one step take, without the time that a rank waits in them for others."""
+def collective_ms(step: Step, products: int) -> float:
+    """How long the collectives of one step take, without the time that a rank waits in them for others.
+
+    That is seen on the rank that comes to them last. With hosts far ahead none is late by its host.
+    """
     of_all(None)
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         for _ in range(FEWEST):
+            occupy(products)
             step()
         torch.cuda.synchronize()
     kernels = ((event.key, event.self_device_time_total) for event in found.key_averages())

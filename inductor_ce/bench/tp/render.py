@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..shared.pictures import CUT, bars, finish
+from ..shared import bars
+from ..shared.compilers import MODES
+from ..shared.pictures import CUT, finish
+from ..shared.pictures import bars as draw_bars
 from ..shared.tables import aligned, heading, mb
-from .systems import BASELINE, MODES, SYSTEMS
-from .tasks import TASKS
+from .systems import SYSTEMS
+from .tasks import TITLES
 
 HEADER = (
-    "task",
-    "mode",
-    "system",
-    "ms",
-    "spread",
-    "ratio",
-    "collectives",
-    "share",
-    "MB",
-    "errors",
-    "compile s",
-    "",
+    *("task", "mode", "system", "ms", "spread", "ratio", "collectives", "share", "wall", "spread", "ratio"),
+    *("host", "ratio", "MB", "ratio", "errors", "compile s", ""),
 )
-LEFT = (0, 1, 2, 9, 11)  # the columns of words
+LEFT = (0, 1, 2, 15, 17)  # the columns of words
+PANELS = (
+    ("ratio", "GPU time / that of loss_parallel", "{:.2f}", 1.0, CUT),
+    ("wall_ratio", "wall time / that of loss_parallel", "{:.2f}", 1.0, CUT),
+    ("host_ms", "host time of a step, ms", "{:.1f}", 1.0, math.inf),
+    (
+        "extra_bytes",
+        "extra memory at the peak of a rank, MB",
+        "{:.0f}",
+        2.0**-20,
+        math.inf,
+    ),
+)
 
 
 def table(result: dict[str, Any]) -> str:
-    """Every number of every shape, and below them what was not measured."""
-    return "\n\n".join([heading(result["environment"]), *map(_shape_table, result["shapes"])])
+    """Every number of every shape, what was not measured, and the bars."""
+    tables = map(_shape_table, result["shapes"])
+    return "\n\n".join([heading(result["environment"]), *tables, bars.table(result["bars"])])
 
 
 def _shape_table(shape: dict[str, Any]) -> str:
@@ -52,34 +60,58 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["system"],
         f"{row['ms']:.3f}",
         f"{100 * row['spread']:.1f}%",
-        "" if row["ratio"] is None else f"{row['ratio']:.3f}",
+        _ratio(row["ratio"]),
         f"{row['collective_ms']:.3f}",
-        f"{100 * row['collective_ms'] / row['ms']:.0f}%",
+        f"{100 * row['share']:.0f}%",
+        f"{row['wall_ms']:.3f}",
+        f"{100 * row['wall_spread']:.1f}%",
+        _ratio(row["wall_ratio"]),
+        f"{row['host_ms']:.2f}",
+        _ratio(row["host_ratio"]),
         "" if row["extra_bytes"] is None else mb(row["extra_bytes"]),
+        _ratio(row["memory_ratio"]),
         ", ".join(f"{name} {error:.1e}" for name, error in row["errors"].items()),
         f"{row['first_call_s']:.1f}",
-        "; ".join(row["problems"]),
+        "; ".join(row["problems"] + ([] if row["ahead"] else ["the host was not ahead"])),
     )
 
 
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars for each task, mode and system, a column for each shape: time above, memory below."""
+    """Bars for each task, mode and system, a column for each shape: three times, and memory below.
+
+    The task that loss_parallel cannot do is compared with gathered logits.
+    """
     shapes = result["shapes"]
-    figure = Figure(figsize=(1 + 5.5 * len(shapes), 7), layout="constrained")
-    axes = figure.subplots(2, len(shapes), sharey="row", squeeze=False)
-    groups = [f"{task.title}\n{mode}" for task in TASKS.values() for mode in MODES]
-    for shape, (upper, lower) in zip(shapes, axes.T, strict=True):
-        upper.set_title(f"{shape['N']} x {shape['V']}, {shape['ranks']} ranks")
-        bars(upper, _heights(shape, "ratio"), groups, list(SYSTEMS), "{:.2f}", cut=CUT)
-        bars(lower, _heights(shape, "extra_bytes", 2.0**-20), groups, list(SYSTEMS), "{:.0f}")
-    axes[0, 0].set_ylabel(f"time / time of {BASELINE}\n(bars cut at {CUT})")
-    axes[1, 0].set_ylabel("extra memory at the peak of a rank, MB\n(not known of CUDA graphs)")
+    groups = _groups(shapes)
+    width = 1 + max(5.5, 1.6 * len(groups)) * len(shapes)
+    figure = Figure(figsize=(width, 3.5 * len(PANELS)), layout="constrained")
+    axes = figure.subplots(len(PANELS), len(shapes), sharey="row", squeeze=False)
+    for shape, column in zip(shapes, axes.T, strict=True):
+        column[0].set_title(f"{shape['N']} x {shape['V']}, {shape['ranks']} ranks")
+        for panel, (key, _, text, scale, cut) in zip(column, PANELS, strict=True):
+            draw_bars(panel, _heights(shape, key, scale), groups, list(SYSTEMS), text, cut=cut)
+    for panel, (_, label, _, _, cut) in zip(axes[:, 0], PANELS, strict=True):
+        panel.set_ylabel(label + (f"\n(bars cut at {cut})" if cut < math.inf else ""))
     finish(figure, axes, result, path)
 
 
-def _heights(shape: dict[str, Any], key: str, scale: float = 1.0) -> dict[tuple[str, str], float]:
+def _groups(shapes: list[dict[str, Any]]) -> list[str]:
+    """Those of which there is something."""
+    present = {(row["task"], row["mode"]) for shape in shapes for row in shape["rows"]}
+    return [_group(task, mode) for task in TITLES for mode in MODES if (task, mode) in present]
+
+
+def _group(task: str, mode: str) -> str:
+    return "\n".join([*textwrap.wrap(TITLES[task], 22), mode])
+
+
+def _heights(shape: dict[str, Any], key: str, scale: float) -> dict[tuple[str, str], float]:
     return {
-        (f"{TASKS[row['task']].title}\n{row['mode']}", row["system"]): scale * row[key]
+        (_group(row["task"], row["mode"]), row["system"]): scale * row[key]
         for row in shape["rows"]
         if row[key] is not None
     }

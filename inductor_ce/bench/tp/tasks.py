@@ -18,52 +18,69 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from ..shared.losses import IGNORED, LOSSES, errors
+from ..shared.losses import IGNORED, LOSSES, Loss, errors
 
 IGNORED_EVERY = 17
 D = 4096
-LOSS = LOSSES["plain"]
+PLAIN, RICH = LOSSES["plain"], LOSSES["smooth_z_cap"]
 
 LossFunction = Callable[[Any, DTensor], Any]
 
 
-def loss_of_logits(held: Any, y: DTensor) -> Any:
-    return F.cross_entropy(held.logits.float(), y)
+def given_logits(held: Any) -> Any:
+    return held.logits
 
 
-def loss_of_hidden(held: Any, y: DTensor) -> Any:
-    return F.cross_entropy(F.linear(held.h, held.W).float(), y)
+def logits_of_hidden(held: Any) -> Any:
+    return F.linear(held.h, held.W)
+
+
+def logits_of_shared_hidden(held: Any) -> Any:
+    """As ColwiseParallel does it for hidden states of which each rank has a part of the sequence."""
+    return F.linear(held.h.redistribute(placements=[Replicate()]), held.W)
 
 
 class Task(ABC):
-    """A loss, and the tensors that it is a loss of: whole on every rank to check it, and as DTensors.
+    """A loss of logits, and the tensors these are of: whole on every rank to check it, and as DTensors.
 
     NOTE The DTensors are the parameters of a module: CUDA graphs read parameters where they lie, and copy
     other inputs first.
 
     Attributes:
-        function: the loss as a user writes it, of the module and the labels.
+        logits: of the module, as a user writes them.
+        loss: what is computed of them and of the labels.
         roundings: how many times a gradient is rounded to its dtype on the way to it.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     roundings: ClassVar[int]
+    loss: ClassVar[Loss] = PLAIN
 
     def __init__(
         self,
         mesh: DeviceMesh,
-        function: LossFunction,
+        logits: Callable[[Any], Any],
         y: Tensor,
         whole: dict[str, Tensor],
         placements: dict[str, Placement],
     ):
-        self.mesh, self.function, self.y, self.whole = mesh, function, y, whole
+        self.mesh, self.logits, self.y, self.whole = mesh, logits, y, whole
         self.held: Any = nn.Module()
         for name, placement in placements.items():
             x = distribute_tensor(whole[name], mesh, [placement], src_data_rank=None)
             self.held.register_parameter(name, nn.Parameter(x))
         self.labels = DTensor.from_local(y, mesh, [Replicate()], run_check=False)
+
+    def function(self, gathered: bool = False) -> LossFunction:
+        """The loss of the module and the labels; `gathered` has each rank hold all logits first."""
+        logits, loss = self.logits, self.loss.function
+
+        def function(held: Any, y: DTensor) -> Any:
+            z = logits(held)
+            return loss(z.redistribute(placements=[Replicate()]) if gathered else z, y)
+
+        return function
 
     def step(self, function: LossFunction, context: AbstractContextManager) -> dict[str, DTensor]:
         """The loss, and the gradients by name: one forward and backward, nothing added to an earlier one."""
@@ -91,26 +108,35 @@ class LogitsGiven(Task):
     def __init__(self, mesh: DeviceMesh, N: int, V: int, device: str):
         y = labels(N, V, device)
         z = 3 * torch.randn(N, V, dtype=torch.bfloat16, device=device)
-        super().__init__(mesh, loss_of_logits, y, {"logits": from_first(z)}, {"logits": Shard(1)})
+        super().__init__(mesh, given_logits, y, {"logits": from_first(z)}, {"logits": Shard(1)})
 
     def errors(self, found: dict[str, DTensor]) -> dict[str, float]:
         z = self.whole["logits"]
         dz = found["logits"].redistribute(placements=[Shard(1)]).to_local()
         value = found["loss"].full_tensor()
-        loss, gradient = errors(LOSS, z, self.y, value, dz, self.columns(z.shape[1]))
+        loss, gradient = errors(self.loss, z, self.y, value, dz, self.columns(z.shape[1]))
         return {"loss": loss, "logits": gradient}
+
+
+class RichLoss(LogitsGiven):
+    """Which loss_parallel has nothing for."""
+
+    name, title = "rich", f"logits given, {RICH.title}"
+    loss = RICH
 
 
 class LinearAndLoss(Task):
     name, title = "linear", f"linear (D = {D}) and loss"
     roundings = 2
+    form: ClassVar[Any] = staticmethod(logits_of_hidden)
+    hidden: ClassVar[Placement] = Replicate()
 
     def __init__(self, mesh: DeviceMesh, N: int, V: int, device: str, width: int = D):
         y = labels(N, V, device)
         h = torch.randn(N, width, dtype=torch.bfloat16, device=device)
         W = 3 * width**-0.5 * torch.randn(V, width, dtype=torch.bfloat16, device=device)
         whole = {"h": from_first(h), "W": from_first(W)}
-        super().__init__(mesh, loss_of_hidden, y, whole, {"h": Replicate(), "W": Shard(0)})
+        super().__init__(mesh, self.form, y, whole, {"h": self.hidden, "W": Shard(0)})
 
     def errors(self, found: dict[str, DTensor]) -> dict[str, float]:
         h, W = self.whole["h"], self.whole["W"]
@@ -123,9 +149,21 @@ class LinearAndLoss(Task):
         }
 
 
-TASKS: dict[str, type[LogitsGiven] | type[LinearAndLoss]] = {
-    task.name: task for task in (LogitsGiven, LinearAndLoss)
+class SequenceAndLoss(LinearAndLoss):
+    """The same of hidden states that ranks share."""
+
+    name, title = "sequence", "the same of hidden states sharded by sequence"
+    form = staticmethod(logits_of_shared_hidden)
+    hidden = Shard(0)
+
+
+TASKS: dict[str, Callable[[DeviceMesh, int, int, str], LogitsGiven | LinearAndLoss]] = {
+    "loss": LogitsGiven,
+    "rich": RichLoss,
+    "linear": LinearAndLoss,
+    "sequence": SequenceAndLoss,
 }
+TITLES = {task.name: task.title for task in (LogitsGiven, RichLoss, LinearAndLoss, SequenceAndLoss)}
 
 
 def labels(N: int, V: int, device: str) -> Tensor:
@@ -149,7 +187,7 @@ def exact(h: Tensor, W: Tensor, y: Tensor, columns: slice) -> tuple[Tensor, Tens
     for rows in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk)):
         hidden = h[rows].double()
         z = (hidden @ head.T).to(h.dtype).double().requires_grad_()
-        part = LOSS.rows(z, y[rows]).sum() / valid
+        part = PLAIN.rows(z, y[rows]).sum() / valid
         (dz,) = torch.autograd.grad(part, z)
         loss += part.detach()
         dh[rows] = dz @ head
