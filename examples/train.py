@@ -39,7 +39,7 @@ class Sizes:
     def for_device(cls, device: str) -> "Sizes":
         if device == "cuda":
             return cls(B=16, S=1024, D=768, V=32768, layers=6, heads=12)
-        return cls(B=16, S=256, D=128, V=16384, layers=1, heads=2)
+        return cls(B=32, S=256, D=128, V=8192, layers=1, heads=2)
 
     def logits_bytes(self, device: str) -> int:
         """The size of one tensor of logits [N, V]: bfloat16 on a GPU, else float32."""

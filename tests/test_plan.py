@@ -74,8 +74,15 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (SMALL, "auto", 0.3, (TOKEN_CHUNKS, 4, False)),
     (HeadNumbers(1023, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
     (HeadNumbers(1024, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
-    (HeadNumbers(2048, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
-    (HeadNumbers(1023, 256000, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    # Chunks of fewer rows than 1536 cost more time than they save; a shift by one changes nothing.
+    (HeadNumbers(2048, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(2048, 65536, 768), "token_chunks", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(1023, 256000, 768), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(3071, 65536, 768), "auto", None, (MATERIALISE, 1, False)),
+    (HeadNumbers(3072, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(4092, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(4096, 65536, 768), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (HeadNumbers(4096, 65536, 768), "auto", 0.3, (TOKEN_CHUNKS, 4, False)),
     # Rows that do not count are skipped, in logits that are not divided too if products take long enough.
     (HeadNumbers(1024, 32768, 2048, skips=True), "auto", None, (TOKEN_CHUNKS, 1, False)),
     (HeadNumbers(1023, 32768, 2048, skips=True), "auto", None, (MATERIALISE, 1, False)),
@@ -116,7 +123,7 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (HeadNumbers(64, 0, 16, backward=False), "token_chunks", 0.3, (FORWARD_ONLY, 1, False)),
     # Primes, as sizes and as the hints of symbolic ones.
     (HeadNumbers(8191, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 4, False)),
-    (HeadNumbers(8209, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 5, False)),
+    (HeadNumbers(8209, 255989, 2309), "auto", None, (TOKEN_CHUNKS, 4, False)),
     (HeadNumbers(13, 37, 8, 4, 4), "token_chunks", 0.3, (TOKEN_CHUNKS, 5, False)),
     (HeadNumbers(13, 37, 8, 4, 4), "vocab_slabs", 0.3, (VOCAB_SLABS, 4, False)),
 ]

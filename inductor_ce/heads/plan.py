@@ -25,9 +25,8 @@ SMALL = 128 * MIB  # logits that are not worth dividing
 CHUNK_WORK = 2**37  # N V D of a chunk that may be empty: what it costs the host is not made up for
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
-CHUNK_ROWS = 2048  # products over fewer rows run more slowly
+CHUNK_ROWS = 2048  # over fewer, products run more slowly, and each chunk reads and writes all of the sum
 ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
-LEAST_ROWS = 1024
 LEAST_COLUMNS = 8192
 FORWARD_ROWS = 512  # a multiple of it
 FORWARD_BYTES = 512 * MIB
@@ -141,7 +140,7 @@ def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float |
     if head.sharded and not why_not:
         return _alike(head, strategy, memory_budget)
     if strategy == TOKEN_CHUNKS:
-        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for")
+        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for", 2)
     return _auto(head, budget, why_not)
 
 
@@ -223,11 +222,11 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 
 def _usual_chunks(head: HeadNumbers) -> int:
-    """As many chunks as leave products fast, and no more than pay: 0 for fewer rows than one takes."""
+    """As many chunks as leave products fast, and no more than pay."""
     rows = CHUNK_ROWS
     if head.skips:
         rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
-    return min(max(-(-head.n // rows), min(4, head.n // LEAST_ROWS)), NARROW_CHUNKS)
+    return min(max((head.n + rows // 2) // rows, 1), NARROW_CHUNKS)
 
 
 def _materialise(head: HeadNumbers, reason: str) -> Plan:
@@ -257,11 +256,9 @@ def _forward_of(head: HeadNumbers, pieces: int) -> Plan:
     return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
 
 
-def _chunks(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
+def _chunks(head: HeadNumbers, budget: int | None, reason: str, least: int = 1) -> Plan:
     if budget is None:
-        if head.n < LEAST_ROWS:
-            return _chunks_of(head, _pieces(head.n, 2), reason)  # it was asked for
-        return _chunks_of(head, _pieces(head.n, _usual_chunks(head)), reason)
+        return _chunks_of(head, _pieces(head.n, max(_usual_chunks(head), least)), reason)
     return _fewest([_chunks_of(head, k, reason) for k in _candidates(head.n)], budget)
 
 
