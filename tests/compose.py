@@ -65,7 +65,7 @@ class Spelling:
 
     @property
     def picks_by_hand(self) -> bool:
-        return self.pick in g.PICKS or self.pick in g.OF_LOGP
+        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.CHOSEN))
 
 
 # Choosing
@@ -164,16 +164,18 @@ def _body(choose: Choose[Any], frame: _Frame) -> dict[str, str]:
     if family not in ("torch", "whole"):
         table = g.NARROW if family == "narrow" else g.WIDE
         normaliser = choose([n for n in table if _stays_finite(n, frame)])
-        picks = {p: w for p, w in g.PICKS.items() if _fits(w, view)}
+        picks = {p: w for p, w in g.PICKS.items() if fits(w, view)}
         picks |= g.OF_LOGP if family == "wide" and _torch_reads(view) else {}
+        picks |= {p: w for p, w in g.CHOSEN.items() if fits(w, view)} if family == "wide" else {}
     rounded = family == "wide" and not frame.half and choose([False] * 9 + [True])
     if rounded:
         normaliser = f"{normaliser}\n{g.ROUNDED}"
-        picks = {p: w for p, w in picks.items() if "gather(" in p}
+        picks = {p: w for p, w in picks.items() if "gather(" in p and p not in g.CHOSEN}
     whole = {"whole": g.CROSS_ENTROPIES, "nll": g.NLLS}.get(family)
     pick = choose(list(whole or picks))
     where = picks.get(pick, Where())
-    plain = rounded or frame.masked or family == "nll"
+    chosen = pick in g.CHOSEN  # those rows are logits of their own
+    plain = rounded or frame.masked or family == "nll" or chosen
     smoothing = "" if plain else choose(["", *_smoothings(family, view)])
     int32 = where.int32 and "F." not in pick + smoothing
     return {
@@ -182,7 +184,7 @@ def _body(choose: Choose[Any], frame: _Frame) -> dict[str, str]:
         "smoothing": smoothing,
         "labels": choose([*before.LABELS, *([before.INT32] if int32 else [])]),
         "safe": _safe(choose, where, frame, smoothing),
-        **_rows(choose, family, frame.ignored, bool(whole)),
+        **_rows(choose, family, frame.ignored, bool(whole), chosen),
     }
 
 
@@ -193,7 +195,7 @@ def _stays_finite(normaliser: str, frame: _Frame) -> bool:
     return not (frame.masked and underflows) and not (float16 and ("z.exp()" in normaliser or underflows))
 
 
-def _fits(where: Where, view: View) -> bool:
+def fits(where: Where, view: View) -> bool:
     return view.axis in where.axes and view.rank in where.ranks
 
 
@@ -201,7 +203,7 @@ def _smoothings(family: str, view: View) -> list[str]:
     if family in ("torch", "whole"):
         return [", label_smoothing=0.1"]
     tables = [g.SMOOTH_NARROW] if family == "narrow" else [g.SMOOTH_WIDE, g.KL]
-    return [s for table in tables for s, (_, where) in table.items() if _fits(where, view)]
+    return [s for table in tables for s, (_, where) in table.items() if fits(where, view)]
 
 
 def _safe(choose: Choose[Any], where: Where, frame: _Frame, smoothing: str) -> str:
@@ -217,14 +219,14 @@ def _safe(choose: Choose[Any], where: Where, frame: _Frame, smoothing: str) -> s
     return choose(safe)
 
 
-def _rows(choose: Choose[Any], family: str, ignored: str, whole: bool) -> dict[str, str]:
+def _rows(choose: Choose[Any], family: str, ignored: str, whole: bool, chosen: bool) -> dict[str, str]:
     """What happens to the rows [N] of a loss."""
     counted = ignored != "none"
-    terms = ["", "", *g.Z_ALL, *(g.Z_COUNTED if counted else ())]
+    terms = ["", "", *g.Z_ALL, *(g.Z_COUNTED if counted else ())] if not chosen else [""]
     if whole:
         return {"z_loss": choose(terms), "mask": "", "reduction": ""}
-    if ignored != "torch":
-        terms += [*g.Z_ROWS, *(g.Z_ROWS_OF_LSE if family == "narrow" else ())]
+    if ignored != "torch" and not chosen:
+        terms += [*g.Z_ROWS, *g.POWER_ROWS, *(g.Z_ROWS_OF_LSE if family == "narrow" else ())]
     mask = {"counts": g.MASKS, "weights": g.WEIGHTS}.get(ignored, [""])
     reductions = {"weights": g.WEIGHED}.get(ignored, g.COUNTED if counted else {})
     return {
@@ -248,7 +250,7 @@ def statements(s: Spelling) -> dict[str, str]:
     """The pieces in their order, filled in."""
     arrange = "\n".join(piece for piece in (s.shift, s.view) if piece)
     steps = {"cast": s.cast, "chain": s.chain, "arrange": arrange}
-    z_rows = s.z_loss in g.Z_ROWS or s.z_loss in g.Z_ROWS_OF_LSE
+    z_rows = s.z_loss in {**g.Z_ROWS, **g.Z_ROWS_OF_LSE, **g.POWER_ROWS}
     pieces = {
         "start": f"z = logits\n{s.labels}",
         **{name: steps[name] for name in s.order},

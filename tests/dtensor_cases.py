@@ -228,6 +228,12 @@ CASES = {
         lambda z, y, w, q: F.cross_entropy(z, q), lambda z, y, w, q: -(q * _log_p(z)).sum(-1).mean()
     ),
     "entropy": Case(_entropy, lambda z, y, w, q: -(_log_p(z).exp() * _log_p(z)).sum(-1)),
+    "powers": Case(
+        lambda z, y, w, q: (
+            F.softmax(z, -1).pow(2).sum(-1).log() + torch.logsumexp(0.5 * F.log_softmax(z, -1), -1)
+        ),
+        lambda z, y, w, q: (2 * _log_p(z)).exp().sum(-1).log() + (_log_p(z) / 2).exp().sum(-1).log(),
+    ),
     "accuracy": Case(_accuracy, _exact_accuracy),
     "confidence": Case(_confidence, _exact_confidence),
     "divergence": Case(

@@ -86,7 +86,7 @@ class About:
     def forms(self) -> list[str]:
         """The normal forms in EXPECTED."""
         lines = (self.expected or "").replace(FOLD, " ").splitlines()
-        return [line for line in lines if not line.startswith(("row_stats: ", "sharded: "))]
+        return [line for line in lines if not line.startswith(("row_stats: ", "sharded: ", "kept: "))]
 
 
 _DOCSTRING = re.compile(
@@ -312,8 +312,10 @@ def rendered(report: inductor_ce.Report) -> str:
     lines = []
     for site in report.sites:
         lines += site.form.split("; ")
+        lines += [f"kept: {_without_locations(site.kept)}"] if site.kept else []
         lines += [f"row_stats: {site.which}", f"sharded: all_gather [{len(site.which.split(','))}, N]"]
-    told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in report.misses]
+    left = [*report.misses, *report.small]
+    told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in left]
     # In torch 2.11 the body of an autograd.Function returns all its steps, so parts of a loss are losses too.
     lines += dict.fromkeys(told) if before(2, 12) else told
     return "".join(f"{_folded(line)}\n" for line in lines) or NOTHING

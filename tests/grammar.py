@@ -144,6 +144,22 @@ OF_LOGP = {  # what only log-probabilities are given to, by habit
     'picked = -F.nll_loss({x}, y, ignore_index={ignore}, reduction="none")': Where(axes=(1,), outside=False),
     'picked = F.nll_loss({x}, target=safe, reduction="none").neg()': Where(axes=(1,), outside=False),
 }
+# Rows of log-probabilities chosen before labels are picked of them, and put back in their order.
+CHOSEN = {
+    "back = torch.arange({x}.shape[0] - 1, -1, -1)\n"
+    "picked = {x}[back].gather(1, safe[back].unsqueeze(1)).squeeze(1)[back]": FLAT,
+    "back = torch.arange({x}.shape[0]).flip(0)\n"
+    "picked = {x}.index_select(0, back).gather({d}, safe[back][:, None])[back, 0]": FLAT,
+    "back = torch.arange({x}.shape[0]).flip(0)\npicked = {x}[back, safe[back]][back]": FLAT,
+    "back = torch.arange(safe.shape[1]).flip(0)\n"
+    "picked = {x}[:, back].gather({d}, safe[:, back, None]).squeeze({d})[:, back]": Where((-1,), (3,)),
+    "back = torch.arange(safe.shape[1]).flip(0)\n"
+    "picked = {x}.index_select(1, back).gather({d}, safe[:, back, None]).squeeze({d})[:, back]": Where(
+        (-1,), (3,)
+    ),
+    "back = torch.arange(safe.shape[-1]).flip(0)\n"
+    "picked = {x}.index_select(2, back).gather(1, safe[:, None, back]).squeeze(1)[:, back]": FIRST,
+}
 CROSS_ENTROPY_ROWS = [
     'rows = F.cross_entropy(z, y, ignore_index={ignore}, reduction="none"{smooth})',
     'rows = nn.CrossEntropyLoss(reduction="none", ignore_index={ignore}{smooth})(z, y)',
@@ -234,6 +250,22 @@ Z_COUNTED = {
 }
 
 
+# Sums over powers of the probabilities, added to the rows, of log-probabilities [.., V]
+
+POWER_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows = rows + 0.1 * (z.softmax({d}) ** 2).sum({d})": lambda logp: 0.1 * (2 * logp).exp().sum(-1),
+    "p = F.softmax(z, dim={d})\nrows = rows - torch.log((p * p).sum(dim={d}))": lambda logp: (
+        -((2 * logp).exp().sum(-1).log())
+    ),
+    "rows = rows + (1 - torch.pow(torch.softmax(z, {d}), 1.5).sum({d})) / 0.5": lambda logp: (
+        2 - 2 * ((1.5 * logp).exp().sum(-1))
+    ),
+    "rows = rows - 0.5 * torch.logsumexp(3 * F.log_softmax(z, {d}), dim={d})": lambda logp: (
+        -0.5 * ((3 * logp).exp().sum(-1).log())
+    ),
+}
+
+
 # Which rows count, and by how much
 
 COUNTS = [
@@ -298,6 +330,13 @@ WEIGHED: dict[str, Reduction] = {
     "loss = rows.sum() / weights.sum()": _over_counts,
     "loss = (rows.reshape({B}, -1).sum(1) / weights.reshape({B}, -1).sum(1)).mean()": _per_sequence,
 }
+
+# What is kept of log-probabilities beside the loss, which it does not change.
+KEPT = [
+    "loss = loss + 0 * logp.detach().topk(2, {d}).values.sum().to(loss.dtype)",
+    "with torch.no_grad():\n    spread = logp.exp().cos().mean().to(loss.dtype)\nloss = loss + 0 * spread",
+    "low = logp.sort({d}).values.select({d}, 0).mean()\nloss = loss + 0 * low.to(loss.dtype)",
+]
 
 RESULTS = {
     "return loss": lambda loss: loss,

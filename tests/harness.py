@@ -112,8 +112,7 @@ class Graphs:
         with mock.patch.object(inductor_ce.api.passes, "publish", published):
             compiled = compile_fx(gm, example_inputs, inner_compile=self.inner_compile)
         for report in [*found[-1:], *found[:-1]]:  # the graphs inside come first to the pass
-            self.report.sites += report.sites
-            self.report.misses += report.misses
+            self.report.add(report)
         return compiled
 
     @property
@@ -156,8 +155,7 @@ class Rewritten:
         module.graph.lint()
         module.recompile()
         publish(found, self.options)
-        self.report.sites += found.sites
-        self.report.misses += found.misses
+        self.report.add(found)
         self.final.append(module)
 
     def count(self, op: Any) -> int:

@@ -35,6 +35,7 @@ def stats(z: Tensor, labels: Sequence[Tensor], weights: Sequence[Tensor], which:
     exp = below.exp()
     value = {"max": m, "sumexp": exp.sum(1), "sum": below.sum(1)}
     value |= {"sumexpz": -torch.special.entr(exp).sum(1), "argmax": first_largest(x), "top": m}
+    value |= {row: (below * order_of(row)).exp().sum(1) for row in which.split(",") if "^" in row}
     for j, q in enumerate(weights):
         q = q.double().expand_as(x)
         value |= {f"dot:{j}": (q * below).sum(1), f"mass:{j}": q.sum(1), f"expdot:{j}": (q * exp).sum(1)}
@@ -53,6 +54,7 @@ def grad(
     """row_grad of z, in float64."""
     exp = (z.detach().double() - m.double()[:, None]).exp()
     slope = {"sumexp": exp, "sum": torch.ones_like(exp), "sumexpz": exp - torch.special.entr(exp)}
+    slope |= {row: order_of(row) * exp ** order_of(row) for row in which.split(",") if "^" in row}
     for j, q in enumerate(weights):
         slope |= {f"dot:{j}": q.double(), f"expdot:{j}": q.double() * exp}
     hit = iter([hits(z, y) for y in labels])
@@ -61,6 +63,11 @@ def grad(
         if row in ("pick", *slope):
             dz = dz + c[:, None] * (next(hit) if row == "pick" else slope[row])
     return dz
+
+
+def order_of(row: str) -> float:
+    """k of sumexp^k"""
+    return float(row.split("^")[1])
 
 
 def first_largest(x: Tensor) -> Tensor:

@@ -48,6 +48,8 @@ def evaluate(value: sympy.Expr, z: Tensor, **labels: int) -> float:
     known: dict[sympy.Expr, Any] = {LSE: lse, LSE_EXTENDED: lse, MAX: m, SUM: z.sum().item(), V: len(z)}
     known |= {algebra.LOG_SUMEXP: lse - m, algebra.LOG_SUMEXP_EXTENDED: lse - m}
     known |= {algebra.SUM_SHIFTED: (z - m).sum().item(), algebra.symbols.MAX_SHIFTED: 0}
+    known |= {lse_k: (z * float(lse_k.args[0])).logsumexp(0).item() for lse_k in value.atoms(algebra.lse_of)}
+    known |= {s: ((z - m) * float(s.args[0])).logsumexp(0).item() for s in value.atoms(algebra.log_sumexp_of)}
     for name, y in labels.items():
         known[pick(algebra.label(name))] = z[y].item()
         known[algebra.pick_shifted(algebra.label(name))] = (z[y] - m).item()
@@ -253,7 +255,7 @@ def test_any_smoothing_cancels_exactly(e: float) -> None:
         algebra.exp(LOGITS * indicator(Y)),
         algebra.log(LOGITS),
         algebra.log(SOFTMAX + number(1e-8)),
-        algebra.log(SOFTMAX * SOFTMAX),
+        algebra.log(SOFTMAX * SOFTMAX + SOFTMAX),
         algebra.log(indicator(Y)),
         algebra.log_softmax(LOGITS * number(0.5)),
         algebra.log_softmax(SOFTMAX),
@@ -263,7 +265,11 @@ def test_any_smoothing_cancels_exactly(e: float) -> None:
         algebra.logsumexp(-LOGITS),
         algebra.peak(-LOGITS),
         total(LOGITS * LOGITS),
-        total(SOFTMAX * SOFTMAX),
+        total(SOFTMAX * SOFTMAX * LOGITS),
+        total((SOFTMAX + -indicator(Y)) * (SOFTMAX + -indicator(Y))),
+        algebra.power(SOFTMAX + LOGITS, number(0.5)),
+        algebra.power(-SOFTMAX, number(0.5)),
+        algebra.exp(-LOG_P),
     ],
 )
 def test_what_cannot_be_written_is_none(refused: Any) -> None:

@@ -20,7 +20,10 @@ laws = settings(deadline=None, derandomize=True, max_examples=60)
 
 N, INF = 6, float("inf")
 WANTED = ops.Rows.of(
-    2, *map(ops.Row, OPTIONAL), *(ops.Row(statistic, j) for j in range(2) for statistic in WEIGHED)
+    2,
+    *map(ops.Row, OPTIONAL),
+    *(ops.Row(ops.POWER, order=order) for order in (0.5, 2.0)),
+    *(ops.Row(statistic, j) for j in range(2) for statistic in WEIGHED),
 )
 WITHOUT_MASSES = ops.Rows.of(2, ops.Row(ops.SUM), ops.Row(ops.DOT, 0), ops.Row(ops.EXPDOT, 1))
 
@@ -140,7 +143,7 @@ def test_the_reference_agrees() -> None:
 
 def test_every_statistic_is_tested() -> None:
     told = {row.statistic for row in WANTED}
-    assert {ops.MAX, ops.SUMEXP, ops.PICK, *OPTIONAL, *WEIGHED} == told
+    assert {ops.MAX, ops.SUMEXP, ops.PICK, ops.POWER, *OPTIONAL, *WEIGHED} == told
 
 
 @pytest.mark.parametrize("which", ["max,sumexp", "max,sumexp,pick,pick,sum,argmax,dot:0,mass:1"])

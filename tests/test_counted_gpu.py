@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import inductor_ce
+from inductor_ce.heads import skip
 
 pytestmark = pytest.mark.gpu
 
@@ -24,6 +25,21 @@ def _in_chunks() -> Iterator[None]:
     torch._dynamo.reset()
     with inductor_ce.install(strategy="token_chunks", memory_budget=0.3):
         yield
+
+
+# Who looks at how many rows count: the host, which a body gives the time to, or the device alone.
+BODIES = {"host": 0, "device": 2**62}
+
+
+@pytest.fixture
+def mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
+    """Of torch.compile, for who looks, or the mode in which the device alone does."""
+    monkeypatch.setattr(skip, "BODY", BODIES.get(request.param, skip.BODY))
+    return None if request.param in BODIES else request.param
+
+
+everywhere = pytest.mark.parametrize("mode", [*BODIES, GRAPHS], indirect=True)
+by_the_host = pytest.mark.parametrize("mode", ["host"], indirect=True)
 
 
 def plain(h: Tensor, W: Tensor, b: Tensor | None, y: Tensor) -> Tensor:
@@ -88,7 +104,7 @@ def in_64_bits(f: Callable[..., Tensor], given: tuple[Tensor, ...]) -> list[Tens
     return stepped(exact, *(x.double() if x.is_floating_point() else x for x in given))
 
 
-@pytest.mark.parametrize("mode", [None, GRAPHS])
+@everywhere
 @pytest.mark.parametrize(("name", "v"), [*((name, V) for name in LOSSES), ("plain", 32003)])
 def test_numbers(name: str, v: int, mode: str | None) -> None:
     f = LOSSES[name]
@@ -106,15 +122,17 @@ def test_numbers(name: str, v: int, mode: str | None) -> None:
     assert torch._dynamo.utils.counters["inductor_ce"]["token_chunks"] == 1
 
 
+@pytest.mark.parametrize("mode", [*BODIES], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_other_dtypes(dtype: torch.dtype) -> None:
+def test_other_dtypes(dtype: torch.dtype, mode: None) -> None:
+    """Of which the device makes no products: where it would have to, all rows are computed."""
     given = inputs(0.7, dtype)
     made, exact = stepped(torch.compile(plain), *given), in_64_bits(plain, given)
     allowed = errors(stepped(plain, *given), exact)
     assert all(own <= 1.15 * naive + 1e-6 for own, naive in zip(errors(made, exact), allowed, strict=True))
 
 
-@pytest.mark.parametrize("mode", [None, GRAPHS])
+@everywhere
 def test_nobody_waits_for_the_gpu(mode: str | None) -> None:
     compiled = torch.compile(plain, mode=mode)
     given = inputs(0.75)
@@ -127,7 +145,8 @@ def test_nobody_waits_for_the_gpu(mode: str | None) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_capture_of_the_users() -> None:
+@by_the_host
+def test_a_capture_of_the_users(mode: None) -> None:
     """The host may not look while it is recorded, nor when it is replayed with other labels."""
     compiled = torch.compile(plain)
     h, W, b, y = inputs(0.75)
@@ -153,7 +172,8 @@ def test_a_capture_of_the_users() -> None:
         assert max(errors(made, [x.double() for x in right])) < 5e-3
 
 
-def test_the_host_is_told_long_before_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+@by_the_host
+def test_the_host_is_told_long_before_the_head(mode: None) -> None:
     """What is counted is on its way before the body begins, so that the body's time hides it."""
     from torch._inductor.utils import run_and_get_code
 

@@ -497,3 +497,20 @@ def test_communication_in_eager_code():
     with CommDebugMode() as backward:  # torch 2.11 would gather what it adds to the gradient of a leaf
         torch.autograd.grad((rows[1].log() + rows[0].detach() - rows[2]).sum(), z)
     assert (forward.get_total_counts(), backward.get_total_counts()) == (1, 0)
+
+
+@pytest.mark.parametrize("strategy", ["materialise", "token_chunks"])
+def test_code_for_logits_whose_rows_are_of_several_dimensions(strategy: str):
+    """As of models that return them: the rank is asked for by another tensor than it was traced with."""
+
+    def loss(h, W, y):
+        h, y = h.unflatten(0, (2, -1)), y.unflatten(0, (2, -1))
+        return F.cross_entropy(F.linear(h, W).flatten(0, 1).float(), y.flatten())
+
+    given, _ = made(LINE)
+    h, W, y = given
+    with inductor_ce.install(min_vocab=2, strategy=strategy, memory_budget=0.5):
+        torch.compile(loss, fullgraph=True)(h, W, y).backward()
+        logits = F.linear(h.unflatten(0, (2, -1)), W).detach().requires_grad_()
+        torch.compile(lambda z, y: F.cross_entropy(z.flatten(0, 1), y))(logits, y).backward()
+    assert sites() == 2

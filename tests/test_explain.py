@@ -141,7 +141,7 @@ def test_dictionary_survives_json():
     (site,), (miss,) = d["sites"], d["misses"]
     assert set(site) == {
         *("location", "code", "form", "statistics", "which", "sharded", "strategy", "logits_bytes"),
-        *("head", "plan", "rows", "id"),
+        *("head", "plan", "rows", "kept", "id"),
     }
     assert (site["statistics"], site["sharded"], site["strategy"]) == (
         ["lse", "pick(y)"],
@@ -234,7 +234,7 @@ def test_same_report_twice_and_after_compiling():
 def test_options_in_force_are_used():
     assert len(inductor_ce.explain(loss, *inputs()).sites) == 1
     with inductor_ce.install(min_vocab=V + 1):
-        assert inductor_ce.explain(loss, *inputs()).misses[0].reason is Reason.SMALL_VOCAB
+        assert inductor_ce.explain(loss, *inputs()).small[0].reason is Reason.SMALL_VOCAB
     assert len(inductor_ce.explain(loss, *inputs()).sites) == 1
 
 

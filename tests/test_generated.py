@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import grammar as g
 import grammar_of_logits as before
 import meaning
 import mutations
 import pytest
 import torch
-from compose import FAMILIES, Spelling, choose_spelling, function, source
+from compose import FAMILIES, Spelling, choose_spelling, filled, fits, function, source, statements
 from gallery import in_double
 from harness import Graphs, Rewritten, compile_without_codegen, counters, misses, sites
 from hypothesis import HealthCheck, Phase, given, note, seed, settings
@@ -76,13 +77,38 @@ def test_a_generated_loss_is_fused_and_right(family: str):
     run_cases(lambda data: check_fused(*drawn(data, family)), counts[family], FAMILIES.index(family))
 
 
+def test_a_generated_loss_of_rows_chosen_after_is_fused_and_right():
+    def check(data: st.DataObject) -> None:
+        spelling, number = drawn(data, "wide")
+        fitting = [p for p, where in g.CHOSEN.items() if fits(where, spelling.viewed)]
+        if fitting and g.ROUNDED not in spelling.normaliser:
+            pick = data.draw(st.sampled_from(fitting))
+            safe = spelling.safe if spelling.safe != g.AS_IT_IS or spelling.ignore >= 0 else g.SAFE[0]
+            safe = safe if spelling.ignored != "none" else g.AS_IT_IS
+            plain = {"smoothing": "", "z_loss": "", "labels": next(iter(before.LABELS))}
+            check_fused(replace(spelling, pick=pick, safe=safe, **plain), number)
+
+    run_cases(check, 60, 300)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_generated_loss_through_all_passes(family: str):
     run_cases(lambda data: check_fused(*drawn(data, family), whole=True), 6, 100 + FAMILIES.index(family))
 
 
-def check_fused(spelling: Spelling, number: int, whole: bool = False) -> None:
-    text = source(spelling)
+@pytest.mark.parametrize("kept", g.KEPT)
+def test_a_generated_loss_is_right_beside_what_is_kept(kept: str):
+    def check(data: st.DataObject) -> None:
+        spelling, number = drawn(data, "wide")
+        check_fused(spelling, number, kept=kept)
+
+    run_cases(check, 15, 310 + g.KEPT.index(kept))
+
+
+def check_fused(spelling: Spelling, number: int, whole: bool = False, kept: str = "") -> None:
+    text = source(
+        spelling, {**statements(spelling), "result": f"{filled(kept, spelling)}\n{spelling.result}"}
+    )
     note(f"{spelling}\n\n{text}")
     inputs, loss = meaning.make_inputs(spelling, number), function(text)
     upstream = upstream_for(loss, inputs)

@@ -91,15 +91,6 @@ def test_kl_div_to_what_wants_a_gradient():
     check_left(f, logits(), wanted(N, V), reason=Reason.SOFT_TARGETS, fact="of which a gradient is wanted")
 
 
-def test_small_vocabulary():
-    def f(z, y):
-        return F.cross_entropy(z, y)  # here
-
-    check_left(
-        f, logits(), labels(), reason=Reason.SMALL_VOCAB, fact="11 is below min_vocab=12", min_vocab=12
-    )
-
-
 def test_default_vocabulary_limit():
     inductor_ce.install()
     z = torch.randn(2, 1023), torch.randn(2, 1024)
@@ -111,26 +102,10 @@ def test_default_vocabulary_limit():
 # Somebody else needs what the loss would not make
 
 
-def returned(z, y):
+def used_elsewhere(z, y):
     logp = z.log_softmax(-1)
     picked = logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # here
-    return -picked.mean(), logp
-
-
-def returned_beside_nll_loss(z, y):
-    logp = F.log_softmax(z, dim=1)
-    return F.nll_loss(logp, y), logp  # here
-
-
-def probabilities_returned(z, y):
-    logp = z.log_softmax(-1)
-    return F.nll_loss(logp, y), logp.exp()  # here
-
-
-@pytest.mark.parametrize("f", [returned, returned_beside_nll_loss, probabilities_returned])
-def test_log_probabilities_returned(f: Callable[..., tuple[Tensor, Tensor]]):
-    args = logits(), labels(ignore=None)
-    check_left(f, *args, reason=Reason.LOGITS_ESCAPE, fact="of all classes [10x11] is returned")
+    return -picked.mean(), torch.relu(logp + 2).sum()
 
 
 def test_log_probabilities_used_elementwise():
@@ -670,7 +645,7 @@ def test_miss_beside_a_site():
 
 
 def test_miss_is_ignored_by_default():
-    compiled, _ = compile_without_codegen(returned)
+    compiled, _ = compile_without_codegen(used_elsewhere)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled(logits(), labels(ignore=None))
@@ -679,21 +654,22 @@ def test_miss_is_ignored_by_default():
 
 
 def test_miss_warns():
-    compiled, _ = compile_without_codegen(returned, on_miss="warn")
+    compiled, _ = compile_without_codegen(used_elsewhere, on_miss="warn")
     z, y = logits(), labels(ignore=None)
-    where = f"{marked_line(returned)}: left as written \\[LOGITS_ESCAPE\\] The log_softmax of all classes"
+    line = marked_line(used_elsewhere)
+    where = f"{line}: left as written \\[LOGITS_ESCAPE\\] The log_softmax of all classes"
     with pytest.warns(UserWarning, match=where):
         result = compiled(z, y)
-    torch.testing.assert_close(result, returned(z, y))
+    torch.testing.assert_close(result, used_elsewhere(z, y))
 
 
 def test_miss_raises():
     inductor_ce.install(min_vocab=2, on_miss="raise")
     with pytest.raises(Exception, match=r"left as written \[LOGITS_ESCAPE\]") as caught:
-        torch.compile(returned, backend=Graphs())(logits(), labels(ignore=None))
+        torch.compile(used_elsewhere, backend=Graphs())(logits(), labels(ignore=None))
     inner = getattr(caught.value, "inner_exception", caught.value)
     assert isinstance(inner, inductor_ce.MissError)
-    assert marked_line(returned) in str(inner)
+    assert marked_line(used_elsewhere) in str(inner)
 
 
 def test_nothing_to_miss_raises_nothing():

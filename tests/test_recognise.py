@@ -994,3 +994,17 @@ def test_true_as_an_index_adds_a_dimension():
 def test_rows_chosen_after_the_normaliser(f):
     forms = "mean_p - lse; pick(y) - lse" if f is entropy_of_the_last else "pick(y) - lse"
     check(f, logits(B, S, V), labels(B, S, ignore=None), forms=forms)
+
+
+def test_labels_on_the_host_that_index_logits_elsewhere() -> None:
+    """From where torch takes an index, whatever has the logits."""
+
+    def loss(z: Tensor) -> Tensor:
+        rows = torch.arange(6, device="cpu")
+        return (z.logsumexp(-1) - z[rows, rows]).mean()
+
+    backend = Rewritten()
+    torch.compile(loss, backend=backend, fullgraph=True)(torch.empty(6, 9, device="meta"))
+    assert len(backend.report.sites) == 1
+    (labels,) = (node.args[1][0] for node in backend.final[0].graph.nodes if node.target == ops.ROW_STATS)
+    assert labels.meta["example_value"].device.type == "meta"

@@ -18,6 +18,7 @@ MEAN_P = sympy.Symbol("mean_p", real=True)
 pick = sympy.Function("pick", real=True)
 dot = sympy.Function("dot", real=True)
 mean_p_of = sympy.Function("mean_p", real=True)
+lse_of = sympy.Function("lse", real=True)  # of an order k: log sum_i exp(k z_i)
 
 # Of what the user brings along: sum_i q_i, and q_y.
 mass = sympy.Function("mass", real=True)
@@ -35,6 +36,7 @@ SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
 MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
 dot_shifted = sympy.Function("dot_shifted", real=True)
+log_sumexp_of = sympy.Function("log_sumexp", real=True)
 
 
 @dataclass(frozen=True)
@@ -136,14 +138,15 @@ def row_log(value: sympy.Expr) -> sympy.Expr | None:
 def shifted(value: sympy.Expr) -> sympy.Expr:
     """The same row expression over statistics taken relative to the row's maximum.
 
-    lse = max + log_sumexp, pick = hit max + pick_shifted, sum = V max + sum_shifted, mean_p = max +
-    mean_p_shifted, dot = mass max + dot_shifted, and a maximum is max + 0, but max + NaN where it is
-    infinite, as differences of infinities are. In a loss that does not change when a constant is added to
-    all logits, and almost every loss is such, `max` cancels here, before any rounding.
+    lse = max + log_sumexp, lse(k) = k max + log_sumexp(k), pick = hit max + pick_shifted, sum = V max +
+    sum_shifted, mean_p = max + mean_p_shifted, dot = mass max + dot_shifted, and a maximum is max + 0, but
+    max + NaN where it is infinite, as differences of infinities are. In a loss that does not change when a
+    constant is added to all logits, and almost every loss is such, `max` cancels here, before any rounding.
     """
     over_max = dict(_OVER_MAX)
     over_max |= {p: hit(*p.args) * MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
     over_max |= {d: mass(*d.args) * MAX + dot_shifted(*d.args) for d in value.atoms(dot)}
+    over_max |= {lse: lse.args[0] * MAX + log_sumexp_of(*lse.args) for lse in value.atoms(lse_of)}
     return expand(value.subs(over_max, simultaneous=True))
 
 
@@ -177,9 +180,19 @@ def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
 
 def is_normalised(value: sympy.Expr) -> bool:
     """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
-    return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of))
+    return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of, lse_of))
+
+
+def has_power(value: sympy.Basic) -> bool:
+    """Whether an expression has a sum of powers of probabilities."""
+    return bool(value.atoms(lse_of))
+
+
+def weighs_probabilities(value: sympy.Basic) -> bool:
+    """Whether an expression has some of the probabilities of a row, themselves or under a weight."""
+    return any(e.has(pick) for e in value.atoms(sympy.exp)) or bool(value.atoms(mean_p_of))
 
 
 def weighs_logits(value: sympy.Expr) -> bool:
     """Whether an expression has some of the logits of a row, apart from its normaliser."""
-    return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of))
+    return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of, lse_of))

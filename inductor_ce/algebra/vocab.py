@@ -3,6 +3,7 @@
 A loss reads a row z of logits only through a few numbers, its statistics:
 
     lse          log sum_i exp(z_i)
+    lse(k)       log sum_i exp(k z_i)
     max, argmax  max_i z_i, and the first i where it is
     sum          sum_i z_i
     pick(y)      z_y, 0 where y is no column
@@ -38,6 +39,7 @@ from .symbols import (
     entry,
     expand,
     hit,
+    lse_of,
     mass,
     mean_p_of,
     pick,
@@ -55,10 +57,10 @@ MAX_DEGREE = 8
 
 @dataclass(frozen=True)
 class Monomial:
-    """z^z p^p, [i = y] for each y in `at`, and q_i for each q in `q`."""
+    """z^z p^p, [i = y] for each y in `at`, and q_i for each q in `q`. The power of p may be a fraction."""
 
     z: int = 0
-    p: int = 0
+    p: int | sympy.Rational = 0
     at: frozenset[sympy.Symbol] = frozenset()
     q: tuple[sympy.Symbol, ...] = ()
 
@@ -141,10 +143,17 @@ def columns(q: sympy.Symbol) -> Vocab:
     return Vocab.of({Monomial(q=(q,)): sympy.Integer(1)})
 
 
-def power(value: Vocab, exponent: int) -> Vocab | None:
-    """A power, multiplied out."""
+@remembered
+def power(value: Vocab, exponent: int | sympy.Rational) -> Vocab | None:
+    """A power: a whole one multiplied out, another one of c p^k with c positive."""
     if not 0 <= exponent * max(value.degree, 1) <= MAX_DEGREE:
         return None
+    if not isinstance(exponent, int):
+        order, constant = _power_of_p(value)
+        logarithm = row_log(constant)
+        if not order or logarithm is None:
+            return None
+        return Vocab.of({Monomial(p=order * exponent): sympy.exp(expand(exponent * logarithm))})
     result = as_vocab(sympy.Integer(1))
     for _ in range(exponent):
         result = result * value
@@ -182,24 +191,46 @@ def in_each_column(
 
 @remembered
 def exp(value: Vocab) -> Vocab | None:
-    """exp(z + c) = p exp(lse + c); exp(c) stays a row number."""
+    """exp(k z + c) = p^k exp(k lse + c); exp(c) stays a row number."""
     constant = value.get(ONE)
     if value == as_vocab(constant):
         return as_vocab(sympy.exp(constant))
-    if not _is_shifted_logits(value):
+    order = _order(value)
+    if order is None:
         return None
     lse = LSE_EXTENDED if constant.has(LSE_EXTENDED) else LSE
-    return Vocab.of({P: sympy.exp(expand(lse + constant))})
+    return Vocab.of({Monomial(p=order): sympy.exp(expand(order * lse + constant))})
 
 
 @remembered
 def log(value: Vocab) -> Vocab | None:
-    """log(c p) = z - lse + log c."""
-    constant = value.get(P)
-    if constant == 0 or value != Vocab.of({P: constant}):
-        return None
+    """log(c p^k) = k (z - lse) + log c."""
+    order, constant = _power_of_p(value)
     logarithm = row_log(constant)
-    return None if logarithm is None else Vocab.of({Z: sympy.Integer(1), ONE: logarithm - LSE})
+    if not order or logarithm is None:
+        return None
+    return Vocab.of({Z: sympy.sympify(order), ONE: logarithm - order * LSE})
+
+
+def _power_of_p(value: Vocab) -> tuple[int | sympy.Rational, sympy.Expr]:
+    """(k, c) of a value that is c p^k, (0, 0) of any other."""
+    if len(value.terms) != 1:
+        return 0, sympy.Integer(0)
+    ((monomial, constant),) = value.terms
+    return (monomial.p, constant) if monomial == Monomial(p=monomial.p) else (0, sympy.Integer(0))
+
+
+def _order(value: Vocab) -> int | sympy.Rational | None:
+    """The k of a value that is k z + c: 1, or any positive number where c has the normaliser of the row.
+
+    What is scaled before it is normalised, as by a temperature, are logits in their own right.
+    """
+    if _is_shifted_logits(value):
+        return 1
+    order, constant = value.get(Z), value.get(ONE)
+    alone = Vocab.of({Z: order, ONE: constant}) == value
+    scaled = order.is_Rational and 0 < order <= MAX_DEGREE and constant.has(LSE, LSE_EXTENDED)
+    return order if alone and scaled else None
 
 
 def _is_shifted_logits(value: Vocab) -> bool:
@@ -221,8 +252,11 @@ def softmax(value: Vocab) -> Vocab | None:
 
 @remembered
 def logsumexp(value: Vocab) -> sympy.Expr | None:
-    """lse + c for z + c."""
-    return LSE_EXTENDED + value.get(ONE) if _is_shifted_logits(value) else None
+    """lse + c for z + c, lse(k) + c for k z + c."""
+    order = _order(value)
+    if order is None:
+        return None
+    return (LSE_EXTENDED if order == 1 else lse_of(order)) + value.get(ONE)
 
 
 @remembered
@@ -251,6 +285,8 @@ def argmax(value: Vocab) -> sympy.Expr | None:
 @remembered
 def total(value: Vocab) -> sympy.Expr | None:
     """The sum over the vocabulary."""
+    if cancels(value):
+        return None
     result = sympy.Integer(0)
     for b, c in value.terms:
         part = _total_of(b)
@@ -260,6 +296,20 @@ def total(value: Vocab) -> sympy.Expr | None:
     return expand(result)
 
 
+def cancels(value: Vocab) -> bool:
+    """Whether powers of p stand beside targets, as in (p - q)^2, or one is taken from another.
+
+    NOTE Powers that cancel
+    Where p is near q, sum p^2 - 2 sum p q + sum q^2 is small and its terms are not, nor are those of its
+    gradient; so it is with sum p^2 - sum p^3 where one p is near 1. Entry by entry the differences are taken
+    before they are rounded as sums.
+    """
+    powers = [c for b, c in value.terms if not b.at and b.p not in (0, 1)]
+    alike = all(c.is_positive for c in powers) or all(c.is_negative for c in powers)
+    targets = any(b.at or b.q for b, _ in value.terms)
+    return bool(powers) and (targets or (len(powers) > 1 and not alike))
+
+
 def _total_of(b: Monomial) -> sympy.Expr | None:
     if b.at:
         y = min(b.at, key=str)
@@ -267,6 +317,8 @@ def _total_of(b: Monomial) -> sympy.Expr | None:
     if b.q:
         sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of}
         return sums[b.z, b.p](*b.q) if (b.z, b.p) in sums else None
+    if b.p not in (0, 1):
+        return None if b.z else sympy.exp(lse_of(b.p) - b.p * LSE)
     return {ONE: V, Z: SUM, P: sympy.Integer(1), Z * P: MEAN_P}.get(b)
 
 

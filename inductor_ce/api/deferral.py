@@ -141,8 +141,7 @@ def read_and_defer(
             if found.sites and any(FACT in node.meta for node in module.graph.nodes):
                 # Read again, for what is told of them now.
                 found = fuse_losses(copied(module)[0], options, itertools.count())
-        report.sites += found.sites
-        report.misses += found.misses
+        report.add(found)
     return report, finish
 
 

@@ -48,7 +48,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         *args, **kwargs: its arguments.
 
     Returns:
-        A `Report`: `.sites`, `.misses`, `.to_dict()`, and `str()` of it to read.
+        A `Report`: `.sites`, `.misses`, `.small`, `.to_dict()`, and `str()` of it to read.
     """
     check_torch()
     report = Report()
@@ -63,6 +63,7 @@ def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         else:
             report.misses += map(_not_fused, sites)
         report.misses += [miss for each in found for miss in each.misses]
+        report.small += [miss for each in found for miss in each.small]
         return _runnable(gm, example_inputs, options)
 
     with no_recompile_limit():

@@ -27,8 +27,10 @@ from ..graph.shapes import hint, shape_of, tensor_of
 from ..heads.fuse import fuse_heads, plan_line
 from ..heads.recompute import recompute_chains
 from ..reading.aten import to_torch
+from ..reading.chosen import forget
 from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
+from ..rewriting.chosen_rows import choose_hidden
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.legal import judge
 from ..rewriting.padded_vocabulary import unpad
@@ -94,6 +96,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         return report
     reading, groups = judged
     report.misses += reading.misses
+    report.small += reading.small
     fused = []
     for group, number in zip(groups, numbers or numbers_of_compilation(), strict=False):
         site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)
@@ -102,6 +105,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
             report.sites.append(site)
         else:
             report.misses.append(_internal_error(headline(reading, group.nodes), error))
+    attempt("unused nodes are left in the graph", forget, reading)
     if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
         heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, fused, options)
@@ -109,6 +113,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
             replace(s, head=h) for s, h in zip(report.sites, heads or [""] * len(fused), strict=True)
         ]
         attempt("a padded vocabulary hides the linear layer", unpad, graph)
+        attempt("chosen rows hide the linear layer", choose_hidden, graph)
     return report
 
 
@@ -121,7 +126,11 @@ def read_aten(graph: Graph) -> None:
 def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group]]:
     read_aten(graph)
     reading = recognise(graph)
-    return reading, judge(reading, options)
+    try:
+        return reading, judge(reading, options)
+    except Exception:
+        forget(reading)
+        raise
 
 
 def _internal_error(node: Node, error: Exception | None) -> Miss:
@@ -145,6 +154,7 @@ def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
         sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=_nbytes(group.logits.node),
+        kept="; ".join(dict.fromkeys(reading.kept[node][0] for node in group.nodes if node in reading.kept)),
         id=number,
     )
 

@@ -22,27 +22,40 @@ def form_of_loss(expr: sympy.Expr, how: str, y: sympy.Symbol | None, ignore_inde
 
 @dataclasses.dataclass
 class Report:
-    """What `explain` returns: the losses that are rewritten, and those that are not."""
+    """What `explain` returns: the losses that are rewritten, and those that are not.
+
+    Those over fewer classes than `min_vocab`, as of the router of a mixture of experts, are in `small` alone:
+    they are no misses, and nobody else is told of them.
+    """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
+    small: list[Miss] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Report) -> None:
+        """Take in what is told of another graph."""
+        self.sites += other.sites
+        self.misses += other.misses
+        self.small += other.small
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-serialisable values."""
-        misses = [dataclasses.asdict(m) | {"reason": m.reason.name} for m in self.misses]
-        return {
-            "sites": [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites],
-            "misses": misses,
-        }
+        sites = [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites]
+        return {"sites": sites, "misses": _as_dicts(self.misses), "small": _as_dicts(self.small)}
 
     def __str__(self) -> str:
         fused = f"{len(self.sites)} {'loss' if len(self.sites) == 1 else 'losses'} fused"
-        lines = [f"inductor_ce: {fused}, {len(self.misses)} left as written"]
+        few = f", {len(self.small)} of few classes (.small)" if self.small else ""
+        lines = [f"inductor_ce: {fused}, {len(self.misses)} left as written{few}"]
         for site in self.sites:
             lines += _site_lines(site)
         for miss in self.misses:
             lines += _miss_lines(miss)
         return "\n".join(lines)
+
+
+def _as_dicts(misses: list[Miss]) -> list[dict[str, Any]]:
+    return [dataclasses.asdict(m) | {"reason": m.reason.name} for m in misses]
 
 
 def site_line(site: Site) -> str:
@@ -67,6 +80,7 @@ def _site_lines(site: Site) -> list[str]:
         ("strategy", (site.plan or site.strategy) + ("; vocabulary sharded" if site.sharded else "")),
         *([("rows", site.rows)] if site.rows else []),
         ("logits", mebibytes(site.logits_bytes)),
+        *([("kept", site.kept)] if site.kept else []),
         *([("head", site.head)] if site.head else []),
     ]
     return [f"  fused   {site.location}  {site.code}", *(f"    {name:<11}{fact}" for name, fact in facts)]

@@ -59,6 +59,8 @@ class Site:
         head: a sentence on who else has the logits in memory, for example that they are returned, or that
             they were dropped; "" where there is nothing to tell.
         plan: in how many pieces the head is computed, the memory that takes, and why; "" outside `explain`.
+        kept: what of the log-probabilities of all classes the program keeps, and for whom, so that these are
+            computed beside the loss; "" where there is nothing.
         rows: whether rows that do not count are skipped, and by what condition, or why none are; "" outside
             `explain`, or where there is nothing to tell.
         id: what its `row_stats` carries; losses that are compiled together have different ones.
@@ -75,6 +77,7 @@ class Site:
     head: str = ""
     plan: str = ""
     rows: str = ""
+    kept: str = ""
     id: int = 0
 
 

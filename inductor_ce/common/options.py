@@ -20,7 +20,7 @@ class Options:
 
     Attributes:
         min_vocab: losses over fewer classes than this are left to plain Inductor, which is as good
-            there. At least 2.
+            there. They are no misses: `small` of a report of `explain` has them. At least 2.
         strategy: how the linear layer before the logits is dealt with. "materialise" keeps all logits in
             memory; "token_chunks" makes those of some rows at a time, with their gradient; "vocab_slabs"
             those of some classes at a time, and again in the backward. "auto" chooses.

@@ -45,6 +45,12 @@ class Builder:
         node.meta[self._key] = example
         return node
 
+    def resized(self, example: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """An example of the sizes of another one."""
+        with self._fake_mode, torch.no_grad():
+            made = torch.empty_like(like, dtype=example.dtype)
+        return made.requires_grad_(example.requires_grad)
+
     def again(self, node: Node, sources: dict[Node, Node]) -> Node:
         """The operation of `node` on other sources."""
         args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)

@@ -11,7 +11,7 @@ from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.distributed import WAIT
-from ..common.compat.graphs import is_tangent
+from ..common.compat.graphs import AS_TRACED, is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import Options
@@ -31,7 +31,7 @@ from .packing import counted_first
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
-from .skip import rows_to_compute
+from .skip import ToCompute, rows_to_compute
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
 
@@ -91,6 +91,7 @@ def _ask_for_ranks_by_inputs(graph: Graph) -> None:
         device = example_of(like).device
         alike = next((source for source in inputs if example_of(source).device == device), like)
         node.args = (alike, *rest)
+        node.meta.pop(AS_TRACED, None)
 
 
 def _nbytes(stats: Node) -> int:
@@ -112,8 +113,8 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        counts, rows = rows_to_compute(build, head, proof)
-        if counts is None:
+        computed = rows_to_compute(build, head, proof)
+        if computed.rows is None:
             wanted = planned(False)
         if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
             build.undo()
@@ -122,8 +123,8 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         if wanted.strategy == VOCAB_SLABS:
             made = vocab_slabs(build, head, wanted)
         else:
-            wanted = replace_fields(wanted, rows=rows, skips=counts is not None)
-            made = token_chunks(build, head, proof, wanted, None, counts)
+            wanted = _telling(wanted, computed)
+            made = token_chunks(build, head, proof, wanted, None, computed)
         order = _ordered(graph, made)
     except NoHead as why:
         build.undo()
@@ -134,6 +135,10 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     _put(graph, made, order)
     graph.eliminate_dead_code()
     return wanted
+
+
+def _telling(plan: Plan, computed: ToCompute) -> Plan:
+    return replace_fields(plan, rows=computed.told, skips=computed.rows is not None)
 
 
 def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:
@@ -165,9 +170,9 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     state = Loop(len(loop))
     try:
         for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
-            counts, rows = rows_to_compute(build, head, proof)
-            plans[i] = replace_fields(plans[i], rows=rows, skips=counts is not None)
-            made |= token_chunks(build, head, proof, plans[i], state, counts)
+            computed = rows_to_compute(build, head, proof)
+            plans[i] = _telling(plans[i], computed)
+            made |= token_chunks(build, head, proof, plans[i], state, computed)
         order = _ordered(graph, made)
     except NoHead:
         build.undo()

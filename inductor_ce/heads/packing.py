@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -150,14 +151,20 @@ def counted_first(order: list[Node]) -> list[Node]:
     larger than labels, that is done where it was.
     """
     copies = [node for node in order if node.target == HOST_COPY]
-    counted = [set(reached([copy], sources_of)) for copy in copies]
-    first = {node for nodes in counted if _is_light(nodes) for node in nodes}
+    counted = [(set(reached([copy], sources_of)), shape_of(_counts(copy))[0]) for copy in copies]
+    first = {node for nodes, n in counted if is_light(nodes, n) for node in nodes}
     first |= {node for node in order if node.op == "placeholder"}
     return [node for node in order if node in first] + [node for node in order if node not in first]
 
 
-def _is_light(nodes: set[Node]) -> bool:
-    """Whether what counts rows makes nothing larger than labels."""
-    most = LABELS * max(hint(shape_of(args_of(node)[0])[0]) for node in nodes if node.target == ROW_ORDER)
+def _counts(copy: Node) -> Node:
+    """What is counted, of which a copy goes to the host."""
+    (order,) = (node for node in reached([copy], sources_of) if node.target == ROW_ORDER)
+    counts: Node = args_of(order)[0]
+    return counts
+
+
+def is_light(nodes: Iterable[Node], n: Any) -> bool:
+    """Whether what counts n rows makes nothing larger than labels."""
     made = [tensor_of(node) for node in nodes if node.op == "call_function"]
-    return all(tensor is None or hint(tensor.numel()) <= most for tensor in made)
+    return all(tensor is None or hint(tensor.numel()) <= LABELS * hint(n) for tensor in made)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Node
@@ -11,12 +11,13 @@ from torch.fx import Node
 from ..common.compat.distributed import ALL_REDUCE, WAIT
 from ..common.compat.inductor import uses_cudagraphs
 from ..graph.builder import Builder
-from ..graph.shapes import equal, example_of, shape_of, tensor_of
-from ..graph.walk import args_of
+from ..graph.shapes import equal, example_of, hint, shape_of, tensor_of
+from ..graph.walk import args_of, reached, sources_of
 from .calls import exchanges, stats_call
 from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
 from .find import VIEWS, Head, NoHead
+from .packing import is_light
 from .pieces import CAST
 from .proof import Proof
 
@@ -44,24 +45,82 @@ _SEEN_THROUGH = {
 }
 
 
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
+
+BODY = 2**40  # multiplications and additions of products: some milliseconds
+NOT_ON_DEVICE = (
+    "in CUDA graphs, or where little before the head keeps a GPU busy while the host looks, rows are left "
+    "out of 16-bit products alone, on GPUs since Hopper"
+)
 IF_FINITE = ", of those whose logits may be infinite, or NaN, none"
 
 
-def rows_to_compute(build: Builder, head: Head, proof: Proof) -> tuple[Node | None, str]:
-    """(bool [N], what is told of it), or (None, why all rows are computed, or "")."""
+class ToCompute(NamedTuple):
+    """Which rows of a head are computed.
+
+    Attributes:
+        told: what is told of them, or why all are computed; "" for nothing to tell.
+        rows: bool [N]; None for all.
+        on_device: whether the device alone may look at how many they are.
+    """
+
+    told: str
+    rows: Node | None = None
+    on_device: bool = False
+
+
+ALL = ToCompute("")
+
+
+def rows_to_compute(build: Builder, head: Head, proof: Proof) -> ToCompute:
     try:
         _check(head)
         counted = counted_rows(build, head, proof)
+        on_device = _is_on_device(head, counted.rows)
     except (AllCount, NoHead) as why:
-        return None, str(why)
+        return ToCompute(str(why))
     texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
     told = f"rows that do not count are skipped: `{' and '.join(texts)}`"
-    return _of_any_rank(build, head, counted.rows), told + IF_FINITE * counted.if_finite
+    rows = _of_any_rank(build, head, counted.rows)
+    return ToCompute(told + IF_FINITE * counted.if_finite, rows, on_device)
 
 
-def is_on_device(head: Head) -> bool:
-    """Whether the device alone may know how many rows count, as in CUDA graphs."""
-    return example_of(head.product).device.type == "cuda" and uses_cudagraphs({})
+def _is_on_device(head: Head, counts: Node) -> bool:
+    """Whether the device alone may look at how many rows count.
+
+    The host may where it is told before a body begins that keeps the device busy meanwhile.
+
+    Raises:
+        AllCount: the device would have to, and cannot.
+    """
+    if example_of(head.product).device.type != "cuda":
+        return False
+    if not uses_cudagraphs({}) and is_light(reached([counts], sources_of), head.n) and _has_body(head):
+        return False
+    if not _has_products_on_device(head):
+        raise AllCount(NOT_ON_DEVICE)
+    return True
+
+
+def _has_body(head: Head) -> bool:
+    """Whether the graph has work before the head, for as long as a host takes to launch the head.
+
+    Ranks that share the classes decide alike: they do not look at sizes, which may be their own.
+    """
+    work, least = 0, 1 if exchanges(head.stats) else BODY
+    for node in reached([product.hidden for product in head.products], sources_of):
+        if node.target in _PRODUCTS:
+            work += hint(example_of(node).numel()) * hint(shape_of(args_of(node)[-1])[-2])
+        elif _may_take_long(node):
+            return True
+    return work >= least
+
+
+def _may_take_long(node: Node) -> bool:
+    """Whether it is attention, a convolution, or an operator of another library."""
+    namespace = getattr(node.target, "namespace", "aten")
+    large = any(name in str(node.target) for name in ("attention", "convolution"))
+    return node.op == "call_function" and (large or namespace not in ("aten", "prims"))
 
 
 def _check(head: Head) -> None:
@@ -70,8 +129,6 @@ def _check(head: Head) -> None:
         raise AllCount("a weight for each row and class would have to be copied")
     if any(_is_wide(source, head) for source in head.beside()):
         raise AllCount("what the logits are combined with, for each row and class, would have to be copied")
-    if is_on_device(head) and not _has_products_on_device(head):
-        raise AllCount("CUDA graphs leave out rows of 16-bit products alone, on GPUs since Hopper")
 
 
 def _is_wide(source: Node, head: Head) -> bool:
@@ -86,10 +143,12 @@ def _has_products_on_device(head: Head) -> bool:
     device = example_of(head.product).device
     if has_16_bit_factors(head) or not counted_kernels.reads_tiles(device):
         return False
-    products = [(example_of(product.hidden), example_of(product.columns)) for product in head.products]
-    return all(
-        counted_kernels.has_tiles(columns) and hidden.shape[-1] % 8 == 0 for hidden, columns in products
-    )
+    if any(shape_of(product.hidden)[-1] % 8 for product in head.products):
+        return False
+    columns = [example_of(product.columns) for product in head.products]
+    if exchanges(head.stats):  # ranks decide alike, whatever classes they have
+        return all(x.itemsize == 2 and x.stride(0) == 1 for x in columns)
+    return all(map(counted_kernels.has_tiles, columns))
 
 
 def _of_any_rank(build: Builder, head: Head, counts: Node) -> Node:

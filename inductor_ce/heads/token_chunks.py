@@ -31,7 +31,7 @@ from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
-from .skip import is_on_device
+from .skip import ALL, ToCompute
 
 aten = torch.ops.aten
 
@@ -144,7 +144,7 @@ def token_chunks(
     proof: Proof,
     plan: Plan,
     loop: Loop | None = None,
-    counts: Node | None = None,
+    computed: ToCompute = ALL,
 ) -> dict[Node, Node]:
     """Make statistics and gradients chunk by chunk. Returns what stands for each `row_stats` and each exit.
 
@@ -154,13 +154,13 @@ def token_chunks(
         proof: about it.
         plan: how many chunks, of equal size as nearly as may be, and what is kept in float32.
         loop: of which it is the next head. The weight's gradient is the last one's then.
-        counts: which rows count, bool [N]; the others are not computed. None where all do.
+        computed: the rows that are computed.
     """
     loop = loop or Loop(1)
     pieces = Pieces(build, head, ROWS)
     chunks = ranges(build, pieces.n, plan.pieces)
-    if counts is not None:
-        pieces.packing = Packing(build, counts, chunks, is_on_device(head))
+    if computed.rows is not None:
+        pieces.packing = Packing(build, computed.rows, chunks, computed.on_device)
     coefficients = Coefficients(pieces, proof)
     exits = Exits(pieces, plan)
     if loop.out is not None:

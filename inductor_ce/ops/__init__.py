@@ -29,7 +29,7 @@ from .operators import (
     stats_dtype,
     stats_dtype_of,
 )
-from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
+from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, POWER, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
 
 __all__ = [
     "ARGMAX",
@@ -40,6 +40,7 @@ __all__ = [
     "MAX_COLUMNS",
     "NO_SITE",
     "PICK",
+    "POWER",
     "ROW_GRAD",
     "ROW_GRAD_AGAIN",
     "ROW_STATS",

@@ -72,7 +72,9 @@ def _moved(block: Tensor, move: Move, rise: Tensor, scale: Tensor, beside: Tenso
     """The sum of each block with its differences taken from the maximum of the whole row."""
     if beside is not None:
         block = block + beside * rise
-    return block * scale if move.has_exp else block
+    if move.order is None:
+        return block
+    return block * (scale if move.order == 1 else (move.order * rise).exp())
 
 
 def _first_largest(peaks: Tensor, sums: Tensor, columns: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def _(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.custom_op("inductor_ce::host_copy", mutates_args=())
 def host_copy(left: Tensor) -> Tensor:
     """`left` in the host's memory, PENDING where it has not come yet: nobody has waited for it."""
-    host = torch.full(left.shape, PENDING, dtype=left.dtype, pin_memory=True)
+    host = torch.full(left.shape, PENDING, dtype=left.dtype, device="cpu", pin_memory=True)
     return host.copy_(left, non_blocking=True)
 
 

@@ -23,6 +23,9 @@ class _Columns:
 
     def __call__(self, expression: str, row: Row, c: IRNode | None = None) -> IRNode:
         names = {"gap": self.gap, "exp": self.exp, "c": c}
+        if row.order is not None:
+            power = call_lowering(aten.exp.default, _mul(self.gap, row.order))
+            names |= {"k": row.order, "power": power}
         if row.index is not None:
             names["q"] = _over_rows(self._weights[row.index], self.gap)
         return evaluated(expression, names, _add, _mul, self._limit)
@@ -156,7 +159,9 @@ def _add(x: IRNode, y: IRNode | int) -> IRNode:
     return call_lowering(aten.add.Tensor, x, y)
 
 
-def _mul(x: IRNode, y: IRNode) -> IRNode:
+def _mul(x: IRNode, y: IRNode | float) -> IRNode:
+    if isinstance(y, float):
+        return call_lowering(aten.mul.Scalar, x, y)
     return call_lowering(aten.mul.Tensor, x, y)
 
 

@@ -18,6 +18,7 @@ and `some_row_grad`, the same as those two for the rows that count in a piece of
     sumexpz   t = sum_i (z_i - m) exp(z_i - m)          (1 + z_i - m) exp(z_i - m)
     argmax    the first i with z_i = m                  0
     top       m, beside an argmax                       [i = argmax]
+    sumexp^k  sum_i exp(k (z_i - m))                    k exp(k (z_i - m))           for each order k > 0
 
 and then, for each weight tensor q_j, [V] or [N, V], at least one of
 
@@ -119,7 +120,9 @@ class _Columns:
         self.exp = self.gap.exp()
 
     def __call__(self, expression: str, row: Row, c: Tensor | None = None) -> Tensor:
-        names = {"gap": self.gap, "exp": self.exp, "c": c}
+        names: dict[str, Any] = {"gap": self.gap, "exp": self.exp, "c": c}
+        if row.order is not None:
+            names |= {"k": row.order, "power": (row.order * self.gap).exp()}
         if row.index is not None:
             names["q"] = self._weights[row.index].to(self.gap.dtype)
         return evaluated(expression, names, operator.add, operator.mul, self._limit)
@@ -209,9 +212,11 @@ def row_grad(
 ) -> Tensor:
     """The gradient of `row_stats` with respect to z.
 
-    dz_i = exp(z_i - m) (a + e (1 + z_i - m) + sum_j f_j q_ji) + sum_j b_j [i = y_j] + c + sum_j g_j q_ji,
-    with a, b_j, c, e, f_j, g_j the rows of `coefficients` (the gradients that reach `sumexp`, each `pick`,
-    `sum`, `sumexpz`, each `expdot`, each `dot`); those for `max`, `argmax` and `mass` are not read.
+    dz_i = exp(z_i - m) (a + e (1 + z_i - m) + sum_j f_j q_ji) + sum_j b_j [i = y_j] + c + sum_j g_j q_ji
+    + sum_k k h_k exp(k (z_i - m)),
+    with a, b_j, c, e, f_j, g_j, h_k the rows of `coefficients` (the gradients that reach `sumexp`, each
+    `pick`, `sum`, `sumexpz`, each `expdot`, each `dot`, each `sumexp^k`); those for `max`, `argmax` and
+    `mass` are not read.
 
     Args:
         z: logits [N, V].

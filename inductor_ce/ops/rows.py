@@ -4,6 +4,7 @@ A statistic is one entry of the table below. From it the operators, their loops 
 a column adds to it and what the gradient of that is, and `combine` how blocks of columns make a row.
 
     gap = z_i - m      exp = exp(gap)      q = the column's weight      c = the gradient that reaches the row
+    k = the order of a power      power = exp(k gap)
 
 An expression over these, with + and *, is Python over tensors and Triton alike; `limit(x)` is x, but 0 where
 gap is -inf, as that is the limit of what it is written round.
@@ -13,7 +14,8 @@ the block's: gap becomes gap + rise and exp becomes exp e^rise, so that
 
     moved = (own + beside rise) e^rise,     the factor where the terms have exp, `beside` where they have gap,
 
-and the sums add up. `beside` is the same sum without gap: the number of columns, sumexp, or a mass.
+with e^(k rise) for a power, and the sums add up. `beside` is the same sum without gap: the number of
+columns, sumexp, or a mass.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from __future__ import annotations
 import ast
 import enum
 import itertools
+import math
+import re
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -33,6 +37,7 @@ class Per(enum.Enum):
 
     CALL = enum.auto()
     LABEL = enum.auto()
+    ORDER = enum.auto()
     WEIGHT = enum.auto()
 
 
@@ -46,7 +51,7 @@ class Statistic:
         term: what a column adds; None for what is no sum.
         slope: what a column's gradient gains; None for 0.
         beside: the name of the statistic that meets the rise, or COUNT.
-        has_exp: whether the terms have exp.
+        has_exp: whether the terms have exp, or power.
         held: what a sweep has anyway: MAXIMUM, or FIRST, the first column with it.
         at: the name of the statistic that says which column alone has a gradient, c; None for none.
     """
@@ -77,6 +82,7 @@ SUMEXPZ = Statistic(
 )
 ARGMAX = Statistic("argmax", held=FIRST)
 TOP = Statistic("top", held=MAXIMUM, at="argmax")
+POWER = Statistic("sumexp^", Per.ORDER, term="power", slope="c * (power * k)", has_exp=True)
 DOT = Statistic("dot", Per.WEIGHT, term="q * gap", slope="c * q", beside="mass")
 MASS = Statistic("mass", Per.WEIGHT, term="q")
 EXPDOT = Statistic("expdot", Per.WEIGHT, term="q * exp", slope="c * q * exp", has_exp=True)
@@ -89,14 +95,25 @@ WEIGHED = (DOT, MASS, EXPDOT)
 
 @dataclass(frozen=True)
 class Row:
-    """A statistic, and of which label or weight tensor it is, if of any."""
+    """A statistic, and of which label or weight tensor, or of which order it is, if of any."""
 
     statistic: Statistic
     index: int | None = None
+    order: float | None = None
 
     def __str__(self) -> str:
-        weighed = self.statistic.per is Per.WEIGHT
-        return f"{self.statistic.name}:{self.index}" if weighed else self.statistic.name
+        name = self.statistic.name
+        if self.order is not None:
+            return f"{name}{int(self.order) if self.order.is_integer() else self.order}"
+        return f"{name}:{self.index}" if self.statistic.per is Per.WEIGHT else name
+
+    @staticmethod
+    def power(text: str) -> Row | None:
+        """The row that is written so, if it is a power."""
+        name, caret, number = text.partition("^")
+        if name + caret != POWER.name or not 0 < (order := float(number)) < math.inf:
+            return None
+        return Row(POWER, order=order)
 
     @property
     def is_sum(self) -> bool:
@@ -117,7 +134,7 @@ class Row:
     @property
     def variable(self) -> str:
         """A lane's part of the sum; sumexp's is in any case."""
-        return "d" if self.statistic == SUMEXP else f"sum_{self}".replace(":", "_")
+        return "d" if self.statistic == SUMEXP else re.sub(r"\W", "_", f"sum_{self}")
 
     @property
     def beside_variable(self) -> str:
@@ -130,11 +147,11 @@ class Row:
 
     @property
     def triton_term(self) -> str:
-        return in_triton(self.statistic.term or "")
+        return in_triton(self.statistic.term or "", self.order)
 
     @property
     def triton_slope(self) -> str:
-        return in_triton(self.slope)
+        return in_triton(self.slope, self.order)
 
     @property
     def is_infinite_at_minus_infinity(self) -> bool:
@@ -158,10 +175,11 @@ class Rows:
     @staticmethod
     def of(n_labels: int, *others: Row) -> Rows:
         """Those of every call, with so many labels and `others`, in any order."""
-        order = [statistic.name for statistic in (*OPTIONAL, *WEIGHED)]
+        order = [statistic.name for statistic in (*OPTIONAL, POWER, *WEIGHED)]
 
-        def place(row: Row) -> tuple[int, int]:
-            return -1 if row.index is None else row.index, order.index(row.statistic.name)
+        def place(row: Row) -> tuple[int, int, float]:
+            index = -1 if row.index is None else row.index
+            return index, order.index(row.statistic.name), row.order or 0.0
 
         picks = [Row(PICK, j) for j in range(n_labels)]
         return Rows((*map(Row, ALWAYS), *picks, *sorted(others, key=place)))
@@ -178,6 +196,7 @@ class Rows:
             n_labels -= sum(s.name in names for s in OPTIONAL if s.at is not None)
         weighed = [[Row(s, j) for s in WEIGHED if str(Row(s, j)) in names] for j in range(n_weights)]
         optional = [Row(s) for s in OPTIONAL if s.name in names]
+        optional += [row for name in dict.fromkeys(names) if (row := Row.power(name)) is not None]
         rows = Rows.of(n_labels, *optional, *itertools.chain(*weighed))
         told = all(s.at is None or s.at in names for s in OPTIONAL if s.name in names)
         if rows.encode() != text or not all(weighed) or not told:
@@ -185,6 +204,7 @@ class Rows:
                 f"which={text!r} with {n_labels} label tensor(s) and {n_weights} weight tensor(s); expected "
                 f"'max,sumexp' + ',pick' per label tensor"
                 + "".join(f" [+ ',{s.name}']" for s in OPTIONAL)
+                + f" [+ ',{POWER.name}k' per order k]"
                 + " + some of "
                 + " ".join(f"',{s.name}:j'" for s in WEIGHED)
                 + " per weight tensor j"
@@ -290,7 +310,8 @@ class Rows:
             beside = row.beside
             mass = beside.index if beside is not None and beside not in places else None
             place = None if beside is None else places.get(beside)
-            moves.append(Move(row.statistic.held, row.statistic.has_exp, row.is_beside_count, place, mass))
+            order = (row.order or 1.0) if row.statistic.has_exp else None
+            moves.append(Move(row.statistic.held, order, row.is_beside_count, place, mass))
         first = places.get(Row(ARGMAX))
         return Law(tuple(moves), first, tuple(at for _, at in self.told))
 
@@ -300,14 +321,14 @@ class Move(NamedTuple):
 
     Attributes:
         held: MAXIMUM or FIRST, for what is no sum.
-        has_exp: whether the terms of the sum have exp.
+        order: of the power of exp that the terms of the sum have, None where they have none.
         is_beside_count: whether the number of columns meets the rise of the maximum.
         beside: the row that meets it, by its place.
         mass: or the weight whose mass does, where that is no row.
     """
 
     held: str | None
-    has_exp: bool
+    order: float | None
     is_beside_count: bool
     beside: int | None
     mass: int | None
@@ -359,6 +380,8 @@ def evaluated(
     return of(ast.parse(expression, mode="eval").body)
 
 
-def in_triton(expression: str) -> str:
+def in_triton(expression: str, order: float | None = None) -> str:
     """An expression of the table as Triton's."""
+    if order is not None:
+        expression = expression.replace("k", str(order)).replace("power", f"tl.exp(gap * {order})")
     return expression.replace("limit(", 'tl.where(gap == float("-inf"), 0.0, ')

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -125,17 +126,17 @@ def _summed_dims(node: Node) -> Iterator[int]:
 
 
 def power(context: Context, args: dict[str, Any]) -> Outcome:
-    """A whole power of a vocabulary value; a row's is the user's own."""
+    """A power of a vocabulary value; a row's is the user's own."""
     exponent = args.get("exponent", 2)
-    if isinstance(exponent, float) and exponent.is_integer():
-        exponent = int(exponent)
-    if not isinstance(exponent, int):
+    if not isinstance(exponent, Number) or not math.isfinite(exponent):
         return None
+    whole = exponent == int(exponent)
+    order = int(exponent) if whole else algebra.number(exponent)
 
     def on_row(row: sympy.Expr) -> sympy.Expr | None:
-        return algebra.expand(row**exponent) if isinstance(row, sympy.exp) else None
+        return algebra.expand(row**order) if whole and isinstance(row, sympy.exp) else None
 
-    return unary(lambda value: algebra.power(value, exponent), on_row)(context, args)
+    return unary(lambda value: algebra.power(value, order), on_row)(context, args)
 
 
 def elementwise(context: Context, args: dict[str, Any]) -> Value | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,9 @@ from .. import algebra
 from ..common.findings import Reason, Refusal
 from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
+from .chosen import chosen_along, chosen_and_picked, chosen_by_index, is_alike, is_mask
 from .context import Context, is_labels
-from .row_views import arrangement, index_per_dimension, index_steps, row_shape
+from .row_views import Reshape, arrangement, index_per_dimension, index_steps, row_shape
 from .steps import View
 from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
 from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
@@ -118,13 +120,14 @@ def reorder(context: Context, args: dict[str, Any]) -> Outcome:
 def getitem(context: Context, args: dict[str, Any]) -> Outcome:
     source, index = args.get("input"), args.get("index")
     if isinstance(index, tuple) and is_labels(index[-1]):
-        return picked_by_index(context, source, index)
+        return picked_by_index(context, source, index) or chosen_by_index(context, source, index)
     example = tensor_of(source)
     if example is not None and example.dim() == 1 and is_labels(index):
         return take(context, args)
     value = context.known(source)
     if isinstance(value, VocabValue):
         picked = fixed_pick(context, "getitem", args, value) or _chosen_rows(context, source, index, value)
+        picked = picked or chosen_by_index(context, source, index)
         if picked is not None:
             return picked
     if isinstance(value, RowValue) and not _only_kept_axis(index, value, len(shape_of(source))):  # type: ignore
@@ -224,13 +227,33 @@ def take_along(context: Context, args: dict[str, Any]) -> Outcome:
     return gather(context, args, wraps="modulo")
 
 
+def index_select(context: Context, args: dict[str, Any]) -> Outcome:
+    source, dim, index = args.get("input"), args.get("dim"), args.get("index")
+    if tensor_of(source) is not None and len(shape_of(source)) == 1:  # type: ignore[arg-type]
+        return take(context, args)
+    return chosen_along(context, source, dim, index)
+
+
 def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Outcome:
-    index = args.get("index")
+    source, index = args.get("input"), args.get("index")
+    flat = tensor_of(source) is not None and len(shape_of(source)) == 1  # type: ignore[arg-type]
+    if flat and not wraps and (picked := take(context, args)) is not None:
+        return picked
+    known = context.known(source)
+    if isinstance(known, VocabValue) and is_alike(index, known.axis):
+        rows = chosen_along(context, args["input"], args.get("dim"), index)
+        if rows is not None and same_shape(shape_of(context.node), shape_of(rows.logits.node)):
+            return rows
     value = context.vocab(args.get("input"), args.get("dim"))
     if value is None or not is_labels(index):
         return None
     if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
         return Refusal(Reason.NOT_UNDERSTOOD, "Its index has not the rows of the tensor that it picks from.")
+    return _picked_of(context, value, index, wraps)
+
+
+def _picked_of(context: Context, value: VocabValue, index: Node, wraps: str) -> RowValue | Refusal | None:
+    """The labels of each row, as many as there are on the axis of the classes."""
     count = constant(shape_of(index)[value.axis])
     if count is None:
         return Refusal(Reason.NOT_UNDERSTOOD, "How many labels it picks in a row is not fixed in the graph.")
@@ -251,28 +274,37 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
     )
 
 
-def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Value | None:
+def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Outcome:
     """x[arange, y]: the label counts from the end where it is negative."""
     axis = label_axis(context, source, index)
-    value = None if axis is None else context.vocab(source, axis)
-    if value is None or axis is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
+    if axis is None:
+        value = chosen_and_picked(context, source, index)
+        if not isinstance(value, VocabValue):
+            return value
+        return _picked(value, [context.label(value, index[-1], wraps="negative")], None)
+    value = context.vocab(source, axis)
+    if value is None or not same_shape(row_shape(source, axis), shape_of(index[axis])):
         return None
     return _picked(value, [context.label(value, index[axis], wraps="negative")], None)
 
 
-def take(context: Context, args: dict[str, Any]) -> Value | None:
+def take(context: Context, args: dict[str, Any]) -> Outcome:
     """z.view(-1)[arange(N) * V + y], one element of each row by its place in all of z [N, V].
 
     A label that is no class takes from another row, of which these statistics know nothing. Its logit is 0
     here and not NaN, as that of labels out of range is, for users multiply such rows by 0.
     """
     path, index = _unflattened(context, args.get("input")), args.get("index")
-    if not path or not isinstance(index, Node) or not context.is_as_made(index):
+    if not path:
+        return _of_one_row(context, args.get("input"), index)
+    if not isinstance(index, Node) or not context.is_as_made(index):
         return None
     *flat, rows = path
-    count, classes = shape_of(rows)
-    y = _column_in_row(context, index, count, classes)
-    value = None if y is None else context.vocab(rows, 1)
+    *sizes, classes = shape_of(rows)
+    y = _column_in_row(context, index, math.prod(sizes), classes)
+    value = None if y is None else context.vocab(rows, len(sizes))
+    if value is not None and len(sizes) > 1:
+        value = replace(value, steps=(*value.steps, Reshape(rows, len(sizes), context.node, None)))
     picked = None if value is None else _picked(value, [context.label(value, y, named=False)], None)
     if picked is not None:
         context.reading.looked_through.update(flat)
@@ -287,7 +319,22 @@ def _unflattened(context: Context, source: Any) -> list[Node]:
         if before is None or not keeps_order(nodes[-1], before) or not context.still_alike(nodes[-1], before):
             return []
         nodes.append(before)
-    return nodes if nodes and len(shape_of(nodes[-1])) == 2 else []
+    return nodes if nodes and len(shape_of(nodes[-1])) > 1 else []
+
+
+def _of_one_row(context: Context, source: Any, index: Any) -> RowValue | Refusal | None:
+    """x[y] of one row of log-probabilities, with one label or several."""
+    value = context.known(source)
+    if (
+        not isinstance(value, VocabValue)
+        or len(shape_of(source)) != 1
+        or is_mask(index)
+        or not is_labels(index)
+    ):
+        return None
+    if not shape_of(index):
+        return _picked(value, [context.label(value, index, wraps="negative")], None)
+    return _picked_of(context, value, index, "negative") if len(shape_of(index)) == 1 else None
 
 
 def _column_in_row(context: Context, index: Node, count: Size, classes: Size) -> Node | None:
@@ -333,7 +380,7 @@ def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | N
     if len(free) != 1:
         return None
     (axis,) = free
-    if not is_labels(index[axis]):
+    if not is_labels(index[axis]) or is_mask(index[axis]):
         return None
     rows = [i for i in range(len(shape)) if i != axis]
     for place, i in enumerate(rows):

@@ -13,7 +13,7 @@ from torch.fx import Node
 from .. import algebra
 from ..common.compat.graphs import legacy_reduction
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import tensor_of
+from ..graph.shapes import shape_of, tensor_of
 from .arithmetic import minus, times
 from .context import Context, is_labels
 from .indexing import diagonal
@@ -81,8 +81,13 @@ def _picked_afterwards(context: Context, args: dict[str, Any], value: VocabValue
 
 
 def _class_axis(context: Context, args: dict[str, Any]) -> VocabValue | None:
-    example = tensor_of(args.get("input"))
-    return None if example is None else context.vocab(args["input"], 0 if example.dim() == 1 else 1)
+    z = args.get("input")
+    return None if tensor_of(z) is None else context.vocab(z, class_dimension(z))  # type: ignore[arg-type]
+
+
+def class_dimension(z: Node) -> int:
+    """Where the losses of torch have the classes."""
+    return 0 if len(shape_of(z)) == 1 else 1
 
 
 def _refused_arguments(args: dict[str, Any]) -> Refusal | None:

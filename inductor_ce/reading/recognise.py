@@ -40,8 +40,6 @@ def _read(reading: Reading, node: Node, step: Step) -> None:
         return
     if isinstance(value, Refusal):
         reading.refusals[node] = value
-        if step.is_loss:
-            reading.miss(node, value)
         return
     if not isinstance(value, Columns) and (value.detached or context.grad_mode is False):
         value = detached(value)

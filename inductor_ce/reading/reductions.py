@@ -22,6 +22,12 @@ from .targets import Function
 from .values import Outcome, VocabValue
 from .views import broadcast_operand, cast_keeps
 
+CANCELLING = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "It sums differences between powers of probabilities and a target, which are small where these are near "
+    "each other: the sums of the parts are not.",
+)
+
 
 def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Function:
     """The step of a function of the whole axis that keeps it, such as log_softmax."""
@@ -67,7 +73,7 @@ def _over_vocab(
         expr = function(value.expr)
         kept = value.axis if args.get("keepdim") else None
         if expr is None:
-            return None
+            return CANCELLING if not reads_logits and algebra.cancels(value.expr) else None
         return value.reduced_to(expr, kept)
 
     return step

@@ -24,7 +24,7 @@ class Reshape:
     source: Node
     source_axis: int
     result: Node
-    result_axis: int
+    result_axis: int | None
 
 
 @dataclass(frozen=True)

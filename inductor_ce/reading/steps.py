@@ -101,8 +101,8 @@ def _row(
 # Functions of each element that the algebra does not have.
 _ELSEWHERE = (
     *(torch.abs, torch.exp2, torch.expm1, torch.log2, torch.log10, torch.log1p, torch.reciprocal, torch.relu),
-    *(torch.rsqrt, torch.sqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign),
-    *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "sqrt", "nan_to_num"),
+    *(torch.rsqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign),
+    *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "nan_to_num"),
     *("clamp_max", "erf", "sign"),
 )
 _CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
@@ -141,6 +141,7 @@ _PICKS = (
     _row("gather", "indexing.gather", "input dim index", torch.gather, "gather"),
     _row("take_along", "indexing.take_along", "input index dim", torch.take_along_dim, "take_along_dim"),
     _row("take", "indexing.take", "input index", torch.take, "take"),
+    _row("index_select", "indexing.index_select", "input dim index", torch.index_select, "index_select"),
     _row("getitem", "reductions.getitem", "input index", operator.getitem, traits="picks", view=View.SLICE),
     _row("select", "indexing.select", "input dim index", torch.select, "select",
          traits="needs_value picks"),
@@ -172,6 +173,8 @@ _ARITHMETIC = (
          traits="needs_value commutes before_log"),
     _row("square", "arithmetic.power", "input", torch.square, "square",
          traits="needs_value commutes before_log"),
+    _row("sqrt", "arithmetic.power", "input", torch.sqrt, "sqrt", given={"exponent": 0.5},
+         traits="needs_value commutes"),
     _row("elementwise", "arithmetic.elementwise", "input",
          *_ELSEWHERE, traits="needs_value"),
     _row("xlogy", "arithmetic.xlogy", "input other", torch.xlogy, torch.special.xlogy, "xlogy",
@@ -208,7 +211,7 @@ _VIEWS = (
          traits="needs_value", view=View.ORDER),
     _row("narrow", "indexing.reorder", "input dim start length", torch.narrow, "narrow",
          traits="needs_value", view=View.SLICE),
-    _row("expand", "", "input *shape", "expand", torch.broadcast_to),
+    _row("expand", "", "input *shape", "expand", "repeat", torch.broadcast_to),
     _row("expand", "", "input *shape", "expand_as", traits="reads_first"),
     _row("broadcast_tensors", "", "*tensors", torch.broadcast_tensors, traits="reads_shapes"),
     _row("unbind", "", "input dim", torch.unbind, "unbind"),
@@ -218,7 +221,7 @@ _VIEWS = (
     _row("cat", "joining.cat", "tensors dim", torch.cat, torch.concat, torch.concatenate,
          traits="needs_value"),
     _row("shape", "", "input", "size", "dim", "numel", torch.numel, "new_empty", torch.empty_like,
-         *_RANDOM_LIKE, traits="reads_shapes stays"),
+         torch.ops.aten.sym_size.int, *_RANDOM_LIKE, traits="reads_shapes stays"),
 )
 
 # Vocabulary values made of labels and numbers.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch.fx import Node
 
 from .. import algebra
-from ..common.findings import Miss, Refusal, make_miss
+from ..common.findings import Miss, Reason, Refusal, make_miss
 from ..graph.timeline import Timeline
 from .row_views import RowView
 
@@ -199,9 +199,13 @@ class Reading:
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
     looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
+    chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken
+    added: dict[Node, Node] = field(default_factory=dict)  # to the graph, each with the node that it is for
     refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
     misses: list[Miss] = field(default_factory=list)
+    small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)
+    kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)  # what is, beside a loss
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
     )  # what nodes were replaced by, and where
@@ -210,8 +214,9 @@ class Reading:
         """Tell why the loss at `node` is left as it was."""
         self.refused.add(node)
         miss = make_miss(node, refusal.reason, refusal.sentence(node))
-        if not any((m.location, m.reason) == (miss.location, miss.reason) for m in self.misses):
-            self.misses.append(miss)
+        told = self.small if refusal.reason is Reason.SMALL_VOCAB else self.misses
+        if not any((m.location, m.reason) == (miss.location, miss.reason) for m in told):
+            told.append(miss)
 
     def has_value(self, node: Node) -> bool:
         """Whether a node has a value, or has had one since it was edited."""

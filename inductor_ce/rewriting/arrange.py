@@ -180,7 +180,7 @@ def _range(left: int, right: int) -> slice:
     return slice(left or None, -right if right else None)
 
 
-def row_sizes(build: Builder, node: Node, axis: int) -> list[int | Node]:
+def row_sizes(build: Builder, node: Node, axis: int | None) -> list[int | Node]:
     """The sizes of `node` without the vocabulary, as numbers where they are, else read off the tensor."""
     return [_size(build, node, i) for i in range(len(shape_of(node))) if i != axis]
 

@@ -87,9 +87,10 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
     needed = needed_nodes(reading, replaced)
     fused = {reading.on_logits(node).logits for node in replaced}  # type: ignore[union-attr]
     brought = {n for node in replaced for n in _brought(reading, node)}
+    kept = {n for node, (_, wide) in reading.kept.items() if node in replaced for n in wide}
     for node in reading.timeline.nodes:
         value = reading.on_logits(node)
-        if value is None or node not in needed or not _normalises(reading, node, value):
+        if value is None or node not in needed or node in kept or not _normalises(reading, node, value):
             continue
         if isinstance(value, RowValue) and value.logits in fused:
             continue  # the statistic of a loss that is fused, needed for something else as well

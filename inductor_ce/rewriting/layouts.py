@@ -54,8 +54,14 @@ class Dense:
         return [self.build(operator.getitem, made, k) for k in range(len(rows))]
 
     def brought(self, node: Node, held: Label | Outside) -> Node:
-        """A tensor of the user's, such that it can stand beside the logits."""
-        return node
+        """A tensor of the user's, such that it can stand beside the logits: on their device.
+
+        What indexes them may be on the host, from where torch takes it.
+        """
+        device = example_of(self.group.logits.node).device
+        if example_of(node).device == device or not example_of(node).dim():
+            return node
+        return self.build("to", node, device)
 
     def as_made(self, result: Node, node: Node) -> Node:
         """What is to take the place of a node of the user's, where that was."""

@@ -22,10 +22,12 @@ from ..distributed.placements import layout_fact
 from ..graph.shapes import hint, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
+from ..reading.losses import class_dimension
 from ..reading.values import Columns, Logits, LossValue, Reading, RowValue
 from .beside import misplaced
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
+from .kept import kept
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,6 +46,11 @@ TIES_SHARE = Refusal(
     "All classes that have the maximum share the gradient of amax: take max(dim).values, whose first class "
     "has it.",
 )
+POWERS_CANCEL = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "Powers of the probabilities are summed beside the probabilities of a target, and gradients are wanted: "
+    "where the prediction is near the target they cancel, which sums of a row do not survive.",
+)
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
 )
@@ -60,8 +67,14 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
     groups: list[Group] = []
     everywhere = _refusal_of_graph(reading)
-    for logits, nodes in _losses(reading).items():
-        refusal = everywhere or _refusal(logits, options) or _refusal_of_edit(reading, logits)
+    _tell_refused_losses(reading, options)
+    for logits, nodes in _losses(reading, options).items():
+        refusal = (
+            _few_classes(logits.node, logits.axis, options)
+            or everywhere
+            or _refusal(logits)
+            or _refusal_of_edit(reading, logits)
+        )
         if refusal is not None:
             reading.miss(headline(reading, nodes), refusal)
             continue
@@ -73,10 +86,30 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     return sorted(groups, key=lambda group: group.place)
 
 
+def _tell_refused_losses(reading: Reading, options: Options) -> None:
+    """Tell why losses of torch are left that say so themselves."""
+    for node, refusal in reading.refusals.items():
+        step, args = spellings.read(node)  # type: ignore[misc]
+        if step.is_loss:
+            z = args["input"]
+            reading.miss(node, _few_classes(z, class_dimension(z), options) or refusal)
+
+
+def _few_classes(node: Node, axis: int, options: Options) -> Refusal | None:
+    """That a loss is over fewer classes than are worth it, which comes before all other reasons."""
+    size, example = shape_of(node)[axis], tensor_of(node)
+    assert example is not None
+    known = isinstance(size, int) or is_dtensor(example) or is_plain_tensor(example)
+    if not known or hint(size) >= options.min_vocab:
+        return None
+    fact = f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
+    return Refusal(Reason.SMALL_VOCAB, fact)
+
+
 # What is a loss
 
 
-def _losses(reading: Reading) -> dict[Logits, list[Node]]:
+def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
     """For each logits with a loss on them, the nodes where the algebra ends and the user's own rows begin."""
     ends: dict[Logits, list[Node]] = defaultdict(list)
     for node, value in reading.values.items():
@@ -85,7 +118,8 @@ def _losses(reading: Reading) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            reading.miss(node, _maximum_fact(reading, node))
+            few = _few_classes(value.logits.node, value.logits.axis, options)
+            reading.miss(node, few or _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
@@ -155,7 +189,7 @@ def _refusal_of_graph(reading: Reading) -> Refusal | None:
     return OWN_BACKWARD if _is_function_body(reading.timeline.nodes) else None
 
 
-def _refusal(logits: Logits, options: Options) -> Refusal | None:
+def _refusal(logits: Logits) -> Refusal | None:
     example = tensor_of(logits.node)
     assert example is not None
     if is_dtensor(example):
@@ -168,25 +202,27 @@ def _refusal(logits: Logits, options: Options) -> Refusal | None:
     if example.dtype not in DTYPES:
         return Refusal(Reason.UNSUPPORTED_DTYPE, f"The logits are {example.dtype}.")
     size = shape_of(logits.node)[logits.axis]
-    if hint(size) < options.min_vocab:
-        fact = f"The vocabulary of {hint(size)} is below min_vocab={options.min_vocab}."
-        return Refusal(Reason.SMALL_VOCAB, fact)
     if not isinstance(size, int) and is_kept_dynamic(size):
         return Refusal(Reason.DYNAMIC_VOCAB, "The vocabulary dimension is marked dynamic.")
     return None
 
 
 def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
-    """Leave out the nodes whose log-probabilities [N, V] somebody else needs as well.
+    """Leave out the nodes whose log-probabilities [N, V] something else takes a gradient of as well.
 
-    They would have to be computed in any case, and the statistics would be one more sweep.
+    They would have to be computed in any case, forward and backward, and the statistics would be one more
+    sweep.
     """
     allowed = list(nodes)
     while True:
         needed = needed_nodes(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
-        if not escaped:
+        found = {n: kept(reading, n, wide, needed) for n, wide in escaped.items()}
+        if all(found.values()):
+            for n, fact in found.items():
+                reading.kept[n] = fact, frozenset(escaped[n])
             return allowed
+        escaped = {n: wide for n, wide in escaped.items() if not found[n]}
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
         reading.miss(node, escape(reading, wide, needed))
@@ -228,7 +264,20 @@ def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
 def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
     if _is_edited_later(reading, group):
         return LOGITS_EDITED
+    if _powers_cancel(reading, group):
+        return POWERS_CANCEL
     return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
+
+
+def _powers_cancel(reading: Reading, group: Group) -> bool:
+    """Whether a gradient may be the small difference of large ones, as that of the Brier score is.
+
+    Torch takes the difference of what reaches each probability, before it is summed with all others.
+    """
+    if not wants_gradient(group.logits):
+        return False
+    exprs = [expr for node, expr in group.exprs.items() if not value_of(reading, node).detached]
+    return any(map(algebra.has_power, exprs)) and any(map(algebra.weighs_probabilities, exprs))
 
 
 def _is_edited_later(reading: Reading, group: Group) -> bool:

@@ -83,11 +83,30 @@ def _first_operation(timeline: Timeline) -> int:
     return next(i for i, node in enumerate(timeline.nodes) if node.op != "placeholder")
 
 
+# What Dynamo asks of tensors whose sizes depend on data.
+SIZES = ("size", torch.ops.aten.sym_size.int)
+
+
 def sweep(graph: Graph, reading: Reading) -> None:
     """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
-    for node in reversed(reading.timeline.nodes):
+    left = _erase_unused(graph, reading.timeline.nodes)
+    if reading.added:
+        for z, node in reading.added.items():
+            asks = all(user.target in SIZES for user in node.users)
+            if z.users and asks and same_shape(shape_of(z), shape_of(node)):
+                node.replace_all_uses_with(z)
+        _erase_unused(graph, left)
+
+
+def _erase_unused(graph: Graph, nodes: list[Node]) -> list[Node]:
+    """Erase what nobody uses of some nodes. Returns the others."""
+    left = []
+    for node in reversed(nodes):
         if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
             graph.erase_node(node)
+        else:
+            left.append(node)
+    return left[::-1]
 
 
 def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, node: Node) -> Node:

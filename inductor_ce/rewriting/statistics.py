@@ -112,10 +112,15 @@ def _with_infinities(moved: sympy.Expr) -> sympy.Expr:
 
     Where the maximum is taken from the normaliser and cancels, that is NaN; else it is the maximum's to say.
     """
-    normalised = moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED)
+    normalised = moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED, algebra.log_sumexp_of)
     if not normalised or moved.has(algebra.MAX):
         moved = moved.subs({shifted: finite(shifted) for shifted in _MAXIMA_SHIFTED})
     return moved if normalised else moved.subs(algebra.MAX, MAX_OR_NAN)
+
+
+def _power(log_sumexp: sympy.Expr) -> ops.Row:
+    """The row whose logarithm is log_sumexp(k)."""
+    return ops.Row(ops.POWER, order=float(log_sumexp.args[0]))
 
 
 def _is_mask(node: Node) -> bool:
@@ -151,10 +156,14 @@ class Statistics:
         weights, sums = self._weights(moved)
         asked = {s for symbol, made in _OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
         others = [ops.Row(s) for s in asked if s not in (ops.MAX, ops.SUMEXP)]
-        self.rows = ops.Rows.of(len(picked), *others, *sums)
+        powers = {f: _power(f) for expr in moved for f in expr.atoms(algebra.log_sumexp_of)}
+        self.rows = ops.Rows.of(len(picked), *others, *powers.values(), *sums)
         z = self.layout.logits()
         self.is_tapped = (
-            verify_key is not None and not group.distributed and _only_losses_read(reading, group)
+            verify_key is not None
+            and not group.distributed
+            and group.logits.node not in reading.added
+            and _only_losses_read(reading, group)
         )
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
@@ -238,6 +247,8 @@ class Statistics:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
         if key.func == algebra.mean_p_of:
             return build(torch.div, self._of_function[key], self._rows[ops.Row(ops.SUMEXP)])
+        if key.func == algebra.log_sumexp_of:
+            return build(torch.log, self._rows[_power(key)])
         if key.func == algebra.entry:
             return self.entry(*key.args)
         if key not in self._of_function and key.func == algebra.mass:

@@ -30,6 +30,7 @@ __all__ = [
     "unset_fake_temporarily",
     "without_transforms",
 ]
+AS_TRACED = "eager_input_vals"  # in an FX node's meta: its arguments, to whose strides Inductor brings them
 IN_MEMORY = "inductor_realize_to_strides"  # in an FX node's meta: no reader computes its value anew
 
 

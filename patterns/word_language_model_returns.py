@@ -1,7 +1,7 @@
 """Word language model: the model returns the log-probabilities that its loss is taken from.
 
 Source: pytorch/examples, word_language_model/model.py
-Family: Look-alikes
+Family: Kept beside
 """
 
 import torch
@@ -24,6 +24,8 @@ def loss(hidden, weight, targets):
 
 
 EXPECTED = """\
-LOGITS_ESCAPE: The log_softmax of all classes [16x48] is returned, so it is in memory anyway.
-    Compute the loss from the logits, apart from the log-probabilities that you keep.
+mean[y != -100](lse - pick(y))
+kept: log_softmax of all classes [16x48], returned
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
 """

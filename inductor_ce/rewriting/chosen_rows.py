@@ -1,0 +1,149 @@
+"""Rows chosen of a linear layer's result: linear(h, W)[rows] = linear(h[rows], W).
+
+The left side has all logits in memory, and hides the linear layer from the heads; the right side is a head
+with fewer rows. Only logits of which statistics are taken are looked at, and only where nothing else has
+those that are not chosen.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.graphs import is_plain_tensor
+from ..graph.builder import Builder
+from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from ..reading import spellings
+from ..reading.chosen import is_alike, leaves_last
+from .find_recipe import is_sized_view, with_width
+from .linear_layers import LinearLayer, linear_layer
+from .rewrite import want_gradients_as
+
+
+def choose_hidden(graph: Graph) -> None:
+    """Choose rows of the hidden states where rows are chosen of the logits of `row_stats`."""
+    for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        node = stats.args[0]
+        while isinstance(node, Node):
+            if _chooses_rows(node) and _moved_before(graph, node):
+                break
+            node = wide_source(node)
+
+
+def wide_source(node: Node) -> Node | None:
+    """The one source with rows of as many classes."""
+    wide = [a for a in node.all_input_nodes if _classes(a) and _classes(a) == _classes(node)]
+    return wide[0] if len(wide) == 1 else None
+
+
+def _classes(node: Node) -> int | None:
+    example = tensor_of(node)
+    if example is None or example.dim() < 2 or not example.is_floating_point():
+        return None
+    return constant(example.shape[-1])
+
+
+def _chooses_rows(node: Node) -> bool:
+    """Whether a node takes some rows of its source, by tensors or in steps, whole."""
+    spelled, source = spellings.read(node), node.args[0] if node.args else None
+    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
+        return False
+    step, args = spelled
+    rank = len(shape_of(source))
+    if step.name == "getitem":
+        return leaves_last(args["index"], rank)
+    dim = args.get("dim")
+    if step.name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
+        return False
+    return step.name == "index_select" or is_alike(args["index"], rank - 1)
+
+
+def _moved_before(graph: Graph, node: Node) -> bool:
+    """Choose the rows before the linear layer. Returns whether that could be done."""
+    between: list[Node] = []
+    source: Any = node.args[0]
+    while (layer := _layer(source)) is None:
+        if not _is_of_each_row(source):
+            return False
+        between.append(source)
+        source = wide_source(source)
+    if any(map(is_sized_view, between)) and constant(shape_of(layer.hidden)[-1]) is None:
+        return False
+    if not _may_move(graph, layer, [source, *between], node):
+        return False
+    build = Builder(graph, node, like=node)
+    try:
+        result = _chosen_first(build, layer, between, node)
+    except Exception:
+        build.undo()
+        raise
+    want_gradients_as(node, result)
+    node.replace_all_uses_with(result)
+    for each in (node, *between, source):
+        graph.erase_node(each)
+    return True
+
+
+def _layer(node: Node) -> LinearLayer | None:
+    layer = linear_layer(node, spellings.read(node))
+    return layer if layer is not None and is_plain_tensor(example_of(node)) else None
+
+
+def _is_of_each_row(node: Node) -> bool:
+    """Whether a node does the same to every row, or only arranges rows otherwise."""
+    step = spellings.step_of(node)
+    of_itself = step is not None and step.in_chain and len(node.all_input_nodes) == 1
+    return wide_source(node) is not None and (is_sized_view(node) or of_itself)
+
+
+def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
+    """Whether the layer and what follows may be computed where the rows are chosen, and of no others."""
+    timeline = Timeline(graph)
+    first, here, end = timeline.position[chain[0]], timeline.position[node], len(timeline.nodes)
+    if any(len(each.users) > 1 or not timeline.unchanged(each, each, end) for each in chain):
+        return False
+    modes = [timeline.position[each] for each in chain]
+    alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
+    operands = [a for a in layer.args if isinstance(a, Node)]
+    return (
+        alike
+        and timeline.same_autocast(first, here)
+        and all(timeline.unchanged(a, first, here) for a in operands)
+    )
+
+
+def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node: Node) -> Node:
+    """The rows of the hidden states, their logits, and what was done to all logits before."""
+    classes, width = _classes(node), constant(shape_of(layer.hidden)[-1])
+    hidden = layer.hidden
+    for view in reversed(between):
+        if is_sized_view(view):
+            sizes = with_width(tuple(view.args[1:]), classes, width)
+            hidden = build(view.target, hidden, *sizes, **view.kwargs)
+    args = tuple(_chosen(build, node, hidden) if a is layer.hidden else a for a in layer.args)
+    made = build(layer.target, *args)
+    for step in reversed(between):
+        if not is_sized_view(step):
+            made = build.again(step, dict.fromkeys(step.all_input_nodes, made))
+    if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
+        made.meta["example_value"] = build.resized(example_of(made), example_of(node))
+    return made
+
+
+def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
+    """The rows of the hidden states that a node takes of the logits."""
+    (source,) = node.args[:1]
+    assert isinstance(source, Node)
+    if spellings.is_step(node, "gather"):
+        index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
+        rows = build(operator.getitem, index, (..., slice(0, 1)))
+        sizes = [-1] * (len(shape_of(index)) - 1) + [shape_of(hidden)[-1]]
+        rows = build("expand", rows, *sizes)
+        dim = spellings.arguments(node, spellings.step_of(node))["dim"]  # type: ignore[arg-type]
+        return build(torch.gather, hidden, dim, rows)
+    return build.again(node, {n: n for n in node.all_input_nodes} | {source: hidden})

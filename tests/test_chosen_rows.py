@@ -1,0 +1,280 @@
+"""Rows chosen after: of log-probabilities, and of a linear layer, which then is a head of fewer rows."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gallery import in_double
+from harness import Rewritten, compile_without_codegen, misses, sites
+from reference import assert_fair
+from torch import Tensor
+
+import inductor_ce
+from inductor_ce import ops
+
+B, S, D, V = 4, 6, 8, 40
+UPSTREAM = 3.0
+
+
+def inputs() -> tuple[Tensor, ...]:
+    h, W = torch.randn(B, S, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    y = torch.randint(V, (B, S))
+    y[0, :2] = -100
+    return h, W, y, torch.tensor([3, 5, 5, 17, 23, 20, 11]), torch.randint(1, S + 1, (B,))
+
+
+def by_numbers(h, W, y, rows, lengths):
+    logp = F.log_softmax((h @ W.t()).view(-1, V), -1)[rows]
+    return F.nll_loss(logp, y.view(-1)[rows])
+
+
+def by_index_select(h, W, y, rows, lengths):
+    logp = F.linear(h, W).view(-1, V).log_softmax(-1).index_select(0, rows)
+    picked = logp.gather(1, y.view(-1).index_select(0, rows).clamp(min=0)[:, None])
+    return -picked.sum()
+
+
+def by_numbers_of_columns(h, W, y, rows, lengths):
+    logp = F.linear(h, W).log_softmax(-1)[:, rows[:3] % S]
+    return -logp.gather(-1, y[:, rows[:3] % S].clamp(min=0)[..., None]).mean()
+
+
+def last_under_a_cap(h, W, y, rows, lengths):
+    logp = (30 * torch.tanh(F.linear(h, W) / 30)).log_softmax(-1)
+    return -logp[torch.arange(B), lengths - 1].gather(-1, y[:, 2:3]).mean()
+
+
+def last_by_gather(h, W, y, rows, lengths):
+    index = (lengths - 1).view(-1, 1, 1).repeat(1, 1, V)
+    return F.nll_loss(F.linear(h, W).log_softmax(-1).gather(1, index)[:, 0], y[:, 3])
+
+
+def with_labels(h, W, y, rows, lengths):
+    logp = F.linear(h, W).log_softmax(-1)
+    return -logp[torch.arange(B), lengths - 1, y[:, 4]].mean()
+
+
+def in_steps(h, W, y, rows, lengths):
+    logp = F.linear(h, W).log_softmax(-1)[:, 1::2]
+    return -logp.gather(-1, y[:, 1::2].clamp(min=0)[..., None]).mean()
+
+
+def of_logits(h, W, y, rows, lengths):
+    return F.cross_entropy(F.linear(h, W).view(-1, V)[rows].float(), y.view(-1)[rows])
+
+
+def entropies(h, W, y, rows, lengths):
+    logp = F.linear(h, W).view(-1, V).log_softmax(-1)
+    chosen, again = logp[rows], logp.exp()[rows]
+    return -(again * chosen).sum(-1).mean() + F.nll_loss(chosen, y.view(-1)[rows])
+
+
+def counted(h, W, y, rows, lengths):
+    counts = y != -100
+    logp = F.linear(h, W).log_softmax(-1)[counts]
+    return -logp.gather(-1, y[counts][:, None]).mean()
+
+
+FUNCTIONS = [
+    *(by_numbers, by_index_select, by_numbers_of_columns, last_under_a_cap, last_by_gather),
+    *(with_labels, in_steps, of_logits, entropies, counted),
+]
+
+
+@pytest.fixture(autouse=True)
+def captured_whole():
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
+
+
+def stepped(f: Callable[..., Tensor], args: tuple[Tensor, ...]) -> list[Tensor]:
+    args = tuple(a.detach().clone().requires_grad_(a.requires_grad) for a in args)
+    value = f(*args)
+    wanted = [a for a in args if a.requires_grad]
+    return [value.detach(), *torch.autograd.grad(value, wanted, torch.full_like(value, UPSTREAM))]
+
+
+def check(f: Callable[..., Tensor], compiled: Callable[..., Tensor], args: tuple[Tensor, ...]) -> None:
+    naive = stepped(f, args)
+    wide = tuple(
+        a.detach().double().requires_grad_(a.requires_grad) if a.is_floating_point() else a for a in args
+    )
+    with in_double():
+        exact = stepped(f, wide)
+    for ours, eager, true in zip(stepped(compiled, args), naive, exact, strict=True):
+        assert_fair(ours, eager, true)
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_head_of_the_rows_that_are_chosen(f, strategy: str):
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    check(f, compiled, inputs())
+    assert (sites(), misses()) == (1, 0)
+    assert graphs.pieces > 1
+    assert not [n for n in graphs.nodes if _elements(n) >= B * S * V], "all logits are in memory"
+
+
+def _elements(node: torch.fx.Node) -> int:
+    example = node.meta.get("val")
+    if not isinstance(example, Tensor) or not all(isinstance(s, int) for s in example.shape):
+        return 0
+    return example.numel()
+
+
+def test_logits_that_something_else_needs_stay_whole():
+    def f(h, W, y, rows, lengths):
+        z = F.linear(h, W).view(-1, V)
+        return F.nll_loss(z.log_softmax(-1)[rows], y.view(-1)[rows]) + 0.1 * z.square().mean()
+
+    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.5)
+    check(f, compiled, inputs())
+    assert (sites(), graphs.pieces) == (1, 1)
+
+
+def test_rows_and_sizes_may_change_without_compiling_anew():
+    compiled, _ = compile_without_codegen(by_numbers, dynamic=True)
+    for count in (7, 5, 3):
+        h, W, y, rows, lengths = inputs()
+        check(by_numbers, compiled, (h, W, y, rows[:count], lengths))
+    assert sites() == 1
+
+
+def test_verified():
+    compiled, _ = compile_without_codegen(by_numbers, verify=True)
+    check(by_numbers, compiled, inputs())
+    assert sites() == 1
+
+
+# Programs over logits
+
+
+def logits() -> tuple[Tensor, ...]:
+    z = torch.randn(B * S, V, requires_grad=True)
+    return z, torch.randint(V, (B * S,)), torch.tensor([3, 5, 5, 17, 23])
+
+
+def rewritten(f: Callable[..., Tensor]) -> Rewritten:
+    backend = Rewritten()
+    check(f, torch.compile(f, backend=backend), logits())
+    return backend
+
+
+def rows_edited_after(z, y, rows):
+    rows = rows.clone()
+    chosen = z.log_softmax(-1)[rows]
+    labels = y[rows]
+    rows.zero_()
+    return F.nll_loss(chosen, labels) + z[rows].sum() * 0.1
+
+
+def rows_edited_between(z, y, rows):
+    rows, logp = rows.clone(), z.log_softmax(-1)
+    first = logp[rows]
+    rows.zero_()
+    return F.nll_loss(first, y[:5]) + 2 * F.nll_loss(logp[rows], y[5:10])
+
+
+def chosen_without_gradient(z, y, rows):
+    logp = z.log_softmax(-1)
+    with torch.no_grad():
+        entropy = -(logp[rows].exp() * logp[rows]).sum(-1)
+    return F.nll_loss(logp[rows], y[rows], reduction="none").mul(entropy).mean()
+
+
+def detached_before(z, y, rows):
+    logp = z.log_softmax(-1)
+    weight = logp.detach()[rows].gather(1, y[rows][:, None]).exp()
+    return -(weight * logp[rows].gather(1, y[rows][:, None])).mean()
+
+
+def a_view_edited(z, y, rows):
+    logp = z.log_softmax(-1)
+    some = logp[::2]
+    some.mul_(0.5)
+    return -some.gather(1, y[::2, None]).mean() - logp.gather(1, y[:, None]).sum()
+
+
+def rows_and_all(z, y, rows):
+    logp = z.log_softmax(-1)
+    return F.nll_loss(logp[rows], y[rows]) + F.nll_loss(logp, y) * 0.5
+
+
+def a_flat_index_of_sequences(z, y, rows):
+    z = z.view(B, S, V)
+    return (torch.logsumexp(z, -1).mean() - z.view(-1)[torch.arange(B * S) * V + y].mean()) * 2
+
+
+def of_both_shifts(z, y, rows):
+    z, y = z.view(B, S, V), y.view(B, S)
+    before, after = z[:, :-1].log_softmax(-1), z[:, 1:].log_softmax(-1)
+    rows = rows % B
+    first = before[rows].gather(-1, y[rows][:, :-1, None]).mean()
+    return -first - 2 * after[rows].gather(-1, y[rows][:, 1:, None]).mean()
+
+
+PROGRAMS = [of_both_shifts, chosen_without_gradient, detached_before, rows_and_all, a_flat_index_of_sequences]
+EDITS = [rows_edited_after, rows_edited_between, a_view_edited]  # eager has no backward of these
+
+
+@pytest.mark.parametrize("f", PROGRAMS, ids=lambda f: f.__name__)
+def test_programs(f):
+    rewritten(f)
+
+
+@pytest.mark.parametrize("f", EDITS, ids=lambda f: f.__name__)
+def test_edits(f):
+    z, y, rows = logits()
+    with torch.no_grad():
+        ours = torch.compile(f, backend=Rewritten())(z, y, rows)
+        torch.testing.assert_close(ours.double(), f(z.double(), y, rows), rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_edited_while_its_backward_reads_it_is_left():
+    def f(z, y, rows):
+        z = z * 1.0
+        some = z.log_softmax(-1)[::2]
+        loss = F.nll_loss(some, y[::2])
+        z.mul_(2)
+        return loss + z.sum() * 0.1
+
+    assert not rewritten(f).report.sites
+
+
+def test_a_maximum_that_is_kept_has_its_gradient():
+    def f(z, y, rows):
+        top = z.log_softmax(-1)[rows].max(-1).values
+        return F.nll_loss(z.log_softmax(-1)[rows], y[rows]) + top.square().mean()
+
+    rewritten(f)
+
+
+def test_what_is_read_twice_is_chosen_once():
+    backend = rewritten(detached_before)
+    assert backend.count(ops.ROW_STATS) == 1
+
+
+def test_nothing_is_left_in_the_graph_where_nothing_is_fused():
+    def f(z, y, rows):
+        return z.log_softmax(-1)[rows].abs().sum()
+
+    backend = rewritten(f)
+    assert not backend.changed
+    assert not backend.report.sites
+
+
+def test_a_mask_is_no_label():
+    def f(z, mask):
+        z = z[: V // 2, : V // 2]
+        logp = z.log_softmax(-1)
+        return logp[0][mask].sum() - logp[:, 0].sum()
+
+    z, mask = torch.randn(V, V, requires_grad=True), torch.ones(V // 2, dtype=torch.bool)
+    check(f, torch.compile(f, backend=Rewritten()), (z, mask))
+
+
+def test_explain_tells_of_rows_that_are_chosen():
+    inductor_ce.install(min_vocab=2)
+    (site,) = inductor_ce.explain(by_numbers, *inputs()).sites
+    assert site.form == "mean[y != -100](lse - pick(y))"

@@ -1,0 +1,161 @@
+"""Kept beside: log-probabilities that are returned, topped or stored, and the loss from the logits."""
+
+from collections.abc import Callable
+from typing import Any
+
+import gallery
+import pytest
+import torch
+import torch.nn.functional as F
+from gallery import check_numbers
+from harness import compile_without_codegen, misses, sites
+from torch import Tensor
+
+import inductor_ce
+from inductor_ce import Reason, ops
+
+N, D, V = 16, 8, 40
+
+
+def inputs() -> tuple[Tensor, ...]:
+    h, W = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    return h, W, torch.randint(V, (N,)), torch.zeros(N, V)
+
+
+def returned(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y), logp
+
+
+def probabilities_returned(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y), logp.exp()
+
+
+def softmax_returned(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    return -p.gather(1, y[:, None]).log().mean(), p
+
+
+def some_returned(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W).view(2, N // 2, V), -1)
+    return F.nll_loss(logp.view(-1, V), y), logp[:, -1]
+
+
+def topped(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    best, which = logp.topk(5)
+    return F.nll_loss(logp, y), best, which
+
+
+def topped_with_a_gradient(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y) + logp.topk(5).values.square().mean()
+
+
+def ranked(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y), logp.argsort(-1)[:, :3]
+
+
+def logged(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    with torch.no_grad():
+        spread = (logp.exp() ** 3).sum(0)
+    return F.nll_loss(logp, y), spread
+
+
+def detached(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y, reduction="none"), logp.detach().sigmoid().mean(0)
+
+
+def stored(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    with torch.no_grad():
+        store[:] = logp
+    return F.nll_loss(logp, y), store * 2
+
+
+def of_chosen_rows(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    rows = y[:5] % N
+    return F.nll_loss(logp[rows], y[rows]), logp
+
+
+FUNCTIONS = [
+    *(returned, probabilities_returned, softmax_returned, some_returned, topped, topped_with_a_gradient),
+    *(ranked, logged, detached, stored, of_chosen_rows),
+]
+
+
+def check(f: Callable[..., Any], **options: Any) -> Any:
+    """Results, and gradients of all of them, the kept ones too, are as near to float64 as eager's."""
+    compiled, graphs = compile_without_codegen(f, **options)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    return graphs
+
+
+@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+def test_kept_beside_a_loss(f):
+    graphs = check(f, strategy="token_chunks", memory_budget=0.5)
+    assert (sites(), misses()) == (1, 0)
+    assert graphs.pieces == 1, "what is kept needs all logits"
+    assert graphs.count(ops.ROW_GRAD) == 1
+    (site,) = graphs.report.sites
+    assert "of all classes" in site.kept
+
+
+def test_explain_says_what_is_kept():
+    inductor_ce.install(min_vocab=2)
+    report = inductor_ce.explain(returned, *inputs())
+    assert "    kept       log_softmax of all classes [16x40], returned\n" in f"{report}\n"
+    (site,) = inductor_ce.explain(topped, *inputs()).sites
+    assert site.kept.startswith("log_softmax of all classes [16x40], read by topk at test_kept.py:")
+    (site,) = inductor_ce.explain(stored, *inputs()).sites
+    assert "stored by setitem" in site.kept
+
+
+def test_nothing_is_kept_of_a_loss_alone():
+    def f(h, W, y, store):
+        return F.nll_loss(F.log_softmax(F.linear(h, W), -1), y)
+
+    inductor_ce.install(min_vocab=2)
+    report = inductor_ce.explain(f, *inputs())
+    assert report.sites[0].kept == ""
+    assert "\n    kept" not in str(report)
+
+
+def used_elementwise(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y) + torch.relu(logp + 2).sum()
+
+
+def used_and_returned(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    return F.nll_loss(logp, y) + torch.relu(logp + 2).sum(), logp
+
+
+def no_gradient(h, W, y, store):
+    logp = F.log_softmax(F.linear(h.detach(), W.detach()), -1)
+    return F.nll_loss(logp, y) + 0 * h.sum() + 0 * W.sum(), logp
+
+
+@pytest.mark.parametrize("f", [used_elementwise, used_and_returned, no_gradient], ids=lambda f: f.__name__)
+def test_left_where_nothing_is_gained(f):
+    graphs = check(f)
+    assert (sites(), misses()) == (0, 1)
+    assert graphs.report.misses[0].reason is Reason.LOGITS_ESCAPE
+
+
+def test_verified():
+    graphs = check(topped, verify=True)
+    assert graphs.report.sites[0].kept
+
+
+def test_generated_code_has_the_numbers_too():
+    inductor_ce.install(min_vocab=2)
+    args = inputs()
+    check_numbers(gallery.run(torch.compile(returned), args), returned, args)
+    assert sites() == 1

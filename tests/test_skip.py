@@ -1,0 +1,109 @@
+"""Who looks at how many rows count: the host, where a body keeps the GPU busy meanwhile, or the GPU alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, Node
+
+from inductor_ce.common.compat.distributed import ALL_GATHER
+from inductor_ce.heads import skip
+from inductor_ce.heads.counted_rows import AllCount
+from inductor_ce.ops import counted_kernels
+
+aten = torch.ops.aten
+N, D, V = 64, 16, 40
+SDPA = aten._scaled_dot_product_flash_attention.default
+
+
+def called(graph: Graph, target: Any, args: tuple[Any, ...], shape: tuple[int, ...], **other: Any) -> Node:
+    node = graph.call_function(target, args)
+    with FakeTensorMode():
+        node.meta["val"] = torch.empty(shape, device="cuda", dtype=other.get("dtype", torch.bfloat16))
+    return node
+
+
+def given(graph: Graph, name: str, shape: tuple[int, ...], **other: Any) -> Node:
+    node = graph.placeholder(name)
+    node.meta["val"] = called(Graph(), aten.empty.memory_format, (), shape, **other).meta["val"]
+    return node
+
+
+def head_of(body: str, v: int = V, sharded: bool = False, weight_is_rows: bool = True) -> tuple[Any, Node]:
+    """(a head behind a body, which rows count)"""
+    graph = Graph()
+    x, y = given(graph, "x", (N, D)), given(graph, "y", (N,), dtype=torch.int64)
+    square = given(graph, "A", (D, D))
+    if body == "products":
+        x = called(
+            graph, aten.mm.default, (called(graph, aten.mm.default, (x, square), (N, D)), square), (N, D)
+        )
+    elif body == "attention":
+        x = called(graph, SDPA, (x, x, x), (N, D))
+    elif body == "loops":
+        x = called(graph, aten.tanh.default, (x,), (N, D))
+    weight = given(graph, "W", (v, D) if weight_is_rows else (D, v))
+    columns = weight
+    if weight_is_rows:
+        columns = called(graph, aten.permute.default, (weight, [1, 0]), (D, v))
+        columns.meta["val"] = weight.meta["val"].t()
+    product = called(graph, aten.mm.default, (x, columns), (N, v))
+    stats = called(
+        graph, torch.ops.inductor_ce.row_stats.default, (product, [y], [], "max,sumexp,pick"), (3, N)
+    )
+    if sharded:
+        called(graph, ALL_GATHER, (stats, 2, "group"), (6, N))
+    hidden = SimpleNamespace(hidden=x, columns=columns)
+    head = SimpleNamespace(products=[hidden], product=product, stats=[stats], n=N)
+    return head, called(graph, aten.ne.Scalar, (y, -100), (N,), dtype=torch.bool)
+
+
+@pytest.fixture(autouse=True)
+def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: True)
+    monkeypatch.setattr(skip, "has_16_bit_factors", lambda head: False)
+
+
+@pytest.mark.parametrize("body", ["none", "loops", "products", "attention"])
+def test_the_host_looks_where_a_body_hides_it(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skip, "BODY", 2 * N * D * D)
+    assert skip._is_on_device(*head_of(body)) == (body in ("none", "loops"))
+
+
+def test_a_body_that_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skip, "BODY", 2 * N * D * D + 1)
+    assert skip._is_on_device(*head_of("products"))
+
+
+def test_the_host_would_wait_for_a_mask_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, counts = head_of("attention")
+    (y,) = counts.all_input_nodes
+    counts.replace_input_with(y, head.product)
+    assert skip._is_on_device(head, counts)
+
+
+def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
+    assert skip._is_on_device(*head_of("attention"))
+
+
+def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: False)
+    assert not skip._is_on_device(*head_of("attention"))
+    with pytest.raises(AllCount, match="since Hopper"):
+        skip._is_on_device(*head_of("none"))
+
+
+@pytest.mark.parametrize("v", [40, 41])
+def test_ranks_that_share_classes_decide_alike(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever classes each has: how much work its body is, and whether rows of its weight are aligned."""
+    assert not skip._is_on_device(*head_of("products", v, sharded=True))
+    assert skip._is_on_device(*head_of("none", v, sharded=True))
+    with pytest.raises(AllCount):
+        skip._is_on_device(*head_of("none", v, sharded=True, weight_is_rows=False))
+    if v == 40:
+        assert skip._is_on_device(*head_of("none", v, weight_is_rows=False))
