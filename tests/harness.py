@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from functorch.compile import make_boxed_func
+from kernels import compiled_together
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd import graph_compile
@@ -57,9 +58,18 @@ def clean_slate():
         mock.patch.object(graph_compile, "_log_joint_graph", lambda *_: None, create=True),
         mock.patch.object(graph_compile, "_log_fw_bw_graphs", lambda *_: (None, None), create=True),
         mock.patch.object(cpu_vec_isa.VecISA, "_probe_load", lambda *_: True, create=True),
+        compiled_together(),
     ):
         yield
     inductor_ce.uninstall()
+
+
+def known_to_children() -> dict[str, str]:
+    """What of the environment spares a process of its own to look, 1 s each, whether libraries made for this
+    processor can be loaded; nothing where some cannot be made."""
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
+        named = cpu_vec_isa.valid_vec_isa_list.__wrapped__()
+    return {"TORCHINDUCTOR_VEC_ISA_OK": "1"} if named == cpu_vec_isa.valid_vec_isa_list() else {}
 
 
 @contextlib.contextmanager

@@ -8,17 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import clean_slate, known_to_children
 
 PROGRAM = """
 import json
+import os
 import sys
+import traceback
 from pathlib import Path
 import torch
 import torch._dynamo
 import torch.nn.functional as F
 
 torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
-folder, what = Path(sys.argv[1]), sys.argv[2]
+folder = Path(sys.argv[1])
 torch.manual_seed(0)
 H, W, Y = torch.randn(64, 16), torch.randn(512, 16), torch.randint(512, (64,))
 Y[::3] = -100
@@ -64,63 +67,81 @@ def tried(f):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-if what == "save":
-    found = {f.__name__: told(f, saved(f)) for f in OPTIONS}
-    found["eager"] = told(loss, loss)
-elif what == "load":
-    assert "inductor_ce" not in sys.modules
-    found = {f.__name__: told(f, loaded(f)) for f in OPTIONS}
-elif what == "load without the package":
-    sys.modules["inductor_ce"] = None
-    found = {"loss": tried(loss)}
-elif what.endswith("the caches"):  # with the program itself among what they hold
-    torch._dynamo.config.caching_precompile = True
-    if what.startswith("save"):
-        import inductor_ce
-        inductor_ce.install(min_vocab=2, **OPTIONS[loss])
+def found(what):
+    if what == "save":
+        given = {f.__name__: told(f, saved(f)) for f in OPTIONS}
+        given["eager"] = told(loss, loss)
+    elif what == "load":
+        assert "inductor_ce" not in sys.modules
+        given = {f.__name__: told(f, loaded(f)) for f in OPTIONS}
+    elif what == "load without the package":
+        sys.modules["inductor_ce"] = None
+        given = {"loss": tried(loss)}
+    elif what.endswith("the caches"):  # with the program itself among what they hold
+        torch._dynamo.config.caching_precompile = True
+        if what.startswith("save"):
+            import inductor_ce
+            inductor_ce.install(min_vocab=2, **OPTIONS[loss])
+        else:
+            torch.compiler.load_cache_artifacts((folder / "caches").read_bytes())
+        given = {"with_logits": told(with_logits, torch.compile(with_logits))}
+        if what.startswith("save"):
+            (folder / "caches").write_bytes(torch.compiler.save_cache_artifacts()[0])
+        given["is imported"] = "inductor_ce" in sys.modules
     else:
-        torch.compiler.load_cache_artifacts((folder / "caches").read_bytes())
-    found = {"with_logits": told(with_logits, torch.compile(with_logits))}
-    if what.startswith("save"):
-        (folder / "caches").write_bytes(torch.compiler.save_cache_artifacts()[0])
-    found["is imported"] = "inductor_ce" in sys.modules
-else:
-    from inductor_ce.ops import lowering
-    lowering.sources = lambda: "of another version"
-    found = {"loss": tried(loss)}
-print("FOUND", json.dumps(found))
+        from inductor_ce.ops import lowering
+        lowering.sources = lambda: "of another version"
+        given = {"loss": tried(loss)}
+    return given
+
+# NOTE: each in a process of its own
+# They share the import of torch alone.
+for what in sys.argv[2:]:
+    if not os.fork():
+        try:
+            print("FOUND", json.dumps([what, found(what)]), flush=True)
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(0)
+    os.wait()
 """
 
 
+WHAT = ["save", "load", "load without the package", "load with another version"]
+WHAT += ["save the caches", "load the caches"]
+
+
+class Told(dict[str, dict[str, Any]]):
+    """What each process says, by what it was asked; `trace` is what all of them say of errors."""
+
+    trace = ""
+
+    def __missing__(self, what: str) -> dict[str, Any]:
+        raise AssertionError(self.trace)
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("artefacts")
-
-
-def found(folder: Path, what: str) -> dict[str, Any]:
-    """What a process of its own says."""
+def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
+    folder = tmp_path_factory.mktemp("artefacts")
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     program = folder / "program.py"
     program.write_text(PROGRAM)
+    with clean_slate():  # or this process would look anew for what a processor can do
+        environment = os.environ | known_to_children() | {"PYTHONPATH": path}
     run = subprocess.run(
-        [sys.executable, str(program), str(folder), what],
-        env=os.environ | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
+        [sys.executable, str(program), str(folder), *WHAT], env=environment, capture_output=True, text=True
     )
     lines = [line for line in run.stdout.splitlines() if line.startswith("FOUND ")]
-    assert lines, run.stderr
-    return json.loads(lines[0].removeprefix("FOUND "))
+    told = Told(json.loads(line.removeprefix("FOUND ")) for line in lines)
+    told.trace = run.stderr
+    return told
 
 
-@pytest.fixture(scope="module")
-def saved(folder: Path) -> dict[str, Any]:
-    return found(folder, "save")
-
-
-def test_the_same_numbers_where_nothing_is_installed(folder: Path, saved: dict[str, Any]):
+def test_the_same_numbers_where_nothing_is_installed(told: Told):
     """Of a head in pieces, of one that is verified, and of returned logits, which are then no lazy ones."""
-    loaded = found(folder, "load")
+    saved, loaded = told["save"], told["load"]
     assert loaded.keys() == saved.keys() - {"eager"}
     for name, numbers in loaded.items():
         assert numbers == pytest.approx(saved[name], rel=1e-6)
@@ -128,19 +149,19 @@ def test_the_same_numbers_where_nothing_is_installed(folder: Path, saved: dict[s
     assert len(loaded["with_logits"]) == 4
 
 
-def test_without_the_package(folder: Path, saved: dict[str, Any]):
-    told = found(folder, "load without the package")["loss"]
-    assert told.startswith("ModuleNotFoundError")
-    assert "inductor_ce" in told
+def test_without_the_package(told: Told):
+    said = told["load without the package"]["loss"]
+    assert said.startswith("ModuleNotFoundError")
+    assert "inductor_ce" in said
 
 
-def test_another_version_of_the_package(folder: Path, saved: dict[str, Any]):
-    told = found(folder, "load with another version")["loss"]
-    assert "compiled with another version of inductor_ce. Compile and save it again" in told
+def test_another_version_of_the_package(told: Told):
+    said = told["load with another version"]["loss"]
+    assert "compiled with another version of inductor_ce. Compile and save it again" in said
 
 
-def test_caches_that_hold_the_program(folder: Path):
+def test_caches_that_hold_the_program(told: Told):
     """Where they are found, our operators come with them; nothing is compiled, or read by our passes."""
-    saved, loaded = found(folder, "save the caches"), found(folder, "load the caches")
+    saved, loaded = told["save the caches"], told["load the caches"]
     assert loaded["is imported"]
     assert loaded["with_logits"] == pytest.approx(saved["with_logits"], rel=1e-6)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_without_codegen, misses, sites
+from harness import Graphs, compile_without_codegen, known_to_children, misses, sites
 from test_timeline import graph_of
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -465,6 +465,7 @@ def test_second_process_hits_the_cache(tmp_path: Path):
     shutil.copytree(ROOT / "inductor_ce", tmp_path / "inductor_ce")  # so that nobody edits it meanwhile
     environment = {
         **os.environ,
+        **known_to_children(),
         "PYTHONPATH": str(tmp_path),
         "TORCH_COMPILE_CACHE_KEY_TAG": uuid.uuid4().hex,  # no graph was stored under it yet
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase
-from harness import compile_without_codegen, misses, sites, without_codegen
+from harness import compile_without_codegen, known_to_children, misses, sites, without_codegen
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -471,7 +471,7 @@ def test_without_torch_logs(script: Path, capfd: pytest.CaptureFixture[str]):
 
 
 def test_torch_logs(script: Path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCH_LOGS": "+inductor_ce"}
+    environment = {**os.environ, **known_to_children(), "PYTHONPATH": str(ROOT), "TORCH_LOGS": "+inductor_ce"}
     run = subprocess.run(
         [sys.executable, script], env=environment, capture_output=True, text=True, check=False
     )

@@ -1,0 +1,97 @@
+"""The kernels of one graph are compiled together: g++ reads torch's headers once for all, half a second each.
+
+Their texts and how they are compiled stay the same, each as a module of its own in a library for several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
+
+# What the text of each kernel defines.
+NAMES = ("kernel", "kernel_py", "PyInit_kernel", "parse_arg", "py_methods", "py_module")
+NAMES += ("_torchinductor_pyobject_tensor_data_ptr",)
+
+load_alone = CppPythonBindingsCodeCache.load_async.__func__
+wait_for_others = AsyncCompile.wait
+
+_modules: dict[tuple[str, str], ModuleType] = {}  # by the text, and how it is compiled
+
+
+def joined(texts: Sequence[str]) -> str:
+    """One text of several, of which all but the first have names with a number."""
+    includes = dict.fromkeys(re.findall(r"^ *#include.*$", "\n".join(texts), re.MULTILINE))
+    parts = [*includes, texts[0]]
+    for number, text in enumerate(texts[1:], 1):
+        parts += [f"#define {name} {name}_{number}" for name in NAMES]
+        parts += [text, *(f"#undef {name}" for name in NAMES)]
+    return "\n".join(parts)
+
+
+def modules_of(library: ModuleType, count: int) -> Iterator[ModuleType]:
+    yield library
+    for number in range(1, count):
+        spec = importlib.util.spec_from_file_location(f"{library.__name__}_{number}", library.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+@dataclass
+class Together:
+    """Kernels that are asked for, compiled when the first of them is needed."""
+
+    waiting: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+
+    def load(self, cls: Any, text: str, device: str = "cpu", **how: Any) -> Callable[[], ModuleType]:
+        if cls is not CppPythonBindingsCodeCache or how.get("optimized_code") is not None:
+            return load_alone(cls, text, device, **how)
+        how = {"device_type": device, **how, "submit_fn": None}
+        key = text, repr(how)
+        if key not in _modules:
+            self.waiting[key] = how
+        return lambda: self.module(key)
+
+    def module(self, key: tuple[str, str]) -> ModuleType:
+        if key not in _modules:
+            how = self.waiting[key]
+            alike = [other for other in self.waiting if other[1] == key[1]]
+            for other in alike:
+                del self.waiting[other]
+            library = load_alone(CppPythonBindingsCodeCache, joined([text for text, _ in alike]), **how)()
+            _modules.update(zip(alike, modules_of(library, len(alike)), strict=True))
+        return _modules[key]
+
+
+def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> LambdaFuture:
+    return LambdaFuture(CppPythonBindingsCodeCache.load_pybinding_async(argtypes, text))
+
+
+def _wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
+    self._wait_futures(scope)
+    wait_for_others(self, scope)
+
+
+@contextlib.contextmanager
+def compiled_together() -> Iterator[None]:
+    """Within the block, those of one graph are, once all are asked for."""
+    together = Together()
+
+    def load(cls: Any, *args: Any, **how: Any) -> Callable[[], ModuleType]:
+        return together.load(cls, *args, **how)
+
+    with (
+        mock.patch.object(CppPythonBindingsCodeCache, "load_async", classmethod(load)),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", _cpp_pybinding),
+        mock.patch.object(AsyncCompile, "wait", _wait),
+    ):
+        yield
