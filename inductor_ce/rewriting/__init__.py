@@ -5,6 +5,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
 
     legal             which values may be replaced; `groups`, together and where
     escapes           who else needs the log-probabilities, and which losses were not read
+    normalisers       which of them are losses by themselves
     kept              log-probabilities that the program keeps, beside the loss
     rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
