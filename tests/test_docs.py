@@ -317,4 +317,4 @@ def test_figures_of_modes_and_labels(tmp_path: Path):
 
 def test_there_are_figures_of_each_kind():
     assert [len(rows) for _, _, rows in figures(README)] == [4, 3, 4]
-    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [12, 6, 15, 2, 5, 8]
+    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [12, 6, 4, 3, 15, 2, 5, 8]
