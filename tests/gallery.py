@@ -61,7 +61,6 @@ FAMILIES = (
     "Policy gradients",
     "Entropy and accuracy",
     "Contrastive",
-    "Normalisers",
     "Images",
     "Focal and poly",
     "Several losses",
