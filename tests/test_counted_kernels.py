@@ -223,6 +223,7 @@ USES = {
     "dh": (False, False, "bf16", {}),
     "dW": (True, False, "bf16", {"OVER": True}),
     "dW gains": (True, False, "bf16", {"OVER": True, "ACCUMULATE": True}),
+    "dW in float32": (True, False, "fp32", {"OVER": True}),
     "dW gains in float32": (True, False, "fp32", {"OVER": True, "ACCUMULATE": True}),
     "dh in float32": (False, False, "fp32", {}),
 }
@@ -233,6 +234,26 @@ def test_tiles_fit(use: str) -> None:
     a_t, b_t, out, uses = USES[use]
     for tile in [NARROW] if out == "fp32" else [WIDE, TALL, NARROW]:
         assert shared_memory(tile, a_t, b_t, out, **uses) <= SHARED
+
+
+# rows, columns, tile: 132 processors make the last of 144 wide tiles while 120 wait, but of 256 while 8 wait
+CHOSEN = [
+    (2048, 4096, WIDE),
+    (2048, 128256, WIDE),
+    (151936, 896, TALL),
+    (2048, 896, NARROW),
+    (2048, 2304, NARROW),
+    (2048, 3072, NARROW),
+]
+
+
+@pytest.mark.parametrize(("m", "n", "tile"), CHOSEN)
+def test_tiles_by_how_many_processors_are_left_idle(
+    m: int, n: int, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(counted_kernels, "_processors", lambda device: 132)
+    assert counted_kernels._tile(m, n, torch.empty(0, dtype=torch.bfloat16)) == tile
+    assert counted_kernels._tile(m, n, torch.empty(0, dtype=torch.float32)) == NARROW
 
 
 def test_tiles_divide_what_is_computed() -> None:
