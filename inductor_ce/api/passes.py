@@ -23,6 +23,7 @@ from ..common.options import Options
 from ..common.sources import sources
 from ..common.strategies import MATERIALISE
 from ..graph.exported import is_exported, make_examples
+from ..graph.functions import function_bodies
 from ..graph.shapes import hint, shape_of, tensor_of
 from ..heads.fuse import fuse_heads, plan_line
 from ..heads.recompute import recompute_chains
@@ -30,9 +31,10 @@ from ..reading.aten import to_torch
 from ..reading.chosen import forget
 from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
+from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden
 from ..rewriting.groups import Group, Replaceable, headline, value_of
-from ..rewriting.legal import judge
+from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
@@ -90,15 +92,22 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     sites are those of the compilation, or `numbers`.
     """
     report = Report()
+    if is_function_body(graph.nodes):
+        return report  # told where the function is called: there it may have been understood
+    numbers = numbers or numbers_of_compilation()
+    if not options.verify:
+        by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
+        report.sites += by_hand or []
     judged, error = attempt(LEFT, _read_and_judge, graph, options)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))
         return report
     reading, groups = judged
-    report.misses += reading.misses
-    report.small += reading.small
+    for read in (reading, *_read_functions(graph, options)):
+        report.misses += read.misses
+        report.small += read.small
     fused = []
-    for group, number in zip(groups, numbers or numbers_of_compilation(), strict=False):
+    for group, number in zip(groups, numbers, strict=False):
         site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)
         if site is not None:
             fused.append(group)
@@ -109,8 +118,9 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
         heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, fused, options)
-        report.sites = [
-            replace(s, head=h) for s, h in zip(report.sites, heads or [""] * len(fused), strict=True)
+        own = report.sites[-len(fused) :]
+        report.sites[-len(fused) :] = [
+            replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)
         ]
         attempt("a padded vocabulary hides the linear layer", unpad, graph)
         attempt("chosen rows hide the linear layer", choose_hidden, graph)
@@ -131,6 +141,16 @@ def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group
     except Exception:
         forget(reading)
         raise
+
+
+def _read_functions(graph: Graph, options: Options) -> Iterator[Reading]:
+    """What is read of the forwards of a graph's autograd.Functions, and of those inside."""
+    for body in function_bodies(graph):
+        judged, _ = attempt(LEFT, _read_and_judge, body.forward, options)
+        if judged is not None:
+            forget(judged[0])
+            yield judged[0]
+        yield from _read_functions(body.forward, options)
 
 
 def _internal_error(node: Node, error: Exception | None) -> Miss:

@@ -4,6 +4,7 @@ In:   the statistics of this rank's columns.
 Out:  those of whole rows, by one all-gather and the law of `ops.combine`; DTensors as a user's code has them.
 
     shards         statistics over a process group, the gradient without a collective
+    by_hand        the same where each rank knows which labels are its own
     placements     DTensor logits: which placements can be read, and what is made of them
     local_logits   which of them a rank can make by itself, when somebody reads them
 

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import FakeTensor, FakeTensorMode, is_fake, tree_leaves
 
 KEY = "example_value"
-_CALLS = ("call_function", "call_method")
+CALLS = ("call_function", "call_method")
 
 
 def is_exported(graph: Graph) -> bool:
@@ -37,8 +37,8 @@ def make_examples(graph: Graph) -> None:
                 node.meta[KEY] = _input(node.meta.get("val"), mode)
             elif node.op == "get_attr":
                 node.meta[KEY] = _attribute(graph, node, mode)
-            elif node.op in _CALLS and all(KEY in source.meta for source in node.all_input_nodes):
-                node.meta[KEY] = _called(node)
+            elif node.op in CALLS and all(KEY in source.meta for source in node.all_input_nodes):
+                node.meta[KEY] = called(node)
 
 
 def _input(value: Any, mode: FakeTensorMode) -> Any:
@@ -63,7 +63,8 @@ def _attribute(graph: Graph, node: Node, mode: FakeTensorMode) -> Any:
     return mode.from_tensor(value, static_shapes=True)
 
 
-def _called(node: Node) -> Any:
+def called(node: Node) -> Any:
+    """What a node gives for the examples of its arguments."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta[KEY])
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -108,7 +108,7 @@ class Timeline:
         outside: list[Mode] = []
         for i, node in enumerate(self.nodes):
             for written in written_by(node):
-                self._writes.setdefault(self._storage(written), []).append(i)
+                self._writes.setdefault(self.storage(written), []).append(i)
             if node.target is set_grad_enabled:
                 self._switch(i, bool(node.args[0]))
             elif node.target is enter_inference_mode:
@@ -124,7 +124,8 @@ class Timeline:
         self._modes.append(mode)
 
     @staticmethod
-    def _storage(node: Node) -> Hashable:
+    def storage(node: Node) -> Hashable:
+        """What tells the storage of a node from others."""
         value = tensor_of(node)
         try:
             return node if value is None else local_of(value).untyped_storage()._cdata
@@ -132,11 +133,11 @@ class Timeline:
             return node
 
     def shares_storage(self, a: Node, b: Node) -> bool:
-        return self._storage(a) == self._storage(b)
+        return self.storage(a) == self.storage(b)
 
     def version(self, node: Node, position: int) -> int:
         """How often the storage of `node` was written before `position`."""
-        return bisect_left(self._writes.get(self._storage(node), []), position)
+        return bisect_left(self._writes.get(self.storage(node), []), position)
 
     def unchanged(self, node: Node, since: Node | int, until: int) -> bool:
         """Whether the storage of `node` is the same at `until` as just after the node `since`."""
@@ -145,7 +146,7 @@ class Timeline:
 
     def window(self, node: Node, position: int) -> tuple[int, int]:
         """The places (first, last) where `node` exists and reads as it does at `position`."""
-        writes = self._writes.get(self._storage(node), [])
+        writes = self._writes.get(self.storage(node), [])
         version = bisect_left(writes, position)
         first = writes[version - 1] + 1 if version else 0
         last = writes[version] if version < len(writes) else len(self.nodes) - 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch.fx import Node
@@ -186,7 +186,7 @@ def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
 def _refusal_of_graph(reading: Reading) -> Refusal | None:
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
-    return OWN_BACKWARD if _is_function_body(reading.timeline.nodes) else None
+    return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
 
 
 def _refusal(logits: Logits) -> Refusal | None:
@@ -303,7 +303,7 @@ def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
     )
 
 
-def _is_function_body(nodes: Sequence[Node]) -> bool:
+def is_function_body(nodes: Iterable[Node]) -> bool:
     """Whether a graph is the forward of an autograd.Function, as Dynamo captures it.
 
     Such a body switches gradients off before anything else, on again at its end, and returns a pair: its

@@ -20,6 +20,16 @@ else:
     ALL_GATHER = ALL_REDUCE = WAIT = None
 
 
+def calls(node: torch.fx.Node, operator: Any) -> bool:
+    """Whether a node calls one of the operators above, by its overload or by its name."""
+    return operator is not None and node.target in (operator, operator.overloadpacket)
+
+
+def group_size(group_name: Any) -> int:
+    """How many ranks a group has."""
+    return distributed_c10d._resolve_process_group(group_name).size()
+
+
 def all_gather_blocks(x: torch.Tensor, group_name: Any) -> torch.Tensor:
     """[P * K, ...] of the [K, ...] that each of the P ranks of a group gives, without a gradient."""
     # Renamed in 2.13, where the old name warns.

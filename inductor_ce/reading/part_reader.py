@@ -1,0 +1,388 @@
+"""Losses of rows whose ranks know themselves that each has a part of the classes.
+
+A program of tensor parallelism by hand takes the maximum of its own columns and of all ranks, sums the
+exponentials and the logit at the label likewise, and makes the loss of these. It is read in the order in
+which it runs, and every storage has the value that was written to it last: such programs work in place.
+
+What is found are uses: places where something else reads what was made of statistics of whole rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+
+from .. import algebra
+from ..algebra import parts
+from ..algebra.parts import Picked
+from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
+from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline, written_by
+from . import spellings
+from .steps import View
+from .views import viewed
+
+
+@dataclass(frozen=True)
+class Value:
+    """What a storage holds: a number for each row and column of this rank, or for each row.
+
+    `attached` tells whether a gradient flows to the logits, None where there is nothing for one to flow by.
+    """
+
+    expr: algebra.Vocab | sympy.Expr
+    attached: bool | None = None
+
+    @property
+    def is_wide(self) -> bool:
+        return isinstance(self.expr, algebra.Vocab)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A node that reads `source`, which holds `value`, and is no step of the loss."""
+
+    user: Node
+    source: Node
+    value: Value
+
+
+@dataclass
+class Parts:
+    """What was read of one tensor of logits.
+
+    Attributes:
+        logits: this rank's columns, which are the last dimension.
+        group: the name of the process group that shares the rows.
+        uses: of what is made of them.
+        steps: the nodes that nobody needs when the uses have what they read from elsewhere.
+        labels: where each symbol's are, and the step that reads them.
+        masks, others: what else has a symbol.
+        numbers: those of the program that are not masks'. NOTE A rank may have numbers of its own, and all
+            must read alike, or one of them would wait in a collective for the others. So what is read depends
+            on no number, but for whether a backward is the gradient of its forward.
+        picked: the labels of whole rows.
+        asked: the values of the nodes that were asked for.
+    """
+
+    logits: Node
+    group: Any = None
+    uses: list[Use] = field(default_factory=list)
+    steps: set[Node] = field(default_factory=set)
+    labels: dict[sympy.Symbol, tuple[Node, Node]] = field(default_factory=dict)
+    masks: dict[sympy.Symbol, Node] = field(default_factory=dict)
+    others: dict[sympy.Symbol, Node] = field(default_factory=dict)
+    numbers: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    picked: dict[sympy.Symbol, Picked] = field(default_factory=dict)
+    asked: list[Value | None] = field(default_factory=list)
+
+    @property
+    def whole(self) -> list[Use]:
+        """The uses of what is made of statistics of whole rows."""
+        return [use for use in self.uses if parts.is_of_ranks(use.value.expr)]
+
+
+Step = Callable[["PartReader", Node, dict[str, Any]], Value | None]
+
+
+class NotRead(Exception):
+    """This is no such loss."""
+
+
+class PartReader:
+    """What storages hold while a graph runs, from its logits on.
+
+    Args:
+        timeline: of the graph.
+        base: the logits.
+        sums, own_backward: as for `read_parts`.
+        steps: what reads a step, by its name in the table of steps.
+    """
+
+    def __init__(
+        self,
+        timeline: Timeline,
+        base: Node,
+        sums: Mapping[Node, tuple[Node, Any]],
+        own_backward: bool,
+        steps: Mapping[str, Step],
+    ):
+        self.timeline, self.sums, self.steps = timeline, sums, steps
+        self.found = Parts(base)
+        self.sizes = shape_of(base)
+        example = tensor_of(base)
+        assert example is not None
+        self.exprs: dict[Hashable, algebra.Vocab | sympy.Expr] = {}  # by storage
+        self.attached: dict[Node, bool | None] = {}
+        self.pending: dict[Node, Value] = {}  # by the node of a collective that has not been waited for
+        self.firsts: dict[Node, Value] = {}  # by the node of what has several results, of the first of them
+        self.strange: set[Node] = set()  # other views of what has a value
+        self._put(base, Value(algebra.LOGITS, None if own_backward else example.requires_grad or None))
+
+    # Values
+
+    def _put(self, node: Node, value: Value) -> None:
+        self.exprs[self.timeline.storage(node)] = value.expr
+        self.attached[node] = value.attached
+
+    def value(self, node: Any) -> Value | None:
+        """What a node holds now: as what was written last to its storage, of which it is the whole."""
+        if not isinstance(node, Node) or node not in self.attached or node in self.strange:
+            return None
+        expr = self.exprs.get(self.timeline.storage(node))
+        return None if expr is None else Value(expr, self.attached[node])
+
+    def read(self, node: Node) -> None:
+        if node.op in ("call_function", "call_method"):
+            value = self._value_of(node)
+            if value is not None:
+                self._put_result(node, value)
+                return
+            if node in self.pending or node in self.firsts:
+                self.found.steps.add(node)
+                return
+        self._use(node)
+
+    def _put_result(self, node: Node, value: Value) -> None:
+        position = self.timeline.position[node]
+        on = self.timeline.grad_mode(position) is True
+        if value.attached and not on:
+            value = Value(value.expr, False)
+        written = [*written_by(node)]
+        for target in written:
+            self._refuse_edit_of_others(target)
+            for alias in self.attached:
+                if self.timeline.shares_storage(alias, target):
+                    self.attached[alias] = value.attached
+            self.exprs[self.timeline.storage(target)] = value.expr
+        if tensor_of(node) is not None:
+            self._put(node, value)
+        self.found.steps.add(node)
+
+    def _refuse_edit_of_others(self, target: Node) -> None:
+        arguments = (n for n in self.timeline.nodes if n.op == "placeholder")
+        if any(self.timeline.shares_storage(target, n) for n in (*arguments, self.found.logits)):
+            raise NotRead
+
+    def _use(self, node: Node) -> None:
+        for source in node.all_input_nodes:
+            value = self.value(source)
+            if value is None:
+                if source in self.pending or source in self.firsts:
+                    raise NotRead
+                continue
+            if value.is_wide and value.expr != algebra.LOGITS:
+                raise NotRead  # probabilities that somebody else needs
+            if any(self.timeline.shares_storage(source, written) for written in written_by(node)):
+                raise NotRead
+            example = tensor_of(node)
+            if example is not None and self.timeline.shares_storage(source, node):
+                if not value.is_wide:
+                    raise NotRead
+                self.strange.add(node)
+            elif not value.is_wide:
+                self.found.uses.append(Use(node, source, value))
+
+    # Steps
+
+    def _value_of(self, node: Node) -> Value | None:
+        if calls(node, ALL_REDUCE):
+            return self._collective(node)
+        if calls(node, WAIT):
+            return self.pending.get(node.args[0])  # type: ignore[arg-type]
+        if node in self.sums:
+            source, group = self.sums[node]
+            value = self._over_ranks(self.value(source), "sum", group)
+            if value is not None:
+                self.firsts[node] = value
+            return None
+        if node.op == "call_method" and node.target in ("scatter_add", "scatter_add_"):
+            given = dict(zip(("input", "dim", "index", "src"), node.args, strict=False))
+            return None if node.kwargs else self.steps["scatter_add"](self, node, given)
+        spelled = spellings.read(node)
+        if spelled is None:
+            return self._copied(node)
+        step, args = spelled
+        function = self.steps.get(step.name)
+        return None if function is None else function(self, node, args)
+
+    def _copied(self, node: Node) -> Value | None:
+        """x.copy_(y), as a collective in place ends."""
+        if node.op != "call_method" or node.target != "copy_" or node.kwargs or len(node.args) != 2:
+            return None
+        target, source = node.args
+        alike = isinstance(target, Node) and same_shape(shape_of(target), shape_of(source))  # type: ignore
+        return self.value(source) if alike else None
+
+    def _collective(self, node: Node) -> Value | None:
+        source, how, group = node.args[:3]
+        value = self.value(source)
+        if value is not None and value.attached and how == "sum":
+            raise NotRead  # it has no gradient
+        reduced = self._over_ranks(value, how, group)
+        if reduced is not None:
+            self.pending[node] = reduced
+        return None
+
+    def _over_ranks(self, value: Value | None, how: Any, group: Any) -> Value | None:
+        if value is None or value.is_wide:
+            return None
+        found = self.found
+        if how == "max":
+            if value.expr != parts.MAX_HERE or value.attached:
+                return None
+            result: tuple[sympy.Expr, dict[sympy.Symbol, Picked]] | None = (algebra.MAX_HELD, {})
+        elif how == "sum":
+            name = f"y{len(found.picked) + 1}" if found.picked else "y"
+            result = parts.summed_over_ranks(value.expr, {*found.masks}, name)
+        else:
+            result = None
+        if result is None:
+            return None
+        if found.group not in (None, group):
+            raise NotRead
+        found.group = group
+        expr, picked = result
+        found.picked |= picked
+        return Value(expr, None if how == "max" else value.attached)
+
+    # Numbers of rows
+
+    def row(self, node: Any) -> sympy.Expr | None:
+        """What has a number for each row, and any number."""
+        if isinstance(node, (int, float)) and not isinstance(node, bool):
+            return algebra.number(node) if math.isfinite(node) else None
+        value = self.value(node)
+        if value is not None:
+            return None if value.is_wide else value.expr
+        example = tensor_of(node)
+        if not isinstance(node, Node) or example is None or not self._has_rows(node):
+            return None
+        if not self.timeline.unchanged(node, node, len(self.timeline.nodes)):
+            return None
+        return self._of_masks(node) or self._named(node)
+
+    def _has_rows(self, node: Node) -> bool:
+        sizes = shape_of(node)
+        count = math.prod(self.sizes[:-1])
+        return equal(math.prod(sizes), count) and bool(sizes)
+
+    def _of_masks(self, node: Node) -> sympy.Expr | None:
+        """A number made of masks."""
+        spelled, example = spellings.read(node), tensor_of(node)
+        made = None if spelled is None else self._made_of_masks(node, *spelled)
+        if made is None and example is not None and example.dtype == torch.bool:
+            return self._symbol(self.found.masks, "m", node)
+        return made
+
+    def _made_of_masks(self, node: Node, step: Any, args: dict[str, Any]) -> sympy.Expr | None:
+        if step.name == "where":
+            condition, a, b = (self.row(args.get(name)) for name in ("condition", "input", "other"))
+            if condition is None or a is None or b is None or 0 not in (a, b):
+                return None
+            return sympy.expand(condition * a + (1 - condition) * b)
+        a = self.row(args.get("input"))
+        if a is None:
+            return None
+        if step.view in (View.SAME, View.RESHAPE):
+            return a if a.free_symbols & {*self.found.masks} or a.is_number else None
+        if step.name == "not":
+            return 1 - a
+        b = self.row(args.get("other"))
+        if step.name not in ("sub", "rsub", "mul", "add") or len(node.all_input_nodes) != 1 or b is None:
+            return None
+        if args.get("alpha", 1) != 1:
+            return None
+        return {"add": a + b, "mul": a * b, "sub": a - b, "rsub": b - a}[step.name]
+
+    def _named(self, node: Node) -> sympy.Expr | None:
+        example = tensor_of(node)
+        assert example is not None
+        if not example.is_floating_point():
+            return None
+        while (spelled := spellings.read(node)) is not None and spelled[0].view in (View.SAME, View.RESHAPE):
+            source = viewed(node)
+            if source is None:
+                break
+            node = source
+        return self._symbol(self.found.others, "r", node)
+
+    @staticmethod
+    def _symbol(known: dict[sympy.Symbol, Node], letter: str, node: Node) -> sympy.Symbol:
+        for symbol, held in known.items():
+            if held is node:
+                return symbol
+        symbol = algebra.outside(f"{letter}{len(known) + 1}")
+        known[symbol] = node
+        return symbol
+
+    def label(self, node: Node, at: Node) -> sympy.Symbol:
+        """The symbol of labels of this rank, as the step `at` reads them."""
+        while (spelled := spellings.read(node)) is not None and spelled[0].view is View.RESHAPE:
+            node = spelled[1]["input"]
+        position = self.timeline.position
+        for symbol, (held, there) in self.found.labels.items():
+            if held is node and self.timeline.unchanged(node, position[there], position[at]):
+                return symbol
+        symbol = algebra.label(f"here{len(self.found.labels) + 1}")
+        self.found.labels[symbol] = node, at
+        return symbol
+
+    # Operations
+
+    def joined(
+        self, node: Node, args: dict[str, Any], function: Callable[[Any, Any], Any], reverse: bool = False
+    ) -> Value | None:
+        """An operation between what is wide, rows and numbers."""
+        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
+            return None
+        given = [args.get("input"), args.get("other")]
+        if not any(self.value(x) is not None for x in given):
+            return None
+        attached = self.attachment(given)
+        exprs: list[Any] = []
+        for arg in given:
+            value = self.value(arg)
+            if value is not None and value.is_wide:
+                exprs.append(value.expr)
+                continue
+            row = self._number(arg) if isinstance(arg, (int, float)) else self.row(arg)
+            if row is None or not self._broadcasts(arg, node, any(self.is_wide(x) for x in given)):
+                return None
+            exprs.append(row)
+        if reverse:
+            exprs.reverse()
+        expr = function(*exprs)
+        return None if expr is None else Value(expr, attached)
+
+    def _number(self, number: float) -> sympy.Expr | None:
+        if not math.isfinite(number):
+            return None
+        symbol = sympy.Symbol(f"n{len(self.found.numbers) + 1}", real=True, positive=number > 0 or None)
+        self.found.numbers[symbol] = algebra.number(number)
+        return symbol
+
+    def is_wide(self, node: Any) -> bool:
+        value = self.value(node)
+        return value is not None and value.is_wide
+
+    def _broadcasts(self, arg: Any, node: Node, wide: bool) -> bool:
+        """Whether a row's number meets that row."""
+        if not isinstance(arg, Node):
+            return True
+        sizes, result = shape_of(arg), shape_of(node)
+        if wide:
+            return same_shape(sizes, (*result[:-1], 1))
+        return same_shape(sizes, result)
+
+    def attachment(self, given: list[Any]) -> bool | None:
+        found = {v.attached for x in given if (v := self.value(x)) is not None} - {None}
+        if len(found) > 1:
+            raise NotRead
+        return next(iter(found), None)

@@ -1,0 +1,253 @@
+"""Losses that ranks make together by their own collectives: one all-gather of statistics in their place.
+
+The collectives stand in the graph, or in autograd.Functions. Such a function may sum over ranks and hand its
+gradient through; or it is the whole loss. Then its backward says which gradient is meant, whatever that is:
+a sum of the probabilities, of ones at labels and of a constant, each times a number of the row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+from torch.fx import Graph, Node
+
+from .. import algebra, ops
+from ..algebra import Vocab, parts
+from ..algebra.notation import render
+from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
+from ..common.findings import Site, user_line
+from ..common.strategies import MATERIALISE
+from ..graph.builder import Builder
+from ..graph.functions import Body, function_bodies, inner, joined
+from ..graph.shapes import example_of, hint, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from ..reading import spellings
+from ..reading.part_reader import Parts
+from ..reading.parts import read_parts
+from ..reading.steps import View
+from ..reading.views import viewed
+from .part_rows import PartRows
+
+
+def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site]:
+    """Rewrite every such loss that is understood. What is not stays as it is."""
+    bodies = list(function_bodies(graph))
+    if not any(map(_has_collective, [graph, *(body.forward for body in bodies)])):
+        return []
+    sites: list[Site | None] = []
+    for body in bodies:
+        if _sum_of(body) is None and _has_collective(body.forward):
+            sites.append(_rewrite_function(graph, body, numbers))
+    timeline = Timeline(graph)
+    sums = {body.call: summed for body in function_bodies(graph) if (summed := _sum_of(body)) is not None}
+    for base in _bases(timeline):
+        found = read_parts(timeline, base, sums)
+        sites.append(None if found is None else _rewrite_uses(graph, timeline, found, numbers))
+    return [site for site in sites if site is not None]
+
+
+def _has_collective(graph: Graph) -> bool:
+    return any(calls(node, ALL_REDUCE) for node in graph.nodes)
+
+
+def _sum_of(body: Body) -> tuple[Node, Any] | None:
+    """(what is summed over the ranks of a group, the group), where the gradient is handed through."""
+    inputs, steps, returned = inner(body.forward)
+    gradients, backward, passed = inner(body.backward)
+    outputs = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else None
+    tensors = [given for given in body.inputs if isinstance(given, Node)]
+    if len(inputs) != 1 or len(tensors) != 1 or backward or not gradients or not isinstance(outputs, tuple):
+        return None
+    if not isinstance(passed, tuple) or passed[:1] != (gradients[0],) or any(passed[1:]):
+        return None
+    plain = [n for n in steps if calls(n, ALL_REDUCE) or calls(n, WAIT)]
+    if len(plain) != 2 or plain != steps or outputs != (plain[1],) or plain[0].args[:2] != (inputs[0], "sum"):
+        return None
+    return tensors[0], plain[0].args[2]
+
+
+def _bases(timeline: Timeline) -> list[Node]:
+    """The logits of whose rows somebody takes the maximum along the last dimension."""
+    found: list[Node] = []
+    for node in timeline.nodes:
+        spelled = spellings.read(node)
+        if spelled is None or spelled[0].name not in ("amax", "max"):
+            continue
+        base = spelled[1].get("input")
+        while isinstance(base, Node) and (source := _same_logits(base)) is not None:
+            base = source
+        example = tensor_of(base)
+        if example is None or example.dim() < 2 or not example.is_floating_point():
+            continue
+        if isinstance(base, Node) and base not in found:
+            found.append(base)
+    return found
+
+
+def _same_logits(node: Node) -> Node | None:
+    """What a node is a cast, a copy or a view of, with the classes where they were."""
+    spelled = spellings.read(node)
+    if spelled is not None and spelled[0].name == "detach":
+        return spelled[1]["input"]
+    source = viewed(node)
+    alike = source is not None and shape_of(source)[-1:] == shape_of(node)[-1:]
+    return source if alike and spelled is not None and spelled[0].view in (View.SAME, View.RESHAPE) else None
+
+
+# In the graph itself
+
+
+def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Iterator[int]) -> Site | None:
+    uses = found.whole
+    if not any(use.value.expr.has(algebra.LSE) for use in uses):  # type: ignore[union-attr]
+        return None
+    if any(_needs_more(use.value.expr) for use in uses):
+        return None
+    attached = {use.value.attached for use in uses} - {None}
+    place = min(timeline.position[use.user] for use in uses)
+    on = timeline.grad_mode(place) is True
+    if len(attached) > 1 or (attached == {True} and not on):
+        return None
+    read = [*(node for node, _ in found.labels.values()), *found.masks.values(), *found.others.values()]
+    since = {node: timeline.position[at] for node, at in found.labels.values()}
+    for node in read:
+        position = timeline.position[node]
+        if position >= place or not timeline.unchanged(
+            node, since.get(node, position + 1), len(timeline.nodes)
+        ):
+            return None
+    if not timeline.unchanged(found.logits, found.logits, len(timeline.nodes)):
+        return None
+    number = next(numbers)
+    first = timeline.nodes[place]
+    build = Builder(graph, first, like=uses[0].source)
+    try:
+        logits = found.logits if attached == {True} else build("detach", found.logits)
+        emitter = PartRows(build, found, logits, number, {})
+        made = []
+        for use in uses:
+            emitter.build = later = Builder(graph, use.user, like=use.source)
+            made.append((use, emitter.result(use.value.expr, use.source)))
+            build.created += later.created
+    except Exception:
+        build.undo()
+        raise
+    for use, result in made:
+        use.user.replace_input_with(use.source, result)
+    _erase(graph, found.steps)
+    return _site(found, [use.value.expr for use in uses], uses[0].source, number)
+
+
+def _needs_more(expr: sympy.Expr) -> bool:
+    """Whether a row expression has, of the columns of this rank alone, more than the sum of the logits."""
+    return parts.is_here(expr.subs({parts.SUM_HERE: 0, parts.V_HERE: 1}))
+
+
+def _erase(graph: Graph, steps: set[Node]) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node in steps and not node.users:
+            graph.erase_node(node)
+
+
+# In a function with a backward of its own
+
+
+def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site | None:
+    both = joined(body)
+    if both is None:
+        return None
+    nodes, timeline = both.nodes, Timeline(both.graph)
+    inputs = dict(zip(inner(body.forward)[0], body.inputs, strict=True))
+    given = {nodes[inner]: outer for inner, outer in inputs.items()}
+    for base in _bases(timeline):
+        if base not in given or base not in both.gradients:
+            continue
+        others = [outer for node, outer in given.items() if node is not base and _wants_gradient(outer)]
+        found = read_parts(timeline, base, {}, [both.result, both.gradients[base]], own_backward=True)
+        meant = None if found is None or found.whole or others else _meant(found, both.upstream)
+        if found is not None and meant is not None:
+            return _inline(graph, body, found, meant, nodes, given, numbers)
+    return None
+
+
+def _wants_gradient(given: Any) -> bool:
+    example = tensor_of(given)
+    return example is not None and example.requires_grad
+
+
+def _meant(found: Parts, upstream: Node) -> sympy.Expr | None:
+    """What has the gradient that the backward computes."""
+    loss, dz = found.asked
+    g = next((symbol for symbol, node in found.others.items() if node is upstream), None)
+    if (
+        loss is None
+        or dz is None
+        or g is None
+        or isinstance(loss.expr, Vocab)
+        or not loss.expr.has(algebra.LSE)
+    ):
+        return None
+    if not isinstance(dz.expr, Vocab) or loss.expr.has(g) or _needs_more(loss.expr):
+        return None
+    return parts.potential(dz.expr, g, found.picked, {*found.masks})
+
+
+def _inline(
+    graph: Graph,
+    body: Body,
+    found: Parts,
+    meant: sympy.Expr,
+    nodes: dict[Node, Node],
+    given: dict[Node, Any],
+    numbers: Iterator[int],
+) -> Site | None:
+    """The loss in place of the call, and in the graph what else the forward computes."""
+    results = [n for n in body.call.users if n.target is operator.getitem and n.args[1] == 0]
+    if len(results) != 1 or len(body.call.users) != 1:
+        return None
+    (result,) = results
+    number = next(numbers)
+    outer = dict(given)
+    build = Builder(graph, body.call, like=result)
+    try:
+        for step in inner(body.forward)[1]:
+            own = nodes[step]
+            if own not in found.steps and all(n in outer for n in own.all_input_nodes):
+                with graph.inserting_before(body.call):
+                    outer[own] = graph.node_copy(own, outer.__getitem__)
+                build.created.append(outer[own])
+        emitter = PartRows(build, found, outer[found.logits], number, outer)
+        loss = found.asked[0]
+        assert loss is not None
+        made = emitter.result(loss.expr, result, meant)
+    except Exception:
+        build.undo()
+        raise
+    result.replace_all_uses_with(made)
+    for node in (result, body.call, *body.call.args[:2]):
+        if isinstance(node, Node) and not node.users:
+            graph.erase_node(node)
+    return _site(found, [loss.expr], made, number)
+
+
+def _site(found: Parts, exprs: list[sympy.Expr], node: Node, number: int) -> Site:
+    location, code = user_line(node)
+    forms = [render(expr.subs({algebra.MAX_HELD: algebra.MAX, **found.numbers})) for expr in exprs]
+    statistics = ["lse", *(f"pick({y})" for y in found.picked)]
+    size = example_of(found.logits).element_size()
+    for length in shape_of(found.logits):
+        size *= hint(length)
+    return Site(
+        location,
+        code,
+        "; ".join(dict.fromkeys(forms)),
+        tuple(statistics),
+        ops.Rows.of(len(found.picked)).encode(),
+        sharded=True,
+        strategy=MATERIALISE,
+        logits_bytes=size,
+        id=number,
+    )

@@ -1,0 +1,233 @@
+"""Losses that ranks make together by collectives of their own, as Megatron-like code has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
+from torch import Tensor
+
+SMOOTHING = 0.1
+
+
+class WholeLoss(torch.autograd.Function):
+    """In place, as memory is dear; the probabilities are what the backward keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, start: int, smoothing: float, scale: float) -> Tensor:
+        v = z.shape[-1]
+        x = z.clone().float()
+        peak = torch.max(x, dim=-1)[0]
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        x -= peak.unsqueeze(dim=-1)
+        elsewhere = (y < start) | (y >= start + v)
+        own = y.clone() - start
+        own[elsewhere] = 0
+        flat = own.view(-1)
+        rows = torch.arange(flat.shape[0], device=z.device)
+        picked = x.view(-1, v)[rows, flat].clone().contiguous().view_as(y)
+        picked[elsewhere] = 0.0
+        dist.all_reduce(picked)
+        torch.exp(x, out=x)
+        total = x.sum(dim=-1)
+        dist.all_reduce(total)
+        loss = torch.log(total) - picked
+        x.div_(total.unsqueeze(dim=-1))
+        if smoothing > 0:
+            loss = (1.0 - smoothing) * loss - smoothing * torch.log(x).mean(dim=-1)
+        ctx.smoothing, ctx.scale = smoothing, scale
+        ctx.save_for_backward(x, elsewhere, flat)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        dz, elsewhere, flat = ctx.saved_tensors
+        v = dz.shape[-1]
+        dz_2d = dz.view(-1, v)
+        rows = torch.arange(dz_2d.shape[0], device=dz.device)
+        gain = 1.0 - elsewhere.view(-1).float()
+        if ctx.smoothing > 0:
+            dz_2d[rows, flat] -= (1.0 - ctx.smoothing) * gain
+            dz_2d[rows, :] -= ctx.smoothing * (1 / v)
+        else:
+            dz_2d[rows, flat] -= gain
+        dz.mul_(ctx.scale * upstream.unsqueeze(dim=-1))
+        return dz, None, None, None, None
+
+
+class FromEachRank(torch.autograd.Function):
+    """A sum over ranks that hands its gradient through."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return funcol.all_reduce(x, "sum", dist.group.WORLD)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream
+
+
+class LogProbability(torch.autograd.Function):
+    """Out of place, with a backward that makes the probabilities anew."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, start: int) -> Tensor:
+        v = z.shape[-1]
+        elsewhere = (y < start) | (y >= start + v)
+        own = (y - start).masked_fill(elsewhere, 0)
+        peak = z.float().amax(dim=-1, keepdim=True)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        x = z.float() - peak
+        total = x.exp().sum(-1, keepdim=True)
+        dist.all_reduce(total)
+        logp = x - total.log()
+        picked = logp.gather(-1, own.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0.0)
+        dist.all_reduce(picked)
+        ctx.save_for_backward(logp, elsewhere, own)
+        return picked
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        logp, elsewhere, own = ctx.saved_tensors
+        dz = -logp.exp() * upstream.unsqueeze(-1)
+        hit = torch.where(elsewhere, 0.0, upstream)
+        return dz.scatter_add(-1, own.unsqueeze(-1), hit.unsqueeze(-1)), None, None
+
+
+def own_columns(y: Tensor, start: int, v: int) -> tuple[Tensor, Tensor]:
+    inside = (y >= start) & (y < start + v)
+    return inside, torch.where(inside, y - start, 0)
+
+
+def whole_loss(z: Tensor, y: Tensor, start: int) -> Tensor:
+    return WholeLoss.apply(z, y, start, 0.0, 1.0)
+
+
+def smoothed(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """With the mean over the columns of this rank, as each rank's smoothing has them alone."""
+    return WholeLoss.apply(z, y, start, SMOOTHING, 1.0)
+
+
+def scaled_backward(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Whose backward is twice the gradient: it is the user's to say."""
+    return WholeLoss.apply(z, y, start, 0.0, 2.0)
+
+
+def log_probability(z: Tensor, y: Tensor, start: int) -> Tensor:
+    return -LogProbability.apply(z, y, start)
+
+
+def regions(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Plain operations between functions that sum over ranks."""
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    total = FromEachRank.apply((z - peak[..., None]).exp().sum(-1))
+    inside, own = own_columns(y, start, z.shape[-1])
+    picked = FromEachRank.apply(torch.where(inside, z.gather(-1, own[..., None]).squeeze(-1), 0.0))
+    return total.log() + peak - picked
+
+
+def moved_sums(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Sums over the columns of each rank, moved from its own maximum to that of all."""
+    own_peak = z.detach().amax(-1)
+    with torch.no_grad():
+        peak = funcol.all_reduce(own_peak, "max", dist.group.WORLD)
+    total = FromEachRank.apply((z - own_peak[..., None]).exp().sum(-1) * (own_peak - peak).exp())
+    inside, own = own_columns(y, start, z.shape[-1])
+    gap = z.gather(-1, own[..., None]).squeeze(-1) - peak
+    return total.log() - FromEachRank.apply(gap.masked_fill(~inside, 0.0))
+
+
+def without_gradient(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """As a reference model's log-probabilities."""
+    with torch.no_grad():
+        peak = z.max(dim=-1, keepdim=True).values
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        total = (z - peak).exp().sum(dim=-1)
+        dist.all_reduce(total)
+        inside, own = own_columns(y, start, z.shape[-1])
+        picked = (z - peak).gather(-1, own.unsqueeze(-1)).squeeze(-1) * inside
+        dist.all_reduce(picked)
+        return total.log() - picked
+
+
+Loss = Callable[[Tensor, Tensor, int], Tensor]
+LOSSES: dict[str, Loss] = {
+    f.__name__: f
+    for f in (whole_loss, smoothed, scaled_backward, log_probability, regions, moved_sums, without_gradient)
+}
+
+
+# What looks alike, and is another function, or has another gradient
+
+
+class Squared(torch.autograd.Function):
+    """A backward of squares of probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        peak = z.amax(-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        e = (z - peak[..., None]).exp()
+        total = e.sum(-1)
+        dist.all_reduce(total)
+        ctx.save_for_backward(e / total[..., None])
+        return total.log() + peak
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return p * p * upstream[..., None]
+
+
+class Mean(FromEachRank):
+    """A sum over ranks whose gradient is shared among them."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream / dist.get_world_size()
+
+
+def squared_backward(z: Tensor, y: Tensor, start: int) -> Tensor:
+    return Squared.apply(z)
+
+
+def shared_gradient(z: Tensor, y: Tensor, start: int) -> Tensor:
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    total = Mean.apply((z - peak[..., None]).exp().sum(-1))
+    return total.log() + peak
+
+
+def summed_normalisers(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """The sum of the ranks' own normalisers is none."""
+    peak = z.detach().amax(-1)
+    return FromEachRank.apply((z - peak[..., None]).exp().sum(-1).log() + peak)
+
+
+def probabilities_kept(z: Tensor, y: Tensor, start: int) -> Tensor:
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    e = (z - peak[..., None]).exp()
+    total = FromEachRank.apply(e.sum(-1))
+    p = e / total[..., None]
+    return total.log() + peak - (p * p.roll(1, -1)).sum(-1)
+
+
+def scaled_by_rank(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """What each rank weighs otherwise is no logit of a whole row."""
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    total = FromEachRank.apply((z - peak[..., None]).exp().sum(-1))
+    inside, own = own_columns(y, start, z.shape[-1])
+    picked = z.gather(-1, own[..., None]).squeeze(-1) * (1.0 + start)
+    return total.log() + peak - FromEachRank.apply(torch.where(inside, picked, 0.0))
+
+
+NEAR_MISSES: dict[str, Loss] = {
+    f.__name__: f
+    for f in (squared_backward, shared_gradient, summed_normalisers, probabilities_kept, scaled_by_rank)
+}
