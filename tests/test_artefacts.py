@@ -18,6 +18,7 @@ import traceback
 from pathlib import Path
 import torch
 import torch._dynamo
+import torch._inductor.compile_fx
 import torch.nn.functional as F
 from kernels import compiled_together
 
