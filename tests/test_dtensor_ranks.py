@@ -36,10 +36,7 @@ JOBS = {
         ("all, ignoring 0", FLOAT16),
     ],
     4: [
-        *[
-            (name, EMPTY)
-            for name in ("all, ignoring the last", "accuracy", "special numbers, entropy")
-        ],
+        *[(name, EMPTY) for name in ("all, ignoring the last", "accuracy", "special numbers, entropy")],
         ("rows, z-loss", replace(RAGGED, dtype=torch.float32)),
         ("all, ignoring 0", Setup((2, 1, 2))),
         ("smoothing", Setup((2, 2), rows=(False,))),

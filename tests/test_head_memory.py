@@ -51,8 +51,7 @@ BUDGET = 0.28  # of rows that are brought together the hidden states, and their 
 CHAINED = {"soft-cap": 0.53}
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "strategy"), in_turns(NAMES, ["token_chunks", "vocab_slabs"]))
 def test_largest_tensor(name: str, strategy: str) -> None:
     given = inputs(N, v=V, d=D)
     forward, backward = run(name, strategy, given, CHAINED.get(name, BUDGET)).final
