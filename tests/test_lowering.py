@@ -12,7 +12,7 @@ import pytest
 import torch
 from gpu_codegen import generate
 from interpreter import triton_ir
-from pairwise import EVERYTHING, pairwise
+from pairwise import EVERYTHING, in_turns, pairwise
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -179,18 +179,18 @@ LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def test_argmax_beside_what_is_read_across_rows() -> None:
     """Such a loop goes over tiles: the logits, a weight, or what a program itself sums beside them."""
+    kinds = in_turns([*LOGITS], [1, 0])  # of weights as well: those in memory with the one that is not
     which, n, v = reference.rows(0, "argmax", *reference.weighted(1)), 21, 45
 
     @torch.compile
     def of_each_kind(a: Tensor, b: Tensor, *weights: Tensor) -> list[tuple[Tensor, ...]]:
-        made = [logits(a, b) for logits in LOGITS.values()]
-        return [(z, (z * q).sum(1), ops.row_stats(z, [], [q], which)) for z in made for q in weights]
+        made = [(LOGITS[kind](a, b), weights[i]) for kind, i in kinds]
+        return [(z, (z * q).sum(1), ops.row_stats(z, [], [q], which)) for z, q in made]
 
     a, b = 3 * torch.randn(n, v), 3 * torch.randn(v, n)
     a[:2], b[:, :2] = 1.0, 0.5  # all of them the largest
     a[2, [3, 6]], b[[3, 6], 2], a[3], b[:, 3] = torch.nan, torch.nan, -torch.inf, -torch.inf
     weights = torch.randn(n, v), torch.randint(-9, 9, (v, n)).t()
-    kinds = [name for name in LOGITS for _ in weights]
     place = which.split(",").index("argmax")
     for kind, (z, _, stats) in zip(kinds, of_each_kind(a, b, *weights), strict=True):
         assert stats[place].tolist() == z.argmax(1).tolist(), kind
