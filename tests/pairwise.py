@@ -23,6 +23,14 @@ def pairwise(
     return product if EVERYTHING else covering(product)
 
 
+def in_turns(*factors: Sequence[Any]) -> list[Combination]:
+    """Combinations in which every choice occurs, the factors' choices in turns; with ALL=1 the product."""
+    if EVERYTHING:
+        return list(itertools.product(*factors))
+    longest = max(map(len, factors))
+    return [tuple(choices[i % len(choices)] for choices in factors) for i in range(longest)]
+
+
 def covering(product: Sequence[Combination], strength: int = 2) -> list[Combination]:
     """Combinations in which all parts of all of `product` occur, always the one that brings the most.
 

@@ -18,7 +18,9 @@ import traceback
 from pathlib import Path
 import torch
 import torch._dynamo
+import torch._inductor.compile_fx
 import torch.nn.functional as F
+from kernels import compiled_together
 
 torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
 folder = Path(sys.argv[1])
@@ -95,11 +97,12 @@ def found(what):
     return given
 
 # NOTE: each in a process of its own
-# They share the import of torch alone.
+# They share the import of torch and of Inductor alone.
 for what in sys.argv[2:]:
     if not os.fork():
         try:
-            print("FOUND", json.dumps([what, found(what)]), flush=True)
+            with compiled_together():
+                print("FOUND", json.dumps([what, found(what)]), flush=True)
         except Exception:
             traceback.print_exc()
         finally:
@@ -125,7 +128,8 @@ class Told(dict[str, dict[str, Any]]):
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("artefacts")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
     program = folder / "program.py"
     program.write_text(PROGRAM)
     with clean_slate():  # or this process would look anew for what a processor can do

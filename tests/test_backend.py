@@ -431,32 +431,41 @@ def test_the_key_is_the_same_wherever_the_package_lies(tmp_path: Path):
 
 
 COMPILE = """
-    import json, sys, torch, inductor_ce
+    import json, os, sys, torch, torch._dynamo, torch._inductor.compile_fx
+    from kernels import compiled_together
     from torch._dynamo.utils import counters
 
     def f(h, W, y):
         z = torch.nn.functional.linear(h, W)
         return torch.nn.functional.cross_entropy(z, y), z
 
-    torch.manual_seed(0)
-    args = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
-    for min_vocab in sys.argv[1:]:
+    def found(min_vocab):
+        import inductor_ce
+        torch.manual_seed(0)
+        args = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
         torch._dynamo.reset()
         counters.clear()
-        inductor_ce.install(min_vocab=int(min_vocab))
-        loss, z = torch.compile(f)(*args)
-        print(json.dumps({
-            "lazy": [hasattr(z, "is_made"), getattr(z, "is_made", True)],
-            "logits": z.tolist(),
-            "eager": f(*args)[1].tolist(),
-            "key": repr(torch._inductor.config.pre_grad_custom_pass.uuid()),
-            "hits": [
-                counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_hit"]
-            ],
-            "sites": counters["inductor_ce"]["sites"],
-            "explained": inductor_ce.explain(f, *args).to_dict(),
-        }))
-        inductor_ce.uninstall()
+        with inductor_ce.install(min_vocab=min_vocab), compiled_together():
+            loss, z = torch.compile(f)(*args)
+            return {
+                "lazy": [hasattr(z, "is_made"), getattr(z, "is_made", True)],
+                "logits": z.tolist(),
+                "eager": f(*args)[1].tolist(),
+                "key": repr(torch._inductor.config.pre_grad_custom_pass.uuid()),
+                "hits": [
+                    counters["aot_autograd"]["autograd_cache_hit"],
+                    counters["inductor"]["fxgraph_cache_hit"],
+                ],
+                "sites": counters["inductor_ce"]["sites"],
+                "explained": inductor_ce.explain(f, *args).to_dict(),
+            }
+
+    for min_vocabs in sys.argv[1:]:  # each in a process of its own
+        if not os.fork():
+            for min_vocab in min_vocabs.split():
+                print("FOUND", json.dumps(found(int(min_vocab))), flush=True)
+            os._exit(0)
+        assert os.wait()[1] == 0
 """
 
 
@@ -466,19 +475,16 @@ def test_second_process_hits_the_cache(tmp_path: Path):
     environment = {
         **os.environ,
         **known_to_children(),
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]),
         "TORCH_COMPILE_CACHE_KEY_TAG": uuid.uuid4().hex,  # no graph was stored under it yet
     }
-
-    def run(*min_vocabs: str) -> list[dict[str, Any]]:
-        command = [sys.executable, "-c", textwrap.dedent(COMPILE), *min_vocabs]
-        result = subprocess.run(
-            command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert result.returncode == 0, result.stderr
-        return [json.loads(line) for line in result.stdout.splitlines()[-len(min_vocabs) :]]
-
-    (cold,), (warm, other) = run("2"), run("2", "3")
+    command = [sys.executable, "-c", textwrap.dedent(COMPILE), "2", "2 3"]
+    result = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
+    cold, warm, other = (json.loads(line.removeprefix("FOUND ")) for line in lines)
     assert [p["hits"] for p in (cold, warm, other)] == [[0, 0], [1, 1], [0, 0]]
     assert [p["sites"] for p in (cold, warm, other)] == [1, 1, 1]
     assert [p["lazy"] for p in (cold, warm, other)] == [[True, False]] * 3

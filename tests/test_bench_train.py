@@ -1,6 +1,7 @@
 """`bench train` without a GPU: its loop over stand-ins, its table and its picture."""
 
 import contextlib
+import gc
 import json
 import math
 import os
@@ -56,7 +57,10 @@ def without_a_gpu() -> Iterator[None]:
     names = ("synchronize", "reset_peak_memory_stats", "empty_cache")
     patches = {name: lambda *a: None for name in names}
     patched = mock.patch.multiple(torch.cuda, Event=Event, max_memory_allocated=lambda: 2**30, **patches)
-    with patched, without_codegen():
+    uncollected = mock.patch.object(
+        gc, "collect", lambda *_: 0
+    )  # of all that other tests left, 1 s each time
+    with patched, uncollected, without_codegen():
         yield
 
 

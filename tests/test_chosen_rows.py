@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from gallery import in_double
 from harness import Rewritten, compile_without_codegen, misses, sites
+from pairwise import in_turns
 from reference import assert_fair
 from torch import Tensor
 
@@ -106,8 +107,7 @@ def check(f: Callable[..., Tensor], compiled: Callable[..., Tensor], args: tuple
         assert_fair(ours, eager, true)
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
-@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("f", "strategy"), in_turns([*FUNCTIONS], ["token_chunks", "vocab_slabs"]))
 def test_a_head_of_the_rows_that_are_chosen(f, strategy: str):
     compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
     check(f, compiled, inputs())

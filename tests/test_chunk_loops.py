@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import Graphs, compile_without_codegen
 from head_cases import counts
-from pairwise import EVERYTHING
+from pairwise import EVERYTHING, in_turns
 from reference import assert_fair
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -132,8 +132,7 @@ def wide(graphs: Graphs) -> list[int]:
     return [t.shape[0] for t in tensors if t.shape[1] == V]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize(("name", "dtype"), in_turns([*LOOPS], [torch.float32, torch.bfloat16]))
 def test_one_gradient_of_the_weight(name: str, dtype: torch.dtype) -> None:
     """All chunks add to it, and no chunk's logits wait for the backward."""
     compiled, graphs = compile_without_codegen(LOOPS[name])

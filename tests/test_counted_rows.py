@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness import compile_with_codegen, compile_without_codegen
 from head_cases import counts
-from pairwise import EVERYTHING
+from pairwise import EVERYTHING, in_turns
 from reference import assert_fair
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -374,9 +374,8 @@ def test_a_row_counts_if_any_loss_counts_it(computed: Computed) -> None:
 # Numbers
 
 
-@pytest.mark.parametrize("n", [1, 3, 64, 65, 257])
-@pytest.mark.parametrize("budget", [1.3, 0.4, 0.3])
-def test_chunks(budget: float, n: int) -> None:
+@pytest.mark.parametrize(("n", "budget"), in_turns([257, 65, 64, 3, 1], [0.3, 0.4, 1.3]))
+def test_chunks(n: int, budget: float) -> None:
     check(total, given(n), "h w b", budget=budget)
 
 

@@ -25,6 +25,8 @@ CHUNKS, SLABS = "token_chunks", "vocab_slabs"
 # The terms of cross entropy are those of test_dtensor_product.py.
 ELSEWHERE = ("plain", "smoothing", "rows, z-loss", "all, ignoring 0", "class weights", "soft targets")
 ELSEWHERE += ("entropy", "divergence")
+# On four ranks: of which one has no columns, or which share rows.
+ELSEWHERE += ("accuracy", "special numbers, entropy", "divergence of rows, a mean")
 JOBS = {
     2: [
         *[(name, UNEVEN) for name in CASES if name not in ELSEWHERE],
@@ -34,10 +36,7 @@ JOBS = {
         ("all, ignoring 0", FLOAT16),
     ],
     4: [
-        *[
-            (name, EMPTY)
-            for name in ("all, ignoring the last", "accuracy", "powers", "special numbers, entropy")
-        ],
+        *[(name, EMPTY) for name in ("all, ignoring the last", "accuracy", "special numbers, entropy")],
         ("rows, z-loss", replace(RAGGED, dtype=torch.float32)),
         ("all, ignoring 0", Setup((2, 1, 2))),
         ("smoothing", Setup((2, 2), rows=(False,))),
@@ -65,7 +64,7 @@ if EVERYTHING:
         ("entropy", FLOAT16),
     ]
     JOBS[4] += [
-        *[(name, EMPTY) for name in ("class weights", "entropy", "special numbers")],
+        *[(name, EMPTY) for name in ("class weights", "entropy", "powers", "special numbers")],
         *[(name, GRID) for name in ("plain", "all, ignoring 0", "class weights", "labels outside")],
         *[(name, RAGGED) for name in ("rows, z-loss", "soft targets", "accuracy")],
         ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),

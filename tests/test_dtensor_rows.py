@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from dtensor_cases import Name, Setup, check, distributed, everywhere, exact, tensors
 from harness import clean_slate, compile_without_codegen, misses, sites
+from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, mesh_there, on_devices, once, spawn
 from reference import Terms
 from torch import Tensor
@@ -31,30 +32,48 @@ ROWWISE: list[Name] = [Terms("sum", smoothing=0.1), "rows, z-loss", "entropy", "
 ROWWISE += ["soft targets", "expectation", "fixed column", "labels outside", "special numbers, smoothing"]
 CHUNKS, SLABS = "token_chunks", "vocab_slabs"
 
+# Each loss over rows that ranks share, and each placement of rows and labels under one of the losses.
 JOBS: dict[int, list[tuple[Name, Setup]]] = {
     2: [
-        *[(name, ROWS[2]) for name in (*MEANS, *ROWWISE, "causal shift")],
-        *[(name, NONE[2]) for name in MEANS],
-        *[(Terms(), replace(NONE[2], dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)],
-        *[(Terms(how), RAGGED) for how in ("none", "sum")],
-        *[(name, replace(ROWS[2], strategy=CHUNKS)) for name in (Terms(), "class weights")],
+        *[(name, ROWS[2]) for name in (Terms(), *ROWWISE, "causal shift")],
+        *[(name, NONE[2]) for name in MEANS[1:]],
+        (Terms(), replace(NONE[2], dtype=torch.bfloat16)),
+        (Terms("none"), RAGGED),
+        ("class weights", replace(ROWS[2], strategy=CHUNKS)),
         (Terms(), replace(NONE[2], strategy=CHUNKS)),
-        *[(name, replace(ROWS[2], strategy=SLABS)) for name in (MEANS[1], Terms("none"))],
-        *[(Terms(how), replace(ROWS[2], labels="whole")) for how in ("mean", "none")],
-        *[(Terms(how), replace(SHARDED[2], labels="over the last")) for how in ("mean", "none")],
+        (MEANS[1], replace(ROWS[2], strategy=SLABS)),
+        (Terms(), replace(ROWS[2], labels="whole")),
+        (Terms("none"), replace(SHARDED[2], labels="over the last")),
         (Terms(), replace(SHARDED[2], labels="over the last", strategy=CHUNKS)),
     ],
     4: [
-        *[(name, setup) for name in MEANS for setup in (ROWS[4], REPLICAS)],
-        (Terms("none"), ROWS[4]),
-        (Terms(), NONE[4]),
-        (MEANS[1], NONE[4]),
+        *[(Terms(), setup) for setup in (ROWS[4], NONE[4])],
+        ("class weights", ROWS[4]),
+        (MEANS[1], REPLICAS),
         (Terms(), replace(REPLICAS, strategy=CHUNKS)),
-        (Terms(), replace(ROWS[4], labels="whole")),
-        *[(Terms(), replace(SHARDED[4], labels=where)) for where in ("whole", "over the last")],
+        (Terms("none"), ROWS[4]),
+        (Terms(), replace(SHARDED[4], labels="whole")),
         (MEANS[1], replace(SHARDED[4], counting="one has none")),
     ],
 }
+if EVERYTHING:
+    JOBS[2] += [
+        *[(name, ROWS[2]) for name in MEANS[1:]],
+        (Terms(), NONE[2]),
+        (Terms(), replace(NONE[2], dtype=torch.float32)),
+        (Terms("sum"), RAGGED),
+        (Terms(), replace(ROWS[2], strategy=CHUNKS)),
+        (Terms("none"), replace(ROWS[2], strategy=SLABS)),
+        (Terms("none"), replace(ROWS[2], labels="whole")),
+        (Terms(), replace(SHARDED[2], labels="over the last")),
+    ]
+    JOBS[4] += [
+        (MEANS[1], ROWS[4]),
+        *[(name, REPLICAS) for name in (Terms(), "class weights")],
+        (MEANS[1], NONE[4]),
+        (Terms(), replace(ROWS[4], labels="whole")),
+        (Terms(), replace(SHARDED[4], labels="over the last")),
+    ]
 EVERY_JOB = [(size, *job) for size, jobs in JOBS.items() for job in jobs]
 
 

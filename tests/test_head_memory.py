@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gpu_codegen import Wrapper, lower_after_passes
 from harness import Graphs, compile_without_codegen
 from head_cases import CASES, Inputs, Loss, assert_all_fair, counts, exactly, inputs, measure, rows
+from pairwise import in_turns
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
@@ -50,8 +51,7 @@ BUDGET = 0.28  # of rows that are brought together the hidden states, and their 
 CHAINED = {"soft-cap": 0.53}
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "strategy"), in_turns(NAMES, ["token_chunks", "vocab_slabs"]))
 def test_largest_tensor(name: str, strategy: str) -> None:
     given = inputs(N, v=V, d=D)
     forward, backward = run(name, strategy, given, CHAINED.get(name, BUDGET)).final
@@ -200,8 +200,7 @@ def gpu_code(loss: Loss, strategy: str, pieces: int = 2, v: int = V) -> list[Wra
     return [lower_after_passes(gm, is_backward=i == 1) for i, gm in enumerate(graphs.final)]
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(("chain", "strategy"), in_turns([*CHAINS], ["token_chunks", "vocab_slabs"]))
 def test_chain_of_a_piece_is_absorbed(chain: str, strategy: str) -> None:
     """On a GPU nothing of a piece is in memory but its logits and their gradient, both in bfloat16.
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from harness import compile_without_codegen
 from harness import sites as sites_told
 from head_cases import counts
-from pairwise import EVERYTHING
+from pairwise import EVERYTHING, in_turns
 from reference import assert_fair
 from test_head_memory import most_at_once, sizes
 from torch import Tensor
@@ -279,8 +279,7 @@ def assert_right_in_16_bits(
         assert_fair(*(torch.stack([draw[name] for draw in of_one]) for of_one in made))
 
 
-@pytest.mark.parametrize("options", [CHUNKS, {**SLABS, "memory_budget": 4.0}], ids=["chunks", "slabs"])
-@pytest.mark.parametrize("name", IN_16_BITS)
+@pytest.mark.parametrize(("name", "options"), in_turns(IN_16_BITS, [CHUNKS, {**SLABS, "memory_budget": 4.0}]))
 def test_bfloat16(name: str, options: dict[str, Any]) -> None:
     """With a scale in float32, which has the logits in float32 if it has a dimension or they are cast."""
     f = IN_PIECES[name]
@@ -296,8 +295,9 @@ def cancelling(scale: float, d: int = 64) -> tuple[Tensor, ...]:
     return (h + 30).bfloat16(), w.bfloat16(), b.bfloat16(), y, torch.tensor(scale)
 
 
-@pytest.mark.parametrize("scale", [1 / 128, 1.0, 100.0])
-@pytest.mark.parametrize("f", [divided_in_float32, scaled_and_cast], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("scale", "f"), in_turns([1 / 128, 1.0, 100.0], [divided_in_float32, scaled_and_cast])
+)
 def test_cancelling_logits(f: Loss, scale: float) -> None:
     """A scale that were moved to the hidden states would be rounded with them, before they cancel."""
     compiled, _ = compile_without_codegen(f, **CHUNKS)
@@ -365,8 +365,9 @@ def test_all_rows_ignored() -> None:
 # Within programs
 
 
-@pytest.mark.parametrize("name", ["logit_scale", "of_rows", "of_sequences"])
-@pytest.mark.parametrize("options", [CHUNKS, SLABS], ids=["chunks", "slabs"])
+@pytest.mark.parametrize(
+    ("name", "options"), in_turns(["logit_scale", "of_rows", "of_sequences"], [CHUNKS, SLABS])
+)
 def test_any_number_of_rows(name: str, options: dict[str, Any]) -> None:
     f = IN_PIECES[name]
     compiled, _ = compile_without_codegen(f, dynamic=True, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import kernel_reference as reference
@@ -11,7 +12,7 @@ import pytest
 import torch
 from gpu_codegen import generate
 from interpreter import triton_ir
-from pairwise import pairwise
+from pairwise import EVERYTHING, in_turns, pairwise
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -53,18 +54,21 @@ def exactly(f: Callable[..., Tensor], arguments: Arguments) -> tuple[Tensor, Ten
     return gradient(f(zd, y, *(a.double() for a in others)), (zd,))
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_loss_and_gradient(dtype: torch.dtype) -> None:
+DTYPES = [(torch.bfloat16, torch.float64), (torch.float32, torch.float16)]  # of some rows, of every row
+
+
+@pytest.mark.parametrize(("of_some", "of_every"), product(TOLERANCE, repeat=2) if EVERYTHING else DTYPES)
+def test_loss_and_gradient(of_some: torch.dtype, of_every: torch.dtype) -> None:
     """Of some rows and of every row, in one graph; nothing falls back on the operators."""
 
-    def given(v: int, *others: Tensor) -> Arguments:
+    def given(dtype: torch.dtype, v: int, *others: Tensor) -> Arguments:
         z = (3 * torch.randn(7, v)).to(dtype).requires_grad_()
         return z, reference.random_labels(7, v, torch.int32), torch.rand(7), *others
 
     def both(few: Arguments, many: Arguments) -> tuple[Tensor, Tensor]:
         return loss(*few), reference.loss_of_every_row(*many)
 
-    few, many = given(37), given(130, *reference.random_weights(7, 130))
+    few, many = given(of_some, 37), given(of_every, 130, *reference.random_weights(7, 130))
 
     def step() -> list[tuple[Tensor, Tensor]]:
         return list(map(gradient, torch.compile(both)(few, many), (few, many)))
@@ -74,8 +78,8 @@ def test_loss_and_gradient(dtype: torch.dtype) -> None:
     assert not any("torch.ops.inductor_ce" in code for code in codes)
     references = reference.loss_reference, reference.loss_of_every_row_reference
     expected = list(map(exactly, references, (few, many)))
-    rtol = TOLERANCE[dtype]
     for (value, dz), (exact_value, exact_dz) in zip(actual, expected, strict=True):
+        rtol = TOLERANCE[dz.dtype]
         torch.testing.assert_close(value.double(), exact_value, rtol=min(rtol, 1e-5), atol=0)
         torch.testing.assert_close(dz.double(), exact_dz, rtol=rtol, atol=rtol * exact_dz.abs().max().item())
 
@@ -175,18 +179,18 @@ LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def test_argmax_beside_what_is_read_across_rows() -> None:
     """Such a loop goes over tiles: the logits, a weight, or what a program itself sums beside them."""
+    kinds = in_turns([*LOGITS], [1, 0])  # of weights as well: those in memory with the one that is not
     which, n, v = reference.rows(0, "argmax", *reference.weighted(1)), 21, 45
 
     @torch.compile
     def of_each_kind(a: Tensor, b: Tensor, *weights: Tensor) -> list[tuple[Tensor, ...]]:
-        made = [logits(a, b) for logits in LOGITS.values()]
-        return [(z, (z * q).sum(1), ops.row_stats(z, [], [q], which)) for z in made for q in weights]
+        made = [(LOGITS[kind](a, b), weights[i]) for kind, i in kinds]
+        return [(z, (z * q).sum(1), ops.row_stats(z, [], [q], which)) for z, q in made]
 
     a, b = 3 * torch.randn(n, v), 3 * torch.randn(v, n)
     a[:2], b[:, :2] = 1.0, 0.5  # all of them the largest
     a[2, [3, 6]], b[[3, 6], 2], a[3], b[:, 3] = torch.nan, torch.nan, -torch.inf, -torch.inf
     weights = torch.randn(n, v), torch.randint(-9, 9, (v, n)).t()
-    kinds = [name for name in LOGITS for _ in weights]
     place = which.split(",").index("argmax")
     for kind, (z, _, stats) in zip(kinds, of_each_kind(a, b, *weights), strict=True):
         assert stats[place].tolist() == z.argmax(1).tolist(), kind

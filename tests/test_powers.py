@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from gpu_codegen import generate, interpret
 from harness import compile_with_codegen, compile_without_codegen, misses, sites
 from head_cases import BUDGETS
+from pairwise import in_turns
 from reference import assert_as_fair, measure
 from sympy import sympify
 from test_algebra import LOG_P, evaluate, random_row
@@ -106,8 +107,10 @@ SPELLINGS: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("f", SPELLINGS, ids=lambda f: f.__name__)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.mark.parametrize(("f", "dtype"), in_turns([*SPELLINGS], DTYPES))
 def test_spelling(f: Callable[[Tensor], Tensor], dtype: torch.dtype):
     z, upstream = logits(dtype), torch.randn(N)
     compiled, graphs = compile_without_codegen(f)
