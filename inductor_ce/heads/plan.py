@@ -56,6 +56,7 @@ class HeadNumbers:
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
+        taught: bytes of what is made for a logit of a teacher's, in pieces of rows with the student's.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
             which nothing is known; memory is not, as all may.
@@ -78,6 +79,7 @@ class HeadNumbers:
     wants_weight: bool = True
     chained: bool = False
     added: int = 0
+    taught: int = 0
     in_terms: bool = False
     skips: bool = False
     labelled: bool = True
@@ -235,7 +237,7 @@ def _materialise(head: HeadNumbers, reason: str) -> Plan:
 
 def _held(head: HeadNumbers) -> int:
     """Bytes that are held at once for each logit of a piece."""
-    return head.element * (2 if head.backward and head.chained else 1) + head.added
+    return head.element * (2 if head.backward and head.chained else 1) + head.added + head.taught
 
 
 def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:

@@ -142,7 +142,7 @@ def _is_wide(source: Node, head: Head) -> bool:
 
 def _has_products_on_device(head: Head) -> bool:
     device = example_of(head.product).device
-    if has_16_bit_factors(head) or not counted_kernels.reads_tiles(device):
+    if has_16_bit_factors(head.products) or not counted_kernels.reads_tiles(device):
         return False
     if any(shape_of(product.hidden)[-1] % 8 for product in head.products):
         return False
