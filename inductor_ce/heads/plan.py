@@ -225,7 +225,7 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 def _usual_chunks(head: HeadNumbers) -> int:
     """As many chunks as leave products fast, and no more than pay."""
-    rows = CHUNK_ROWS
+    rows = CHUNK_ROWS // 2 if head.taught else CHUNK_ROWS  # of two sets of logits
     if head.skips:
         rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
     return min(max((head.n + rows // 2) // rows, 1), NARROW_CHUNKS)
