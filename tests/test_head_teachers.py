@@ -91,6 +91,14 @@ def sure_rows(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tenso
     return (rows * q.amax(-1)).mean()
 
 
+def with_entropies(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Rows count by the teacher's confidence, and its entropy is told: statistics of its logits as well."""
+    s, q = F.linear(h, W), F.linear(t, U)
+    log_q = q.log_softmax(-1)
+    sure = log_q.exp().amax(-1)
+    return (sure * _kl_of(s, q)).mean() - 0.1 * (log_q.exp() * log_q).sum(-1).mean()
+
+
 def squared(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """The gradient of a row depends on what is summed of the teacher, and of both."""
     s, q = F.linear(h, W), frozen(t, U)
@@ -150,6 +158,12 @@ CASES: dict[str, tuple[Loss, Loss]] = {
         sure_rows,
         exactly(lambda s, q, mask: (entropy_of(q, s) * log_p(q).exp().amax(-1)).mean()),
     ),
+    "with entropies": (
+        with_entropies,
+        exactly(
+            lambda s, q, mask: (kl(q, s) * log_p(q).exp().amax(-1)).mean() + 0.1 * entropy_of(q, q).mean()
+        ),
+    ),
     "squared": (squared, exactly(lambda s, q, mask: kl(q, s).square().mean())),
     "beside labels": (beside_labels, exactly(lambda s, q, mask: labelled(s, mask) + kl(q, s).mean())),
 }
@@ -183,8 +197,9 @@ def test_right_and_nowhere_whole(name: str, dtype: torch.dtype) -> None:
     compiled, graphs = in_chunks(CASES[name][0])
     check(compiled, name, given().to(dtype))
     forward, backward = graphs.final
-    assert counts() == {"token_chunks": 1}
-    assert (pieces := graphs.pieces) >= 2
+    sites = 2 if name == "with entropies" else 1
+    assert counts() == {"token_chunks": sites}
+    assert (pieces := graphs.pieces // sites) >= 2
     assert graphs.count(torch.ops.inductor_ce.logits.default) == 2 * pieces
     assert largest(forward) <= -(-N // pieces) * V
     assert max(saved(forward)) <= max(V * D, N * D, 3 * N)

@@ -76,7 +76,7 @@ class Teacher(NamedTuple):
     Attributes:
         products: linear layers whose results are wide.
         nodes: all that is made of these up to weights and sums, in the order of the graph.
-        sums: those of them that are sums over the classes, of each row.
+        sums: those of them that are sums over the classes, of each row; also `row_stats`, [K, N].
         feeds: what some are made of, and is made of statistics, or of sums; late: those that are.
     """
 

@@ -15,7 +15,7 @@ from ..common.compat.graphs import AS_TRACED, is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import Options
-from ..common.strategies import MATERIALISE, VOCAB_SLABS
+from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
@@ -37,6 +37,8 @@ from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
 
 aten = torch.ops.aten
+
+BY_ROWS = (TOKEN_CHUNKS, FORWARD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,18 @@ def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Plan
     heads = list(find.find_heads(graph))
     tellers = [[(stats_call(node).site, user_line(node)[0]) for node in stats] for _, stats, _ in heads]
     looped = {} if why_whole else _fuse_loops(graph, [head for head, *_ in heads if head], options)
-    for (head, stats, why_not), told in zip(heads, tellers, strict=True):
+    plans: list[Plan] = []
+    taught: dict[Node, Plan] = {}
+    for head, stats, why_not in heads:
         made = looped.get(id(head))
         if head is not None and made is None and not why_whole:
             made, _ = attempt("a head is left as it was", _fuse, graph, head, options)
+        if head is not None and head.teacher is not None and made is not None and made.strategy in BY_ROWS:
+            taught |= dict.fromkeys(head.teacher.sums, made)
         why = why_not or why_whole or "it failed, see the log"
-        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why)
-        done += [Planned(*site_and_line, found) for site_and_line in told]
+        plans.append(made or taught.get(stats[0]) or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why))
+    for plan_, (_, stats, _), told in zip(plans, heads, tellers, strict=True):
+        done += [Planned(*site_and_line, taught.get(stats[0], plan_)) for site_and_line in told]
     forget_sites(graph)
     return done
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from .. import ops
 from ..common.compat.graphs import is_tangent, unset_fake_temporarily
 from ..graph.shapes import constant, hint, is_hinted
 from .calls import grad_call
@@ -66,7 +67,9 @@ def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     given = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
     constants = [c for c in given if c not in taught]
     targets = [*coefficients, *constants, *head.beside(), *feeds]
-    facts = facts_about(targets, head.stats, is_tangent, size_of, sums)
+    statistics = [node for node in sums if node.target == ops.ROW_STATS]
+    others = [node for node in sums if node.target != ops.ROW_STATS]
+    facts = facts_about(targets, [*head.stats, *statistics], is_tangent, size_of, others)
     factor, why_not = one_factor(facts, head.grads)
     if not why_not and not all(_is_row_by_row(facts[node], size_of(head.n)) for node in feeds):
         why_not = "the teacher's logits are combined with what is not of their own row"

@@ -8,6 +8,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from .. import ops
 from ..graph.shapes import equal, shape_of, tensor_of
 from ..graph.walk import args_of
 from . import sizes
@@ -45,18 +46,17 @@ class Taught:
         Returns what the student's logits wait for: the weights, for which the teacher's are gone then.
         """
         made = {p.node: self.pieces.product(p, piece, after) for p in self.teacher.products}
-        self._made = made
+        self._made = self.pieces.weights = made
         for node in self.teacher.nodes:
             if node not in self.late:
                 self.make(node, piece, {})
-        self.pieces.weights = made
         return [*after, *(made[q] for q in self._weights if q in made)]
 
     def make(self, node: Node, piece: Range, rows: dict[Node, Node]) -> Node:
         """One node; `rows` has values for all rows, of which those of the piece are right."""
         made = self._made
         if node in self.teacher.sums:
-            made[node] = self.build(node.target, made[args_of(node)[0]], [1], True, **node.kwargs)
+            made[node] = self._sum(node, piece)
             if node in self._parts:
                 self._parts[node].append(made[node])
         elif is_pointwise(node):
@@ -64,6 +64,12 @@ class Taught:
         else:
             made[node] = made[args_of(node)[0]]
         return made[node]
+
+    def _sum(self, node: Node, piece: Range) -> Node:
+        source = self._made[args_of(node)[0]]
+        if node.target == ops.ROW_STATS:
+            return self.pieces.stats(node, source, piece)
+        return self.build(node.target, source, [1], True, **node.kwargs)
 
     def _again(self, node: Node, piece: Range, rows: dict[Node, Node]) -> Node:
         def part(source: Node) -> Node:
@@ -89,7 +95,7 @@ class Taught:
         return self.pieces.cut(self.build(aten.reshape.default, source, [self.pieces.n, 1]), piece, 0)
 
     def early_sums(self) -> dict[Node, Node]:
-        """The sums of the piece, [n, 1], that are made before the statistics."""
+        """The sums of the piece, [n, 1] or [K, n], that are made before the statistics of the student."""
         return {node: self._made[node] for node in self.teacher.sums - self.late}
 
     def sums(self) -> list[Node]:
@@ -98,13 +104,21 @@ class Taught:
 
     def whole(self) -> dict[Node, Node]:
         """What stands for each sum: that of all rows."""
-        return {node: self.shaped(self._joined(parts), node) for node, parts in self._parts.items()}
+        return {node: self._joined(node, parts) for node, parts in self._parts.items()}
 
-    def _joined(self, parts: list[Node]) -> Node:
-        return parts[0] if len(parts) == 1 else self.build(aten.cat.default, parts)
+    def _joined(self, node: Node, parts: list[Node]) -> Node:
+        rows = 1 if node.target == ops.ROW_STATS else 0
+        joined = parts[0] if len(parts) == 1 else self.build(aten.cat.default, parts, rows)
+        return self.shaped(joined, node)
+
+    def in_rows(self, node: Node, part: Node) -> Node:
+        """What is made of a sum for a piece as [K, n]."""
+        return part if node.target == ops.ROW_STATS else self.build(aten.permute.default, part, [1, 0])
 
     def shaped(self, rows: Node, node: Node) -> Node:
         """Numbers for all rows in the shape of a sum of the graph."""
+        if node.target == ops.ROW_STATS:
+            return rows
         size: list[Any] | None = sizes.of_shape(node.graph, shape_of(node))
         if size is None:
             raise NoHead("a size is no arithmetic of the inputs' sizes")

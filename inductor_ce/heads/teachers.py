@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from .. import ops
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call, stats_call
@@ -106,7 +107,7 @@ def _followed(head: Head, roots: set[Node]) -> Teacher:
         for user in node.users:
             if user in wide or user in sums or _reads_as_weight(user, node, head):
                 continue
-            if is_sum_over_classes(user, head):
+            if is_sum_over_classes(user, head) or _is_statistics(user, node):
                 sums.add(user)
             elif _keeps_rows(user) and _is_wide(user, head) and user not in head.wide:
                 wide.add(user)
@@ -141,6 +142,14 @@ def is_sum_over_classes(node: Node, head: Head) -> bool:
     if node.target not in SUMS or not _is_wide(source := args_of(node)[0], head):
         return False
     return summed_dims(node)[0] == {vocab_axis(source)}
+
+
+def _is_statistics(user: Node, node: Node) -> bool:
+    """Whether it is `row_stats` of the teacher's logits, for what the loss has of them."""
+    if user.target != ops.ROW_STATS:
+        return False
+    z, labels, *_ = args_of(user)
+    return z is node and node not in labels
 
 
 def _keeps_rows(node: Node) -> bool:

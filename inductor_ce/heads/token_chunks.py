@@ -135,10 +135,9 @@ class Coefficients:
         return self.build(aten.constant_pad_nd.default, part, [piece.start, self._rows_after(piece)], 0.0)
 
     def _sum(self, node: Node, part: Node, piece: Range) -> Node:
-        """What a chunk has of a sum for each row of the teacher, [n, 1], among those of all rows."""
+        """What a chunk has of a sum for each row of the teacher, among those of all rows."""
         assert self.taught is not None
-        rows = self._in_all_rows(self.build(aten.permute.default, part, [1, 0]), piece)
-        return self.taught.shaped(rows, node)
+        return self.taught.shaped(self._in_all_rows(self.taught.in_rows(node, part), piece), node)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
