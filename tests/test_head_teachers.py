@@ -116,6 +116,20 @@ def _kl_of(s: Tensor, q: Tensor) -> Tensor:
     return F.kl_div(s.log_softmax(-1), q.softmax(-1), reduction="none").sum(-1)
 
 
+def shifted(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Both sets of logits without the last of each sequence."""
+    s, q = F.linear(h.view(3, -1, D), W)[:, :-1], frozen(t.view(3, -1, E), U)[:, :-1, :]
+    kept = mask.view(3, -1)[:, 1:]
+    return (_kl_of(s, q / 2) * kept).sum() / kept.sum()
+
+
+def shifted_and_flat(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """The first of each is left out here, and rows are flattened between."""
+    s, q = F.linear(h.view(3, -1, D), W)[:, 1:], frozen(t.view(3, -1, E), U)[:, 1:].contiguous().view(-1, V)
+    log_q = q - torch.logsumexp(q, -1, keepdim=True)
+    return -(log_q.exp() * s.reshape(-1, V).log_softmax(-1)).sum(-1).mean()
+
+
 def log_p(z: Tensor) -> Tensor:
     return z - log_sum_exp(z)[..., None]
 
@@ -135,6 +149,15 @@ def exactly(formula: Callable[[Tensor, Tensor, Tensor], Tensor], biased: bool = 
         return formula(torch.einsum("nd,vd->nv", h, W), q + b.detach() if biased else q, mask)
 
     return exact
+
+
+def exactly_shifted(s: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    kept = mask.view(3, -1)[:, 1:]
+    return (kl(q.view(3, -1, V)[:, :-1] / 2, s.view(3, -1, V)[:, :-1]) * kept).sum() / kept.sum()
+
+
+def exactly_flat(s: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    return entropy_of(q.view(3, -1, V)[:, 1:], s.view(3, -1, V)[:, 1:]).mean()
 
 
 def labelled(s: Tensor, mask: Tensor) -> Tensor:
@@ -165,6 +188,8 @@ CASES: dict[str, tuple[Loss, Loss]] = {
         ),
     ),
     "squared": (squared, exactly(lambda s, q, mask: kl(q, s).square().mean())),
+    "shifted": (shifted, exactly(exactly_shifted)),
+    "shifted and flat": (shifted_and_flat, exactly(exactly_flat)),
     "beside labels": (beside_labels, exactly(lambda s, q, mask: labelled(s, mask) + kl(q, s).mean())),
 }
 
@@ -289,10 +314,16 @@ def rolled(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) 
     return (_kl_of(F.linear(h, W), q).mean(),)
 
 
-def shifted(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """Without the last of each sequence."""
-    s, q = F.linear(h.view(3, -1, D), W)[:, :-1], frozen(t.view(3, -1, E), U)[:, :-1]
+def of_the_next(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Another end is cut off the teacher's sequences than off the student's."""
+    s, q = F.linear(h.view(3, -1, D), W)[:, :-1], frozen(t.view(3, -1, E), U)[:, 1:]
     return (_kl_of(s, q).mean(),)
+
+
+def each_its_own(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """A temperature for each of the rows that are left."""
+    s, q = F.linear(h.view(3, -1, D), W)[:, :-1], frozen(t.view(3, -1, E), U)[:, :-1]
+    return (_kl_of(s, q / (1 + mask.view(3, -1)[:, 1:, None])).mean(),)
 
 
 def of_both(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -306,7 +337,8 @@ def of_both(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor)
     [
         (returned, "they are returned"),
         (over_rows, "they are read by cumsum as well"),
-        (shifted, "constant_pad_nd may bring rows to other places"),
+        (of_the_next, "rows that were cut off are not put back as they were"),
+        (each_its_own, "what is left of the rows is combined with numbers for them"),
         (rolled, "index may bring rows to other places"),
     ],
 )

@@ -9,10 +9,12 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import ops
-from ..graph.shapes import equal, shape_of, tensor_of
+from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from . import sizes
+from .cut_rows import PAD, SUMS, Left
 from .find import NoHead, Teacher, is_of_size, is_pointwise
+from .nodes import on
 from .pieces import Pieces
 from .ranges import Range
 from .teachers import weights_of
@@ -30,6 +32,7 @@ class Taught:
 
     def __init__(self, pieces: Pieces, teacher: Teacher):
         self.pieces, self.build, self.teacher = pieces, pieces.build, teacher
+        self._left = Left(pieces)
         self._weights = weights_of(pieces.head)
         inside = {*teacher.nodes}
         self._read = [n for n in teacher.nodes if n in teacher.sums and not inside.issuperset(n.users)]
@@ -55,10 +58,14 @@ class Taught:
     def make(self, node: Node, piece: Range, rows: dict[Node, Node]) -> Node:
         """One node; `rows` has values for all rows, of which those of the piece are right."""
         made = self._made
-        if node in self.teacher.sums:
+        if node.target in (ops.ROW_STATS, *SUMS):
             made[node] = self._sum(node, piece)
             if node in self._parts:
                 self._parts[node].append(made[node])
+        elif node.target == PAD:
+            source, left = made[args_of(node)[0]], self.pieces.cut(self._left.of(node), piece, 0)
+            zero = self.build(aten.full.default, [], 0.0, dtype=example_of(source).dtype, **on(source))
+            made[node] = self.build(aten.where.self, left, source, zero)
         elif is_pointwise(node):
             made[node] = self._again(node, piece, rows)
         else:
@@ -76,7 +83,7 @@ class Taught:
             if source in self._made:
                 return self._made[source]
             whole = rows.get(source, source)
-            if is_of_size(node, self.pieces.head.n):
+            if is_of_size(node, self.pieces.head.n) or _is_one(whole):
                 return self._numbers(whole, piece)
             return self.pieces.part(whole, node, piece)
 
@@ -88,7 +95,7 @@ class Taught:
         """A number for each row of a piece, [n, 1], or one for all."""
         if tensor_of(source) is None or not shape_of(source):
             return source
-        if all(equal(size, 1) for size in shape_of(source)):
+        if _is_one(source):
             return self.build(aten.reshape.default, source, [1, 1])
         if not is_of_size(source, self.pieces.head.n):
             raise NoHead("what is made of the teacher's logits is combined with numbers of some rows")
@@ -123,3 +130,8 @@ class Taught:
         if size is None:
             raise NoHead("a size is no arithmetic of the inputs' sizes")
         return self.build(aten.reshape.default, rows, size)
+
+
+def _is_one(source: Node) -> bool:
+    """Whether it is one number, or no tensor."""
+    return tensor_of(source) is None or all(equal(size, 1) for size in shape_of(source))

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch.fx import Node
 
 from .. import ops
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call, stats_call
+from .cut_rows import CUT, PAD, SUMS, uncut
 from .find import (
     PRODUCTS,
     Head,
@@ -30,11 +30,6 @@ from .find import (
     summed_dims,
     vocab_axis,
 )
-
-aten = torch.ops.aten
-
-SUMS = (aten.sum.dim_IntList, aten.amax.default, aten.amin.default)
-
 
 WHOLE = "the teacher's logits are whole: "
 TAUGHT = "the teacher's logits, and what is made of them, are those of the same rows"
@@ -89,7 +84,12 @@ def weights_of(head: Head) -> list[Node]:
 
 def _sources_by_row(node: Node, head: Head) -> list[Node]:
     """What a node is made of where each row of it is made of the same row."""
-    if node.target in PRODUCTS or not (_keeps_rows(node) or is_sum_over_classes(node, head)):
+    if node.target in PRODUCTS:
+        return []
+    if node.target == PAD:  # to where rows are cut off, whatever is between: it is looked at from there
+        before = reached([node], lambda n: [] if n.target in (CUT, *PRODUCTS) else n.all_input_nodes)
+        return [args_of(n)[0] for n in before if n.target == CUT and _is_wide(args_of(n)[0], head)]
+    if not (_keeps_rows(node) or is_sum_over_classes(node, head)):
         return []
     return [s for s in node.all_input_nodes if _is_wide(s, head) or _is_narrow(s, head)]
 
@@ -100,14 +100,18 @@ def _followed(head: Head, roots: set[Node]) -> Teacher:
     Raises:
         NoHead: something else reads it, or its rows are mixed.
     """
-    wide, sums = set(roots), set[Node]()
+    wide, sums, left = set(roots), set[Node](), set[Node]()
     stack = [*roots]
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user in wide or user in sums or _reads_as_weight(user, node, head):
+            if user in wide | sums | left or _reads_as_weight(user, node, head):
                 continue
-            if is_sum_over_classes(user, head) or _is_statistics(user, node):
+            if user.target == CUT:
+                found, padded = uncut(user, head.v)
+                left |= found
+                stack += padded
+            elif is_sum_over_classes(user, head) or _is_statistics(user, node):
                 sums.add(user)
             elif _keeps_rows(user) and _is_wide(user, head) and user not in head.wide:
                 wide.add(user)
@@ -115,8 +119,7 @@ def _followed(head: Head, roots: set[Node]) -> Teacher:
             else:
                 raise NoHead(_read_by(user, head))
     after = set(reached([*head.stats, *sums], lambda node: node.users))
-    inner = _between(head, wide - roots, sums, after)
-    known = wide | sums | inner
+    known = wide | sums | left | _between(head, wide - roots, sums, after)
     order = [node for node in head.product.graph.nodes if node in known - roots]
     feeds = list(dict.fromkeys(s for node in order for s in node.all_input_nodes if s in after - known))
     late = set(reached(feeds, lambda node: node.users)) & known
