@@ -293,6 +293,7 @@ def test_it_is_told() -> None:
     with inductor_ce.install(min_vocab=2, strategy="token_chunks", memory_budget=BUDGET):
         (site,) = inductor_ce.explain(forward_kl, h.requires_grad_(), W.requires_grad_(), *others).sites
     assert "the teacher's logits, and what is made of them, are those of the same rows" in site.plan
+    assert site.rows == "targets are made of the teacher's logits of all rows"
 
 
 # The teacher stays whole
