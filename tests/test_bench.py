@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import inductor_ce
-from inductor_ce.bench import cli, recognise
+from inductor_ce.bench import cli, distil, recognise
 from inductor_ce.bench.ce import check, command, render, run, systems
 from inductor_ce.bench.ce.inputs import Inputs
 from inductor_ce.bench.shared import compilers, losses, measure, options, peers, record
@@ -317,6 +317,35 @@ def test_method_is_recorded():
 def test_commit_outside_a_repository(tmp_path: Path):
     (tmp_path / "__init__.py").touch()
     assert record.git_state(tmp_path) == (None, None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", distil.LOSSES)
+def test_distillation_is_compared_with_its_formula(name: str, frozen: bool):
+    given = distil.drawn(distil.shape("300x200x16x24"), frozen, "cpu")
+    right, found = distil.exactly(name, given), distil.step_of(distil.LOSSES[name], given)()
+    assert found.keys() == right.keys() == {"loss", "dh"} | ({"dW"} if not frozen else set())
+    assert all(distil.error(found[part], right[part]) < 1e-2 for part in right)
+    (other,) = {*distil.LOSSES} - {name}
+    assert distil.error(found["dh"], distil.exactly(other, given)["dh"]) > 0.1
+
+
+def test_distillation_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["distil", "--shapes", "64x1024x16x16"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["distil", "--shapes", "64x1024"])
+
+
+def test_distillation_in_words():
+    rows = {
+        name: {"ms": ms, "beyond_gradients": nbytes << 20, "errors": {"loss": 1e-3}}
+        for name, ms, nbytes in (("torch.compile", 20.0, 100), ("inductor_ce", 10.0, 25))
+    }
+    told = distil.table({"cases": [{"shape": "4x4x4x4", "frozen": True, "loss": "forward", "rows": rows}]})
+    assert told == (
+        "4x4x4x4 forward, frozen weight: 10.0 ms of 20.0, 0.50x; 25 MiB of 100, 0.25x; worst error 1.00x"
+    )
 
 
 def test_recognition_is_timed(

@@ -1,5 +1,5 @@
-"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `tp`, `train` or
-`recognise`.
+"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `distil`, `tp`,
+`train` or `recognise`.
 
 In:   the command line.
 Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
@@ -7,6 +7,7 @@ Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
     cli          the command line
     ce/          the loss of given logits
     head/        the linear layer with its loss
+    distil       distillation from two heads
     tp/          the same over ranks that share the vocabulary
     train/       a training step of a whole model
     recognise    what recognition costs

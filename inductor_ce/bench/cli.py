@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from . import recognise
+from . import distil, recognise
 from .ce import command as ce
 from .head import command as head
 from .tp import command as tp
@@ -27,7 +27,14 @@ class Command(Protocol):
     def main(self, options: argparse.Namespace) -> int: ...
 
 
-COMMANDS: dict[str, Command] = {"ce": ce, "head": head, "tp": tp, "train": train, "recognise": recognise}
+COMMANDS: dict[str, Command] = {
+    "ce": ce,
+    "head": head,
+    "distil": distil,
+    "tp": tp,
+    "train": train,
+    "recognise": recognise,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,15 +13,15 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of
 from ..graph.walk import args_of
 from ..ops.gemm import has_wide_products
-from .find import CAST, VIEWS, Head
+from .find import CAST, VIEWS, Product
 
 
-def has_16_bit_factors(head: Head) -> bool:
-    """Whether the logits are a float32 product of numbers that are bfloat16, where libraries have that."""
-    z = example_of(head.product)
+def has_16_bit_factors(products: list[Product]) -> bool:
+    """Whether logits are float32 products of numbers that are bfloat16, where libraries have that."""
+    z = example_of(products[0].node)
     if z.dtype != torch.float32 or not has_wide_products(z.device):
         return False
-    factors = [factor for product in head.products for factor in (product.hidden, product.columns)]
+    factors = [factor for product in products for factor in (product.hidden, product.columns)]
     return all(_cast_before(factor)[0] is not None for factor in factors)
 
 

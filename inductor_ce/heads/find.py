@@ -39,7 +39,6 @@ PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.
 # What a product, or a sum, makes of the gradient of the logits.
 HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
 
-
 BOTH_WAYS = (
     "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
     "the other only; of two products, one for each direction, each would be a head"
@@ -71,6 +70,23 @@ class Product(NamedTuple):
     bias: Node | None
 
 
+class Teacher(NamedTuple):
+    """What makes the weights for rows and classes of a head: see `teachers.py`.
+
+    Attributes:
+        products: linear layers whose results are wide.
+        nodes: all that is made of these up to weights and sums, in the order of the graph.
+        sums: those of them that are sums over the classes, of each row; also `row_stats`, [K, N].
+        feeds: what some are made of, and is made of statistics, or of sums; late: those that are.
+    """
+
+    products: list[Product]
+    nodes: list[Node]
+    sums: set[Node]
+    feeds: list[Node]
+    late: set[Node]
+
+
 @dataclass
 class Head:
     """A head.
@@ -80,12 +96,14 @@ class Head:
         wide: all wide nodes but the products, in the order of the graph; `row_grad` too.
         stats: the `row_stats` nodes.
         exits: what reads wide nodes to make gradients, and what each makes.
+        teacher: what makes weights of it, if that is to be made of the same rows as the logits.
     """
 
     products: list[Product]
     wide: list[Node] = field(default_factory=list)
     stats: list[Node] = field(default_factory=list)
     exits: dict[Node, str] = field(default_factory=dict)
+    teacher: Teacher | None = None
 
     @property
     def product(self) -> Node:
@@ -164,7 +182,7 @@ def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
         raise NoHead(_why_no_product(stats))
-    products = sorted(map(_product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
+    products = sorted(map(product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
     head = Head(products)
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
@@ -174,7 +192,7 @@ def _head_of(stats: Node) -> Head:
     return head
 
 
-def _product_of(node: Node) -> Product:
+def product_of(node: Node) -> Product:
     if is_batched(node):
         raise NoHead(BATCHED)
     *added, hidden, columns = args_of(node)
@@ -193,8 +211,8 @@ def _products_before(node: Node) -> set[Node]:
         node = stack.pop()
         if node.target in PRODUCTS:
             found.add(node)
-        elif _is_ordered_view(node) or is_pointwise(node):
-            sources = [s for s in node.all_input_nodes if s not in seen and _is_of_size(s, size)]
+        elif is_ordered_view(node) or is_pointwise(node):
+            sources = [s for s in node.all_input_nodes if s not in seen and is_of_size(s, size)]
             stack += sources
             seen.update(sources)
     return found
@@ -207,7 +225,7 @@ def _why_no_product(stats: Node) -> str:
         return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
 
     size = _count(stats_call(stats).z)
-    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if _is_of_size(s, size)])]
+    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
     products = {node for node in found if node.target in PRODUCTS}
     if not products:
         return "no linear layer in the graph makes the logits"
@@ -267,11 +285,11 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
     """Whether a node is [N, V] in the order of the logits."""
     if user.target == ops.ROW_GRAD:
         return all(_reads_as_logits_only(user, node) for node in wide if node in user.all_input_nodes)
-    if not _is_ordered_view(user) and not is_pointwise(user):
+    if not is_ordered_view(user) and not is_pointwise(user):
         return False
     shape = shape_of(user)
     axis = vocab_axis(user)
-    return axis is not None and equal(shape[axis], head.v) and _is_of_size(user, _count(head.product))
+    return axis is not None and equal(shape[axis], head.v) and is_of_size(user, _count(head.product))
 
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:
@@ -300,14 +318,14 @@ def is_pointwise(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
-def _is_ordered_view(node: Node) -> bool:
+def is_ordered_view(node: Node) -> bool:
     """Whether a node has all elements of its source in their order."""
     if node.op != "call_function":
         return False
     if node.target in ORDERED_VIEWS:
         return True
     if node.target == aten.expand.default:
-        return _is_of_size(args_of(node)[0], _count(node))
+        return is_of_size(args_of(node)[0], _count(node))
     return node.target in PERMUTATIONS and _moves_ones_only(node)
 
 
@@ -372,7 +390,7 @@ def _count(node: Node) -> Any:
     return math.prod(shape_of(node))
 
 
-def _is_of_size(node: Node, size: Any) -> bool:
+def is_of_size(node: Node, size: Any) -> bool:
     return tensor_of(node) is not None and equal(_count(node), size)
 
 

@@ -15,7 +15,7 @@ from ..common.compat.graphs import AS_TRACED, is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import Options
-from ..common.strategies import MATERIALISE, VOCAB_SLABS
+from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
@@ -32,10 +32,13 @@ from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
 from .skip import ToCompute, rows_to_compute
+from .teachers import TAUGHT, WHOLE, taught_bytes, teacher_of
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
 
 aten = torch.ops.aten
+
+BY_ROWS = (TOKEN_CHUNKS, FORWARD_ONLY)
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,18 @@ def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Plan
     heads = list(find.find_heads(graph))
     tellers = [[(stats_call(node).site, user_line(node)[0]) for node in stats] for _, stats, _ in heads]
     looped = {} if why_whole else _fuse_loops(graph, [head for head, *_ in heads if head], options)
-    for (head, stats, why_not), told in zip(heads, tellers, strict=True):
+    plans: list[Plan] = []
+    taught: dict[Node, Plan] = {}
+    for head, stats, why_not in heads:
         made = looped.get(id(head))
         if head is not None and made is None and not why_whole:
             made, _ = attempt("a head is left as it was", _fuse, graph, head, options)
+        if head is not None and head.teacher is not None and made is not None and made.strategy in BY_ROWS:
+            taught |= dict.fromkeys(head.teacher.sums, made)
         why = why_not or why_whole or "it failed, see the log"
-        found = made or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why)
-        done += [Planned(*site_and_line, found) for site_and_line in told]
+        plans.append(made or taught.get(stats[0]) or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why))
+    for plan_, (_, stats, _), told in zip(plans, heads, tellers, strict=True):
+        done += [Planned(*site_and_line, taught.get(stats[0], plan_)) for site_and_line in told]
     forget_sites(graph)
     return done
 
@@ -99,8 +107,9 @@ def _nbytes(stats: Node) -> int:
     return hint(example.numel()) * example.element_size()
 
 
-def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
-    proof = Proof(head)
+def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") -> Plan:
+    """Rearrange one head; with its teacher, if that can be and nothing has told `why_whole`."""
+    proof, why_whole = (Proof(head), why_whole) if why_whole else proved(head)
     if len(set(map(_is_late, head.grads))) > 1:
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
 
@@ -123,11 +132,14 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
         if wanted.strategy == VOCAB_SLABS:
             made = vocab_slabs(build, head, wanted)
         else:
-            wanted = _telling(wanted, computed)
+            wanted = _telling(wanted, computed, head, why_whole)
             made = token_chunks(build, head, proof, wanted, None, computed)
         order = _ordered(graph, made)
     except NoHead as why:
         build.undo()
+        if head.teacher is not None:
+            head.teacher = None
+            return _fuse(graph, head, options, f"{WHOLE}{why}")
         return plan.plan(numbers_of(head, proof.why_not, str(why)))
     except Exception:
         build.undo()
@@ -137,8 +149,20 @@ def _fuse(graph: Graph, head: find.Head, options: Options) -> Plan:
     return wanted
 
 
-def _telling(plan: Plan, computed: ToCompute) -> Plan:
-    return replace_fields(plan, rows=computed.told, skips=computed.rows is not None)
+def proved(head: find.Head) -> tuple[Proof, str]:
+    """(the proof about a head, with its teacher if that can be, else why it cannot or "")"""
+    head.teacher, why_whole = teacher_of(head)
+    proof = Proof(head)
+    if head.teacher is not None and proof.why_not:
+        head.teacher, why_whole = None, f"{WHOLE}{proof.why_not}"
+        proof = Proof(head)
+    return proof, why_whole
+
+
+def _telling(plan: Plan, computed: ToCompute, head: find.Head, why_whole: str) -> Plan:
+    told = TAUGHT if head.teacher else why_whole
+    reason = f"{plan.reason}; {told}" if told else plan.reason
+    return replace_fields(plan, reason=reason, rows=computed.told, skips=computed.rows is not None)
 
 
 def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:
@@ -158,7 +182,7 @@ def _fuse_loops(graph: Graph, heads: list[find.Head], options: Options) -> dict[
 
 def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Plan] | None:
     """The plans of heads that are done one after another, None where they cannot be."""
-    proofs = [Proof(head) for head in loop]
+    proofs, why_whole = zip(*map(proved, loop), strict=True)
     if len({proof.factor for proof in proofs}) > 1 or any(len(set(map(_is_late, h.grads))) > 1 for h in loop):
         return None
     numbers = [numbers_of(head, proof.why_not) for head, proof in zip(loop, proofs, strict=True)]
@@ -171,7 +195,7 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     try:
         for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
             computed = rows_to_compute(build, head, proof)
-            plans[i] = _telling(plans[i], computed)
+            plans[i] = _telling(plans[i], computed, head, why_whole[i])
             made |= token_chunks(build, head, proof, plans[i], state, computed)
         order = _ordered(graph, made)
     except NoHead:
@@ -279,7 +303,8 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         labelled=bool(head.labels()),
         chained=head.chained,
         added=_added(head),
-        in_terms=has_16_bit_factors(head),
+        taught=taught_bytes(head),
+        in_terms=has_16_bit_factors(head.products),
         skips=skips,
         float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,

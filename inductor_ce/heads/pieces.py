@@ -37,6 +37,7 @@ class Pieces:
 
     Attributes:
         packing: how rows that count come before others, where they do.
+        weights: for rows and classes, as they are made for a piece; others are cut.
 
     Raises:
         NoHead: something that the head reads cannot be cut.
@@ -45,8 +46,15 @@ class Pieces:
     def __init__(self, build: Builder, head: Head, dim: int):
         self.build, self.head, self.dim = build, head, dim
         self.packing: Packing | None = None
-        self._has_16_bit_factors = has_16_bit_factors(head)
-        self._factors = {p: (self.factor(p.hidden), self.factor(p.columns)) for p in head.products}
+        self.weights: dict[Node, Node] = {}
+        self._in_16_bits = has_16_bit_factors(head.products)
+        others = head.teacher.products if head.teacher else []
+        self._is_narrow = dict.fromkeys(head.products, self._in_16_bits)
+        self._is_narrow |= dict.fromkeys(others, bool(others) and has_16_bit_factors(others))
+        self._factors = {
+            p: (self._as_factor(p.hidden, narrow), self._as_factor(p.columns, narrow))
+            for p, narrow in self._is_narrow.items()
+        }
         hidden, _ = self._factors[head.products[0]]
         self.n = head.n if isinstance(head.n, int) else build(aten.sym_size.int, hidden, 0)
         self._before_statistics = head.before_statistics()
@@ -55,7 +63,10 @@ class Pieces:
 
     def factor(self, node: Node) -> Node:
         """What a product of the head reads, [1, A, B] or [A, B], as [A, B]."""
-        if self._has_16_bit_factors:
+        return self._as_factor(node, self._in_16_bits)
+
+    def _as_factor(self, node: Node, narrow: bool) -> Node:
+        if narrow:
             node = in_16_bits(self.build, node)
         return node if len(shape_of(node)) == 2 else self.build(aten.squeeze.dim, node, 0)
 
@@ -94,12 +105,13 @@ class Pieces:
 
     def forward(self, piece: Range, after: list[Node]) -> dict[Node, Node]:
         """The piece of each wide node that lies before the statistics, once what is in `after` is made."""
-        made = {product.node: self._product(product, piece, after) for product in self.head.products}
+        made = {product.node: self.product(product, piece, after) for product in self.head.products}
         for node in self._before_statistics:
             made[node] = self._made(node, made, piece)
         return made
 
-    def _product(self, product: Product, piece: Range, after: list[Node]) -> Node:
+    def product(self, product: Product, piece: Range, after: list[Node]) -> Node:
+        """The piece of a product of the head, or of another of the same rows."""
         build, bias = self.build, product.bias
         hidden, columns = self._factors[product]
         if self.dim == ROWS:
@@ -108,7 +120,7 @@ class Pieces:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], self.head.v):
                 bias = self.cut(bias, piece, 0)
-        own = [example_of(product.node).dtype] if self._has_16_bit_factors else []
+        own = [example_of(product.node).dtype] if self._is_narrow[product] else []
         return build(LOGITS, hidden, columns, bias, after, *own, **self.limit(piece))
 
     def wide_gradients(
@@ -144,13 +156,13 @@ class Pieces:
         """A pointwise node on pieces."""
 
         def part(source: Node) -> Node:
-            return made[source] if source in made else self._part(source, node, piece)
+            return made[source] if source in made else self.part(source, node, piece)
 
         args, kwargs = map_arg((node.args, node.kwargs), part)
         kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         return self.build(node.target, *args, **kwargs)
 
-    def _part(self, source: Node, user: Node, piece: Range) -> Node:
+    def part(self, source: Node, user: Node, piece: Range) -> Node:
         """What a wide node reads beside wide nodes, as the piece of a matrix that it reads there."""
         if tensor_of(source) is None or not shape_of(source):
             return source
@@ -212,10 +224,13 @@ class Pieces:
         """The labels and weights of `row_stats` or `row_grad`, for a piece."""
         labels, weights = args_of(node)[1:3]
         if self.dim == ROWS:
-            own = [q if len(shape_of(q)) == 1 else self.cut(q, piece, 0) for q in weights]
+            own = [q if len(shape_of(q)) == 1 else self._weight(q, piece) for q in weights]
             return [self.counted(y, piece, 0, -1) for y in labels], own
         own = [self.cut(q, piece, len(shape_of(q)) - 1) for q in weights]
         return [self._shifted(y, piece) for y in labels], own
+
+    def _weight(self, q: Node, piece: Range) -> Node:
+        return self.weights[q] if q in self.weights else self.cut(q, piece, 0)
 
     def _shifted(self, label: Node, piece: Range) -> Node:
         """Labels relative to the first of the columns."""

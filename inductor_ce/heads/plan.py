@@ -56,6 +56,7 @@ class HeadNumbers:
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
+        taught: bytes of what is made for a logit of a teacher's, in pieces of rows with the student's.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
             which nothing is known; memory is not, as all may.
@@ -78,6 +79,7 @@ class HeadNumbers:
     wants_weight: bool = True
     chained: bool = False
     added: int = 0
+    taught: int = 0
     in_terms: bool = False
     skips: bool = False
     labelled: bool = True
@@ -223,7 +225,7 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 def _usual_chunks(head: HeadNumbers) -> int:
     """As many chunks as leave products fast, and no more than pay."""
-    rows = CHUNK_ROWS
+    rows = CHUNK_ROWS // 2 if head.taught else CHUNK_ROWS  # of two sets of logits
     if head.skips:
         rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
     return min(max((head.n + rows // 2) // rows, 1), NARROW_CHUNKS)
@@ -235,7 +237,7 @@ def _materialise(head: HeadNumbers, reason: str) -> Plan:
 
 def _held(head: HeadNumbers) -> int:
     """Bytes that are held at once for each logit of a piece."""
-    return head.element * (2 if head.backward and head.chained else 1) + head.added
+    return head.element * (2 if head.backward and head.chained else 1) + head.added + head.taught
 
 
 def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:

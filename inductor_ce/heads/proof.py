@@ -7,14 +7,16 @@ there by chance must not be taken for true.
 from __future__ import annotations
 
 import torch
+from torch.fx import Node
 
+from .. import ops
 from ..common.compat.graphs import is_tangent, unset_fake_temporarily
 from ..graph.shapes import constant, hint, is_hinted
 from .calls import grad_call
-from .facts import Factor, Facts
+from .facts import Fact, Factor, Facts
 from .find import Head
 from .other_sizes import SizeOf, UnknownSize, other_sizes
-from .row_locality import factors_of_wide, facts_about, one_factor
+from .row_locality import factors_of_wide, facts_about, of_own_rows, one_factor
 
 ELSEWHERE = "at other sizes than the example's"
 NOWHERE_ELSE = "no sizes but the example's were found at which to prove that rows are apart"
@@ -61,9 +63,16 @@ def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     """(facts, the scalar that all gradients share, why there is no proof or "") at some sizes."""
     calls = [grad_call(node) for node in head.grads]
     coefficients = [part for call in calls for part in (call.m, call.coefficients)]
-    constants = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
-    facts = facts_about([*coefficients, *constants, *head.beside()], head.stats, is_tangent, size_of)
+    taught, feeds, sums = _of_teacher(head)
+    given = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
+    constants = [c for c in given if c not in taught]
+    targets = [*coefficients, *constants, *head.beside(), *feeds]
+    statistics = [node for node in sums if node.target == ops.ROW_STATS]
+    others = [node for node in sums if node.target != ops.ROW_STATS]
+    facts = facts_about(targets, [*head.stats, *statistics], is_tangent, size_of, others)
     factor, why_not = one_factor(facts, head.grads)
+    if not why_not and not all(_is_row_by_row(facts[node], size_of(head.n)) for node in feeds):
+        why_not = "the teacher's logits are combined with what is not of their own row"
     if not why_not and any(facts[node].rows is not None for node in constants):
         why_not = "what the gradient is made of beside the logits is made of their statistics"
     if not why_not and not all(facts[node].is_early for node in constants):
@@ -71,6 +80,22 @@ def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     if not why_not:
         why_not = factors_of_wide(head.wide, head.gradients(), facts, factor)
     return facts, factor, why_not
+
+
+def _of_teacher(head: Head) -> tuple[set[Node], list[Node], list[Node]]:
+    """(what is made of the teacher's logits, what it is made of beside them, its sums for each row)"""
+    if head.teacher is None:
+        return set(), [], []
+    taught = {*head.teacher.nodes, *(product.node for product in head.teacher.products)}
+    beside = [s for node in head.teacher.nodes for s in node.all_input_nodes if s not in taught]
+    return taught, list(dict.fromkeys(beside)), [n for n in head.teacher.nodes if n in head.teacher.sums]
+
+
+def _is_row_by_row(fact: Fact, n: int) -> bool:
+    """Whether it can be made before any statistics, or is one of n numbers, each made of those of its row."""
+    if fact.why_not or fact.factor:
+        return False
+    return fact.rows is None or (fact.rows.numel() == n and of_own_rows(Fact(rows=fact.rows.reshape(-1))))
 
 
 def symbolic_sizes(facts: Facts) -> list[torch.SymInt]:

@@ -39,6 +39,7 @@ def facts_about(
     stats: Iterable[Node],
     is_late: Callable[[Node], bool],
     size_of: SizeOf = hint,
+    of_rows: Iterable[Node] = (),
 ) -> Facts:
     """Facts about `targets` and all that they are made of.
 
@@ -47,8 +48,12 @@ def facts_about(
         stats: `row_stats` nodes, all of the same rows.
         is_late: whether an input of the graph is known in the backward only.
         size_of: the sizes, as numbers.
+        of_rows: others that are known to hold a number for each of these rows, in their order.
     """
     facts = Facts(size_of)
+    for node in of_rows:
+        shape = facts.shape_of(node)
+        facts[node] = Fact(rows=torch.arange(math.prod(shape)).reshape(shape))
     for node in stats:
         k, n = facts.shape_of(node)
         facts[node] = Fact(rows=torch.arange(n).expand(k, n))
@@ -69,9 +74,7 @@ def _fact(node: Node, facts: Facts, is_late: Callable[[Node], bool]) -> Fact:
         return _scalar_or(node, "the upstream gradient differs from row to row") if late else EARLY
     sources = [facts.get(source, EARLY) for source in node.all_input_nodes]
     if all(fact.is_early for fact in sources):
-        return Fact(
-            is_zero=_is_zero(node) or (node.target in _KEEPS_ZERO and all(f.is_zero for f in sources))
-        )
+        return Fact(is_zero=_is_zero(node) or (node.target in _KEEPS_ZERO and _are_zero(node, facts)))
     try:
         return _rule(node)(node, facts)
     except Unknown as why:
@@ -93,6 +96,11 @@ def _is_zero(node: Node) -> bool:
     if node.target == aten.scalar_tensor.default:
         return bool(args_of(node)[0] == 0)
     return node.target in (aten.zeros.default, aten.zeros_like.default)
+
+
+def _are_zero(node: Node, facts: Facts) -> bool:
+    """Whether the tensors that a node is made of are 0, at whatever sizes it is given."""
+    return all(facts.get(s, EARLY).is_zero for s in node.all_input_nodes if tensor_of(s) is not None)
 
 
 # Rules
@@ -264,7 +272,7 @@ def _reduced(node: Node, facts: Facts) -> Fact:
 
 def _gathered(node: Node, facts: Facts) -> Fact:
     fact = _known(node.args[0], facts)
-    if fact.factor or fact.rows is None or not _of_own_rows(fact):
+    if fact.factor or fact.rows is None or not of_own_rows(fact):
         raise Unknown("the ranks exchange what is no statistic of their own rows")
     return Fact(rows=torch.cat([fact.rows] * args_of(node)[1]))
 
@@ -321,7 +329,7 @@ def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Fact
             fact = facts[part]
             if fact.why_not:
                 return (), fact.why_not
-            if not _of_own_rows(fact):
+            if not of_own_rows(fact):
                 return (), "a gradient depends on the statistics of other rows"
         if facts[m].factor:
             return (), "the maxima depend on the upstream gradient"
@@ -331,7 +339,8 @@ def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Fact
     return factors.pop() if factors else (), ""
 
 
-def _of_own_rows(fact: Fact) -> bool:
+def of_own_rows(fact: Fact) -> bool:
+    """Whether each element along the last dimension depends on the row of its place alone."""
     if fact.rows is None:
         return True
     own = torch.arange(fact.rows.shape[-1])

@@ -52,6 +52,8 @@ NOT_ON_DEVICE = (
     "in CUDA graphs, or where little before the head keeps a GPU busy while the host looks, rows are left "
     "out of 16-bit products alone, on GPUs since Hopper"
 )
+OF_WEIGHTS = "a weight for each row and class would have to be copied"
+OF_TEACHER = "targets are made of the teacher's logits of all rows"
 IF_FINITE = ", of those whose logits may be infinite, or NaN, none"
 
 
@@ -127,7 +129,7 @@ def _may_take_long(node: Node) -> bool:
 def _check(head: Head) -> None:
     """Raises AllCount where the rows of a piece cannot be those that count, or it would not pay."""
     if any(len(shape_of(weight)) == 2 for node in head.stats for weight in stats_call(node).weights):
-        raise AllCount("a weight for each row and class would have to be copied")
+        raise AllCount(OF_TEACHER if head.teacher else OF_WEIGHTS)
     if any(_is_wide(source, head) for source in head.beside()):
         raise AllCount("what the logits are combined with, for each row and class, would have to be copied")
 
@@ -142,7 +144,7 @@ def _is_wide(source: Node, head: Head) -> bool:
 
 def _has_products_on_device(head: Head) -> bool:
     device = example_of(head.product).device
-    if has_16_bit_factors(head) or not counted_kernels.reads_tiles(device):
+    if has_16_bit_factors(head.products) or not counted_kernels.reads_tiles(device):
         return False
     if any(shape_of(product.hidden)[-1] % 8 for product in head.products):
         return False

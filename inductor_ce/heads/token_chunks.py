@@ -32,6 +32,7 @@ from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
 from .skip import ALL, ToCompute
+from .taught import Taught
 
 aten = torch.ops.aten
 
@@ -41,17 +42,21 @@ _OF_OLD_STRIDES = (aten.view.default, aten._unsafe_view.default)  # of what may 
 class Coefficients:
     """The maxima and the coefficients of one chunk after another.
 
+    Args:
+        pieces: of the head.
+        proof: about it.
+        taught: what is made of the teacher's logits, if it is made for each chunk.
+
     Attributes:
         gathered: what ranks gave for the chunks so far, [P * K, rows of the chunk], by the node that waits
             for what they give for all rows.
     """
 
-    def __init__(self, pieces: Pieces, proof: Proof):
-        self.pieces, self.proof, self.build = pieces, proof, pieces.build
+    def __init__(self, pieces: Pieces, proof: Proof, taught: Taught | None = None):
+        self.pieces, self.proof, self.build, self.taught = pieces, proof, pieces.build, taught
         self._calls = {node: grad_call(node) for node in pieces.head.grads}
-        self._nodes = self._depending(
-            [p for call in self._calls.values() for p in (call.m, call.coefficients)]
-        )
+        wanted = [p for call in self._calls.values() for p in (call.m, call.coefficients)]
+        self._nodes = self._depending([*wanted, *(taught.teacher.feeds if taught else [])])
         self._ones: dict[Node, Node] = {}
         self.gathered: dict[Node, list[Node]] = {}
 
@@ -59,6 +64,8 @@ class Coefficients:
         """What must be made anew: all between the statistics, or a factor, and the coefficients."""
         facts, stats = self.proof.facts, set(self.pieces.head.stats)
         found: set[Node] = set()
+        if self.taught is not None:
+            stats |= self.taught.teacher.sums
         stack = list(wanted)
         while stack:
             node = stack.pop()
@@ -68,6 +75,8 @@ class Coefficients:
             found.add(node)
             if not _is_atom(node, fact):
                 stack += node.all_input_nodes
+        if self.taught is not None:
+            found |= self.taught.late
         return [node for node in self.pieces.head.product.graph.nodes if node in found]
 
     def of(self, stats: dict[Node, Node], piece: Range) -> dict[Node, tuple[Node, Node]]:
@@ -79,8 +88,14 @@ class Coefficients:
         """
         build, pieces = self.build, self.pieces
         made = {node: self._in_all_rows(part, piece) for node, part in stats.items()}
+        if self.taught is not None:
+            made |= {node: self._sum(node, part, piece) for node, part in self.taught.early_sums().items()}
         for node in self._nodes:
-            if _is_atom(node, self.proof.facts[node]):
+            if self.taught is not None and node in self.taught.late:
+                part = self.taught.make(node, piece, made)
+                if node in self.taught.teacher.sums:
+                    made[node] = self._sum(node, part, piece)
+            elif _is_atom(node, self.proof.facts[node]):
                 made[node] = self._one(node)
             elif node.target == ALL_GATHER:
                 made[node] = self._gathered(node, made, piece)
@@ -118,6 +133,11 @@ class Coefficients:
         if self.pieces.packing is not None:
             return self.pieces.packing.in_all_rows(part, piece)
         return self.build(aten.constant_pad_nd.default, part, [piece.start, self._rows_after(piece)], 0.0)
+
+    def _sum(self, node: Node, part: Node, piece: Range) -> Node:
+        """What a chunk has of a sum for each row of the teacher, among those of all rows."""
+        assert self.taught is not None
+        return self.taught.shaped(self._in_all_rows(self.taught.in_rows(node, part), piece), node)
 
     def _rows_after(self, piece: Range) -> Any:
         n = self.pieces.n
@@ -161,22 +181,28 @@ def token_chunks(
     chunks = ranges(build, pieces.n, plan.pieces)
     if computed.rows is not None:
         pieces.packing = Packing(build, computed.rows, chunks, computed.on_device)
-    coefficients = Coefficients(pieces, proof)
+    taught = None if head.teacher is None else Taught(pieces, head.teacher)
+    coefficients = Coefficients(pieces, proof, taught)
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for i, piece in enumerate(chunks):
+        if taught is not None:
+            after = taught.begin(piece, after)
         made = pieces.forward(piece, after)
         stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
             parts[node].append(part)
         after = list(stats.values())
+        known = coefficients.of(stats, piece) if exits or taught else {}
         if exits:
-            after = exits.add(made, piece, coefficients.of(stats, piece), first=i == 0)
+            after = exits.add(made, piece, known, first=i == 0)
+        after += taught.sums() if taught else []
     parts |= coefficients.gathered
     whole = {node: pieces.whole(of_node) for node, of_node in parts.items()}
+    whole |= taught.whole() if taught else {}
     if exits:
         whole = {
             node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Node
 
 from ..common.findings import Reason, Refusal, name_of, where_is
-from ..graph.shapes import hint, shape_of
+from ..graph.shapes import example_of, hint, shape_of
 from ..reading import spellings
 from ..reading.aten import is_backward
 from ..reading.operands import EDITED_BETWEEN
@@ -154,6 +154,10 @@ def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
 
 def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
     """What the step says after which the reading broke off, or its name."""
+    mixed = _mixed_by(node)
+    if mixed is not None:
+        fact = "the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken"
+        return Refusal(Reason.MIXTURE, f"{_goes_into(node, mixed)[:-1]}, where {fact}.")
     for user in _readers(reading, node, value):
         refusal = reading.refusals.get(user)
         if refusal is not None and not (refusal.culprit and _is_made_of(refusal.culprit, node)):
@@ -164,6 +168,31 @@ def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
         if not _stays(reading, user, value) or _waits(reading, user):
             return _break(reading, node, value, user)
     return Refusal(Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used.")
+
+
+def _mixed_by(node: Node) -> Node | None:
+    """What takes the log of a mixture of probabilities, of which those of `node` are some."""
+    frontier, seen = [node], {node}
+    while frontier:
+        source = frontier.pop(0)
+        for user in source.users:
+            step = spellings.step_of(user)
+            if name_of(user) == "logaddexp" or _is_over_stack(user, source):
+                return user
+            shifts = step is not None and step.name in ("add", "sub", "stack", "to", "detach")
+            if shifts and user not in seen:
+                seen.add(user)
+                frontier.append(user)
+    return None
+
+
+def _is_over_stack(node: Node, source: Node) -> bool:
+    """Whether it is a logsumexp over what `source` has stacked."""
+    if not spellings.is_step(node, "logsumexp") or not spellings.is_step(source, "stack"):
+        return False
+    dims = [spellings.arguments(n, spellings.step_of(n)).get("dim", 0) for n in (node, source)]  # type: ignore[arg-type]
+    rank = len(shape_of(source))
+    return all(isinstance(dim, int) for dim in dims) and dims[0] % rank == dims[1] % rank
 
 
 def _told_at(node: Node, user: Node, refusal: Refusal) -> Refusal:
@@ -190,6 +219,11 @@ def _break(reading: Reading, node: Node, value: OnLogits, user: Node) -> Refusal
     same = [v.logits.version for v in beside if v is not None and v.logits.node is value.logits.node]
     if len(set(same)) > 1:
         return Refusal(EDITED_BETWEEN.reason, EDITED_BETWEEN.sentence(user))
+    others = {v.logits.node for v in beside if v is not None} - {value.logits.node}
+    moves = all(example_of(z).requires_grad for z in (value.logits.node, *others))
+    if others and moves and spellings.is_step(user, "sub"):
+        fact = "there it meets what is made of other logits, of which a gradient is wanted as well"
+        return Refusal(Reason.SOFT_TARGETS, f"{_goes_into(node, user)[:-1]}; {fact}.")
     return Refusal(Reason.NOT_UNDERSTOOD, _goes_into(node, user))
 
 

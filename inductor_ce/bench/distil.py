@@ -1,0 +1,209 @@
+"""Distillation from two heads, forward and backward: the student's logits and the teacher's are products.
+
+A record says of plain torch.compile and of inductor_ce what a step takes, and how far its loss and gradients
+are from float64's, which are made for a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .shared import record
+from .shared.compilers import BASELINE, OURS, ours, plain
+from .shared.measure import Calls, fresh_caches, over, peak_extra_bytes, timed
+from .shared.options import has_gpu
+
+HELP = "distillation from two heads"
+SHAPES = ("4096x128256x4096x4096", "16384x128256x4096x4096", "16384x151936x896x3584")
+ROUNDS, QUICK_ROUNDS = 5, 2
+TEMPERATURE = 2.0
+ROWS = 256  # of float64 logits at a time
+OF_MEMORY, OF_TIME = 0.35, 1.05
+
+METHOD = {
+    "step": "loss.backward() for the gradients of the student's hidden states and weight, in bfloat16; "
+    "nothing is added to an earlier gradient",
+    "frozen": "whether the student's weight wants no gradient, as where adapters are trained",
+    "beyond_gradients": "peak of the memory allocated in a warm step less that before it and the gradients",
+    "errors": "norm of what is off from float64 over the norm of that",
+    "bars": f"at most {OF_MEMORY} of plain's memory beyond the gradients, and {OF_TIME} of its time",
+}
+
+
+class Shape(NamedTuple):
+    """N rows, V classes, D and T the hidden sizes of the student and of the teacher."""
+
+    N: int
+    V: int
+    D: int
+    T: int
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+class Given(NamedTuple):
+    """h [N, D] and W [V, D] of the student, t [N, T] and U [V, T] of the teacher, which rows count [N]."""
+
+    h: Tensor
+    W: Tensor
+    t: Tensor
+    U: Tensor
+    mask: Tensor
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: x for name, x in (("dh", self.h), ("dW", self.W)) if x.requires_grad}
+
+
+Loss = Callable[..., Tensor]
+
+
+def forward_kl(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tensor:
+    """KL of the student from the teacher, over a temperature, of the rows that count."""
+    with torch.no_grad():
+        target = F.softmax(F.linear(t, U).float() / TEMPERATURE, -1)
+    log_p = F.log_softmax(F.linear(h, W).float() / TEMPERATURE, -1)
+    rows = F.kl_div(log_p, target, reduction="none").sum(-1)
+    return TEMPERATURE**2 * (rows * mask).sum() / mask.sum()
+
+
+def reverse_kl(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tensor:
+    """KL of the teacher from the student."""
+    with torch.no_grad():
+        log_q = F.log_softmax(F.linear(t, U).float() / TEMPERATURE, -1)
+    log_p = F.log_softmax(F.linear(h, W).float() / TEMPERATURE, -1)
+    rows = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return TEMPERATURE**2 * (rows * mask).sum() / mask.sum()
+
+
+LOSSES: dict[str, Loss] = {"forward": forward_kl, "reverse": reverse_kl}
+COMPILERS = {BASELINE: plain, OURS: ours}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shapes",
+        type=shape,
+        nargs="+",
+        metavar="SHAPE",
+        default=[shape(text) for text in SHAPES],
+        help=f"rows x vocabulary x hidden size x teacher's hidden size (default: {' '.join(SHAPES)})",
+    )
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=[*LOSSES], help="(default: both)")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+
+
+def shape(text: str) -> Shape:
+    try:
+        return Shape(*map(int, text.split("x")))
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like {SHAPES[0]}") from None
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON, print the table."""
+    if not has_gpu():
+        return 2
+    torch.manual_seed(options.seed)
+    clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    result = record.new("distil", METHOD, options.commit, cases=[])
+    path = record.json_path(result, options.out)
+    with fresh_caches():
+        for each in options.shapes:
+            for frozen in (False, True):
+                for name in options.losses:
+                    result["cases"].append(case(each, frozen, name, clock))
+                    record.write(result, path)
+    print(table(result), path, sep="\n")
+    return 0
+
+
+def case(each: Shape, frozen: bool, name: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:
+    """What both systems take for a loss, and how far off they are."""
+    given = drawn(each, frozen, device)
+    right = exactly(name, given)
+    steps = {system: step_of(compiler(LOSSES[name]), given) for system, compiler in COMPILERS.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for system, step in steps.items():
+        errors = {part: error(step()[part], right[part]) for part in right}
+        nbytes = sum(leaf.nbytes for leaf in given.leaves.values())
+        rows[system] = {"errors": errors, "beyond_gradients": peak_extra_bytes(step) - nbytes}
+    for system, (ms, spread, _) in timed(steps, clock).items():
+        rows[system] |= {"ms": ms, "spread": spread}
+    return {"shape": str(each), "frozen": frozen, "loss": name, "rows": rows}
+
+
+def drawn(each: Shape, frozen: bool, device: str) -> Given:
+    """Logits of variance 4, as sure as those of a trained model; every fifth row does not count."""
+    N, V, D, T = each
+    h, t = (torch.randn(N, size, device=device).bfloat16() for size in (D, T))
+    W, U = ((2 * size**-0.5 * torch.randn(V, size, device=device)).bfloat16() for size in (D, T))
+    mask = (torch.arange(N, device=device) % 5 > 0).float()
+    return Given(h.requires_grad_(), W.requires_grad_(not frozen), t, U, mask)
+
+
+def step_of(function: Loss, given: Given) -> Callable[[], dict[str, Tensor]]:
+    def step() -> dict[str, Tensor]:
+        loss = function(*given)
+        gradients = torch.autograd.grad(loss, [*given.leaves.values()])
+        return {"loss": loss.detach(), **dict(zip(given.leaves, gradients, strict=True))}
+
+    return step
+
+
+def exactly(name: str, given: Given) -> dict[str, Tensor]:
+    """The loss and its gradients by their formulas in float64, some rows at a time."""
+    W, U = given.W.detach().double().requires_grad_(given.W.requires_grad), given.U.double()
+    total = given.mask.double().sum()
+    found = {"loss": torch.zeros_like(total), "dh": torch.empty_like(given.h, dtype=torch.float64)}
+    if W.requires_grad:
+        found["dW"] = torch.zeros_like(W)
+    for rows in torch.arange(len(given.mask), device=total.device).split(ROWS):
+        h, mask = given.h.detach()[rows].double().requires_grad_(), given.mask[rows].double()
+        loss = _formula(name, Given(h, W, given.t[rows].double(), U, mask)) / total
+        gradients = torch.autograd.grad(loss, [h, *([W] if W.requires_grad else [])])
+        found["loss"] += loss.detach()
+        found["dh"][rows] = gradients[0]
+        if W.requires_grad:
+            found["dW"] += gradients[1]
+    return found
+
+
+def _formula(name: str, given: Given) -> Tensor:
+    """Of float64: sum_i q_i (log q_i - log p_i) for the forward, the other way round for the reverse."""
+    h, W, t, U, mask = given
+    log_p, log_q = (_log_softmax(x @ w.t() / TEMPERATURE) for x, w in ((h, W), (t, U)))
+    to, of = (log_p, log_q) if name == "forward" else (log_q, log_p)
+    return TEMPERATURE**2 * ((of.exp() * (of - to)).sum(-1) * mask).sum()
+
+
+def _log_softmax(z: Tensor) -> Tensor:
+    z = z - z.detach().amax(-1, keepdim=True)
+    return z - z.exp().sum(-1, keepdim=True).log()
+
+
+def error(found: Tensor, right: Tensor) -> float:
+    return float(torch.linalg.vector_norm(found.double() - right) / torch.linalg.vector_norm(right))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result to read."""
+    lines = []
+    for each in result["cases"]:
+        base, own = each["rows"][BASELINE], each["rows"][OURS]
+        memory = over(own["beyond_gradients"], base["beyond_gradients"])
+        worst = max(over(own["errors"][part], base["errors"][part]) or 0.0 for part in own["errors"])
+        lines.append(
+            f"{each['shape']} {each['loss']}{', frozen weight' if each['frozen'] else ''}: "
+            f"{own['ms']:.1f} ms of {base['ms']:.1f}, {own['ms'] / base['ms']:.2f}x; "
+            f"{own['beyond_gradients'] / 2**20:.0f} MiB of {base['beyond_gradients'] / 2**20:.0f}"
+            f"{'' if memory is None else f', {memory:.2f}x'}; worst error {worst:.2f}x"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,30 @@
+"""Co-distillation: two models learn from the log of their mean probabilities, by logaddexp.
+
+Source: in the manner of KaiyangZhou/deep-person-reid, projects/DML/dml.py, with a Jensen-Shannon divergence
+Family: Look-alikes
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+N, V = 12, 48
+
+
+def inputs():
+    return torch.randn(N, V, requires_grad=True), torch.randn(N, V, requires_grad=True)
+
+
+def loss(logits1, logits2):
+    log_p, log_q = F.log_softmax(logits1, dim=1), F.log_softmax(logits2, dim=1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    js = log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)
+    return 0.5 * js.sum(1).mean()
+
+
+EXPECTED = """\
+MIXTURE: The result of log_softmax goes into logaddexp (log_m = torch.logaddexp(log_p, log_q) -
+    math.log(2)), where the log of a mixture of probabilities, such as that of a Jensen-Shannon
+    divergence, is taken. No statistic of one row or of the other stands for it, so it runs as written.
+"""

@@ -1,0 +1,28 @@
+"""Deep mutual learning: the peer's head learns as well, so its probabilities are no constant targets.
+
+Source: KaiyangZhou/deep-person-reid, projects/DML/dml.py
+Family: Look-alikes
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V, D, E = 16, 64, 8, 12
+
+
+def inputs():
+    hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    return hidden, weight, torch.randn(N, E), torch.randn(V, E, requires_grad=True)
+
+
+def loss(hidden, weight, peer_hidden, peer_weight):
+    log_p = F.log_softmax(hidden @ weight.t(), dim=1)
+    q = F.softmax(peer_hidden @ peer_weight.t(), dim=1)
+    return F.kl_div(log_p, q, reduction="none").sum(1).mean()
+
+
+EXPECTED = """\
+SOFT_TARGETS: The classes are weighed by softmax (q = F.softmax(peer_hidden @ peer_weight.t(),
+    dim=1)) [16, 64], of which a gradient is wanted. Detach the targets if they are meant as constants;
+    no gradient reaches them through the kernels.
+"""
