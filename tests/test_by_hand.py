@@ -22,6 +22,12 @@ N, V = 12, 40
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
 REDUCE = torch.ops._c10d_functional.all_reduce.default
 ROWS, SQUARE = (N,), (3, 4)
+MASKED = (
+    "whole_loss",
+    "scaled_backward",
+    "log_probability",
+    "regions",
+)  # finite in eager where a rank has -inf
 # ranks, shape of the rows, dtype: the losses that are made so
 CASES = {
     (2, ROWS, torch.float32): [*LOSSES, *NEAR_MISSES],
@@ -30,13 +36,15 @@ CASES = {
 }
 
 
-def given(rows: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def given(name: str, rows: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The same in every process: logits, labels and upstream gradients of all columns."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(*rows, V, generator=generator).mul(3).to(dtype)
     z.view(-1, V)[1] += 1000
     y = torch.randint(V, rows, generator=generator)
-    y.view(-1)[:3] = torch.tensor([0, V - 1, -100])
+    y.view(-1)[:5] = torch.tensor([0, V - 1, -100, 9, 20])
+    if name in MASKED:  # all that the first rank has of a row
+        z.view(-1, V)[4, :7] = -torch.inf
     return z, y, torch.randn(*rows, generator=generator)
 
 
@@ -57,11 +65,11 @@ def measured(f: Any, z: Tensor, y: Tensor, start: int, upstream: Tensor) -> list
 def on_rank(rank: int, rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     """By the name of each loss what is made of it, and of what; or its error."""
     losses, names = {**LOSSES, **NEAR_MISSES}, CASES[dist.get_world_size(), rows, dtype]
-    return Outcomes({name: attempt(one, rank, losses[name], rows, dtype) for name in names})
+    return Outcomes({name: attempt(one, rank, name, losses[name], rows, dtype) for name in names})
 
 
-def one(rank: int, loss: Any, rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    z, y, upstream = given(rows, dtype)
+def one(rank: int, name: str, loss: Any, rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    z, y, upstream = given(name, rows, dtype)
     start, end = columns(rank, dist.get_world_size())
     own = z[..., start:end].contiguous()
     with clean_slate(), inductor_ce.install(min_vocab=2):
@@ -84,7 +92,7 @@ def ranks_of(size: int, rows: tuple[int, ...], dtype: torch.dtype) -> list[dict[
 
 def exact(name: str, rows: tuple[int, ...], dtype: torch.dtype, start: int, end: int) -> list[Tensor]:
     """The same of all columns in float64, and the gradient of some of them."""
-    z, y, upstream = given(rows, dtype)
+    z, y, upstream = given(name, rows, dtype)
     x = z.double().requires_grad_()
     flat, labels = x.view(-1, V), y.view(-1)
     lse = flat.logsumexp(-1)
@@ -187,7 +195,7 @@ def head(rank: int, name: str) -> dict[str, Any]:
     start, end = columns(rank, dist.get_world_size())
     generator = torch.Generator().manual_seed(1)
     h, w = (torch.randn(n, D, generator=generator) for n in (N, V))
-    w, (_, y, upstream) = w[start:end].contiguous(), given((N,), torch.float32)
+    w, (_, y, upstream) = w[start:end].contiguous(), given("smoothed", (N,), torch.float32)
 
     def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
         return LOSSES[name](h @ w.T, y, start)
