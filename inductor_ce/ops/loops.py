@@ -18,7 +18,8 @@ class _Columns:
 
     def __init__(self, x: IRNode, m: IRNode, weights: list[IRNode]):
         self._weights = weights
-        self.gap = _minus_row(x, m)
+        # In a row of -inf differences are from 0.
+        self.gap = _minus_row(x, _where(_is_minus_infinity(m), 0.0, m))
         self.exp = call_lowering(aten.exp.default, self.gap)
 
     def __call__(self, expression: str, row: Row, c: IRNode | None = None) -> IRNode:
@@ -41,7 +42,7 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
         z.realize()  # see _place_of_maximum
     x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
-    columns = _Columns(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m), weights)
+    columns = _Columns(x, m, weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:

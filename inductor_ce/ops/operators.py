@@ -26,7 +26,8 @@ and then, for each weight tensor q_j, [V] or [N, V], at least one of
     mass:j    sum_i q_ji                                0
     expdot:j  sum_i q_ji exp(z_i - m)                   q_ji exp(z_i - m)
 
-In a row of -inf, where m is -inf, differences are taken from 0 in place of m. In `sumexpz` a logit of -inf
+In a row of -inf, where m is -inf, differences are taken from 0 in place of m, in the gradient too: such a
+row of a block, where that of another block is finite, has none. In `sumexpz` a logit of -inf
 counts 0, as the limit is. In `argmax`, which is held as a floating number, NaN is the largest.
 
 NOTE Why (max, sumexp) and not lse. lse = m + log d depends on m only through the shift, which cancels:
@@ -122,7 +123,8 @@ class _Columns:
 
     def __init__(self, x: Tensor, m: Tensor, weights: Sequence[Tensor]):
         self._weights = weights
-        self.gap = x - m.unsqueeze(-1)
+        # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
+        self.gap = x - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)
         self.exp = self.gap.exp()
 
     def __call__(self, expression: str, row: Row, c: Tensor | None = None) -> Tensor:
@@ -176,8 +178,7 @@ def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: s
     x = z.to(stats_dtype(z))
     packed = packed_dtype_of(z.dtype, rows)
     m = x.amax(-1) if v else x.new_full((n,), -torch.inf)
-    # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
-    columns = _Columns(x, torch.where(m == -torch.inf, 0.0, m), weights)
+    columns = _Columns(x, m, weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:

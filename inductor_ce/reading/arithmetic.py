@@ -116,7 +116,15 @@ def one_dim(dim: Any) -> Any:
 
 
 def _summed_dims(node: Node) -> Iterator[int]:
-    """The dimensions over which somebody sums this node."""
+    """The dimensions over which somebody sums this node, or its product if no other reads its source."""
+    yield from _dims_of_sums(node)
+    if all(len(source.users) == 1 for source in node.all_input_nodes):
+        for user in node.users:
+            if spellings.is_step(user, "mul"):
+                yield from _dims_of_sums(user)
+
+
+def _dims_of_sums(node: Node) -> Iterator[int]:
     for user in node.users:
         spelled = spellings.read(user)
         if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:

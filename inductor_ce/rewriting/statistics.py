@@ -32,6 +32,11 @@ MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
 LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
 
 
+# d, where it is multiplied by exp(max).
+SUMEXP_EXTENDED = sympy.Symbol("sumexp", extended_real=True)
+sumexpdot = sympy.Function("sumexpdot", real=True)  # of a weight: sum_i q_i exp(z_i - max)
+
+
 class finite(sympy.Function):
     """What is added to a maximum, 0 where that is infinite."""
 
@@ -46,9 +51,13 @@ def _max_or_nan(build: Builder, m: Node, d: Node) -> Node:
     return build(torch.where, unseen, torch.nan, m)
 
 
-def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
+def _sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
     # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
-    return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
+    return build(torch.where, build(torch.eq, m, torch.inf), 1.0, d)
+
+
+def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
+    return build(torch.log, _sumexp_extended(build, m, d))
 
 
 class _OfRows(NamedTuple):
@@ -69,6 +78,7 @@ _OF_ROWS = {
     symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
     LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
     symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
+    SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _sumexp_extended),
     symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
     symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
     symbols.ARGMAX: _OfRows((rows.ARGMAX,), lambda build, first: first),
@@ -116,6 +126,21 @@ def _with_infinities(moved: sympy.Expr) -> sympy.Expr:
     if not normalised or moved.has(algebra.MAX):
         moved = moved.subs({shifted: finite(shifted) for shifted in _MAXIMA_SHIFTED})
     return moved if normalised else moved.subs(algebra.MAX, MAX_OR_NAN)
+
+
+def _with_sums(moved: sympy.Expr) -> sympy.Expr:
+    """A shifted expression with exp(max) d for exp(max + log d), whose digits no logarithm loses."""
+
+    def is_sum(e: sympy.Basic) -> bool:
+        is_exp = isinstance(e, sympy.exp) and e.args[0].is_Add
+        return is_exp and {algebra.MAX, algebra.LOG_SUMEXP} <= set(e.args[0].args)
+
+    def product(e: sympy.Expr) -> sympy.Expr:
+        return sympy.exp(e.args[0] - algebra.LOG_SUMEXP) * SUMEXP_EXTENDED
+
+    for f in moved.atoms(algebra.mean_p_of):
+        moved = moved.replace(is_sum, product).subs(SUMEXP_EXTENDED * f, sumexpdot(*f.args))
+    return moved.replace(is_sum, product)
 
 
 def _power(log_sumexp: sympy.Expr) -> ops.Row:
@@ -247,6 +272,8 @@ class Statistics:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
         if key.func == algebra.mean_p_of:
             return build(torch.div, self._of_function[key], self._rows[ops.Row(ops.SUMEXP)])
+        if key.func == sumexpdot:
+            return self._of_function[algebra.mean_p_of(*key.args)]
         if key.func == algebra.log_sumexp_of:
             return build(torch.log, self._rows[_power(key)])
         if key.func == algebra.entry:
@@ -287,7 +314,7 @@ class Statistics:
 
     def row(self, expr: sympy.Expr) -> Node:
         """A row expression as torch operations, [N]."""
-        moved = _with_infinities(algebra.shifted(expr))
+        moved = _with_sums(_with_infinities(algebra.shifted(expr)))
         value = self._emit_with_masses(moved.subs(algebra.V, self.vocab_size))
         if isinstance(value, Node) and len(shape_of(value)) == 1:
             return value

@@ -1,7 +1,7 @@
-"""MIL-NCE: several positives, so one logsumexp over them less another over all candidates.
+"""MIL-NCE: several positives, so one logsumexp over them less another over all candidates, which is fused.
 
 Source: antoine77340/MIL-NCE_HowTo100M, loss.py
-Family: Look-alikes
+Family: Normalisers
 """
 
 import torch
@@ -21,7 +21,7 @@ def loss(video, text):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (candidates - positives).mean()). It
-    joins values of different logits. If this is a cross entropy, write this step in one of the
-    spellings that the README lists; if not, it runs as written.
+lse
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """
