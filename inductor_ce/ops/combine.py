@@ -46,7 +46,8 @@ def combined(
             or [P, 1].
         held: the blocks without a gradient, where some flows through the others: what is no sum has none.
     """
-    parts, constants = blocks.unbind(1), (blocks if held is None else held).unbind(1)
+    parts = blocks.unbind(1)
+    constants = parts if held is None else held.unbind(1)
     peaks, sums = constants[:2]  # max and sumexp, which every call has
     m = peaks.amax(0)
     # No gradient of a block that holds +inf is lost where it does not count.

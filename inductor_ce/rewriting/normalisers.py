@@ -39,8 +39,8 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
 def _root(node: Node) -> Node:
     """What a tensor is made of by views and functions of each element, one of which has a gradient."""
     while True:
-        sources = [a for a in node.all_input_nodes if _has_gradient(a)]
-        if len(sources) != 1 or not _is_of_each(node, sources[0]):
+        sources = [a for a in node.all_input_nodes if _has_gradient(a) and _is_of_each(node, a)]
+        if len(sources) != 1:
             return node
         (node,) = sources
 
