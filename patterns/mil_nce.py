@@ -15,7 +15,7 @@ def inputs():
 
 def loss(video, text):
     x = (video @ text.t()).view(B, B, K)
-    positives = torch.logsumexp((x * torch.eye(B)[:, :, None]).sum(dim=1), dim=1)
+    positives = torch.logsumexp((x * torch.eye(B, device=x.device)[:, :, None]).sum(dim=1), dim=1)
     candidates = torch.logsumexp(torch.cat([x, x.permute(1, 0, 2)], dim=1).view(B, -1), dim=1)
     return (candidates - positives).mean()
 

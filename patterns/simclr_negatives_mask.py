@@ -19,7 +19,7 @@ def loss(emb_i, emb_j, temperature=0.5):
     representations = torch.cat([z_i, z_j], dim=0)
     similarity_matrix = representations @ representations.t()
     positives = (z_i * z_j).sum(dim=1).repeat(2)
-    negatives_mask = (~torch.eye(2 * N, 2 * N, dtype=torch.bool)).float()
+    negatives_mask = (~torch.eye(2 * N, dtype=torch.bool, device=emb_i.device)).float()
     numerator = torch.exp(positives / temperature)
     denominator = negatives_mask * torch.exp(similarity_matrix / temperature)
     return torch.sum(-torch.log(numerator / torch.sum(denominator, dim=1))) / (2 * N)

@@ -9,8 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gallery import check_numbers
+from gpu_codegen import generate
 from harness import compile_without_codegen, misses, sites
 from torch import Tensor
+
+from inductor_ce import ops
+from inductor_ce.ops import lowering
 
 N, D, V = 16, 12, 60
 
@@ -274,3 +278,14 @@ def test_what_is_not_finite(f, order):
     assert graphs.pieces == 2
     for mine, theirs in zip(ours.results + ours.gradients, eager.results + eager.gradients, strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+def test_columns_of_zeros_are_no_chain_of_a_template():
+    """On a GPU they are computed by loops: absorbed by a template they would not have its tile's shape."""
+    lowering.register()
+    (zeros,) = generate(
+        lambda z: ops.row_stats(torch.zeros_like(z), [], [], "max,sumexp"), torch.randn(6, 64)
+    )
+    (chain,) = generate(lambda z: ops.row_stats(2 * z, [], [], "max,sumexp"), torch.randn(6, 64))
+    by_template = [any("_tem_" in name for name in wrapper.kernels) for wrapper in (zeros, chain)]
+    assert by_template == [False, True]
