@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gallery import check_numbers
-from harness import compile_without_codegen, misses, sites
+from harness import compile_without_codegen, counters, misses, sites
 from test_recognise import explained
 from torch import Tensor
 
@@ -245,3 +245,98 @@ def test_sums_keep_their_digits():
     compiled, _ = compile_without_codegen(f)
     check_numbers(gallery.run(compiled, (z,)), f, (z,))
     assert sites() == 1
+
+
+# Beside a loss
+
+
+def squares_beside(scale):
+    """A cross entropy, of logits over a temperature where that is not 1, beside the z-loss of the logits."""
+
+    def f(h, W, w, y):
+        z = F.linear(h, W)
+        scaled = z if scale == 1 else z * scale
+        return F.cross_entropy(scaled, y) + 0.1 * torch.logsumexp(z, -1).square().mean()
+
+    return f
+
+
+def of_all_rows(h, W, w, y):
+    z = F.linear(h, W)
+    return F.cross_entropy(z[:-1], y[1:]) + 0.1 * torch.logsumexp(z, -1).mean()
+
+
+def of_scaled(h, W, w, y):
+    z = F.linear(h, W)
+    return F.cross_entropy(z, y) - 0.1 * torch.logsumexp(z.float() / 2.0, -1).mean()
+
+
+BESIDE = {
+    "unscaled": (squares_beside(1), 1),
+    "loss scaled": (squares_beside(0.7), 2),
+    "normaliser scaled": (of_scaled, 2),
+    "of other rows": (of_all_rows, 1),
+}
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+@pytest.mark.parametrize("name", BESIDE)
+def test_beside_a_loss(name, strategy):
+    """A normaliser joins the loss of its logits; of others that one product makes, both are divided."""
+    f, count = BESIDE[name]
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert (sites(), misses()) == (count, 0)
+    assert counters["inductor_ce"][strategy] == count
+    assert graphs.pieces > 1
+
+
+def tokens(h, W, w, y):
+    return F.cross_entropy(F.linear(h, W), y, reduction="none")
+
+
+def over_all_tokens(h, W, w, y):
+    return (2 * tokens(h, W, w, y)).logsumexp(0)
+
+
+def over_sequences(h, W, w, y):
+    return tokens(h, W, w, y).view(2, -1).logsumexp(-1).mean()
+
+
+def over_glued_tokens(h, W, w, y):
+    one, other = tokens(h[:8], W, w, y[:8]), tokens(h[8:], W, w, y[8:])
+    return torch.cat([one[None], other[None]], 1).logsumexp(-1).mean()
+
+
+def over_log_probabilities(h, W, w, y):
+    z = h @ W.t()
+    own = z.log_softmax(-1).gather(-1, y.view(-1, 1)).squeeze(-1) + 0.1 * z.logsumexp(-1)
+    return -own.reshape(4, -1).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize(
+    "f",
+    [over_all_tokens, over_sequences, over_glued_tokens, over_log_probabilities],
+    ids=lambda f: f.__name__,
+)
+def test_a_normaliser_of_losses_is_no_site(f):
+    """It is over rows, not over classes, and no miss either: the head of the losses is divided as ever."""
+    compiled, graphs = compile_without_codegen(f, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert (sites(), misses()) == (1 + (f is over_glued_tokens), 0)
+    assert graphs.pieces > 1
+
+
+def weighed_blocks(x, w):
+    """The maximum is along the first axis, and sums are weighed: as blocks of columns are combined."""
+    scale = (x - x.amax(0).detach()).exp()
+    return (w[: x.shape[0], None] * scale).sum(0)
+
+
+def test_blocks_that_are_combined_are_no_loss():
+    compiled, _ = compile_without_codegen(weighed_blocks)
+    args = torch.randn(2, N, requires_grad=True), torch.rand(V) + 0.1
+    check_numbers(gallery.run(compiled, args), weighed_blocks, args)
+    assert (sites(), misses()) == (0, 0)

@@ -193,6 +193,13 @@ def weighs_probabilities(value: sympy.Basic) -> bool:
     return any(e.has(pick) for e in value.atoms(sympy.exp)) or bool(value.atoms(mean_p_of))
 
 
+def _is_weighed_sum(factors: sympy.Basic) -> bool:
+    """Whether a product is sum_i q_i exp(z_i), a normaliser under a weight."""
+    exps = [e for e in factors.args if isinstance(e, sympy.exp) and e.args[0].coeff(LSE) == 1]
+    return factors.is_Mul and bool(exps) and any(e.func == mean_p_of for e in factors.args)
+
+
 def weighs_logits(value: sympy.Expr) -> bool:
     """Whether an expression has some of the logits of a row, apart from its normaliser."""
+    value = value.replace(_is_weighed_sum, lambda factors: sympy.exp(LSE))
     return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of, lse_of))

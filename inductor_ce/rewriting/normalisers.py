@@ -12,24 +12,20 @@ from torch.fx import Node
 
 from .. import algebra
 from ..graph.shapes import same_shape, shape_of, tensor_of
-from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.values import Logits, LossValue, Reading, RowValue
-from .escapes import needed_nodes, read_by
+from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
-from .linear_layers import linear_layer
-
-# Steps whose results are no functions of each element of what they are made of.
-WHOLE = ("matmul", "einsum", "log_softmax", "softmax")
 
 
 def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
     """Whether `nodes` have a normaliser of rows of logits that nothing else reads."""
     if not any(algebra.is_normalised(expr_of(reading, node)) for node in nodes):
         return False
-    last = logits.axis == len(shape_of(logits.node)) - 1
-    if not last or reading.on_logits(logits.node) is not None or _is_outer(logits.node):
-        return False
+    if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
+        return False  # another axis, or one row
+    if reading.on_logits(logits.node) is not None or is_of_losses(reading, logits.node):
+        return False  # of what other losses give
     root = _root(logits.node)
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
         return False  # of probabilities, which are in memory
@@ -39,7 +35,7 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
 def _root(node: Node) -> Node:
     """What a tensor is made of by views and functions of each element, one of which has a gradient."""
     while True:
-        sources = [a for a in node.all_input_nodes if _has_gradient(a) and _is_of_each(node, a)]
+        sources = [a for a in node.all_input_nodes if _has_gradient(a) and is_of_each(node, a)]
         if len(sources) != 1:
             return node
         (node,) = sources
@@ -50,16 +46,6 @@ def _has_gradient(node: Node) -> bool:
     return example is not None and example.requires_grad and example.dim() > 1
 
 
-def _is_of_each(node: Node, source: Node) -> bool:
-    """Whether a node has the elements of a source, in some order, or a function of each."""
-    spelled, example = spellings.read(node), tensor_of(node)
-    if example is None or any(written_by(node)) or linear_layer(node, spelled) is not None:
-        return False
-    if spelled is not None and (spelled[0].view is not None or spelled[0].name in (*WHOLE, "cat")):
-        return spelled[0].name not in WHOLE
-    return same_shape(example.shape, shape_of(source))
-
-
 def _read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
     """Whether what stays alive reads a tensor, or what is made of its elements, but for other normalisers."""
     for user in node.users:
@@ -68,7 +54,7 @@ def _read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
         value = reading.on_logits(user)
         if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(expr_of(reading, user)):
             continue
-        if not _is_of_each(user, node) or _read_by_others(reading, user, needed):
+        if not is_of_each(user, node) or _read_by_others(reading, user, needed):
             return True
     return False
 
