@@ -60,6 +60,7 @@ ROWS = {
     "max,sumexp,argmax": (0, 0),
     "max,sumexp,sumexpz": (0, 0),
     "max,sumexp,pick,mass:0,expdot:1": (1, 2),
+    kernel_reference.rows(0, *kernel_reference.kept(2)): (0, 2),
     EVERY: (2, 2),
 }
 
@@ -269,7 +270,9 @@ def test_weighted_gradient_is_rounded_once(kind: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("n_weights", [1, 2, 3])
-@pytest.mark.parametrize("names", [("dot",), ("mass",), ("expdot",), ("dot", "expdot"), ("mass", "expdot")])
+@pytest.mark.parametrize(
+    "names", [("dot",), ("mass",), ("expdot",), ("dot", "expdot"), ("mass", "expdot"), kernel_reference.KEPT]
+)
 def test_some_rows_of_several_weights(names: tuple[str, ...], n_weights: int) -> None:
     z, qs = logits(requires_grad=True), [torch.randn(V), torch.randn(N, V), torch.rand(V)][:n_weights]
     which = kernel_reference.rows(0, *(f"{name}:{j}" for j in range(n_weights) for name in names))
@@ -327,6 +330,23 @@ def test_a_logit_of_minus_infinity_is_the_limit(outside: float) -> None:
     (dz,) = torch.autograd.grad(actual.sum(), z)
     assert dz[:, [0, 4, V - 1]].eq(0).all()
     assert dz.isfinite().all()
+
+
+@pytest.mark.parametrize("q", [torch.inf, -torch.inf, torch.nan, 0.0])
+def test_a_column_at_minus_infinity_is_left_out(q: float) -> None:
+    """Whatever its weight is; and a row of nothing but such columns has sums of 0."""
+    z, weight = logits(), torch.randn(N, V)
+    z[:, [0, 4, V - 1]], weight[:, [0, 4, V - 1]] = -torch.inf, q
+    z[2] = -torch.inf
+    keep = [i for i in range(V) if i not in (0, 4, V - 1)]
+    which = kernel_reference.rows(0, *kernel_reference.kept(1))
+    z.requires_grad_()
+    actual = ops.row_stats(z, [], [weight], which)
+    torch.testing.assert_close(actual, ops.row_stats(z[:, keep], [], [weight[:, keep]], which))
+    assert actual[2:, 2].eq(0).all()
+    (dz,) = torch.autograd.grad(actual.sum(), z)
+    assert dz[:, [0, 4, V - 1]].eq(0).all()
+    assert dz[2].eq(0).all()
 
 
 @pytest.mark.parametrize("finite", [0, V // 2, V - 1])

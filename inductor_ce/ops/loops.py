@@ -8,7 +8,8 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import operators
-from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
+from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .terms import evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims
 

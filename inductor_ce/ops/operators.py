@@ -26,6 +26,13 @@ and then, for each weight tensor q_j, [V] or [N, V], at least one of
     mass:j    sum_i q_ji                                0
     expdot:j  sum_i q_ji exp(z_i - m)                   q_ji exp(z_i - m)
 
+and of the columns alone that are above -inf, whatever their q_ji is
+
+    keptdot:j     sum_i q_ji (z_i - m)                  q_ji
+    keptmass:j    sum_i q_ji                            0
+    expzdot:j     sum_i q_ji (z_i - m) exp(z_i - m)     q_ji (1 + z_i - m) exp(z_i - m)
+    keptexpdot:j  sum_i q_ji exp(z_i - m)               q_ji exp(z_i - m)
+
 In a row of -inf, where m is -inf, differences are taken from 0 in place of m, in the gradient too: such a
 row of a block, where that of another block is finite, has none. In `sumexpz` a logit of -inf
 counts 0, as the limit is. In `argmax`, which is held as a floating number, NaN is the largest.
@@ -52,7 +59,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DerivativeError
-from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
+from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .terms import evaluated
 
 # The site of a loss that nobody asks about.
 NO_SITE = -1
@@ -158,7 +166,7 @@ def row_stats(
     Args:
         z: logits [N, V], any floating dtype; statistics are computed in float32 (float64 for float64).
         labels: integer tensors [N], one per `pick` row.
-        weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j`.
+        weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j` and such.
         which: the rows wanted, see the table above.
         site: an id of the loss, which the gradient carries too. Results do not depend on it.
 

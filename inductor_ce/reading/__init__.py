@@ -12,5 +12,6 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     context      what a step may ask about the node it reads
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
-                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops)
+                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),
+                 left_out (entries that masks leave out)
 """

@@ -8,6 +8,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     normalisers       which of them are losses by themselves
     kept              log-probabilities that the program keeps, beside the loss
     rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
+    weighed           which rows hold the sums that tensors from outside weigh, or leave columns out of
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution

@@ -129,8 +129,9 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
             continue
         if isinstance(value, RowValue) and value.logits in fused:
             continue  # the statistic of a loss that is fused, needed for something else as well
-        if is_of_losses(reading, value.logits.node):
-            continue  # rows of another loss, over which the user normalises
+        of_rows = isinstance(reading.on_logits(value.logits.node), RowValue)
+        if of_rows or is_of_losses(reading, value.logits.node):
+            continue  # rows of other logits, over which the user normalises
         if brought & {node, *_readers(reading, node, value)}:
             continue  # what another loss is weighed by
         size = hint(shape_of(value.logits.node)[value.logits.axis])

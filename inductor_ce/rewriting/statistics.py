@@ -21,6 +21,7 @@ from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
 from .rematerialise import made_before
+from .weighed import SUMEXP_EXTENDED, WEIGHED, Product, by_masks, is_of_masks, rows_of, sumexpdot, with_sums
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
@@ -30,11 +31,6 @@ MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
 
 # log d in float64, where it is to cancel.
 LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
-
-
-# d, where it is multiplied by exp(max).
-SUMEXP_EXTENDED = sympy.Symbol("sumexp", extended_real=True)
-sumexpdot = sympy.Function("sumexpdot", real=True)  # of a weight: sum_i q_i exp(z_i - max)
 
 
 class finite(sympy.Function):
@@ -85,8 +81,6 @@ _OF_ROWS = {
 }
 _MAXIMA_SHIFTED = [s.over_max - symbols.MAX for s in symbols.STATISTICS if symbols.is_maximum(s.symbol)]
 
-Product = tuple[sympy.Symbol, ...]
-
 _MADE: dict[str, Callable[[Builder, Node], Node]] = {
     "": lambda build, node: node,
     "exp": lambda build, node: build(torch.exp, node),
@@ -128,21 +122,6 @@ def _with_infinities(moved: sympy.Expr) -> sympy.Expr:
     return moved if normalised else moved.subs(algebra.MAX, MAX_OR_NAN)
 
 
-def _with_sums(moved: sympy.Expr) -> sympy.Expr:
-    """A shifted expression with exp(max) d for exp(max + log d), whose digits no logarithm loses."""
-
-    def is_sum(e: sympy.Basic) -> bool:
-        is_exp = isinstance(e, sympy.exp) and e.args[0].is_Add
-        return is_exp and {algebra.MAX, algebra.LOG_SUMEXP} <= set(e.args[0].args)
-
-    def product(e: sympy.Expr) -> sympy.Expr:
-        return sympy.exp(e.args[0] - algebra.LOG_SUMEXP) * SUMEXP_EXTENDED
-
-    for f in moved.atoms(algebra.mean_p_of):
-        moved = moved.replace(is_sum, product).subs(SUMEXP_EXTENDED * f, sumexpdot(*f.args))
-    return moved.replace(is_sum, product)
-
-
 def _power(log_sumexp: sympy.Expr) -> ops.Row:
     """The row whose logarithm is log_sumexp(k)."""
     return ops.Row(ops.POWER, order=float(log_sumexp.args[0]))
@@ -158,7 +137,7 @@ class Statistics:
     def __init__(
         self, build: Builder, reading: Reading, group: Group, site: int, verify_key: str | None = None
     ):
-        self.build, self.vocab_size = build, group.vocab_size
+        self.build, self.logits, self.vocab_size = build, group.logits.node, group.vocab_size
         self.outside = group.outside
         exprs = [expr for node in group.nodes for expr in group.exprs_of(node)]
         moved = [algebra.shifted(expr) for expr in exprs]
@@ -214,27 +193,28 @@ class Statistics:
         weights: list[Node] = []
         rows: dict[ops.Row, Any] = {}
         functions = {f for e in exprs for f in e.atoms(sympy.Function)}
-        products = {f.args for f in functions if f.func in (algebra.dot_shifted, algebra.mean_p_of)}
+        products = {f.args for f in functions if f.func in WEIGHED}
+        functions |= {algebra.mass(*product) for product in products if is_of_masks(product)}
         for product in sorted(products, key=str):
             weight = self.product(product)
-            kinds = [
-                (ops.DOT, algebra.dot_shifted),
-                (ops.MASS, algebra.mass),
-                (ops.EXPDOT, algebra.mean_p_of),
-            ]
-            if len(shape_of(weight)) == 1:
-                del kinds[1]  # the same number for all rows
+            kinds = rows_of(product, of_rows=len(shape_of(weight)) > 1)
             wanted = [(statistic, make(*product)) for statistic, make in kinds if make(*product) in functions]
             rows |= {ops.Row(statistic, len(weights)): function for statistic, function in wanted}
             weights.append(weight)
         return weights, rows
 
     def product(self, product: Product) -> Node:
-        """The product of tensors from outside, [V] or [N, V]."""
-        first, *rest = map(self.flat, product)
-        for other in rest:
-            first = self.build(torch.mul, first, other)
-        return first
+        """The product of tensors from outside, [V] or [N, V], 0 where a mask leaves a column out."""
+        masks = [self.flat(q) for q in product if algebra.is_mask(q) and q != algebra.FINITE]
+        others = [self.flat(q) for q in product if not algebra.is_mask(q)]
+        if product == (algebra.FINITE,):
+            return self.build("new_ones", self.logits, [self.vocab_size], dtype=torch.bool)
+        if not others:
+            return functools.reduce(functools.partial(self.build, torch.logical_and), masks)
+        weight = functools.reduce(self._mul, others)
+        for mask in masks:
+            weight = self.build(torch.where, mask, weight, 0.0)
+        return weight
 
     def flat(self, symbol: sympy.Symbol) -> Node:
         """A tensor from outside as [N, V], [V], [N] or a number."""
@@ -270,7 +250,7 @@ class Statistics:
             return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
         if key.func == algebra.hit:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
-        if key.func == algebra.mean_p_of:
+        if key.func in (algebra.mean_p_of, algebra.mean_pz_shifted):
             return build(torch.div, self._of_function[key], self._rows[ops.Row(ops.SUMEXP)])
         if key.func == sumexpdot:
             return self._of_function[algebra.mean_p_of(*key.args)]
@@ -314,11 +294,19 @@ class Statistics:
 
     def row(self, expr: sympy.Expr) -> Node:
         """A row expression as torch operations, [N]."""
-        moved = _with_sums(_with_infinities(algebra.shifted(expr)))
-        value = self._emit_with_masses(moved.subs(algebra.V, self.vocab_size))
+        moved = with_sums(_with_infinities(algebra.shifted(expr))).subs(algebra.V, self.vocab_size)
+        parts = {masks: self._emit_with_masses(part) for masks, part in by_masks(moved).items()}
+        parts |= {masks: self._unless_nothing(masks, part) for masks, part in parts.items() if masks}
+        value = functools.reduce(self._add, parts.values())
         if isinstance(value, Node) and len(shape_of(value)) == 1:
             return value
         return self.build(torch.add, self.build(torch.zeros_like, self[algebra.MAX]), value)
+
+    def _unless_nothing(self, masks: Product, value: Any) -> Node:
+        """What is summed over the columns that masks keep, 0 in a row of which they keep none."""
+        is_finite = algebra.FINITE in masks
+        count = self._rows[ops.Row(ops.SUMEXP)] if is_finite else self[algebra.mass(*masks)]
+        return self.build(torch.where, self.build(torch.eq, count, 0), 0.0, value)
 
     def _emit_with_masses(self, expr: sympy.Expr) -> Any:
         """As `_emit`, with what is summed of tensors from outside in one sum over the classes.
@@ -355,6 +343,8 @@ class Statistics:
         if len(masses) != 1 or term.atoms(algebra.entry):
             return False
         (mass,) = masses
+        if algebra.FINITE in mass.args:
+            return False  # which columns these are, the logits tell
         return not (term / mass).has(mass) and len(shape_of(self.product(mass.args))) == 2
 
     def _in_stats_dtype(self, node: Node) -> Node:
