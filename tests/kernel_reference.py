@@ -13,6 +13,7 @@ from inductor_ce import ops
 LABELS_OUTSIDE = (-100, -1)
 WEIGHTED = ("dot", "mass", "expdot")
 KEPT = ("keptdot", "keptmass", "expzdot", "keptexpdot")
+SEEN = ("seendot", "seenmass")
 
 
 def rows(n_labels: int, *others: str) -> str:
@@ -26,8 +27,8 @@ def weighted(n_weights: int) -> list[str]:
 
 
 def kept(n_weights: int) -> list[str]:
-    """All the rows of so many weight tensors that are of the columns above -inf."""
-    return [f"{name}:{j}" for j in range(n_weights) for name in KEPT]
+    """All the rows of so many weight tensors that are of some columns alone."""
+    return [f"{name}:{j}" for j in range(n_weights) for name in KEPT + SEEN]
 
 
 def every_row(n_labels: int, n_weights: int) -> str:
@@ -48,6 +49,8 @@ def stats(z: Tensor, labels: Sequence[Tensor], weights: Sequence[Tensor], which:
         value |= {f"dot:{j}": (q * below).sum(1), f"mass:{j}": q.sum(1), f"expdot:{j}": (q * exp).sum(1)}
         kept = torch.where(below.isneginf(), 0.0, torch.stack([q * below, q, q * below * exp, q * exp]))
         value |= {f"{name}:{j}": each.sum(1) for name, each in zip(KEPT, kept, strict=True)}
+        seen = torch.where(q.isnan(), 0.0, torch.stack([q * below, q]))
+        value |= {f"{name}:{j}": each.sum(1) for name, each in zip(SEEN, seen, strict=True)}
     picked = iter([torch.where(hits(z, y), x, 0.0).sum(1) for y in labels])
     return torch.stack([next(picked) if row == "pick" else value[row] for row in which.split(",")])
 
@@ -70,6 +73,7 @@ def grad(
         kept = torch.stack([every, 0 * every, every * (1 + below) * exp, every * exp])
         kept = torch.where(below.isneginf(), 0.0, kept)
         slope |= {f"{name}:{j}": each for name, each in zip(KEPT, kept, strict=True) if name != "keptmass"}
+        slope[f"seendot:{j}"] = torch.where(every.isnan(), 0.0, every)
     hit = iter([hits(z, y) for y in labels])
     dz = torch.zeros_like(exp)
     for row, c in zip(which.split(","), coefficients.double(), strict=True):

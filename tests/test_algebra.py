@@ -362,11 +362,12 @@ def sums_of(f: Any, z: Tensor, q: Tensor, kept: Tensor) -> float:
     [
         (LOG_P, KEPT_FINITE, lambda z, q: z.log_softmax(0)),
         (LOG_P * algebra.columns(Q), KEPT_FINITE, lambda z, q: q * z.log_softmax(0)),
+        (LOG_P * algebra.columns(Q), KEPT, lambda z, q: q * z.log_softmax(0)),
         (SOFTMAX * LOG_P, KEPT, lambda z, q: z.softmax(0) * z.log_softmax(0)),
         (SOFTMAX * LOG_P, KEPT_FINITE, lambda z, q: z.softmax(0) * z.log_softmax(0)),
         (SOFTMAX * (LOG_P + (-algebra.columns(Q))), KEPT, lambda z, q: z.softmax(0) * (z.log_softmax(0) - q)),
     ],
-    ids=["log p", "q log p", "p log p", "p log p where finite", "p (log p - q)"],
+    ids=["log p", "q log p", "q log p under a mask", "p log p", "p log p where finite", "p (log p - q)"],
 )
 def test_sums_of_which_columns_are_left_out(value: Vocab, mask: Vocab, meaning: Any, seed: int) -> None:
     """Infinite logits and weights among those left out have no part in it."""
@@ -383,9 +384,9 @@ def test_sums_of_which_columns_are_left_out(value: Vocab, mask: Vocab, meaning: 
     assert float(moved.subs(known, simultaneous=True)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("value", [LOG_P, LOG_P * algebra.columns(Q), SOFTMAX + LOGITS], ids=str)
-def test_what_a_mask_alone_leaves_out_may_be_infinite(value: Vocab) -> None:
-    assert algebra.kept(value, KEPT) is None
+def test_a_label_may_be_named_in_a_column_that_is_left_out() -> None:
+    assert algebra.kept(LOG_P * indicator(Y), KEPT) is None
+    assert algebra.kept(SOFTMAX * indicator(Y), KEPT) is not None
 
 
 def test_masks_are_their_own_squares() -> None:

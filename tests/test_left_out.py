@@ -42,7 +42,7 @@ def forward_kl_where(z, t, y, allowed):
 
 def forward_kl_of_allowed(z, t, y, allowed):
     kept = allowed & (z != -math.inf)
-    return -(t.softmax(-1) * torch.where(kept, z.log_softmax(-1), 0.0)).sum(-1).mean()
+    return -torch.where(kept, t.softmax(-1) * z.log_softmax(-1), 0.0).sum(-1).mean()
 
 
 def reverse_kl(z, t, y, allowed):
@@ -50,6 +50,22 @@ def reverse_kl(z, t, y, allowed):
     products = torch.masked_fill(p * t.log_softmax(-1), infinite, 0)
     products -= torch.masked_fill(p * z.log_softmax(-1), infinite, 0)
     return -products.sum(-1).mean()
+
+
+def divergence_of_allowed(z, t, y, allowed):
+    return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").masked_fill(~allowed, 0).sum(-1)
+
+
+def teachers_infinities(z, t, y, allowed):
+    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(t), 0).sum(-1).mean()
+
+
+def infinities_of_both(z, t, y, allowed):
+    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(z + t), 0).sum(-1).mean()
+
+
+def several_positives(z, t, y, allowed):
+    return -(torch.where(allowed, z.log_softmax(-1), 0.0).sum(-1) / (allowed.sum(-1) + 1)).mean()
 
 
 def entropy_of_allowed(z, t, y, allowed):
@@ -80,8 +96,9 @@ def of_classes(z, t, y, allowed):
 
 FUNCTIONS = [
     *(forward_kl, forward_kl_where, forward_kl_of_allowed, reverse_kl, entropy_of_allowed, entropy_of_filled),
-    *(entropy_where_finite, allowed_mass),
+    *(entropy_where_finite, allowed_mass, divergence_of_allowed, teachers_infinities, several_positives),
 ]
+OF_LOGITS = [forward_kl, forward_kl_where, forward_kl_of_allowed, infinities_of_both]
 # A gradient of p (z - lse) at -inf is 0 times infinity in eager, and the limit in ours.
 OF_PRODUCTS = (reverse_kl, entropy_where_finite)
 
@@ -104,7 +121,7 @@ def test_numbers(f, strategy):
     assert graphs.pieces > 1 or strategy == "materialise", graphs.report
 
 
-@pytest.mark.parametrize("f", [forward_kl, forward_kl_where, forward_kl_of_allowed], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", OF_LOGITS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_a_padded_vocabulary(f, strategy):
     """Columns of -inf have no part in it, nor a gradient."""
@@ -130,7 +147,7 @@ def hard() -> tuple[Tensor, ...]:
     return z.requires_grad_(), t, y, allowed
 
 
-@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", [*FUNCTIONS, infinities_of_both], ids=lambda f: f.__name__)
 def test_each_row_is_as_eager_has_it(f):
     """Its value NaN for NaN, and its gradient; of products of probabilities that is 0 where p is."""
     compiled, _ = compile_without_codegen(f)
@@ -174,14 +191,6 @@ def test_a_mask_of_classes_and_weights_beside_one_row():
 # Left
 
 
-def masked_divergence(z, t, y, allowed):
-    return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").masked_fill(~allowed, 0).sum(-1)
-
-
-def teachers_infinities(z, t, y, allowed):
-    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(t), 0).sum(-1).mean()
-
-
 def divergence_where_finite(z, t, y, allowed):
     return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").masked_fill(torch.isinf(z), 0).sum(-1)
 
@@ -191,8 +200,8 @@ def filled_with_a_number(z, t, y, allowed):
     return -(t.softmax(-1) * torch.where(allowed, logp, -20.0)).sum(-1).mean()
 
 
-def infinities_of_others(z, t, y, allowed):
-    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(z + t), 0).sum(-1).mean()
+def weighed_after(z, t, y, allowed):
+    return -(t.softmax(-1) * torch.where(allowed, z.log_softmax(-1), 0.0)).sum(-1).mean()
 
 
 def edited_twice(z, t, y, allowed):
@@ -204,11 +213,9 @@ def edited_twice(z, t, y, allowed):
 
 
 LEFT = {
-    masked_divergence: "which may be infinite there",
-    teachers_infinities: "which may be infinite there",
-    infinities_of_others: "which may be infinite there",
     divergence_where_finite: "which may cancel",
     filled_with_a_number: "goes into where",
+    weighed_after: "goes into mul",
     edited_twice: "goes into",
 }
 

@@ -172,13 +172,20 @@ def power(value: Vocab, exponent: int | sympy.Rational) -> Vocab | None:
 def kept(value: Vocab, mask: Vocab) -> Vocab | None:
     """The value where `mask`, made of masks, is 1, and 0 where it is 0; None if that is no sum of statistics.
 
-    What is left out may be infinite. Under p it vanishes, and where z itself is, it is not counted; but a z
-    that a mask alone leaves out would be multiplied by 0.
+    What is left out may be infinite: no weight is multiplied by it, and a label in its column may be named.
     """
-    bare = any(b.z and not b.p for b, _ in value.terms)
-    if bare and not all(FINITE in b.q for b, _ in mask.terms):
-        return None
-    return mask * value
+    bare = any(b.z and not b.p and b.at for b, _ in value.terms)
+    return None if bare else mask * value
+
+
+def leaves_out(value: Vocab) -> bool:
+    """Whether a mask leaves columns out, which another weight, infinite there, would bring back."""
+    return any(map(is_mask, itertools.chain(*(b.q for b, _ in value.terms))))
+
+
+def is_weighed(value: Vocab) -> bool:
+    """Whether a value has a tensor that the user brings along, which is no mask."""
+    return not all(map(is_mask, itertools.chain(*(b.q for b, _ in value.terms))))
 
 
 def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:

@@ -30,7 +30,8 @@ class _Columns:
             names |= {"k": row.order, "power": power}
         if row.index is not None:
             names["q"] = _over_rows(self._weights[row.index], self.gap)
-        return evaluated(expression, names, _add, _mul, self._limit)
+        functions = {"limit": self._limit, "seen": lambda x: _where(_is_nan(names["q"]), 0.0, x)}
+        return evaluated(expression, names, _add, _mul, functions)
 
     def _limit(self, x: IRNode) -> IRNode:
         return _where(_is_minus_infinity(self.gap), 0.0, x)
@@ -145,6 +146,10 @@ def _iota(size: Any, like: IRNode) -> IRNode:
 
 def _is_minus_infinity(x: IRNode) -> IRNode:
     return call_lowering(aten.eq.Scalar, x, -torch.inf)
+
+
+def _is_nan(x: IRNode) -> IRNode:
+    return call_lowering(aten.isnan.default, x)
 
 
 def _minus_row(x: IRNode, row: IRNode) -> IRNode:

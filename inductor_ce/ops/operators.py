@@ -33,6 +33,11 @@ and of the columns alone that are above -inf, whatever their q_ji is
     expzdot:j     sum_i q_ji (z_i - m) exp(z_i - m)     q_ji (1 + z_i - m) exp(z_i - m)
     keptexpdot:j  sum_i q_ji exp(z_i - m)               q_ji exp(z_i - m)
 
+or of those alone whose q_ji is not NaN, which is so how a weight says that a column does not count
+
+    seendot:j     sum_i q_ji (z_i - m)                  q_ji
+    seenmass:j    sum_i q_ji                            0
+
 In a row of -inf, where m is -inf, differences are taken from 0 in place of m, in the gradient too: such a
 row of a block, where that of another block is finite, has none. In `sumexpz` a logit of -inf
 counts 0, as the limit is. In `argmax`, which is held as a floating number, NaN is the largest.
@@ -141,7 +146,8 @@ class _Columns:
             names |= {"k": row.order, "power": (row.order * self.gap).exp()}
         if row.index is not None:
             names["q"] = self._weights[row.index].to(self.gap.dtype)
-        return evaluated(expression, names, operator.add, operator.mul, self._limit)
+        functions = {"limit": self._limit, "seen": lambda x: torch.where(names["q"].isnan(), 0.0, x)}
+        return evaluated(expression, names, operator.add, operator.mul, functions)
 
     def _limit(self, x: Tensor) -> Tensor:
         return torch.where(self.gap == -torch.inf, 0.0, x)

@@ -7,7 +7,7 @@ a column adds to it and what the gradient of that is, and `combine` how blocks o
     k = the order of a power      power = exp(k gap)
 
 An expression over these, with + and *, is Python over tensors and Triton alike; `limit(x)` is x, but 0 where
-gap is -inf, as that is the limit of what it is written round.
+gap is -inf, as that is the limit of what it is written round; `seen(x)` is x, but 0 where q is NaN.
 
 NOTE The law. A sum over a block of columns is moved to the maximum of the whole row, which is `rise` above
 the block's: gap becomes gap + rise and exp becomes exp e^rise, so that
@@ -101,11 +101,14 @@ EXPZDOT = Statistic(
 KEPT_EXPDOT = Statistic(
     "keptexpdot", Per.WEIGHT, term="limit(q * exp)", slope="c * limit(q * exp)", has_exp=True
 )
+# Of those whose weight is not NaN, which is how it says that it leaves a column out, whatever z is there.
+SEEN_DOT = Statistic("seendot", Per.WEIGHT, term="seen(q * gap)", slope="c * seen(q)", beside="seenmass")
+SEEN_MASS = Statistic("seenmass", Per.WEIGHT, term="seen(q)")
 
 # In the order of the packed result.
 ALWAYS = (MAX, SUMEXP)
 OPTIONAL = (SUM, SUMEXPZ, ARGMAX, TOP)
-WEIGHED = (DOT, MASS, EXPDOT, KEPT_DOT, KEPT_MASS, EXPZDOT, KEPT_EXPDOT)
+WEIGHED = (DOT, MASS, EXPDOT, KEPT_DOT, KEPT_MASS, EXPZDOT, KEPT_EXPDOT, SEEN_DOT, SEEN_MASS)
 
 
 @dataclass(frozen=True)

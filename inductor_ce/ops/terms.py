@@ -12,9 +12,9 @@ def evaluated(
     names: Mapping[str, Any],
     add: Callable[[Any, Any], Any],
     mul: Callable[[Any, Any], Any],
-    limit: Callable[[Any], Any],
+    functions: Mapping[str, Callable[[Any], Any]],
 ) -> Any:
-    """An expression of the table, over whatever `names` stand for."""
+    """An expression of the table, over whatever `names` and the names of `functions` stand for."""
 
     def of(node: ast.expr) -> Any:
         match node:
@@ -22,8 +22,8 @@ def evaluated(
                 return names[name]
             case ast.Constant(value):
                 return value
-            case ast.Call(args=[argument]):
-                return limit(of(argument))
+            case ast.Call(ast.Name(name), [argument]):
+                return functions[name](of(argument))
             case ast.BinOp(left, ast.Add(), right):
                 return add(of(left), of(right))
             case ast.BinOp(left, ast.Mult(), right):
@@ -37,4 +37,5 @@ def in_triton(expression: str, order: float | None = None) -> str:
     """An expression of the table as Triton's."""
     if order is not None:
         expression = expression.replace("k", str(order)).replace("power", f"tl.exp(gap * {order})")
+    expression = expression.replace("seen(", "tl.where(q != q, 0.0, ")
     return expression.replace("limit(", 'tl.where(gap == float("-inf"), 0.0, ')

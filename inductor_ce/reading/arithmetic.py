@@ -58,8 +58,15 @@ def times(a: Any, b: Any) -> Any:
         return None  # a product of two row values is the user's own, of size [N]
     if a == 0 or b == 0:
         return None  # not 0 where the other is NaN
+    if _brings_back(a, b) or _brings_back(b, a):
+        return None  # nor what was left out where the other is infinite
     product = b * a if isinstance(b, algebra.Vocab) else a * b
     return None if isinstance(product, algebra.Vocab) and product.degree > algebra.MAX_DEGREE else product
+
+
+def _brings_back(a: Any, b: Any) -> bool:
+    both = isinstance(a, algebra.Vocab) and isinstance(b, algebra.Vocab)
+    return both and algebra.leaves_out(a) and algebra.is_weighed(b)
 
 
 def over(a: Any, b: Any) -> Any:

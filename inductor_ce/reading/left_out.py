@@ -2,6 +2,8 @@
 
 A mask is a product of masks: tensors that the user brings along, such as those of the actions that are
 allowed or of a teacher's infinities, and where the logits themselves are above -inf.
+
+NOTE Infinities of the other sign. isinf leaves +inf out as well, but a row that holds it is NaN elsewhere.
 """
 
 from __future__ import annotations
@@ -16,18 +18,11 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.graphs import is_dtensor
-from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
 from .targets import everywhere
 from .values import Columns, Outcome, VocabValue
-
-LEFT_OUT_ALONE = Refusal(
-    Reason.NOT_UNDERSTOOD,
-    "It leaves entries of the log-probabilities out, which may be infinite there: sums of a row can tell "
-    "only where the mask has torch.isinf of the logits too.",
-)
 
 Masks = tuple[sympy.Symbol, ...]
 # How masks are joined, and what is so where they are finite, by name: (where the mask is true, it is wanted).
@@ -50,9 +45,7 @@ def left_out(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     if masks is None:
         return None
     kept = algebra.kept(value.expr, algebra.Vocab.of({algebra.Monomial(q=masks): sympy.Integer(1)}))
-    if kept is None:
-        return LEFT_OUT_ALONE
-    if kept.degree > algebra.MAX_DEGREE:
+    if kept is None or kept.degree > algebra.MAX_DEGREE:
         return None
     return replace(value, expr=kept, wide=value.wide | {context.node})
 

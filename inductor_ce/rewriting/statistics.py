@@ -21,7 +21,18 @@ from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
 from .rematerialise import made_before
-from .weighed import SUMEXP_EXTENDED, WEIGHED, Product, by_masks, is_of_masks, rows_of, sumexpdot, with_sums
+from .weighed import (
+    SUMEXP_EXTENDED,
+    WEIGHED,
+    Product,
+    by_masks,
+    has_masks,
+    is_of_masks,
+    rows_of,
+    sumexpdot,
+    weight_of,
+    with_sums,
+)
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
@@ -200,21 +211,18 @@ class Statistics:
             kinds = rows_of(product, of_rows=len(shape_of(weight)) > 1)
             wanted = [(statistic, make(*product)) for statistic, make in kinds if make(*product) in functions]
             rows |= {ops.Row(statistic, len(weights)): function for statistic, function in wanted}
-            weights.append(weight)
+            weights += [weight] if wanted else []
+            bare = algebra.dot_shifted(*product)
+            if has_masks(product) and bare in functions:
+                rows[ops.Row(ops.SEEN_DOT, len(weights))] = bare
+                weights.append(self.product(product, left_out=torch.nan))
         return weights, rows
 
-    def product(self, product: Product) -> Node:
-        """The product of tensors from outside, [V] or [N, V], 0 where a mask leaves a column out."""
-        masks = [self.flat(q) for q in product if algebra.is_mask(q) and q != algebra.FINITE]
-        others = [self.flat(q) for q in product if not algebra.is_mask(q)]
+    def product(self, product: Product, left_out: float = 0.0) -> Node:
+        """The product of tensors from outside, [V] or [N, V], and a number where masks leave a column out."""
         if product == (algebra.FINITE,):
             return self.build("new_ones", self.logits, [self.vocab_size], dtype=torch.bool)
-        if not others:
-            return functools.reduce(functools.partial(self.build, torch.logical_and), masks)
-        weight = functools.reduce(self._mul, others)
-        for mask in masks:
-            weight = self.build(torch.where, mask, weight, 0.0)
-        return weight
+        return weight_of(self.build, product, self.flat, left_out)
 
     def flat(self, symbol: sympy.Symbol) -> Node:
         """A tensor from outside as [N, V], [V], [N] or a number."""

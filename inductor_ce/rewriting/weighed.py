@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 
 import sympy
+import torch
+from torch.fx import Node
 
 from .. import algebra, ops
+from ..graph.builder import Builder
 from ..ops import rows
 
 Product = tuple[sympy.Symbol, ...]
@@ -28,14 +32,40 @@ def rows_of(product: Product, of_rows: bool) -> list[tuple[rows.Statistic, Calla
     if algebra.FINITE in product:
         first = [(ops.KEPT_DOT, algebra.dot_shifted), (ops.KEPT_MASS, algebra.mass)]
         return [*first, (ops.KEPT_EXPDOT, algebra.mean_p_of), (ops.EXPZDOT, algebra.mean_pz_shifted)]
+    dots = [] if has_masks(product) else [(ops.DOT, algebra.dot_shifted)]
     masses = [(ops.MASS, algebra.mass)] if of_rows else []
-    others = [(ops.EXPDOT, algebra.mean_p_of), (ops.EXPZDOT, algebra.mean_pz_shifted)]
-    return [(ops.DOT, algebra.dot_shifted), *masses, *others]
+    return [*dots, *masses, (ops.EXPDOT, algebra.mean_p_of), (ops.EXPZDOT, algebra.mean_pz_shifted)]
+
+
+def has_masks(product: Product) -> bool:
+    """Whether masks that the user brings along are all that tells of columns that they are left out.
+
+    NOTE Left out, and infinite
+    A logit may be -inf where a mask leaves it out, and 0 times that is NaN. So the weight of bare logits is
+    NaN there, for a row that does not look at such columns; and a NaN among the weights themselves comes into
+    the loss by their mass, which every such sum has beside it, times the normaliser.
+    """
+    return algebra.FINITE not in product and any(map(algebra.is_mask, product))
 
 
 def is_of_masks(product: Product) -> bool:
     """Whether a product is made of masks that the user brings along, and of nothing else."""
     return algebra.FINITE not in product and all(map(algebra.is_mask, product))
+
+
+def weight_of(
+    build: Builder, product: Product, flat: Callable[[sympy.Symbol], Node], left_out: float
+) -> Node:
+    """The product of tensors, `left_out` where masks among them leave a column out; of masks alone a mask."""
+    masks = [flat(q) for q in product if algebra.is_mask(q) and q != algebra.FINITE]
+    others = [flat(q) for q in product if not algebra.is_mask(q)]
+    weight = functools.reduce(functools.partial(build, torch.mul), others) if others else None
+    if not masks and weight is not None:
+        return weight
+    kept = functools.reduce(functools.partial(build, torch.logical_and), masks)
+    if weight is None and left_out == 0:
+        return kept
+    return build(torch.where, kept, 1.0 if weight is None else weight, left_out)
 
 
 def by_masks(moved: sympy.Expr) -> dict[Product, sympy.Expr]:
