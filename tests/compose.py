@@ -226,7 +226,12 @@ def _rows(choose: Choose[Any], family: str, ignored: str, whole: bool, chosen: b
     if whole:
         return {"z_loss": choose(terms), "mask": "", "reduction": ""}
     if ignored != "torch" and not chosen:
-        terms += [*g.Z_ROWS, *g.POWER_ROWS, *(g.Z_ROWS_OF_LSE if family == "narrow" else ())]
+        terms += [
+            *g.Z_ROWS,
+            *g.POWER_ROWS,
+            *g.LEFT_OUT_ROWS,
+            *(g.Z_ROWS_OF_LSE if family == "narrow" else ()),
+        ]
     mask = {"counts": g.MASKS, "weights": g.WEIGHTS}.get(ignored, [""])
     reductions = {"weights": g.WEIGHED}.get(ignored, g.COUNTED if counted else {})
     return {
@@ -250,7 +255,7 @@ def statements(s: Spelling) -> dict[str, str]:
     """The pieces in their order, filled in."""
     arrange = "\n".join(piece for piece in (s.shift, s.view) if piece)
     steps = {"cast": s.cast, "chain": s.chain, "arrange": arrange}
-    z_rows = s.z_loss in {**g.Z_ROWS, **g.Z_ROWS_OF_LSE, **g.POWER_ROWS}
+    z_rows = s.z_loss in {**g.Z_ROWS, **g.Z_ROWS_OF_LSE, **g.POWER_ROWS, **g.LEFT_OUT_ROWS}
     pieces = {
         "start": f"z = logits\n{s.labels}",
         **{name: steps[name] for name in s.order},

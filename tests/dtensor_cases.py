@@ -234,6 +234,11 @@ CASES = {
         ),
         lambda z, y, w, q: (2 * _log_p(z)).exp().sum(-1).log() + (_log_p(z) / 2).exp().sum(-1).log(),
     ),
+    "normaliser": Case(lambda z, y, w, q: torch.logsumexp(z, -1), lambda z, y, w, q: z.exp().sum(-1).log()),
+    "weighed exponentials": Case(
+        lambda z, y, w, q: torch.log1p((w * z.exp()).sum(-1)),
+        lambda z, y, w, q: (1 + (w * z.exp()).sum(-1)).log(),
+    ),
     "accuracy": Case(_accuracy, _exact_accuracy),
     "confidence": Case(_confidence, _exact_confidence),
     "divergence": Case(

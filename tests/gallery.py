@@ -61,6 +61,7 @@ FAMILIES = (
     "Policy gradients",
     "Entropy and accuracy",
     "Contrastive",
+    "Normalisers",
     "Images",
     "Focal and poly",
     "Several losses",

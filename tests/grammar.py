@@ -265,6 +265,39 @@ POWER_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
     ),
 }
 
+# Sums of which entries are left out, added to the rows, of log-probabilities [.., V]
+
+
+_KEPT = (
+    "size = [{V} if i == {d} % z.dim() else 1 for i in range(z.dim())]\n"
+    "kept = (torch.arange({V}) > 5).view(size)"
+)
+
+
+def _kept(logp: Tensor) -> Tensor:
+    return torch.arange(logp.shape[-1]) > 5
+
+
+def _finite(logp: Tensor) -> Tensor:
+    return torch.where(logp.isfinite(), logp, 0.0)
+
+
+LEFT_OUT_ROWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows = rows - 0.1 * torch.masked_fill(F.log_softmax(z, {d}), torch.isinf(z), 0).sum({d}) / {V}": (
+        lambda logp: -0.1 * _finite(logp).sum(-1) / logp.shape[-1]
+    ),
+    "rows = rows + 0.02 * torch.where(~z.isneginf(), -z.log_softmax({d}), 0.0).sum({d})": (
+        lambda logp: -0.02 * _finite(logp).sum(-1)
+    ),
+    f"{_KEPT}\nw = torch.log_softmax(z, {{d}})\n"
+    "rows = rows + 0.1 * torch.where(kept, w.exp() * w, 0.0).sum({d})": lambda logp: (
+        0.1 * (logp.exp() * logp * _kept(logp)).sum(-1)
+    ),
+    f"{_KEPT}\nrows = rows - F.softmax(z, dim={{d}}).masked_fill(~kept, 0).sum({{d}}).log()": lambda logp: (
+        -((logp.exp() * _kept(logp)).sum(-1).log())
+    ),
+}
+
 
 # Which rows count, and by how much
 

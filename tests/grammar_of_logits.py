@@ -115,4 +115,10 @@ BIASES = {  # while the classes are on the last axis
     "z = z.masked_fill(torch.arange({V}) >= {V} - 2, -1e4)": lambda z, bias: torch.cat(
         [z[..., :-2], torch.full_like(z[..., -2:], -1e4)], -1
     ),
+    "z = torch.cat([z[..., :-1], bias[-1:].expand_as(z[..., :1])], dim=-1)": lambda z, bias: torch.cat(
+        [z[..., :-1], bias[-1].expand(*z.shape[:-1], 1)], -1
+    ),
+    "z = torch.cat((torch.zeros_like(z[..., :2]), z[..., 2:]), -1)": lambda z, bias: torch.cat(
+        [torch.zeros_like(z[..., :2]), z[..., 2:]], -1
+    ),
 }

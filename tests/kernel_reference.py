@@ -11,6 +11,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 from inductor_ce import ops
 
 LABELS_OUTSIDE = (-100, -1)
+WEIGHTED = ("dot", "mass", "expdot")
+KEPT = ("keptdot", "keptmass", "expzdot", "keptexpdot")
+SEEN = ("seendot", "seenmass")
 
 
 def rows(n_labels: int, *others: str) -> str:
@@ -20,7 +23,12 @@ def rows(n_labels: int, *others: str) -> str:
 
 def weighted(n_weights: int) -> list[str]:
     """All the rows of so many weight tensors."""
-    return [f"{name}:{j}" for j in range(n_weights) for name in ("dot", "mass", "expdot")]
+    return [f"{name}:{j}" for j in range(n_weights) for name in WEIGHTED]
+
+
+def kept(n_weights: int) -> list[str]:
+    """All the rows of so many weight tensors that are of some columns alone."""
+    return [f"{name}:{j}" for j in range(n_weights) for name in KEPT + SEEN]
 
 
 def every_row(n_labels: int, n_weights: int) -> str:
@@ -39,6 +47,10 @@ def stats(z: Tensor, labels: Sequence[Tensor], weights: Sequence[Tensor], which:
     for j, q in enumerate(weights):
         q = q.double().expand_as(x)
         value |= {f"dot:{j}": (q * below).sum(1), f"mass:{j}": q.sum(1), f"expdot:{j}": (q * exp).sum(1)}
+        kept = torch.where(below.isneginf(), 0.0, torch.stack([q * below, q, q * below * exp, q * exp]))
+        value |= {f"{name}:{j}": each.sum(1) for name, each in zip(KEPT, kept, strict=True)}
+        seen = torch.where(q.isnan(), 0.0, torch.stack([q * below, q]))
+        value |= {f"{name}:{j}": each.sum(1) for name, each in zip(SEEN, seen, strict=True)}
     picked = iter([torch.where(hits(z, y), x, 0.0).sum(1) for y in labels])
     return torch.stack([next(picked) if row == "pick" else value[row] for row in which.split(",")])
 
@@ -57,6 +69,11 @@ def grad(
     slope |= {row: order_of(row) * exp ** order_of(row) for row in which.split(",") if "^" in row}
     for j, q in enumerate(weights):
         slope |= {f"dot:{j}": q.double(), f"expdot:{j}": q.double() * exp}
+        every, below = q.double().expand_as(exp), exp.log()
+        kept = torch.stack([every, 0 * every, every * (1 + below) * exp, every * exp])
+        kept = torch.where(below.isneginf(), 0.0, kept)
+        slope |= {f"{name}:{j}": each for name, each in zip(KEPT, kept, strict=True) if name != "keptmass"}
+        slope[f"seendot:{j}"] = torch.where(every.isnan(), 0.0, every)
     hit = iter([hits(z, y) for y in labels])
     dz = torch.zeros_like(exp)
     for row, c in zip(which.split(","), coefficients.double(), strict=True):

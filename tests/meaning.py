@@ -77,8 +77,9 @@ def exact(s: Spelling, logits: Tensor, labels: Tensor, weights: Tensor, bias: Te
     lse = log_sum_exp(z)
     rows = _exact_rows(s, z, y.where(counts > 0, 0), lse)
     rows = rows + {**g.Z_ROWS, **g.Z_ROWS_OF_LSE}.get(s.z_loss, 0.0) * lse.square()
-    if s.z_loss in g.POWER_ROWS:
-        rows = rows + g.POWER_ROWS[s.z_loss](z - lse.unsqueeze(-1))
+    of_rows = {**g.POWER_ROWS, **g.LEFT_OUT_ROWS}
+    if s.z_loss in of_rows:
+        rows = rows + of_rows[s.z_loss](z - lse.unsqueeze(-1))
     loss = _reduced(s, rows * share, share)
     if s.z_loss in g.Z_ALL:
         loss = loss + g.Z_ALL[s.z_loss] * lse.square().mean()

@@ -330,3 +330,75 @@ def test_statistics_by_name(value: sympy.Expr, names: list[str]) -> None:
 
 def test_terms_are_kept_in_a_fixed_order() -> None:
     assert [b for b, _ in (algebra.as_vocab(LSE) + SOFTMAX + LOGITS).terms] == [algebra.Z, P, algebra.ONE]
+
+
+# Entries left out
+
+K, Q = algebra.mask("k"), algebra.outside("q")
+KEPT = Vocab.of({algebra.Monomial(q=(K,)): sympy.Integer(1)})
+KEPT_FINITE = Vocab.of({algebra.Monomial(q=(algebra.FINITE, K)): sympy.Integer(1)})
+
+
+def sums_of(f: Any, z: Tensor, q: Tensor, kept: Tensor) -> float:
+    """The value of a function of weights, columns that are left out not looked at."""
+    weights = torch.ones_like(z)
+    for symbol in f.args:
+        if symbol == algebra.FINITE:
+            kept = kept & z.isfinite()
+        weights = weights * (q if symbol == Q else 1)
+    m, p = z.max(), z.softmax(0)
+    terms = {
+        algebra.mass: weights,
+        algebra.mean_p_of: weights * p,
+        algebra.dot_shifted: weights * (z - m),
+        algebra.mean_pz_shifted: weights * p * (z - m),
+    }
+    return terms[f.func][kept].sum().item()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("value", "mask", "meaning"),
+    [
+        (LOG_P, KEPT_FINITE, lambda z, q: z.log_softmax(0)),
+        (LOG_P * algebra.columns(Q), KEPT_FINITE, lambda z, q: q * z.log_softmax(0)),
+        (LOG_P * algebra.columns(Q), KEPT, lambda z, q: q * z.log_softmax(0)),
+        (SOFTMAX * LOG_P, KEPT, lambda z, q: z.softmax(0) * z.log_softmax(0)),
+        (SOFTMAX * LOG_P, KEPT_FINITE, lambda z, q: z.softmax(0) * z.log_softmax(0)),
+        (SOFTMAX * (LOG_P + (-algebra.columns(Q))), KEPT, lambda z, q: z.softmax(0) * (z.log_softmax(0) - q)),
+    ],
+    ids=["log p", "q log p", "q log p under a mask", "p log p", "p log p where finite", "p (log p - q)"],
+)
+def test_sums_of_which_columns_are_left_out(value: Vocab, mask: Vocab, meaning: Any, seed: int) -> None:
+    """Infinite logits and weights among those left out have no part in it."""
+    z, q, kept = random_row(seed), random_row(seed + 9), random_row(seed + 99) > -1
+    kept[3], z[2 + seed % 2] = False, -INF
+    if mask == KEPT:
+        z[2] = 0.5
+        q[3] = -INF
+    moved = shifted(total(algebra.kept(value, mask)))
+    assert not moved.has(MAX)
+    functions = {f: sums_of(f, z, q, kept) for f in moved.atoms(sympy.Function)}
+    known = {**functions, algebra.LOG_SUMEXP: (z.logsumexp(0) - z.max()).item()}
+    expected = meaning(z, q)[kept & z.isfinite()].sum().item()
+    assert float(moved.subs(known, simultaneous=True)) == pytest.approx(expected)
+
+
+def test_a_label_may_be_named_in_a_column_that_is_left_out() -> None:
+    assert algebra.kept(LOG_P * indicator(Y), KEPT) is None
+    assert algebra.kept(SOFTMAX * indicator(Y), KEPT) is not None
+
+
+def test_masks_are_their_own_squares() -> None:
+    assert KEPT * KEPT == KEPT
+    assert KEPT_FINITE * KEPT == KEPT_FINITE
+    squares = algebra.columns(Q) * algebra.columns(Q)
+    assert [b.q for b, _ in squares.terms] == [(Q, Q)]
+
+
+def test_constants_that_would_cancel_are_not_summed_where_logits_are_finite() -> None:
+    other = algebra.columns(algebra.outside("q2"))
+    divergence = algebra.kept(other + (-(LOG_P * algebra.columns(Q))), KEPT_FINITE)
+    assert total(divergence) is None
+    assert algebra.leaves_out_of_several(divergence)
+    assert algebra.at(divergence, Y) is None

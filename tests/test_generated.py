@@ -117,7 +117,8 @@ def check_fused(spelling: Spelling, number: int, whole: bool = False, kept: str 
     compiled, graphs = compiled_afresh(loss) if whole else rewritten_afresh(loss)
     ours = measure(compiled, inputs.logits, *inputs.others, upstream=upstream)
     assert (sites(), misses()) == (1, 0), told(loss, inputs)
-    assert graphs.count(ops.ROW_STATS) == 1
+    parts = 2 if "torch.cat" in spelling.chain else 1
+    assert 1 <= graphs.count(ops.ROW_STATS) <= parts
     assert not counters["graph_break"]
     assert_fair_in(meaning.coarsest(spelling), ours.value, naive.value, exact.value)
     assert_fair(ours.gradient, naive.gradient, exact.gradient)

@@ -60,6 +60,7 @@ ROWS = {
     "max,sumexp,argmax": (0, 0),
     "max,sumexp,sumexpz": (0, 0),
     "max,sumexp,pick,mass:0,expdot:1": (1, 2),
+    kernel_reference.rows(0, *kernel_reference.kept(2)): (0, 2),
     EVERY: (2, 2),
 }
 
@@ -269,7 +270,17 @@ def test_weighted_gradient_is_rounded_once(kind: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("n_weights", [1, 2, 3])
-@pytest.mark.parametrize("names", [("dot",), ("mass",), ("expdot",), ("dot", "expdot"), ("mass", "expdot")])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("dot",),
+        ("mass",),
+        ("expdot",),
+        ("dot", "expdot"),
+        ("mass", "expdot"),
+        (*kernel_reference.KEPT, *kernel_reference.SEEN),
+    ],
+)
 def test_some_rows_of_several_weights(names: tuple[str, ...], n_weights: int) -> None:
     z, qs = logits(requires_grad=True), [torch.randn(V), torch.randn(N, V), torch.rand(V)][:n_weights]
     which = kernel_reference.rows(0, *(f"{name}:{j}" for j in range(n_weights) for name in names))
@@ -327,6 +338,40 @@ def test_a_logit_of_minus_infinity_is_the_limit(outside: float) -> None:
     (dz,) = torch.autograd.grad(actual.sum(), z)
     assert dz[:, [0, 4, V - 1]].eq(0).all()
     assert dz.isfinite().all()
+
+
+@pytest.mark.parametrize("q", [torch.inf, -torch.inf, torch.nan, 0.0])
+def test_a_column_at_minus_infinity_is_left_out(q: float) -> None:
+    """Whatever its weight is; and a row of nothing but such columns has sums of 0."""
+    z, weight = logits(), torch.randn(N, V)
+    z[:, [0, 4, V - 1]], weight[:, [0, 4, V - 1]] = -torch.inf, q
+    z[2] = -torch.inf
+    keep = [i for i in range(V) if i not in (0, 4, V - 1)]
+    which = kernel_reference.rows(0, *(f"{name}:0" for name in kernel_reference.KEPT))
+    z.requires_grad_()
+    actual = ops.row_stats(z, [], [weight], which)
+    torch.testing.assert_close(actual, ops.row_stats(z[:, keep], [], [weight[:, keep]], which))
+    assert actual[2:, 2].eq(0).all()
+    (dz,) = torch.autograd.grad(actual.sum(), z)
+    assert dz[:, [0, 4, V - 1]].eq(0).all()
+    assert dz[2].eq(0).all()
+
+
+@pytest.mark.parametrize("outside", [-torch.inf, 0.0, 100.0])
+def test_a_column_whose_weight_is_nan_is_not_looked_at(outside: float) -> None:
+    """Whatever its logit is, but for what that makes of the maximum."""
+    z, weight = logits(), torch.randn(N, V)
+    weight[:, [0, 4, V - 1]] = torch.nan
+    which = "max,sumexp,seendot:0,seenmass:0"
+    keep = [i for i in range(V) if i not in (0, 4, V - 1)]
+    expected = ops.row_stats(z[:, keep], [], [weight[:, keep]], "max,sumexp,dot:0,mass:0")
+    z[:, 4] = outside
+    z.requires_grad_()
+    actual = ops.row_stats(z, [], [weight], which)
+    torch.testing.assert_close(actual[3], expected[3])
+    torch.testing.assert_close(actual[2], expected[2] - (actual[0] - expected[0]) * expected[3])
+    (dz,) = torch.autograd.grad(actual[2].sum(), z)
+    torch.testing.assert_close(dz, weight.nan_to_num(nan=0.0))
 
 
 @pytest.mark.parametrize("finite", [0, V // 2, V - 1])

@@ -219,6 +219,11 @@ def test_every_set_of_rows(n_labels: int, others: list[str]) -> None:
         ["dot:0", "mass:0"],
         ["sumexpz", "mass:0", "dot:1", "expdot:1"],
         ["expdot:0", "mass:1"],
+        ["keptdot:0", "keptmass:0"],
+        ["keptdot:0"],
+        ["mass:0", "seendot:1"],
+        ["mass:0", "expdot:0", "expzdot:0", "keptexpdot:1"],
+        list(reference.kept(2)),
     ],
     ids=",".join,
 )

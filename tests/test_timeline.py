@@ -57,6 +57,12 @@ def test_first_argument_is_written(name: str):
     assert list(written_by(node)) == [a]
 
 
+@pytest.mark.parametrize("target", [operator.or_, operator.and_, operator.not_, operator.xor])
+def test_operators_named_like_keywords_write_nothing(target: Any):
+    node, _ = call(target, "a", "b")
+    assert list(written_by(node)) == []
+
+
 def test_out_is_written():
     node, (_, b) = call(torch.add, "a", 1, out="b")
     assert list(written_by(node)) == [b]

@@ -8,7 +8,7 @@ import sympy
 from sympy.printing.precedence import PRECEDENCE
 from sympy.printing.str import StrPrinter
 
-from .symbols import STATISTICS, SUM, dot, entry, lse_of, mean_p_of, pick
+from .symbols import STATISTICS, SUM, dot, entry, lse_of, mean_p_of, mean_pz_of, pick
 
 
 class _Printer(StrPrinter):
@@ -49,5 +49,5 @@ def render(value: sympy.Expr) -> str:
 def statistics_of(value: sympy.Expr) -> list[str]:
     """The names of the statistics in a row expression, in the order of the table above."""
     names = [s.symbol.name for s in STATISTICS if value.has(s.symbol)]
-    functions = sorted(value.atoms(pick, dot, mean_p_of, lse_of), key=str)
+    functions = sorted(value.atoms(pick, dot, mean_p_of, mean_pz_of, lse_of), key=str)
     return list(dict.fromkeys(names)) + [render(f) for f in functions]

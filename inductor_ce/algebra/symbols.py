@@ -18,7 +18,11 @@ MEAN_P = sympy.Symbol("mean_p", real=True)
 pick = sympy.Function("pick", real=True)
 dot = sympy.Function("dot", real=True)
 mean_p_of = sympy.Function("mean_p", real=True)
+mean_pz_of = sympy.Function("mean_pz", real=True)
 lse_of = sympy.Function("lse", real=True)  # of an order k: log sum_i exp(k z_i)
+
+# Among the weights of a sum: 1 where z_i is above -inf, and where it is not, the column is left out.
+FINITE = sympy.Symbol("finite", integer=True)
 
 # Of what the user brings along: sum_i q_i, and q_y.
 mass = sympy.Function("mass", real=True)
@@ -36,6 +40,7 @@ SUM_SHIFTED = sympy.Symbol("sum_shifted", real=True)
 MEAN_P_SHIFTED = sympy.Symbol("mean_p_shifted", real=True)
 pick_shifted = sympy.Function("pick_shifted", real=True)
 dot_shifted = sympy.Function("dot_shifted", real=True)
+mean_pz_shifted = sympy.Function("mean_pz_shifted", real=True)
 log_sumexp_of = sympy.Function("log_sumexp", real=True)
 
 
@@ -103,6 +108,16 @@ def outside(name: str) -> sympy.Symbol:
     return sympy.Symbol(name, real=True)
 
 
+def mask(name: str) -> sympy.Symbol:
+    """The symbol of a tensor of truth values that keeps columns or leaves them out."""
+    return sympy.Symbol(name, integer=True)
+
+
+def is_mask(symbol: sympy.Basic) -> bool:
+    """Whether a weight of columns is 0 or 1 in each."""
+    return bool(symbol.is_integer)
+
+
 def number(value: float) -> sympy.Expr:
     """A finite Python number as the decimal that was written: 0.9 + 0.1 is 1 here, and cancels as 1."""
     return sympy.Integer(int(value)) if isinstance(value, int) else sympy.Rational(repr(float(value)))
@@ -139,13 +154,15 @@ def shifted(value: sympy.Expr) -> sympy.Expr:
     """The same row expression over statistics taken relative to the row's maximum.
 
     lse = max + log_sumexp, lse(k) = k max + log_sumexp(k), pick = hit max + pick_shifted, sum = V max +
-    sum_shifted, mean_p = max + mean_p_shifted, dot = mass max + dot_shifted, and a maximum is max + 0, but
+    sum_shifted, mean_p = max + mean_p_shifted, dot = mass max + dot_shifted, mean_pz(q) = mean_p(q) max +
+    mean_pz_shifted, and a maximum is max + 0, but
     max + NaN where it is infinite, as differences of infinities are. In a loss that does not change when a
     constant is added to all logits, and almost every loss is such, `max` cancels here, before any rounding.
     """
     over_max = dict(_OVER_MAX)
     over_max |= {p: hit(*p.args) * MAX + pick_shifted(*p.args) for p in value.atoms(pick)}
     over_max |= {d: mass(*d.args) * MAX + dot_shifted(*d.args) for d in value.atoms(dot)}
+    over_max |= {f: mean_p_of(*f.args) * MAX + mean_pz_shifted(*f.args) for f in value.atoms(mean_pz_of)}
     over_max |= {lse: lse.args[0] * MAX + log_sumexp_of(*lse.args) for lse in value.atoms(lse_of)}
     return expand(value.subs(over_max, simultaneous=True))
 
@@ -180,7 +197,7 @@ def picks_of(value: sympy.Expr) -> list[sympy.Symbol]:
 
 def is_normalised(value: sympy.Expr) -> bool:
     """Whether an expression has the normaliser of a row, or the softmax that comes of it."""
-    return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of, lse_of))
+    return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of, mean_pz_of, lse_of))
 
 
 def has_power(value: sympy.Basic) -> bool:
@@ -190,9 +207,16 @@ def has_power(value: sympy.Basic) -> bool:
 
 def weighs_probabilities(value: sympy.Basic) -> bool:
     """Whether an expression has some of the probabilities of a row, themselves or under a weight."""
-    return any(e.has(pick) for e in value.atoms(sympy.exp)) or bool(value.atoms(mean_p_of))
+    return any(e.has(pick) for e in value.atoms(sympy.exp)) or bool(value.atoms(mean_p_of, mean_pz_of))
+
+
+def _is_weighed_sum(factors: sympy.Basic) -> bool:
+    """Whether a product is sum_i q_i exp(z_i), a normaliser under a weight."""
+    exps = [e for e in factors.args if isinstance(e, sympy.exp) and e.args[0].coeff(LSE) == 1]
+    return factors.is_Mul and bool(exps) and any(e.func == mean_p_of for e in factors.args)
 
 
 def weighs_logits(value: sympy.Expr) -> bool:
     """Whether an expression has some of the logits of a row, apart from its normaliser."""
-    return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of, lse_of))
+    value = value.replace(_is_weighed_sum, lambda factors: sympy.exp(LSE))
+    return value.has(*_WEIGHING) or bool(value.atoms(pick, dot, mean_p_of, mean_pz_of, lse_of))

@@ -10,6 +10,10 @@ A loss reads a row z of logits only through a few numbers, its statistics:
     mean_p       sum_i p_i z_i, with p_i = exp(z_i - lse)
     dot(q)       sum_i q_i z_i
     mean_p(q)    sum_i p_i q_i
+    mean_pz(q)   sum_i p_i q_i z_i
+
+Among the q_i of the last four may be masks, 0 or 1 in each column, and `finite`, 1 where z_i is above -inf:
+where one of them is 0 the column is left out, whatever else it would have.
 
 Two kinds of value follow from that. A *row expression* has no vocabulary axis: it is a sympy expression
 over the statistics and over numbers that the user's rows bring along. A *vocabulary expression* has one: it
@@ -29,6 +33,7 @@ import sympy
 
 from .symbols import (
     ARGMAX,
+    FINITE,
     LSE,
     LSE_EXTENDED,
     MAX,
@@ -39,9 +44,11 @@ from .symbols import (
     entry,
     expand,
     hit,
+    is_mask,
     lse_of,
     mass,
     mean_p_of,
+    mean_pz_of,
     pick,
     remembered,
     row_log,
@@ -65,7 +72,9 @@ class Monomial:
     q: tuple[sympy.Symbol, ...] = ()
 
     def __mul__(self, other: Monomial) -> Monomial:
-        q = tuple(sorted(self.q + other.q, key=str))
+        both = set(self.q) & set(other.q)
+        once = tuple(q for q in other.q if not (q in both and is_mask(q)))
+        q = tuple(sorted(self.q + once, key=str))
         return Monomial(self.z + other.z, self.p + other.p, self.at | other.at, q)
 
     @property
@@ -158,6 +167,25 @@ def power(value: Vocab, exponent: int | sympy.Rational) -> Vocab | None:
     for _ in range(exponent):
         result = result * value
     return result
+
+
+def kept(value: Vocab, mask: Vocab) -> Vocab | None:
+    """The value where `mask`, made of masks, is 1, and 0 where it is 0; None if that is no sum of statistics.
+
+    What is left out may be infinite: no weight is multiplied by it, and a label in its column may be named.
+    """
+    bare = any(b.z and not b.p and b.at for b, _ in value.terms)
+    return None if bare else mask * value
+
+
+def leaves_out(value: Vocab) -> bool:
+    """Whether a mask leaves columns out, which another weight, infinite there, would bring back."""
+    return any(map(is_mask, itertools.chain(*(b.q for b, _ in value.terms))))
+
+
+def is_weighed(value: Vocab) -> bool:
+    """Whether a value has a tensor that the user brings along, which is no mask."""
+    return not all(map(is_mask, itertools.chain(*(b.q for b, _ in value.terms))))
 
 
 def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
@@ -285,7 +313,7 @@ def argmax(value: Vocab) -> sympy.Expr | None:
 @remembered
 def total(value: Vocab) -> sympy.Expr | None:
     """The sum over the vocabulary."""
-    if cancels(value):
+    if cancels(value) or leaves_out_of_several(value):
         return None
     result = sympy.Integer(0)
     for b, c in value.terms:
@@ -310,12 +338,23 @@ def cancels(value: Vocab) -> bool:
     return bool(powers) and (targets or (len(powers) > 1 and not alike))
 
 
+def leaves_out_of_several(value: Vocab) -> bool:
+    """Whether constants of several kinds are summed over the columns where z is finite, as of a divergence.
+
+    They cancel, and are not added before they are summed, as where all columns count.
+    """
+    constants = [b for b, _ in value.terms if FINITE in b.q and not b.z and not b.p]
+    return len(constants) > 1
+
+
 def _total_of(b: Monomial) -> sympy.Expr | None:
     if b.at:
+        if FINITE in b.q:
+            return None
         y = min(b.at, key=str)
         return hit(y) * _at(b, y)
     if b.q:
-        sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of}
+        sums = {(0, 0): mass, (1, 0): dot, (0, 1): mean_p_of, (1, 1): mean_pz_of}
         return sums[b.z, b.p](*b.q) if (b.z, b.p) in sums else None
     if b.p not in (0, 1):
         return None if b.z else sympy.exp(lse_of(b.p) - b.p * LSE)
@@ -325,6 +364,8 @@ def _total_of(b: Monomial) -> sympy.Expr | None:
 @remembered
 def at(value: Vocab, y: sympy.Symbol) -> sympy.Expr | None:
     """The value in column y."""
+    if any(FINITE in b.q for b, _ in value.terms):
+        return None
     return expand(sum((c * _at(b, y) for b, c in value.terms), sympy.Integer(0)))
 
 

@@ -34,6 +34,7 @@ from ..reading.values import LossValue, Reading
 from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden
 from ..rewriting.groups import Group, Replaceable, headline, value_of
+from ..rewriting.joined_columns import split_columns
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.returned_logits import settle_logits
@@ -117,7 +118,10 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     attempt("unused nodes are left in the graph", forget, reading)
     if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
-        heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, fused, options)
+        gone, _ = attempt("a concatenation hides the linear layer", split_columns, graph)
+        heads, _ = attempt(
+            "returned logits are kept", settle_logits, graph, reading, fused, options, gone or {}
+        )
         own = report.sites[-len(fused) :]
         report.sites[-len(fused) :] = [
             replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)

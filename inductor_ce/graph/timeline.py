@@ -34,6 +34,8 @@ _INPLACE_OPERATORS = {
     *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
     *(operator.imatmul, operator.setitem, operator.delitem),
 }
+# Named so because Python has keywords of their names.
+_NOT_INPLACE = {operator.and_, operator.or_, operator.not_, operator.is_}
 
 
 def written_by(node: Node) -> Iterator[Node]:
@@ -53,6 +55,8 @@ def written_by(node: Node) -> Iterator[Node]:
             yield from node.all_input_nodes if _writes_inside(node) else ()
         elif schema is not None:
             yield from _written_by_schema(node, schema)
+        elif node.target in _NOT_INPLACE:
+            return
         elif node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
             yield from _nodes(node.args[:1])
         elif _asked_inplace(node):

@@ -4,6 +4,7 @@ In:   from `rewriting`, calls of `row_stats`; from `heads`, its pieces, and the 
 Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
 
     rows            the statistics, each one entry of a table, and which of them a call packs
+    terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
@@ -29,12 +30,36 @@ from .operators import (
     stats_dtype,
     stats_dtype_of,
 )
-from .rows import ARGMAX, DOT, EXPDOT, MASS, MAX, PICK, POWER, SUM, SUMEXP, SUMEXPZ, TOP, Row, Rows
+from .rows import (
+    ARGMAX,
+    DOT,
+    EXPDOT,
+    EXPZDOT,
+    KEPT_DOT,
+    KEPT_EXPDOT,
+    KEPT_MASS,
+    MASS,
+    MAX,
+    PICK,
+    POWER,
+    SEEN_DOT,
+    SEEN_MASS,
+    SUM,
+    SUMEXP,
+    SUMEXPZ,
+    TOP,
+    Row,
+    Rows,
+)
 
 __all__ = [
     "ARGMAX",
     "DOT",
     "EXPDOT",
+    "EXPZDOT",
+    "KEPT_DOT",
+    "KEPT_EXPDOT",
+    "KEPT_MASS",
     "MASS",
     "MAX",
     "MAX_COLUMNS",
@@ -44,6 +69,8 @@ __all__ = [
     "ROW_GRAD",
     "ROW_GRAD_AGAIN",
     "ROW_STATS",
+    "SEEN_DOT",
+    "SEEN_MASS",
     "SOME_ROW_GRAD",
     "SOME_ROW_STATS",
     "SUM",

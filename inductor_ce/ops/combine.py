@@ -29,7 +29,13 @@ def chosen(packed: Tensor, rows: Rows, wanted: Rows) -> Tensor:
     return torch.stack([row for row, name in zip(packed.unbind(0), rows, strict=True) if name in wanted.rows])
 
 
-def combined(law: Law, blocks: Tensor, counts: Tensor, masses: Mapping[int, Tensor] | None = None) -> Tensor:
+def combined(
+    law: Law,
+    blocks: Tensor,
+    counts: Tensor,
+    masses: Mapping[int, Tensor] | None = None,
+    held: Tensor | None = None,
+) -> Tensor:
     """The statistics of whole rows, [K, N], from those of P blocks.
 
     Args:
@@ -38,11 +44,15 @@ def combined(law: Law, blocks: Tensor, counts: Tensor, masses: Mapping[int, Tens
         counts: how many columns a block has, [P, N] or [P, 1].
         masses: of weights of which there is no mass among the rows: the sum of them over each block, [P, N]
             or [P, 1].
+        held: the blocks without a gradient, where some flows through the others: what is no sum has none.
     """
     parts = blocks.unbind(1)
-    peaks, sums = parts[:2]  # max and sumexp, which every call has
+    constants = parts if held is None else held.unbind(1)
+    peaks, sums = constants[:2]  # max and sumexp, which every call has
     m = peaks.amax(0)
-    rise = torch.where(peaks == -torch.inf, 0.0, peaks - m)
+    # No gradient of a block that holds +inf is lost where it does not count.
+    infinite = peaks == -torch.inf if held is None else peaks.isinf()
+    rise = torch.where(infinite, 0.0, peaks - m)
     scale = rise.exp()
     combined = []
     for k, move in enumerate(law.moves):
@@ -50,7 +60,7 @@ def combined(law: Law, blocks: Tensor, counts: Tensor, masses: Mapping[int, Tens
         if move.held == MAXIMUM:
             combined.append(m)
         elif move.held == FIRST:
-            combined.append(_first_largest(peaks, sums, block))
+            combined.append(_first_largest(peaks, sums, constants[k]))
         else:
             beside = _beside(move, parts, counts, masses or {})
             combined.append(_moved(block, move, rise, scale, beside).sum(0))

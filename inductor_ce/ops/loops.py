@@ -8,7 +8,8 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import operators
-from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
+from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .terms import evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -18,7 +19,8 @@ class _Columns:
 
     def __init__(self, x: IRNode, m: IRNode, weights: list[IRNode]):
         self._weights = weights
-        self.gap = _minus_row(x, m)
+        # In a row of -inf differences are from 0.
+        self.gap = _minus_row(x, _where(_is_minus_infinity(m), 0.0, m))
         self.exp = call_lowering(aten.exp.default, self.gap)
 
     def __call__(self, expression: str, row: Row, c: IRNode | None = None) -> IRNode:
@@ -28,7 +30,8 @@ class _Columns:
             names |= {"k": row.order, "power": power}
         if row.index is not None:
             names["q"] = _over_rows(self._weights[row.index], self.gap)
-        return evaluated(expression, names, _add, _mul, self._limit)
+        functions = {"limit": self._limit, "seen": lambda x: _where(_is_nan(names["q"]), 0.0, x)}
+        return evaluated(expression, names, _add, _mul, functions)
 
     def _limit(self, x: IRNode) -> IRNode:
         return _where(_is_minus_infinity(self.gap), 0.0, x)
@@ -41,7 +44,7 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
         z.realize()  # see _place_of_maximum
     x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
-    columns = _Columns(x, _where(call_lowering(aten.eq.Scalar, m, -torch.inf), 0.0, m), weights)
+    columns = _Columns(x, m, weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:
@@ -143,6 +146,10 @@ def _iota(size: Any, like: IRNode) -> IRNode:
 
 def _is_minus_infinity(x: IRNode) -> IRNode:
     return call_lowering(aten.eq.Scalar, x, -torch.inf)
+
+
+def _is_nan(x: IRNode) -> IRNode:
+    return call_lowering(aten.isnan.default, x)
 
 
 def _minus_row(x: IRNode, row: IRNode) -> IRNode:

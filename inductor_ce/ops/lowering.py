@@ -182,7 +182,8 @@ def _lowered(
 ) -> IRNode:
     """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
     result = None
-    if z.get_device().type in GPUS and not _is_empty(z):
+    # A constant that a template absorbs would not have the shape of its tile.
+    if z.get_device().type in GPUS and not _is_empty(z) and not inductor.is_constant(z):
         result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
     return by_loops(*args) if result is None else result
 

@@ -26,7 +26,20 @@ and then, for each weight tensor q_j, [V] or [N, V], at least one of
     mass:j    sum_i q_ji                                0
     expdot:j  sum_i q_ji exp(z_i - m)                   q_ji exp(z_i - m)
 
-In a row of -inf, where m is -inf, differences are taken from 0 in place of m. In `sumexpz` a logit of -inf
+and of the columns alone that are above -inf, whatever their q_ji is
+
+    keptdot:j     sum_i q_ji (z_i - m)                  q_ji
+    keptmass:j    sum_i q_ji                            0
+    expzdot:j     sum_i q_ji (z_i - m) exp(z_i - m)     q_ji (1 + z_i - m) exp(z_i - m)
+    keptexpdot:j  sum_i q_ji exp(z_i - m)               q_ji exp(z_i - m)
+
+or of those alone whose q_ji is not NaN, which is so how a weight says that a column does not count
+
+    seendot:j     sum_i q_ji (z_i - m)                  q_ji
+    seenmass:j    sum_i q_ji                            0
+
+In a row of -inf, where m is -inf, differences are taken from 0 in place of m, in the gradient too: such a
+row of a block, where that of another block is finite, has none. In `sumexpz` a logit of -inf
 counts 0, as the limit is. In `argmax`, which is held as a floating number, NaN is the largest.
 
 NOTE Why (max, sumexp) and not lse. lse = m + log d depends on m only through the shift, which cancels:
@@ -51,7 +64,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DerivativeError
-from .rows import ARGMAX, MAXIMUM, Row, Rows, evaluated
+from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .terms import evaluated
 
 # The site of a loss that nobody asks about.
 NO_SITE = -1
@@ -122,7 +136,8 @@ class _Columns:
 
     def __init__(self, x: Tensor, m: Tensor, weights: Sequence[Tensor]):
         self._weights = weights
-        self.gap = x - m.unsqueeze(-1)
+        # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
+        self.gap = x - torch.where(m == -torch.inf, 0.0, m).unsqueeze(-1)
         self.exp = self.gap.exp()
 
     def __call__(self, expression: str, row: Row, c: Tensor | None = None) -> Tensor:
@@ -131,7 +146,8 @@ class _Columns:
             names |= {"k": row.order, "power": (row.order * self.gap).exp()}
         if row.index is not None:
             names["q"] = self._weights[row.index].to(self.gap.dtype)
-        return evaluated(expression, names, operator.add, operator.mul, self._limit)
+        functions = {"limit": self._limit, "seen": lambda x: torch.where(names["q"].isnan(), 0.0, x)}
+        return evaluated(expression, names, operator.add, operator.mul, functions)
 
     def _limit(self, x: Tensor) -> Tensor:
         return torch.where(self.gap == -torch.inf, 0.0, x)
@@ -156,7 +172,7 @@ def row_stats(
     Args:
         z: logits [N, V], any floating dtype; statistics are computed in float32 (float64 for float64).
         labels: integer tensors [N], one per `pick` row.
-        weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j`.
+        weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j` and such.
         which: the rows wanted, see the table above.
         site: an id of the loss, which the gradient carries too. Results do not depend on it.
 
@@ -176,8 +192,7 @@ def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: s
     x = z.to(stats_dtype(z))
     packed = packed_dtype_of(z.dtype, rows)
     m = x.amax(-1) if v else x.new_full((n,), -torch.inf)
-    # In a row of -inf differences are from 0, so that it has d = 0 and lse = -inf.
-    columns = _Columns(x, torch.where(m == -torch.inf, 0.0, m), weights)
+    columns = _Columns(x, m, weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:

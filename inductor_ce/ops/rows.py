@@ -7,7 +7,7 @@ a column adds to it and what the gradient of that is, and `combine` how blocks o
     k = the order of a power      power = exp(k gap)
 
 An expression over these, with + and *, is Python over tensors and Triton alike; `limit(x)` is x, but 0 where
-gap is -inf, as that is the limit of what it is written round.
+gap is -inf, as that is the limit of what it is written round; `seen(x)` is x, but 0 where q is NaN.
 
 NOTE The law. A sum over a block of columns is moved to the maximum of the whole row, which is `rise` above
 the block's: gap becomes gap + rise and exp becomes exp e^rise, so that
@@ -20,16 +20,17 @@ columns, sumexp, or a mass.
 
 from __future__ import annotations
 
-import ast
 import enum
 import itertools
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+
+from .terms import in_triton
 
 
 class Per(enum.Enum):
@@ -86,11 +87,28 @@ POWER = Statistic("sumexp^", Per.ORDER, term="power", slope="c * (power * k)", h
 DOT = Statistic("dot", Per.WEIGHT, term="q * gap", slope="c * q", beside="mass")
 MASS = Statistic("mass", Per.WEIGHT, term="q")
 EXPDOT = Statistic("expdot", Per.WEIGHT, term="q * exp", slope="c * q * exp", has_exp=True)
+# The same of the columns whose gap is above -inf; in a row that holds NaN or +inf, the mass of any.
+KEPT_DOT = Statistic("keptdot", Per.WEIGHT, term="limit(q * gap)", slope="c * limit(q)", beside="keptmass")
+KEPT_MASS = Statistic("keptmass", Per.WEIGHT, term="limit(q)")
+EXPZDOT = Statistic(
+    "expzdot",
+    Per.WEIGHT,
+    term="limit(q * gap * exp)",
+    slope="c * limit(q * (gap + 1) * exp)",
+    beside="keptexpdot",
+    has_exp=True,
+)
+KEPT_EXPDOT = Statistic(
+    "keptexpdot", Per.WEIGHT, term="limit(q * exp)", slope="c * limit(q * exp)", has_exp=True
+)
+# Of those whose weight is not NaN, which is how it says that it leaves a column out, whatever z is there.
+SEEN_DOT = Statistic("seendot", Per.WEIGHT, term="seen(q * gap)", slope="c * seen(q)", beside="seenmass")
+SEEN_MASS = Statistic("seenmass", Per.WEIGHT, term="seen(q)")
 
 # In the order of the packed result.
 ALWAYS = (MAX, SUMEXP)
 OPTIONAL = (SUM, SUMEXPZ, ARGMAX, TOP)
-WEIGHED = (DOT, MASS, EXPDOT)
+WEIGHED = (DOT, MASS, EXPDOT, KEPT_DOT, KEPT_MASS, EXPZDOT, KEPT_EXPDOT, SEEN_DOT, SEEN_MASS)
 
 
 @dataclass(frozen=True)
@@ -308,7 +326,8 @@ class Rows:
         for row in self.rows:
             rows.append(row)
             beside = row.beside
-            if beside is not None and beside not in self.rows and beside.index not in known:
+            is_known = beside is not None and beside.statistic == MASS and beside.index in known
+            if beside is not None and beside not in self.rows and not is_known:
                 rows.append(beside)
         return Rows(tuple(rows))
 
@@ -362,36 +381,3 @@ class Law(NamedTuple):
 def law_of(which: str, n_labels: int, n_weights: int, known: tuple[int, ...]) -> Law:
     """The law of the rows of an operator's argument `which`."""
     return Rows.decode(which, n_labels, n_weights).law(known)
-
-
-def evaluated(
-    expression: str,
-    names: Mapping[str, Any],
-    add: Callable[[Any, Any], Any],
-    mul: Callable[[Any, Any], Any],
-    limit: Callable[[Any], Any],
-) -> Any:
-    """An expression of the table, over whatever `names` stand for."""
-
-    def of(node: ast.expr) -> Any:
-        match node:
-            case ast.Name(name):
-                return names[name]
-            case ast.Constant(value):
-                return value
-            case ast.Call(args=[argument]):
-                return limit(of(argument))
-            case ast.BinOp(left, ast.Add(), right):
-                return add(of(left), of(right))
-            case ast.BinOp(left, ast.Mult(), right):
-                return mul(of(left), of(right))
-        raise AssertionError(f"{expression} is beyond the language of the table")
-
-    return of(ast.parse(expression, mode="eval").body)
-
-
-def in_triton(expression: str, order: float | None = None) -> str:
-    """An expression of the table as Triton's."""
-    if order is not None:
-        expression = expression.replace("k", str(order)).replace("power", f"tl.exp(gap * {order})")
-    return expression.replace("limit(", 'tl.where(gap == float("-inf"), 0.0, ')

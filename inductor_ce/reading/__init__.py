@@ -14,5 +14,6 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
                  part_reader, what the storages of such a program hold while it runs
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
-                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops)
+                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),
+                 left_out (entries that masks leave out)
 """

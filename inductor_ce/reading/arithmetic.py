@@ -16,6 +16,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
+from .left_out import left_out
 from .operands import Number, Operands, applied, operands, plain
 from .targets import Function, mask_of
 from .values import Columns, OnLogits, Outcome, RowValue, Value, VocabValue
@@ -57,8 +58,15 @@ def times(a: Any, b: Any) -> Any:
         return None  # a product of two row values is the user's own, of size [N]
     if a == 0 or b == 0:
         return None  # not 0 where the other is NaN
+    if _brings_back(a, b) or _brings_back(b, a):
+        return None  # nor what was left out where the other is infinite
     product = b * a if isinstance(b, algebra.Vocab) else a * b
     return None if isinstance(product, algebra.Vocab) and product.degree > algebra.MAX_DEGREE else product
+
+
+def _brings_back(a: Any, b: Any) -> bool:
+    both = isinstance(a, algebra.Vocab) and isinstance(b, algebra.Vocab)
+    return both and algebra.leaves_out(a) and algebra.is_weighed(b)
 
 
 def over(a: Any, b: Any) -> Any:
@@ -116,7 +124,15 @@ def one_dim(dim: Any) -> Any:
 
 
 def _summed_dims(node: Node) -> Iterator[int]:
-    """The dimensions over which somebody sums this node."""
+    """The dimensions over which somebody sums this node, or its product if no other reads its source."""
+    yield from _dims_of_sums(node)
+    if all(len(source.users) == 1 for source in node.all_input_nodes):
+        for user in node.users:
+            if spellings.is_step(user, "mul"):
+                yield from _dims_of_sums(user)
+
+
+def _dims_of_sums(node: Node) -> Iterator[int]:
     for user in node.users:
         spelled = spellings.read(user)
         if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:
@@ -226,6 +242,9 @@ def masked_fill(context: Context, args: dict[str, Any]) -> Outcome:
 def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """One of two values in the column of a label, the other elsewhere."""
     if mask_of(context, mask) is None:
+        kept = left_out(context, mask, yes, no)
+        if kept is not None:
+            return kept
         return _chosen_by_row(context, mask, yes, no)
     read = operands(context, mask, yes, no)
     return applied(context, read, lambda *exprs: algebra.select(*map(algebra.as_vocab, exprs)))

@@ -245,6 +245,11 @@ class Context:
         symbol = self._outside_symbol(arg, kind, value, like, made)
         return algebra.columns(symbol) if kind in ("classes", "columns") else algebra.as_vocab(symbol)
 
+    def mask(self, arg: Node, value: VocabValue, like: Node, made: str) -> sympy.Symbol | None:
+        """The symbol of truth values that say of each column whether it is kept, 1 where it is."""
+        kind = _kind(arg, like, value.axis)
+        return self._outside_symbol(arg, kind, value, like, made) if kind in ("classes", "columns") else None
+
     def masks(self, value: VocabValue) -> frozenset[sympy.Symbol]:
         """The symbols that are 0 or 1 in each row."""
         known = self.reading.outside.get(value.logits, {})
@@ -269,9 +274,11 @@ class Context:
             same = same and arrangement(held.steps) == arrangement(value.steps)
             if same and timeline.version(arg, held.position) == timeline.version(arg, self.position):
                 return symbol
-        letter = {"classes": "w", "columns": "q"}.get(kind, "r")
+        is_mask = made.startswith("where") and kind in ("classes", "columns")
+        letter = "k" if is_mask else {"classes": "w", "columns": "q"}.get(kind, "r")
         count = sum(str(symbol).startswith(letter) for symbol in known)
-        symbol = algebra.outside(letter if not count else f"{letter}{count + 1}")
+        name = letter if not count else f"{letter}{count + 1}"
+        symbol = algebra.mask(name) if is_mask else algebra.outside(name)
         known[symbol] = Outside(arg, kind, value.steps, value.axis, like, self.position, made)
         return symbol
 

@@ -27,6 +27,11 @@ CANCELLING = Refusal(
     "It sums differences between powers of probabilities and a target, which are small where these are near "
     "each other: the sums of the parts are not.",
 )
+LEFT_OUT_OF_SEVERAL = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "It sums several numbers beside the log-probabilities over the classes whose logits are finite, which "
+    "may cancel: leave out what is constant, such as the entropy of the target.",
+)
 
 
 def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Function:
@@ -73,10 +78,16 @@ def _over_vocab(
         expr = function(value.expr)
         kept = value.axis if args.get("keepdim") else None
         if expr is None:
-            return CANCELLING if not reads_logits and algebra.cancels(value.expr) else None
+            return None if reads_logits else _why_no_sum(value.expr)
         return value.reduced_to(expr, kept)
 
     return step
+
+
+def _why_no_sum(value: algebra.Vocab) -> Refusal | None:
+    if algebra.leaves_out_of_several(value):
+        return LEFT_OUT_OF_SEVERAL
+    return CANCELLING if algebra.cancels(value) else None
 
 
 def _mean(value: algebra.Vocab) -> sympy.Expr | None:

@@ -16,7 +16,8 @@ from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
-from .values import Columns, Outcome, Value
+from .values import Columns, Outcome, Value, VocabValue
+from .views import viewed
 
 # What reads a step: its node, and its arguments by name.
 Function = Callable[[Context, dict[str, Any]], Outcome]
@@ -160,11 +161,14 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
 
 
 def edit(step: Function) -> Function:
-    """The step of an operation in place, followed only where it changes labels and numbers."""
+    """The step of an operation in place, of labels and numbers, or of what nobody else sees."""
 
     def edited(context: Context, args: dict[str, Any]) -> Outcome:
         target = args.get("input")
         value = step(context, args)
+        if isinstance(value, VocabValue) and isinstance(target, Node) and _is_alone(context, target):
+            context.reading.own_edits.add(context.node)
+            return value
         if not isinstance(value, Columns) or not isinstance(target, Node):
             return value if isinstance(value, Refusal) else None
         version = context.reading.timeline.version(target, context.position + 1)
@@ -172,3 +176,11 @@ def edit(step: Function) -> Function:
         return value
 
     return edited
+
+
+def _is_alone(context: Context, target: Node) -> bool:
+    """Whether a tensor that is edited was made for that: nothing else has its storage, or reads it later."""
+    timeline = context.reading.timeline
+    made = isinstance(context.reading.values.get(target), VocabValue) and viewed(target) is None
+    sharing = [node for node in timeline.nodes if timeline.shares_storage(node, target)]
+    return made and sharing == [target, context.node] and list(target.users) == [context.node]

@@ -5,13 +5,16 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
 
     legal             which values may be replaced; `groups`, together and where
     escapes           who else needs the log-probabilities, and which losses were not read
+    normalisers       which of them are losses by themselves
     kept              log-probabilities that the program keeps, beside the loss
     rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
+    weighed           which rows hold the sums that tensors from outside weigh, or leave columns out of
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them
+    joined_columns    likewise columns that are put beside logits
     chosen_rows       likewise where rows are chosen of a linear layer's result
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,
                       how they are made again: recipes

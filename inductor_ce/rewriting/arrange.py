@@ -106,6 +106,7 @@ def flat_outside(build: Builder, node: Node, outside: Outside, vocab_size: int) 
     assert axis is not None
     if outside.kind == "columns":
         rank = len(shape_of(node))
+        axis -= len(shape_of(outside.like)) - rank
         if axis != rank - 1:
             node = build(torch.movedim, node, axis, -1)
         node = _undo(build, node, steps, (vocab_size,))

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 
+from .. import algebra
 from ..common.findings import Reason, Refusal, name_of, where_is
-from ..graph.shapes import example_of, hint, shape_of
+from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
+from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.aten import is_backward
 from ..reading.operands import EDITED_BETWEEN
-from ..reading.values import LossValue, OnLogits, Reading, RowValue, VocabValue
+from ..reading.values import LossValue, OnLogits, Reading, RowValue, VocabValue, row_expr
 from ..reading.views import broadcast_operand
+from .linear_layers import linear_layer
+
+# Steps whose results are no functions of each element of what they are made of, and those that have the
+# elements of several tensors.
+WHOLE = ("matmul", "einsum", "log_softmax", "softmax")
+GLUE = ("cat", "stack")
 
 
 def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
@@ -38,6 +47,32 @@ def read_by(node: Node) -> Sequence[Node]:
     if step.reads_shapes:
         return []
     return [node.args[0]] if step.reads_first and isinstance(node.args[0], Node) else node.all_input_nodes
+
+
+def is_of_each(node: Node, source: Node) -> bool:
+    """Whether a node has the elements of a source, in some order, or a function of each."""
+    spelled, example = spellings.read(node), tensor_of(node)
+    if example is None or any(written_by(node)) or linear_layer(node, spelled) is not None:
+        return False
+    if spelled is not None and (spelled[0].view is not None or spelled[0].name in (*WHOLE, *GLUE)):
+        return spelled[0].name not in WHOLE
+    return same_shape(example.shape, shape_of(source))
+
+
+def is_of_losses(reading: Reading, node: Node) -> bool:
+    """Whether the elements of a tensor, or of its largest part, are made of what losses have of each row."""
+    frontier, seen = [node], {node}
+    while frontier:
+        made = frontier.pop()
+        value = reading.on_logits(made)
+        if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value)):
+            return True
+        sources = [a for a in made.all_input_nodes if tensor_of(a) is not None and is_of_each(made, a)]
+        if any(spellings.is_step(made, name) for name in GLUE):
+            sources = sorted(sources, key=lambda a: math.prod(map(hint, shape_of(a))))[-1:]
+        frontier += [a for a in sources if a not in seen]
+        seen.update(sources)
+    return False
 
 
 def escape(reading: Reading, wide: Sequence[Node], needed: set[Node]) -> Refusal:
@@ -94,8 +129,9 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
             continue
         if isinstance(value, RowValue) and value.logits in fused:
             continue  # the statistic of a loss that is fused, needed for something else as well
-        if isinstance(reading.on_logits(value.logits.node), RowValue):
-            continue  # rows of another loss, over which the user normalises
+        of_rows = isinstance(reading.on_logits(value.logits.node), RowValue)
+        if of_rows or is_of_losses(reading, value.logits.node):
+            continue  # rows of other logits, over which the user normalises
         if brought & {node, *_readers(reading, node, value)}:
             continue  # what another loss is weighed by
         size = hint(shape_of(value.logits.node)[value.logits.axis])

@@ -28,6 +28,7 @@ from .beside import misplaced
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 from .kept import kept
+from .normalisers import is_normaliser_alone
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -79,7 +80,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
             reading.miss(headline(reading, nodes), refusal)
             continue
         allowed = _without_escapes(reading, nodes)
-        if _is_loss(reading, allowed):
+        if _is_loss(reading, logits, allowed):
             groups += _not_refused(reading, grouped(reading, logits, allowed))
     replaced = {node for group in groups for node in group.nodes}
     tell_unread(reading, replaced, options.min_vocab, everywhere)
@@ -122,7 +123,7 @@ def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
             reading.miss(node, few or _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
-    return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, nodes)}
+    return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
 
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
@@ -174,10 +175,12 @@ def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
     )
 
 
-def _is_loss(reading: Reading, nodes: list[Node]) -> bool:
-    """A loss weighs the normaliser of a row against some of its logits."""
+def _is_loss(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
+    """A loss weighs the normaliser of a row against some of its logits, or has it alone."""
     exprs = [expr_of(reading, node) for node in nodes]
-    return any(map(algebra.is_normalised, exprs)) and any(map(algebra.weighs_logits, exprs))
+    if not any(map(algebra.is_normalised, exprs)):
+        return False
+    return any(map(algebra.weighs_logits, exprs)) or is_normaliser_alone(reading, logits, nodes)
 
 
 # May it be replaced

@@ -40,14 +40,18 @@ ARGUMENT = "they are an argument of the graph"
 ALIASED = "a tensor that shares their memory is an argument or is returned too"
 
 
-def settle_logits(graph: Graph, reading: Reading, groups: list[Group], options: Options) -> list[str]:
+def settle_logits(
+    graph: Graph, reading: Reading, groups: list[Group], options: Options, gone: dict[Node, Node]
+) -> list[str]:
     """Drop the returned logits of rewritten groups where that is asked for and may be.
+
+    Logits that are no more have in `gone` what stands for them.
 
     Returns:
         For each group a sentence on what keeps its logits in memory, or that they were dropped; "" where
         nothing but the loss needs them.
     """
-    roots = [_root(group.logits.node) for group in groups]
+    roots = [_root(gone.get(group.logits.node, group.logits.node)) for group in groups]
     sentences = {
         root: _told(root) or _settle(graph, reading, _copies(root), options) for root in dict.fromkeys(roots)
     }

@@ -89,20 +89,21 @@ SIZES = ("size", torch.ops.aten.sym_size.int)
 
 def sweep(graph: Graph, reading: Reading) -> None:
     """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
-    left = _erase_unused(graph, reading.timeline.nodes)
+    left = _erase_unused(graph, reading, reading.timeline.nodes)
     if reading.added:
         for z, node in reading.added.items():
             asks = all(user.target in SIZES for user in node.users)
             if z.users and asks and same_shape(shape_of(z), shape_of(node)):
                 node.replace_all_uses_with(z)
-        _erase_unused(graph, left)
+        _erase_unused(graph, reading, left)
 
 
-def _erase_unused(graph: Graph, nodes: list[Node]) -> list[Node]:
+def _erase_unused(graph: Graph, reading: Reading, nodes: list[Node]) -> list[Node]:
     """Erase what nobody uses of some nodes. Returns the others."""
     left = []
     for node in reversed(nodes):
-        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+        is_pure = not any(written_by(node)) or node in reading.own_edits
+        if not node.users and spellings.is_repeatable(node) and is_pure:
             graph.erase_node(node)
         else:
             left.append(node)

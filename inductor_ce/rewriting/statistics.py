@@ -21,6 +21,18 @@ from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
 from .rematerialise import made_before
+from .weighed import (
+    SUMEXP_EXTENDED,
+    WEIGHED,
+    Product,
+    by_masks,
+    has_masks,
+    is_of_masks,
+    rows_of,
+    sumexpdot,
+    weight_of,
+    with_sums,
+)
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
@@ -46,9 +58,13 @@ def _max_or_nan(build: Builder, m: Node, d: Node) -> Node:
     return build(torch.where, unseen, torch.nan, m)
 
 
-def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
+def _sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
     # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
-    return build(torch.log, build(torch.where, build(torch.eq, m, torch.inf), 1.0, d))
+    return build(torch.where, build(torch.eq, m, torch.inf), 1.0, d)
+
+
+def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
+    return build(torch.log, _sumexp_extended(build, m, d))
 
 
 class _OfRows(NamedTuple):
@@ -69,13 +85,12 @@ _OF_ROWS = {
     symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
     LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
     symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
+    SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _sumexp_extended),
     symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
     symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
     symbols.ARGMAX: _OfRows((rows.ARGMAX,), lambda build, first: first),
 }
 _MAXIMA_SHIFTED = [s.over_max - symbols.MAX for s in symbols.STATISTICS if symbols.is_maximum(s.symbol)]
-
-Product = tuple[sympy.Symbol, ...]
 
 _MADE: dict[str, Callable[[Builder, Node], Node]] = {
     "": lambda build, node: node,
@@ -133,7 +148,7 @@ class Statistics:
     def __init__(
         self, build: Builder, reading: Reading, group: Group, site: int, verify_key: str | None = None
     ):
-        self.build, self.vocab_size = build, group.vocab_size
+        self.build, self.logits, self.vocab_size = build, group.logits.node, group.vocab_size
         self.outside = group.outside
         exprs = [expr for node in group.nodes for expr in group.exprs_of(node)]
         moved = [algebra.shifted(expr) for expr in exprs]
@@ -189,27 +204,25 @@ class Statistics:
         weights: list[Node] = []
         rows: dict[ops.Row, Any] = {}
         functions = {f for e in exprs for f in e.atoms(sympy.Function)}
-        products = {f.args for f in functions if f.func in (algebra.dot_shifted, algebra.mean_p_of)}
+        products = {f.args for f in functions if f.func in WEIGHED}
+        functions |= {algebra.mass(*product) for product in products if is_of_masks(product)}
         for product in sorted(products, key=str):
             weight = self.product(product)
-            kinds = [
-                (ops.DOT, algebra.dot_shifted),
-                (ops.MASS, algebra.mass),
-                (ops.EXPDOT, algebra.mean_p_of),
-            ]
-            if len(shape_of(weight)) == 1:
-                del kinds[1]  # the same number for all rows
+            kinds = rows_of(product, of_rows=len(shape_of(weight)) > 1)
             wanted = [(statistic, make(*product)) for statistic, make in kinds if make(*product) in functions]
             rows |= {ops.Row(statistic, len(weights)): function for statistic, function in wanted}
-            weights.append(weight)
+            weights += [weight] if wanted else []
+            bare = algebra.dot_shifted(*product)
+            if has_masks(product) and bare in functions:
+                rows[ops.Row(ops.SEEN_DOT, len(weights))] = bare
+                weights.append(self.product(product, left_out=torch.nan))
         return weights, rows
 
-    def product(self, product: Product) -> Node:
-        """The product of tensors from outside, [V] or [N, V]."""
-        first, *rest = map(self.flat, product)
-        for other in rest:
-            first = self.build(torch.mul, first, other)
-        return first
+    def product(self, product: Product, left_out: float = 0.0) -> Node:
+        """The product of tensors from outside, [V] or [N, V], and a number where masks leave a column out."""
+        if product == (algebra.FINITE,):
+            return self.build("new_ones", self.logits, [self.vocab_size], dtype=torch.bool)
+        return weight_of(self.build, product, self.flat, left_out)
 
     def flat(self, symbol: sympy.Symbol) -> Node:
         """A tensor from outside as [N, V], [V], [N] or a number."""
@@ -245,8 +258,10 @@ class Statistics:
             return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
         if key.func == algebra.hit:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
-        if key.func == algebra.mean_p_of:
+        if key.func in (algebra.mean_p_of, algebra.mean_pz_shifted):
             return build(torch.div, self._of_function[key], self._rows[ops.Row(ops.SUMEXP)])
+        if key.func == sumexpdot:
+            return self._of_function[algebra.mean_p_of(*key.args)]
         if key.func == algebra.log_sumexp_of:
             return build(torch.log, self._rows[_power(key)])
         if key.func == algebra.entry:
@@ -287,11 +302,19 @@ class Statistics:
 
     def row(self, expr: sympy.Expr) -> Node:
         """A row expression as torch operations, [N]."""
-        moved = _with_infinities(algebra.shifted(expr))
-        value = self._emit_with_masses(moved.subs(algebra.V, self.vocab_size))
+        moved = with_sums(_with_infinities(algebra.shifted(expr))).subs(algebra.V, self.vocab_size)
+        parts = {masks: self._emit_with_masses(part) for masks, part in by_masks(moved).items()}
+        parts |= {masks: self._unless_nothing(masks, part) for masks, part in parts.items() if masks}
+        value = functools.reduce(self._add, parts.values())
         if isinstance(value, Node) and len(shape_of(value)) == 1:
             return value
         return self.build(torch.add, self.build(torch.zeros_like, self[algebra.MAX]), value)
+
+    def _unless_nothing(self, masks: Product, value: Any) -> Node:
+        """What is summed over the columns that masks keep, 0 in a row of which they keep none."""
+        is_finite = algebra.FINITE in masks
+        count = self._rows[ops.Row(ops.SUMEXP)] if is_finite else self[algebra.mass(*masks)]
+        return self.build(torch.where, self.build(torch.eq, count, 0), 0.0, value)
 
     def _emit_with_masses(self, expr: sympy.Expr) -> Any:
         """As `_emit`, with what is summed of tensors from outside in one sum over the classes.
@@ -328,6 +351,8 @@ class Statistics:
         if len(masses) != 1 or term.atoms(algebra.entry):
             return False
         (mass,) = masses
+        if algebra.FINITE in mass.args:
+            return False  # which columns these are, the logits tell
         return not (term / mass).has(mass) and len(shape_of(self.product(mass.args))) == 2
 
     def _in_stats_dtype(self, node: Node) -> Node:

@@ -171,6 +171,11 @@ def is_buffer(x: IRNode) -> bool:
     return ir.is_storage_and_layout(x)
 
 
+def is_constant(x: IRNode) -> bool:
+    """Whether `x` is made of nothing in memory, as zeros are."""
+    return not is_buffer(x) and not x.get_read_names()
+
+
 def readable(x: IRNode, *, absorb: bool = False, after: Sequence[IRNode] = ()) -> IRNode:
     """`x` as a buffer with strides, which a template can read.
 

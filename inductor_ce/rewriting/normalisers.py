@@ -1,0 +1,73 @@
+"""Normalisers alone: logsumexp(z), or a sum of exponentials, that meets none of its own logits.
+
+An energy, the denominator of a loss whose numerator is another tensor, the logit of the label computed apart
+from the head. The statistics are those of any loss, and so is the gradient. But where anything else reads the
+logits as well, they are in memory, and so may be their gradient; and an outer sum, as in a forward algorithm,
+plain Inductor never has in memory. Both are better left.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from .. import algebra
+from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..reading import spellings
+from ..reading.values import Logits, LossValue, Reading, RowValue
+from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
+from .groups import expr_of
+
+
+def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
+    """Whether `nodes` have a normaliser of rows of logits that nothing else reads."""
+    if not any(algebra.is_normalised(expr_of(reading, node)) for node in nodes):
+        return False
+    if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
+        return False  # another axis, or one row
+    if reading.on_logits(logits.node) is not None or is_of_losses(reading, logits.node):
+        return False  # of what other losses give
+    root = _root(logits.node)
+    if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
+        return False  # of probabilities, which are in memory
+    return not _read_by_others(reading, root, needed_nodes(reading, set(nodes)))
+
+
+def _root(node: Node) -> Node:
+    """What a tensor is made of by views and functions of each element, one of which has a gradient."""
+    while True:
+        sources = [a for a in node.all_input_nodes if _has_gradient(a) and is_of_each(node, a)]
+        if len(sources) != 1:
+            return node
+        (node,) = sources
+
+
+def _has_gradient(node: Node) -> bool:
+    example = tensor_of(node)
+    return example is not None and example.requires_grad and example.dim() > 1
+
+
+def _read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
+    """Whether what stays alive reads a tensor, or what is made of its elements, but for other normalisers."""
+    for user in node.users:
+        if user not in needed or node not in read_by(user):
+            continue
+        value = reading.on_logits(user)
+        if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(expr_of(reading, user)):
+            continue
+        if not is_of_each(user, node) or _read_by_others(reading, user, needed):
+            return True
+    return False
+
+
+def _is_outer(node: Node) -> bool:
+    """Whether a node broadcasts its sources against each other: it has more elements than any of them."""
+    step = spellings.step_of(node)
+    while step is not None and (step.view is not None or len(node.all_input_nodes) == 1):
+        source = node.all_input_nodes[0]
+        if tensor_of(source) is None:
+            return False
+        node, step = source, spellings.step_of(source)
+    if step is None or not step.in_chain:
+        return False
+    tensors = [a for a in node.all_input_nodes if tensor_of(a) is not None]
+    return not any(same_shape(shape_of(a), shape_of(node)) for a in tensors)

@@ -1,0 +1,243 @@
+"""Entries that masks leave out: distillation where logits are finite, entropies of what is allowed."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import gallery
+import pytest
+import torch
+import torch.nn.functional as F
+from gallery import check_numbers
+from harness import compile_with_codegen, compile_without_codegen, misses, sites
+from test_recognise import explained
+from torch import Tensor
+from torch.distributions import Categorical
+
+N, D, V, PADDED = 16, 12, 60, 52
+
+
+def inputs() -> tuple[Tensor, ...]:
+    """Hidden states, a weight, a teacher's logits, labels, and which classes are allowed."""
+    h, W = torch.randn(N, D, requires_grad=True), (torch.randn(V, D) / 2).requires_grad_()
+    t, y = torch.randn(N, V), torch.randint(8, (N,))
+    allowed = torch.rand(N, V) > 0.3
+    allowed[:, :8] = True
+    return h, W, t, y, allowed
+
+
+def logits(h: Tensor, W: Tensor, padded: bool = False) -> Tensor:
+    z = F.linear(h, W)
+    return torch.where(torch.arange(V) < PADDED, z, -math.inf) if padded else z
+
+
+def forward_kl(z, t, y, allowed):
+    q, infinite = t.softmax(-1), torch.isinf(z)
+    return -torch.masked_fill(q * z.log_softmax(-1), infinite, 0).sum(-1).mean()
+
+
+def forward_kl_where(z, t, y, allowed):
+    return -torch.where(z.isneginf() | ~torch.isfinite(z), 0.0, t.softmax(-1) * z.log_softmax(-1)).sum(-1)
+
+
+def forward_kl_of_allowed(z, t, y, allowed):
+    kept = allowed & (z != -math.inf)
+    return -torch.where(kept, t.softmax(-1) * z.log_softmax(-1), 0.0).sum(-1).mean()
+
+
+def reverse_kl(z, t, y, allowed):
+    p, infinite = z.softmax(-1), torch.isinf(t) | torch.isinf(z)
+    products = torch.masked_fill(p * t.log_softmax(-1), infinite, 0)
+    products -= torch.masked_fill(p * z.log_softmax(-1), infinite, 0)
+    return -products.sum(-1).mean()
+
+
+def divergence_of_allowed(z, t, y, allowed):
+    return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").masked_fill(~allowed, 0).sum(-1)
+
+
+def teachers_infinities(z, t, y, allowed):
+    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(t), 0).sum(-1).mean()
+
+
+def infinities_of_both(z, t, y, allowed):
+    return -torch.masked_fill(t.softmax(-1) * z.log_softmax(-1), torch.isinf(z + t), 0).sum(-1).mean()
+
+
+def several_positives(z, t, y, allowed):
+    return -(torch.where(allowed, z.log_softmax(-1), 0.0).sum(-1) / (allowed.sum(-1) + 1)).mean()
+
+
+def entropy_of_allowed(z, t, y, allowed):
+    policy = Categorical(logits=torch.where(allowed, z, -1e8), validate_args=False)
+    entropy = -torch.where(allowed, policy.logits * policy.probs, 0.0).sum(-1)
+    return (-policy.log_prob(y) - 0.01 * entropy).mean()
+
+
+def entropy_of_filled(z, t, y, allowed):
+    logp = z.masked_fill(~allowed, -1e9).log_softmax(-1)
+    return F.nll_loss(logp, y) + 0.01 * (logp.exp() * logp).masked_fill(~allowed, 0).sum(-1).mean()
+
+
+def entropy_where_finite(z, t, y, allowed):
+    logp = z.log_softmax(-1)
+    return -torch.where(torch.isneginf(z), 0.0, logp.exp() * logp).sum(-1).mean()
+
+
+def allowed_mass(z, t, y, allowed):
+    p = z.softmax(-1)
+    return F.cross_entropy(z, y) - torch.log(torch.where(allowed, p, 0).sum(-1)).mean()
+
+
+def of_classes(z, t, y, allowed):
+    p = z.softmax(-1)
+    return (p * z.log_softmax(-1)).masked_fill(torch.arange(V) % 7 == 3, 0).sum(-1).mean()
+
+
+FUNCTIONS = [
+    *(forward_kl, forward_kl_where, forward_kl_of_allowed, reverse_kl, entropy_of_allowed, entropy_of_filled),
+    *(entropy_where_finite, allowed_mass, divergence_of_allowed, teachers_infinities, several_positives),
+]
+OF_LOGITS = [forward_kl, forward_kl_where, forward_kl_of_allowed, infinities_of_both]
+# A gradient of p (z - lse) at -inf is 0 times infinity in eager, and the limit in ours.
+OF_PRODUCTS = (reverse_kl, entropy_where_finite)
+
+
+def of_head(f: Callable[..., Any], padded: bool = False) -> Callable[..., Any]:
+    def loss(h, W, *others):
+        return f(logits(h, W, padded), *others)
+
+    return loss
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs", "materialise"])
+@pytest.mark.parametrize("f", [*FUNCTIONS, of_classes], ids=lambda f: f.__name__)
+def test_numbers(f, strategy):
+    """Values and gradients of heads in pieces, where all logits are finite."""
+    compiled, graphs = compile_without_codegen(of_head(f), strategy=strategy, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), of_head(f), args)
+    assert (sites(), misses()) == (1, 0)
+    assert graphs.pieces > 1 or strategy == "materialise", graphs.report
+
+
+@pytest.mark.parametrize("f", OF_LOGITS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_a_padded_vocabulary(f, strategy):
+    """Columns of -inf have no part in it, nor a gradient."""
+    compiled, _ = compile_without_codegen(of_head(f, padded=True), strategy=strategy, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), of_head(f, padded=True), args)
+    assert (sites(), misses()) == (1, 0)
+
+
+# What is infinite, and rows of which nothing is left
+
+
+def hard() -> tuple[Tensor, ...]:
+    """Logits and a teacher's with columns of -inf, rows of -inf or NaN; rows in which nothing is allowed."""
+    torch.manual_seed(0)
+    _, _, t, y, allowed = inputs()
+    z, t = torch.randn(N, V).double(), t.double()
+    z[:, PADDED:] = -math.inf
+    allowed[:, PADDED:] = False
+    t[:8, PADDED:] = -math.inf
+    z[3], z[5, 3], z[6, 2], z[7, 1:] = -math.inf, math.nan, math.inf, -math.inf
+    allowed[3], allowed[4], allowed[7, 1:], y[7] = False, False, False, 0
+    return z.requires_grad_(), t, y, allowed
+
+
+@pytest.mark.parametrize("f", [*FUNCTIONS, infinities_of_both], ids=lambda f: f.__name__)
+def test_each_row_is_as_eager_has_it(f):
+    """Its value NaN for NaN, and its gradient; of products of probabilities that is 0 where p is."""
+    compiled, _ = compile_without_codegen(f)
+    z, *others = hard()
+    for i in range(N):
+        args = (z.detach()[i : i + 1].clone().requires_grad_(), *(x[i : i + 1] for x in others))
+        ours, eager = gallery.run(compiled, args), gallery.run(f, args)
+        torch.testing.assert_close(ours.results, eager.results, equal_nan=True)
+        ours_dz, eager_dz = ours.gradients[0], eager.gradients[0]
+        if f in OF_PRODUCTS:
+            ours_dz = torch.where(eager_dz.isnan(), eager_dz, ours_dz)
+        torch.testing.assert_close(ours_dz, eager_dz, equal_nan=True)
+    assert sites() == 1
+
+
+def test_generated_code_does_not_look_at_what_is_left_out():
+    """With weights of NaN, which compilers may not take for numbers."""
+    z, *others = (x[8:] for x in hard())
+    args = (z.detach().requires_grad_(), *others)
+    compiled, _ = compile_with_codegen(divergence_of_allowed)
+    ours, eager = gallery.run(compiled, args), gallery.run(divergence_of_allowed, args)
+    torch.testing.assert_close(ours.results, eager.results)
+    torch.testing.assert_close(ours.gradients[0], eager.gradients[0])
+    assert sites() == 1
+
+
+def test_the_gradient_of_an_infinity_is_the_limit():
+    """Eager has NaN in every class of such a row."""
+    z, t, y, allowed = (x[8:] for x in hard())
+    z = z.detach().requires_grad_()
+    compiled, _ = compile_without_codegen(entropy_where_finite)
+    (ours,) = torch.autograd.grad(compiled(z, t, y, allowed), z)
+    within = z.detach()[:, :PADDED].clone().requires_grad_()
+    logp = within.log_softmax(-1)
+    (expected,) = torch.autograd.grad(-(logp.exp() * logp).sum(-1).mean(), within)
+    torch.testing.assert_close(ours, F.pad(expected, (0, V - PADDED)))
+
+
+def test_a_mask_of_classes_and_weights_beside_one_row():
+    """[V], where the logits are [1, V]."""
+
+    def f(z, cost):
+        p = z.softmax(-1)
+        return (p * z.log_softmax(-1)).masked_fill(torch.arange(V) % 7 == 3, 0).sum() + (p * cost).sum()
+
+    compiled, _ = compile_without_codegen(f)
+    args = torch.randn(1, V, requires_grad=True), torch.rand(V)
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert (sites(), misses()) == (1, 0)
+
+
+# Left
+
+
+def divergence_where_finite(z, t, y, allowed):
+    return F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="none").masked_fill(torch.isinf(z), 0).sum(-1)
+
+
+def filled_with_a_number(z, t, y, allowed):
+    logp = z.log_softmax(-1)
+    return -(t.softmax(-1) * torch.where(allowed, logp, -20.0)).sum(-1).mean()
+
+
+def weighed_after(z, t, y, allowed):
+    return -(t.softmax(-1) * torch.where(allowed, z.log_softmax(-1), 0.0)).sum(-1).mean()
+
+
+def edited_twice(z, t, y, allowed):
+    p, infinite = z.softmax(-1), torch.isinf(z)
+    products = torch.masked_fill(p * z.log_softmax(-1), infinite, 0)
+    held = products.view(-1)
+    products -= p
+    return products.sum(-1).mean() + held.sum()
+
+
+LEFT = {
+    divergence_where_finite: "which may cancel",
+    filled_with_a_number: "goes into where",
+    weighed_after: "goes into mul",
+    edited_twice: "goes into",
+}
+
+
+@pytest.mark.parametrize("f", LEFT, ids=lambda f: f.__name__)
+def test_left(f):
+    """With a reason, and right."""
+    compiled, _ = compile_without_codegen(f)
+    z, t, y, allowed = hard()
+    ours, eager = gallery.run(compiled, (z, t, y, allowed)), gallery.run(f, (z, t, y, allowed))
+    assert sites() == 0
+    torch.testing.assert_close(ours.results, eager.results, equal_nan=True)
+    (miss, *_) = explained(f, z, t, y, allowed).misses
+    assert LEFT[f] in miss.message
