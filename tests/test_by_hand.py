@@ -144,7 +144,7 @@ def test_every_rank_equals_all_columns(case: tuple[int, tuple[int, ...], torch.d
 @pytest.mark.parametrize("name", [name for name in NEAR_MISSES if name != "scaled_by_rank"])
 def test_what_looks_alike_is_left(name: str) -> None:
     for found in (of_rank[name] for of_rank in ranks_of(2, ROWS, torch.float32)):
-        assert found["counts"][2] == 0
+        assert found["counts"][0] == 0  # a normaliser of one rank's own columns may be fused, as any is
         for ours, eager in zip(found["ours"], found["eager"], strict=True):
             torch.testing.assert_close(ours, eager)
 
