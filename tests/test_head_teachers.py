@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gpu_codegen import lower_after_passes
 from harness import Graphs, compile_with_codegen, compile_without_codegen
 from head_cases import counts
+from pairwise import in_turns
 from reference import assert_fair, log_sum_exp
 from test_head_memory import largest, most_at_once, saved
 from torch import Tensor
@@ -215,8 +216,9 @@ def in_chunks(loss: Loss, **options: object) -> tuple[Loss, Graphs]:
     return compile_without_codegen(loss, **{"strategy": "token_chunks", "memory_budget": BUDGET, **options})
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turns([*CASES], [torch.float64, torch.float32, torch.bfloat16])
+)
 def test_right_and_nowhere_whole(name: str, dtype: torch.dtype) -> None:
     """Nothing in the graphs is larger than the logits of a piece, the student's or the teacher's."""
     compiled, graphs = in_chunks(CASES[name][0])

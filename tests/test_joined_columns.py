@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from gallery import check_numbers
 from gpu_codegen import generate
 from harness import compile_without_codegen, misses, sites
+from pairwise import in_turns
 from torch import Tensor
 
 from inductor_ce import ops
@@ -169,8 +170,9 @@ def check(f: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return graphs
 
 
-@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs", "materialise"])
+@pytest.mark.parametrize(
+    ("f", "strategy"), in_turns(FUNCTIONS, ["token_chunks", "vocab_slabs", "materialise"])
+)
 def test_numbers(f, strategy):
     graphs = check(f, strategy=strategy, memory_budget=0.5)
     assert (sites(), misses()) == (1, 0)

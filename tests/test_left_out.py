@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gallery import check_numbers
 from harness import compile_with_codegen, compile_without_codegen, misses, sites
+from pairwise import in_turns
 from test_recognise import explained
 from torch import Tensor
 from torch.distributions import Categorical
@@ -110,8 +111,9 @@ def of_head(f: Callable[..., Any], padded: bool = False) -> Callable[..., Any]:
     return loss
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs", "materialise"])
-@pytest.mark.parametrize("f", [*FUNCTIONS, of_classes], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("f", "strategy"), in_turns([*FUNCTIONS, of_classes], ["token_chunks", "vocab_slabs", "materialise"])
+)
 def test_numbers(f, strategy):
     """Values and gradients of heads in pieces, where all logits are finite."""
     compiled, graphs = compile_without_codegen(of_head(f), strategy=strategy, memory_budget=0.5)

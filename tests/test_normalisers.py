@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from gallery import check_numbers
 from harness import compile_without_codegen, counters, misses, sites
+from pairwise import in_turns
 from test_recognise import explained
 from torch import Tensor
 
@@ -95,8 +96,9 @@ FUNCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs", "materialise"])
-@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    ("f", "strategy"), in_turns(FUNCTIONS, ["token_chunks", "vocab_slabs", "materialise"])
+)
 def test_numbers(f, strategy):
     """Values and the gradients of hidden states and weight, where they come by two ways too."""
     compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
