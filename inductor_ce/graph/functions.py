@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..common.compat.graphs import fake_mode_of, fresh_like, is_higher_order, set_grad_enabled
+from ..common.compat.graphs import autograd_function_apply, fake_mode_of, fresh_like, set_grad_enabled
 from .exported import CALLS, KEY, called
 from .shapes import tensor_of
 
@@ -24,11 +24,10 @@ class Body(NamedTuple):
 
 def function_bodies(graph: Graph) -> Iterator[Body]:
     """The calls of autograd.Functions in a graph."""
-    for node in graph.nodes:
-        if is_higher_order(node.target) and str(node.target) == "autograd_function_apply":
-            forward, backward = map(_graph_of, node.args[:2])
-            if forward is not None and backward is not None:
-                yield Body(node, forward, backward, tuple(node.args[2:]))
+    for node in graph.find_nodes(op="call_function", target=autograd_function_apply):
+        forward, backward = map(_graph_of, node.args[:2])
+        if forward is not None and backward is not None:
+            yield Body(node, forward, backward, tuple(node.args[2:]))
 
 
 def _graph_of(node: Any) -> Graph | None:

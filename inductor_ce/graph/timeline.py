@@ -7,6 +7,7 @@ any place between two nodes: which version of a storage is read here, and under 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 from bisect import bisect_left
@@ -92,11 +93,15 @@ def _written_by_schema(node: Node, schema: Any) -> Iterator[Node]:
 def _asked_inplace(node: Node) -> bool:
     if "inplace" in node.kwargs:
         return bool(node.kwargs["inplace"])
-    if not inspect.isfunction(node.target):
-        return False
-    names = list(inspect.signature(node.target).parameters)
-    place = names.index("inplace") if "inplace" in names else len(node.args)
-    return place < len(node.args) and node.args[place] is True
+    place = _place_of_inplace(node.target) if inspect.isfunction(node.target) else None
+    return place is not None and place < len(node.args) and node.args[place] is True
+
+
+@functools.lru_cache(maxsize=1024)
+def _place_of_inplace(function: Any) -> int | None:
+    """Which parameter of a function is `inplace`, if it has one."""
+    names = list(inspect.signature(function).parameters)
+    return names.index("inplace") if "inplace" in names else None
 
 
 class Timeline:

@@ -184,10 +184,11 @@ def first_and_step(args: dict[str, Any]) -> tuple[Any, Any]:
 
 def broadcast_operand(node: Node) -> Node | None:
     """Which tensor an element of the result of torch.broadcast_tensors is."""
-    spelled = spellings.read(node)
-    if spelled is None or spelled[0].name != "getitem":
+    step = spellings.step_of(node)
+    if step is None or step.name != "getitem":
         return None
-    source, index = spelled[1]["input"], spelled[1]["index"]
+    args = spellings.arguments(node, step)
+    source, index = args["input"], args["index"]
     inner = spellings.read(source) if isinstance(source, Node) else None
     if inner is None or inner[0].name != "broadcast_tensors" or not isinstance(index, int):
         return None

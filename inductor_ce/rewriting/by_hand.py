@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from .. import algebra, ops
 from ..algebra import Vocab, parts
 from ..algebra.notation import render
-from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
+from ..common.compat.distributed import ALL_REDUCE, WAIT, calls, calls_in
 from ..common.findings import Site, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder
@@ -50,7 +50,7 @@ def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site]:
 
 
 def _has_collective(graph: Graph) -> bool:
-    return any(calls(node, ALL_REDUCE) for node in graph.nodes)
+    return bool(calls_in(graph, ALL_REDUCE))
 
 
 def _sum_of(body: Body) -> tuple[Node, Any] | None:

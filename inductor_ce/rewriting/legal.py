@@ -312,11 +312,11 @@ def is_function_body(nodes: Iterable[Node]) -> bool:
     Such a body switches gradients off before anything else, on again at its end, and returns a pair: its
     outputs, and what its backward is given.
     """
-    inner = [node for node in nodes if node.op != "placeholder"]
-    if len(inner) < 3:
+    first = next((node for node in nodes if node.op != "placeholder"), None)
+    if first is None or first.target is not set_grad_enabled:
         return False
-    first, last, output = inner[0], inner[-2], inner[-1]
-    switched = all(node.target is set_grad_enabled for node in (first, last))
+    *_, last, output = nodes
+    switched = last is not first and last.target is set_grad_enabled
     returned = output.args[0] if output.args else None
     pair = isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], (tuple, list))
     return switched and pair and (first.args, last.args) == ((False,), (True,))

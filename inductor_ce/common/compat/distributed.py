@@ -25,6 +25,14 @@ def calls(node: torch.fx.Node, operator: Any) -> bool:
     return operator is not None and node.target in (operator, operator.overloadpacket)
 
 
+def calls_in(graph: torch.fx.Graph, operator: Any) -> list[torch.fx.Node]:
+    """The nodes of a graph that do."""
+    if operator is None:
+        return []
+    targets = operator, operator.overloadpacket
+    return [n for target in targets for n in graph.find_nodes(op="call_function", target=target)]
+
+
 def group_size(group_name: Any) -> int:
     """How many ranks a group has."""
     return distributed_c10d._resolve_process_group(group_name).size()

@@ -92,6 +92,7 @@ without_torch_function = torch._C.DisableTorchFunctionSubclass
 get_data = torch._C._autograd._get_data_attr  # type: ignore[attr-defined]  # x.data
 
 
+autograd_function_apply = torch.ops.higher_order.autograd_function_apply
 auto_functionalized = torch.ops.higher_order.auto_functionalized_v2
 
 
