@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +23,7 @@ from ..common.sources import sources
 from ..common.strategies import MATERIALISE
 from ..graph.exported import is_exported, make_examples
 from ..graph.functions import function_bodies
-from ..graph.shapes import hint, shape_of, tensor_of
+from ..graph.shapes import bytes_of
 from ..heads.fuse import fuse_heads, plan_line
 from ..heads.recompute import recompute_chains
 from ..reading.aten import to_torch
@@ -177,15 +176,10 @@ def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
         which,
         sharded=group.sharded,
         strategy=MATERIALISE,
-        logits_bytes=_nbytes(group.logits.node),
+        logits_bytes=bytes_of(group.logits.node),
         kept="; ".join(dict.fromkeys(reading.kept[node][0] for node in group.nodes if node in reading.kept)),
         id=number,
     )
-
-
-def _nbytes(node: Node) -> int:
-    size = math.prod(map(hint, shape_of(node)))
-    return size * tensor_of(node).element_size()  # type: ignore[union-attr]
 
 
 def _form(value: Replaceable, exprs: tuple[sympy.Expr, ...]) -> str:

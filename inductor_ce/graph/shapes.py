@@ -62,3 +62,8 @@ def hint(size: Size) -> int:
 def is_hinted(size: Size) -> bool:
     """Whether anything is known of a size when code is compiled."""
     return isinstance(size, int) or size.node.hint is not None
+
+
+def bytes_of(node: Node) -> int:
+    """Bytes of a tensor, with hints in place of symbols."""
+    return math.prod(map(hint, shape_of(node))) * example_of(node).element_size()

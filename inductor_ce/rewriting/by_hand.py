@@ -22,8 +22,8 @@ from ..common.findings import Site, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder
 from ..graph.functions import Body, function_bodies, inner, joined
-from ..graph.shapes import example_of, hint, shape_of, tensor_of
-from ..graph.timeline import Timeline
+from ..graph.shapes import bytes_of, shape_of, tensor_of
+from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.part_reader import Parts
 from ..reading.parts import read_parts
@@ -104,7 +104,7 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
     uses = found.whole
     if not any(use.value.expr.has(algebra.LSE) for use in uses):  # type: ignore[union-attr]
         return None
-    if any(_needs_more(use.value.expr) for use in uses):
+    if any(_needs_more(use.value.expr) for use in uses) or _is_kept_as_edited(found):
         return None
     attached = {use.value.attached for use in uses} - {None}
     place = min(timeline.position[use.user] for use in uses)
@@ -139,6 +139,11 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
         use.user.replace_input_with(use.source, result)
     _erase(graph, found.steps)
     return _site(found, [use.value.expr for use in uses], uses[0].source, number)
+
+
+def _is_kept_as_edited(found: Parts) -> bool:
+    """Whether what stays may read what steps that go have written in place."""
+    return len(found.uses) > len(found.whole) and any(any(written_by(step)) for step in found.steps)
 
 
 def _needs_more(expr: sympy.Expr) -> bool:
@@ -237,9 +242,6 @@ def _site(found: Parts, exprs: list[sympy.Expr], node: Node, number: int) -> Sit
     location, code = user_line(node)
     forms = [render(expr.subs({algebra.MAX_HELD: algebra.MAX, **found.numbers})) for expr in exprs]
     statistics = ["lse", *(f"pick({y})" for y in found.picked)]
-    size = example_of(found.logits).element_size()
-    for length in shape_of(found.logits):
-        size *= hint(length)
     return Site(
         location,
         code,
@@ -248,6 +250,6 @@ def _site(found: Parts, exprs: list[sympy.Expr], node: Node, number: int) -> Sit
         ops.Rows.of(len(found.picked)).encode(),
         sharded=True,
         strategy=MATERIALISE,
-        logits_bytes=size,
+        logits_bytes=bytes_of(found.logits),
         id=number,
     )

@@ -29,6 +29,7 @@ class PartRows:
         self.v = shape_of(logits)[-1]
         self.z = logits if len(shape_of(logits)) == 2 else build("reshape", logits, [-1, self.v])
         self.conditions = {y: self._condition(picked.condition) for y, picked in found.picked.items()}
+        self.columns = {y: self._column(y) for y in found.picked}
         labels = {y: self._label(y) for y in found.picked}
         group = found.group
         made = build(stats_of_ranks, self.z, [*labels.values()], group, group_size(group), site=site)
@@ -39,11 +40,8 @@ class PartRows:
         self.hits = {y: build(torch.select, hits, 0, k) for k, y in enumerate(labels)}
         self.bad = {y: self._is_out_of_range(y) for y in labels}
 
-    def of(self, node: Node) -> Node:
-        return self.outer.get(node, node)
-
     def _flat(self, node: Node) -> Node:
-        node = self.of(node)
+        node = self.outer.get(node, node)
         return node if len(shape_of(node)) == 1 else self.build("reshape", node, -1)
 
     def _column(self, y: sympy.Symbol) -> Node:
@@ -53,7 +51,7 @@ class PartRows:
         return self.build(torch.where, self.build(torch.lt, label, 0), from_end, label)
 
     def _label(self, y: sympy.Symbol) -> Node:
-        column, condition = self._column(y), self.conditions[y]
+        column, condition = self.columns[y], self.conditions[y]
         return column if condition is None else self.build(torch.where, condition, column, -1)
 
     def _condition(self, condition: sympy.Expr) -> Node | None:
@@ -66,7 +64,7 @@ class PartRows:
         return self.build(torch.ne, self._emit(condition), 0.0)
 
     def _is_out_of_range(self, y: sympy.Symbol) -> Node:
-        column, condition = self._column(y), self.conditions[y]
+        column, condition = self.columns[y], self.conditions[y]
         outside = self.build(
             torch.logical_or, self.build(torch.lt, column, 0), self.build(torch.ge, column, self.v)
         )
