@@ -98,6 +98,45 @@ def test_statistics_are_those_of_the_float32_chain(name: str, dtype: torch.dtype
     assert (actual[2] - x[torch.arange(3), y]).abs().max() < 1e-5
 
 
+SOFT = "max,sumexp,dot:0,mass:0"
+
+
+def target(t: Tensor) -> Tensor:
+    """Weights of rows and classes, made of the logits of a teacher."""
+    m, d = ops.row_stats(t, [], [], "max,sumexp").unbind(0)
+    return ((t.float() - m[:, None]).exp() / d[:, None]).detach()
+
+
+@every_half
+def test_weights_are_made_where_they_are_read(dtype: torch.dtype) -> None:
+    """Neither in the forward nor in the backward are they in memory, and no logits but those given are."""
+    z = torch.empty(64, 32000, dtype=dtype, device="meta", requires_grad=True)
+    t = torch.empty(64, 32000, dtype=dtype, device="meta")
+
+    def loss(z: Tensor, t: Tensor) -> Tensor:
+        _, d, dot, mass = ops.row_stats(z, [], [target(t)], SOFT).unbind(0)
+        return (mass * d.log() - dot).mean()
+
+    forward, backward = generate(loss, z, t, prepare_joint=recompute_chains)
+    assert [shape for shape in forward.allocations if 32000 in shape] == []
+    assert backward.allocations_of(str(dtype).removeprefix("torch.")) == [(64, 32000)]
+    assert len([shape for shape in backward.allocations if 32000 in shape]) == 1
+
+
+@pytest.mark.parametrize("v", [257, 8192])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_over_weights_that_are_made(dtype: torch.dtype, v: int) -> None:
+    """Of what interpreters have: they lack exp of the library."""
+    z, t, scale = torch.randn(3, v).to(dtype), (3 * torch.randn(3, v)).to(dtype), torch.rand(3, 1)
+    (wrapper,) = generate(lambda z, t, a: ops.row_stats(z, [], [t.float().square() * a], SOFT), z, t, scale)
+    actual = torch.full((4, 3), torch.nan)
+    interpret(wrapper, [z, t, scale], actual)
+    x, q = z.double(), t.double().square() * scale.double()
+    m = x.amax(1, keepdim=True)
+    exact = torch.stack([m[:, 0], (x - m).exp().sum(1), (q * (x - m)).sum(1), q.sum(1)])
+    assert ((actual - exact).abs() / exact.abs().clamp_min(1)).max() < 1e-5
+
+
 # On a GPU
 
 N, V = 4096, 32000

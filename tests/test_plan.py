@@ -17,7 +17,7 @@ MIB, GIB = 2**20, 2**30
 GEMMA = HeadNumbers(8192, 256000, 2304)
 LLAMA = HeadNumbers(8192, 128256, 4096)
 QWEN = HeadNumbers(16384, 151936, 896)
-TAUGHT = replace(LLAMA, taught=4, labelled=False)
+TAUGHT = replace(LLAMA, taught=2, labelled=False)
 SMALL = HeadNumbers(64, 50257, 768)
 
 
@@ -65,12 +65,12 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     # Nothing stands out that could be left out of a 16-bit sum.
     (replace(QWEN, labelled=False), "auto", None, (TOKEN_CHUNKS, 8, True)),
     (replace(LLAMA, labelled=False), "auto", None, (MATERIALISE, 1, False)),
-    # Beside a teacher, whose weights of a piece are float32: pieces of half the rows.
-    (TAUGHT, "auto", None, (TOKEN_CHUNKS, 8, True)),
-    (replace(TAUGHT, n=4096), "auto", None, (MATERIALISE, 1, False)),  # the float32 sum is as large
-    (replace(TAUGHT, n=4096, chained=True), "auto", None, (TOKEN_CHUNKS, 4, True)),
-    (replace(TAUGHT, n=4096, wants_weight=False), "auto", None, (TOKEN_CHUNKS, 4, False)),
-    (replace(TAUGHT, n=4096, wants_weight=False), "auto", 0.6, (TOKEN_CHUNKS, 6, False)),
+    # Beside a teacher, whose logits of a piece are there as well. Two chunks are summed in 16 bits.
+    (TAUGHT, "auto", None, (TOKEN_CHUNKS, 4, True)),
+    (replace(TAUGHT, n=4096), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (replace(TAUGHT, n=4096, chained=True), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (replace(TAUGHT, n=4096, wants_weight=False), "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (replace(TAUGHT, n=4096, wants_weight=False), "auto", 0.6, (TOKEN_CHUNKS, 4, False)),
     (replace(TAUGHT, backward=False), "auto", None, (FORWARD_ONLY, 4, False)),
     # Forced.
     (GEMMA, "materialise", 0.01, (MATERIALISE, 1, False)),

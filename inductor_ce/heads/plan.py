@@ -38,8 +38,11 @@ MOST_PIECES = 128  # the graph grows with each
 # Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
 # them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
 # its entries at the labels (see ops/products.py). Such a sum, and such a gradient of the hidden states, is
-# rounded before the upstream gradient is known and, if that is no power of two, once more.
+# rounded before the upstream gradient is known and, if that is no power of two, once more. Where no entries
+# stand out, the first of two chunks is rounded where it is half of the sum, and its share is small beside
+# that of 16-bit logits and their gradient; of more chunks each is rounded in a sum that is nearly the whole.
 NARROW_CHUNKS = 8
+UNLABELLED_CHUNKS = 2
 LITTLE = 32 * MIB
 LITTLE_OF_LOGITS = 1 / 64
 
@@ -56,7 +59,7 @@ class HeadNumbers:
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
-        taught: bytes of what is made for a logit of a teacher's, in pieces of rows with the student's.
+        taught: bytes of a teacher's logits for each of the student's, in pieces of the same rows.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
             which nothing is known; memory is not, as all may.
@@ -225,7 +228,7 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 def _usual_chunks(head: HeadNumbers) -> int:
     """As many chunks as leave products fast, and no more than pay."""
-    rows = CHUNK_ROWS // 2 if head.taught else CHUNK_ROWS  # of two sets of logits
+    rows = CHUNK_ROWS
     if head.skips:
         rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
     return min(max((head.n + rows // 2) // rows, 1), NARROW_CHUNKS)
@@ -296,7 +299,8 @@ def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:
     """Whether the sum over chunks is float32 beside a 16-bit gradient of the weight."""
     if not _sums_16_bit(head, pieces):
         return False
-    return pieces > NARROW_CHUNKS or not head.labelled or _is_little(_beyond_weight(head), head)
+    few = NARROW_CHUNKS if head.labelled else UNLABELLED_CHUNKS
+    return pieces > few or _is_little(_beyond_weight(head), head)
 
 
 def _sums_16_bit(head: HeadNumbers, pieces: int) -> bool:

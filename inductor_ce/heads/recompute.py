@@ -1,9 +1,10 @@
-"""The joint pass: what the partitioner must know about the chain before the logits.
+"""The joint pass: what the partitioner must know about the chains before the logits and their weights.
 
 `row_stats` and `row_grad` are opaque to AOTAutograd's min-cut partitioner, which therefore saves what they
 read. Where a pointwise chain (cast, scale, soft-cap, bias) leads to the logits, that would be one more
 [N, V] tensor, in float32 more often than not. Tagged for recomputation, the chain is rebuilt in the
-backward, where the gradient's kernel absorbs it, and only the raw logits are saved.
+backward, where the gradient's kernel absorbs it, and only the raw logits are saved. The same holds for
+weights of rows and classes, as of a teacher's logits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from torch.fx import Graph, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .. import ops
-from ..graph.shapes import hint, tensor_of
+from ..graph.shapes import hint, shape_of, tensor_of
+from ..graph.walk import args_of
 from .find import VIEWS, is_pointwise
 
 aten = torch.ops.aten
@@ -25,13 +27,20 @@ _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Ten
 
 
 def recompute_chains(graph: Graph) -> None:
-    """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
+    """Tag the pointwise chains before all logits of `row_stats` in a joint graph, and before weights."""
     returned = set(graph.output_node().all_input_nodes)
     sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
-    for link in [link for node in sites for link in _chain(node.args[0], returned)]:
+    ends = [end for node in sites for end in _ends(node)]
+    for link in [link for end in ends for link in _chain(end, returned)]:
         if not _may_be_dropped(link):
             link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             link.meta.setdefault("ac_graph_id", 0)
+
+
+def _ends(node: Node) -> list[Node]:
+    """What a `row_stats` reads of rows and classes."""
+    z, _, weights, *_ = args_of(node)
+    return [z, *(q for q in weights if len(shape_of(q)) == 2)]
 
 
 def _may_be_dropped(link: Node) -> bool:

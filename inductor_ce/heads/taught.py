@@ -9,6 +9,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from .. import ops
+from ..common.compat.graphs import IN_MEMORY
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from . import sizes
@@ -17,7 +18,6 @@ from .find import NoHead, Teacher, is_of_size, is_pointwise
 from .nodes import on
 from .pieces import Pieces
 from .ranges import Range
-from .teachers import weights_of
 
 aten = torch.ops.aten
 
@@ -33,7 +33,6 @@ class Taught:
     def __init__(self, pieces: Pieces, teacher: Teacher):
         self.pieces, self.build, self.teacher = pieces, pieces.build, teacher
         self._left = Left(pieces)
-        self._weights = weights_of(pieces.head)
         inside = {*teacher.nodes}
         self._read = [n for n in teacher.nodes if n in teacher.sums and not inside.issuperset(n.users)]
         self._parts: dict[Node, list[Node]] = {node: [] for node in self._read}
@@ -46,14 +45,14 @@ class Taught:
     def begin(self, piece: Range, after: list[Node]) -> list[Node]:
         """Make of a piece what needs no statistics of the student, once what is in `after` is made.
 
-        Returns what the student's logits wait for: the weights, for which the teacher's are gone then.
+        Returns what the student's logits wait for: the teacher's, and their sums.
         """
         made = {p.node: self.pieces.product(p, piece, after) for p in self.teacher.products}
         self._made = self.pieces.weights = made
         for node in self.teacher.nodes:
             if node not in self.late:
                 self.make(node, piece, {})
-        return [*after, *(made[q] for q in self._weights if q in made)]
+        return [*after, *(self.early_sums().values() or (made[p.node] for p in self.teacher.products))]
 
     def make(self, node: Node, piece: Range, rows: dict[Node, Node]) -> Node:
         """One node; `rows` has values for all rows, of which those of the piece are right."""
@@ -83,6 +82,8 @@ class Taught:
             if source in self._made:
                 return self._made[source]
             whole = rows.get(source, source)
+            if source in rows:  # a loop over the classes would make its logarithm anew for each
+                whole.meta[IN_MEMORY] = True
             if is_of_size(node, self.pieces.head.n) or _is_one(whole):
                 return self._numbers(whole, piece)
             return self.pieces.part(whole, node, piece)
@@ -99,11 +100,13 @@ class Taught:
             return self.build(aten.reshape.default, source, [1, 1])
         if not is_of_size(source, self.pieces.head.n):
             raise NoHead("what is made of the teacher's logits is combined with numbers of some rows")
-        return self.pieces.cut(self.build(aten.reshape.default, source, [self.pieces.n, 1]), piece, 0)
+        rows = self.build(aten.reshape.default, source, [self.pieces.n, 1])
+        return self.pieces.cut(rows, piece, 0)
 
     def early_sums(self) -> dict[Node, Node]:
         """The sums of the piece, [n, 1] or [K, n], that are made before the statistics of the student."""
-        return {node: self._made[node] for node in self.teacher.sums - self.late}
+        early = self.teacher.sums - self.late
+        return {node: self._made[node] for node in self.teacher.nodes if node in early}
 
     def sums(self) -> list[Node]:
         """Those of the piece that anything else reads: once they are made, its logits are read for none."""

@@ -36,17 +36,13 @@ TAUGHT = "the teacher's logits, and what is made of them, are those of the same 
 
 
 def taught_bytes(head: Head) -> int:
-    """Bytes of what is held at once, for a logit of the student's, of what the teacher's pieces make.
+    """Bytes of the teacher's logits for each of the student's, which are there at once.
 
-    The weights of a piece are there with the student's logits, and before that with the teacher's.
+    What is made of them for rows and classes is nowhere in memory: kernels make it as they read it.
     """
     if head.teacher is None:
         return 0
-    products = [product.node for product in head.teacher.products]
-    known = {*head.teacher.nodes, *products}
-    made = sum(example_of(q).element_size() for q in weights_of(head) if q in known)
-    logits = sum(example_of(node).element_size() for node in products)
-    return made + max(logits - example_of(head.product).element_size(), 0)
+    return sum(example_of(product.node).element_size() for product in head.teacher.products)
 
 
 def teacher_of(head: Head) -> tuple[Teacher | None, str]:

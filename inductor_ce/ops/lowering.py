@@ -19,6 +19,7 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
+from ..common.compat.loops import in_one_loop, read_by_one_loop
 from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
 from ..common.sources import sources
@@ -166,6 +167,8 @@ def _row_grad(
 ) -> IRNode:
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
+    if left is None and any(map(_is_made_for_each, weights)):
+        return _in_place_of(z, loops.row_grad(z, labels, weights, m, coefficients, rows))
     template = functools.partial(_grad_template, Limit(left, piece))
     return _lowered(z, template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
@@ -186,6 +189,16 @@ def _lowered(
     if z.get_device().type in GPUS and not _is_empty(z) and not inductor.is_constant(z):
         result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
     return by_loops(*args) if result is None else result
+
+
+def _in_place_of(z: IRNode, dz: IRNode) -> IRNode:
+    """The result of a loop, laid out as z where it may then be written over it, as Inductor decides."""
+    return inductor.laid_out(dz, z.get_stride()) if inductor.may_overwrite(z, MATRIX_READERS, PIECES) else dz
+
+
+def _is_made_for_each(q: IRNode) -> bool:
+    """Whether a chain that is yet to be computed makes a weight for each row and class."""
+    return len(q.get_size()) == 2 and not inductor.is_buffer(q)
 
 
 def _is_empty(z: IRNode) -> bool:
@@ -274,8 +287,11 @@ def _stats_template(
     limit: Limit, z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
-    chained = not inductor.is_buffer(z)
-    others = [*map(inductor.readable, labels), *_readable_weights(weights, z), *limit.inputs()]
+    chained = not all(map(inductor.is_buffer, [z, *weights]))
+    if any(map(_is_made_for_each, weights)):
+        in_one_loop([operators.ROW_GRAD])
+    q = _readable_weights(weights, z, inductor.names_read(z))
+    others = [*map(inductor.readable, labels), *q, *q, *limit.inputs()]
     piece = inductor.made_by(z, PIECES)
     z = inductor.readable(_unrounded(z), absorb=True)
     return inductor.choose(
@@ -298,16 +314,18 @@ def _grad_template(
     rows: Rows,
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
-    others = [*map(inductor.readable, (m, coefficients, *labels)), *_readable_weights(weights, z)]
+    numbers = [*map(inductor.readable, (m, coefficients))]
+    known = {x.get_name() for x in numbers}
+    others = [*numbers, *map(inductor.readable, labels), *_readable_weights(weights, z, known)]
     others += limit.inputs()
     # NOTE after
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
     dtype = z.get_dtype()
-    unrounded = not inductor.is_buffer(z) and inductor.read_by_one_loop()
-    z = inductor.readable(_unrounded(z), absorb=True, after=others[:2])
-    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and all(
-        other.get_name() != z.get_name() for other in others
+    unrounded = not inductor.is_buffer(z) and read_by_one_loop()
+    z = inductor.readable(_unrounded(z), absorb=True, after=known)
+    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and not any(
+        inductor.reads(other, z) for other in others
     )
     configurations = grad_configurations(v, dtype, rows, over, some=limit.left is not None)
     dz = inductor.choose(
@@ -323,7 +341,7 @@ def _grad_template(
 
 
 def _unrounded(z: IRNode) -> IRNode:
-    """A chain of 16-bit operations that ends in z, in the float32 in which Inductor computes it.
+    """A chain of 16-bit operations that ends in z, or a weight, in the float32 in which Inductor computes it.
 
     NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what
     it fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
@@ -338,6 +356,15 @@ def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, 
     return configurations[:1] if piece else configurations
 
 
-def _readable_weights(weights: list[IRNode], z: IRNode) -> list[IRNode]:
-    """Each in memory and as [N, V]. One that is [V] there is read with a stride of 0."""
-    return [inductor.readable(loops.over_rows(q, z)) for q in weights]
+def _readable_weights(weights: list[IRNode], z: IRNode, after: set[str]) -> list[IRNode]:
+    """Each as [N, V], a chain that makes it for rows and classes absorbed.
+
+    One that is [V] is in memory, and read with a stride of 0: there is little of it.
+    """
+
+    def made(q: IRNode) -> IRNode:
+        if len(q.get_size()) == 1:
+            return inductor.readable(loops.over_rows(q, z))
+        return inductor.readable(_unrounded(q), absorb=True, after=after)
+
+    return [*map(made, weights)]

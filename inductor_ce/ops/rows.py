@@ -280,6 +280,10 @@ class Rows:
         return [f"weights_{j}" for j in range(len(weights))]
 
     @property
+    def weight_tail_names(self) -> list[str]:
+        return [f"{name}_tail" for name in self.weight_names]
+
+    @property
     def sums_after_sumexp(self) -> list[Row]:
         return [row for _, row in self.sums if row.statistic != SUMEXP]
 

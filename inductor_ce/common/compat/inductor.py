@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .loops import SEEN_THROUGH
 from .versions import of_supported_torch
 
 with of_supported_torch():
@@ -70,13 +71,6 @@ IRNode = Any  # an Inductor IR value: what lowerings take and return
 aten = torch.ops.aten
 _LARGE = (ir.ExternKernel, ir.TemplateBuffer)
 OWNED = (ir.DonatedBuffer, ir.ExternKernelOut)  # storage that nobody else has
-_SEEN_THROUGH = {
-    aten.permute.default,
-    aten.t.default,
-    aten.view.default,
-    aten.reshape.default,
-    aten.transpose.int,
-}
 
 
 def call_lowering(op: Any, *args: Any, **kwargs: Any) -> IRNode:
@@ -176,25 +170,38 @@ def is_constant(x: IRNode) -> bool:
     return not is_buffer(x) and not x.get_read_names()
 
 
-def readable(x: IRNode, *, absorb: bool = False, after: Sequence[IRNode] = ()) -> IRNode:
+def readable(x: IRNode, *, absorb: bool = False, after: Iterable[str] = ()) -> IRNode:
     """`x` as a buffer with strides, which a template can read.
 
     With `absorb`, a pointwise chain that ends in `x` gets a buffer with no other reader, and the scheduler
     is told to fuse it into the template that reads it. Left to itself it would not where the chain has
     another use, is written through a view, or is 16-bit and needs float32 within.
 
-    The chain waits for the buffers `after`, though it does not read them. Two templates that absorb chains of
-    the same tensor would else lose both, as the scheduler prefers one loop that writes both to memory.
+    The chain waits for the buffers named in `after`, though it does not read them. Two templates that absorb
+    chains of the same tensor would else lose both, as the scheduler prefers one loop that writes both to
+    memory; and a chain would be lost to what makes sums that it reads.
     """
     if absorb and not is_buffer(x):
         x = call_lowering(aten.clone.default, x)
         x.realize()
         chain = x.get_operation_name()
         virtualized.graph.invoke_quant_ops.add(chain)
-        virtualized.graph.additional_buffer_deps[chain].update(buffer.get_name() for buffer in after)
+        virtualized.graph.additional_buffer_deps[chain].update(after)
     x = ir.ExternKernel.realize_input(x)
     x.freeze_layout()
     return x
+
+
+def names_read(x: IRNode) -> set[str]:
+    """Names of the buffers that are read for `x`: itself, or those that the chain to be computed reads."""
+    return {x.get_name()} if is_buffer(x) else set(x.get_read_names())
+
+
+def reads(x: IRNode, z: IRNode) -> bool:
+    """Whether the buffer `x` is `z`, or is made in a loop that reads it."""
+    buffer = _buffer(x)
+    known = buffer.get_read_names() if isinstance(buffer, ir.ComputedBuffer) else ()
+    return z.get_name() in (x.get_name(), *known)
 
 
 def laid_out(x: IRNode, strides: Sequence[int]) -> IRNode:
@@ -263,27 +270,9 @@ def made_by(z: IRNode, targets: Container[Any]) -> bool:
 def _only_read_by(products: Container[Any], node: IRNode) -> bool:
     """Whether only these read the value of an FX node, be it through transpositions and views."""
     return all(
-        user.target in products or (user.target in _SEEN_THROUGH and _only_read_by(products, user))
+        user.target in products or (user.target in SEEN_THROUGH and _only_read_by(products, user))
         for user in node.users
     )
-
-
-def read_by_one_loop() -> bool:
-    """Whether one pointwise operation alone reads the result of the operator that is being lowered.
-
-    The scheduler then fuses it into a template, so that the result itself is nowhere in memory.
-    """
-    node = virtualized.graph.current_node
-    while len(node.users) == 1:
-        (node,) = node.users
-        if node.target not in _SEEN_THROUGH:
-            return _is_loop(node.target)
-    return False
-
-
-def _is_loop(target: Any) -> bool:
-    cast = target is torch.ops.prims.convert_element_type.default
-    return cast or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
 
 
 def _buffer(value: Any) -> Any:

@@ -1,0 +1,70 @@
+"""What Inductor computes in one loop, and what it stores between two."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any
+
+import torch
+
+from .versions import of_supported_torch
+
+with of_supported_torch():
+    from torch._inductor import config as inductor_config
+    from torch._inductor.virtualized import V as virtualized
+
+aten = torch.ops.aten
+SEEN_THROUGH = {
+    aten.permute.default,
+    aten.t.default,
+    aten.view.default,
+    aten.reshape.default,
+    aten.transpose.int,
+}
+LONG = 1000  # operations, and reads, of a loop that is not divided
+
+
+def in_one_loop(firsts: Container[Any]) -> None:
+    """Let one loop compute what these operators are lowered to, and the chains that follow, however long.
+
+    Inductor would store a part of a long chain, fuse its loops after all, and then not see that the last may
+    write over what the first reads. It holds for what is yet to be lowered of the graph at hand.
+    """
+    graph = virtualized.graph
+    if "run_node" in vars(graph):
+        return
+    run_node = graph.run_node
+
+    def run(node: Any) -> Any:
+        if not _follows(node, firsts):
+            return run_node(node)
+        with inductor_config.patch(realize_opcount_threshold=LONG, realize_acc_reads_threshold=LONG):
+            return run_node(node)
+
+    vars(graph)["run_node"] = run
+
+
+def _follows(node: Any, firsts: Container[Any]) -> bool:
+    """Whether it is one of these, or a pointwise operation on what follows one and nothing else reads."""
+    if node.target in firsts:
+        return True
+    before = (source for source in node.all_input_nodes if len(source.users) == 1)
+    return _is_loop(node.target) and any(_follows(source, firsts) for source in before)
+
+
+def read_by_one_loop() -> bool:
+    """Whether one pointwise operation alone reads the result of the operator that is being lowered.
+
+    The scheduler then fuses it into a template, so that the result itself is nowhere in memory.
+    """
+    node = virtualized.graph.current_node
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.target not in SEEN_THROUGH:
+            return _is_loop(node.target)
+    return False
+
+
+def _is_loop(target: Any) -> bool:
+    cast = target is torch.ops.prims.convert_element_type.default
+    return cast or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
