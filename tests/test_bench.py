@@ -338,13 +338,14 @@ def test_distillation_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatc
 
 
 def test_distillation_in_words():
-    rows = {
-        name: {"ms": ms, "beyond_gradients": nbytes << 20, "errors": {"loss": 1e-3}}
-        for name, ms, nbytes in (("torch.compile", 20.0, 100), ("inductor_ce", 10.0, 25))
-    }
-    told = distil.table({"cases": [{"shape": "4x4x4x4", "frozen": True, "loss": "forward", "rows": rows}]})
-    assert told == (
-        "4x4x4x4 forward, frozen weight: 10.0 ms of 20.0, 0.50x; 25 MiB of 100, 0.25x; worst error 1.00x"
+    rows = [
+        {"system": "torch.compile", "ms": 20.0, "beyond_gradients": 100 << 20, "errors": {"loss": 1e-3}},
+        {"system": "inductor_ce", "ms": 10.0, "beyond_gradients": 25 << 20, "errors": {"loss": 1e-3}},
+    ]
+    rows[1] |= {"ratio": 0.5, "memory_ratio": 0.25}
+    case = {"N": 4, "V": 5, "D": 6, "T": 7, "divergence": "forward", "weight": "frozen", "rows": rows}
+    assert distil.table({"cases": [case]}) == (
+        "4x5x6x7 forward, frozen weight: 10.0 ms of 20.0, 0.50x; 25 MB of 100, 0.25x; worst error 1.00x"
     )
 
 

@@ -227,9 +227,10 @@ def cases(document: Path, paragraph: str) -> dict[Case, list[dict]]:
     for link in re.findall(r"\]\((\S+\.json)\)", paragraph):
         record = json.loads((document.parent / link).read_text())
         for case in record.get("shapes", record.get("cases")):
-            sizes = " x ".join(str(case[letter]) for letter in "NVD" if letter in case)
+            sizes = " x ".join(str(case[letter]) for letter in "NVDT" if letter in case)
             shape = case.get("model", sizes)
             told = {"mode": case["mode"], "labels": labels_of(case)} if "mode" in case else {}
+            told |= {key: case[key] for key in ("divergence", "weight") if key in case}
             rows = [{**row, **told} for row in case["rows"]]
             found.setdefault((shape, case.get("activations")), []).extend(rows)
     return found
@@ -243,7 +244,12 @@ def case_of(cells: dict[str, str], paragraph: str) -> Case:
     """Which case a row is of, as it says itself, or else the paragraph before its table."""
     if "model" in cells:
         return cells["model"], None
-    shape = cells.get("N x V x D") or cells.get("N x V") or re.search(r"\d+ x \d+", paragraph)[0]
+    shape = (
+        cells.get("N x V x D x T")
+        or cells.get("N x V x D")
+        or cells.get("N x V")
+        or re.search(r"\d+ x \d+", paragraph)[0]
+    )
     return shape, cells.get("activations") or re.search(r"activations\s(random|trained)|$", paragraph)[1]
 
 
@@ -262,7 +268,7 @@ def measured(row: dict, column: str) -> str:
 
 
 def expected(rows: list[dict], cells: dict[str, str], column: str) -> str:
-    wanted = {key: cells[key] for key in ("task", "mode", "labels") if key in cells}
+    wanted = {key: cells[key] for key in ("task", "mode", "labels", "divergence", "weight") if key in cells}
     wanted |= {"loss": LOSSES[cells["loss"]]} if "loss" in cells else {}
     wanted["system"] = SYSTEMS.get(column, "inductor_ce")
     found = [row for row in rows if wanted.items() <= row.items()]
@@ -317,4 +323,14 @@ def test_figures_of_modes_and_labels(tmp_path: Path):
 
 def test_there_are_figures_of_each_kind():
     assert [len(rows) for _, _, rows in figures(README)] == [4, 3, 4]
-    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [12, 6, 4, 3, 15, 2, 5, 8]
+    assert [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")] == [
+        12,
+        6,
+        4,
+        3,
+        15,
+        12,
+        2,
+        5,
+        8,
+    ]

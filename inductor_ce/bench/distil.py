@@ -134,10 +134,14 @@ def case(each: Shape, frozen: bool, name: str, clock: Calls, device: str = "cuda
     for system, step in steps.items():
         errors = {part: error(step()[part], right[part]) for part in right}
         nbytes = sum(leaf.nbytes for leaf in given.leaves.values())
-        rows[system] = {"errors": errors, "beyond_gradients": peak_extra_bytes(step) - nbytes}
+        beyond = peak_extra_bytes(step) - nbytes
+        rows[system] = {"system": system, "errors": errors, "beyond_gradients": beyond}
     for system, (ms, spread, _) in timed(steps, clock).items():
-        rows[system] |= {"ms": ms, "spread": spread}
-    return {"shape": str(each), "frozen": frozen, "loss": name, "rows": rows}
+        base = rows[BASELINE]
+        rows[system] |= {"ms": ms, "spread": spread, "ratio": over(ms, base.get("ms", ms))}
+        rows[system]["memory_ratio"] = over(rows[system]["beyond_gradients"], base["beyond_gradients"])
+    weight = "frozen" if frozen else "trained"
+    return {**each._asdict(), "divergence": name, "weight": weight, "rows": [*rows.values()]}
 
 
 def drawn(each: Shape, frozen: bool, device: str) -> Given:
@@ -195,15 +199,15 @@ def error(found: Tensor, right: Tensor) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
-    lines = []
-    for each in result["cases"]:
-        base, own = each["rows"][BASELINE], each["rows"][OURS]
-        memory = over(own["beyond_gradients"], base["beyond_gradients"])
-        worst = max(over(own["errors"][part], base["errors"][part]) or 0.0 for part in own["errors"])
-        lines.append(
-            f"{each['shape']} {each['loss']}{', frozen weight' if each['frozen'] else ''}: "
-            f"{own['ms']:.1f} ms of {base['ms']:.1f}, {own['ms'] / base['ms']:.2f}x; "
-            f"{own['beyond_gradients'] / 2**20:.0f} MiB of {base['beyond_gradients'] / 2**20:.0f}"
-            f"{'' if memory is None else f', {memory:.2f}x'}; worst error {worst:.2f}x"
-        )
-    return "\n".join(lines)
+    return "\n".join(map(_told, result["cases"]))
+
+
+def _told(each: dict[str, Any]) -> str:
+    base, own = (next(row for row in each["rows"] if row["system"] == s) for s in (BASELINE, OURS))
+    worst = max(over(own["errors"][part], base["errors"][part]) or 0.0 for part in own["errors"])
+    size = Shape(*(each[letter] for letter in Shape._fields))
+    return (
+        f"{size} {each['divergence']}, {each['weight']} weight: {own['ms']:.1f} ms of {base['ms']:.1f}, "
+        f"{own['ratio']:.2f}x; {own['beyond_gradients'] / 2**20:.0f} MB of "
+        f"{base['beyond_gradients'] / 2**20:.0f}, {own['memory_ratio']:.2f}x; worst error {worst:.2f}x"
+    )
