@@ -154,10 +154,66 @@ def without_gradient(z: Tensor, y: Tensor, start: int) -> Tensor:
         return total.log() - picked
 
 
+def own_logit(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Of whoever has the label, 0 elsewhere."""
+    inside, own = own_columns(y, start, z.shape[-1])
+    return torch.where(inside, z.gather(-1, own.unsqueeze(-1)).squeeze(-1), 0.0)
+
+
+def gathered_normalisers(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Each rank's own normaliser, gathered in a list."""
+    with torch.no_grad():
+        own = torch.logsumexp(z, dim=-1)
+        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, own)
+        picked = own_logit(z, y, start)
+        dist.all_reduce(picked)
+        return torch.logsumexp(torch.stack(of_ranks), dim=0) - picked
+
+
+def gathered_in_one_tensor(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """The logits at the labels as well."""
+    with torch.no_grad():
+        size = dist.get_world_size()
+        own, picked = z.logsumexp(-1, keepdim=True), own_logit(z, y, start)
+        normalisers = own.new_empty(size * own.shape[0], *own.shape[1:])
+        dist.all_gather_into_tensor(normalisers, own)
+        picks = funcol.all_gather_tensor(picked[None], 0, dist.group.WORLD)
+        return normalisers.view(size, *picked.shape).logsumexp(0) - picks.sum(0)
+
+
+class GatheredLoss(torch.autograd.Function):
+    """Whose backward is the softmax of the whole row, less the label's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, start: int) -> Tensor:
+        inside, own = own_columns(y, start, z.shape[-1])
+        of_ranks = funcol.all_gather_tensor(torch.logsumexp(z, -1)[None], 0, dist.group.WORLD)
+        lse = torch.logsumexp(of_ranks, 0)
+        picked = z.gather(-1, own[..., None]).squeeze(-1).masked_fill(~inside, 0.0)
+        dist.all_reduce(picked)
+        ctx.save_for_backward(z, lse, inside, own)
+        return lse - picked
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        z, lse, inside, own = ctx.saved_tensors
+        dz = (z - lse[..., None]).exp() * upstream[..., None]
+        hit = torch.where(inside, -upstream, 0.0)
+        return dz.scatter_add(-1, own[..., None], hit[..., None]), None, None
+
+
+def gathered_loss(z: Tensor, y: Tensor, start: int) -> Tensor:
+    return GatheredLoss.apply(z, y, start)
+
+
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 LOSSES: dict[str, Loss] = {
     f.__name__: f
-    for f in (whole_loss, smoothed, scaled_backward, log_probability, regions, moved_sums, without_gradient)
+    for f in (
+        *(whole_loss, smoothed, scaled_backward, log_probability, regions, moved_sums, without_gradient),
+        *(gathered_normalisers, gathered_in_one_tensor, gathered_loss),
+    )
 }
 
 
@@ -240,6 +296,28 @@ def scaled_in_place(z: Tensor, y: Tensor, start: int) -> Tensor:
         return total.log() + peak - funcol.all_reduce(picked * (1.0 + start), "sum", dist.group.WORLD)
 
 
+def averaged_normalisers(z: Tensor, y: Tensor, start: int) -> Tensor:
+    with torch.no_grad():
+        of_ranks = funcol.all_gather_tensor(torch.logsumexp(z, -1)[None], 0, dist.group.WORLD)
+        return of_ranks.mean(0)
+
+
+def without_one_rank(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """Of all ranks but the first."""
+    with torch.no_grad():
+        of_ranks = funcol.all_gather_tensor(torch.logsumexp(z, -1)[None], 0, dist.group.WORLD)
+        return of_ranks[1:].logsumexp(0)
+
+
+def gathered_and_kept(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """What was gathered is read by somebody else as well."""
+    with torch.no_grad():
+        own = torch.logsumexp(z, dim=-1)
+        of_ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, own)
+        return torch.logsumexp(torch.stack(of_ranks), dim=0) - of_ranks[0]
+
+
 NEAR_MISSES: dict[str, Loss] = {
     f.__name__: f
     for f in (
@@ -249,5 +327,8 @@ NEAR_MISSES: dict[str, Loss] = {
         probabilities_kept,
         scaled_by_rank,
         scaled_in_place,
+        averaged_normalisers,
+        without_one_rank,
+        gathered_and_kept,
     )
 }

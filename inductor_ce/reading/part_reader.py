@@ -25,8 +25,9 @@ from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
+from .gathered import GatheredReader
 from .steps import View
-from .views import viewed
+from .views import reshaped, viewed
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ class PartReader:
         self.pending: dict[Node, Value] = {}  # by the node of a collective that has not been waited for
         self.firsts: dict[Node, Value] = {}  # by the node of what has several results, of the first of them
         self.strange: set[Node] = set()  # other views of what has a value
+        self.gathered = GatheredReader(self)
         self._put(base, Value(algebra.LOGITS, None if own_backward else example.requires_grad or None))
 
     # Values
@@ -140,11 +142,11 @@ class PartReader:
 
     def read(self, node: Node) -> None:
         if node.op in ("call_function", "call_method"):
-            value = self._value_of(node)
+            value = self._value_of(node) or self.gathered.reduced(node)
             if value is not None:
                 self._put_result(node, value)
                 return
-            if node in self.pending or node in self.firsts:
+            if node in self.pending or node in self.firsts or self.gathered.takes(node):
                 self.found.steps.add(node)
                 return
         self._use(node)
@@ -156,7 +158,7 @@ class PartReader:
             value = Value(value.expr, False)
         written = [*written_by(node)]
         for target in written:
-            self._refuse_edit_of_others(target)
+            self.refuse_edit_of_others(target)
             for alias in self.attached:
                 if self.timeline.shares_storage(alias, target):
                     self.attached[alias] = value.attached
@@ -165,7 +167,7 @@ class PartReader:
             self._put(node, value)
         self.found.steps.add(node)
 
-    def _refuse_edit_of_others(self, target: Node) -> None:
+    def refuse_edit_of_others(self, target: Node) -> None:
         arguments = (n for n in self.timeline.nodes if n.op == "placeholder")
         if any(self.timeline.shares_storage(target, n) for n in (*arguments, self.found.logits)):
             raise NotRead
@@ -174,7 +176,7 @@ class PartReader:
         for source in node.all_input_nodes:
             value = self.value(source)
             if value is None:
-                if source in self.pending or source in self.firsts:
+                if source in self.pending or source in self.firsts or self.gathered.has(source):
                     raise NotRead
                 continue
             if value.is_wide and value.expr != algebra.LOGITS:
@@ -233,14 +235,19 @@ class PartReader:
     def _over_ranks(self, value: Value | None, how: Any, group: Any) -> Value | None:
         if value is None or value.is_wide:
             return None
+        assert isinstance(value.expr, sympy.Expr)
+        return self.over_ranks(value.expr, value.attached, how, group)
+
+    def over_ranks(self, expr: sympy.Expr, attached: bool | None, how: Any, group: Any) -> Value | None:
+        """What all ranks of a group have of a row expression, summed, or the largest."""
         found = self.found
         if how == "max":
-            if value.expr != parts.MAX_HERE or value.attached:
+            if expr != parts.MAX_HERE or attached:
                 return None
             result: tuple[sympy.Expr, dict[sympy.Symbol, Picked]] | None = (algebra.MAX_HELD, {})
         elif how == "sum":
             name = f"y{len(found.picked) + 1}" if found.picked else "y"
-            result = parts.summed_over_ranks(value.expr, {*found.masks}, name)
+            result = parts.summed_over_ranks(expr, {*found.masks}, name)
         else:
             result = None
         if result is None:
@@ -248,9 +255,9 @@ class PartReader:
         if found.group not in (None, group):
             raise NotRead
         found.group = group
-        expr, picked = result
+        total, picked = result
         found.picked |= picked
-        return Value(expr, None if how == "max" else value.attached)
+        return Value(total, None if how == "max" else attached)
 
     # Numbers of rows
 
@@ -290,10 +297,10 @@ class PartReader:
         a = self.row(args.get("input"))
         if a is None:
             return None
-        if step.view in (View.SAME, View.RESHAPE):
+        if step.view is View.SAME or reshaped(node) is not None:
             return a if a.free_symbols & {*self.found.masks} or a.is_number else None
-        if step.name == "not":
-            return 1 - a
+        if step.name in ("not", "neg"):
+            return 1 - a if step.name == "not" else -a
         b = self.row(args.get("other"))
         if step.name not in ("sub", "rsub", "mul", "add") or len(node.all_input_nodes) != 1 or b is None:
             return None
@@ -306,10 +313,7 @@ class PartReader:
         assert example is not None
         if not example.is_floating_point():
             return None
-        while (spelled := spellings.read(node)) is not None and spelled[0].view in (View.SAME, View.RESHAPE):
-            source = viewed(node)
-            if source is None:
-                break
+        while (source := reshaped(node) or viewed(node)) is not None:
             node = source
         return self._symbol(self.found.others, "r", node)
 
@@ -324,8 +328,8 @@ class PartReader:
 
     def label(self, node: Node, at: Node) -> sympy.Symbol:
         """The symbol of labels of this rank, as the step `at` reads them."""
-        while (spelled := spellings.read(node)) is not None and spelled[0].view is View.RESHAPE:
-            node = spelled[1]["input"]
+        while (source := reshaped(node)) is not None:
+            node = source
         position = self.timeline.position
         for symbol, (held, there) in self.found.labels.items():
             if held is node and self.timeline.unchanged(node, position[there], position[at]):

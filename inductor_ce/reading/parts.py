@@ -14,7 +14,7 @@ from ..algebra import parts
 from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from .part_reader import NotRead, PartReader, Parts, Step, Value
-from .views import counted
+from .views import adds_ones, counted
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -69,6 +69,14 @@ def _summed(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | Non
     value = _on_last(reader, args)
     total = None if value is None else parts.total_here(value.expr)
     return None if total is None or value is None else Value(total, value.attached)
+
+
+def _logsumexp(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
+    value = _on_last(reader, args)
+    exp = None if value is None else algebra.exp(value.expr)
+    total = None if exp is None else parts.total_here(exp)
+    log = None if total is None else algebra.row_log(total)
+    return None if log is None or value is None else Value(log, value.attached)
 
 
 def _mean(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
@@ -148,8 +156,7 @@ def _getitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | No
         return _picked(reader, node, source, index[1])  # type: ignore[index]
     if _is_all(reader, source, index):
         return reader.value(source)
-    basic = isinstance(index, tuple) and all(i is None or i is Ellipsis or i == slice(None) for i in index)
-    return _view(reader, node, args) if basic else None
+    return _view(reader, node, args) if adds_ones(index) else None
 
 
 def _label_of(reader: PartReader, source: Any, index: Any) -> Node | None:
@@ -247,6 +254,7 @@ STEPS: dict[str, Step] = {
     "mul": _binary(_times),
     "div": _binary(_over),
     "sum": _summed,
+    "logsumexp": _logsumexp,
     "mean": _mean,
     "gather": _gather,
     "scatter_add": _scattered,

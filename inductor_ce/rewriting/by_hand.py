@@ -17,7 +17,7 @@ from torch.fx import Graph, Node
 from .. import algebra, ops
 from ..algebra import Vocab, parts
 from ..algebra.notation import render
-from ..common.compat.distributed import ALL_REDUCE, WAIT, calls, calls_in
+from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT, calls, calls_in
 from ..common.findings import Site, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder
@@ -50,7 +50,7 @@ def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site]:
 
 
 def _has_collective(graph: Graph) -> bool:
-    return bool(calls_in(graph, ALL_REDUCE))
+    return bool(calls_in(graph, ALL_REDUCE) or calls_in(graph, ALL_GATHER))
 
 
 def _sum_of(body: Body) -> tuple[Node, Any] | None:
@@ -70,11 +70,11 @@ def _sum_of(body: Body) -> tuple[Node, Any] | None:
 
 
 def _bases(timeline: Timeline) -> list[Node]:
-    """The logits of whose rows somebody takes the maximum along the last dimension."""
+    """The logits of whose rows somebody takes the maximum, or logsumexp."""
     found: list[Node] = []
     for node in timeline.nodes:
         spelled = spellings.read(node)
-        if spelled is None or spelled[0].name not in ("amax", "max"):
+        if spelled is None or spelled[0].name not in ("amax", "max", "logsumexp"):
             continue
         base = spelled[1].get("input")
         while isinstance(base, Node) and (source := _same_logits(base)) is not None:
