@@ -12,7 +12,7 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     context      what a step may ask about the node it reads
     parts        losses whose ranks know themselves that each has some of the classes: the steps;
                  part_reader, what the storages of such a program hold while it runs, and gathered,
-                 what they hold of several ranks
+                 what they hold of several ranks; part_values, what is known then
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
                  operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),

@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import sympy
 from torch.fx import Node
@@ -21,12 +21,10 @@ from torch.fx import Node
 from .. import algebra
 from ..common.compat.distributed import ALL_GATHER, WAIT, calls
 from ..graph.shapes import constant, equal, same_count, same_shape, shape_of
-from ..graph.timeline import written_by
+from ..graph.timeline import Timeline, written_by
 from . import spellings
+from .part_values import Value
 from .steps import View
-
-if TYPE_CHECKING:
-    from .part_reader import PartReader, Value
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,17 @@ class Gathered:
     last: int
 
 
+class OfThisRank(Protocol):
+    """What is read of this rank alone: see `part_reader`."""
+
+    timeline: Timeline
+    sizes: Any
+
+    def value(self, node: Any) -> Value | None: ...
+    def refuse_edit_of_others(self, target: Node) -> None: ...
+    def over_ranks(self, expr: sympy.Expr, attached: bool | None, how: Any, group: Any) -> Value | None: ...
+
+
 class GatheredReader:
     """What storages hold of several ranks.
 
@@ -47,7 +56,7 @@ class GatheredReader:
         reader: of what they hold of this one.
     """
 
-    def __init__(self, reader: PartReader):
+    def __init__(self, reader: OfThisRank):
         self._reader = reader
         self._held: dict[Node, Gathered] = {}
         self._storages: set[Hashable] = set()

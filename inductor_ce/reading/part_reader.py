@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -26,74 +25,11 @@ from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .gathered import GatheredReader
+from .part_values import NotRead, Parts, Use, Value
 from .steps import View
 from .views import reshaped, viewed
 
-
-@dataclass(frozen=True)
-class Value:
-    """What a storage holds: a number for each row and column of this rank, or for each row.
-
-    `attached` tells whether a gradient flows to the logits, None where there is nothing for one to flow by.
-    """
-
-    expr: algebra.Vocab | sympy.Expr
-    attached: bool | None = None
-
-    @property
-    def is_wide(self) -> bool:
-        return isinstance(self.expr, algebra.Vocab)
-
-
-@dataclass(frozen=True)
-class Use:
-    """A node that reads `source`, which holds `value`, and is no step of the loss."""
-
-    user: Node
-    source: Node
-    value: Value
-
-
-@dataclass
-class Parts:
-    """What was read of one tensor of logits.
-
-    Attributes:
-        logits: this rank's columns, which are the last dimension.
-        group: the name of the process group that shares the rows.
-        uses: of what is made of them.
-        steps: the nodes that nobody needs when the uses have what they read from elsewhere.
-        labels: where each symbol's are, and the step that reads them.
-        masks, others: what else has a symbol.
-        numbers: those of the program that are not masks'. NOTE A rank may have numbers of its own, and all
-            must read alike, or one of them would wait in a collective for the others. So what is read depends
-            on no number, but for whether a backward is the gradient of its forward.
-        picked: the labels of whole rows.
-        asked: the values of the nodes that were asked for.
-    """
-
-    logits: Node
-    group: Any = None
-    uses: list[Use] = field(default_factory=list)
-    steps: set[Node] = field(default_factory=set)
-    labels: dict[sympy.Symbol, tuple[Node, Node]] = field(default_factory=dict)
-    masks: dict[sympy.Symbol, Node] = field(default_factory=dict)
-    others: dict[sympy.Symbol, Node] = field(default_factory=dict)
-    numbers: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
-    picked: dict[sympy.Symbol, Picked] = field(default_factory=dict)
-    asked: list[Value | None] = field(default_factory=list)
-
-    @property
-    def whole(self) -> list[Use]:
-        """The uses of what is made of statistics of whole rows."""
-        return [use for use in self.uses if parts.is_of_ranks(use.value.expr)]
-
-
 Step = Callable[["PartReader", Node, dict[str, Any]], Value | None]
-
-
-class NotRead(Exception):
-    """This is no such loss."""
 
 
 class PartReader:

@@ -13,7 +13,8 @@ from .. import algebra
 from ..algebra import parts
 from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
-from .part_reader import NotRead, PartReader, Parts, Step, Value
+from .part_reader import PartReader, Step
+from .part_values import NotRead, Parts, Value
 from .views import adds_ones, counted
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -25,7 +25,7 @@ from ..graph.functions import Body, function_bodies, inner, joined
 from ..graph.shapes import bytes_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from ..reading.part_reader import Parts
+from ..reading.part_values import Parts
 from ..reading.parts import read_parts
 from ..reading.steps import View
 from ..reading.views import viewed

@@ -16,7 +16,7 @@ from ..common.compat.distributed import group_size
 from ..distributed.by_hand import stats_of_ranks
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
-from ..reading.part_reader import Parts
+from ..reading.part_values import Parts
 
 SUM_SHIFTED = sympy.Symbol("sum_here_shifted", real=True)
 
