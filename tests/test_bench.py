@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import inductor_ce
-from inductor_ce.bench import cli, distil, recognise
+from inductor_ce.bench import cli, distil, divergences, recognise
 from inductor_ce.bench.ce import check, command, render, run, systems
 from inductor_ce.bench.ce.inputs import Inputs
 from inductor_ce.bench.shared import compilers, losses, measure, options, peers, record
+from inductor_ce.bench.shared.against_plain import error, step_of
 from inductor_ce.bench.shared.losses import IGNORED, LOSSES
 
 ROW = {
@@ -323,11 +324,30 @@ def test_commit_outside_a_repository(tmp_path: Path):
 @pytest.mark.parametrize("name", distil.LOSSES)
 def test_distillation_is_compared_with_its_formula(name: str, frozen: bool):
     given = distil.drawn(distil.shape("300x200x16x24"), frozen, "cpu")
-    right, found = distil.exactly(name, given), distil.step_of(distil.LOSSES[name], given)()
+    right, found = distil.exactly(name, given), step_of(distil.LOSSES[name], given, given.leaves)()
     assert found.keys() == right.keys() == {"loss", "dh"} | ({"dW"} if not frozen else set())
-    assert all(distil.error(found[part], right[part]) < 1e-2 for part in right)
+    assert all(error(found[part], right[part]) < 1e-2 for part in right)
     (other,) = {*distil.LOSSES} - {name}
-    assert distil.error(found["dh"], distil.exactly(other, given)["dh"]) > 0.1
+    assert error(found["dh"], distil.exactly(other, given)["dh"]) > 0.1
+
+
+@pytest.mark.parametrize("moving", [divergences.STUDENT, divergences.BOTH])
+@pytest.mark.parametrize("name", divergences.LOSSES)
+def test_divergences_are_compared_with_their_formulas(name: str, moving: str):
+    z, t = divergences.drawn(300, 200, moving, "cpu")
+    leaves = {"dz": z} | ({"dt": t} if moving == divergences.BOTH else {})
+    right, found = divergences.exactly(name, z, t), step_of(divergences.LOSSES[name], (z, t), leaves)()
+    assert found.keys() == right.keys() == {"loss", *leaves}
+    assert all(error(found[part], right[part]) < 1e-2 for part in right)
+    other = "JSD" if name == "symmetric KL" else "symmetric KL"
+    assert error(found["dz"], divergences.exactly(other, z, t)["dz"]) > 0.1
+
+
+def test_divergences_need_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["divergences", "--shapes", "64x1024"]) == 2
+    with pytest.raises(SystemExit):
+        cli.main(["divergences", "--shapes", "64"])
 
 
 def test_distillation_needs_a_gpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
@@ -345,7 +365,7 @@ def test_distillation_in_words():
     rows[1] |= {"ratio": 0.5, "memory_ratio": 0.25}
     case = {"N": 4, "V": 5, "D": 6, "T": 7, "divergence": "forward", "weight": "frozen", "rows": rows}
     assert distil.table({"cases": [case]}) == (
-        "4x5x6x7 forward, frozen weight: 10.0 ms of 20.0, 0.50x; 25 MB of 100, 0.25x; worst error 1.00x"
+        "4x5x6x7 forward, frozen weight: 10.00 ms of 20.00, 0.50x; 25 MB of 100, 0.25x; worst error 1.00x"
     )
 
 

@@ -1,5 +1,5 @@
-"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `distil`, `tp`,
-`train` or `recognise`.
+"""Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `distil`,
+`divergences`, `tp`, `train` or `recognise`.
 
 In:   the command line.
 Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
@@ -8,6 +8,7 @@ Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
     ce/          the loss of given logits
     head/        the linear layer with its loss
     distil       distillation from two heads
+    divergences  divergences between two sets of given logits
     tp/          the same over ranks that share the vocabulary
     train/       a training step of a whole model
     recognise    what recognition costs

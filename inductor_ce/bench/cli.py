@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from . import distil, recognise
+from . import distil, divergences, recognise
 from .ce import command as ce
 from .head import command as head
 from .tp import command as tp
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "ce": ce,
     "head": head,
     "distil": distil,
+    "divergences": divergences,
     "tp": tp,
     "train": train,
     "recognise": recognise,

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared import record
-from .shared.compilers import BASELINE, OURS, ours, plain
-from .shared.measure import Calls, fresh_caches, over, peak_extra_bytes, timed
+from .shared.against_plain import compared, in_words
+from .shared.measure import Calls, fresh_caches
 from .shared.options import has_gpu
 
 HELP = "distillation from two heads"
@@ -84,7 +84,6 @@ def reverse_kl(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tens
 
 
 LOSSES: dict[str, Loss] = {"forward": forward_kl, "reverse": reverse_kl}
-COMPILERS = {BASELINE: plain, OURS: ours}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -128,20 +127,8 @@ def main(options: argparse.Namespace) -> int:
 def case(each: Shape, frozen: bool, name: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:
     """What both systems take for a loss, and how far off they are."""
     given = drawn(each, frozen, device)
-    right = exactly(name, given)
-    steps = {system: step_of(compiler(LOSSES[name]), given) for system, compiler in COMPILERS.items()}
-    rows: dict[str, dict[str, Any]] = {}
-    for system, step in steps.items():
-        errors = {part: error(step()[part], right[part]) for part in right}
-        nbytes = sum(leaf.nbytes for leaf in given.leaves.values())
-        beyond = peak_extra_bytes(step) - nbytes
-        rows[system] = {"system": system, "errors": errors, "beyond_gradients": beyond}
-    for system, (ms, spread, _) in timed(steps, clock).items():
-        base = rows[BASELINE]
-        rows[system] |= {"ms": ms, "spread": spread, "ratio": over(ms, base.get("ms", ms))}
-        rows[system]["memory_ratio"] = over(rows[system]["beyond_gradients"], base["beyond_gradients"])
-    weight = "frozen" if frozen else "trained"
-    return {**each._asdict(), "divergence": name, "weight": weight, "rows": [*rows.values()]}
+    rows = compared(LOSSES[name], given, given.leaves, exactly(name, given), clock)
+    return {**each._asdict(), "divergence": name, "weight": "frozen" if frozen else "trained", "rows": rows}
 
 
 def drawn(each: Shape, frozen: bool, device: str) -> Given:
@@ -151,15 +138,6 @@ def drawn(each: Shape, frozen: bool, device: str) -> Given:
     W, U = ((2 * size**-0.5 * torch.randn(V, size, device=device)).bfloat16() for size in (D, T))
     mask = (torch.arange(N, device=device) % 5 > 0).float()
     return Given(h.requires_grad_(), W.requires_grad_(not frozen), t, U, mask)
-
-
-def step_of(function: Loss, given: Given) -> Callable[[], dict[str, Tensor]]:
-    def step() -> dict[str, Tensor]:
-        loss = function(*given)
-        gradients = torch.autograd.grad(loss, [*given.leaves.values()])
-        return {"loss": loss.detach(), **dict(zip(given.leaves, gradients, strict=True))}
-
-    return step
 
 
 def exactly(name: str, given: Given) -> dict[str, Tensor]:
@@ -193,21 +171,11 @@ def _log_softmax(z: Tensor) -> Tensor:
     return z - z.exp().sum(-1, keepdim=True).log()
 
 
-def error(found: Tensor, right: Tensor) -> float:
-    return float(torch.linalg.vector_norm(found.double() - right) / torch.linalg.vector_norm(right))
-
-
 def table(result: dict[str, Any]) -> str:
     """The result to read."""
     return "\n".join(map(_told, result["cases"]))
 
 
 def _told(each: dict[str, Any]) -> str:
-    base, own = (next(row for row in each["rows"] if row["system"] == s) for s in (BASELINE, OURS))
-    worst = max(over(own["errors"][part], base["errors"][part]) or 0.0 for part in own["errors"])
     size = Shape(*(each[letter] for letter in Shape._fields))
-    return (
-        f"{size} {each['divergence']}, {each['weight']} weight: {own['ms']:.1f} ms of {base['ms']:.1f}, "
-        f"{own['ratio']:.2f}x; {own['beyond_gradients'] / 2**20:.0f} MB of "
-        f"{base['beyond_gradients'] / 2**20:.0f}, {own['memory_ratio']:.2f}x; worst error {worst:.2f}x"
-    )
+    return f"{size} {each['divergence']}, {each['weight']} weight: {in_words(each['rows'])}"

@@ -1,0 +1,150 @@
+"""Divergences between two sets of given logits, forward and backward, as their users write them.
+
+A record says of plain torch.compile and of inductor_ce what a step takes, and how far its loss and gradients
+are from float64's, which are made for a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .shared import record
+from .shared.against_plain import compared, in_words
+from .shared.measure import Calls, fresh_caches
+from .shared.options import has_gpu
+
+HELP = "divergences between two sets of given logits"
+SHAPES = ((4096, 128256), (8192, 32000))
+ROUNDS, QUICK_ROUNDS = 5, 2
+ROWS = 256  # in float64 at a time
+BETA = 0.5
+OF_TIME = 0.6
+
+METHOD = {
+    "step": "loss.backward() for the gradients of the student's logits, or of both, in bfloat16",
+    "beyond_gradients": "peak of the memory allocated in a warm step less that before it and the gradients",
+    "errors": "norm of what is off from float64 over the norm of that",
+    "bars": f"at most {OF_TIME} of plain's time",
+}
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def generalised_jsd(z: Tensor, t: Tensor) -> Tensor:
+    """The mixture by a logsumexp over both, as in generalised knowledge distillation."""
+    log_p, log_q = F.log_softmax(z.float(), -1), F.log_softmax(t.float(), -1)
+    beta = torch.tensor(BETA, dtype=log_p.dtype, device=log_p.device)
+    both = torch.stack([log_p + torch.log1p(-beta), log_q + torch.log(beta)])
+    log_m = torch.logsumexp(both, dim=0)
+    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return (beta * to_teacher + (1 - beta) * to_student).sum() / z.shape[0]
+
+
+def jsd(z: Tensor, t: Tensor) -> Tensor:
+    """The mixture by logaddexp."""
+    log_p, log_q = F.log_softmax(z.float(), -1), F.log_softmax(t.float(), -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean()
+
+
+def symmetric_kl(z: Tensor, t: Tensor) -> Tensor:
+    """As in R-Drop."""
+    log_p, log_q = F.log_softmax(z.float(), -1), F.log_softmax(t.float(), -1)
+    one = F.kl_div(log_p, log_q.exp(), reduction="batchmean")
+    return 0.5 * (one + F.kl_div(log_q, log_p.exp(), reduction="batchmean"))
+
+
+STUDENT, BOTH = "student", "both"
+LOSSES: dict[str, Loss] = {"generalised JSD": generalised_jsd, "JSD": jsd, "symmetric KL": symmetric_kl}
+CASES = (
+    ("generalised JSD", STUDENT),
+    ("JSD", STUDENT),
+    ("JSD", BOTH),
+    ("symmetric KL", BOTH),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", type=shape, nargs="+", metavar="NxV", default=[*SHAPES])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+
+
+def shape(text: str) -> tuple[int, int]:
+    try:
+        n, v = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 4096x128256") from None
+    return n, v
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure, keep the JSON, print the table."""
+    if not has_gpu():
+        return 2
+    torch.manual_seed(options.seed)
+    clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
+    result = record.new("divergences", METHOD, options.commit, cases=[])
+    path = record.json_path(result, options.out)
+    with fresh_caches():
+        for n, v in options.shapes:
+            for name, moving in CASES:
+                result["cases"].append(case(n, v, name, moving, clock))
+                record.write(result, path)
+    print(table(result), path, sep="\n")
+    return 0
+
+
+def case(n: int, v: int, name: str, moving: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:
+    """What both systems take for a loss, and how far off they are."""
+    z, t = drawn(n, v, moving, device)
+    leaves = {"dz": z} | ({"dt": t} if moving == BOTH else {})
+    rows = compared(LOSSES[name], (z, t), leaves, exactly(name, z, t), clock)
+    return {"N": n, "V": v, "divergence": name, "gradient": moving, "rows": rows}
+
+
+def drawn(n: int, v: int, moving: str, device: str) -> tuple[Tensor, Tensor]:
+    """Logits as sure as those of a trained model, the teacher's near the student's."""
+    z = 3 * torch.randn(n, v, device=device)
+    t = z + torch.randn(n, v, device=device)
+    return z.bfloat16().requires_grad_(), t.bfloat16().requires_grad_(moving == BOTH)
+
+
+def exactly(name: str, z: Tensor, t: Tensor) -> dict[str, Tensor]:
+    """The loss and its gradients by their formulas in float64, some rows at a time."""
+    leaves = {"dz": z, "dt": t} if t.requires_grad else {"dz": z}
+    found = {key: torch.empty_like(leaf, dtype=torch.float64) for key, leaf in leaves.items()}
+    total = torch.zeros((), dtype=torch.float64, device=z.device)
+    for rows in torch.arange(len(z), device=z.device).split(ROWS):
+        pair = [x.detach()[rows].double().requires_grad_(x.requires_grad) for x in (z, t)]
+        loss = _formula(name, *pair) / len(z)
+        wanted = [x for x in pair if x.requires_grad]
+        for key, gradient in zip(found, torch.autograd.grad(loss, wanted), strict=True):
+            found[key][rows] = gradient
+        total += loss.detach()
+    return {"loss": total, **found}
+
+
+def _formula(name: str, z: Tensor, t: Tensor) -> Tensor:
+    """sum_i p_i log(p_i / x_i), of p from the mixture or from the other, weighed."""
+    p, q = ((x - x.detach().amax(-1, keepdim=True)).exp() for x in (z, t))
+    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    x, y = (q, p) if name == "symmetric KL" else ((p + q) / 2,) * 2
+    return 0.5 * (p * (p / x).log() + q * (q / y).log()).sum()
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result to read."""
+    return "\n".join(map(_told, result["cases"]))
+
+
+def _told(each: dict[str, Any]) -> str:
+    name = f"{each['N']}x{each['V']} {each['divergence']}, gradient of {each['gradient']}"
+    return f"{name}: {in_words(each['rows'])}"
