@@ -25,8 +25,7 @@ from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
-from .steps import View
-from .views import viewed
+from .views import keeps_order, viewed
 
 
 @dataclass(frozen=True)
@@ -93,6 +92,13 @@ Step = Callable[["PartReader", Node, dict[str, Any]], Value | None]
 
 class NotRead(Exception):
     """This is no such loss."""
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node is a view, copy or cast of its source, all of it in the same order."""
+    spelled = spellings.read(node)
+    source = None if spelled is None or spelled[0].view is None else spelled[1].get("input")
+    return isinstance(source, Node) and tensor_of(source) is not None and keeps_order(node, source)
 
 
 class PartReader:
@@ -290,7 +296,7 @@ class PartReader:
         a = self.row(args.get("input"))
         if a is None:
             return None
-        if step.view in (View.SAME, View.RESHAPE):
+        if _is_view(node):
             return a if a.free_symbols & {*self.found.masks} or a.is_number else None
         if step.name == "not":
             return 1 - a
@@ -306,10 +312,7 @@ class PartReader:
         assert example is not None
         if not example.is_floating_point():
             return None
-        while (spelled := spellings.read(node)) is not None and spelled[0].view in (View.SAME, View.RESHAPE):
-            source = viewed(node)
-            if source is None:
-                break
+        while _is_view(node) and (source := viewed(node)) is not None:
             node = source
         return self._symbol(self.found.others, "r", node)
 
@@ -324,8 +327,8 @@ class PartReader:
 
     def label(self, node: Node, at: Node) -> sympy.Symbol:
         """The symbol of labels of this rank, as the step `at` reads them."""
-        while (spelled := spellings.read(node)) is not None and spelled[0].view is View.RESHAPE:
-            node = spelled[1]["input"]
+        while _is_view(node) and not spellings.is_step(node, "same"):
+            node = spellings.read(node)[1]["input"]  # type: ignore[index]
         position = self.timeline.position
         for symbol, (held, there) in self.found.labels.items():
             if held is node and self.timeline.unchanged(node, position[there], position[at]):
