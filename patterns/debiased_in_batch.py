@@ -1,4 +1,4 @@
-"""Debiased contrastive loss within a batch: exponentials, the positives among them filled with 0, then summed.
+"""Debiased contrastive loss in a batch: exponentials, the positives among them filled with 0, then summed.
 
 Source: joshr17/HCL and chingyaoc/DCL, with the pairs of one batch
 Family: Contrastive
