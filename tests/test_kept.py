@@ -189,6 +189,12 @@ def rank_by_differences(z, y):
     return -own.log().mean(), ((p - own) > 0).sum(-1)
 
 
+def rank_by_detached_differences(z, y):
+    p = z.softmax(-1)
+    own = p.gather(1, y[:, None])
+    return -own.log().mean(), ((p.detach() - own) > 0).sum(-1)
+
+
 def among_the_best(z, y):
     p = z.softmax(-1)
     own = p.gather(1, y[:, None])
@@ -201,7 +207,7 @@ def where_the_best_is(z, y):
 
 
 RANKS = [rank_by_logits, rank_by_scaled_logits, rank_by_probabilities, rank_by_log_probabilities]
-RANKS += [rank_by_differences, among_the_best, where_the_best_is]
+RANKS += [rank_by_differences, rank_by_detached_differences, among_the_best, where_the_best_is]
 
 
 @pytest.mark.parametrize("f", RANKS, ids=lambda f: f.__name__)

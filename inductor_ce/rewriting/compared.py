@@ -22,10 +22,16 @@ def reads_as_written(reading: Reading, user: Node, node: Node, logits: Logits) -
     value = reading.values.get(user)
     if isinstance(value, VocabValue):
         return value.logits == logits and algebra.weighs_logits(row_expr(value_of(reading, node)))
-    step, example = spellings.step_of(user), tensor_of(node)
-    if step is None or not step.compares or example is None or not example.is_floating_point():
+    example = tensor_of(node)
+    compares = _compares(user) or (value is None and user.users and all(map(_compares, user.users)))
+    if not compares or example is None or not example.is_floating_point():
         return False
     return any(_has_entries(reading, other, logits) for other in user.all_input_nodes if other is not node)
+
+
+def _compares(node: Node) -> bool:
+    step = spellings.step_of(node)
+    return step is not None and step.compares
 
 
 def _has_entries(reading: Reading, node: Node, logits: Logits) -> bool:
