@@ -207,11 +207,49 @@ def gathered_loss(z: Tensor, y: Tensor, start: int) -> Tensor:
     return GatheredLoss.apply(z, y, start)
 
 
+class CopyFromEachRank(FromEachRank):
+    """In place, on a copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+
+def regions_of_copies(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """The label's logit taken off its dimension by an index, and zeros like it where another rank has it."""
+    with torch.no_grad():
+        peak = z.max(-1).values
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    total = CopyFromEachRank.apply((z - peak[..., None]).exp().sum(-1))
+    inside, own = own_columns(y, start, z.shape[-1])
+    picked = torch.gather(z, -1, own[..., None])[..., 0]
+    picked = CopyFromEachRank.apply(torch.where(inside, picked, torch.zeros_like(picked)))
+    return total.log() + peak - picked
+
+
+class OutOfPlace(WholeLoss):
+    """With a backward that keeps the probabilities, and broadcasts its upstream gradient by an index."""
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+        p, elsewhere, flat = ctx.saved_tensors
+        dz = p.clone()
+        dz[torch.arange(dz.shape[0], device=dz.device), flat] -= 1.0 - elsewhere.float()
+        return dz * upstream[:, None], None, None, None, None
+
+
+def out_of_place(z: Tensor, y: Tensor, start: int) -> Tensor:
+    return OutOfPlace.apply(z, y, start, 0.0, 1.0)
+
+
 Loss = Callable[[Tensor, Tensor, int], Tensor]
 LOSSES: dict[str, Loss] = {
     f.__name__: f
     for f in (
-        *(whole_loss, smoothed, scaled_backward, log_probability, regions, moved_sums, without_gradient),
+        *(whole_loss, smoothed, scaled_backward, out_of_place, log_probability),
+        *(regions, regions_of_copies, moved_sums, without_gradient),
         *(gathered_normalisers, gathered_in_one_tensor, gathered_loss),
     )
 }

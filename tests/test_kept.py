@@ -159,3 +159,65 @@ def test_generated_code_has_the_numbers_too():
     args = inputs()
     check_numbers(gallery.run(torch.compile(returned), args), returned, args)
     assert sites() == 1
+
+
+def rank_by_logits(z, y):
+    return F.cross_entropy(z, y), (z > z.gather(1, y[:, None])).sum(-1)
+
+
+def rank_by_scaled_logits(z, y):
+    z = z / 0.7
+    own = z.gather(1, y[:, None])
+    return F.cross_entropy(z, y) + own.mean(), (z >= own).sum(-1)
+
+
+def rank_by_probabilities(z, y):
+    p = z.softmax(-1)
+    own = p[torch.arange(len(z)), y]
+    return -own.log().mean(), p.gt(own[:, None]).sum(-1)
+
+
+def rank_by_log_probabilities(z, y):
+    logp = z - z.logsumexp(-1, keepdim=True)
+    own = logp.gather(1, y[:, None])
+    return -own.mean(), (own < logp).sum(-1)
+
+
+def rank_by_differences(z, y):
+    p = z.softmax(-1)
+    own = p.gather(1, y[:, None])
+    return -own.log().mean(), ((p - own) > 0).sum(-1)
+
+
+def rank_by_detached_differences(z, y):
+    p = z.softmax(-1)
+    own = p.gather(1, y[:, None])
+    return -own.log().mean(), ((p.detach() - own) > 0).sum(-1)
+
+
+def among_the_best(z, y):
+    p = z.softmax(-1)
+    own = p.gather(1, y[:, None])
+    return -own.log().mean(), (own >= p.topk(5).values).sum(-1)
+
+
+def where_the_best_is(z, y):
+    p = z.softmax(-1)
+    return F.cross_entropy(z, y), p == p.max(-1, keepdim=True).values
+
+
+RANKS = [rank_by_logits, rank_by_scaled_logits, rank_by_probabilities, rank_by_log_probabilities]
+RANKS += [rank_by_differences, rank_by_detached_differences, among_the_best, where_the_best_is]
+
+
+@pytest.mark.parametrize("f", RANKS, ids=lambda f: f.__name__)
+def test_what_is_compared_with_its_own_row_is_as_written(f):
+    """The label is neither above nor below itself, to the bit."""
+    z, y = torch.randn(500, V, requires_grad=True), torch.arange(500) % V
+    compiled, _ = compile_without_codegen(f)
+    (loss, ours), (expected, ranks) = compiled(z, y), f(z, y)
+    assert sites() == 1
+    assert torch.equal(ours, ranks)
+    torch.testing.assert_close(loss, expected)
+    ours, expected = (torch.autograd.grad(x, z)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, expected)

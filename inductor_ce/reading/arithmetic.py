@@ -102,6 +102,10 @@ xlogy = binary(times_log)
 entropy_terms = unary(entropy_term)
 
 
+# What may stand between an exponential and the sum that makes it that of logits.
+_SUMMED = ("mul", "masked_fill", "where")
+
+
 def exponential(context: Context, args: dict[str, Any]) -> Outcome:
     """exp of what is known; of logits, if it is summed over one dimension."""
     value = unary(algebra.exp)(context, args)
@@ -124,12 +128,15 @@ def one_dim(dim: Any) -> Any:
 
 
 def _summed_dims(node: Node) -> Iterator[int]:
-    """The dimensions over which somebody sums this node, or its product if no other reads its source."""
+    """The dimensions over which somebody sums this node, its product, or what a mask leaves of it.
+
+    The last two if no other reads its source, or the logarithm of the sum is taken.
+    """
     yield from _dims_of_sums(node)
-    if all(len(source.users) == 1 for source in node.all_input_nodes):
-        for user in node.users:
-            if spellings.is_step(user, "mul"):
-                yield from _dims_of_sums(user)
+    alone = all(len(source.users) == 1 for source in node.all_input_nodes)
+    for user in node.users:
+        if any(spellings.is_step(user, name) for name in _SUMMED) and (alone or spellings.has_log(user)):
+            yield from _dims_of_sums(user)
 
 
 def _dims_of_sums(node: Node) -> Iterator[int]:

@@ -26,10 +26,16 @@ from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .gathered import GatheredReader
 from .part_values import NotRead, Parts, Use, Value
-from .steps import View
-from .views import reshaped, viewed
+from .views import keeps_order, viewed
 
 Step = Callable[["PartReader", Node, dict[str, Any]], Value | None]
+
+
+def _is_view(node: Node) -> bool:
+    """Whether a node is a view, copy or cast of its source, all of it in the same order."""
+    spelled = spellings.read(node)
+    source = None if spelled is None or spelled[0].view is None else spelled[1].get("input")
+    return isinstance(source, Node) and tensor_of(source) is not None and keeps_order(node, source)
 
 
 class PartReader:
@@ -233,7 +239,7 @@ class PartReader:
         a = self.row(args.get("input"))
         if a is None:
             return None
-        if step.view is View.SAME or reshaped(node) is not None:
+        if _is_view(node):
             return a if a.free_symbols & {*self.found.masks} or a.is_number else None
         if step.name in ("not", "neg"):
             return 1 - a if step.name == "not" else -a
@@ -249,7 +255,7 @@ class PartReader:
         assert example is not None
         if not example.is_floating_point():
             return None
-        while (source := reshaped(node) or viewed(node)) is not None:
+        while _is_view(node) and (source := viewed(node)) is not None:
             node = source
         return self._symbol(self.found.others, "r", node)
 
@@ -264,8 +270,8 @@ class PartReader:
 
     def label(self, node: Node, at: Node) -> sympy.Symbol:
         """The symbol of labels of this rank, as the step `at` reads them."""
-        while (source := reshaped(node)) is not None:
-            node = source
+        while _is_view(node) and not spellings.is_step(node, "same"):
+            node = spellings.read(node)[1]["input"]  # type: ignore[index]
         position = self.timeline.position
         for symbol, (held, there) in self.found.labels.items():
             if held is node and self.timeline.unchanged(node, position[there], position[at]):

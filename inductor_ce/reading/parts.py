@@ -15,7 +15,7 @@ from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from .part_reader import PartReader, Step
 from .part_values import NotRead, Parts, Value
-from .views import adds_ones, counted
+from .views import counted, keeps_order
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -157,7 +157,8 @@ def _getitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | No
         return _picked(reader, node, source, index[1])  # type: ignore[index]
     if _is_all(reader, source, index):
         return reader.value(source)
-    return _view(reader, node, args) if adds_ones(index) else None
+    whole = isinstance(source, Node) and tensor_of(source) is not None and keeps_order(node, source)
+    return _view(reader, node, args) if whole else None
 
 
 def _label_of(reader: PartReader, source: Any, index: Any) -> Node | None:
@@ -243,6 +244,13 @@ def _where(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None
     return None
 
 
+def _zeros(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
+    """Zeros like what rows have."""
+    value = reader.value(args.get("input"))
+    alike = value is not None and not value.is_wide and same_shape(shape_of(node), shape_of(args["input"]))
+    return Value(sympy.Integer(0)) if alike else None
+
+
 STEPS: dict[str, Step] = {
     "amax": _peak,
     "max": _maximum,
@@ -263,6 +271,7 @@ STEPS: dict[str, Step] = {
     "same": _view,
     "reshape": _view,
     "detach": _detached,
+    "zeros": _zeros,
     "masked_fill": _filled,
     "where": _where,
     "edit_masked_fill": _filled,

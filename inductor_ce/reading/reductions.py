@@ -134,7 +134,7 @@ def getitem(context: Context, args: dict[str, Any]) -> Outcome:
 
 
 def einsum(context: Context, args: dict[str, Any]) -> Outcome:
-    """A sum over the vocabulary, and over everything, of a product: nv,nv->n and nv,nv->."""
+    """A product, its sum over the vocabulary, or over everything: nv,nv->nv, nv,nv->n and nv,nv->."""
     inputs, _, output = _named_dims(str(args["equation"]), args["operands"]).partition("->")
     subscripts = inputs.split(",")
     if len(subscripts) != 2 or subscripts[0] != subscripts[1]:
@@ -145,6 +145,8 @@ def einsum(context: Context, args: dict[str, Any]) -> Outcome:
         return value
     if not output:
         return losses.reduced(value, "sum", None)
+    if output == subscripts[0]:
+        return replace(value, wide=value.wide | {context.node})
     return summed(value) if output == subscripts[0].replace(subscripts[0][value.axis], "") else None
 
 

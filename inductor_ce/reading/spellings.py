@@ -91,3 +91,16 @@ def is_arithmetic_edit(node: Node) -> bool:
     """Whether a node is x.add_(y) or the like, whose functional form keeps the strides of x."""
     step = step_of(node)
     return step is not None and step.keeps_strides
+
+
+def has_log(node: Node) -> bool:
+    """Whether a logarithm is taken of what a node is summed, clamped, raised by an epsilon or mixed into."""
+    frontier, seen = [node], {node}
+    while frontier:
+        fresh = [user for user in frontier.pop().users if user not in seen]
+        steps = [(user, step) for user in fresh if (step := step_of(user)) is not None]
+        if any(step.takes_log for _, step in steps):
+            return True
+        seen.update(fresh)
+        frontier += [user for user, step in steps if step.before_log or step.view is not None]
+    return False

@@ -50,6 +50,7 @@ class Step:
         normalises: a loss begins here, or has been taken.
         before_log: a logarithm after it may still be one of probabilities.
         takes_log: of its last argument.
+        compares: what is equal but for rounding is not the same to it.
         stays: is neither made again elsewhere nor erased.
     """
 
@@ -72,6 +73,7 @@ class Step:
     normalises: bool = False
     before_log: bool = False
     takes_log: bool = False
+    compares: bool = False
     stays: bool = False
 
 
@@ -228,8 +230,9 @@ _VIEWS = (
 _TARGETS = (
     _row("arange", "", "*numbers", torch.arange),
     _row("one_hot", "targets.one_hot", "input num_classes", F.one_hot),
-    _row("eq", "targets.equals", "input other", torch.eq, operator.eq, "eq", "__eq__"),
-    _row("ne", "targets.differs", "input other", torch.ne, torch.not_equal, operator.ne, "ne", "__ne__"),
+    _row("eq", "targets.equals", "input other", torch.eq, operator.eq, "eq", "__eq__", traits="compares"),
+    _row("ne", "targets.differs", "input other", torch.ne, torch.not_equal, operator.ne, "ne", "__ne__",
+         traits="compares"),
     _row("not", "targets.negation", "input", torch.logical_not, torch.bitwise_not, operator.invert,
          "logical_not", "bitwise_not", traits="needs_value"),
     _row("and", "", "input other", torch.logical_and, torch.bitwise_and, operator.and_, "logical_and",
@@ -239,7 +242,11 @@ _TARGETS = (
     _row("isinf", "", "input", torch.isinf, "isinf"),
     _row("isneginf", "", "input", torch.isneginf, "isneginf"),
     _row("isfinite", "", "input", torch.isfinite, "isfinite"),
-    _row("gt", "", "input other", torch.gt, operator.gt, "gt", "__gt__"),
+    _row("gt", "", "input other", torch.gt, torch.greater, operator.gt, "gt", "greater", "__gt__",
+         traits="compares"),
+    _row("order", "", "input other", torch.ge, torch.lt, torch.le, torch.greater_equal, torch.less,
+         torch.less_equal, operator.ge, operator.lt, operator.le, "ge", "lt", "le", "greater_equal", "less",
+         "less_equal", "__ge__", "__lt__", "__le__", traits="compares"),
     _row("zeros", "targets.zeros", "input", torch.zeros, torch.zeros_like, "new_zeros",
          traits="reads_shapes"),
     _row("ones", "targets.ones", "input", torch.ones, torch.ones_like, "new_ones", traits="reads_shapes"),

@@ -57,23 +57,6 @@ def viewed(node: Node) -> Node | None:
     return source if cast_keeps(b.dtype, a.dtype) else None
 
 
-def reshaped(node: Node) -> Node | None:
-    """The source of a view that has all its elements in their order; x[..., None] is one."""
-    spelled = spellings.read(node)
-    if spelled is None:
-        return None
-    step, args = spelled
-    if step.view is View.RESHAPE:
-        return viewed(node)
-    return args.get("input") if step.name == "getitem" and adds_ones(args.get("index")) else None
-
-
-def adds_ones(index: Any) -> bool:
-    """Whether an index takes all there is, and may add dimensions of 1."""
-    indices = index if isinstance(index, tuple) else (index,)
-    return all(i is None or i is Ellipsis or i == slice(None) for i in indices)
-
-
 def cast_keeps(source: torch.dtype, result: torch.dtype) -> bool:
     """Whether a cast loses nothing, and statistics are taken in the same precision before it and after."""
     if source.is_floating_point:

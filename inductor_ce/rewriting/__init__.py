@@ -7,6 +7,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     escapes           who else needs the log-probabilities, and which losses were not read
     normalisers       which of them are losses by themselves
     kept              log-probabilities that the program keeps, beside the loss
+    compared          who compares what a loss has of a row with its entries, and is given it as written
     rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
     weighed           which rows hold the sums that tensors from outside weigh, or leave columns out of
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed

@@ -18,7 +18,7 @@ from .. import algebra, ops
 from ..algebra import Vocab, parts
 from ..algebra.notation import render
 from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT, calls, calls_in
-from ..common.findings import Site, user_line
+from ..common.findings import Site, name_of, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder
 from ..graph.functions import Body, function_bodies, inner, joined
@@ -63,10 +63,23 @@ def _sum_of(body: Body) -> tuple[Node, Any] | None:
         return None
     if not isinstance(passed, tuple) or passed[:1] != (gradients[0],) or any(passed[1:]):
         return None
-    plain = [n for n in steps if calls(n, ALL_REDUCE) or calls(n, WAIT)]
-    if len(plain) != 2 or plain != steps or outputs != (plain[1],) or plain[0].args[:2] != (inputs[0], "sum"):
+    group = _group_of_sum(inputs[0], steps, outputs)
+    return None if group is None else (tensors[0], group)
+
+
+def _group_of_sum(source: Node, steps: list[Node], outputs: tuple[Any, ...]) -> Any:
+    """The group over which `steps` sum a tensor or, in place, a copy of it, and nothing more."""
+    own = None
+    if steps and name_of(steps[0]) == "clone" and steps[0].all_input_nodes == [source]:
+        own, *steps = steps
+    if len(steps) < 2 or not calls(steps[0], ALL_REDUCE) or not calls(steps[1], WAIT):
         return None
-    return tensors[0], plain[0].args[2]
+    reduced, whole, *ends = steps
+    result = whole
+    if own is not None and len(ends) == 1 and (ends[0].target, ends[0].args) == ("copy_", (own, whole)):
+        result, ends = own, []
+    what = (source if own is None else own, "sum")
+    return reduced.args[2] if not ends and outputs == (result,) and reduced.args[:2] == what else None
 
 
 def _bases(timeline: Timeline) -> list[Node]:

@@ -151,20 +151,7 @@ def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
     step = spellings.step_of(node)
     if step is None:
         return False
-    return _has_log(node) if step.name == "softmax" else step.normalises
-
-
-def _has_log(node: Node) -> bool:
-    """Whether a logarithm is taken of what probabilities are clamped, raised by an epsilon or mixed into."""
-    frontier, seen = [node], {node}
-    while frontier:
-        fresh = [user for user in frontier.pop().users if user not in seen]
-        steps = [(user, step) for user in fresh if (step := spellings.step_of(user)) is not None]
-        if any(step.takes_log for _, step in steps):
-            return True
-        seen.update(fresh)
-        frontier += [user for user, step in steps if step.before_log or step.view is not None]
-    return False
+    return spellings.has_log(node) if step.name == "softmax" else step.normalises
 
 
 def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:

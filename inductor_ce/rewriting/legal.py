@@ -25,6 +25,7 @@ from ..reading import spellings
 from ..reading.losses import class_dimension
 from ..reading.values import Columns, Logits, LossValue, Reading, RowValue
 from .beside import misplaced
+from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 from .kept import kept
@@ -130,7 +131,8 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
     if _keeps_maximum(reading, node):
         return False
     return any(
-        _is_strange(reading, user, value.logits) or _is_label_of(reading, node, user) for user in node.users
+        _is_strange(reading, node, user, value.logits) or _is_label_of(reading, node, user)
+        for user in node.users
     )
 
 
@@ -167,12 +169,12 @@ def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:
     return isinstance(value, (RowValue, LossValue)) and node in reading.brought(value)
 
 
-def _is_strange(reading: Reading, user: Node, logits: Logits) -> bool:
-    """Whether a user is not of these logits, nor what joins rows of them to others."""
+def _is_strange(reading: Reading, node: Node, user: Node, logits: Logits) -> bool:
+    """Whether a user is not of these logits, nor joins rows of them to others, and takes digits of ours."""
     value = reading.values.get(user)
     return (
         value is None or isinstance(value, Columns) or (value.logits != logits and user not in reading.joined)
-    )
+    ) and not reads_as_written(reading, user, node, logits)
 
 
 def _is_loss(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:

@@ -17,6 +17,7 @@ from ..ops.verified import ORIGINAL, TAPPED, VERIFIED, new_key
 from ..reading import spellings
 from ..reading.values import Afterwards, LossValue, Reading, Reduction
 from .arrange import arranged, first_size
+from .compared import reads_as_written
 from .groups import Group
 from .statistics import Statistics
 
@@ -39,9 +40,18 @@ def rewrite(graph: Graph, reading: Reading, group: Group, site: int, verify: boo
     for node, result in results:
         # Nodes of other groups were given what may stand at their places.
         want_gradients_as(node, result)
-        node.replace_all_uses_with(result, delete_user_cb=reading.timeline.position.__contains__)
+        _replace(reading, group, node, result)
         reading.results[node] = result, group.place
     return stats.rows.encode()
+
+
+def _replace(reading: Reading, group: Group, node: Node, result: Node) -> None:
+    """Give a result to the user's nodes, but to those that need what the user's own node has, to the bit."""
+
+    def takes(user: Node) -> bool:
+        return user in reading.timeline.position and not reads_as_written(reading, user, node, group.logits)
+
+    node.replace_all_uses_with(result, delete_user_cb=takes)
 
 
 def want_gradients_as(node: Node, result: Node) -> None:
