@@ -76,6 +76,7 @@ def test_materialised(name: str) -> None:
     check(CASES[name], inputs(), MATERIALISE)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("name", ["bias", "z-loss"])
 def test_float16(name: str, strategy: str) -> None:
@@ -84,6 +85,7 @@ def test_float16(name: str, strategy: str) -> None:
     check(CASES[name], inputs(d=D_16).to(torch.float16), strategy, expected=expected, in_16_bits=True)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("name", ["bias", "smoothing", "soft-cap"])
 def test_autocast(name: str, strategy: str) -> None:
@@ -98,6 +100,7 @@ def test_autocast(name: str, strategy: str) -> None:
     assert case.loss(*inputs()).dtype == torch.float32
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     ("name", "pieces"), [*(("plain", k) for k in BUDGETS), ("soft-cap", 2), ("soft-cap", 5)]
 )
@@ -117,6 +120,7 @@ def test_as_many_slabs_as_columns() -> None:
     assert check(CASES["bias"], given, SLABS, FEW, in_16_bits=True) == 16
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("shape", [(31,), (33,), (1,), (0,), (2, 3, 5)])
 def test_rows(shape: tuple[int, ...], strategy: str) -> None:
@@ -125,6 +129,7 @@ def test_rows(shape: tuple[int, ...], strategy: str) -> None:
     check(case, given, strategy)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("v", [2, 37, 300])
 def test_classes(v: int, strategy: str) -> None:
@@ -166,6 +171,7 @@ def test_forward_only_of_what_is_frozen(strategy: str) -> None:
     assert counts() == {"forward_only": 1}
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", [MATERIALISE, *DIVIDING])
 @pytest.mark.parametrize(
     "frozen", ["hidden", "weight", "bias", "hidden bias", "weight bias", "hidden weight"]

@@ -173,6 +173,7 @@ def test_trap_02_upstream_gradients_other_than_one(inside: bool, device: str) ->
     assert sites() == (len(UPSTREAM) if inside else 1)
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("upstream", ["expanded", "transposed", "sum"])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -295,6 +296,7 @@ CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("v", [32000, 50257, 65537, 256000])
@@ -539,6 +541,7 @@ def auxiliary_statistics(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 AUXILIARY = [logits_returned, logits_viewed, returned_in_float32, auxiliary_loss, auxiliary_statistics]
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("f", AUXILIARY)
@@ -609,6 +612,7 @@ def test_trap_16_hardly_anything_there(case: str, reduction: str, smoothing: flo
     assert_as_eager(loss, z, y, fused=int(v > 1))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("f", [log_softmax_gather, logsumexp_gather])
 @pytest.mark.parametrize("n", [0, 1])
 def test_trap_16_hardly_anything_gathered(n: int, f: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -714,6 +718,7 @@ def test_trap_20_any_batch_and_length(device: str) -> None:
 # 21
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("what", ["smoothing", "z-loss"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
