@@ -15,7 +15,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, Rewritten, compile_without_codegen, sites
-from pairwise import EVERYTHING, pairwise
+from pairwise import EVERYTHING, in_turns, pairwise
 from ranks import spawn, tagged_caches
 from reference import Measured, Terms, assert_as_fair, assert_fair, measure
 from torch import Tensor
@@ -596,7 +596,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 @on_devices
 @pytest.mark.parametrize(
     ("case", "reduction", "smoothing"),
-    pairwise(["all ignored", "no row", "one row", "one valid token", "one class"], REDUCTIONS, [0.0, 0.1]),
+    in_turns(["all ignored", "no row", "one row", "one valid token", "one class"], REDUCTIONS, [0.0, 0.1]),
 )
 def test_trap_16_hardly_anything_there(case: str, reduction: str, smoothing: float, device: str) -> None:
     """All ignored, N=0, N=1, V=1, one valid token: what eager gives, NaN included."""
