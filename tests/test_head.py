@@ -11,6 +11,7 @@ from harness import compile_without_codegen, sites
 from head_cases import BUDGETS, CASES, D, V, assert_all_fair, counts, exactly, inputs, measure
 from pairwise import pairwise
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from inductor_ce import ops
@@ -260,3 +261,31 @@ def test_examples_of_equal_calls_are_what_torch_makes(
     check(CASES[name], given, strategy, BUDGETS[5], in_16_bits=True)
     assert len(calls) < 0.9 * len(made)
     assert [ours for ours, _ in made] == [torchs for _, torchs in made]
+
+
+def test_examples_of_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have its mode and follow the default dtype; functions that are not torch's are called anew."""
+    calls: list[object] = []
+    called = Examples._called
+
+    def counted(self: Examples, target: Any, *call: Any) -> object:
+        calls.append(target)
+        return called(self, target, *call)
+
+    def doubled(z: Tensor) -> Tensor:
+        return z * 2
+
+    monkeypatch.setattr(Examples, "_of_all", {})
+    monkeypatch.setattr(Examples, "_called", counted)
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            with FakeTensorMode() as mode:
+                z = torch.empty(3, 4, dtype=torch.float32)
+            for target in (torch.exp, doubled):
+                assert Examples(mode).of(target, (z,), {}).fake_mode is mode
+            torch.set_default_dtype(dtype)
+            assert Examples(mode).of(torch.full, ((2,), 1.0), {}).dtype == dtype
+    finally:
+        torch.set_default_dtype(default)
+    assert calls == [torch.exp, doubled, torch.full, doubled, torch.full]

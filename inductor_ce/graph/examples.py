@@ -21,6 +21,8 @@ from ..common.compat.graphs import (
 
 _CONSTANTS = (str, int, float, torch.dtype, torch.device, torch.layout, torch.memory_format, OpOverload)
 
+_UNKNOWN = object()
+
 
 class Examples:
     """Results of calls on examples.
@@ -47,8 +49,9 @@ class Examples:
         """The result of a function, or of the Tensor method whose name is given."""
         key = _key(target, args, kwargs, self._state)
         known = self._of_all if _is_of_all(target, args, kwargs) else self._of_one
-        if key in known:
-            return tree_map(self._again, known[key])
+        layouts = known.get(key, _UNKNOWN)
+        if layouts is not _UNKNOWN:
+            return tree_map(self._again, layouts)
         result = self._called(target, args, kwargs)
         if key is not None and _has_own_memory(result, (args, kwargs)):
             if len(known) >= self._MOST:
