@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 from harness import clean_slate, collect_seldom
+from pairwise import left_to_others
 from releases import skip_if_limit
 
 from inductor_ce.heads import plan
@@ -44,7 +45,12 @@ LONG = (
 _PLACE = {f"test_{name}.py": place for place, name in enumerate(LONG)}
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)  # of what -k and -m choose
+def pytest_collection_modifyitems(config, items):
+    left_out = left_to_others(items)
+    if left_out:
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: _PLACE.get(item.path.name, len(LONG)))
     if torch.cuda.is_available():
         return

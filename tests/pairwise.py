@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import pytest
 
 EVERYTHING = bool(os.environ.get("ALL"))
 
@@ -54,3 +57,41 @@ def parts_of(combination: Combination, strength: int = 2) -> set[tuple[tuple[int
     """The choices of every `strength` factors."""
     named = [(place, getattr(choice, "__name__", repr(choice))) for place, choice in enumerate(combination)]
     return set(itertools.combinations(named, min(strength, len(named))))
+
+
+def left_to_others(items: Sequence[pytest.Item]) -> set[pytest.Item]:
+    """Of tests marked `in_turns`, those all of whose choices others have; none with ALL=1.
+
+    The choices are those of each `parametrize` of a test. What needs a GPU is not counted, nor left out.
+    """
+    matrices: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("in_turns") and "gpu" not in item.keywords and not EVERYTHING:
+            matrices.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return {item for matrix in matrices.values() for item in matrix} - {
+        item for matrix in matrices.values() for item in taking_turns(matrix)
+    }
+
+
+def taking_turns(matrix: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """Those with the most choices that are missing yet, and of them with the choices that are the rarest."""
+    left = {item: choices_of(item) for item in matrix}
+    missing, used = set().union(*left.values()), Counter()
+    chosen = []
+    while missing:
+        best = max(left, key=lambda item: (len(left[item] & missing), -sum(used[c] for c in left[item])))
+        chosen.append(best)
+        choices = left.pop(best)
+        missing -= choices
+        used.update(choices)
+    return chosen
+
+
+def choices_of(item: pytest.Item) -> set[tuple[str, str]]:
+    """The names of each `parametrize` of a test, with what they are for it."""
+    chosen = set()
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0] if isinstance(mark.args[0], str) else ",".join(mark.args[0])
+        values = [item.callspec.params[name.strip()] for name in names.split(",")]
+        chosen.add((names, repr([getattr(value, "__name__", value) for value in values])))
+    return chosen

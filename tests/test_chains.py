@@ -48,6 +48,7 @@ def templates(wrapper: Wrapper) -> list[str]:
     return [source for name, source in wrapper.kernels.items() if name.startswith("triton_tem")]
 
 
+@pytest.mark.in_turns
 @every_half
 @every_chain
 def test_nothing_is_rounded_within(name: str, dtype: torch.dtype) -> None:
@@ -81,6 +82,7 @@ def test_what_others_read_as_well_is_stored_in_16_bits(dtype: torch.dtype) -> No
     assert [s for s in backward.allocations_of("float32") if s == (64, 32000)] == []
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("v", [257, 8192])
 @every_half
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def rows_of(graphs: Graphs) -> set[str]:
 # Values and gradients
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("f", SPELLINGS, ids=lambda f: f.__name__)
 def test_value_and_gradient(f: Callable[[Tensor], Tensor], dtype: torch.dtype):
@@ -115,6 +116,7 @@ def infinite() -> Tensor:
     return z
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("wanted", [True, False], ids=["gradient", "no gradient"])
 @pytest.mark.parametrize("f", [*SPELLINGS, by_hand], ids=lambda f: f.__name__)
 def test_rows_that_are_not_finite_are_as_in_eager(f: Callable[[Tensor], Tensor], wanted: bool):
@@ -271,6 +273,7 @@ def exact_per_token(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return log_confidence(head_cases.logits(h, w, b)).exp()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("pieces", [2, 5])
 @pytest.mark.parametrize(("loss", "exact"), [(of_head, exact_of_head), (per_token, exact_per_token)])

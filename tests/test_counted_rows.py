@@ -379,6 +379,7 @@ def test_chunks(n: int, budget: float) -> None:
     check(total, given(n), "h w b", budget=budget)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("share", [0, 1, 1 / N])
 @pytest.mark.parametrize("f", [mean, total, chosen], ids=lambda f: f.__name__)
 def test_none_and_all(f: Loss, share: float, computed: Computed) -> None:
@@ -390,6 +391,7 @@ def test_none_and_all(f: Loss, share: float, computed: Computed) -> None:
     assert computed.of_logits() == {0: 0, 1: N}.get(share, 64)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("share", [0, 0.3])
 def test_dtypes(share: float, dtype: torch.dtype) -> None:
@@ -523,6 +525,7 @@ def test_rows_of_which_no_class_is_allowed() -> None:
     check(f, of | {"allowed": allowed})
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("f", [multiplied, multiplied_twice, hits_multiplied])
 def test_a_mask_that_multiplies_lets_nan_through(f: Loss, bad: float, computed: Computed) -> None:

@@ -75,6 +75,7 @@ def lazy(z: Any) -> LazyLogits:
     return z
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("name", LOSSES)
 def test_loss_compiled_alone(name: str, bias: bool) -> None:

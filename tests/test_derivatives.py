@@ -105,6 +105,7 @@ def losses() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
     }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("transform", [name for name in TRANSFORMS if name != "forward mode"])
 @pytest.mark.parametrize("name", ["loss", "head"])
 def test_a_compiled_loss_under_a_transform(name: str, transform: str) -> None:

@@ -165,6 +165,7 @@ def large(graphs: Graphs, n: int = B * S * V) -> list[Any]:
     return [node for node in outputs if isinstance(v := node.meta.get("val"), Tensor) and v.numel() == n]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model", DROPPABLE)
 def test_dropped(model: type[Model], dtype: torch.dtype) -> None:
@@ -303,6 +304,7 @@ KEPT_BECAUSE: dict[Callable[..., Any], str] = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("returned_logits", ["eager", "nan"])
 @pytest.mark.parametrize("f", KEPT_BECAUSE)
 def test_kept(f: Callable[..., Any], returned_logits: str) -> None:

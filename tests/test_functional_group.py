@@ -216,6 +216,7 @@ def check(ranks: list[dict[str, Any]], name: str, split: str) -> None:
     assert_fair(lses[0], torch.logsumexp(capped.float(), -1), torch.logsumexp(capped.double(), -1))
 
 
+@pytest.mark.in_turns
 @on_devices
 @sizes
 @splits

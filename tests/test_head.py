@@ -11,6 +11,7 @@ from harness import compile_without_codegen, sites
 from head_cases import BUDGETS, CASES, D, V, assert_all_fair, counts, exactly, inputs, measure
 from pairwise import pairwise
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from inductor_ce import ops
@@ -76,6 +77,7 @@ def test_materialised(name: str) -> None:
     check(CASES[name], inputs(), MATERIALISE)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("name", ["bias", "z-loss"])
 def test_float16(name: str, strategy: str) -> None:
@@ -84,6 +86,7 @@ def test_float16(name: str, strategy: str) -> None:
     check(CASES[name], inputs(d=D_16).to(torch.float16), strategy, expected=expected, in_16_bits=True)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("name", ["bias", "smoothing", "soft-cap"])
 def test_autocast(name: str, strategy: str) -> None:
@@ -98,6 +101,7 @@ def test_autocast(name: str, strategy: str) -> None:
     assert case.loss(*inputs()).dtype == torch.float32
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize(
     ("name", "pieces"), [*(("plain", k) for k in BUDGETS), ("soft-cap", 2), ("soft-cap", 5)]
 )
@@ -117,6 +121,7 @@ def test_as_many_slabs_as_columns() -> None:
     assert check(CASES["bias"], given, SLABS, FEW, in_16_bits=True) == 16
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("shape", [(31,), (33,), (1,), (0,), (2, 3, 5)])
 def test_rows(shape: tuple[int, ...], strategy: str) -> None:
@@ -125,6 +130,7 @@ def test_rows(shape: tuple[int, ...], strategy: str) -> None:
     check(case, given, strategy)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", DIVIDING)
 @pytest.mark.parametrize("v", [2, 37, 300])
 def test_classes(v: int, strategy: str) -> None:
@@ -166,6 +172,7 @@ def test_forward_only_of_what_is_frozen(strategy: str) -> None:
     assert counts() == {"forward_only": 1}
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", [MATERIALISE, *DIVIDING])
 @pytest.mark.parametrize(
     "frozen", ["hidden", "weight", "bias", "hidden bias", "weight bias", "hidden weight"]
@@ -254,3 +261,31 @@ def test_examples_of_equal_calls_are_what_torch_makes(
     check(CASES[name], given, strategy, BUDGETS[5], in_16_bits=True)
     assert len(calls) < 0.9 * len(made)
     assert [ours for ours, _ in made] == [torchs for _, torchs in made]
+
+
+def test_examples_of_another_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have its mode and follow the default dtype; functions that are not torch's are called anew."""
+    calls: list[object] = []
+    called = Examples._called
+
+    def counted(self: Examples, target: Any, *call: Any) -> object:
+        calls.append(target)
+        return called(self, target, *call)
+
+    def doubled(z: Tensor) -> Tensor:
+        return z * 2
+
+    monkeypatch.setattr(Examples, "_of_all", {})
+    monkeypatch.setattr(Examples, "_called", counted)
+    default = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            with FakeTensorMode() as mode:
+                z = torch.empty(3, 4, dtype=torch.float32)
+            for target in (torch.exp, doubled):
+                assert Examples(mode).of(target, (z,), {}).fake_mode is mode
+            torch.set_default_dtype(dtype)
+            assert Examples(mode).of(torch.full, ((2,), 1.0), {}).dtype == dtype
+    finally:
+        torch.set_default_dtype(default)
+    assert calls == [torch.exp, doubled, torch.full, doubled, torch.full]

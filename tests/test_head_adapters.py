@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen
 from head_cases import counts
-from pairwise import pairwise
+from pairwise import in_turns
 from reference import assert_fair
 from torch import Tensor
 from torch.fx import Graph
@@ -88,7 +88,7 @@ def pieces_of(graph: Graph) -> list[tuple[int, ...]]:
 
 @pytest.mark.parametrize(
     ("dtype", "frozen", "strategy"),
-    pairwise(
+    in_turns(
         [torch.float32, torch.bfloat16], ["", "w", "wh"], ["token_chunks", "vocab_slabs", "materialise"]
     ),
 )

@@ -59,6 +59,7 @@ def products_of(graph: Graph, target: object) -> list[tuple[torch.dtype, ...]]:
     ]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_as_fair_as_float32(name: str, strategy: str) -> None:

@@ -218,6 +218,7 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
         assert most_at_once(wrapper.code, NARROW + 1) == 0
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("name", ["plain", "soft-cap"])
 def test_rows_of_a_piece_are_aligned(name: str, strategy: str) -> None:

@@ -131,6 +131,7 @@ UPSTREAM: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize("within", ["", "squared", "in other units"])
 def test_trap_02_upstream_gradients(within: str, strategy: str) -> None:
@@ -220,6 +221,7 @@ class Model(nn.Module):
         return checkpoint(self.loss, x, y, use_reentrant=False) if head else self.loss(x, y)
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize(
     "options",
@@ -244,6 +246,7 @@ def test_model(options: dict[str, Any], strategy: str) -> None:
 # Several
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize("heads", [2, 3])
 def test_heads(heads: int, strategy: str) -> None:
@@ -335,6 +338,7 @@ ESCAPES = {
 }
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((name, torch.float32) for name in ESCAPES), ("returned", torch.bfloat16)]

@@ -15,6 +15,7 @@ by_dividing = pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"
 BUDGET = 0.26
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_trap_17_a_divisor_does_not_recompile(as_tensor: bool, strategy: str) -> None:
@@ -38,6 +39,7 @@ def test_trap_17_a_divisor_does_not_recompile(as_tensor: bool, strategy: str) ->
 LENGTHS = [33, 31, 64, 127, 11, 13, 10, 35]  # in five chunks, of two rows at least
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_trap_20_any_number_of_rows(dynamic: bool | None, strategy: str) -> None:
@@ -85,6 +87,7 @@ def test_trap_20_forward_only_of_any_number_of_rows() -> None:
     assert counts() == {"forward_only": 1}
 
 
+@pytest.mark.in_turns
 @by_dividing
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, V - 1, V + 5])
 def test_trap_25_any_ignore_index(ignore_index: int, strategy: str) -> None:

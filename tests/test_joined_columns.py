@@ -256,6 +256,7 @@ def infinities() -> tuple[Tensor, Tensor]:
     return z.requires_grad_(), e.requires_grad_()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("order", [1, -1], ids=["logits first", "extra first"])
 @pytest.mark.parametrize(
     "f",

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -160,3 +161,10 @@ def test_what_is_pure_imports_no_torch():
 
 def test_a_file_opens_with_what_it_is():
     assert offending(lambda file: not ast.get_docstring(TREES[file])) == {}
+
+
+def test_what_is_broken_on_purpose_is_there():
+    """Each text that `tools/break_on_purpose.py` replaces, once in its file."""
+    tool = runpy.run_path(str(PACKAGE.parent / "tools/break_on_purpose.py"))
+    for each in tool["BREAKS"]:
+        assert (PACKAGE.parent / each.file).read_text().count(each.old) == 1, each.name

@@ -338,6 +338,7 @@ def test_autocast(name: str) -> None:
 # Odd scales
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("options", [CHUNKS, SLABS], ids=["chunks", "slabs"])
 @pytest.mark.parametrize("value", [0.0, -0.0, -2.0, math.inf, math.nan])
 def test_a_scale_that_is_not_usual(value: float, options: dict[str, Any]) -> None:
@@ -378,6 +379,7 @@ def test_any_number_of_rows(name: str, options: dict[str, Any]) -> None:
     assert sites_told() == 1
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("frozen", ["scale", "hidden weight bias", "hidden", "weight"])
 @pytest.mark.parametrize("options", [CHUNKS, SLABS], ids=["chunks", "slabs"])
 def test_frozen(frozen: str, options: dict[str, Any]) -> None:

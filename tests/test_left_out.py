@@ -123,6 +123,7 @@ def test_numbers(f, strategy):
     assert graphs.pieces > 1 or strategy == "materialise", graphs.report
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("f", OF_LOGITS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_a_padded_vocabulary(f, strategy):

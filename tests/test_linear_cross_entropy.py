@@ -141,6 +141,7 @@ def made(options: dict[str, Any]) -> dict[str, Any]:
 # Against float64
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("options", [{}, *OPTIONS.values(), ALL], ids=["plain", *OPTIONS, "all"])
@@ -339,6 +340,7 @@ def test_the_lse_alone_has_a_gradient() -> None:
 # What is frozen
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("compile_it", [False, True])
 @pytest.mark.parametrize(
     ("frozen", "products"), [("", 3), ("weight", 2), ("hidden", 2), ("hidden weight", 1), ("weight bias", 2)]

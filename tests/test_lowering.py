@@ -12,7 +12,7 @@ import pytest
 import torch
 from gpu_codegen import generate
 from interpreter import triton_ir
-from pairwise import EVERYTHING, in_turns, pairwise
+from pairwise import EVERYTHING, in_turns
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -220,7 +220,7 @@ def gpu_arguments(v: int = V, dtype: torch.dtype = torch.bfloat16) -> tuple[Tens
     )
 
 
-@pytest.mark.parametrize(("chain", "every", "v"), pairwise(reference.CHAINS, [False, True], [V, 32768]))
+@pytest.mark.parametrize(("chain", "every", "v"), in_turns([*reference.CHAINS], [False, True], [V, 32768]))
 def test_chain_is_absorbed(chain: Callable[[Tensor, Tensor], Tensor], every: bool, v: int) -> None:
     """At a multiple of the tile too. No weight is copied, not even one of columns to [N, V]."""
     loss_of = reference.loss_of_every_row if every else reference.loss

@@ -500,6 +500,7 @@ def test_numbers_are_eagers(f: Callable[..., Tensor]):
     check_right(f, logits(), labels(ignore=None), backend=backend)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])
 @pytest.mark.parametrize(
     "f", [F.cross_entropy, gather_of_probabilities, log_softmax_twice, focal], ids=lambda f: f.__name__

@@ -281,6 +281,7 @@ BESIDE = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("name", BESIDE)
 def test_beside_a_loss(name, strategy):

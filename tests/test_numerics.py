@@ -186,6 +186,7 @@ def test_spelling(
     check(lambda z, y: spelling(z, y, terms), as_they_are, z, y, terms, whole=reduction == "mean")
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("spelling", SPELLINGS[2:])
 def test_spelling_in_three_dimensions(
@@ -294,6 +295,7 @@ def test_classes_in_the_middle(dtype: torch.dtype, reduction: str, contiguous: b
     )
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_one_row_without_a_batch(dtype: torch.dtype, reduction: str) -> None:
@@ -336,6 +338,7 @@ def to_double(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.double(), y, reduction="none")
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize(
     "spelling", [cast_before, cast_within, cast_back, cast_back_before_the_pick, to_double]
@@ -359,6 +362,7 @@ def test_labels_edited_in_place() -> None:
     check(spelling, as_they_are, logits(N, V), labels(N), Terms())
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("spelling", SPELLINGS)
 @pytest.mark.parametrize("scale", [1e3, 1e-3])
 def test_large_and_small_logits(spelling: Callable[[Tensor, Tensor, Terms], Tensor], scale: float) -> None:

@@ -65,6 +65,7 @@ ROWS = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("which", ROWS)
 def test_opcheck_row_stats(which: str, dtype: torch.dtype) -> None:
@@ -74,6 +75,7 @@ def test_opcheck_row_stats(which: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.row_stats, args)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("which", ROWS)
 def test_opcheck_row_grad(which: str, dtype: torch.dtype) -> None:

@@ -120,6 +120,7 @@ def test_spelling(f: Callable[[Tensor], Tensor], dtype: torch.dtype):
     assert (sites(), misses(), graphs.count(ops.ROW_STATS)) == (1, 0, 1)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("scale", [10.0, 0.3])
 @pytest.mark.parametrize("f", [collision, tsallis, renyi], ids=lambda f: f.__name__)
 def test_of_one_class_or_of_all(f: Callable[[Tensor], Tensor], scale: float):
@@ -132,6 +133,7 @@ def test_of_one_class_or_of_all(f: Callable[[Tensor], Tensor], scale: float):
     )
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("compile_it", [compile_without_codegen, compile_with_codegen])
 @pytest.mark.parametrize("scale", [2.0, 6.0])
 def test_rows_that_are_sure_keep_their_gradient(scale: float, compile_it: Callable):
@@ -268,6 +270,7 @@ def exact_per_token(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return 2 - 2 * mass(head_cases.logits(h, w, b), 1.5)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("pieces", [2, 5])
 def test_head_in_pieces(pieces: int, strategy: str):

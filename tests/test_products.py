@@ -60,6 +60,7 @@ def product_but(
     return kept[1:-1, r : r + k], OPS.frequent_rows(kept[1:-1, :r], h, None, None)
 
 
+@pytest.mark.in_turns
 @pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])

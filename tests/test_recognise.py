@@ -98,6 +98,7 @@ def explained(f: Callable[..., Any], *args: Any) -> inductor_ce.Report:
 # F.cross_entropy
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("ignore_index", [-100, 0])
@@ -464,6 +465,7 @@ VIEWS = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view: Callable[..., tuple[Tensor, Tensor]], reduction: str):
@@ -549,6 +551,7 @@ SHIFTS = {
 }
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
 def test_causal_shift_of_logits(shift: Callable[..., tuple[Tensor, Tensor]], reduction: str):

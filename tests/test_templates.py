@@ -198,6 +198,7 @@ def test_every_dtype(dtype: torch.dtype) -> None:
         check_grad(z, labels, weights, which)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("others", [[], ["sum"]])
 @pytest.mark.parametrize("n_labels", [0, 1, 2])
 def test_every_set_of_rows(n_labels: int, others: list[str]) -> None:
@@ -206,6 +207,7 @@ def test_every_set_of_rows(n_labels: int, others: list[str]) -> None:
     check_grad(z, labels, [], which)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("n_labels", [0, 1])
 @pytest.mark.parametrize(
     "others",
@@ -275,6 +277,7 @@ def test_every_row_of_one_finite_column(finite: int) -> None:
     assert actual[[6, 7]].tolist() == [[q.sum().item()] * N, [weighed, weighed, 0.0]]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("column", [0, 9000, 18999])
 def test_not_finite(value: float, column: int) -> None:
@@ -285,6 +288,7 @@ def test_not_finite(value: float, column: int) -> None:
     assert_stats(actual[:, ::2], z[::2], [], [], "max,sumexp")
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("columns", [[0], [9000, 11000], [18999], [17000, 18999, 5]], ids=str)
 def test_every_row_of_what_is_not_finite(value: float, columns: list[int]) -> None:
@@ -297,6 +301,7 @@ def test_every_row_of_what_is_not_finite(value: float, columns: list[int]) -> No
     assert actual[which.split(",").index("argmax"), -1] == min(columns)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("v", [130, 9000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_argmax_of_ties_is_the_first(v: int, dtype: torch.dtype) -> None:
@@ -348,6 +353,7 @@ def test_strided_inputs() -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("n_weights", [0, 2])
 @pytest.mark.parametrize("v", [257, 8192, 20000])
 def test_fused_chain(v: int, n_weights: int) -> None:

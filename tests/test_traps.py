@@ -15,7 +15,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, Rewritten, compile_without_codegen, sites
-from pairwise import EVERYTHING, pairwise
+from pairwise import EVERYTHING, in_turns, pairwise
 from ranks import spawn, tagged_caches
 from reference import Measured, Terms, assert_as_fair, assert_fair, measure
 from torch import Tensor
@@ -173,6 +173,7 @@ def test_trap_02_upstream_gradients_other_than_one(inside: bool, device: str) ->
     assert sites() == (len(UPSTREAM) if inside else 1)
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("upstream", ["expanded", "transposed", "sum"])
 @pytest.mark.parametrize("transposed", [False, True])
@@ -295,6 +296,7 @@ CHAINS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("v", [32000, 50257, 65537, 256000])
@@ -539,6 +541,7 @@ def auxiliary_statistics(z: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 AUXILIARY = [logits_returned, logits_viewed, returned_in_float32, auxiliary_loss, auxiliary_statistics]
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("f", AUXILIARY)
@@ -593,7 +596,7 @@ REDUCTIONS = ["none", "mean", "sum"]
 @on_devices
 @pytest.mark.parametrize(
     ("case", "reduction", "smoothing"),
-    pairwise(["all ignored", "no row", "one row", "one valid token", "one class"], REDUCTIONS, [0.0, 0.1]),
+    in_turns(["all ignored", "no row", "one row", "one valid token", "one class"], REDUCTIONS, [0.0, 0.1]),
 )
 def test_trap_16_hardly_anything_there(case: str, reduction: str, smoothing: float, device: str) -> None:
     """All ignored, N=0, N=1, V=1, one valid token: what eager gives, NaN included."""
@@ -609,6 +612,7 @@ def test_trap_16_hardly_anything_there(case: str, reduction: str, smoothing: flo
     assert_as_eager(loss, z, y, fused=int(v > 1))
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("f", [log_softmax_gather, logsumexp_gather])
 @pytest.mark.parametrize("n", [0, 1])
 def test_trap_16_hardly_anything_gathered(n: int, f: Callable[[Tensor, Tensor], Tensor]) -> None:
@@ -714,6 +718,7 @@ def test_trap_20_any_batch_and_length(device: str) -> None:
 # 21
 
 
+@pytest.mark.in_turns
 @on_devices
 @pytest.mark.parametrize("what", ["smoothing", "z-loss"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -71,6 +71,7 @@ def errors(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.name == "inductor_ce"]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_what_is_right_is_used(loss: Callable[..., Tensor], dtype: torch.dtype, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -70,12 +71,28 @@ def fake_mode_of(example: torch.Tensor | None) -> FakeTensorMode:
     return local.fake_mode
 
 
+@dataclass(frozen=True)
+class Layout:
+    """All of an example that has memory of its own."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, example: torch.Tensor) -> Layout:
+        return cls(example.shape, example.stride(), example.dtype, example.device)
+
+    def example(self, mode: FakeTensorMode) -> torch.Tensor:
+        with unset_fake_temporarily():
+            empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device="meta")
+        return FakeTensor(mode, empty, self.device)
+
+
 def fresh_like(example: torch.Tensor) -> torch.Tensor:
     """An example of the same sizes, strides, dtype and device, in memory of its own."""
-    assert isinstance(example, FakeTensor)
-    with unset_fake_temporarily():
-        empty = torch.empty_strided(example.shape, example.stride(), dtype=example.dtype, device="meta")
-    return FakeTensor(example.fake_mode, empty, example.device)
+    return Layout.of(example).example(fake_mode_of(example))
 
 
 # Graphs
