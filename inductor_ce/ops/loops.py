@@ -1,4 +1,4 @@
-"""Lower the two operators to Inductor's own loops, by the definitions in `operators.py`."""
+"""Lower operators to Inductor's own loops, by the definitions in `operators.py` and `divergences.py`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ..algebra.divergences import Divergence
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
-from . import operators
+from . import divergences, operators
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
 
@@ -74,7 +75,64 @@ def row_grad(
         dz = _add(dz, _where(hit, coefficient(k), 0.0))
     for k, row in rows.slopes:
         dz = _add(dz, columns(row.slope, row, coefficient(k)))
-    return call_lowering(aten.clone.default, cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+    return _made(dz, z.get_dtype())
+
+
+def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
+    return call_lowering(aten.clone.default, cast(dz, dtype), memory_format=torch.contiguous_format)
+
+
+def divergence(zs: list[IRNode], ms: list[IRNode], logds: list[IRNode], which: str) -> IRNode:
+    """[1 + K, N], as `divergences.divergence`."""
+    wide = (_wide(each, zs) for each in (zs, ms, logds))
+    return _stack(divergences.sums(_Loops(), Divergence.decode(which), *wide))
+
+
+def divergence_grad(
+    zs: list[IRNode], ms: list[IRNode], logds: list[IRNode], packed: IRNode, upstream: IRNode, which: str
+) -> list[IRNode]:
+    """S x [N, V], as `divergences.divergence_grad`."""
+    decoded = Divergence.decode(which)
+    wide = (_wide(each, zs) for each in (zs, ms, logds))
+    totals = [call_lowering(aten.select.int, packed, 0, 1 + k) for k in range(len(decoded.summed))]
+    made = divergences.gradients(_Loops(), decoded, *wide, totals, *_wide([upstream], zs))
+    return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
+
+
+def _wide(values: list[IRNode], zs: list[IRNode]) -> list[IRNode]:
+    dtype = divergences.computed_in([z.get_dtype() for z in zs])
+    return [cast(value, dtype) for value in values]
+
+
+class _Loops:
+    """Arithmetic of what a loop computes for an entry."""
+
+    def add(self, a: IRNode, b: IRNode | float) -> IRNode:
+        return call_lowering(aten.add.Tensor, a, b)
+
+    def sub(self, a: IRNode, b: IRNode) -> IRNode:
+        return call_lowering(aten.sub.Tensor, a, b)
+
+    def mul(self, a: IRNode, b: IRNode | float) -> IRNode:
+        return call_lowering(aten.mul.Tensor, a, b)
+
+    def div(self, a: IRNode, b: IRNode) -> IRNode:
+        return call_lowering(aten.div.Tensor, a, b)
+
+    def exp(self, a: IRNode) -> IRNode:
+        return call_lowering(aten.exp.default, a)
+
+    def log(self, a: IRNode) -> IRNode:
+        return call_lowering(aten.log.default, a)
+
+    def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:
+        return _where(call_lowering(aten.eq.Scalar, p, 0), 0.0, x)
+
+    def over_classes(self, row: IRNode) -> IRNode:
+        return _unsqueeze(row, 1)
+
+    def total(self, a: IRNode) -> IRNode:
+        return _sum(a)
 
 
 def stats_dtype(z: IRNode) -> torch.dtype:

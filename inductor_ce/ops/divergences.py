@@ -1,0 +1,285 @@
+"""Divergences between several sets of logits: the operators, beside the two of the waist.
+
+    divergence(zs S x [N, V], ms, logds S x [N], which)                        -> [1 + K, N]
+    divergence_grad(zs, ms, logds, packed [1 + K, N], upstream [N], which)     -> dz of the sides wanted
+
+`which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of each
+side, its maximum m and log d, are those that `row_stats` gives, so a cross entropy of the same logits has them
+for nothing. The rows of the first result are the value, and for each gradient that needs one the sum over
+the classes, which is all that the backward reads beside the logits.
+
+They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
+entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the
+divergence does.
+
+NOTE Probabilities of 0
+p log x is 0 where p is 0, as the limit is, also where the logits are -inf, and where exp gives 0 for what is
+below the smallest number. So log m may be taken of the sum of the w p: it is -inf only where all p of the
+mixture are 0, and none but these weigh it. Where some are 0 by underflow only, the error is of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..algebra.divergences import Divergence
+from ..common.errors import DerivativeError
+
+T = TypeVar("T")
+
+
+class Arithmetic(Protocol[T]):
+    """What the formulas are computed with, over tensors or in Inductor's loops."""
+
+    def add(self, a: T, b: T | float) -> T: ...
+    def sub(self, a: T, b: T) -> T: ...
+    def mul(self, a: T, b: T | float) -> T: ...
+    def div(self, a: T, b: T) -> T: ...
+    def exp(self, a: T) -> T: ...
+    def log(self, a: T) -> T: ...
+    def unless_zero(self, p: T, x: T) -> T:
+        """x, but 0 where p is 0."""
+
+    def over_classes(self, row: T) -> T:
+        """A number of each row beside all of its entries."""
+
+    def total(self, a: T) -> T:
+        """The sum over the classes."""
+
+
+class _Entries(Generic[T]):
+    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs."""
+
+    def __init__(
+        self, do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], logds: Sequence[T]
+    ):
+        self.do, self.which = do, which
+        self.a = [
+            do.sub(do.sub(z, do.over_classes(m)), do.over_classes(d))
+            for z, m, d in zip(zs, ms, logds, strict=True)
+        ]
+        self.p = [do.exp(a) for a in self.a]
+        self.m = [self._sum(zip(w, self.p, strict=True)) for w in which.mixtures]
+        self.logs = [do.log(m) for m in self.m]
+
+    def _sum(self, terms: Iterable[tuple[float, T]], constant: float = 0.0) -> T:
+        """sum of c x, of which there is at least one, and a constant; a factor of all comes last."""
+        kept = sorted(((c, x) for c, x in terms if c), key=lambda term: term[0] < 0)
+        scale = abs(kept[0][0]) if len({abs(c) for c, _ in kept}) == 1 else 1.0
+        result = self._times(kept[0][1], kept[0][0] / scale)
+        for c, x in kept[1:]:
+            term = self._times(x, abs(c) / scale)
+            result = self.do.sub(result, term) if c < 0 else self.do.add(result, term)
+        return self._times(self.do.add(result, constant / scale) if constant else result, scale)
+
+    def _times(self, x: T, c: float) -> T:
+        return x if c == 1 else self.do.mul(x, c)
+
+    def terms(self, u: int) -> T | None:
+        """L_u; None for 0."""
+        which = self.which
+        pairs = [*zip(which.logs[u], self.a, strict=True), *zip(which.mixed[u], self.logs, strict=True)]
+        return self._sum(pairs, which.constants[u]) if which.has_terms(u) else None
+
+    def value(self, u: int) -> T | None:
+        """p_u L_u"""
+        terms = self.terms(u)
+        return None if terms is None else self.do.unless_zero(self.p[u], self.do.mul(self.p[u], terms))
+
+    def shares(self, u: int) -> T | None:
+        """sum_k w_ku p_u T_k / m_k, without those k for which it is a multiple of p_u."""
+        do, which = self.do, self.which
+        result = None
+        for k in which.shares(u):
+            weighed = self._sum((which.mixed[s][k], self.p[s]) for s in which.sides)
+            share = do.mul(do.div(do.mul(self.p[u], which.mixtures[k][u]), self.m[k]), weighed)
+            result = share if result is None else do.add(result, share)
+        return None if result is None else do.unless_zero(self.p[u], result)
+
+    def gradient(self, u: int, total: T | None) -> T:
+        """Of side u, of whose sum over the classes `total` is, for an upstream gradient of 1."""
+        do, which = self.do, self.which
+        parts: list[T] = []
+        if total is not None:
+            terms, total = self.terms(u), do.over_classes(total)
+            gap = do.mul(total, -1.0) if terms is None else do.sub(terms, total)
+            parts.append(do.unless_zero(self.p[u], do.mul(self.p[u], gap)))
+        shares = self.shares(u)
+        parts += [] if shares is None else [shares]
+        parts += [
+            do.mul(do.sub(self.p[s], self.p[u]), which.logs[s][u])
+            for s in which.sides
+            if s != u and which.logs[s][u]
+        ]
+        result = parts[0] if parts else do.mul(self.p[u], 0.0)
+        for part in parts[1:]:
+            result = do.add(result, part)
+        return result
+
+
+def sums(
+    do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], logds: Sequence[T]
+) -> list[T]:
+    """The rows that `divergence` packs."""
+    entries = _Entries(do, which, zs, ms, logds)
+    values = {u: do.total(x) for u in which.sides if (x := entries.value(u)) is not None}
+    result = None
+    for value in values.values():
+        result = value if result is None else do.add(result, value)
+    assert result is not None
+    packed = [result]
+    for u in which.summed:
+        shares = entries.shares(u)
+        total = None if shares is None else do.total(shares)
+        both = values.get(u) if total is None else do.add(total, values[u]) if u in values else total
+        assert both is not None
+        packed.append(both)
+    return packed
+
+
+def gradients(
+    do: Arithmetic[T],
+    which: Divergence,
+    zs: Sequence[T],
+    ms: Sequence[T],
+    logds: Sequence[T],
+    totals: Sequence[T],
+    upstream: T,
+) -> list[T]:
+    """Those of the sides that are wanted, in the dtype in which they are computed."""
+    entries = _Entries(do, which, zs, ms, logds)
+    of_side = dict(zip(which.summed, totals, strict=True))
+    up = do.over_classes(upstream)
+    return [do.mul(entries.gradient(u, of_side.get(u)), up) for u in which.wanted]
+
+
+class _Tensors:
+    """Arithmetic of tensors."""
+
+    add, sub, mul, div = map(staticmethod, (torch.add, torch.sub, torch.mul, torch.div))
+    exp, log = map(staticmethod, (torch.exp, torch.log))
+
+    @staticmethod
+    def unless_zero(p: Tensor, x: Tensor) -> Tensor:
+        return torch.where(p == 0, 0.0, x)
+
+    @staticmethod
+    def over_classes(row: Tensor) -> Tensor:
+        return row.unsqueeze(-1)
+
+    @staticmethod
+    def total(a: Tensor) -> Tensor:
+        return a.sum(-1)
+
+
+def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """float64 where any of the logits are, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _check(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Divergence:
+    divergence = Divergence.decode(which)
+    if not len(zs) == len(ms) == len(logds) == len(divergence.sides):
+        raise ValueError(f"{len(zs)} sets of logits for {len(divergence.sides)} sides")
+    for z, *rows in zip(zs, ms, logds, strict=True):
+        if z.dim() != 2 or not z.is_floating_point() or z.shape[1] != zs[0].shape[1]:
+            raise ValueError(f"logits must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
+        for n in (z.shape[0], *(row.shape[0] for row in rows)):
+            torch._check(n == zs[0].shape[0], lambda: "the sides differ in N")
+    return divergence
+
+
+def _wide(tensors: Sequence[Tensor], zs: list[Tensor]) -> list[Tensor]:
+    dtype = computed_in([z.dtype for z in zs])
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@torch.library.custom_op("inductor_ce::divergence", mutates_args=())
+def divergence(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Tensor:
+    """The value of a divergence and the sums that its gradients need, [1 + K, N].
+
+    Args:
+        zs: the logits of each side, [N, V].
+        ms, logds: of each side the maximum of each row, and the log of the sum of exp(z - max), [N].
+        which: an encoded `Divergence`.
+
+    Returns:
+        float64 if any logits are, else float32. Only the value has a gradient.
+
+    Raises:
+        ValueError: the sides differ in number or in V.
+    """
+    made = sums(_Tensors, _check(zs, ms, logds, which), *(_wide(each, zs) for each in (zs, ms, logds)))
+    return torch.stack(made)
+
+
+@divergence.register_fake
+def _(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Tensor:
+    checked = _check(zs, ms, logds, which)
+    dtype = computed_in([z.dtype for z in zs])
+    return zs[0].new_empty((1 + len(checked.summed), zs[0].shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("inductor_ce::divergence_grad", mutates_args=())
+def divergence_grad(
+    zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], packed: Tensor, upstream: Tensor, which: str
+) -> list[Tensor]:
+    """The gradients with respect to the logits of the sides that are wanted, each in the dtype of those.
+
+    Args:
+        zs, ms, logds, which: as for `divergence`, whose result `packed` is.
+        upstream: the gradient of the value, [N].
+    """
+    checked = _check(zs, ms, logds, which)
+    wide = (_wide(each, zs) for each in (zs, ms, logds))
+    made = gradients(_Tensors, checked, *wide, packed[1:].unbind(0), *_wide([upstream], zs))
+    return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
+
+
+@divergence_grad.register_fake
+def _(
+    zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], packed: Tensor, upstream: Tensor, which: str
+) -> list[Tensor]:
+    return [zs[u].new_empty(zs[u].shape) for u in _check(zs, ms, logds, which).wanted]
+
+
+def _save_for_grad(ctx, inputs, output) -> None:
+    zs, ms, logds, ctx.which = inputs
+    ctx.n_sides = len(zs)
+    ctx.save_for_backward(*zs, *ms, *logds, output)
+
+
+def _backward(ctx, upstream: Tensor):
+    *saved, packed = ctx.saved_tensors
+    n = ctx.n_sides
+    zs, ms, logds = saved[:n], saved[n : 2 * n], saved[2 * n :]
+    made = divergence_grad(zs, ms, logds, packed, upstream[0], ctx.which)
+    of_side = dict(zip(Divergence.decode(ctx.which).wanted, made, strict=True))
+    return [of_side.get(u) for u in range(n)], [None] * n, [None] * n, None
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise DerivativeError(
+        "A divergence of inductor_ce has no second derivative: compile it without inductor_ce where the "
+        "gradient of a gradient is wanted."
+    )
+
+
+def _no_batches(info, in_dims, *args, **kwargs):
+    raise DerivativeError(
+        "A divergence of inductor_ce cannot run under torch.vmap: compile it without inductor_ce there."
+    )
+
+
+divergence.register_autograd(_backward, setup_context=_save_for_grad)
+divergence_grad.register_autograd(_no_second_derivative)
+divergence.register_vmap(_no_batches)
+divergence_grad.register_vmap(_no_batches)
+
+# The form in which graphs hold the operators.
+DIVERGENCE = torch.ops.inductor_ce.divergence.default
+DIVERGENCE_GRAD = torch.ops.inductor_ce.divergence_grad.default
