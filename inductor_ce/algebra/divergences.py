@@ -1,8 +1,8 @@
 """Divergences: what is summed over the classes of several rows of logits, each with a softmax of its own.
 
 Of each of the rows, the *sides* 0, 1, ..., there are the probabilities p_s and their logarithms, and of a
-mixture m = sum_s w_s p_s, whose weights sum to one, the logarithm. A *joint* value is a sum of c r b, with c a
-number, r a product of numbers that the user brings along for each row, and b one of 1, p_s, log m and
+mixture m = sum_s w_s p_s, whose weights sum to one, the logarithm. A *joint* value is a sum of c r b, with c
+a number, r a product of numbers that the user brings along for each row, and b one of 1, p_s, log m and
 p_s log m; a side alone is a mixture of one. What cannot be written so is None, never an exception.
 
 Summed over the classes it is a `Divergence`, sum_i sum_u p_u L_u with L_u = k_u + sum_t A_ut log p_t +
@@ -10,8 +10,8 @@ sum_k B_uk log m_k. With T_k = sum_u B_uk p_u, its gradient with respect to the 
 
     g_u - p_u sum_i g_u,   g_u = p_u L_u + sum_s A_su p_s + sum_k w_ku p_u T_k / m_k.
 
-Where B_uk is the same multiple of w_ku for all u, as in a Jensen-Shannon divergence, T_k / m_k is that multiple,
-which the projection takes away.
+Where B_uk is the same multiple of w_ku for all u, as in a Jensen-Shannon divergence, T_k / m_k is that
+multiple, which the projection takes away.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ BATCHED = (
     "the logits are a batched product, each of whose matrices has a weight of its own; "
     "of a loop over them, each step would be a head"
 )
+BETWEEN = "a divergence reads the logits beside others, of which a piece of the rows is made by another head"
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
@@ -271,6 +272,8 @@ def _gather(head: Head) -> None:
 def _escape(user: Node) -> str:
     if user.op == "output":
         return "the logits are returned"
+    if user.target in (ops.DIVERGENCE, ops.DIVERGENCE_GRAD):
+        return BETWEEN
     if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
         return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]

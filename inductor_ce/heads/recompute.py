@@ -25,10 +25,13 @@ _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Ten
 
 
 def recompute_chains(graph: Graph) -> None:
-    """Tag the pointwise chains before all logits of `row_stats` in a joint graph."""
+    """Tag the pointwise chains before all logits of `row_stats`, and of divergences, in a joint graph."""
     returned = set(graph.output_node().all_input_nodes)
     sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
-    for link in [link for node in sites for link in _chain(node.args[0], returned)]:
+    logits = [node.args[0] for node in sites]
+    for node in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
+        logits += node.args[0]
+    for link in [link for z in logits for link in _chain(z, returned)]:
         if not _may_be_dropped(link):
             link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             link.meta.setdefault("ac_graph_id", 0)

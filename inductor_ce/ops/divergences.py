@@ -3,10 +3,10 @@
     divergence(zs S x [N, V], ms, logds S x [N], which)                        -> [1 + K, N]
     divergence_grad(zs, ms, logds, packed [1 + K, N], upstream [N], which)     -> dz of the sides wanted
 
-`which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of each
-side, its maximum m and log d, are those that `row_stats` gives, so a cross entropy of the same logits has them
-for nothing. The rows of the first result are the value, and for each gradient that needs one the sum over
-the classes, which is all that the backward reads beside the logits.
+`which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of
+each side, its maximum m and log d, are those that `row_stats` gives, so a cross entropy of the same logits
+has them for nothing. The rows of the first result are the value, and for each gradient that needs one the sum
+over the classes, which is all that the backward reads beside the logits.
 
 They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
 entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the

@@ -1,7 +1,7 @@
 """Co-distillation: two models learn from the log of their mean probabilities, by logaddexp.
 
 Source: in the manner of KaiyangZhou/deep-person-reid, projects/DML/dml.py, with a Jensen-Shannon divergence
-Family: Look-alikes
+Family: Several sides
 """
 
 import math

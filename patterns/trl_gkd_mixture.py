@@ -1,7 +1,7 @@
 """TRL, GKD with beta between 0 and 1: the generalised Jensen-Shannon divergence from a frozen teacher.
 
 Source: huggingface/trl, trl/experimental/gkd/gkd_trainer.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch

@@ -1,7 +1,7 @@
 """SMART-like: a symmetric KL of two passes, from the difference of their log-probabilities, both learn.
 
 Source: in the manner of namisan/mt-dnn, mt_dnn/loss.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch

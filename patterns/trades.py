@@ -1,7 +1,7 @@
 """TRADES: KL divergence from clean to adversarial, with a gradient to the clean probabilities too.
 
 Source: yaodongyu/TRADES, trades.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch

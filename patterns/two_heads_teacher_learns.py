@@ -1,7 +1,7 @@
 """Deep mutual learning: the peer's head learns as well, so its probabilities are no constant targets.
 
 Source: KaiyangZhou/deep-person-reid, projects/DML/dml.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch

@@ -1,7 +1,7 @@
 """R-Drop: two passes with other dropout, their divergence both ways, a gradient to both.
 
 Source: dropreg/R-Drop, fairseq_src/examples/roberta/roberta_rdrop_src/loss/reg_cross_entropy.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch
