@@ -176,8 +176,8 @@ class Divergence:
     @functools.lru_cache(maxsize=256)
     def decode(which: str) -> Divergence:
         constants, logs, mixtures, mixed, wanted = json.loads(which)
-        rows = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
-        return Divergence(tuple(constants), *rows, tuple(wanted))
+        logs, mixtures, mixed = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
+        return Divergence(tuple(constants), logs, mixtures, mixed, tuple(wanted))
 
     @property
     def sides(self) -> range:

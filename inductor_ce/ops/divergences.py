@@ -160,8 +160,8 @@ def gradients(
 class _Tensors:
     """Arithmetic of tensors."""
 
-    add, sub, mul, div = map(staticmethod, (torch.add, torch.sub, torch.mul, torch.div))
-    exp, log = map(staticmethod, (torch.exp, torch.log))
+    add, sub, mul = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
+    div, exp, log = staticmethod(torch.div), staticmethod(torch.exp), staticmethod(torch.log)
 
     @staticmethod
     def unless_zero(p: Tensor, x: Tensor) -> Tensor:
@@ -235,8 +235,8 @@ def divergence_grad(
         upstream: the gradient of the value, [N].
     """
     checked = _check(zs, ms, logds, which)
-    wide = (_wide(each, zs) for each in (zs, ms, logds))
-    made = gradients(_Tensors, checked, *wide, packed[1:].unbind(0), *_wide([upstream], zs))
+    z, m, logd, (up,) = (_wide(each, zs) for each in (zs, ms, logds, [upstream]))
+    made = gradients(_Tensors, checked, z, m, logd, packed[1:].unbind(0), up)
     return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
 
 

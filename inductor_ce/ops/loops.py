@@ -93,9 +93,9 @@ def divergence_grad(
 ) -> list[IRNode]:
     """S x [N, V], as `divergences.divergence_grad`."""
     decoded = Divergence.decode(which)
-    wide = (_wide(each, zs) for each in (zs, ms, logds))
+    z, m, logd, (up,) = (_wide(each, zs) for each in (zs, ms, logds, [upstream]))
     totals = [call_lowering(aten.select.int, packed, 0, 1 + k) for k in range(len(decoded.summed))]
-    made = divergences.gradients(_Loops(), decoded, *wide, totals, *_wide([upstream], zs))
+    made = divergences.gradients(_Loops(), decoded, z, m, logd, totals, up)
     return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
 
 

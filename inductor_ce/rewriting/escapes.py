@@ -191,8 +191,8 @@ def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
 def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
     """What the step says after which the reading broke off, or its name."""
     if node in reading.between:
-        end, refusal = reading.between[node]
-        return Refusal(refusal.reason, refusal.sentence(end))
+        end, why = reading.between[node]
+        return Refusal(why.reason, why.sentence(end))
     mixed = _mixed_by(node)
     if mixed is not None:
         fact = "the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken"
