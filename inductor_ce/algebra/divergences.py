@@ -20,7 +20,7 @@ import functools
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -207,18 +207,25 @@ class Divergence:
         return [side for side in self.wanted if self.has_terms(side) or self.shares(side)]
 
 
-def total(value: Joint, sides: int, wanted: Iterable[int]) -> dict[tuple[int, ...], Divergence] | None:
+def total(
+    value: Joint, rows_of: Sequence[Hashable], wanted: Iterable[int]
+) -> dict[tuple[int, ...], Divergence] | None:
     """The sum over the classes, by the numbers of rows that its parts are multiplied by.
 
     None for what has no probability to weigh it, and for log m weighed by a side that m has not: where all
     that m has is below the smallest number, log m is -inf, which a side of m would weigh by 0.
+
+    Args:
+        rows_of: of each side what is equal for those of the same rows, whether a gradient flows or not.
+        wanted: the sides of which gradients are wanted.
     """
     parts: dict[tuple[int, ...], list[tuple[Entry, float]]] = defaultdict(list)
     for entry, c in value.terms:
-        if entry.side is None or (entry.log and len(entry.log) > 1 and entry.side not in dict(entry.log)):
+        mixed = {rows_of[s] for s, _ in entry.log or ()}
+        if entry.side is None or (entry.log and len(entry.log) > 1 and rows_of[entry.side] not in mixed):
             return None
         parts[entry.rows].append((entry, c))
-    made = {rows: _divergence(terms, sides, tuple(wanted)) for rows, terms in parts.items()}
+    made = {rows: _divergence(terms, len(rows_of), tuple(wanted)) for rows, terms in parts.items()}
     return None if any(each.has_constants_alone for each in made.values()) else made
 
 

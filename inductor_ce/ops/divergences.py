@@ -1,12 +1,12 @@
 """Divergences between several sets of logits: the operators, beside the two of the waist.
 
-    divergence(zs S x [N, V], ms, logds S x [N], which)                        -> [1 + K, N]
-    divergence_grad(zs, ms, logds, packed [1 + K, N], upstream [N], which)     -> dz of the sides wanted
+    divergence(zs S x [N, V], ms, ds S x [N], which)                          -> [1 + K + 2 S, N]
+    divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
 
 `which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of
-each side, its maximum m and log d, are those that `row_stats` gives, so a cross entropy of the same logits
-has them for nothing. The rows of the first result are the value, and for each gradient that needs one the sum
-over the classes, which is all that the backward reads beside the logits.
+each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of the
+same logits has them for nothing. The rows of the first result are the value, for each gradient that needs one
+a sum over the classes, and of each side log d and 1 / d: all that the backward reads beside the logits.
 
 They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
 entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the
@@ -20,8 +20,9 @@ mixture are 0, and none but these weigh it. Where some are 0 by underflow only, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,18 +52,26 @@ class Arithmetic(Protocol[T]):
         """The sum over the classes."""
 
 
-class _Entries(Generic[T]):
-    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs."""
+class Normalised(NamedTuple, Generic[T]):
+    """The logits of a side, and of each row their maximum, log d and 1 / d."""
 
-    def __init__(
-        self, do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], logds: Sequence[T]
-    ):
+    z: T
+    m: T
+    logd: T
+    scale: T
+
+
+class _Entries(Generic[T]):
+    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs.
+
+    p is exp(z - m) / d, and not the exponential of its logarithm, which has been rounded.
+    """
+
+    def __init__(self, do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]):
         self.do, self.which = do, which
-        self.a = [
-            do.sub(do.sub(z, do.over_classes(m)), do.over_classes(d))
-            for z, m, d in zip(zs, ms, logds, strict=True)
-        ]
-        self.p = [do.exp(a) for a in self.a]
+        gaps = [do.sub(side.z, do.over_classes(side.m)) for side in sides]
+        self.a = [do.sub(gap, do.over_classes(s.logd)) for gap, s in zip(gaps, sides, strict=True)]
+        self.p = [do.mul(do.exp(gap), do.over_classes(s.scale)) for gap, s in zip(gaps, sides, strict=True)]
         self.m = [self._sum(zip(w, self.p, strict=True)) for w in which.mixtures]
         self.logs = [do.log(m) for m in self.m]
 
@@ -93,12 +102,11 @@ class _Entries(Generic[T]):
     def shares(self, u: int) -> T | None:
         """sum_k w_ku p_u T_k / m_k, without those k for which it is a multiple of p_u."""
         do, which = self.do, self.which
-        result = None
+        parts = []
         for k in which.shares(u):
             weighed = self._sum((which.mixed[s][k], self.p[s]) for s in which.sides)
-            share = do.mul(do.div(do.mul(self.p[u], which.mixtures[k][u]), self.m[k]), weighed)
-            result = share if result is None else do.add(result, share)
-        return None if result is None else do.unless_zero(self.p[u], result)
+            parts.append(do.mul(do.div(do.mul(self.p[u], which.mixtures[k][u]), self.m[k]), weighed))
+        return do.unless_zero(self.p[u], _added(do, parts)) if parts else None
 
     def gradient(self, u: int, total: T | None) -> T:
         """Of side u, of whose sum over the classes `total` is, for an upstream gradient of 1."""
@@ -115,44 +123,34 @@ class _Entries(Generic[T]):
             for s in which.sides
             if s != u and which.logs[s][u]
         ]
-        result = parts[0] if parts else do.mul(self.p[u], 0.0)
-        for part in parts[1:]:
-            result = do.add(result, part)
-        return result
+        return _added(do, parts) if parts else do.mul(self.p[u], 0.0)
 
 
-def sums(
-    do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], logds: Sequence[T]
-) -> list[T]:
+def sums(do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]) -> list[T]:
     """The rows that `divergence` packs."""
-    entries = _Entries(do, which, zs, ms, logds)
-    values = {u: do.total(x) for u in which.sides if (x := entries.value(u)) is not None}
-    result = None
-    for value in values.values():
-        result = value if result is None else do.add(result, value)
-    assert result is not None
-    packed = [result]
+    entries = _Entries(do, which, sides)
+    values = {u: x for u in which.sides if (x := entries.value(u)) is not None}
+    packed = [do.total(_added(do, values.values()))]
     for u in which.summed:
-        shares = entries.shares(u)
-        total = None if shares is None else do.total(shares)
-        both = values.get(u) if total is None else do.add(total, values[u]) if u in values else total
-        assert both is not None
-        packed.append(both)
-    return packed
+        parts = [x for x in (values.get(u), entries.shares(u)) if x is not None]
+        packed.append(do.total(_added(do, parts)))
+    return [*packed, *(row for side in sides for row in (side.logd, side.scale))]
+
+
+def _added(do: Arithmetic[T], terms: Iterable[T]) -> T:
+    first, *others = terms
+    return functools.reduce(do.add, others, first)
 
 
 def gradients(
-    do: Arithmetic[T],
-    which: Divergence,
-    zs: Sequence[T],
-    ms: Sequence[T],
-    logds: Sequence[T],
-    totals: Sequence[T],
-    upstream: T,
+    do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], packed: Sequence[T], upstream: T
 ) -> list[T]:
     """Those of the sides that are wanted, in the dtype in which they are computed."""
-    entries = _Entries(do, which, zs, ms, logds)
-    of_side = dict(zip(which.summed, totals, strict=True))
+    first = 1 + len(which.summed)
+    logds, scales = packed[first::2], packed[first + 1 :: 2]
+    sides = [Normalised(*rows) for rows in zip(zs, ms, logds, scales, strict=True)]
+    entries = _Entries(do, which, sides)
+    of_side = dict(zip(which.summed, packed[1:first], strict=True))
     up = do.over_classes(upstream)
     return [do.mul(entries.gradient(u, of_side.get(u)), up) for u in which.wanted]
 
@@ -181,11 +179,11 @@ def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _check(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Divergence:
+def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence:
     divergence = Divergence.decode(which)
-    if not len(zs) == len(ms) == len(logds) == len(divergence.sides):
+    if any(len(each) != len(divergence.sides) for each in (zs, *rows_of_sides)):
         raise ValueError(f"{len(zs)} sets of logits for {len(divergence.sides)} sides")
-    for z, *rows in zip(zs, ms, logds, strict=True):
+    for z, *rows in zip(zs, *rows_of_sides, strict=True):
         if z.dim() != 2 or not z.is_floating_point() or z.shape[1] != zs[0].shape[1]:
             raise ValueError(f"logits must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
         for n in (z.shape[0], *(row.shape[0] for row in rows)):
@@ -199,12 +197,12 @@ def _wide(tensors: Sequence[Tensor], zs: list[Tensor]) -> list[Tensor]:
 
 
 @torch.library.custom_op("inductor_ce::divergence", mutates_args=())
-def divergence(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Tensor:
-    """The value of a divergence and the sums that its gradients need, [1 + K, N].
+def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
+    """The value of a divergence and what its gradients need of each row, [1 + K + 2 S, N].
 
     Args:
         zs: the logits of each side, [N, V].
-        ms, logds: of each side the maximum of each row, and the log of the sum of exp(z - max), [N].
+        ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N].
         which: an encoded `Divergence`.
 
     Returns:
@@ -213,51 +211,49 @@ def divergence(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: s
     Raises:
         ValueError: the sides differ in number or in V.
     """
-    made = sums(_Tensors, _check(zs, ms, logds, which), *(_wide(each, zs) for each in (zs, ms, logds)))
-    return torch.stack(made)
+    checked = _check(zs, which, ms, ds)
+    wide = zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True)
+    return torch.stack(sums(_Tensors, checked, [Normalised(z, m, d.log(), 1 / d) for z, m, d in wide]))
 
 
 @divergence.register_fake
-def _(zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], which: str) -> Tensor:
-    checked = _check(zs, ms, logds, which)
+def _(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
+    checked = _check(zs, which, ms, ds)
     dtype = computed_in([z.dtype for z in zs])
-    return zs[0].new_empty((1 + len(checked.summed), zs[0].shape[0]), dtype=dtype)
+    return zs[0].new_empty((1 + len(checked.summed) + 2 * len(zs), zs[0].shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("inductor_ce::divergence_grad", mutates_args=())
 def divergence_grad(
-    zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], packed: Tensor, upstream: Tensor, which: str
+    zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, which: str
 ) -> list[Tensor]:
     """The gradients with respect to the logits of the sides that are wanted, each in the dtype of those.
 
     Args:
-        zs, ms, logds, which: as for `divergence`, whose result `packed` is.
+        zs, ms, which: as for `divergence`, whose result `packed` is.
         upstream: the gradient of the value, [N].
     """
-    checked = _check(zs, ms, logds, which)
-    z, m, logd, (up,) = (_wide(each, zs) for each in (zs, ms, logds, [upstream]))
-    made = gradients(_Tensors, checked, z, m, logd, packed[1:].unbind(0), up)
+    checked = _check(zs, which, ms)
+    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    made = gradients(_Tensors, checked, z, m, packed.unbind(0), up)
     return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
 
 
 @divergence_grad.register_fake
-def _(
-    zs: list[Tensor], ms: list[Tensor], logds: list[Tensor], packed: Tensor, upstream: Tensor, which: str
-) -> list[Tensor]:
-    return [zs[u].new_empty(zs[u].shape) for u in _check(zs, ms, logds, which).wanted]
+def _(zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, which: str) -> list[Tensor]:
+    return [zs[u].new_empty(zs[u].shape) for u in _check(zs, which, ms).wanted]
 
 
 def _save_for_grad(ctx, inputs, output) -> None:
-    zs, ms, logds, ctx.which = inputs
+    zs, ms, _, ctx.which = inputs
     ctx.n_sides = len(zs)
-    ctx.save_for_backward(*zs, *ms, *logds, output)
+    ctx.save_for_backward(*zs, *ms, output)
 
 
 def _backward(ctx, upstream: Tensor):
     *saved, packed = ctx.saved_tensors
     n = ctx.n_sides
-    zs, ms, logds = saved[:n], saved[n : 2 * n], saved[2 * n :]
-    made = divergence_grad(zs, ms, logds, packed, upstream[0], ctx.which)
+    made = divergence_grad(saved[:n], saved[n:], packed, upstream[0], ctx.which)
     of_side = dict(zip(Divergence.decode(ctx.which).wanted, made, strict=True))
     return [of_side.get(u) for u in range(n)], [None] * n, [None] * n, None
 

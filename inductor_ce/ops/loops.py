@@ -82,20 +82,25 @@ def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
     return call_lowering(aten.clone.default, cast(dz, dtype), memory_format=torch.contiguous_format)
 
 
-def divergence(zs: list[IRNode], ms: list[IRNode], logds: list[IRNode], which: str) -> IRNode:
-    """[1 + K, N], as `divergences.divergence`."""
-    wide = (_wide(each, zs) for each in (zs, ms, logds))
-    return _stack(divergences.sums(_Loops(), Divergence.decode(which), *wide))
+def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:
+    """[1 + K + 2 S, N], as `divergences.divergence`."""
+    sides = []
+    for z, m, d in zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True):
+        logd, scale = call_lowering(aten.log.default, d), call_lowering(aten.reciprocal.default, d)
+        for row in (logd, scale):
+            row.realize()  # once a row, and not for each of its entries
+        sides.append(divergences.Normalised(z, m, logd, scale))
+    return _stack(divergences.sums(_Loops(), Divergence.decode(which), sides))
 
 
 def divergence_grad(
-    zs: list[IRNode], ms: list[IRNode], logds: list[IRNode], packed: IRNode, upstream: IRNode, which: str
+    zs: list[IRNode], ms: list[IRNode], packed: IRNode, upstream: IRNode, which: str
 ) -> list[IRNode]:
     """S x [N, V], as `divergences.divergence_grad`."""
     decoded = Divergence.decode(which)
-    z, m, logd, (up,) = (_wide(each, zs) for each in (zs, ms, logds, [upstream]))
-    totals = [call_lowering(aten.select.int, packed, 0, 1 + k) for k in range(len(decoded.summed))]
-    made = divergences.gradients(_Loops(), decoded, z, m, logd, totals, up)
+    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    rows = [call_lowering(aten.select.int, packed, 0, k) for k in range(packed.get_size()[0])]
+    made = divergences.gradients(_Loops(), decoded, z, m, rows, up)
     return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
 
 

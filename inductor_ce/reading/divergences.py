@@ -87,7 +87,8 @@ def _between(reader: JointReader, node: Node, name: str) -> Between | None:
     names = {side: i for i, side in enumerate(used)}
     sides = of_wholes([reader.sides[side] for side in used], reader.reading)
     wanted = [i for i, side in enumerate(sides) if moves(side)]
-    parts = joint.total(value.expr.renamed(names), len(sides), wanted)
+    rows = [(side.logits, side.steps) for side in sides]
+    parts = joint.total(value.expr.renamed(names), rows, wanted)
     if len(sides) < 2 or len(sides) > joint.MOST_SIDES or not wanted or parts is None:
         return None
     terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())

@@ -1,8 +1,8 @@
 """Divergences between several sets of logits: what may be replaced, and by what.
 
-The normalisers of each side are written as torch has them, a maximum and a logsumexp through which no
-gradient flows, and are read with all other losses of the same logits in a second reading of the graph. So one
-`row_stats` serves a cross entropy and a divergence. What is summed over all sides is one `divergence`.
+The normalisers of each side are written as torch has them, a maximum and a sum of exponentials through which
+no gradient flows, and are read with all other losses of the same logits in a second reading of the graph. So
+one `row_stats` serves a cross entropy and a divergence. What is summed over all sides is one `divergence`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
@@ -26,8 +26,8 @@ from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_divergences
 from ..reading.losses import modernised
-from ..reading.row_views import Index, Permute, Reshape
-from ..reading.values import Reading
+from ..reading.row_views import Index, Permute, Reshape, RowView
+from ..reading.values import Logits, Reading
 from .arrange import first_size, row_sizes
 from .escapes import escape, needed_nodes
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
@@ -56,10 +56,13 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
         allowed.remove(each)
     for each in found:
         refusal = refused[each.node]
-        if refusal is not None:
+        if refusal is not None and refusal.reason is Reason.SMALL_VOCAB:
+            reading.miss(each.node, refusal)
+        elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
+    made: Made = {}
     for each in allowed:
-        _rewrite(graph, each)
+        _rewrite(graph, each, made)
     for each in allowed:
         _erase(each)
     return bool(allowed)
@@ -107,37 +110,39 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
 # The rewrite
 
 
-def _rewrite(graph: Graph, found: Between) -> None:
+def _rewrite(graph: Graph, found: Between, made: Made) -> None:
     """Put a `divergence` in the place of a node, which is left without users."""
     build = Builder(graph, found.node, like=found.node)
+    known = dict(made)
     try:
-        result = _result(build, found)
+        result = _result(build, found, made)
     except Exception:
         build.undo()
+        made.clear()
+        made |= known
         raise
     want_gradients_as(found.node, result)
     found.node.replace_all_uses_with(result)
 
 
-def _result(build: Builder, found: Between) -> Node:
+def _result(build: Builder, found: Between, made: Made) -> Node:
     args = spellings.arguments(found.node, spellings.step_of(found.node))  # type: ignore[arg-type]
-    parts = [_rows(build, found, term, k == 0) for k, term in enumerate(found.terms)]
+    sides = [_side(build, side, made) for side in found.sides]
+    first = sides[min(found.terms[0].divergence.wanted)].d
+    first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
+    parts = [_rows(build, found, term, sides) for term in found.terms]
     rows = functools.reduce(functools.partial(build, torch.add), parts)
     result = _reduced(build, found, rows, args)
     dtype = tensor_of(found.node).dtype  # type: ignore[union-attr]
     return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
 
 
-def _rows(build: Builder, found: Between, term: Term, is_first: bool) -> Node:
+def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -> Node:
     """A number for each row, arranged as what is summed, with an axis of size 1 for the classes."""
-    divergence = term.divergence
-    made = [_side(build, side, u in divergence.wanted) for u, side in enumerate(found.sides)]
-    zs, ms, logds = (list(each) for each in zip(*made, strict=True))
-    form = _form(found)
-    for u, (m, logd) in enumerate(zip(ms, logds, strict=True)):
-        told = form if is_first and u == min(divergence.wanted) else ""
-        m.meta[FORM], logd.meta[FORM] = "", told
-    packed = build(ops.DIVERGENCE, zs, ms, logds, divergence.encode())
+    wanted = term.divergence.wanted
+    zs = [side.z if u in wanted else side.held for u, side in enumerate(sides)]
+    rows_of = [side.m for side in sides], [side.d for side in sides]
+    packed = build(ops.DIVERGENCE, zs, *rows_of, term.divergence.encode())
     rows = build(torch.select, packed, 0, 0)
     if len(shape_of(found.summand)) != 2:
         rows = build("reshape", rows, row_sizes(build, found.summand, found.axis))
@@ -153,15 +158,32 @@ def _rows(build: Builder, found: Between, term: Term, is_first: bool) -> Node:
     return rows
 
 
-def _side(build: Builder, side: Side, wanted: bool) -> tuple[Node, Node, Node]:
-    """(logits [N, V], the maximum of each row, log of the sum of exponentials less that)"""
-    z = _flat(build, side)
-    held = build("detach", z)
-    dtype = ops.stats_dtype_of(tensor_of(z).dtype)  # type: ignore[union-attr]
-    wide = held if tensor_of(z).dtype == dtype else build("to", held, dtype)  # type: ignore[union-attr]
-    m = build(torch.amax, wide, -1)
-    logd = build(torch.sub, build(torch.logsumexp, wide, -1), m)
-    return z if wanted else held, m, logd
+class Normalised(NamedTuple):
+    """The logits of a side [N, V], the same without gradient, and of each row its maximum m and d."""
+
+    z: Node
+    held: Node
+    m: Node
+    d: Node
+
+
+Made = dict[tuple[Logits, tuple[RowView, ...]], Normalised]
+
+
+def _side(build: Builder, side: Side, made: Made) -> Normalised:
+    """The normalisers of a side, made once for all divergences."""
+    key = side.logits, side.steps
+    if key not in made:
+        z = _flat(build, side)
+        held = build("detach", z)
+        dtype = ops.stats_dtype_of(tensor_of(z).dtype)  # type: ignore[union-attr]
+        wide = held if tensor_of(z).dtype == dtype else build("to", held, dtype)  # type: ignore[union-attr]
+        m = build(torch.amax, wide, -1)
+        exp = build(torch.exp, build(torch.sub, wide, build("unsqueeze", m, -1)))
+        d = build(torch.sum, exp, -1)
+        m.meta[FORM] = d.meta[FORM] = ""
+        made[key] = Normalised(z, held, m, d)
+    return made[key]
 
 
 def _flat(build: Builder, side: Side) -> Node:
