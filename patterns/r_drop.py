@@ -29,15 +29,11 @@ def loss(logits1, logits2, labels, alpha=4.0):
 
 EXPECTED = """\
 mean[y != -100](lse - pick(y))
+sum(sum q*(log q - log p))
+sum(sum p*(log p - log q))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
 mean[y != -100](lse - pick(y))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
-SOFT_TARGETS: The classes are weighed by softmax (q, q_tec = F.log_softmax(logits2, dim=-1),
-    F.softmax(logits2, dim=-1)) [8, 48], of which a gradient is wanted. Detach the targets if they are
-    meant as constants; no gradient reaches them through the kernels.
-SOFT_TARGETS: The classes are weighed by softmax (p, p_tec = F.log_softmax(logits1, dim=-1),
-    F.softmax(logits1, dim=-1)) [8, 48], of which a gradient is wanted. Detach the targets if they are
-    meant as constants; no gradient reaches them through the kernels.
 """

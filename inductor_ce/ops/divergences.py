@@ -4,9 +4,9 @@
     divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
 
 `which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of
-each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of the
-same logits has them for nothing. The rows of the first result are the value, for each gradient that needs one
-a sum over the classes, and of each side log d and 1 / d: all that the backward reads beside the logits.
+each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of
+the same logits has them for nothing. The rows of the first result are the value, for each gradient that needs
+one a sum over the classes, and of each side log d and 1 / d: with m, all that the backward reads of a row.
 
 They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
 entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the

@@ -40,7 +40,7 @@ class Between:
         node: the sum, or the loss.
         summand: a node with the shape of what is summed, `axis` that of the classes.
         sides: of which its terms are.
-        terms: what is added up.
+        terms: what is added up; none where it is no sum that a gradient is had of.
         wide: the nodes by which it was made.
     """
 
@@ -89,8 +89,9 @@ def _between(reader: JointReader, node: Node, name: str) -> Between | None:
     wanted = [i for i, side in enumerate(sides) if moves(side)]
     rows = [(side.logits, side.steps) for side in sides]
     parts = joint.total(value.expr.renamed(names), rows, wanted)
-    if len(sides) < 2 or len(sides) > joint.MOST_SIDES or not wanted or parts is None:
+    if len(sides) < 2 or len(sides) > joint.MOST_SIDES or not wanted:
         return None
+    parts = {} if parts is None else parts
     terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())
     return Between(node, summand, value.axis, sides, terms, value.wide)
 

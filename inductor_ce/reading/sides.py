@@ -10,7 +10,7 @@ from torch.fx import Node
 from ..graph.shapes import constant, shape_of, tensor_of
 from . import spellings
 from .row_views import RowView, Slice
-from .values import Logits, Reading
+from .values import Logits, LossValue, Reading, RowValue
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,34 @@ def piece_of(node: Node) -> Piece | None:
 
 
 def of_wholes(sides: list[Side], reading: Reading) -> tuple[Side, ...]:
-    """Sides, those that are pieces of one tensor as slices of it: its normalisers are made in one sweep."""
-    found = {side: piece_of(side.logits.node) for side in sides}
-    sources = [piece.source for piece in found.values() if piece is not None]
-    result = []
-    for side, piece in found.items():
-        z = side.logits
-        if piece is not None and piece.dim != z.axis and sources.count(piece.source) > 1:
-            version = reading.timeline.version(piece.source, reading.timeline.position[z.node])
-            whole = replace(z, node=piece.source, version=version)
-            side = replace(side, logits=whole, steps=(piece.cut(z.axis), *side.steps))
-        result.append(side)
-    return tuple(result)
+    """Sides, those that are halves of one tensor as slices of it: its normalisers are made in one sweep.
+
+    Where there are losses of the halves themselves, they have the normalisers.
+    """
+    halves = {side: piece for side in sides if (piece := _half_of(side, reading)) is not None}
+    sources = [piece.source for piece in halves.values()]
+    return tuple(
+        _as_slice(side, halves[side], reading)
+        if side in halves and sources.count(halves[side].source) > 1
+        else side
+        for side in sides
+    )
+
+
+def _half_of(side: Side, reading: Reading) -> Piece | None:
+    piece = piece_of(side.logits.node)
+    if piece is None or piece.dim == side.logits.axis:
+        return None
+    own = any(
+        isinstance(value, (RowValue, LossValue)) and value.logits == side.logits
+        for value in reading.values.values()
+    )
+    size = constant(shape_of(piece.source)[piece.dim])
+    return None if own or size is None or 2 * (piece.left + piece.right) > size else piece
+
+
+def _as_slice(side: Side, piece: Piece, reading: Reading) -> Side:
+    z = side.logits
+    version = reading.timeline.version(piece.source, reading.timeline.position[z.node])
+    whole = replace(z, node=piece.source, version=version)
+    return replace(side, logits=whole, steps=(piece.cut(z.axis), *side.steps))

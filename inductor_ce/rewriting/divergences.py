@@ -39,6 +39,11 @@ FORM = "inductor_ce_divergence"
 OF_RANKS = Refusal(
     Reason.UNSUPPORTED_TENSOR, "It is a divergence between several sets of logits, which are DTensors."
 )
+NOT_WEIGHED = Refusal(
+    Reason.MIXTURE,
+    "It sums logarithms over the classes that are weighed by no probabilities, or one of a mixture of "
+    "probabilities that is weighed by others than those that are in it.",
+)
 EDITED = Refusal(
     Reason.MUTATED, "Logits of a divergence are changed in place, before or after they are read by it."
 )
@@ -76,6 +81,8 @@ def _refusal(reading: Reading, found: Between, options: Options) -> Refusal | No
     few = few_classes(logits[0].node, logits[0].axis, options)
     if few is not None:
         return few
+    if not found.terms:
+        return NOT_WEIGHED
     if any(is_dtensor(tensor_of(z.node)) for z in logits):
         return OF_RANKS
     timeline = reading.timeline
