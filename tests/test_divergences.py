@@ -238,6 +238,32 @@ def test_rows(f):
     assert ours.count(ops.DIVERGENCE) == (2 if f is weighed_twice else 1)
 
 
+def chosen_rows(z, t, mask):
+    """TRL's own: rows that count are chosen before all is summed."""
+    a, b = logs(z, t)
+    w = torch.tensor(0.3, dtype=a.dtype, device=a.device)
+    m = torch.logsumexp(torch.stack([a + torch.log1p(-w), b + torch.log(w)]), dim=0)
+    to_teacher, to_student = (F.kl_div(m, x, reduction="none", log_target=True) for x in (b, a))
+    jsd = (w * to_teacher + (1 - w) * to_student)[mask]
+    return jsd.sum() / mask.sum(), jsd.mean()
+
+
+def test_rows_that_are_chosen():
+    args = (*sides(torch.float32, "both", B, S, V), torch.rand(B, S) > 0.3)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        assert rewritten(chosen_rows, args).count(ops.DIVERGENCE) == 2
+        compiled, graphs = compile_without_codegen(chosen_rows)
+        check(run(compiled, args), chosen_rows, args)
+        assert graphs.count(ops.DIVERGENCE) == 1  # the two are alike
+
+
+def test_rows_that_are_chosen_break_the_graph():
+    args = (*sides(torch.float32, "both", B, S, V), torch.rand(B, S) > 0.3)
+    compiled, graphs = compile_without_codegen(chosen_rows)
+    check(run(compiled, args), chosen_rows, args)
+    assert graphs.count(ops.DIVERGENCE) == 0
+
+
 def of_classes_first(z, t):
     a, b = F.log_softmax(z, 1), F.log_softmax(t, 1)
     return (a.exp() * (a - b)).sum(1).mean()

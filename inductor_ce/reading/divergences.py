@@ -18,6 +18,7 @@ from ..algebra.divergences import Divergence
 from ..graph.shapes import shape_of, tensor_of
 from . import spellings
 from .joint import JointReader, RowFactor
+from .losses import modernised
 from .sides import Side, moves, of_wholes
 from .values import LossValue, Reading, RowValue, row_expr
 
@@ -38,7 +39,8 @@ class Between:
 
     Attributes:
         node: the sum, or the loss.
-        summand: a node with the shape of what is summed, `axis` that of the classes.
+        summand: a node with the shape of what is summed, before rows are chosen.
+        axis: of the classes.
         sides: of which its terms are.
         terms: what is added up; none where it is no sum that a gradient is had of.
         wide: the nodes by which it was made.
@@ -71,29 +73,33 @@ def is_loss_of_one(reading: Reading, node: Node) -> bool:
 
 def _between(reader: JointReader, node: Node, name: str) -> Between | None:
     args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
-    summand = args.get("input")
+    summand, timeline = args.get("input"), reader.reading.timeline
     if tensor_of(node) is None or not isinstance(summand, Node) or tensor_of(summand) is None:
         return None
-    if reader.reading.timeline.grad_mode(reader.reading.timeline.position[node]) is not True:
+    if timeline.grad_mode(timeline.position[node]) is not True:
         return None
-    value = reader.divergence(node, args) if name == "kl_div" else reader.of(summand)
+    is_loss = name == "kl_div"
+    if is_loss and modernised(args).get("reduction", "mean") == "none":
+        return None  # what sums it is the end
+    value = reader.divergence(node, args) if is_loss else reader.of(summand)
     if value is None or value.axis is None:
         return None
-    if name == "kl_div" and args.get("reduction", "mean") == "none":
-        return None  # what sums it is the end
-    if name != "kl_div" and not _sums(args, value.axis, len(shape_of(summand))):
+    axis = value.axis
+    if not is_loss and not _sums(args, axis, len(shape_of(summand))):
         return None
+    if value.like is not None:
+        if is_loss or args.get("dim") is not None:
+            return None
+        summand, axis = value.like, len(shape_of(value.like)) - 1
     used = sorted(value.expr.sides)
-    names = {side: i for i, side in enumerate(used)}
     sides = of_wholes([reader.sides[side] for side in used], reader.reading)
     wanted = [i for i, side in enumerate(sides) if moves(side)]
-    rows = [(side.logits, side.steps) for side in sides]
-    parts = joint.total(value.expr.renamed(names), rows, wanted)
-    if len(sides) < 2 or len(sides) > joint.MOST_SIDES or not wanted:
+    if not 2 <= len(sides) <= joint.MOST_SIDES or not wanted:
         return None
-    parts = {} if parts is None else parts
+    expr = value.expr.renamed({side: i for i, side in enumerate(used)})
+    parts = joint.total(expr, [(side.logits, side.steps) for side in sides], wanted) or {}
     terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())
-    return Between(node, summand, value.axis, sides, terms, value.wide)
+    return Between(node, summand, axis, sides, terms, value.wide)
 
 
 def _sums(args: dict[str, Any], axis: int, rank: int) -> bool:

@@ -33,7 +33,10 @@ MAX_DEPTH = 40
 
 @dataclass(frozen=True)
 class RowFactor:
-    """Numbers of rows. `how` is "mul", "div", or, of truth values, "where", "where not"."""
+    """Numbers of rows. `how` is "mul", "div", or, of truth values, "where", "where not".
+
+    Of truth values that choose rows, with which the others are gone, it is "chosen".
+    """
 
     node: Node
     how: str
@@ -43,13 +46,14 @@ class RowFactor:
 class JointValue:
     """What a node of a shape is, with the classes on `axis`, and the nodes by which it was made.
 
-    What is a number has no axis.
+    What is a number has no axis. Where rows have been chosen, `like` has the shape of all.
     """
 
     expr: Joint
     axis: int | None = None
     shape: tuple[Size, ...] = ()
     wide: frozenset[Node] = frozenset()
+    like: Node | None = None
 
 
 @dataclass
@@ -161,9 +165,12 @@ class JointReader:
         """The place among the factors of a tensor with a number for each row of what is like a node."""
         if axis is None or not isinstance(arg, Node) or kind_of(arg, like, axis) not in ("row", "scalar"):
             return None
-        if not self.reading.timeline.unchanged(arg, arg, len(self.reading.timeline.nodes)):
-            return None
-        factor = RowFactor(arg, how)
+        return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg) else None
+
+    def _is_unedited(self, node: Node) -> bool:
+        return self.reading.timeline.unchanged(node, node, len(self.reading.timeline.nodes))
+
+    def _numbered(self, factor: RowFactor) -> int:
         if factor not in self.factors:
             self.factors.append(factor)
         return self.factors.index(factor)
@@ -177,7 +184,7 @@ class JointReader:
         if a is None or b is None:
             return None
         wide, other = (b, a) if a.axis is None else (a, b)
-        if other.axis is not None and not (wide.axis == other.axis and same_shape(wide.shape, other.shape)):
+        if other.axis is not None and not _are_alike(wide, other):
             return None
         expr = None if wide.axis is None else combine(a.expr, b.expr)
         return None if expr is None else replace(wide, expr=expr, wide=wide.wide | other.wide)
@@ -220,7 +227,9 @@ class JointReader:
         return self._applied(value, lambda x: joint.times(x, joint.number(1 / divisor)))
 
     def _weighed(self, value: JointValue | None, arg: Any, node: Node, how: str) -> JointValue | None:
-        row = None if value is None else self._row(arg, node, value.axis, how)
+        if value is None or value.like is not None:
+            return None
+        row = self._row(arg, node, value.axis, how)
         return None if row is None else self._applied(value, lambda x: x.weighed(row))
 
     def _where(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
@@ -240,7 +249,10 @@ class JointReader:
         return None
 
     def _element(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        """A piece of the rows that torch.split or torch.chunk has cut."""
+        """A piece of the rows that torch.split or torch.chunk has cut, or rows that a mask chooses."""
+        source, index = args.get("input"), args.get("index")
+        if isinstance(index, Node):
+            return self._chosen(node, source, index, depth)
         piece = piece_of(node)
         value = None if piece is None else self.of(piece.source, depth)
         if piece is None or value is None or value.axis is None or piece.dim == value.axis:
@@ -251,6 +263,20 @@ class JointReader:
             whole = self.sides[side]
             names[side] = self._side(replace(whole, steps=(*whole.steps, cut)))
         return JointValue(value.expr.renamed(names), value.axis, shape_of(node), value.wide | {args["input"]})
+
+    def _chosen(self, node: Node, source: Any, mask: Node, depth: int) -> JointValue | None:
+        """x[mask], with the classes on the last dimension."""
+        value, example, made = self.of(source, depth), tensor_of(mask), tensor_of(node)
+        if value is None or value.axis is None or value.like is not None or made is None:
+            return None
+        rows = value.shape[:-1]
+        if value.axis != len(rows) or str(example.dtype) != "torch.bool":  # type: ignore[union-attr]
+            return None
+        if not same_shape(shape_of(mask), rows) or not self._is_unedited(mask):
+            return None
+        factor = self._numbered(RowFactor(mask, "chosen"))
+        expr = value.expr.weighed(factor)
+        return replace(value, expr=expr, axis=1, shape=tuple(made.shape), like=source)
 
     def _same(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         a, b = tensor_of(args.get("input")), tensor_of(node)
@@ -306,14 +332,15 @@ class JointReader:
             return None
         values = [self.of(each, depth) for each in tensors]
         read = [value for value in values if value is not None]
-        if len(read) < len(values) or len({value.axis for value in read}) != 1:
+        if len(read) < len(values) or any(v.axis is None or not _are_alike(v, read[0]) for v in read):
             return None
         expr = function([value.expr for value in read])
         wide = frozenset({stacked}).union(*(value.wide for value in read))
         return None if expr is None else replace(read[0], expr=expr, wide=wide)  # type: ignore[arg-type]
 
     def _kl_div(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        return self.divergence(node, args, depth) if args.get("reduction", "mean") == "none" else None
+        how = modernised(args).get("reduction", "mean")
+        return self.divergence(node, args, depth) if how == "none" else None
 
     def divergence(self, node: Node, args: dict[str, Any], depth: int = 0) -> JointValue | None:
         """q (log q - input), and q the target or its exponential, as F.kl_div has it."""
@@ -328,6 +355,11 @@ class JointReader:
         gap = self._combined(log_q, value, lambda a, b: a + -b)
         made = self._combined(q, gap, joint.times)
         return made if made is None else replace(made, wide=made.wide | {node})
+
+
+def _are_alike(a: JointValue, b: JointValue) -> bool:
+    """Whether the entries of two values are of the same rows and classes."""
+    return a.axis == b.axis and same_shape(a.shape, b.shape) and a.like is b.like
 
 
 def _added(values: list[Joint]) -> Joint:

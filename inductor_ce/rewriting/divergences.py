@@ -160,8 +160,9 @@ def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -
         elif factor.how == "div":
             rows = build(torch.div, rows, factor.node)
         else:
-            pair = (rows, 0.0) if factor.how == "where" else (0.0, rows)
-            rows = build(torch.where, factor.node, *pair)
+            pair = (0.0, rows) if factor.how == "where not" else (rows, 0.0)
+            mask = build("unsqueeze", factor.node, -1) if factor.how == "chosen" else factor.node
+            rows = build(torch.where, mask, *pair)
     return rows
 
 
@@ -218,6 +219,10 @@ def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -
     given: tuple[Any, ...] = () if args.get("dim") is None else (args["dim"], bool(args.get("keepdim")))
     if name == "kl_div":
         given = ()
+    chosen = [f for f in found.terms[0].factors if f.how == "chosen"]
+    if how == "mean" and chosen:
+        count = build(torch.mul, build(torch.sum, chosen[0].node), shape_of(found.summand)[-1])
+        return build(torch.div, build(torch.sum, rows), count)
     if how == "mean":
         v = constant(shape_of(found.summand)[found.axis])
         return build(torch.div, build(torch.mean, rows, *given), v)
