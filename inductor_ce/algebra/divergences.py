@@ -16,8 +16,6 @@ multiple, which the projection takes away.
 
 from __future__ import annotations
 
-import functools
-import json
 import math
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -151,8 +149,7 @@ def log_sum(values: Iterable[Joint]) -> Joint | None:
     return log(Joint.of(terms))
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """sum_i sum_u p_u L_u, see the top of this file, and of which sides gradients are wanted.
 
     Attributes:
@@ -168,16 +165,6 @@ class Divergence:
     mixtures: tuple[tuple[float, ...], ...]
     mixed: tuple[tuple[float, ...], ...]
     wanted: tuple[int, ...]
-
-    def encode(self) -> str:
-        return json.dumps([self.constants, self.logs, self.mixtures, self.mixed, self.wanted])
-
-    @staticmethod
-    @functools.lru_cache(maxsize=256)
-    def decode(which: str) -> Divergence:
-        constants, logs, mixtures, mixed, wanted = json.loads(which)
-        logs, mixtures, mixed = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
-        return Divergence(tuple(constants), logs, mixtures, mixed, tuple(wanted))
 
     @property
     def sides(self) -> range:

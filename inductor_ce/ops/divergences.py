@@ -3,7 +3,7 @@
     divergence(zs S x [N, V], ms, ds S x [N], which)                          -> [1 + K + 2 S, N]
     divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
 
-`which` is an encoded `algebra.divergences.Divergence`, in whose file the formulas are. The normalisers of
+`which` is a `Divergence` of `algebra/divergences.py` as text; the formulas are there. The normalisers of
 each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of
 the same logits has them for nothing. The rows of the first result are the value, for each gradient that needs
 one a sum over the classes, and of each side log d and 1 / d: with m, all that the backward reads of a row.
@@ -21,6 +21,7 @@ mixture are 0, and none but these weigh it. Where some are 0 by underflow only, 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -31,6 +32,19 @@ from ..algebra.divergences import Divergence
 from ..common.errors import DerivativeError
 
 T = TypeVar("T")
+
+
+def encode(divergence: Divergence) -> str:
+    """A divergence as the argument `which` of the operators."""
+    return json.dumps(tuple(divergence))
+
+
+@functools.lru_cache(maxsize=256)
+def decode(which: str) -> Divergence:
+    """What `encode` has made text of."""
+    constants, logs, mixtures, mixed, wanted = json.loads(which)
+    logs, mixtures, mixed = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
+    return Divergence(tuple(constants), logs, mixtures, mixed, tuple(wanted))
 
 
 class Arithmetic(Protocol[T]):
@@ -180,7 +194,7 @@ def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 
 def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence:
-    divergence = Divergence.decode(which)
+    divergence = decode(which)
     if any(len(each) != len(divergence.sides) for each in (zs, *rows_of_sides)):
         raise ValueError(f"{len(zs)} sets of logits for {len(divergence.sides)} sides")
     for z, *rows in zip(zs, *rows_of_sides, strict=True):
@@ -203,7 +217,7 @@ def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str)
     Args:
         zs: the logits of each side, [N, V].
         ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N].
-        which: an encoded `Divergence`.
+        which: an encoded `Divergence`, see `encode`.
 
     Returns:
         float64 if any logits are, else float32. Only the value has a gradient.
@@ -254,7 +268,7 @@ def _backward(ctx, upstream: Tensor):
     *saved, packed = ctx.saved_tensors
     n = ctx.n_sides
     made = divergence_grad(saved[:n], saved[n:], packed, upstream[0], ctx.which)
-    of_side = dict(zip(Divergence.decode(ctx.which).wanted, made, strict=True))
+    of_side = dict(zip(decode(ctx.which).wanted, made, strict=True))
     return [of_side.get(u) for u in range(n)], [None] * n, [None] * n, None
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from ..algebra.divergences import Divergence
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import divergences, operators
 from .rows import ARGMAX, MAXIMUM, Row, Rows
@@ -90,14 +89,14 @@ def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str)
         for row in (logd, scale):
             row.realize()  # once a row, and not for each of its entries
         sides.append(divergences.Normalised(z, m, logd, scale))
-    return _stack(divergences.sums(_Loops(), Divergence.decode(which), sides))
+    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides))
 
 
 def divergence_grad(
     zs: list[IRNode], ms: list[IRNode], packed: IRNode, upstream: IRNode, which: str
 ) -> list[IRNode]:
     """S x [N, V], as `divergences.divergence_grad`."""
-    decoded = Divergence.decode(which)
+    decoded = divergences.decode(which)
     z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
     rows = [call_lowering(aten.select.int, packed, 0, k) for k in range(packed.get_size()[0])]
     made = divergences.gradients(_Loops(), decoded, z, m, rows, up)

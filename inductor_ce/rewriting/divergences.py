@@ -23,6 +23,7 @@ from ..common.options import Options
 from ..graph.builder import Builder
 from ..graph.shapes import constant, shape_of, tensor_of
 from ..graph.timeline import written_by
+from ..ops.divergences import encode
 from ..reading import spellings
 from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_divergences
 from ..reading.losses import modernised
@@ -149,7 +150,7 @@ def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -
     wanted = term.divergence.wanted
     zs = [side.z if u in wanted else side.held for u, side in enumerate(sides)]
     rows_of = [side.m for side in sides], [side.d for side in sides]
-    packed = build(ops.DIVERGENCE, zs, *rows_of, term.divergence.encode())
+    packed = build(ops.DIVERGENCE, zs, *rows_of, encode(term.divergence))
     rows = build(torch.select, packed, 0, 0)
     if len(shape_of(found.summand)) != 2:
         rows = build("reshape", rows, row_sizes(build, found.summand, found.axis))
