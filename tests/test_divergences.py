@@ -81,6 +81,17 @@ def by_hand(z, t):
     return (p * (p.log() - q.log())).sum(-1)
 
 
+def of_ratio(z, t):
+    p, q = z.softmax(-1), t.softmax(-1)
+    m = (p + q) / 2
+    return (p * torch.log(p / m) + q * (q.log() - ((p + q) / 2).log())).sum(-1) + (p * (p / q).log()).sum(-1)
+
+
+def cooled_in_place(z, t):
+    a, b = F.log_softmax((z * 1).div_(0.7), -1), F.log_softmax((t * 1).mul_(2), -1)
+    return (a.exp() * (a - b)).sum(-1)
+
+
 def by_normalisers(z, t):
     a, b = (x - x.logsumexp(-1, keepdim=True) for x in (z, t))
     return torch.sum(torch.exp(b) * (b - a), dim=-1).mean()
@@ -134,13 +145,14 @@ def held_side(z, t):
 
 
 SPELLINGS = [
-    *(by_kl_div, by_log_target, mean_of_all, r_drop, symmetric, by_hand, by_normalisers, crossed),
+    *(by_kl_div, by_log_target, mean_of_all, r_drop, symmetric, by_hand, by_normalisers, crossed, of_ratio),
+    cooled_in_place,
     *(jensen_shannon, of_mean_probabilities, of_stacked_probabilities, generalised, skewed, to_own_copy),
     held_side,
 ]
 # With one side alone, these are losses of one tensor of logits, or sums of such.
 OF_ONE_SIDE = {by_kl_div, by_log_target, mean_of_all, r_drop, symmetric, by_hand, by_normalisers, crossed}
-OF_ONE_SIDE |= {held_side}
+OF_ONE_SIDE |= {held_side, cooled_in_place}
 
 
 def rewritten(f: Callable[..., Any], args: tuple[Any, ...], **options: Any) -> Rewritten:

@@ -132,10 +132,16 @@ def log(value: Joint) -> Joint | None:
     if any(entry.side is None for entry, _ in value.terms):
         return None  # an epsilon is no part of a mixture
     mass = math.fsum(c for _, c in value.terms)
-    mixture = tuple(sorted((entry.side, c / mass) for entry, c in value.terms if entry.side is not None))
+    weights = [(entry.side, _rounded(c / mass)) for entry, c in value.terms if entry.side is not None]
+    mixture = tuple(sorted(weights))
     constant = math.log(mass)
     constants = [(Entry(), constant)] if abs(constant) > _ROUNDING else []
     return Joint.of([(Entry(log=mixture), 1.0), *constants])
+
+
+def _rounded(weight: float) -> float:
+    """One number for 0.3 and for exp(log(0.3)), as far as these differ by rounding."""
+    return float(f"{weight:.15g}")
 
 
 def log_sum(values: Iterable[Joint]) -> Joint | None:

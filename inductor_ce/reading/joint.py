@@ -6,7 +6,6 @@ Log-probabilities and probabilities of one tensor of logits have been read; from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,14 +16,14 @@ from torch.fx import Node
 from .. import algebra
 from ..algebra import divergences as joint
 from ..algebra.divergences import Joint
-from ..common.findings import name_of
 from ..graph.shapes import Size, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
+from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
 from .sides import Side, piece_of
-from .values import Columns, Reading, VocabValue
+from .values import Reading, VocabValue
 from .views import cast_keeps
 
 # What takes more steps than this is no loss.
@@ -76,7 +75,7 @@ class JointReader:
         example, timeline = tensor_of(node), self.reading.timeline
         if example is None or not example.is_floating_point() or depth > MAX_DEPTH:
             return None
-        if not timeline.unchanged(node, node, len(timeline.nodes)):
+        if not self._is_unedited(node):
             return None
         value = self._of_one(self.reading.values.get(node), tuple(example.shape))
         if value is not None:
@@ -139,27 +138,8 @@ class JointReader:
 
     def _operand(self, arg: Any, depth: int) -> JointValue | None:
         """A number, or a value."""
-        constant = self._number(arg)
+        constant = number_of(self.reading, arg)
         return self.of(arg, depth) if constant is None else JointValue(joint.number(constant))
-
-    def _number(self, arg: Any) -> float | None:
-        """A number, or that which a tensor made of numbers has everywhere."""
-        if isinstance(arg, (int, float)):
-            return float(arg) if math.isfinite(arg) else None
-        value = self.reading.values.get(arg) if isinstance(arg, Node) else None
-        if isinstance(value, Columns) and Context(self.reading, arg).is_as_made(arg):
-            constant = value.expr.get(algebra.ONE)
-            alone = value.expr == algebra.as_vocab(constant) and constant.is_number
-            return float(constant) if alone else None
-        spelled = spellings.read(arg) if isinstance(arg, Node) else None
-        function = _OF_NUMBERS.get(name_of(arg)) if spelled is not None else None
-        if spelled is None or not (function or spelled[0].name == "same"):
-            return None
-        inner = self._number(spelled[1].get("input"))
-        try:
-            return None if inner is None else (function or float)(inner)
-        except (ValueError, OverflowError):
-            return None
 
     def _row(self, arg: Any, like: Node, axis: int | None, how: str) -> int | None:
         """The place among the factors of a tensor with a number for each row of what is like a node."""
@@ -168,6 +148,7 @@ class JointReader:
         return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg) else None
 
     def _is_unedited(self, node: Node) -> bool:
+        """Whether a node reads everywhere as when it was made."""
         return self.reading.timeline.unchanged(node, node, len(self.reading.timeline.nodes))
 
     def _numbered(self, factor: RowFactor) -> int:
@@ -219,7 +200,7 @@ class JointReader:
         return self._weighed(value, arg, node, "mul")
 
     def _quotient(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        value, divisor = self._operand(args.get("input"), depth), self._number(args.get("other"))
+        value, divisor = self._operand(args.get("input"), depth), number_of(self.reading, args.get("other"))
         if args.get("rounding_mode") is not None or divisor == 0:
             return None
         if divisor is None:
@@ -244,7 +225,7 @@ class JointReader:
         if example is None or str(example.dtype) != "torch.bool":
             return None
         for arg, other, how in ((yes, no, "where"), (no, yes, "where not")):
-            if self._number(other) == 0:
+            if number_of(self.reading, other) == 0:
                 return self._weighed(self.of(arg, depth), mask, node, how)
         return None
 
@@ -294,7 +275,18 @@ class JointReader:
         return self._applied(self.of(args.get("input"), depth), joint.exp)
 
     def _log(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        return self._applied(self.of(args.get("input"), depth), joint.log)
+        made = self._applied(self.of(args.get("input"), depth), joint.log)
+        return self._log_of_ratio(args.get("input"), depth) if made is None else made
+
+    def _log_of_ratio(self, ratio: Any, depth: int) -> JointValue | None:
+        spelled = spellings.read(ratio) if isinstance(ratio, Node) else None
+        if spelled is None or spelled[0].name != "div" or spelled[1].get("rounding_mode") is not None:
+            return None
+        if not self._is_unedited(ratio):
+            return None
+        p, q = (self._applied(self.of(spelled[1].get(n), depth), joint.log) for n in ("input", "other"))
+        made = self._combined(p, q, lambda a, b: a + -b)
+        return made if made is None else replace(made, wide=made.wide | {ratio})
 
     def _xlogy(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         a, b = self._operand(args.get("input"), depth), self.of(args.get("other"), depth)
@@ -373,8 +365,6 @@ def _one(dim: Any) -> int | None:
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     return dim if isinstance(dim, int) else None
 
-
-_OF_NUMBERS = {"log": math.log, "log1p": math.log1p, "exp": math.exp, "neg": float.__neg__, "sqrt": math.sqrt}
 
 _Step = Callable[[JointReader, Node, dict[str, Any], int], JointValue | None]
 _STEPS: dict[str, _Step] = {

@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..algebra import divergences
 from ..common.compat.graphs import is_dtensor
+from ..common.failsafe import attempt
 from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..graph.builder import Builder
@@ -34,6 +35,8 @@ from .escapes import escape, needed_nodes
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
 from .rewrite import want_gradients_as
 
+LEFT = "a divergence is left as it was"
+
 # In the meta of normalisers: the divergence that they are for, as text, once, and "" elsewhere.
 FORM = "inductor_ce_divergence"
 
@@ -45,9 +48,7 @@ NOT_WEIGHED = Refusal(
     "It sums logarithms over the classes that are weighed by no probabilities, or one of a mixture of "
     "probabilities that is weighed by others than those that are in it.",
 )
-EDITED = Refusal(
-    Reason.MUTATED, "Logits of a divergence are changed in place, before or after they are read by it."
-)
+EDITED = Refusal(Reason.MUTATED, "Logits of a divergence are changed in place after they are read by it.")
 
 
 def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
@@ -67,11 +68,10 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
         elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
     made: Made = {}
-    for each in allowed:
-        _rewrite(graph, each, made)
-    for each in allowed:
+    done = [each for each in allowed if attempt(LEFT, _rewrite, graph, each, made)[1] is None]
+    for each in done:
         _erase(each)
-    return bool(allowed)
+    return bool(done)
 
 
 # Which may be replaced
@@ -87,7 +87,7 @@ def _refusal(reading: Reading, found: Between, options: Options) -> Refusal | No
     if any(is_dtensor(tensor_of(z.node)) for z in logits):
         return OF_RANKS
     timeline = reading.timeline
-    if any(z.version or not timeline.unchanged(z.node, z.node, len(timeline.nodes)) for z in logits):
+    if any(timeline.version(z.node, len(timeline.nodes)) != z.version for z in logits):
         return EDITED
     refusals = (refusal_of_logits(z) or refusal_of_edit(reading, z) for z in logits)
     return next((refusal for refusal in refusals if refusal is not None), None)
@@ -101,6 +101,7 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         ends = {each.node for each in found}
         inner = {node for each in found for node in each.wide} - ends
         losses = {n for n in reading.values if is_loss_of_one(reading, n)}
+        inner -= reading.looked_through
         reading.looked_through |= inner
         needed = needed_nodes(reading, ends | losses)
         reading.looked_through -= inner
