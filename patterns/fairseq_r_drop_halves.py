@@ -31,8 +31,7 @@ def loss(net_output, target, alpha=5.0):
 
 EXPECTED = """\
 sum[y != 1](lse - pick(y))
-sum(sum q*(log q - log p))
-sum(sum p*(log p - log q))
+sum(sum 2.5*p*(log p - log q) + 2.5*q*(log q - log p))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
 """

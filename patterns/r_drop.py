@@ -29,8 +29,7 @@ def loss(logits1, logits2, labels, alpha=4.0):
 
 EXPECTED = """\
 mean[y != -100](lse - pick(y))
-sum(sum q*(log q - log p))
-sum(sum p*(log p - log q))
+sum(sum 2*p*(log p - log q) + 2*q*(log q - log p))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
 mean[y != -100](lse - pick(y))

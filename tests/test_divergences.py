@@ -303,6 +303,50 @@ def test_arrangements(f):
     assert ours.count(ops.DIVERGENCE) == 1
 
 
+def added_as_scalars(z, t):
+    p, q = F.softmax(z, -1), F.softmax(t, -1)
+    m = (0.5 * (p + q)).log()
+    to_p, to_q = (F.kl_div(m, x, reduction="batchmean") for x in (p, q))
+    return -(sum([to_p, 2 * to_q]) / 3 - to_q * 0 + 0)
+
+
+def added_as_rows(z, t):
+    a, b = logs(z, t)
+    return (a.exp() * (a - b)).sum(-1) - (b.exp() * (b - a)).sum(-1) / 2
+
+
+def added_to_another(z, t):
+    a, b = logs(z, t)
+    forward, backward = ((p.exp() * (p - q)).sum(-1) for p, q in ((a, b), (b, a)))
+    return forward + backward, forward.mean()
+
+
+def added_of_other_sums(z, t):
+    a, b = logs(z, t)
+    return F.kl_div(a, b, log_target=True) + F.kl_div(b, a, reduction="sum", log_target=True)
+
+
+@pytest.mark.parametrize(
+    ("f", "count"),
+    [
+        (r_drop, 1),
+        (of_mean_probabilities, 1),
+        (added_as_rows, 1),
+        (added_to_another, 2),
+        (added_of_other_sums, 2),
+    ],
+)
+def test_what_is_added_up_is_one(f, count):
+    """Where nothing else reads the parts: they are one sweep then."""
+    ours = rewritten(f, sides())
+    assert ours.count(ops.DIVERGENCE) == count
+
+
+def test_what_is_added_up_with_numbers():
+    ours = rewritten(added_as_scalars, sides(torch.float64))
+    assert ours.count(ops.DIVERGENCE) >= 1
+
+
 def halves(z, y):
     first, second = z.chunk(2)
     return F.cross_entropy(z, y) + r_drop(first, second)

@@ -20,6 +20,7 @@ from . import spellings
 from .joint import JointReader, RowFactor
 from .losses import modernised
 from .sides import Side, moves, of_wholes
+from .tails import Summed, added_up
 from .values import LossValue, Reading, RowValue, row_expr
 
 _ENDS = ("sum", "mean", "kl_div")
@@ -35,18 +36,16 @@ class Term:
 
 @dataclass(frozen=True)
 class Between:
-    """A node that is a sum over the classes of several sides, and over rows as it says itself.
+    """A node that is a sum over the classes of several sides, and over rows as `end` says.
 
     Attributes:
-        node: the sum, or the loss.
-        summand: a node with the shape of what is summed, before rows are chosen.
-        axis: of the classes.
+        node, end, summand, axis, wide: as of `Summed`.
         sides: of which its terms are.
-        terms: what is added up; none where it is no sum that a gradient is had of.
-        wide: the nodes by which it was made.
+        terms: what is added up; none where that is not a sum of logarithms under probabilities.
     """
 
     node: Node
+    end: Node
     summand: Node
     axis: int
     sides: tuple[Side, ...]
@@ -57,12 +56,17 @@ class Between:
 def read_divergences(reading: Reading) -> Iterator[Between]:
     """Those of a graph that has been read."""
     reader = JointReader(reading)
+    found = []
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
         if step is not None and step.name in _ENDS and not is_loss_of_one(reading, node):
-            found = _between(reader, node, step.name)
-            if found is not None:
-                yield found
+            summed = _summed(reader, node, step.name)
+            if summed is not None:
+                found.append(summed)
+    for summed in added_up(reading, found):
+        between = _between(reader, summed)
+        if between is not None:
+            yield between
 
 
 def is_loss_of_one(reading: Reading, node: Node) -> bool:
@@ -71,7 +75,7 @@ def is_loss_of_one(reading: Reading, node: Node) -> bool:
     return isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value))
 
 
-def _between(reader: JointReader, node: Node, name: str) -> Between | None:
+def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
     args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
     summand, timeline = args.get("input"), reader.reading.timeline
     if tensor_of(node) is None or not isinstance(summand, Node) or tensor_of(summand) is None:
@@ -91,15 +95,20 @@ def _between(reader: JointReader, node: Node, name: str) -> Between | None:
         if is_loss or args.get("dim") is not None:
             return None
         summand, axis = value.like, len(shape_of(value.like)) - 1
-    used = sorted(value.expr.sides)
+    return Summed(node, node, summand, axis, value.expr, value.wide | {node})
+
+
+def _between(reader: JointReader, summed: Summed) -> Between | None:
+    """None for what is over one side alone, or of which no gradient is wanted."""
+    used = sorted(summed.expr.sides)
     sides = of_wholes([reader.sides[side] for side in used], reader.reading)
     wanted = [i for i, side in enumerate(sides) if moves(side)]
     if not 2 <= len(sides) <= joint.MOST_SIDES or not wanted:
         return None
-    expr = value.expr.renamed({side: i for i, side in enumerate(used)})
+    expr = summed.expr.renamed({side: i for i, side in enumerate(used)})
     parts = joint.total(expr, [(side.logits, side.steps) for side in sides], wanted) or {}
     terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())
-    return Between(node, summand, axis, sides, terms, value.wide)
+    return Between(summed.node, summed.end, summed.summand, summed.axis, sides, terms, summed.wide)
 
 
 def _sums(args: dict[str, Any], axis: int, rank: int) -> bool:

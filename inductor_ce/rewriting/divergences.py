@@ -135,7 +135,7 @@ def _rewrite(graph: Graph, found: Between, made: Made) -> None:
 
 
 def _result(build: Builder, found: Between, made: Made) -> Node:
-    args = spellings.arguments(found.node, spellings.step_of(found.node))  # type: ignore[arg-type]
+    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
     sides = [_side(build, side, made) for side in found.sides]
     first = sides[min(found.terms[0].divergence.wanted)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
@@ -216,7 +216,7 @@ def _flat(build: Builder, side: Side) -> Node:
 
 def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -> Node:
     """As the user's own sum, mean or loss reduces what it sums."""
-    name = spellings.step_of(found.node).name  # type: ignore[union-attr]
+    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
     how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
     given: tuple[Any, ...] = () if args.get("dim") is None else (args["dim"], bool(args.get("keepdim")))
     if name == "kl_div":
@@ -234,8 +234,8 @@ def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -
 
 def _form(found: Between) -> str:
     """What is computed, as text."""
-    name = spellings.step_of(found.node).name  # type: ignore[union-attr]
-    args = spellings.arguments(found.node, spellings.step_of(found.node))  # type: ignore[arg-type]
+    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
+    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
     how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
     if name == "sum" and args.get("dim") is not None:
         how = ""
