@@ -191,7 +191,10 @@ class Divergence(NamedTuple):
         return [k for k, w in enumerate(self.mixtures) if w[side] and not self._is_multiple(k)]
 
     def _is_multiple(self, k: int) -> bool:
-        ratios = [self.mixed[s][k] / w for s, w in enumerate(self.mixtures[k]) if w]
+        weights = self.mixtures[k]
+        if any(self.mixed[s][k] and not w for s, w in enumerate(weights)):
+            return False  # weighed by a side that stands in it as another one, detached
+        ratios = [self.mixed[s][k] / w for s, w in enumerate(weights) if w]
         return all(abs(r - ratios[0]) <= _ROUNDING * abs(ratios[0]) for r in ratios)
 
     @property

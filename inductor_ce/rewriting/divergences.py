@@ -57,7 +57,7 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
     if not found:
         return False
     everywhere = refusal_of_graph(reading)
-    refused = {f.node: everywhere or _refusal(reading, f, options) for f in found}
+    refused = {f.node: _few(f, options) or everywhere or _refusal(reading, f) for f in found}
     allowed = [f for f in found if refused[f.node] is None]
     for each in _escaping(reading, allowed):
         allowed.remove(each)
@@ -77,11 +77,13 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
 # Which may be replaced
 
 
-def _refusal(reading: Reading, found: Between, options: Options) -> Refusal | None:
+def _few(found: Between, options: Options) -> Refusal | None:
+    z = found.sides[0].logits
+    return few_classes(z.node, z.axis, options)
+
+
+def _refusal(reading: Reading, found: Between) -> Refusal | None:
     logits = [side.logits for side in found.sides]
-    few = few_classes(logits[0].node, logits[0].axis, options)
-    if few is not None:
-        return few
     if not found.terms:
         return NOT_WEIGHED
     if any(is_dtensor(tensor_of(z.node)) for z in logits):
