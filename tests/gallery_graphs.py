@@ -21,6 +21,8 @@ from torch.fx import Graph, Node
 from inductor_ce import ops
 
 KERNELS = (ops.ROW_STATS, ops.ROW_GRAD)
+# Those of several sets of logits.
+BETWEEN = (ops.DIVERGENCE, ops.DIVERGENCE_GRAD)
 
 # Beside the pointwise operators: what a chain before the logits may be made of.
 MOVES = frozenset(
@@ -67,7 +69,7 @@ def check_graphs(graphs: Graphs, kept: bool = False) -> None:
     """
     every = [node for gm in graphs.final for node in _kernels(gm.graph)]
     assert any(node.target == ops.ROW_STATS for node in every), "no row_stats in the final graphs"
-    logits = [_example(node.args[0]) for node in every]
+    logits = [_example(z) for node in every for z in _logits(node)]
     size = min(z.numel() for z in [z for z in logits if z.shape[1] >= FEW_COLUMNS] or logits)
     for gm in graphs.final:
         more = [] if kept else _more_than_allowed(gm.graph, size)
@@ -80,14 +82,14 @@ def check_graphs(graphs: Graphs, kept: bool = False) -> None:
 
 def _more_than_allowed(graph: Graph, size: int) -> list[Node]:
     kernels = _kernels(graph)
-    chains = _up([n.args[0] for n in kernels], size, _is_chain)
-    weights = [w for n in kernels for w in n.all_input_nodes if w != n.args[0] and _is_large(w, size)]
+    chains = _up([z for n in kernels for z in _logits(n)], size, _is_chain)
+    weights = [w for n in kernels for w in n.all_input_nodes if w not in _logits(n) and _is_large(w, size)]
     outside = _up(weights, size, lambda node: True)
     logits = {n for n in chains if n.op != "placeholder" and not _is_chain(n)}
     assert not logits & outside, "weights are made of the logits"
-    gradients = _down([n for n in kernels if n.target == ops.ROW_GRAD])
+    gradients = _down([n for n in kernels if n.target in (ops.ROW_GRAD, ops.DIVERGENCE_GRAD)])
     derivatives = _up([n for n in gradients if _is_chain(n)], size, _is_derivative)
-    of_logits = _down(chains, stop=KERNELS)
+    of_logits = _down(chains, stop=KERNELS + BETWEEN)
     terms = {n for n in _down(outside) if _is_pointwise(n) and n not in of_logits}
     allowed = chains | outside | terms | gradients | derivatives
     kept = {n for n in graph.output_node().all_input_nodes if _is_pointwise(n)} - outside - gradients
@@ -116,7 +118,12 @@ def _of_model(graph: Graph, kernels: list[Node], chains: set[Node]) -> set[Node]
 
 
 def _kernels(graph: Graph) -> list[Node]:
-    return [node for node in graph.nodes if node.target in KERNELS]
+    return [node for node in graph.nodes if node.target in KERNELS + BETWEEN]
+
+
+def _logits(node: Node) -> list[Node]:
+    """Those that an operator reads."""
+    return list(node.args[0]) if node.target in BETWEEN else [node.args[0]]
 
 
 def _up(nodes: Iterable[Node], size: int, through: Any) -> set[Node]:

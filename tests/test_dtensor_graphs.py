@@ -520,3 +520,18 @@ def test_code_for_a_leaf_whose_rows_are_of_several_dimensions():
     with inductor_ce.install(min_vocab=2):
         torch.compile(lambda z, y: F.cross_entropy(z.flatten(0, 1), y))(logits, y).backward()
     assert sites() == 1
+
+
+def test_a_divergence_is_left():
+    """Of several sets of logits no rank is asked for statistics."""
+    (h, W, _), _ = made(LINE)
+
+    def both(h, W):
+        a, b = F.log_softmax(F.linear(h, W), -1), F.log_softmax(F.linear(2 * h, W), -1)
+        return ((a.exp() - b.exp()) * (a - b)).sum(-1).mean()
+
+    with inductor_ce.install(min_vocab=2):
+        report = inductor_ce.explain(both, h, W)
+    assert not report.sites
+    assert {miss.reason.name for miss in report.misses} == {"UNSUPPORTED_TENSOR"}
+    assert "a divergence between several sets of logits, which are DTensors" in report.misses[0].message

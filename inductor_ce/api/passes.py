@@ -32,6 +32,7 @@ from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
 from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden
+from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
 from ..rewriting.legal import is_function_body, judge
@@ -98,7 +99,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
-    judged, error = attempt(LEFT, _read_and_judge, graph, options)
+    judged, error = attempt(LEFT, _read_and_judge, graph, options, not options.verify)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))
         return report
@@ -122,9 +123,8 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
             "returned logits are kept", settle_logits, graph, reading, fused, options, gone or {}
         )
         own = report.sites[-len(fused) :]
-        report.sites[-len(fused) :] = [
-            replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)
-        ]
+        own = [replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)]
+        report.sites[-len(fused) :] = [site for site in own if site.form]
         attempt("a padded vocabulary hides the linear layer", unpad, graph)
         attempt("chosen rows hide the linear layer", choose_hidden, graph)
     return report
@@ -136,9 +136,16 @@ def read_aten(graph: Graph) -> None:
         make_examples(graph)
 
 
-def _read_and_judge(graph: Graph, options: Options) -> tuple[Reading, list[Group]]:
+def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tuple[Reading, list[Group]]:
+    """What a graph is and what of it may be replaced; with `between`, divergences have been by then."""
     read_aten(graph)
     reading = recognise(graph)
+    while between:
+        fused, _ = attempt(LEFT, fuse_divergences, graph, reading, options)
+        if not fused:
+            break
+        forget(reading)
+        reading = recognise(graph)
     try:
         return reading, judge(reading, options)
     except Exception:
@@ -165,7 +172,10 @@ def _fuse(graph: Graph, reading: Reading, group: Group, number: int, verify: boo
 
 
 def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
-    forms = [_form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes]
+    forms = [
+        _form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes if FORM not in node.meta
+    ]
+    forms += [node.meta[FORM] for node in group.nodes if node.meta.get(FORM)]
     statistics = [name for expr in group.exprs.values() for name in statistics_of(expr)]
     location, code = user_line(headline(reading, group.nodes))
     return Site(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
+import torch
 from torch.fx import Graph, Node
 
 from .. import ops
 from ..common.compat.distributed import ALL_GATHER
 from ..graph.walk import args_of, reached
+
+aten = torch.ops.aten
 
 
 class StatsCall(NamedTuple):
@@ -48,6 +52,22 @@ def grad_call(node: Node) -> GradCall:
 def exchanges(stats: list[Node]) -> list[Node]:
     """The nodes by which ranks exchange statistics."""
     return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]
+
+
+_PIECES = {
+    *(aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.permute.default),
+    *(aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem),
+    *(aten.clone.default, aten.detach.default, aten.alias.default, aten._unsafe_view.default),
+}
+
+
+def is_divergence(node: Node) -> bool:
+    """Whether a node is a divergence, or a piece or view of what one reads."""
+
+    def readers(node: Node) -> list[Node]:
+        return list(node.users) if node.target in _PIECES else []
+
+    return any(reader.target == ops.DIVERGENCE for reader in reached([node], readers))
 
 
 PLANNED = "inductor_ce_planned"  # in the meta of a `row_stats`: its head has been planned

@@ -21,7 +21,7 @@ from .. import ops
 from ..common.compat.graphs import OpOverload
 from ..graph.shapes import equal, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached
-from .calls import grad_call, is_planned, stats_call
+from .calls import grad_call, is_divergence, is_planned, stats_call
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
@@ -271,6 +271,8 @@ def _gather(head: Head) -> None:
 def _escape(user: Node) -> str:
     if user.op == "output":
         return "the logits are returned"
+    if is_divergence(user):
+        return "a divergence reads the logits, or pieces of them, beside others"
     if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
         return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
@@ -287,9 +289,8 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
         return all(_reads_as_logits_only(user, node) for node in wide if node in user.all_input_nodes)
     if not is_ordered_view(user) and not is_pointwise(user):
         return False
-    shape = shape_of(user)
     axis = vocab_axis(user)
-    return axis is not None and equal(shape[axis], head.v) and is_of_size(user, _count(head.product))
+    return axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, _count(head.product))
 
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:
@@ -330,8 +331,7 @@ def is_ordered_view(node: Node) -> bool:
 
 
 def _moves_ones_only(node: Node) -> bool:
-    shape = shape_of(args_of(node)[0])
-    kept = [dim for dim in permutation(node) if not equal(shape[dim], 1)]
+    kept = [dim for dim in permutation(node) if not equal(shape_of(args_of(node)[0])[dim], 1)]
     return kept == sorted(kept)
 
 

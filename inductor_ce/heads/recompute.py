@@ -27,10 +27,11 @@ _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Ten
 
 
 def recompute_chains(graph: Graph) -> None:
-    """Tag the pointwise chains before all logits of `row_stats` in a joint graph, and before weights."""
+    """Tag the pointwise chains before all logits of a joint graph, and before weights of rows and classes."""
     returned = set(graph.output_node().all_input_nodes)
-    sites = graph.find_nodes(op="call_function", target=ops.ROW_STATS)
-    ends = [end for node in sites for end in _ends(node)]
+    ends = [end for node in graph.find_nodes(op="call_function", target=ops.ROW_STATS) for end in _ends(node)]
+    for node in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
+        ends += node.args[0]
     for link in [link for end in ends for link in _chain(end, returned)]:
         if not _may_be_dropped(link):
             link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE

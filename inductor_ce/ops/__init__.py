@@ -6,6 +6,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     rows            the statistics, each one entry of a table, and which of them a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
+    divergences     the operators of losses between several sets of logits
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
@@ -17,6 +18,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     lowering        to `templates/`, or to `loops`
 """
 
+from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .operators import (
     MAX_COLUMNS,
     NO_SITE,
@@ -54,6 +56,8 @@ from .rows import (
 
 __all__ = [
     "ARGMAX",
+    "DIVERGENCE",
+    "DIVERGENCE_GRAD",
     "DOT",
     "EXPDOT",
     "EXPZDOT",

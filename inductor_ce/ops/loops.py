@@ -1,4 +1,4 @@
-"""Lower the two operators to Inductor's own loops, by the definitions in `operators.py`."""
+"""Lower operators to Inductor's own loops, by the definitions in `operators.py` and `divergences.py`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
-from . import operators
+from . import divergences, operators
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
 
@@ -74,7 +74,69 @@ def row_grad(
         dz = _add(dz, _where(hit, coefficient(k), 0.0))
     for k, row in rows.slopes:
         dz = _add(dz, columns(row.slope, row, coefficient(k)))
-    return call_lowering(aten.clone.default, cast(dz, z.get_dtype()), memory_format=torch.contiguous_format)
+    return _made(dz, z.get_dtype())
+
+
+def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
+    return call_lowering(aten.clone.default, cast(dz, dtype), memory_format=torch.contiguous_format)
+
+
+def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:
+    """[1 + K + 2 S, N], as `divergences.divergence`."""
+    sides = []
+    for z, m, d in zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True):
+        logd, scale = call_lowering(aten.log.default, d), call_lowering(aten.reciprocal.default, d)
+        for row in (logd, scale):
+            row.realize()  # once a row, and not for each of its entries
+        sides.append(divergences.Normalised(z, m, logd, scale))
+    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides))
+
+
+def divergence_grad(
+    zs: list[IRNode], ms: list[IRNode], packed: IRNode, upstream: IRNode, which: str
+) -> list[IRNode]:
+    """S x [N, V], as `divergences.divergence_grad`."""
+    decoded = divergences.decode(which)
+    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    rows = [call_lowering(aten.select.int, packed, 0, k) for k in range(packed.get_size()[0])]
+    made = divergences.gradients(_Loops(), decoded, z, m, rows, up)
+    return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
+
+
+def _wide(values: list[IRNode], zs: list[IRNode]) -> list[IRNode]:
+    dtype = divergences.computed_in([z.get_dtype() for z in zs])
+    return [cast(value, dtype) for value in values]
+
+
+class _Loops:
+    """Arithmetic of what a loop computes for an entry."""
+
+    def add(self, a: IRNode, b: IRNode | float) -> IRNode:
+        return call_lowering(aten.add.Tensor, a, b)
+
+    def sub(self, a: IRNode, b: IRNode) -> IRNode:
+        return call_lowering(aten.sub.Tensor, a, b)
+
+    def mul(self, a: IRNode, b: IRNode | float) -> IRNode:
+        return call_lowering(aten.mul.Tensor, a, b)
+
+    def div(self, a: IRNode, b: IRNode) -> IRNode:
+        return call_lowering(aten.div.Tensor, a, b)
+
+    def exp(self, a: IRNode) -> IRNode:
+        return call_lowering(aten.exp.default, a)
+
+    def log(self, a: IRNode) -> IRNode:
+        return call_lowering(aten.log.default, a)
+
+    def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:
+        return _where(call_lowering(aten.eq.Scalar, p, 0), 0.0, x)
+
+    def over_classes(self, row: IRNode) -> IRNode:
+        return _unsqueeze(row, 1)
+
+    def total(self, a: IRNode) -> IRNode:
+        return _sum(a)
 
 
 def stats_dtype(z: IRNode) -> torch.dtype:

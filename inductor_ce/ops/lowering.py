@@ -25,6 +25,7 @@ from ..common.failsafe import attempt
 from ..common.sources import sources
 from . import counted, group_rank, loops, operators, products, verified
 from .counted import PRODUCT_TO_ROWS
+from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
 from .products import (
     ALIGN_ROWS,
@@ -92,6 +93,7 @@ def register() -> None:
         *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),
         *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
         (_row_grad_again, operators.ROW_GRAD_AGAIN),
+        *((loops.divergence, DIVERGENCE), (loops.divergence_grad, DIVERGENCE_GRAD)),
     ):
         inductor.lower_by(lowering, op, first)
 

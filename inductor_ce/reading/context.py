@@ -160,7 +160,7 @@ class Context:
 
     def loose_outside(self, arg: Any, like: Node, axis: int, made: str = "") -> sympy.Symbol | None:
         """A symbol for numbers of rows that have met no logits yet, beside labels in columns of `like`."""
-        kind = _kind(arg, like, axis)
+        kind = kind_of(arg, like, axis)
         if kind not in ("scalar", "row"):
             return None
         symbol = algebra.outside(f"loose{len(self.reading.loose) + 1}")
@@ -237,7 +237,7 @@ class Context:
         self, arg: Any, value: VocabValue, like: Node, made: str = ""
     ) -> algebra.Vocab | Refusal | None:
         """A tensor that is not made of these logits, where it broadcasts against a value shaped as `like`."""
-        kind = _kind(arg, like, value.axis)
+        kind = kind_of(arg, like, value.axis)
         if kind is None:
             return None
         if kind in ("classes", "columns") and self._wants_gradient(arg):
@@ -247,7 +247,7 @@ class Context:
 
     def mask(self, arg: Node, value: VocabValue, like: Node, made: str) -> sympy.Symbol | None:
         """The symbol of truth values that say of each column whether it is kept, 1 where it is."""
-        kind = _kind(arg, like, value.axis)
+        kind = kind_of(arg, like, value.axis)
         return self._outside_symbol(arg, kind, value, like, made) if kind in ("classes", "columns") else None
 
     def masks(self, value: VocabValue) -> frozenset[sympy.Symbol]:
@@ -303,7 +303,7 @@ def axis_of(arg: Any, dim: Any) -> int | None:
     return dim % example.dim() if -example.dim() <= dim < example.dim() else None
 
 
-def _kind(arg: Any, like: Node, axis: int) -> str | None:
+def kind_of(arg: Any, like: Node, axis: int) -> str | None:
     """How a tensor broadcasts against one of the shape of `like`, see `Outside`."""
     if tensor_of(arg) is None or tensor_of(arg).is_complex():  # type: ignore[union-attr]
         return None

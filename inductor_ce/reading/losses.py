@@ -23,7 +23,7 @@ from .values import Columns, LossValue, Outcome, Reduction, RowValue, Value, Voc
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def _modernised(args: dict[str, Any]) -> dict[str, Any]:
+def modernised(args: dict[str, Any]) -> dict[str, Any]:
     """The arguments, the ignore_index specialised where Dynamo keeps it symbolic, as under dynamic=True.
 
     A symbolic smoothing is specialised by torch itself, which then begins anew. The arguments size_average
@@ -38,7 +38,7 @@ def _modernised(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
-    args = _modernised(args)
+    args = modernised(args)
     value = _class_axis(context, args)
     smoothing = args.get("label_smoothing", 0.0)
     refusal = _refused_arguments(args)
@@ -56,7 +56,7 @@ def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
 
 
 def nll_loss(context: Context, args: dict[str, Any]) -> Outcome:
-    args = _modernised(args)
+    args = modernised(args)
     known = context.known(args.get("input"))
     if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
         return None
@@ -166,7 +166,7 @@ def _columns_of(context: Context, arg: Any, value: VocabValue, like: Node) -> al
 
 def kl_div(context: Context, args: dict[str, Any]) -> Outcome:
     """q log q - q input, or exp(q) (q - input) where the target is a logarithm."""
-    args = _modernised(args)
+    args = modernised(args)
     how = args.get("reduction", "mean")
     if how not in (*REDUCTIONS, "batchmean"):
         return _not_understood(f"The reduction {how!r} is none of torch's.")

@@ -181,6 +181,7 @@ _ARITHMETIC = (
          *_ELSEWHERE, traits="needs_value"),
     _row("xlogy", "arithmetic.xlogy", "input other", torch.xlogy, torch.special.xlogy, "xlogy",
          traits="takes_log"),
+    _row("logaddexp", "", "input other", torch.logaddexp, "logaddexp"),
     _row("entr", "arithmetic.entropy_terms", "input", torch.special.entr, traits="needs_value"),
     _row("clamp", "arithmetic.clamp", "input min max", torch.clamp, torch.clip, torch.clamp_min, "clamp",
          "clip", "clamp_min", traits="needs_value commutes before_log"),

@@ -203,6 +203,9 @@ class Reading:
     chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken
     added: dict[Node, Node] = field(default_factory=dict)  # to the graph, each with the node that it is for
     refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
+    between: dict[Node, tuple[Node, Refusal]] = field(
+        default_factory=dict
+    )  # divergences left, by what made them
     misses: list[Miss] = field(default_factory=list)
     small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)

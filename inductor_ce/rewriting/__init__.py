@@ -13,6 +13,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
+    divergences       losses between several tensors of logits, before all others
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them
     joined_columns    likewise columns that are put beside logits

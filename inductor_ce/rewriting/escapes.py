@@ -140,7 +140,7 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
 
 
 def _brought(reading: Reading, node: Node) -> set[Node]:
-    value = reading.values[node]
+    value = reading.values.get(node)
     return reading.brought(value) if isinstance(value, (RowValue, LossValue)) else set()
 
 
@@ -177,6 +177,9 @@ def _is_told(reading: Reading, node: Node, value: OnLogits) -> bool:
 
 def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
     """What the step says after which the reading broke off, or its name."""
+    if node in reading.between:
+        end, why = reading.between[node]
+        return Refusal(why.reason, why.sentence(end))
     mixed = _mixed_by(node)
     if mixed is not None:
         fact = "the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken"

@@ -68,14 +68,14 @@ ALIAS_EDITED = Refusal(
 def judge(reading: Reading, options: Options) -> list[Group]:
     """Decide from graph structure, global shapes and options alone, so that all ranks decide alike."""
     groups: list[Group] = []
-    everywhere = _refusal_of_graph(reading)
+    everywhere = refusal_of_graph(reading)
     _tell_refused_losses(reading, options)
     for logits, nodes in _losses(reading, options).items():
         refusal = (
-            _few_classes(logits.node, logits.axis, options)
+            few_classes(logits.node, logits.axis, options)
             or everywhere
-            or _refusal(logits)
-            or _refusal_of_edit(reading, logits)
+            or refusal_of_logits(logits)
+            or refusal_of_edit(reading, logits)
         )
         if refusal is not None:
             reading.miss(headline(reading, nodes), refusal)
@@ -94,10 +94,10 @@ def _tell_refused_losses(reading: Reading, options: Options) -> None:
         step, args = spellings.read(node)  # type: ignore[misc]
         if step.is_loss:
             z = args["input"]
-            reading.miss(node, _few_classes(z, class_dimension(z), options) or refusal)
+            reading.miss(node, few_classes(z, class_dimension(z), options) or refusal)
 
 
-def _few_classes(node: Node, axis: int, options: Options) -> Refusal | None:
+def few_classes(node: Node, axis: int, options: Options) -> Refusal | None:
     """That a loss is over fewer classes than are worth it, which comes before all other reasons."""
     size, example = shape_of(node)[axis], tensor_of(node)
     assert example is not None
@@ -120,7 +120,7 @@ def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            few = _few_classes(value.logits.node, value.logits.axis, options)
+            few = few_classes(value.logits.node, value.logits.axis, options)
             reading.miss(node, few or _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
@@ -188,13 +188,13 @@ def _is_loss(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
 # May it be replaced
 
 
-def _refusal_of_graph(reading: Reading) -> Refusal | None:
+def refusal_of_graph(reading: Reading) -> Refusal | None:
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
     return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
 
 
-def _refusal(logits: Logits) -> Refusal | None:
+def refusal_of_logits(logits: Logits) -> Refusal | None:
     example = tensor_of(logits.node)
     assert example is not None
     if is_dtensor(example):
@@ -234,7 +234,7 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
         reading.refused |= escaped.keys()
 
 
-def _refusal_of_edit(reading: Reading, logits: Logits) -> Refusal | None:
+def refusal_of_edit(reading: Reading, logits: Logits) -> Refusal | None:
     """Made functional, an edit through a transposed alias may leave other strides than the logits had.
 
     Nothing tells a kernel that reads them as [N, V], where the user's own operations do not care.

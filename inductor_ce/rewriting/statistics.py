@@ -22,6 +22,7 @@ from .groups import Group
 from .layouts import layout_of
 from .rematerialise import made_before
 from .weighed import (
+    SUMEXP,
     SUMEXP_EXTENDED,
     WEIGHED,
     Product,
@@ -85,6 +86,7 @@ _OF_ROWS = {
     symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
     LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
     symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
+    SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: d),
     SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _sumexp_extended),
     symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
     symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),

@@ -16,7 +16,8 @@ from ..ops import rows
 
 Product = tuple[sympy.Symbol, ...]
 
-# d, where it is multiplied by exp(max).
+# d; where it is multiplied by exp(max).
+SUMEXP = sympy.Symbol("d", real=True)
 SUMEXP_EXTENDED = sympy.Symbol("sumexp", extended_real=True)
 sumexpdot = sympy.Function("sumexpdot", real=True)  # of a weight: sum_i q_i exp(z_i - max)
 
@@ -88,11 +89,11 @@ def with_sums(moved: sympy.Expr) -> sympy.Expr:
     """A shifted expression with exp(max) d for exp(max + log d), whose digits no logarithm loses."""
 
     def is_sum(e: sympy.Basic) -> bool:
-        is_exp = isinstance(e, sympy.exp) and e.args[0].is_Add
-        return is_exp and {algebra.MAX, algebra.LOG_SUMEXP} <= set(e.args[0].args)
+        return isinstance(e, sympy.exp) and algebra.LOG_SUMEXP in sympy.Add.make_args(e.args[0])
 
     def product(e: sympy.Expr) -> sympy.Expr:
-        return sympy.exp(e.args[0] - algebra.LOG_SUMEXP) * SUMEXP_EXTENDED
+        others = e.args[0] - algebra.LOG_SUMEXP
+        return sympy.exp(others) * (SUMEXP_EXTENDED if others.has(algebra.MAX) else SUMEXP)
 
     for f in moved.atoms(algebra.mean_p_of):
         moved = moved.replace(is_sum, product).subs(SUMEXP_EXTENDED * f, sumexpdot(*f.args))

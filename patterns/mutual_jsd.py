@@ -1,7 +1,7 @@
-"""Co-distillation: two models learn from the log of their mean probabilities, by logaddexp.
+"""Deep mutual learning: a Jensen-Shannon divergence of two models that both learn, by logaddexp.
 
 Source: in the manner of KaiyangZhou/deep-person-reid, projects/DML/dml.py, with a Jensen-Shannon divergence
-Family: Look-alikes
+Family: Several sides
 """
 
 import math
@@ -24,7 +24,7 @@ def loss(logits1, logits2):
 
 
 EXPECTED = """\
-MIXTURE: The result of log_softmax goes into logaddexp (log_m = torch.logaddexp(log_p, log_q) -
-    math.log(2)), where the log of a mixture of probabilities, such as that of a Jensen-Shannon
-    divergence, is taken. No statistic of one row or of the other stands for it, so it runs as written.
+sum p*(log p - log m) + q*(log q - log m), m = 0.5*p + 0.5*q
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """

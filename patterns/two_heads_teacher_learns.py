@@ -1,7 +1,7 @@
-"""Deep mutual learning: the peer's head learns as well, so its probabilities are no constant targets.
+"""Torchreid, deep mutual learning: the peer's head learns as well, by its probabilities.
 
 Source: KaiyangZhou/deep-person-reid, projects/DML/dml.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch
@@ -22,7 +22,7 @@ def loss(hidden, weight, peer_hidden, peer_weight):
 
 
 EXPECTED = """\
-SOFT_TARGETS: The classes are weighed by softmax (q = F.softmax(peer_hidden @ peer_weight.t(),
-    dim=1)) [16, 64], of which a gradient is wanted. Detach the targets if they are meant as constants;
-    no gradient reaches them through the kernels.
+sum q*(log q - log p)
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """

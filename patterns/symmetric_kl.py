@@ -1,7 +1,7 @@
 """SMART-like: a symmetric KL of two passes, from the difference of their log-probabilities, both learn.
 
 Source: in the manner of namisan/mt-dnn, mt_dnn/loss.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch
@@ -21,7 +21,7 @@ def loss(logits, noised):
 
 
 EXPECTED = """\
-SOFT_TARGETS: The classes are weighed by log_softmax (log_p, log_q = F.log_softmax(logits, dim=-1),
-    F.log_softmax(noised, dim=-1)) [12, 48], of which a gradient is wanted. Detach the targets if they
-    are meant as constants; no gradient reaches them through the kernels.
+sum p*(log p - log q) + q*(log q - log p)
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """

@@ -1,7 +1,7 @@
-"""TRL, GKD with beta between 0 and 1: the generalised Jensen-Shannon divergence from a frozen teacher.
+"""TRL, GKD: the generalised Jensen-Shannon divergence from a frozen teacher, by a stack of log-probabilities.
 
 Source: huggingface/trl, trl/experimental/gkd/gkd_trainer.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch
@@ -29,13 +29,7 @@ def loss(student_logits, teacher_logits, labels, beta=0.5, temperature=0.9):
 
 
 EXPECTED = """\
-MIXTURE: The result of log_softmax goes into logsumexp (mixture = torch.logsumexp(both, dim=0)),
-    where the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken.
-    No statistic of one row or of the other stands for it, so it runs as written.
-MIXTURE: The result of log_softmax goes into logsumexp (mixture = torch.logsumexp(both, dim=0)),
-    where the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken.
-    No statistic of one row or of the other stands for it, so it runs as written.
-NOT_UNDERSTOOD: The result of logsumexp goes into kl_div (to_teacher = F.kl_div(mixture, teacher,
-    reduction="none", log_target=True)). It joins values of different logits. If this is a cross
-    entropy, write this step in one of the spellings that the README lists; if not, it runs as written.
+sum(sum 0.5*p*(log p - log m) + 0.5*q*(log q - log m), m = 0.5*p + 0.5*q)
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """

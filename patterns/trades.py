@@ -1,7 +1,7 @@
 """TRADES: KL divergence from clean to adversarial, with a gradient to the clean probabilities too.
 
 Source: yaodongyu/TRADES, trades.py
-Family: Look-alikes
+Family: Several sides
 """
 
 import torch
@@ -21,10 +21,10 @@ def loss(adversarial, clean, y, beta=6.0):
 
 
 EXPECTED = """\
+sum(sum q*(log q - log p))
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 mean[y != -100](lse - pick(y))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
-SOFT_TARGETS: The classes are weighed by softmax (robust = F.kl_div(F.log_softmax(adversarial,
-    dim=1), F.softmax(clean, dim=1), reduction="sum") / B) [8, 48], of which a gradient is wanted.
-    Detach the targets if they are meant as constants; no gradient reaches them through the kernels.
 """

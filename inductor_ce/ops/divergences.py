@@ -1,0 +1,295 @@
+"""Divergences between several sets of logits: the operators, beside the two of the waist.
+
+    divergence(zs S x [N, V], ms, ds S x [N], which)                          -> [1 + K + 2 S, N]
+    divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
+
+`which` is a `Divergence` of `algebra/divergences.py` as text; the formulas are there. The normalisers of
+each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of
+the same logits has them for nothing. The rows of the first result are the value, for each gradient that needs
+one a sum over the classes, and of each side log d and 1 / d: with m, all that the backward reads of a row.
+
+They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
+entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the
+divergence does.
+
+NOTE Probabilities of 0
+p log x is 0 where p is 0, as the limit is, also where the logits are -inf, and where exp gives 0 for what is
+below the smallest number. So log m may be taken of the sum of the w p: it is -inf only where all p of the
+mixture are 0, and none but these weigh it. Where some are 0 by underflow only, the error is of that size.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..algebra.divergences import Divergence
+from ..common.errors import DerivativeError
+
+T = TypeVar("T")
+
+
+def encode(divergence: Divergence) -> str:
+    """A divergence as the argument `which` of the operators."""
+    return json.dumps(tuple(divergence))
+
+
+@functools.lru_cache(maxsize=256)
+def decode(which: str) -> Divergence:
+    """What `encode` has made text of."""
+    constants, logs, mixtures, mixed, wanted = json.loads(which)
+    logs, mixtures, mixed = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
+    return Divergence(tuple(constants), logs, mixtures, mixed, tuple(wanted))
+
+
+class Arithmetic(Protocol[T]):
+    """What the formulas are computed with, over tensors or in Inductor's loops."""
+
+    def add(self, a: T, b: T | float) -> T: ...
+    def sub(self, a: T, b: T) -> T: ...
+    def mul(self, a: T, b: T | float) -> T: ...
+    def div(self, a: T, b: T) -> T: ...
+    def exp(self, a: T) -> T: ...
+    def log(self, a: T) -> T: ...
+    def unless_zero(self, p: T, x: T) -> T:
+        """x, but 0 where p is 0."""
+
+    def over_classes(self, row: T) -> T:
+        """A number of each row beside all of its entries."""
+
+    def total(self, a: T) -> T:
+        """The sum over the classes."""
+
+
+class Normalised(NamedTuple, Generic[T]):
+    """The logits of a side, and of each row their maximum, log d and 1 / d."""
+
+    z: T
+    m: T
+    logd: T
+    scale: T
+
+
+class _Entries(Generic[T]):
+    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs.
+
+    p is exp(z - m) / d, and not the exponential of its logarithm, which has been rounded.
+    """
+
+    def __init__(self, do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]):
+        self.do, self.which = do, which
+        gaps = [do.sub(side.z, do.over_classes(side.m)) for side in sides]
+        self.a = [do.sub(gap, do.over_classes(s.logd)) for gap, s in zip(gaps, sides, strict=True)]
+        self.p = [do.mul(do.exp(gap), do.over_classes(s.scale)) for gap, s in zip(gaps, sides, strict=True)]
+        self.m = [self._sum(zip(w, self.p, strict=True)) for w in which.mixtures]
+        self.logs = [do.log(m) for m in self.m]
+
+    def _sum(self, terms: Iterable[tuple[float, T]], constant: float = 0.0) -> T:
+        """sum of c x, of which there is at least one, and a constant; a factor of all comes last."""
+        kept = sorted(((c, x) for c, x in terms if c), key=lambda term: term[0] < 0)
+        scale = abs(kept[0][0]) if len({abs(c) for c, _ in kept}) == 1 else 1.0
+        result = self._times(kept[0][1], kept[0][0] / scale)
+        for c, x in kept[1:]:
+            term = self._times(x, abs(c) / scale)
+            result = self.do.sub(result, term) if c < 0 else self.do.add(result, term)
+        return self._times(self.do.add(result, constant / scale) if constant else result, scale)
+
+    def _times(self, x: T, c: float) -> T:
+        return x if c == 1 else self.do.mul(x, c)
+
+    def terms(self, u: int) -> T | None:
+        """L_u; None for 0."""
+        which = self.which
+        pairs = [*zip(which.logs[u], self.a, strict=True), *zip(which.mixed[u], self.logs, strict=True)]
+        return self._sum(pairs, which.constants[u]) if which.has_terms(u) else None
+
+    def value(self, u: int) -> T | None:
+        """p_u L_u"""
+        terms = self.terms(u)
+        return None if terms is None else self.do.unless_zero(self.p[u], self.do.mul(self.p[u], terms))
+
+    def shares(self, u: int) -> T | None:
+        """sum_k w_ku p_u T_k / m_k, without those k for which it is a multiple of p_u."""
+        do, which = self.do, self.which
+        parts = []
+        for k in which.shares(u):
+            weighed = self._sum((which.mixed[s][k], self.p[s]) for s in which.sides)
+            parts.append(do.mul(do.div(do.mul(self.p[u], which.mixtures[k][u]), self.m[k]), weighed))
+        return do.unless_zero(self.p[u], _added(do, parts)) if parts else None
+
+    def gradient(self, u: int, total: T | None) -> T:
+        """Of side u, of whose sum over the classes `total` is, for an upstream gradient of 1."""
+        do, which = self.do, self.which
+        parts: list[T] = []
+        if total is not None:
+            terms, total = self.terms(u), do.over_classes(total)
+            gap = do.mul(total, -1.0) if terms is None else do.sub(terms, total)
+            parts.append(do.unless_zero(self.p[u], do.mul(self.p[u], gap)))
+        shares = self.shares(u)
+        parts += [] if shares is None else [shares]
+        parts += [
+            do.mul(do.sub(self.p[s], self.p[u]), which.logs[s][u])
+            for s in which.sides
+            if s != u and which.logs[s][u]
+        ]
+        return _added(do, parts) if parts else do.mul(self.p[u], 0.0)
+
+
+def sums(do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]) -> list[T]:
+    """The rows that `divergence` packs."""
+    entries = _Entries(do, which, sides)
+    values = {u: x for u in which.sides if (x := entries.value(u)) is not None}
+    packed = [do.total(_added(do, values.values()))]
+    for u in which.summed:
+        parts = [x for x in (values.get(u), entries.shares(u)) if x is not None]
+        packed.append(do.total(_added(do, parts)))
+    return [*packed, *(row for side in sides for row in (side.logd, side.scale))]
+
+
+def _added(do: Arithmetic[T], terms: Iterable[T]) -> T:
+    first, *others = terms
+    return functools.reduce(do.add, others, first)
+
+
+def gradients(
+    do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], packed: Sequence[T], upstream: T
+) -> list[T]:
+    """Those of the sides that are wanted, in the dtype in which they are computed."""
+    first = 1 + len(which.summed)
+    logds, scales = packed[first::2], packed[first + 1 :: 2]
+    sides = [Normalised(*rows) for rows in zip(zs, ms, logds, scales, strict=True)]
+    entries = _Entries(do, which, sides)
+    of_side = dict(zip(which.summed, packed[1:first], strict=True))
+    up = do.over_classes(upstream)
+    return [do.mul(entries.gradient(u, of_side.get(u)), up) for u in which.wanted]
+
+
+class _Tensors:
+    """Arithmetic of tensors."""
+
+    add, sub, mul = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
+    div, exp, log = staticmethod(torch.div), staticmethod(torch.exp), staticmethod(torch.log)
+
+    @staticmethod
+    def unless_zero(p: Tensor, x: Tensor) -> Tensor:
+        return torch.where(p == 0, 0.0, x)
+
+    @staticmethod
+    def over_classes(row: Tensor) -> Tensor:
+        return row.unsqueeze(-1)
+
+    @staticmethod
+    def total(a: Tensor) -> Tensor:
+        return a.sum(-1)
+
+
+def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """float64 where any of the logits are, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence:
+    divergence = decode(which)
+    if any(len(each) != len(divergence.sides) for each in (zs, *rows_of_sides)):
+        raise ValueError(f"{len(zs)} sets of logits for {len(divergence.sides)} sides")
+    for z, *rows in zip(zs, *rows_of_sides, strict=True):
+        if z.dim() != 2 or not z.is_floating_point() or z.shape[1] != zs[0].shape[1]:
+            raise ValueError(f"logits must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
+        for n in (z.shape[0], *(row.shape[0] for row in rows)):
+            torch._check(n == zs[0].shape[0], lambda: "the sides differ in N")
+    return divergence
+
+
+def _wide(tensors: Sequence[Tensor], zs: list[Tensor]) -> list[Tensor]:
+    dtype = computed_in([z.dtype for z in zs])
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+@torch.library.custom_op("inductor_ce::divergence", mutates_args=())
+def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
+    """The value of a divergence and what its gradients need of each row, [1 + K + 2 S, N].
+
+    Args:
+        zs: the logits of each side, [N, V].
+        ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N].
+        which: an encoded `Divergence`, see `encode`.
+
+    Returns:
+        float64 if any logits are, else float32. Only the value has a gradient.
+
+    Raises:
+        ValueError: the sides differ in number or in V.
+    """
+    checked = _check(zs, which, ms, ds)
+    wide = zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True)
+    return torch.stack(sums(_Tensors, checked, [Normalised(z, m, d.log(), 1 / d) for z, m, d in wide]))
+
+
+@divergence.register_fake
+def _(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
+    checked = _check(zs, which, ms, ds)
+    dtype = computed_in([z.dtype for z in zs])
+    return zs[0].new_empty((1 + len(checked.summed) + 2 * len(zs), zs[0].shape[0]), dtype=dtype)
+
+
+@torch.library.custom_op("inductor_ce::divergence_grad", mutates_args=())
+def divergence_grad(
+    zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, which: str
+) -> list[Tensor]:
+    """The gradients with respect to the logits of the sides that are wanted, each in the dtype of those.
+
+    Args:
+        zs, ms, which: as for `divergence`, whose result `packed` is.
+        upstream: the gradient of the value, [N].
+    """
+    checked = _check(zs, which, ms)
+    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    made = gradients(_Tensors, checked, z, m, packed.unbind(0), up)
+    return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
+
+
+@divergence_grad.register_fake
+def _(zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, which: str) -> list[Tensor]:
+    return [zs[u].new_empty(zs[u].shape) for u in _check(zs, which, ms).wanted]
+
+
+def _save_for_grad(ctx, inputs, output) -> None:
+    zs, ms, _, ctx.which = inputs
+    ctx.n_sides = len(zs)
+    ctx.save_for_backward(*zs, *ms, output)
+
+
+def _backward(ctx, upstream: Tensor):
+    *saved, packed = ctx.saved_tensors
+    n = ctx.n_sides
+    made = divergence_grad(saved[:n], saved[n:], packed, upstream[0], ctx.which)
+    of_side = dict(zip(decode(ctx.which).wanted, made, strict=True))
+    return [of_side.get(u) for u in range(n)], [None] * n, [None] * n, None
+
+
+def _no_second_derivative(ctx, *upstream):
+    raise DerivativeError(
+        "A divergence of inductor_ce has no second derivative: compile it without inductor_ce where the "
+        "gradient of a gradient is wanted."
+    )
+
+
+def _no_batches(info, in_dims, *args, **kwargs):
+    raise DerivativeError(
+        "A divergence of inductor_ce cannot run under torch.vmap: compile it without inductor_ce there."
+    )
+
+
+divergence.register_autograd(_backward, setup_context=_save_for_grad)
+divergence_grad.register_autograd(_no_second_derivative)
+divergence.register_vmap(_no_batches)
+divergence_grad.register_vmap(_no_batches)
+
+# The form in which graphs hold the operators.
+DIVERGENCE = torch.ops.inductor_ce.divergence.default
+DIVERGENCE_GRAD = torch.ops.inductor_ce.divergence_grad.default

@@ -1,0 +1,118 @@
+"""Sums over the classes of several rows of logits beside each other, read where one row alone is not enough.
+
+A divergence whose sides both carry gradients, or whose logarithm is of a mixture, has no value over one
+tensor of logits. Where a sum, or a loss of torch, has none, what it sums is read as a joint value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from .. import algebra
+from ..algebra import divergences as joint
+from ..algebra.divergences import Divergence
+from ..graph.shapes import shape_of, tensor_of
+from . import spellings
+from .joint import JointReader, RowFactor
+from .losses import modernised
+from .sides import Side, moves, of_wholes
+from .tails import Summed, added_up
+from .values import LossValue, Reading, RowValue, row_expr
+
+_ENDS = ("sum", "mean", "kl_div")
+
+
+@dataclass(frozen=True)
+class Term:
+    """A divergence, and the numbers of each row that it is multiplied by."""
+
+    divergence: Divergence
+    factors: tuple[RowFactor, ...]
+
+
+@dataclass(frozen=True)
+class Between:
+    """A node that is a sum over the classes of several sides, and over rows as `end` says.
+
+    Attributes:
+        node, end, summand, axis, wide: as of `Summed`.
+        sides: of which its terms are.
+        terms: what is added up; none where that is not a sum of logarithms under probabilities.
+    """
+
+    node: Node
+    end: Node
+    summand: Node
+    axis: int
+    sides: tuple[Side, ...]
+    terms: tuple[Term, ...]
+    wide: frozenset[Node]
+
+
+def read_divergences(reading: Reading) -> Iterator[Between]:
+    """Those of a graph that has been read."""
+    reader = JointReader(reading)
+    found = []
+    for node in reading.timeline.nodes:
+        step = spellings.step_of(node)
+        if step is not None and step.name in _ENDS and not is_loss_of_one(reading, node):
+            summed = _summed(reader, node, step.name)
+            if summed is not None:
+                found.append(summed)
+    for summed in added_up(reading, found):
+        between = _between(reader, summed)
+        if between is not None:
+            yield between
+
+
+def is_loss_of_one(reading: Reading, node: Node) -> bool:
+    """Whether a node is a loss over one tensor of logits."""
+    value = reading.values.get(node)
+    return isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value))
+
+
+def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
+    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
+    summand, timeline = args.get("input"), reader.reading.timeline
+    if tensor_of(node) is None or not isinstance(summand, Node) or tensor_of(summand) is None:
+        return None
+    if timeline.grad_mode(timeline.position[node]) is not True:
+        return None
+    is_loss = name == "kl_div"
+    if is_loss and modernised(args).get("reduction", "mean") == "none":
+        return None  # what sums it is the end
+    value = reader.divergence(node, args) if is_loss else reader.of(summand)
+    if value is None or value.axis is None:
+        return None
+    axis = value.axis
+    if not is_loss and not _sums(args, axis, len(shape_of(summand))):
+        return None
+    if value.like is not None:
+        if is_loss or args.get("dim") is not None:
+            return None
+        summand, axis = value.like, len(shape_of(value.like)) - 1
+    return Summed(node, node, summand, axis, value.expr, value.wide | {node})
+
+
+def _between(reader: JointReader, summed: Summed) -> Between | None:
+    """None for what is over one side alone, or of which no gradient is wanted."""
+    used = sorted(summed.expr.sides)
+    sides = of_wholes([reader.sides[side] for side in used], reader.reading)
+    wanted = [i for i, side in enumerate(sides) if moves(side)]
+    if not 2 <= len(sides) <= joint.MOST_SIDES or not wanted:
+        return None
+    expr = summed.expr.renamed({side: i for i, side in enumerate(used)})
+    parts = joint.total(expr, [(side.logits, side.steps) for side in sides], wanted) or {}
+    terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())
+    return Between(summed.node, summed.end, summed.summand, summed.axis, sides, terms, summed.wide)
+
+
+def _sums(args: dict[str, Any], axis: int, rank: int) -> bool:
+    """Whether a sum or mean is over the classes, and maybe over rows."""
+    dim = args.get("dim")
+    dims = range(rank) if dim is None else dim if isinstance(dim, (tuple, list)) else [dim]
+    return all(isinstance(d, int) for d in dims) and axis in {d % rank for d in dims}

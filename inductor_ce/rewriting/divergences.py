@@ -1,0 +1,254 @@
+"""Divergences between several sets of logits: what may be replaced, and by what.
+
+The normalisers of each side are written as torch has them, a maximum and a sum of exponentials through which
+no gradient flows, and are read with all other losses of the same logits in a second reading of the graph. So
+one `row_stats` serves a cross entropy and a divergence. What is summed over all sides is one `divergence`.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..algebra import divergences
+from ..common.compat.graphs import is_dtensor
+from ..common.failsafe import attempt
+from ..common.findings import Reason, Refusal
+from ..common.options import Options
+from ..graph.builder import Builder
+from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.timeline import written_by
+from ..ops.divergences import encode
+from ..reading import spellings
+from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_divergences
+from ..reading.losses import modernised
+from ..reading.row_views import Index, Permute, Reshape, RowView
+from ..reading.values import Logits, Reading
+from .arrange import first_size, row_sizes
+from .escapes import escape, needed_nodes
+from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
+from .rewrite import want_gradients_as
+
+LEFT = "a divergence is left as it was"
+
+# In the meta of normalisers: the divergence that they are for, as text, once, and "" elsewhere.
+FORM = "inductor_ce_divergence"
+
+OF_RANKS = Refusal(
+    Reason.UNSUPPORTED_TENSOR, "It is a divergence between several sets of logits, which are DTensors."
+)
+NOT_WEIGHED = Refusal(
+    Reason.MIXTURE,
+    "It sums logarithms over the classes that are weighed by no probabilities, or one of a mixture of "
+    "probabilities that is weighed by others than those that are in it.",
+)
+EDITED = Refusal(Reason.MUTATED, "Logits of a divergence are changed in place after they are read by it.")
+
+
+def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
+    """Replace those that may be, and keep in the reading why others are left. Returns whether it did any."""
+    found = list(read_divergences(reading))
+    if not found:
+        return False
+    everywhere = refusal_of_graph(reading)
+    refused = {f.node: _few(f, options) or everywhere or _refusal(reading, f) for f in found}
+    allowed = [f for f in found if refused[f.node] is None]
+    for each in _escaping(reading, allowed):
+        allowed.remove(each)
+    for each in found:
+        refusal = refused[each.node]
+        if refusal is not None and refusal.reason is Reason.SMALL_VOCAB:
+            reading.miss(each.node, refusal)
+        elif refusal is not None:
+            reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
+    made: Made = {}
+    done = [each for each in allowed if attempt(LEFT, _rewrite, graph, each, made)[1] is None]
+    for each in done:
+        _erase(each)
+    return bool(done)
+
+
+# Which may be replaced
+
+
+def _few(found: Between, options: Options) -> Refusal | None:
+    z = found.sides[0].logits
+    return few_classes(z.node, z.axis, options)
+
+
+def _refusal(reading: Reading, found: Between) -> Refusal | None:
+    logits = [side.logits for side in found.sides]
+    if not found.terms:
+        return NOT_WEIGHED
+    if any(is_dtensor(tensor_of(z.node)) for z in logits):
+        return OF_RANKS
+    timeline = reading.timeline
+    if any(timeline.version(z.node, len(timeline.nodes)) != z.version for z in logits):
+        return EDITED
+    refusals = (refusal_of_logits(z) or refusal_of_edit(reading, z) for z in logits)
+    return next((refusal for refusal in refusals if refusal is not None), None)
+
+
+def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
+    """Those whose log-probabilities something else needs, by which they are in memory in any case."""
+    found = list(allowed)
+    escaping: list[Between] = []
+    while True:
+        ends = {each.node for each in found}
+        inner = {node for each in found for node in each.wide} - ends
+        losses = {n for n in reading.values if is_loss_of_one(reading, n)}
+        inner -= reading.looked_through
+        reading.looked_through |= inner
+        needed = needed_nodes(reading, ends | losses)
+        reading.looked_through -= inner
+        more = [each for each in found if (each.wide - {each.node}) & needed]
+        if not more:
+            return escaping
+        for each in more:
+            found.remove(each)
+            wide = sorted((each.wide - {each.node}) & needed, key=reading.timeline.position.__getitem__)
+            refusal = escape(reading, wide, needed)
+            reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
+        escaping += more
+
+
+# The rewrite
+
+
+def _rewrite(graph: Graph, found: Between, made: Made) -> None:
+    """Put a `divergence` in the place of a node, which is left without users."""
+    build = Builder(graph, found.node, like=found.node)
+    known = dict(made)
+    try:
+        result = _result(build, found, made)
+    except Exception:
+        build.undo()
+        made.clear()
+        made |= known
+        raise
+    want_gradients_as(found.node, result)
+    found.node.replace_all_uses_with(result)
+
+
+def _result(build: Builder, found: Between, made: Made) -> Node:
+    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    sides = [_side(build, side, made) for side in found.sides]
+    first = sides[min(found.terms[0].divergence.wanted)].d
+    first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
+    parts = [_rows(build, found, term, sides) for term in found.terms]
+    rows = functools.reduce(functools.partial(build, torch.add), parts)
+    result = _reduced(build, found, rows, args)
+    dtype = tensor_of(found.node).dtype  # type: ignore[union-attr]
+    return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
+
+
+def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -> Node:
+    """A number for each row, arranged as what is summed, with an axis of size 1 for the classes."""
+    wanted = term.divergence.wanted
+    zs = [side.z if u in wanted else side.held for u, side in enumerate(sides)]
+    rows_of = [side.m for side in sides], [side.d for side in sides]
+    packed = build(ops.DIVERGENCE, zs, *rows_of, encode(term.divergence))
+    rows = build(torch.select, packed, 0, 0)
+    if len(shape_of(found.summand)) != 2:
+        rows = build("reshape", rows, row_sizes(build, found.summand, found.axis))
+    rows = build("unsqueeze", rows, found.axis)
+    for factor in term.factors:
+        if factor.how == "mul":
+            rows = build(torch.mul, rows, factor.node)
+        elif factor.how == "div":
+            rows = build(torch.div, rows, factor.node)
+        else:
+            pair = (0.0, rows) if factor.how == "where not" else (rows, 0.0)
+            mask = build("unsqueeze", factor.node, -1) if factor.how == "chosen" else factor.node
+            rows = build(torch.where, mask, *pair)
+    return rows
+
+
+class Normalised(NamedTuple):
+    """The logits of a side [N, V], the same without gradient, and of each row its maximum m and d."""
+
+    z: Node
+    held: Node
+    m: Node
+    d: Node
+
+
+Made = dict[tuple[Logits, tuple[RowView, ...]], Normalised]
+
+
+def _side(build: Builder, side: Side, made: Made) -> Normalised:
+    """The normalisers of a side, made once for all divergences."""
+    key = side.logits, side.steps
+    if key not in made:
+        z = _flat(build, side)
+        held = build("detach", z)
+        dtype = ops.stats_dtype_of(tensor_of(z).dtype)  # type: ignore[union-attr]
+        wide = held if tensor_of(z).dtype == dtype else build("to", held, dtype)  # type: ignore[union-attr]
+        m = build(torch.amax, wide, -1)
+        exp = build(torch.exp, build(torch.sub, wide, build("unsqueeze", m, -1)))
+        d = build(torch.sum, exp, -1)
+        m.meta[FORM] = d.meta[FORM] = ""
+        made[key] = Normalised(z, held, m, d)
+    return made[key]
+
+
+def _flat(build: Builder, side: Side) -> Node:
+    """The logits of a side as its rows are arranged, [N, V]."""
+    z, axis = side.logits.node, side.logits.axis
+    rank, v = len(shape_of(z)), shape_of(z)[axis]
+    node = z if axis == rank - 1 else build(torch.movedim, z, axis, -1)
+    for step in side.steps:
+        if isinstance(step, Reshape):
+            node = build("reshape", node, [*row_sizes(build, step.result, step.result_axis), v])
+        elif isinstance(step, Permute):
+            node = build("permute", node, [*step.order, len(step.order)])
+        elif isinstance(step, Index):
+            node = build("select", node, step.dim, step.at)
+        else:
+            cuts = zip(step.left, step.right, strict=True)
+            node = build(operator.getitem, node, tuple(slice(a or None, -b if b else None) for a, b in cuts))
+    return node if len(shape_of(node)) == 2 else build("reshape", node, [-1, v])
+
+
+def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -> Node:
+    """As the user's own sum, mean or loss reduces what it sums."""
+    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
+    how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
+    given: tuple[Any, ...] = () if args.get("dim") is None else (args["dim"], bool(args.get("keepdim")))
+    if name == "kl_div":
+        given = ()
+    chosen = [f for f in found.terms[0].factors if f.how == "chosen"]
+    if how == "mean" and chosen:
+        count = build(torch.mul, build(torch.sum, chosen[0].node), shape_of(found.summand)[-1])
+        return build(torch.div, build(torch.sum, rows), count)
+    if how == "mean":
+        v = constant(shape_of(found.summand)[found.axis])
+        return build(torch.div, build(torch.mean, rows, *given), v)
+    total = build(torch.sum, rows, *given)
+    return build(torch.div, total, first_size(build, args["input"])) if how == "batchmean" else total
+
+
+def _form(found: Between) -> str:
+    """What is computed, as text."""
+    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
+    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
+    if name == "sum" and args.get("dim") is not None:
+        how = ""
+    rendered = " + ".join(divergences.render(term.divergence) for term in found.terms)
+    return f"{how}({rendered})" if how else rendered
+
+
+def _erase(found: Between) -> None:
+    """Erase what made a divergence and is not used any more."""
+    graph = found.node.graph
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in sorted(found.wide | {found.node}, key=lambda n: -order.get(n, -1)):
+        if node in order and not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+            graph.erase_node(node)
