@@ -18,7 +18,7 @@ def inputs():
 
 def loss(first, second, temperature=0.5, tau_plus=0.1):
     first, second = F.normalize(first, dim=-1), F.normalize(second, dim=-1)
-    same = torch.eye(N, dtype=torch.bool)
+    same = torch.eye(N, dtype=torch.bool, device=first.device)
     neg = torch.exp(first @ second.t() / temperature).masked_fill(same, 0).sum(-1)
     pos = torch.exp((first * second).sum(-1) / temperature)
     ng = (-tau_plus * (N - 1) * pos + neg) / (1 - tau_plus)
