@@ -139,6 +139,13 @@ def test_statistics_over_weights_that_are_made(dtype: torch.dtype, v: int) -> No
     assert ((actual - exact).abs() / exact.abs().clamp_min(1)).max() < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(3, 257), (257,)])
+def test_weights_that_are_constant(shape: tuple[int, ...]) -> None:
+    """Of rows and classes they are no tile of a template, which Inductor would yet let absorb them."""
+    (wrapper,) = generate(lambda z: ops.row_stats(z, [], [torch.full(shape, 0.5)], SOFT), torch.randn(3, 257))
+    assert len(templates(wrapper)) == len(shape) % 2
+
+
 # On a GPU
 
 N, V = 4096, 32000

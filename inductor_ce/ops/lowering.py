@@ -186,9 +186,11 @@ def _lowered(
     z: IRNode, template: Callable[..., IRNode], by_loops: Callable[..., IRNode], *args: Any
 ) -> IRNode:
     """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
+    _, weights, *_ = args[1:]
     result = None
     # A constant that a template absorbs would not have the shape of its tile.
-    if z.get_device().type in GPUS and not _is_empty(z) and not inductor.is_constant(z):
+    constant = any(map(inductor.is_constant, [z, *(q for q in weights if len(q.get_size()) == 2)]))
+    if z.get_device().type in GPUS and not _is_empty(z) and not constant:
         result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
     return by_loops(*args) if result is None else result
 
@@ -199,8 +201,8 @@ def _in_place_of(z: IRNode, dz: IRNode) -> IRNode:
 
 
 def _is_made_for_each(q: IRNode) -> bool:
-    """Whether a chain that is yet to be computed makes a weight for each row and class."""
-    return len(q.get_size()) == 2 and not inductor.is_buffer(q)
+    """Whether a chain that is yet to be computed makes a weight for each row and class of something."""
+    return len(q.get_size()) == 2 and not inductor.is_buffer(q) and not inductor.is_constant(q)
 
 
 def _is_empty(z: IRNode) -> bool:
@@ -363,10 +365,9 @@ def _readable_weights(weights: list[IRNode], z: IRNode, after: set[str]) -> list
 
     One that is [V] is in memory, and read with a stride of 0: there is little of it.
     """
-
-    def made(q: IRNode) -> IRNode:
-        if len(q.get_size()) == 1:
-            return inductor.readable(loops.over_rows(q, z))
-        return inductor.readable(_unrounded(q), absorb=True, after=after)
-
-    return [*map(made, weights)]
+    return [
+        inductor.readable(_unrounded(q), absorb=True, after=after)
+        if _is_made_for_each(q)
+        else inductor.readable(loops.over_rows(q, z))
+        for q in weights
+    ]
