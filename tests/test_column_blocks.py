@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness import Graphs, Rewritten, compile_without_codegen
 from head_cases import counts
+from pairwise import EVERYTHING
 from reference import assert_fair
 from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
@@ -193,6 +195,120 @@ def measured(f: Loss, given: tuple[Tensor, ...]) -> list[Tensor | None]:
         [u for r, u in zip(results, upstream, strict=True) if r.requires_grad],
     )
     return [*(r.detach() for r in results), *(x.grad for x in leaves)]
+
+
+# All ways to write each part of such a loss, together
+
+SIZES = {
+    "even": [15] * 4,
+    "the last is shorter": [16, 16, 16, 12],
+    "of any": [7, 30, 20, 3],
+    "many": [4] * 15,
+}
+
+Parts = Callable[[Tensor, Tensor, Tensor, list[int]], list[Tensor]]
+
+
+def bounds(sizes: list[int]) -> list[tuple[int, int]]:
+    return [(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+PRODUCTS: dict[str, Parts] = {
+    "linear": lambda h, W, b, n: [F.linear(h, W[i:j], b[i:j]) for i, j in bounds(n)],
+    "split": lambda h, W, b, n: [F.linear(h, w, bias=c) for w, c in zip(W.split(n), b.split(n), strict=True)],
+    "transposed": lambda h, W, b, n: [h @ w for w in W.t().split(n, 1)],
+    "transposed each": lambda h, W, b, n: [torch.mm(h, w.transpose(0, 1)) + 0.5 for w in W.split(n)],
+    "narrow": lambda h, W, b, n: [-torch.matmul(h, W.narrow(0, i, j - i).T) / 0.7 for i, j in bounds(n)],
+    "each hidden": lambda h, W, b, n: [
+        h.view(4, -1, D).view(N, D) * 2 @ W[i:j].T + b[i:j] for i, j in bounds(n)
+    ],
+    "addmm": lambda h, W, b, n: [torch.addmm(b[i:j], h, W[i:j].t()) for i, j in bounds(n)],
+    "einsum": lambda h, W, b, n: list(torch.einsum("nd,vd->nv", h, W).split(n, -1)),
+    "a scale for each row": lambda h, W, b, n: [h @ w.T * h[:, :1] for w in W.split(n)],
+    "a soft cap": lambda h, W, b, n: [3 * torch.tanh(F.linear(h, w) / 3.0) for w in W.split(n)],
+    "the last classes": lambda h, W, b, n: [h @ W[i:j].T for i, j in bounds(n)[1:]],
+}
+
+
+def by_maximum(z: list[Tensor]) -> Tensor:
+    m = z[0].amax(-1, keepdim=True)
+    s = torch.exp(z[0] - m).sum(-1, keepdim=True)
+    for part in z[1:]:
+        m_new = torch.maximum(m, part.max(-1, keepdim=True)[0])
+        s, m = s * (m - m_new).exp() + (part - m_new).exp().sum(-1, keepdim=True), m_new
+    return (s.log() + m).squeeze(-1)
+
+
+def by_merging(z: list[Tensor]) -> Tensor:
+    m, s = z[0].new_full((N,), -math.inf), z[0].new_zeros(N)
+    for part in z:
+        top = part.detach().amax(-1)
+        own = (part - top.unsqueeze(-1)).exp().sum(-1)
+        m_new = torch.maximum(top, m)
+        s = torch.exp(top - m_new) * own + torch.exp(m - m_new) * s
+        m = m_new
+    return m + torch.log(s)
+
+
+def by_normalisers(z: list[Tensor]) -> Tensor:
+    """Each block's own, under the largest of them."""
+    each = [part.logsumexp(-1) for part in z]
+    top = torch.stack(each, -1).amax(-1)
+    return sum(torch.exp(lse - top) for lse in each).log() + top
+
+
+def by_addition(z: list[Tensor]) -> Tensor:
+    total = torch.logsumexp(z[0], 1)
+    for part in z[1:]:
+        total = torch.logaddexp(torch.logsumexp(part, 1), total)
+    return total
+
+
+CARRIED = {f.__name__: f for f in (by_maximum, by_merging, by_normalisers, by_addition)}
+
+
+def where(gathered: Tensor, inside: Tensor, before: Tensor) -> Tensor:
+    return torch.where(inside, gathered, before)
+
+
+def where_not(gathered: Tensor, inside: Tensor, before: Tensor) -> Tensor:
+    return torch.where(~inside, before, gathered)
+
+
+def times(gathered: Tensor, inside: Tensor, before: Tensor) -> Tensor:
+    return before + inside.to(gathered.dtype) * gathered
+
+
+def filled(gathered: Tensor, inside: Tensor, before: Tensor) -> Tensor:
+    return gathered.masked_fill(inside.logical_not(), 0) + before
+
+
+CHOSEN = {f.__name__: f for f in (where, where_not, times, filled)}
+
+
+@pytest.mark.parametrize("seed", range(60 if EVERYTHING else 24))
+def test_any_parts_together(seed: int):
+    choose = random.Random(seed)
+    product, sizes = choose.choice(list(PRODUCTS)), choose.choice(list(SIZES))
+    carry, chosen = choose.choice(list(CARRIED)), choose.choice(list(CHOSEN))
+    in_total, offset = choose.random() < 0.5, choose.choice([0, 0, 3])
+    first = SIZES[sizes][0] if product == "the last classes" else 0
+
+    def f(h, W, b, y):
+        z = PRODUCTS[product](h, W, b, SIZES[sizes])
+        lse, label, start = CARRIED[carry](z), h.new_zeros(N), first + offset
+        for part in z:
+            local = y - start
+            inside = (local >= 0) & (local < part.shape[-1])
+            gathered = part.gather(-1, local.clamp(0, part.shape[-1] - 1)[:, None])[:, 0]
+            label = CHOSEN[chosen](gathered, inside, label)
+            start += part.shape[-1]
+        return (sum(part.sum(-1) for part in z) if in_total else 0) + 2 * lse, label
+
+    h, W, b, y = inputs()
+    compiled, found = joined(f)
+    check(f, compiled, (h, W, b, torch.where(y < 0, y, y + offset)))
+    assert found == [True], (product, sizes, carry, chosen)
 
 
 # Dimensions, types, labels that are no classes

@@ -8,6 +8,7 @@ Pure: sympy and the standard library alone. Nothing here knows what a tensor, a 
     symbols    the statistics, and row expressions over them
     vocab      values that have the vocabulary axis, and what reducing them gives
     parts      the same where a rank has some of the columns
+    blocks     rows whose columns come in blocks, brought together as they come
     notation   how both are written for people
 """
 

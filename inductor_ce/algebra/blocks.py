@@ -6,7 +6,7 @@ A reference m, whatever it is made of, is a name. It must cancel: then a row is 
 of exponentials over some blocks, of logits at labels, and of numbers. Nothing else is understood, so that a
 block that is counted twice, or a reference that is added to one side alone, is no normaliser.
 
-    Sum     a number, and names times numbers: references, Lse over blocks, Picks and Gathers
+    Sum     a number, and names times numbers: references, Lse over blocks, Totals, Picks and Gathers
     Mass    sum over blocks k of exp(shift_k) sum_i exp(z_ki), each shift a Sum
     Factor  exp(Sum)
 """
@@ -65,6 +65,17 @@ class Lse:
     """log sum exp over the columns of some blocks."""
 
     blocks: frozenset[Any]
+
+
+@dataclass(frozen=True)
+class Total:
+    """The sum of the logits of a block."""
+
+    block: Any
+
+    @property
+    def blocks(self) -> frozenset[Any]:
+        return frozenset({self.block})
 
 
 @dataclass(frozen=True)
@@ -139,7 +150,7 @@ class Sum:
     @property
     def is_settled(self) -> bool:
         """Whether nothing in it must cancel yet."""
-        return all(isinstance(name, (Lse, Pick)) for name, _ in self.terms)
+        return all(isinstance(name, (Lse, Pick, Total)) for name, _ in self.terms)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from ..algebra.blocks import Lse, Pick, Span, Sum
+from ..algebra.blocks import Lse, Pick, Span, Sum, Total
 from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
-from ..reading.blocks import Blocks, Use, may_have_blocks, read_blocks
+from ..reading.block_reader import Blocks, Use
+from ..reading.blocks import may_have_blocks, read_blocks
 from .joined_columns import MAX_PARTS
 from .one_product import NotOne, OneProduct
 
@@ -75,14 +77,19 @@ def _is_understood(timeline: Timeline, group: _Group) -> bool:
 
 
 def _is_whole(timeline: Timeline, group: _Group, use: Use, row: Sum) -> bool:
-    for name in row.names:
-        if name.blocks != frozenset(group.blocks):
+    """Whether what is read is of all blocks alike, and may be made where it is read."""
+    totals = {name.block: times for name, times in row.terms if isinstance(name, Total)}
+    if totals and (totals.keys() != {*group.blocks} or len({*totals.values()}) > 1):
+        return False
+    others = [name for name in row.names if not isinstance(name, Total)]
+    if any(name.blocks != {*group.blocks} for name in others):
+        return False
+    position = timeline.position[use.user]
+    for pick in others:
+        if isinstance(pick, Pick) and (
+            _label(group, pick) is None or not timeline.unchanged(pick.y, pick.y, position)
+        ):
             return False
-        if isinstance(name, Pick):
-            position = timeline.position
-            still = timeline.unchanged(name.y, name.y, position[use.user])
-            if _label(group, name) is None or not still:
-                return False
     if not timeline.unchanged(use.source, use.user, len(timeline.nodes)):
         return False  # the user may be a view of what is written then
     rows = shape_of(group.blocks[0])[:-1]
@@ -158,10 +165,9 @@ def _result(build: Builder, group: _Group, columns: Node, use: Use) -> Node:
     result: Node | None = None
     dtype = example_of(use.source).dtype
     wide = columns if example_of(columns).dtype == dtype else build("to", columns, dtype)
-    for name, times in use.row.terms:
-        node = (
-            build(torch.logsumexp, wide, -1) if isinstance(name, Lse) else _picked(build, group, wide, name)
-        )
+    terms = {Total if isinstance(name, Total) else name: times for name, times in use.row.terms}
+    for name, times in terms.items():
+        node = _statistic(build, group, wide, name)
         node = node if times == 1 else build(torch.mul, node, times)
         result = node if result is None else build(torch.add, result, node)
     assert result is not None
@@ -170,6 +176,14 @@ def _result(build: Builder, group: _Group, columns: Node, use: Use) -> Node:
     result = result if example_of(result).dtype == dtype else build("to", result, dtype)
     kept = len(shape_of(use.source)) == len(shape_of(columns))
     return build("unsqueeze", result, -1) if kept else result
+
+
+def _statistic(build: Builder, group: _Group, columns: Node, name: Any) -> Node:
+    if name is Total:
+        return build(torch.sum, columns, -1)
+    return (
+        build(torch.logsumexp, columns, -1) if isinstance(name, Lse) else _picked(build, group, columns, name)
+    )
 
 
 def _picked(build: Builder, group: _Group, columns: Node, pick: Pick) -> Node:

@@ -24,6 +24,7 @@ from ..reading.row_views import index_per_dimension
 from ..reading.steps import Step, View
 from ..reading.views import dimension_order
 from .find_recipe import is_sized_view
+from .linear_layers import linear_layer
 
 
 class NotOne(Exception):
@@ -49,8 +50,8 @@ class OneProduct:
         if all(source is slices[0][0] for source, _, _ in slices):
             return self._range(slices, axis)
         spelled = [spellings.read(node) for node in nodes]
-        if nodes[0].target is F.linear:
-            return self._linear(nodes, axis)
+        if nodes[0].target in (F.linear, torch.addmm):
+            return self._layer(nodes, axis)
         step = spelled[0][0] if spelled[0] is not None else None
         if step is None or any(each is None or each[0] is not step for each in spelled):
             raise NotOne
@@ -100,18 +101,23 @@ class OneProduct:
 
     # Products
 
-    def _linear(self, nodes: Sequence[Node], axis: int) -> Node:
-        self._check_modes(*nodes)
-        names = ("input", "weight", "bias")
-        args: list[dict[str, Any]]
-        args = [{**dict(zip(names, node.args, strict=False)), **node.kwargs} for node in nodes]
-        if any(node.target is not F.linear for node in nodes) or axis != len(shape_of(nodes[0])) - 1:
+    def _layer(self, nodes: Sequence[Node], axis: int) -> Node:
+        """linear(h, W, b) and addmm(b, h, W.t())"""
+        layers = [linear_layer(node, None) for node in nodes]
+        if any(each is None or each.target is not nodes[0].target for each in layers):
             raise NotOne
-        hidden = self._shared([each["input"] for each in args])
-        weight = self([each["weight"] for each in args], 0)
-        biases = [each.get("bias") for each in args]
-        bias = None if all(b is None for b in biases) else self(_nodes(biases), 0)
-        return self._build(F.linear, hidden, weight, bias)
+        if axis != len(shape_of(nodes[0])) - 1:
+            raise NotOne
+        self._check_modes(*nodes)
+        along = list(zip(*(each.args for each in layers if each is not None), strict=True))
+        if nodes[0].target is torch.addmm:
+            bias, hidden, columns = along
+            if any(len(shape_of(each)) != 1 for each in _nodes(bias)):
+                raise NotOne
+            return self._build(torch.addmm, self(bias, 0), self._shared(hidden), self(_nodes(columns), 1))
+        hidden, weights, biases = along
+        bias = None if all(each is None for each in biases) else self(_nodes(biases), 0)
+        return self._build(F.linear, self._shared(hidden), self(_nodes(weights), 0), bias)
 
     def _matmul(self, args: list[dict[str, Any]], is_last: bool) -> Node:
         columns = [each["other"] for each in args]
