@@ -39,7 +39,8 @@ def loss(input, linear_weight, linear_bias, target, label_smoothing=0.1, ignore_
         exp_sums = exp_sums * torch.exp(running_max - new_max) + exp_chunk
         running_max = new_max
 
-        here = torch.logical_and(torch.ge(target, start), torch.lt(target, end))
+        here = torch.logical_and(valid, torch.ge(target, start))
+        here = torch.logical_and(here, torch.lt(target, end))
         local = torch.where(here, target - start, 0)
         gathered = logits.gather(1, local.unsqueeze(1)).squeeze(1)
         target_logits = torch.where(here, gathered, target_logits)

@@ -223,6 +223,7 @@ PRODUCTS: dict[str, Parts] = {
         h.view(4, -1, D).view(N, D) * 2 @ W[i:j].T + b[i:j] for i, j in bounds(n)
     ],
     "addmm": lambda h, W, b, n: [torch.addmm(b[i:j], h, W[i:j].t()) for i, j in bounds(n)],
+    "einsum each": lambda h, W, b, n: [torch.einsum("nd,vd->nv", h, W[i:j]) for i, j in bounds(n)],
     "einsum": lambda h, W, b, n: list(torch.einsum("nd,vd->nv", h, W).split(n, -1)),
     "a scale for each row": lambda h, W, b, n: [h @ w.T * h[:, :1] for w in W.split(n)],
     "a soft cap": lambda h, W, b, n: [3 * torch.tanh(F.linear(h, w) / 3.0) for w in W.split(n)],
@@ -292,6 +293,7 @@ def test_any_parts_together(seed: int):
     product, sizes = choose.choice(list(PRODUCTS)), choose.choice(list(SIZES))
     carry, chosen = choose.choice(list(CARRIED)), choose.choice(list(CHOSEN))
     in_total, offset = choose.random() < 0.5, choose.choice([0, 0, 3])
+    not_padding = choose.random() < 0.5
     first = SIZES[sizes][0] if product == "the last classes" else 0
 
     def f(h, W, b, y):
@@ -300,6 +302,7 @@ def test_any_parts_together(seed: int):
         for part in z:
             local = y - start
             inside = (local >= 0) & (local < part.shape[-1])
+            inside = inside & (y != -100) if not_padding else inside
             gathered = part.gather(-1, local.clamp(0, part.shape[-1] - 1)[:, None])[:, 0]
             label = CHOSEN[chosen](gathered, inside, label)
             start += part.shape[-1]
@@ -333,6 +336,47 @@ def test_of_sequences(dtype: torch.dtype):
     compiled, _ = compile_without_codegen(of_sequences, strategy="token_chunks", memory_budget=0.5)
     check(of_sequences, compiled, inputs(dtype))
     assert counts() == {"token_chunks": 1}
+
+
+def beside_an_accuracy(h, W, b, y):
+    """Blocks of logits that something else reads whole."""
+    z, lse = F.linear(h, W, b), None
+    for part in z.split(C, -1):
+        lse = part.logsumexp(-1) if lse is None else torch.logaddexp(lse, part.logsumexp(-1))
+    nll = lse - z.gather(-1, y.clamp(min=0)[:, None])[:, 0]
+    return mean(nll, y), (z.argmax(-1) == y).to(h.dtype).mean()
+
+
+def under_autocast(h, W, b, y):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = [F.linear(h, w).float() for w in W.split(C)]
+        lse = torch.stack([part.logsumexp(-1) for part in z]).logsumexp(0)
+    return mean(lse - (h * W[y.clamp(min=0)]).sum(-1), y)
+
+
+@pytest.mark.parametrize("f", [beside_an_accuracy, under_autocast], ids=lambda f: f.__name__)
+def test_of_a_program(f: Loss):
+    compiled, _ = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.5)
+    check(f, compiled, inputs())
+    assert counts() == {"token_chunks": 1}
+
+
+def test_any_number_of_rows():
+    def f(h, W, b, y):
+        total = h.new_full((h.shape[0],), -math.inf)
+        label = h.new_zeros(h.shape[0])
+        for start in STARTS:
+            z = F.linear(h, W[start : start + C])
+            total = torch.logaddexp(total, z.logsumexp(-1))
+            label = picked_in(z, y, start, label)
+        return mean(total - label, y)
+
+    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.5)
+    h, W, b, y = inputs()
+    for rows in (N, N - 4, N - 8):
+        check(f, compiled, (h[:rows], W, b, y[:rows]))
+    assert counts() == {"token_chunks": 2}
+    assert len(graphs.final) == 4
 
 
 def of_any_label(h, W, b, y):
@@ -379,6 +423,30 @@ def test_a_first_block_that_is_masked_and_rows_that_are():
         torch.testing.assert_close(compiled(h, W, b, y), (h @ W[C:].T).logsumexp(-1))
         assert (compiled(h, W, torch.ones_like(b), y) == -math.inf).all()
         assert found == [True, True]  # the second has no gradient
+
+
+def test_logits_that_are_arguments():
+    def f(first, second, y):
+        label = picked_in(second, y, C, picked_in(first, y, 0, first.new_zeros(N)))
+        return mean(torch.logaddexp(first.logsumexp(-1), second.logsumexp(-1)) - label, y)
+
+    compiled, found = joined(f)
+    check(f, compiled, (torch.randn(N, C), torch.randn(N, C), torch.randint(2 * C, (N,))))
+    assert found == [True]
+
+
+def test_what_is_made_without_a_gradient_has_none():
+    """And is left where it would be made where gradients are taken, as of given logits."""
+
+    def f(z, h, y):
+        with torch.no_grad():
+            lse = None
+            for part in z.split(C, -1):
+                lse = part.logsumexp(-1) if lse is None else torch.logaddexp(lse, part.logsumexp(-1))
+        return (lse * h[:, 0]).sum() + z.square().sum()
+
+    compiled, _ = joined(f)
+    check(f, compiled, (torch.randn(N, V), torch.randn(N, D), torch.randint(V, (N,))))
 
 
 # Blocks of several tensors

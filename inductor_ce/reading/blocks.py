@@ -174,7 +174,9 @@ def _plus(sign: int, reverse: bool = False) -> Step:
         if args.get("alpha", 1) != 1:
             return None
         if one is not None and other is not None:
-            if not reader.alike(node, a, b) or (sign < 0 and _is_settled(one) and _is_settled(other)):
+            if not reader.alike(node, a, b) or _is_gathered(one) or _is_gathered(other):
+                return None
+            if sign < 0 and _is_settled(one) and _is_settled(other):
                 return None
             return blocks.add(one, other, sign)
         return _moved(reader, node, a, b, sign)
@@ -184,6 +186,11 @@ def _plus(sign: int, reverse: bool = False) -> Step:
 
 def _is_settled(row: Row) -> bool:
     return isinstance(row, Sum) and row.is_settled
+
+
+def _is_gathered(row: Row) -> bool:
+    """Whether a row is a logit at an index of which nobody has asked in which block it is."""
+    return isinstance(row, Sum) and any(isinstance(name, Gather) for name in row.names)
 
 
 def _moved(reader: BlockReader, node: Node, a: Any, b: Any, sign: int) -> Wide | None:

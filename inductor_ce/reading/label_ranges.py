@@ -41,9 +41,15 @@ class Condition:
         return Condition(self.spans, not self.negated)
 
     def both(self, other: Condition) -> Condition | None:
-        if self.negated or other.negated:
+        """Both conditions, where they leave one span: what is left out, such as padding, may be elsewhere."""
+        a, b = (other, self) if self.negated else (self, other)
+        pairs = {y: (span, b.spans[y]) for y, span in a.spans.items() if y in b.spans}
+        if a.negated:
             return None
-        shared = {y: span.both(other.spans[y]) for y, span in self.spans.items() if y in other.spans}
+        if b.negated:
+            shared = {y: one for y, (one, left_out) in pairs.items() if not one.meets(left_out)}
+        else:
+            shared = {y: one.both(span) for y, (one, span) in pairs.items()}
         return Condition(shared) if shared else None
 
 
@@ -158,8 +164,9 @@ class LabelRanges:
         a, b = args.get("input"), args.get("other")
         if step.name in _SPANS:
             return self._compared(a, _SPANS[step.name](b)) if isinstance(b, int) else None
-        if step.name == "eq":
-            return self._divided(a, b)
+        if step.name in ("eq", "ne") and isinstance(b, int):
+            equal = self._divided(a, b) or self._compared(a, Span(b, b + 1))
+            return equal if equal is None or step.name == "eq" else equal.inverted()
         if step.name == "not":
             inner = self.condition(a) if example_of(node).dtype == torch.bool else None
             return None if inner is None else inner.inverted()
@@ -179,10 +186,10 @@ class LabelRanges:
         spans = {y: span.moved(each.start) for y, each in known.items() if each == Reading(each.start)}
         return Condition(spans) if spans else None
 
-    def _divided(self, quotient: Any, k: Any) -> Condition | None:
+    def _divided(self, quotient: Any, k: int) -> Condition | None:
         """y // C == k"""
         spelled = spellings.read(quotient) if isinstance(quotient, Node) else None
-        if spelled is None or not isinstance(k, int) or not self._is_as_made(quotient):
+        if spelled is None or not self._is_as_made(quotient):
             return None
         step, args = spelled
         size = args.get("other")

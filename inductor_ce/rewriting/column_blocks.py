@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 from ..algebra.blocks import Lse, Pick, Span, Sum, Total
 from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, same_count, same_shape, shape_of, tensor_of
-from ..graph.timeline import Timeline
+from ..graph.timeline import Timeline, written_by
 from ..reading.block_reader import Blocks, Use
 from ..reading.blocks import may_have_blocks, read_blocks
 from .joined_columns import MAX_PARTS
@@ -125,25 +125,59 @@ def _label(group: _Group, pick: Pick) -> tuple[int, Span] | None:
 
 def _join(graph: Graph, timeline: Timeline, found: Blocks, group: _Group) -> None:
     place = timeline.position[group.blocks[-1]] + 1
+    while timeline.nodes[place].op == "placeholder":
+        place += 1
     if not all(timeline.unchanged(block, block, len(timeline.nodes)) for block in group.blocks):
         return
     normaliser = next(use for use in group.uses if use.row and any(isinstance(n, Lse) for n in use.row.names))
     builds = [Builder(graph, timeline.nodes[place], like=_like(normaliser))]
     try:
-        columns = _columns(builds[0], timeline, place, group)
-        if columns is None:
-            return
-        made = []
-        for use in group.uses:
-            builds.append(Builder(graph, use.user, like=_like(use)))
-            made.append((use, _result(builds[-1], group, columns, use)))
+        made = _made(graph, timeline, place, group, builds)
     except Exception:
-        for build in reversed(builds):
-            build.undo()
+        _undo(builds)
         raise
-    for use, result in made:
+    if made is None:
+        _undo(builds)
+        return
+    for use, result in zip(group.uses, made, strict=True):
         use.user.replace_input_with(use.source, result)
-    _erase(graph, {step for step, blocks in found.steps.items() if blocks & {*group.blocks}})
+    _erase(graph, found, group)
+
+
+def _made(
+    graph: Graph, timeline: Timeline, place: int, group: _Group, builds: list[Builder]
+) -> list[Node] | None:
+    """What each use reads instead, with a gradient where it had one."""
+    columns = _columns(builds[0], timeline, place, group)
+    if columns is None:
+        return None
+    _tell_gradients(timeline, builds[0], place)
+    made = []
+    for use in group.uses:
+        builds.append(Builder(graph, use.user, like=_like(use)))
+        made.append(_result(builds[-1], group, columns, use))
+        position = timeline.position[use.user]
+        _tell_gradients(timeline, builds[-1], position)
+        wanted = example_of(use.source).requires_grad and timeline.grad_mode(position) is True
+        if example_of(made[-1]).requires_grad != wanted:
+            return None
+    return made
+
+
+def _tell_gradients(timeline: Timeline, build: Builder, position: int) -> None:
+    """Let the examples of what was built at a place require gradients where the tensors will."""
+    on = timeline.grad_mode(position) is True
+    for node in build.created:
+        example = example_of(node)
+        sources = [each for source in node.all_input_nodes if (each := tensor_of(source)) is not None]
+        wanted = on and example.is_floating_point() and any(each.requires_grad for each in sources)
+        if example.requires_grad != wanted:
+            node.meta["example_value"] = example.detach().requires_grad_(wanted)
+
+
+def _undo(builds: list[Builder]) -> None:
+    for build in reversed(builds):
+        build.undo()
 
 
 def _like(use: Use) -> Node:
@@ -202,7 +236,9 @@ def _picked(build: Builder, group: _Group, columns: Node, pick: Pick) -> Node:
     return build(torch.where, inside, picked, pick.otherwise)
 
 
-def _erase(graph: Graph, steps: set[Node]) -> None:
+def _erase(graph: Graph, found: Blocks, group: _Group) -> None:
+    """Erase the steps of the group, and tensors of one number that nobody asks for any more."""
     for node in reversed(list(graph.nodes)):
-        if node in steps and not node.users:
+        of = found.steps.get(node)
+        if of is not None and not node.users and (of & {*group.blocks} or not (of or any(written_by(node)))):
             graph.erase_node(node)

@@ -87,6 +87,8 @@ class OneProduct:
         self._check_modes(*nodes)
         if step.name == "matmul":
             return self._matmul(args, axis == rank - 1)
+        if step.name == "einsum":
+            return self._einsum(args, axis)
         if step.view is View.ORDER:
             order = dimension_order(rank, args[0])
             if order is None or any(dimension_order(rank, each) != order for each in args):
@@ -116,8 +118,8 @@ class OneProduct:
                 raise NotOne
             return self._build(torch.addmm, self(bias, 0), self._shared(hidden), self(_nodes(columns), 1))
         hidden, weights, biases = along
-        bias = None if all(each is None for each in biases) else self(_nodes(biases), 0)
-        return self._build(F.linear, self._shared(hidden), self(_nodes(weights), 0), bias)
+        added = None if all(each is None for each in biases) else self(_nodes(biases), 0)
+        return self._build(F.linear, self._shared(hidden), self(_nodes(weights), 0), added)
 
     def _matmul(self, args: list[dict[str, Any]], is_last: bool) -> Node:
         columns = [each["other"] for each in args]
@@ -125,6 +127,25 @@ class OneProduct:
             raise NotOne
         hidden = self._shared([each["input"] for each in args])
         return self._build(torch.matmul, hidden, self(columns, 1))
+
+    def _einsum(self, args: list[dict[str, Any]], axis: int) -> Node:
+        """einsum("nd,vd->nv", h, w), of which one operand has the classes and the other not."""
+        equation = str(args[0]["equation"]).replace(" ", "")
+        given, _, result = equation.partition("->")
+        letters = given.split(",")
+        if any(each["equation"] != args[0]["equation"] for each in args) or "." in equation:
+            raise NotOne
+        if len(letters) != 2 or not result or any(len(each["operands"]) != 2 for each in args):
+            raise NotOne
+        has = [letter.count(result[axis]) for letter in letters]
+        if sorted(has) != [0, 1]:
+            raise NotOne
+        wide, other = has.index(1), has.index(0)
+        operands: list[Any] = [None, None]
+        operands[other] = self._shared([each["operands"][other] for each in args])
+        along = letters[wide].index(result[axis])
+        operands[wide] = self(_nodes([each["operands"][wide] for each in args]), along)
+        return self._build(torch.einsum, equation, *operands)
 
     def _shared(self, nodes: Sequence[Any]) -> Any:
         """What all blocks have in common."""
@@ -157,7 +178,7 @@ class OneProduct:
     # What is done to each element
 
     def _reshaped(self, nodes: Sequence[Node], axis: int) -> Node:
-        sources, rows = _nodes([node.args[0] for node in nodes]), shape_of(nodes[0])[:-1]
+        sources, rows = [node.all_input_nodes[0] for node in nodes], shape_of(nodes[0])[:-1]
         last = all(equal(shape_of(s)[-1], shape_of(n)[-1]) for s, n in zip(sources, nodes, strict=True))
         if axis != len(rows) or not last or any(not same_shape(shape_of(n)[:-1], rows) for n in nodes):
             raise NotOne
