@@ -460,6 +460,24 @@ def of_two_weights(h, W, b, y):
     return mean(lse - label, y)
 
 
+def blocks_apart(h, W, b, y):
+    """Of one weight, which has others between."""
+    return mean(by_addition([F.linear(h, W[i : i + C]) for i in (0, 2 * C, C // 2)]), y)
+
+
+def looked_at(h, W, b, y):
+    """By views."""
+    lse = by_addition([F.linear(h, w) for w in W.split(C)])
+    return mean(lse, y), lse.view(4, -1)[1:].square().sum()
+
+
+@pytest.mark.parametrize("f", [blocks_apart, looked_at], ids=lambda f: f.__name__)
+def test_is_joined(f: Loss):
+    compiled, found = joined(f)
+    check(f, compiled, inputs())
+    assert found == [True]
+
+
 def test_few_blocks_of_other_products_are_combined_by_their_statistics():
     rewritten = Rewritten()
     check(of_two_weights, torch.compile(of_two_weights, backend=rewritten), inputs())
@@ -531,8 +549,14 @@ def a_column_too_far(h, W, b, y):
 
 
 def a_column_of_some_blocks_too_far(h, W, b, y):
-    _, m, s, label, _ = carried(h, W, y, column=lambda y, start: y - start + (start > C))
-    return mean(m + s.log() - label, y)
+    label, even = h.new_zeros(N), y // 2 * 2
+    for i, start in enumerate(STARTS):
+        z = F.linear(h, W[start : start + C])
+        total = z.logsumexp(-1) if i == 0 else torch.logaddexp(total, z.logsumexp(-1))  # noqa: F821
+        inside = (even >= start) & (even < start + C)
+        column = torch.where(inside, even - start + (1 if i == 2 else 0), 0)
+        label = torch.where(inside, z.gather(-1, column[:, None])[:, 0], label)
+    return mean(total - label, y)
 
 
 def hidden_states_of_their_own(h, W, b, y):
@@ -584,10 +608,10 @@ def a_scale_without_its_gradient(h, W, b, y):
 
 
 def a_weight_that_changes(h, W, b, y):
-    W, total = W.detach().clone(), h.new_full((N,), -math.inf)
+    h, W, total = h.detach(), W.detach().clone(), h.new_full((N,), -math.inf)
     for start in range(0, V, C // 2):
         stop = start + C // 2
-        total = torch.logaddexp(total, F.linear(h.detach(), W[start:stop], b[start:stop]).logsumexp(-1))
+        total = torch.logaddexp(total, F.linear(h, W[start:stop], b[start:stop]).logsumexp(-1))
         W.mul_(1.5)
     return mean(total, y)
 
@@ -601,12 +625,10 @@ def a_normaliser_that_is_changed_behind_its_view(h, W, b, y):
     return halves.square().sum()
 
 
-def labels_that_come_round(h, W, b, y):
-    """Bytes less where a block begins, of labels below."""
+def labels_of_bytes(h, W, b, y):
+    """Less where a block begins, they may come round."""
     small = y.clamp(min=0).to(torch.uint8)
-    _, m, s, label, _ = carried(
-        h, W, small, inside=lambda y, start: y - start < C, column=lambda y, start: (y - start).long()
-    )
+    m, s, label = carried(h, W, small, column=lambda y, start: (y - start).long())[1:4]
     return mean(m + s.log() - label, y)
 
 
@@ -633,7 +655,7 @@ LEFT = [
     a_weight_that_changes,
     a_sum_that_is_changed,
     a_normaliser_that_is_changed_behind_its_view,
-    labels_that_come_round,
+    labels_of_bytes,
 ]
 
 

@@ -88,6 +88,7 @@ class BlockReader:
         self._rows: dict[Hashable, Row | Stack | None] = {}  # by storage; None: something else wrote there
         self._blocks_of: dict[Hashable, frozenset[Node]] = {}  # all that a storage has had
         self._whole: set[Node] = set()
+        self._views: set[Node] = set()  # of what is settled, where nobody writes to it any more
         self.logits: dict[Node, Wide] = {}
         self.firsts: dict[Node, Row] = {}  # by max(dim), its values
         self._references: dict[Hashable, Reference] = {}
@@ -192,17 +193,26 @@ class BlockReader:
             return
         written = {self.timeline.storage(n) for n in written_by(node)}
         for source in node.all_input_nodes:
-            storage = self.timeline.storage(source)
-            of = self._blocks_of.get(storage, frozenset())
             if source in self.firsts and node.users:
                 self.found.uses.append(Use(node, source, None, self.firsts[source].blocks))
-            if not of or source in self.logits:
-                continue
-            row = self.row(source)
-            may = isinstance(row, Sum) and row.is_settled and storage not in written
-            self.found.uses.append(Use(node, source, row if may and isinstance(row, Sum) else None, of))
+            elif source in self._views and self.timeline.shares_storage(node, source):
+                self._views.add(node)
+            elif source not in self._views and source not in self.logits:
+                self._use_of(source, node, written)
         for storage in written & self._rows.keys():
             self._rows[storage] = None
+
+    def _use_of(self, source: Node, node: Node, written: set[Hashable]) -> None:
+        storage = self.timeline.storage(source)
+        of = self._blocks_of.get(storage, frozenset())
+        if not of:
+            return
+        row = self.row(source)
+        settled = row if isinstance(row, Sum) and row.is_settled and storage not in written else None
+        self.found.uses.append(Use(node, source, settled, of))
+        still = self.timeline.unchanged(source, node, len(self.timeline.nodes))
+        if settled is not None and still and self.timeline.shares_storage(node, source):
+            self._views.add(node)
 
     def read_exposed(self) -> None:
         """Who else reads what has columns."""

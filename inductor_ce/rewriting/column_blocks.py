@@ -90,8 +90,6 @@ def _is_whole(timeline: Timeline, group: _Group, use: Use, row: Sum) -> bool:
             _label(group, pick) is None or not timeline.unchanged(pick.y, pick.y, position)
         ):
             return False
-    if not timeline.unchanged(use.source, use.user, len(timeline.nodes)):
-        return False  # the user may be a view of what is written then
     rows = shape_of(group.blocks[0])[:-1]
     return any(same_shape(shape_of(use.source), sizes) for sizes in (rows, (*rows, 1)))
 

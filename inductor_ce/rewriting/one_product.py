@@ -97,7 +97,7 @@ class OneProduct:
             return self._build("permute", whole, order)
         if is_sized_view(nodes[0]):
             return self._reshaped(nodes, axis)
-        if step.in_chain or step.view is View.SAME:
+        if _is_of_each(step):
             return self._of_each(nodes, axis)
         raise NotOne
 
@@ -167,7 +167,7 @@ class OneProduct:
             or a.kwargs.keys() != b.kwargs.keys()
         ):
             return False
-        if (step.view is None and not step.in_chain) or step.edits:
+        if not _is_of_each(step) and step.view is None:
             return False
         self._check(a, b)
         if step.view is None or step.view is View.SAME:
@@ -228,6 +228,11 @@ class OneProduct:
         if not all(varies) or not own:
             raise NotOne
         return self(operands, len(sizes[0]) + from_end)
+
+
+def _is_of_each(step: Step) -> bool:
+    """Whether a step computes each element by itself."""
+    return step.in_chain or step.view is View.SAME or step.name == "detach"
 
 
 def _nodes(given: Sequence[Any]) -> list[Node]:
