@@ -32,6 +32,7 @@ from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
 from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden
+from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
@@ -99,6 +100,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
+        attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, not options.verify)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))

@@ -16,6 +16,8 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     parts        losses whose ranks know themselves that each has some of the classes: the steps;
                  part_reader, what the storages of such a program hold while it runs, and gathered,
                  what they hold of several ranks; part_values, what is known then
+    blocks       losses whose classes come in blocks, with statistics carried from one to the next: the steps;
+                 block_reader, what storages hold then, and label_ranges, which labels a block has
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
                  operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),

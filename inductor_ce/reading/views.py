@@ -106,7 +106,7 @@ def _most_rows_left(shape: tuple[Any, ...], cut: Slice) -> bool:
 
 
 def _order_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Back | None:
-    order = _dimension_order(len(shape_of(source)), args)
+    order = dimension_order(len(shape_of(source)), args)
     if order is None:
         return None
     from_axis = order[axis]
@@ -115,7 +115,7 @@ def _order_back(node: Node, source: Node, axis: int, args: dict[str, Any]) -> Ba
     return from_axis, (Permute(moved),) if moved != tuple(range(len(moved))) else ()
 
 
-def _dimension_order(rank: int, args: dict[str, Any]) -> list[int] | None:
+def dimension_order(rank: int, args: dict[str, Any]) -> list[int] | None:
     """The `permute` argument that a transpose, permute or movedim amounts to."""
     if not all(isinstance(d, int) for d in _flat(args)):
         return None
