@@ -7,21 +7,18 @@ are from float64's, which are made for a few rows at a time.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shared import record
-from .shared.against_plain import compared, in_words
-from .shared.measure import Calls, fresh_caches
-from .shared.options import has_gpu
+from .shared.against_plain import compared, in_words, run
+from .shared.measure import Calls
 
 HELP = "distillation from two heads"
 SHAPES = ("4096x128256x4096x4096", "16384x128256x4096x4096", "16384x151936x896x3584")
-ROUNDS, QUICK_ROUNDS = 5, 2
 TEMPERATURE = 2.0
 ROWS = 256  # of float64 logits at a time
 OF_MEMORY, OF_TIME = 0.35, 1.05
@@ -108,20 +105,14 @@ def shape(text: str) -> Shape:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, keep the JSON, print the table."""
-    if not has_gpu():
-        return 2
-    torch.manual_seed(options.seed)
-    clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    result = record.new("distil", METHOD, options.commit, cases=[])
-    path = record.json_path(result, options.out)
-    with fresh_caches():
+
+    def cases(clock: Calls) -> Iterator[dict[str, Any]]:
         for each in options.shapes:
             for frozen in (False, True):
                 for name in options.losses:
-                    result["cases"].append(case(each, frozen, name, clock))
-                    record.write(result, path)
-    print(table(result), path, sep="\n")
-    return 0
+                    yield case(each, frozen, name, clock)
+
+    return run("distil", METHOD, options, cases, table)
 
 
 def case(each: Shape, frozen: bool, name: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:

@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .shared import record
-from .shared.against_plain import compared, in_words
-from .shared.measure import Calls, fresh_caches
-from .shared.options import has_gpu
+from .shared.against_plain import compared, in_words, run
+from .shared.measure import Calls
 
 HELP = "divergences between two sets of given logits"
 SHAPES = ((4096, 128256), (8192, 32000))
-ROUNDS, QUICK_ROUNDS = 5, 2
 ROWS = 256  # in float64 at a time
 BETA = 0.5
 OF_TIME = 0.6
@@ -87,19 +84,13 @@ def shape(text: str) -> tuple[int, int]:
 
 def main(options: argparse.Namespace) -> int:
     """Measure, keep the JSON, print the table."""
-    if not has_gpu():
-        return 2
-    torch.manual_seed(options.seed)
-    clock = Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)
-    result = record.new("divergences", METHOD, options.commit, cases=[])
-    path = record.json_path(result, options.out)
-    with fresh_caches():
+
+    def cases(clock: Calls) -> Iterator[dict[str, Any]]:
         for n, v in options.shapes:
             for name, moving in CASES:
-                result["cases"].append(case(n, v, name, moving, clock))
-                record.write(result, path)
-    print(table(result), path, sep="\n")
-    return 0
+                yield case(n, v, name, moving, clock)
+
+    return run("divergences", METHOD, options, cases, table)
 
 
 def case(n: int, v: int, name: str, moving: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:

@@ -113,8 +113,7 @@ class Taught:
             return self.build(aten.reshape.default, source, [1, 1])
         if not is_of_size(source, self.pieces.head.n):
             raise NoHead("what is made of the teacher's logits is combined with numbers of some rows")
-        rows = self.build(aten.reshape.default, source, [self.pieces.n, 1])
-        return self.pieces.cut(rows, piece, 0)
+        return self.pieces.cut(self.build(aten.reshape.default, source, [self.pieces.n, 1]), piece, 0)
 
     def early_sums(self) -> dict[Node, Node]:
         """The sums of the piece, [n, 1] or [K, n], that are made before the statistics of the student."""

@@ -152,7 +152,7 @@ def _row_stats(
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights))
     template = functools.partial(_stats_template, Limit(left, piece))
-    return _lowered(z, template, loops.row_stats, z, labels, weights, rows)
+    return _lowered(template, loops.row_stats, z, labels, weights, rows)
 
 
 def _row_grad(
@@ -172,7 +172,7 @@ def _row_grad(
     if left is None and any(map(_is_made_for_each, weights)):
         return _in_place_of(z, loops.row_grad(z, labels, weights, m, coefficients, rows))
     template = functools.partial(_grad_template, Limit(left, piece))
-    return _lowered(z, template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+    return _lowered(template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
 
 def _row_grad_again(
@@ -183,10 +183,15 @@ def _row_grad_again(
 
 
 def _lowered(
-    z: IRNode, template: Callable[..., IRNode], by_loops: Callable[..., IRNode], *args: Any
+    template: Callable[..., IRNode],
+    by_loops: Callable[..., IRNode],
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    *others: Any,
 ) -> IRNode:
     """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
-    _, weights, *_ = args[1:]
+    args = (z, labels, weights, *others)
     result = None
     # A constant that a template absorbs would not have the shape of its tile.
     constant = any(map(inductor.is_constant, [z, *(q for q in weights if len(q.get_size()) == 2)]))

@@ -25,6 +25,7 @@ from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .part_values import Value
 from .steps import View
+from .views import viewed
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class GatheredReader:
             return None
         step, args = spelled
         if step.view is View.RESHAPE:
-            return self.get(args["input"])
+            return self.get(viewed(node))
         function = {"getitem": self._part, "stack": self._joined, "cat": self._joined}.get(step.name)
         return None if function is None else function(node, args)
 

@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import record
 from .compilers import BASELINE, OURS, ours, plain
-from .measure import Calls, over, peak_extra_bytes, timed
+from .measure import Calls, fresh_caches, over, peak_extra_bytes, timed
+from .options import has_gpu
 
 COMPILERS = {BASELINE: plain, OURS: ours}
+ROUNDS, QUICK_ROUNDS = 5, 2
+
+
+def run(
+    kind: str,
+    method: dict[str, str],
+    options: argparse.Namespace,
+    cases: Callable[[Calls], Iterable[dict[str, Any]]],
+    table: Callable[[dict[str, Any]], str],
+) -> int:
+    """Measure one case after another, keep the JSON after each, print the table. 2 where there is no GPU."""
+    if not has_gpu():
+        return 2
+    torch.manual_seed(options.seed)
+    result = record.new(kind, method, options.commit, cases=[])
+    path = record.json_path(result, options.out)
+    with fresh_caches():
+        for case in cases(Calls(rounds=QUICK_ROUNDS if options.quick else ROUNDS)):
+            result["cases"].append(case)
+            record.write(result, path)
+    print(table(result), path, sep="\n")
+    return 0
 
 
 def compared(
