@@ -33,6 +33,14 @@ def test_pattern_through_all_passes(path: Path):
     assert gallery.rendered(gallery.told(graphs, module)) == gallery.about(path).expected
 
 
+@pytest.mark.parametrize("path", gallery.PATTERNS[::15], ids=name)
+def test_pattern_within_a_default_device(path: Path):
+    module = gallery.load(path)
+    with torch.device("cpu"):
+        report = gallery.rewrite_and_check(module).report
+    assert gallery.rendered(report) == gallery.about(path).expected
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("path", gallery.PATTERNS, ids=name)
 def test_pattern_on_a_gpu(path: Path):

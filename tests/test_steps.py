@@ -1,5 +1,6 @@
 """The table of steps: every row can be read, none hides another, and a refusal is told with its fact."""
 
+import contextlib
 import dataclasses
 import re
 from collections import Counter
@@ -36,6 +37,50 @@ def test_methods_exist():
     methods = [t for step in STEPS for t in step.targets if isinstance(t, str)]
     attributes = [t[1] for step in STEPS for t in step.targets if isinstance(t, tuple)]
     assert [name for name in methods + attributes if not hasattr(torch.Tensor, name)] == []
+
+
+def operators(x, m):
+    z = torch.zeros_like(x)
+    z[~m & (m | m)] = 1.0
+    z += x
+    z *= 2
+    compared = x == z, x != z, x > z, x >= z, x < z, x <= 1, x < 2
+    return (
+        z,
+        compared,
+        -x,
+        1 - x,
+        x - 1,
+        2 * x,
+        x / 3,
+        x // 2,
+        x**2,
+        x @ x,
+        x[0],
+        x.T,
+        x.split(2)[1],
+        x.chunk(2),
+    )
+
+
+def test_operators_are_the_same_steps_within_a_default_device():
+    """There Dynamo calls methods, and functions of torch.Tensor, where else it calls Python's operators:
+    rsub(x, 1) for 1 - x."""
+    steps: list[list[str | None]] = []
+
+    def backend(gm, example_inputs):
+        found = [spellings.step_of(node) for node in gm.graph.nodes if node.op.startswith("call")]
+        steps.append([None if step is None else step.name.removeprefix("r") for step in found])
+        return gm.forward
+
+    x = torch.ones(4, 4)
+    for device in (contextlib.nullcontext(), torch.device("cpu")):
+        torch._dynamo.reset()
+        with device:
+            torch.compile(operators, backend=backend)(x, x > 0)
+    outside, inside = steps
+    assert inside == outside
+    assert None not in outside
 
 
 def test_only_what_reads_its_input_is_a_view():

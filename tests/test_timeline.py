@@ -43,6 +43,7 @@ WRITERS = {
     "setitem method": ("__setitem__", "a", 0, "b"),
     "operator": (operator.imul, "a", 2),
     "operator method": ("__iadd__", "a", "b"),
+    "operator descriptor": (torch.Tensor.__iadd__, "a", "b"),
     "function": (torch.relu_, "a"),
     "overload": (torch.ops.aten.add_.Tensor, "a", "b"),
     "packet": (torch.ops.aten.add_, "a", "b"),
@@ -60,6 +61,12 @@ def test_first_argument_is_written(name: str):
 @pytest.mark.parametrize("target", [operator.or_, operator.and_, operator.not_, operator.xor])
 def test_operators_named_like_keywords_write_nothing(target: Any):
     node, _ = call(target, "a", "b")
+    assert list(written_by(node)) == []
+
+
+def test_methods_named_like_operators_in_place_write_nothing():
+    """~x within a default device is a call of __invert__."""
+    node, _ = call("__invert__", "a")
     assert list(written_by(node)) == []
 
 

@@ -35,6 +35,7 @@ _INPLACE_OPERATORS = {
     *(operator.ipow, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
     *(operator.imatmul, operator.setitem, operator.delitem),
 }
+_INPLACE_METHODS = {f"__{function.__name__}__" for function in _INPLACE_OPERATORS}
 # Named so because Python has keywords of their names.
 _NOT_INPLACE = {operator.and_, operator.or_, operator.not_, operator.is_}
 
@@ -42,12 +43,7 @@ _NOT_INPLACE = {operator.and_, operator.or_, operator.not_, operator.is_}
 def written_by(node: Node) -> Iterator[Node]:
     """The arguments that `node` changes in place."""
     if node.op == "call_method":
-        name = str(node.target)
-        if (
-            (name.endswith("_") and not name.endswith("__"))
-            or name == "__setitem__"
-            or name.startswith("__i")
-        ):
+        if _is_inplace_method(str(node.target)):
             yield from _nodes(node.args[:1])
     elif node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
@@ -58,11 +54,15 @@ def written_by(node: Node) -> Iterator[Node]:
             yield from _written_by_schema(node, schema)
         elif node.target in _NOT_INPLACE:
             return
-        elif node.target in _INPLACE_OPERATORS or (name.endswith("_") and not name.endswith("__")):
+        elif node.target in _INPLACE_OPERATORS or _is_inplace_method(name):
             yield from _nodes(node.args[:1])
         elif _asked_inplace(node):
             yield from _nodes(node.args[:1] or tuple(node.kwargs.values())[:1])
     yield from _nodes((node.kwargs.get("out"),))
+
+
+def _is_inplace_method(name: str) -> bool:
+    return name in _INPLACE_METHODS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _writes_inside(node: Node) -> bool:

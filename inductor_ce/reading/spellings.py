@@ -10,6 +10,12 @@ from torch.fx import Node
 from .steps import STEPS, Step
 
 _BY_TARGET: dict[Any, Step] = {target: step for step in STEPS for target in step.targets}
+# Within a default device, Dynamo calls some methods by the functions that they are in torch.Tensor.
+_BY_TARGET |= {
+    getattr(torch.Tensor, target): step
+    for target, step in _BY_TARGET.items()
+    if isinstance(target, str) and callable(getattr(torch.Tensor, target, None))
+}
 _CAT, _COPY = _BY_TARGET[torch.cat], _BY_TARGET[torch.clone]
 
 # Parameters that torch calls otherwise by keyword.

@@ -238,7 +238,7 @@ _TARGETS = (
     _row("ne", "targets.differs", "input other", torch.ne, torch.not_equal, operator.ne, "ne", "__ne__",
          traits="compares"),
     _row("not", "targets.negation", "input", torch.logical_not, torch.bitwise_not, operator.invert,
-         "logical_not", "bitwise_not", traits="needs_value"),
+         "logical_not", "bitwise_not", "__invert__", traits="needs_value"),
     _row("and", "", "input other", torch.logical_and, torch.bitwise_and, operator.and_, "logical_and",
          "bitwise_and", "__and__"),
     _row("or", "", "input other", torch.logical_or, torch.bitwise_or, operator.or_, "logical_or",
