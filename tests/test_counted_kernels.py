@@ -186,7 +186,7 @@ def test_kernels_compile(kernel: Any, types: dict[str, str], constants: dict[str
 
 def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: bool) -> int:
     """Bytes that a program of `_multiply` has, compiled for an H200."""
-    kernel = counted_kernels._multiply
+    kernel = counted_kernels._multiply.function
     m, n, k = tile["M"], tile["N"], tile["K"]
     types = {
         "out": f"tensordesc<{out}[{m},{n}]>",
@@ -248,12 +248,10 @@ CHOSEN = [
 
 
 @pytest.mark.parametrize(("m", "n", "tile"), CHOSEN)
-def test_tiles_by_how_many_processors_are_left_idle(
-    m: int, n: int, tile: dict[str, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(counted_kernels, "_processors", lambda device: 132)
-    assert counted_kernels._tile(m, n, torch.empty(0, dtype=torch.bfloat16)) == tile
-    assert counted_kernels._tile(m, n, torch.empty(0, dtype=torch.float32)) == NARROW
+def test_tiles_by_how_many_processors_are_left_idle(m: int, n: int, tile: dict[str, int]) -> None:
+    tiles = -(-m // tile["M"]) * -(-n // tile["N"])
+    assert counted_kernels._tile(m, n, 2, 132) == (tile, min(tiles, 132))
+    assert counted_kernels._tile(m, n, 4, 132)[0] == NARROW
 
 
 def test_tiles_divide_what_is_computed() -> None:

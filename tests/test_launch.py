@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -31,6 +33,16 @@ class Function:
             return Compilation(self.log)
 
         return launch
+
+
+@dataclass
+class Tiles:
+    """What Triton's TensorDescriptor has."""
+
+    base: torch.Tensor
+    shape: Sequence[int]
+    strides: Sequence[int]
+    block_shape: Sequence[int]
 
 
 X = torch.zeros(64)
@@ -63,6 +75,21 @@ def test_another_kind_is_not_taken(other: str) -> None:
         kernel[grid](*arguments, **options)
     assert function.launched[1] == (grid, arguments, options)
     assert [made[1:] for made in function.log] == [((5, 1, 1), arguments)]
+
+
+def tiles(x: torch.Tensor, *block: int) -> Tiles:
+    return Tiles(x, x.shape, x.stride(), [*block])
+
+
+def test_tiles_of_a_tensor() -> None:
+    """As Triton does, by dtype and by how large the tiles are; and by how the tensor lies in memory."""
+    kernel = launch.Kernel(function := Function())
+    kernel[(5,)](tiles(X, 16), 7)
+    kernel[(5,)](other := tiles(torch.ones(64), 16), 7)
+    assert [arguments for *_, arguments in function.log] == [(other, 7)]
+    for another in (tiles(X, 32), tiles(X.half(), 16), tiles(X[:32], 16), tiles(X[::2], 16), X):
+        kernel[(5,)](another, 7)
+    assert len(function.launched) == 6
 
 
 def test_what_is_kept_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:

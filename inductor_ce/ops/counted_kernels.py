@@ -66,10 +66,9 @@ def _product(
     (m, k), n = a.shape, b.shape[1]
     if not m or not n:
         return
-    tile = _tile(m, n, out)
+    tile, programs = _tile(m, n, out.itemsize, _processors(out.device))
     a_tiles, a_is_transposed = _tiles(a, tile["M"], tile["K"])
     b_tiles, b_is_transposed = _tiles(b, tile["K"], tile["N"])
-    programs = min(triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"]), _processors(out.device))
     _multiply[(programs,)](
         TensorDescriptor.from_tensor(out, [tile["M"], tile["N"]]),
         a_tiles,
@@ -77,27 +76,32 @@ def _product(
         a_tiles if bias is None else bias,
         left,
         *(m, n, k),
-        ON_DEVICE=isinstance(left, Tensor),
-        A_T=a_is_transposed,
-        B_T=b_is_transposed,
-        HAS_BIAS=bias is not None,
-        ACCUMULATE=accumulate,
-        OVER=over,
-        **tile,
+        isinstance(left, Tensor),
+        a_is_transposed,
+        b_is_transposed,
+        bias is not None,
+        accumulate,
+        over,
+        *(tile[size] for size in ("M", "N", "K", "GROUP")),
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
     )
 
 
-def _tile(m: int, n: int, out: Tensor) -> dict[str, Any]:
-    """What takes least time: every processor makes one tile after another, and the last ones may be few."""
-    if out.itemsize > 2:
-        return NARROW
+@functools.lru_cache(1024)
+def _tile(m: int, n: int, itemsize: int, processors: int) -> tuple[dict[str, Any], int]:
+    """(what takes least time: every processor makes one tile after another, and the last ones may be few;
+    how many programs make them)"""
+
+    def tiles(tile: dict[str, Any]) -> int:
+        return triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"])
 
     def time(rated: tuple[dict[str, Any], float]) -> float:
         tile, rate = rated
-        tiles = triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"])
-        return triton.cdiv(tiles, _processors(out.device)) * tile["M"] * tile["N"] / rate
+        return triton.cdiv(tiles(tile), processors) * tile["M"] * tile["N"] / rate
 
-    return min(RATES, key=time)[0]
+    best = NARROW if itemsize > 2 else min(RATES, key=time)[0]
+    return best, min(tiles(best), processors)
 
 
 @functools.cache
@@ -124,6 +128,7 @@ def _tile_of(pid, rows, columns, GROUP: tl.constexpr):
     return first + inside % size, inside // size
 
 
+@Kernel
 @triton.jit
 def _multiply(
     out,

@@ -22,7 +22,7 @@ class Kernel:
     """`kernel[grid](*arguments, **options)`, as of the Triton function that it stands for.
 
     Args:
-        function: what `triton.jit` made. The first of its arguments is a tensor.
+        function: what `triton.jit` made. The first of its arguments is a tensor, or reads tiles of one.
     """
 
     def __init__(self, function: Any):
@@ -46,10 +46,14 @@ class Kernel:
 
 def _kind(arguments: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...]:
     """What a compilation depends on: Triton looks at nothing else of an argument."""
-    kind: list[Any] = [arguments[0].get_device(), *options.items()]
+    first = arguments[0]
+    kind: list[Any] = [(first if isinstance(first, Tensor) else first.base).get_device(), *options.items()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             kind += argument.dtype, argument.data_ptr() % VECTOR == 0
-        else:
+        elif isinstance(argument, (int, float)):
             kind.append(argument)
+        else:  # a TensorDescriptor, whose base is aligned
+            shapes = argument.shape, argument.strides, argument.block_shape
+            kind.append((argument.base.dtype, *map(tuple, shapes)))
     return tuple(kind)
