@@ -16,14 +16,16 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import clean_slate, without_codegen
+from harness import clean_slate, sites, without_codegen
 from torch import Tensor, nn
 from torch._inductor import config as inductor_config
 
+import inductor_ce
 from inductor_ce.bench import cli
 from inductor_ce.bench.shared.alone import alone
 from inductor_ce.bench.shared.peers import NotOffered
 from inductor_ce.bench.train import command, models, render, run, systems
+from inductor_ce.bench.train.programs import PROGRAMS
 
 V = 2048
 TINY = models.Model("Tiny", B=2, S=8, V=V, configuration="None", sizes={}, liger="none_of_liger")
@@ -91,6 +93,37 @@ def test_every_system_is_compared_with_plain(measured: SimpleNamespace):
     assert [each["system"] for each in found["not_measured"]] == ["liger_kernel"]
     assert measured.left is None
     assert not [p for p in measured.model.parameters() if p.grad is not None]
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.lm_head = nn.Embedding(V, 16), nn.Linear(16, V, bias=False)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Any:
+        return SimpleNamespace(logits=self.lm_head(torch.tanh(self.embed(input_ids))))
+
+
+def test_a_student_and_its_teacher_are_compiled_apart():
+    """Neither's logits are made: both heads are in the graph of the loss."""
+    model, tokens, found = Student(), torch.randint(V, (2, 8)), []
+    for ours in (False, True):
+        torch._dynamo.reset()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(without_codegen())
+            if ours:
+                stack.enter_context(inductor_ce.install())
+            step = stack.enter_context(PROGRAMS["distilled"](model, ours))
+            loss, kind = step(tokens)
+            loss.backward()
+        found.append((loss.detach(), *(p.grad for p in model.parameters())))
+        model.zero_grad()
+        assert kind == ("LazyLogits" if ours else "Tensor")
+        assert sites() == ours
+    for theirs, made in zip(*found, strict=True):
+        assert theirs.count_nonzero() > 0
+        torch.testing.assert_close(made, theirs)
+    assert type(model.lm_head).forward is model.lm_head.forward.__func__
 
 
 def test_what_fails_is_told():

@@ -98,6 +98,9 @@ MODELS = {
     "padded": replace(SHALLOW, name="Qwen 2.5, 6 layers, padded vocabulary, soft-cap", program="padded"),
     "adapted": replace(SHALLOW, name="Qwen 2.5, 6 layers, adapters, frozen head", program="adapted"),
     "float32": replace(SHALLOW, name="Qwen 2.5, 6 layers, float32 head", program="in_float32", element=4),
+    "distilled": replace(
+        SHALLOW, name="Qwen 2.5, 6 layers, distilled from one as large, compiled apart", program="distilled"
+    ),
     "head": Model(
         "Llama 3's head alone, in float32",
         B=4,

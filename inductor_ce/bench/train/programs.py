@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -121,6 +122,46 @@ def adapted(model: Any, ours: bool) -> Iterator[Step]:
             model.get_parameter(name).requires_grad_(True)
 
 
+@contextlib.contextmanager
+def distilled(model: Any, ours: bool) -> Iterator[Step]:
+    """Distillation: a frozen teacher as large, which is compiled apart as its student is, and so is the loss.
+
+    Two lines more for us: both heads are deferred.
+    """
+    teacher = _another(model)
+    heads = (model.lm_head, teacher.lm_head)
+    student, taught = torch.compile(model), torch.compile(teacher)
+    loss = torch.compile(forward_divergence)
+    for head in heads if ours else ():
+        defer(head)
+    try:
+
+        def step(tokens: Tensor) -> tuple[Tensor, str]:
+            with torch.no_grad():
+                q = taught(input_ids=tokens, use_cache=False).logits
+            z = student(input_ids=tokens, use_cache=False).logits
+            return loss(z, q), type(z).__name__
+
+        yield step
+    finally:
+        for head in heads if ours else ():
+            restore(head)
+
+
+def _another(model: Any) -> Any:
+    """A frozen model like a given one, with weights of its own: those in reverse order."""
+    made = copy.deepcopy(model).requires_grad_(False)
+    for p in made.parameters():
+        p.copy_(p.flatten().flip(0).view_as(p))
+    return made
+
+
+def forward_divergence(z: Tensor, q: Tensor) -> Tensor:
+    """The mean over tokens of sum_i q_i (log q_i - log p_i)."""
+    log_p, log_q = (F.log_softmax(x.flatten(0, 1).float(), -1) for x in (z, q))
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
 class LowRank(nn.Module):
     """A linear layer with an adapter of `rank` beside it."""
 
@@ -167,6 +208,7 @@ class Body:
         self.last_hidden_state = hidden
 
 
+_PROGRAMS = (returned, sft, blocks, padded, adapted, in_float32, distilled)
 PROGRAMS: dict[str, Callable[[nn.Module, bool], contextlib.AbstractContextManager[Step]]] = {
-    function.__name__: function for function in (returned, sft, blocks, padded, adapted, in_float32)
+    function.__name__: function for function in _PROGRAMS
 }
