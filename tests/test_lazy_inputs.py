@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,7 @@ from harness import compile_lazily, sites
 from lazy_cases import Case, Scaled
 from lazy_programs import Model, batch, ce, gradients, lazies, raw, total
 from pairwise import EVERYTHING, pairwise
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def test_into_another_compiled_function() -> None:
@@ -30,6 +31,32 @@ def test_into_another_compiled_function() -> None:
         assert not z.is_made
         torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
     assert sites() == 2
+
+
+def divergence(z: Tensor, q: Tensor) -> Tensor:
+    log_p, log_q = F.log_softmax(z, -1), F.log_softmax(q, -1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1).mean()
+
+
+def test_a_loss_knows_of_which_a_gradient_is_wanted() -> None:
+    """As where it is compiled with what makes them: of both, of one."""
+
+    def f(m: Model, other: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        (a, z), (b, q) = raw(m, x, y), raw(other, x, y)
+        torch._dynamo.graph_break()
+        return a + b + divergence(z, q), z, q
+
+    (m, other), (x, y) = (Model(), Model()), batch()
+    compiled, _ = compile_lazily(f)
+    for read in (3, 6):
+        ours, theirs = compiled(m, other, x, y), f(m, other, x, y)
+        torch.testing.assert_close(ours[0], theirs[0])
+        assert len(lazies(ours)) == 2
+        both = nn.ModuleList(each for each in (m, other) if each.head.weight.requires_grad)
+        torch.testing.assert_close(*(gradients(both, r[0]) for r in (ours, theirs)))
+        assert sites() == read
+        other.requires_grad_(False)
 
 
 def edit(z: Tensor) -> Tensor:

@@ -97,6 +97,7 @@ def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: No
         parts.append(part)
     build = Builder(graph, behind, like=parts[0])
     node.replace_all_uses_with(source.recipe.nodes(build, parts))
+    build.tell_gradients(example.requires_grad)
     graph.erase_node(node)
     return list(given.source.parts if isinstance(given, LazyLogits) else source.parts)
 

@@ -75,6 +75,20 @@ class Builder:
                 made[node] = self._added(node.target, args, kwargs, node.meta["val"])
         raise AssertionError("a graph without an output")
 
+    def tell_gradients(self, on: bool = True) -> None:
+        """Let the examples of what was built require gradients as the tensors will, where gradients are `on`.
+
+        Examples are made without, and what is read of a graph asks them.
+        """
+        for node in self.created:
+            example = tensor_of(node)
+            if example is None or not example.is_floating_point():
+                continue
+            sources = [each for source in node.all_input_nodes if (each := tensor_of(source)) is not None]
+            wanted = on and any(each.requires_grad for each in sources)
+            if example.requires_grad != wanted:
+                node.meta[self._key] = example.detach().requires_grad_(wanted)
+
     def undo(self) -> None:
         for node in reversed(self.created):
             self._graph.erase_node(node)

@@ -149,28 +149,18 @@ def _made(
     columns = _columns(builds[0], timeline, place, group)
     if columns is None:
         return None
-    _tell_gradients(timeline, builds[0], place)
+    builds[0].tell_gradients(timeline.grad_mode(place) is True)
     made = []
     for use in group.uses:
         builds.append(Builder(graph, use.user, like=_like(use)))
         made.append(_result(builds[-1], group, columns, use))
         position = timeline.position[use.user]
-        _tell_gradients(timeline, builds[-1], position)
-        wanted = example_of(use.source).requires_grad and timeline.grad_mode(position) is True
+        on = timeline.grad_mode(position) is True
+        builds[-1].tell_gradients(on)
+        wanted = on and example_of(use.source).requires_grad
         if example_of(made[-1]).requires_grad != wanted:
             return None
     return made
-
-
-def _tell_gradients(timeline: Timeline, build: Builder, position: int) -> None:
-    """Let the examples of what was built at a place require gradients where the tensors will."""
-    on = timeline.grad_mode(position) is True
-    for node in build.created:
-        example = example_of(node)
-        sources = [each for source in node.all_input_nodes if (each := tensor_of(source)) is not None]
-        wanted = on and example.is_floating_point() and any(each.requires_grad for each in sources)
-        if example.requires_grad != wanted:
-            node.meta["example_value"] = example.detach().requires_grad_(wanted)
 
 
 def _undo(builds: list[Builder]) -> None:
