@@ -104,7 +104,8 @@ class Student(nn.Module):
         return SimpleNamespace(logits=self.lm_head(torch.tanh(self.embed(input_ids))))
 
 
-def test_a_student_and_its_teacher_are_compiled_apart():
+@pytest.mark.parametrize("program", ["distilled", "gkd"])
+def test_a_student_and_its_teacher_are_compiled_apart(program: str):
     """Neither's logits are made: both heads are in the graph of the loss."""
     model, tokens, found = Student(), torch.randint(V, (2, 8)), []
     for ours in (False, True):
@@ -113,7 +114,7 @@ def test_a_student_and_its_teacher_are_compiled_apart():
             stack.enter_context(without_codegen())
             if ours:
                 stack.enter_context(inductor_ce.install())
-            step = stack.enter_context(PROGRAMS["distilled"](model, ours))
+            step = stack.enter_context(PROGRAMS[program](model, ours))
             loss, kind = step(tokens)
             loss.backward()
         found.append((loss.detach(), *(p.grad for p in model.parameters())))

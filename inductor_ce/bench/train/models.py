@@ -101,6 +101,7 @@ MODELS = {
     "distilled": replace(
         SHALLOW, name="Qwen 2.5, 6 layers, distilled from one as large, compiled apart", program="distilled"
     ),
+    "gkd": replace(SHALLOW, name="Qwen 2.5, 6 layers, GKD from one as large, compiled apart", program="gkd"),
     "head": Model(
         "Llama 3's head alone, in float32",
         B=4,

@@ -122,16 +122,26 @@ def adapted(model: Any, ours: bool) -> Iterator[Step]:
             model.get_parameter(name).requires_grad_(True)
 
 
+def distilled(model: Any, ours: bool) -> contextlib.AbstractContextManager[Step]:
+    """Distillation from a frozen teacher: the divergence of all tokens."""
+    return _with_teacher(model, ours, forward_divergence)
+
+
+def gkd(model: Any, ours: bool) -> contextlib.AbstractContextManager[Step]:
+    """TRL's GKDTrainer: the generalised Jensen-Shannon divergence of completions, half from each side."""
+    return _with_teacher(model, ours, generalised_jsd)
+
+
 @contextlib.contextmanager
-def distilled(model: Any, ours: bool) -> Iterator[Step]:
-    """Distillation: a frozen teacher as large, which is compiled apart as its student is, and so is the loss.
+def _with_teacher(model: Any, ours: bool, divergence: Callable[[Tensor, Tensor], Tensor]) -> Iterator[Step]:
+    """A student and a frozen teacher as large, which are compiled apart, as the loss is.
 
     Two lines more for us: both heads are deferred.
     """
     teacher = _another(model)
     heads = (model.lm_head, teacher.lm_head)
     student, taught = torch.compile(model), torch.compile(teacher)
-    loss = torch.compile(forward_divergence)
+    loss = torch.compile(divergence)
     for head in heads if ours else ():
         defer(head)
     try:
@@ -160,6 +170,21 @@ def forward_divergence(z: Tensor, q: Tensor) -> Tensor:
     """The mean over tokens of sum_i q_i (log q_i - log p_i)."""
     log_p, log_q = (F.log_softmax(x.flatten(0, 1).float(), -1) for x in (z, q))
     return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+
+
+COMPLETION = 0.75  # of the tokens, those behind the prompt
+
+
+def generalised_jsd(z: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    """The mean over tokens of beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p."""
+    start = z.shape[1] - int(COMPLETION * z.shape[1])
+    log_p, log_q = (F.log_softmax(x[:, start - 1 : -1], -1) for x in (z, q))
+    weight = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device)
+    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-weight), log_q + torch.log(weight)]), dim=0)
+    of_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    of_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    jsd = weight * of_teacher + (1 - weight) * of_student
+    return jsd.sum() / (jsd.shape[0] * jsd.shape[1])
 
 
 class LowRank(nn.Module):
@@ -208,7 +233,7 @@ class Body:
         self.last_hidden_state = hidden
 
 
-_PROGRAMS = (returned, sft, blocks, padded, adapted, in_float32, distilled)
+_PROGRAMS = (returned, sft, blocks, padded, adapted, in_float32, distilled, gkd)
 PROGRAMS: dict[str, Callable[[nn.Module, bool], contextlib.AbstractContextManager[Step]]] = {
     function.__name__: function for function in _PROGRAMS
 }
