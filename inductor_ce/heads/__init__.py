@@ -3,7 +3,8 @@
 In:   a joint graph of forward and backward, with `row_stats` and `row_grad`, and the options.
 Out:  the same with each head in token chunks, vocabulary slabs or forward only, or whole with the reason.
 
-    find            the head of a `row_stats`, in the joint graph; `calls`, `sizes`, what its nodes are given
+    find            the head of a `row_stats`, in the joint graph; `kinds` of its nodes, and `calls`, `sizes`,
+                    what they are given
     plan            numbers in, a plan out; never looks at free memory or a clock
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
                     at the sizes of the example and at `other_sizes`; `facts`, what is known of a node

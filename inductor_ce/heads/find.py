@@ -9,7 +9,6 @@ whatever views between them, so that any of them can be made for a few rows or f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,23 +17,25 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..common.compat.graphs import OpOverload
-from ..graph.shapes import equal, hint, shape_of, tensor_of
+from ..graph.shapes import equal, hint, shape_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call, is_divergence, is_planned, stats_call
+from .kinds import (
+    PERMUTATIONS,
+    PRODUCTS,
+    SUMS,
+    VIEWS,
+    count_of,
+    is_batched,
+    is_of_size,
+    is_ordered_view,
+    is_pointwise,
+    is_transposed,
+    summed_dims,
+    vocab_axis,
+)
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-ORDERED_VIEWS = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
-}
-PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
-VIEWS = ORDERED_VIEWS | PERMUTATIONS
-CAST = prims.convert_element_type.default
-COPIES = {CAST, aten._to_copy.default, aten.clone.default, aten.detach.default}
-SUMS = {aten.sum.default, aten.sum.dim_IntList}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
 # What a product, or a sum, makes of the gradient of the logits.
 HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
@@ -206,7 +207,7 @@ def _products_before(node: Node) -> set[Node]:
     """The products at the root of views and pointwise nodes."""
     found: set[Node] = set()
     stack, seen = [node], {node}
-    size = _count(node)
+    size = count_of(node)
     while stack:
         node = stack.pop()
         if node.target in PRODUCTS:
@@ -224,14 +225,14 @@ def _why_no_product(stats: Node) -> str:
     def before(node: Node) -> list[Node]:
         return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
 
-    size = _count(stats_call(stats).z)
+    size = count_of(stats_call(stats).z)
     found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
     products = {node for node in found if node.target in PRODUCTS}
     if not products:
         return "no linear layer in the graph makes the logits"
     if any(map(is_batched, products)):
         return BATCHED
-    if any(node.target in PERMUTATIONS and not _is_transposed(node) for node in found):
+    if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
         return "rows or classes change places between a product and the logits"
     others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     straight = any(_products_before(stats_call(other).z) == products for other in others)
@@ -253,7 +254,7 @@ def _gather(head: Head) -> None:
                     head.stats.append(user)
             elif exit_kind := _exit_kind(user, node):
                 head.exits[user] = exit_kind
-            elif _is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
+            elif is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
                 head.exits |= {u: _exit_kind(u, user) for u in user.users}
             elif _stays_wide(user, head, wide):
                 wide.add(user)
@@ -273,7 +274,7 @@ def _escape(user: Node) -> str:
         return "the logits are returned"
     if is_divergence(user):
         return "a divergence reads the logits, or pieces of them, beside others"
-    if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
+    if is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
         return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     return f"the logits, or their gradient, are read by {name} as well"
@@ -290,7 +291,9 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
     if not is_ordered_view(user) and not is_pointwise(user):
         return False
     axis = vocab_axis(user)
-    return axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, _count(head.product))
+    return (
+        axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, count_of(head.product))
+    )
 
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:
@@ -300,64 +303,7 @@ def _reads_as_logits_only(user: Node, node: Node) -> bool:
 
 
 def _untransposed(node: Node) -> Node:
-    return args_of(node)[0] if _is_transposed(node) else node
-
-
-def vocab_axis(node: Node) -> int | None:
-    """The last dimension that is not of size 1."""
-    return next((i for i, s in reversed(list(enumerate(shape_of(node)))) if not equal(s, 1)), None)
-
-
-# Kinds of nodes
-
-
-def is_pointwise(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if node.target in COPIES:
-        return True
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-
-
-def is_ordered_view(node: Node) -> bool:
-    """Whether a node has all elements of its source in their order."""
-    if node.op != "call_function":
-        return False
-    if node.target in ORDERED_VIEWS:
-        return True
-    if node.target == aten.expand.default:
-        return is_of_size(args_of(node)[0], _count(node))
-    return node.target in PERMUTATIONS and _moves_ones_only(node)
-
-
-def _moves_ones_only(node: Node) -> bool:
-    kept = [dim for dim in permutation(node) if not equal(shape_of(args_of(node)[0])[dim], 1)]
-    return kept == sorted(kept)
-
-
-def permutation(node: Node) -> list[int]:
-    """Which dimension of the source each dimension of a permutation is."""
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    if node.target == aten.permute.default:
-        return [dim % rank for dim in args_of(node)[1]]
-    one, other = (0, 1) if node.target == aten.t.default else args_of(node)[1:]
-    if rank >= 2:
-        order[one], order[other] = order[other], order[one]
-    return order
-
-
-def _is_transposed(node: Node) -> bool:
-    """[V, N] or [1, V, N] of [N, V] or [1, N, V]."""
-    if node.target not in PERMUTATIONS:
-        return False
-    order = permutation(node)
-    return order in ([1, 0], [0, 2, 1])
-
-
-def is_batched(product: Node) -> bool:
-    """Whether it is more than one product."""
-    return len(shape_of(product)) == 3 and not equal(shape_of(product)[0], 1)
+    return args_of(node)[0] if is_transposed(node) else node
 
 
 def _exit_kind(user: Node, source: Node) -> str:
@@ -366,32 +312,16 @@ def _exit_kind(user: Node, source: Node) -> str:
         left, right = user.args
         if left is right or is_batched(user):
             return ""
-        if _is_transposed(source):
+        if is_transposed(source):
             return WEIGHT if left is source else ""
         return HIDDEN if left is source else WEIGHT_T
-    if user.target in SUMS and not user.kwargs and not _is_transposed(source):
+    if user.target in SUMS and not user.kwargs and not is_transposed(source):
         axis, (dims, _) = vocab_axis(source), summed_dims(user)
         if axis in dims:
             return ROW_SUMS
         rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
         return BIAS if rows <= dims else ""
     return ""
-
-
-def summed_dims(node: Node) -> tuple[set[int], bool]:
-    """(the dimensions that a sum sums over, whether it keeps them)"""
-    source, *given = args_of(node)
-    dims, keepdim = (*given, None, False)[:2]
-    rank = len(shape_of(source))
-    return {dim % rank for dim in dims or range(rank)}, bool(keepdim)
-
-
-def _count(node: Node) -> Any:
-    return math.prod(shape_of(node))
-
-
-def is_of_size(node: Node, size: Any) -> bool:
-    return tensor_of(node) is not None and equal(_count(node), size)
 
 
 def source_of_exit(node: Node, head: Head) -> Node:

@@ -15,7 +15,8 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.walk import args_of
-from .find import VIEWS, WEIGHT, WEIGHT_T, Head
+from .find import WEIGHT, WEIGHT_T, Head
+from .kinds import VIEWS
 from .pieces import CAST
 
 aten = torch.ops.aten

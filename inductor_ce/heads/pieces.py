@@ -18,7 +18,8 @@ from ..ops.products import ALIGN_ROWS, LOGITS
 from . import sizes
 from .calls import grad_call, stats_call
 from .factors import has_16_bit_factors, in_16_bits
-from .find import CAST, Head, NoHead, Product, is_pointwise, vocab_axis
+from .find import Head, NoHead, Product
+from .kinds import CAST, is_pointwise, vocab_axis
 from .packing import Packing
 from .ranges import Range
 

@@ -28,7 +28,7 @@ from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import grad_call
 from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown
-from .find import is_pointwise
+from .kinds import is_pointwise
 from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -16,7 +16,8 @@ from ..graph.walk import args_of, reached, sources_of
 from .calls import exchanges, stats_call
 from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
-from .find import VIEWS, Head, NoHead
+from .find import Head, NoHead
+from .kinds import VIEWS
 from .packing import is_light
 from .pieces import CAST
 from .proof import Proof
