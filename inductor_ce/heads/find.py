@@ -3,6 +3,9 @@
     z = product(hidden, columns) -> views and pointwise nodes -> row_stats
     row_grad -> views and pointwise nodes -> the products that make gradients of it
 
+A `divergence` reads the logits of several *sides*, each of a linear layer of its own. Together they are one
+head: a piece has the same rows of all sides.
+
 A node of a head whose size is that of the logits is *wide*. All wide nodes are [N, V] in the same order, with
 whatever views between them, so that any of them can be made for a few rows or for a few columns.
 """
@@ -19,7 +22,16 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..graph.shapes import equal, hint, shape_of
 from ..graph.walk import args_of, reached
-from .calls import grad_call, is_divergence, is_planned, stats_call
+from ..ops.divergences import decode
+from .calls import (
+    divergence_call,
+    divergence_grad_call,
+    grad_call,
+    is_divergence,
+    is_planned,
+    is_side_gradient,
+    stats_call,
+)
 from .kinds import (
     PERMUTATIONS,
     PRODUCTS,
@@ -48,6 +60,8 @@ BATCHED = (
     "the logits are a batched product, each of whose matrices has a weight of its own; "
     "of a loop over them, each step would be a head"
 )
+SIDE_WHOLE = "the logits of another side of a divergence are whole: "
+NO_PRODUCT = "no linear layer makes them row by row"
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
@@ -98,6 +112,9 @@ class Head:
         stats: the `row_stats` nodes.
         exits: what reads wide nodes to make gradients, and what each makes.
         teacher: what makes weights of it, if that is to be made of the same rows as the logits.
+        divergences: the `divergence` nodes.
+        given: what these read as the logits of other sides, [N, V], that are no head's of which pieces can be
+            made with it; why_given: why not.
     """
 
     products: list[Product]
@@ -105,6 +122,9 @@ class Head:
     stats: list[Node] = field(default_factory=list)
     exits: dict[Node, str] = field(default_factory=dict)
     teacher: Teacher | None = None
+    divergences: list[Node] = field(default_factory=list)
+    given: list[Node] = field(default_factory=list)
+    why_given: str = ""
 
     @property
     def product(self) -> Node:
@@ -131,6 +151,11 @@ class Head:
         return [node for node in self.wide if node.target == ops.ROW_GRAD]
 
     @property
+    def divergence_grads(self) -> list[Node]:
+        """Those whose gradients of some sides are wide nodes."""
+        return list(dict.fromkeys(args_of(node)[0] for node in self.wide if is_side_gradient(node)))
+
+    @property
     def chained(self) -> bool:
         """Whether anything but views lies between the product and the statistics."""
         return any(is_pointwise(node) for node in self.wide)
@@ -142,7 +167,7 @@ class Head:
     def beside(self) -> list[Node]:
         """What is combined with wide nodes, in pointwise nodes."""
         wide = {*self.roots, *self.wide}
-        readers = [node for node in self.wide if node.target != ops.ROW_GRAD]
+        readers = [node for node in self.wide if not is_gradient(node)]
         return [s for node in readers for s in node.all_input_nodes if s not in wide]
 
     def factors(self) -> list[Node]:
@@ -156,12 +181,17 @@ class Head:
         return [node for node in self.wide if node not in gradients]
 
     def gradients(self) -> set[Node]:
-        """The wide nodes that depend on a `row_grad`."""
+        """The wide nodes that depend on a `row_grad`, or a `divergence_grad`."""
         found: set[Node] = set()
         for node in self.wide:
-            if node.target == ops.ROW_GRAD or not found.isdisjoint(node.all_input_nodes):
+            if is_gradient(node) or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return found
+
+
+def is_gradient(node: Node) -> bool:
+    """Whether a wide node is what an operator makes of statistics and coefficients."""
+    return node.target == ops.ROW_GRAD or is_side_gradient(node)
 
 
 def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
@@ -183,14 +213,24 @@ def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
         raise NoHead(_why_no_product(stats))
-    products = sorted(map(product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
-    head = Head(products)
+    head = Head(_products(roots))
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
     if not all(equal(shape_of(node)[-1], head.v) for node in head.roots):
         raise NoHead("the logits are made of several products, of which one has other classes")
-    _gather(head)
+    try:
+        _gather(head)
+    except NoHead as why:
+        if not head.divergences:
+            raise
+        head = Head(_products(roots), why_given=str(why))
+        _gather(head)
     return head
+
+
+def _products(roots: set[Node]) -> list[Product]:
+    """The widest first."""
+    return sorted(map(product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
 
 
 def product_of(node: Node) -> Product:
@@ -240,7 +280,10 @@ def _why_no_product(stats: Node) -> str:
 
 
 def _gather(head: Head) -> None:
-    """Fill in what is made of the logits. Raises NoHead where something else reads them."""
+    """Fill in what is made of the logits. Raises NoHead where something else reads them.
+
+    What a divergence reads beside them is looked at as well, unless `why_given` says why it is given.
+    """
     order = {node: i for i, node in enumerate(head.product.graph.nodes)}
     wide = head.roots
     stack = [product.node for product in head.products]
@@ -252,6 +295,10 @@ def _gather(head: Head) -> None:
             if user.target == ops.ROW_STATS and _reads_as_logits_only(user, node):
                 if user not in head.stats:
                     head.stats.append(user)
+            elif user.target in (ops.DIVERGENCE, ops.DIVERGENCE_GRAD) and _reads_as_side_only(user, node):
+                more = _of_sides(user, head)
+                wide |= more
+                stack += more
             elif exit_kind := _exit_kind(user, node):
                 head.exits[user] = exit_kind
             elif is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
@@ -263,10 +310,37 @@ def _gather(head: Head) -> None:
                 raise NoHead(_escape(user))
     head.wide = sorted(wide - head.roots, key=order.__getitem__)
     head.stats.sort(key=order.__getitem__)
+    _check_sides(head, wide)
     gradients = head.gradients()
     for reader in head.exits:
         if not any(_untransposed(source) in gradients for source in reader.all_input_nodes):
             raise NoHead(_escape(reader))
+
+
+def _of_sides(user: Node, head: Head) -> set[Node]:
+    """Of what a divergence reads, the products that are new to a head; or what its gradient makes."""
+    if user.target == ops.DIVERGENCE_GRAD:
+        return set(user.users)
+    if user not in head.divergences:
+        head.divergences.append(user)
+    if head.why_given:
+        return set()
+    found = set().union(*map(_products_before, divergence_call(user).zs)) - head.roots
+    head.products += _products(found)
+    if not all(equal(shape_of(node)[-1], head.v) for node in found):
+        raise NoHead("they are made of several products, of which one has other classes")
+    return found
+
+
+def _check_sides(head: Head, wide: set[Node]) -> None:
+    """Tell what is given, of which no gradient may be wanted."""
+    sides = [z for node in head.divergences for z in divergence_call(node).zs]
+    head.given = [z for z in dict.fromkeys(sides) if z not in wide]
+    head.why_given = head.why_given or (NO_PRODUCT if head.given else "")
+    for node in head.divergence_grads:
+        zs, *_, which = divergence_grad_call(node)
+        if any(zs[u] in head.given for u in decode(which).wanted):
+            raise NoHead(f"{SIDE_WHOLE}{head.why_given}")
 
 
 def _escape(user: Node) -> str:
@@ -300,6 +374,12 @@ def _reads_as_logits_only(user: Node, node: Node) -> bool:
     """Whether `row_stats` or `row_grad` reads a node as its logits, and not among its weights."""
     z, labels, weights, *rest = args_of(user)
     return z is node and node not in (*labels, *weights, *rest)
+
+
+def _reads_as_side_only(user: Node, node: Node) -> bool:
+    """Whether a divergence, or its gradient, reads a node as the logits of a side."""
+    zs, *rest = args_of(user)
+    return node in zs and not any(node is arg or (isinstance(arg, list) and node in arg) for arg in rest)
 
 
 def _untransposed(node: Node) -> Node:

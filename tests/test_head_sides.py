@@ -1,0 +1,260 @@
+"""Divergences whose logits come from heads: those of all sides are made for the rows of a piece at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Graphs, compile_without_codegen
+from head_cases import counts
+from pairwise import in_turns
+from reference import assert_all_fair, assert_fair, log_sum_exp
+from test_head_memory import largest, saved
+from torch import Tensor
+
+from inductor_ce import ops
+
+N, V, D, E = 60, 100, 4, 5  # E: the hidden size of the other side
+BUDGET = 1.0  # of the float32 logits of one side
+
+
+class Given(NamedTuple):
+    """Hidden states and weight of one side, of another, which has a bias, and which rows count."""
+
+    h: Tensor
+    W: Tensor
+    t: Tensor
+    U: Tensor
+    b: Tensor
+    mask: Tensor
+
+    def to(self, dtype: torch.dtype) -> Given:
+        return Given(*(x.to(dtype) for x in self[:5]), self.mask)
+
+
+LEAVES = Given._fields[:5]
+
+
+def given(n: int = N) -> Given:
+    h, t = torch.randn(n, D), torch.randn(n, E)
+    return Given(h, torch.randn(V, D), t, torch.randn(V, E), torch.randn(V), torch.arange(n) % 3 != 0)
+
+
+Loss = Callable[..., Tensor]
+
+
+def frozen(t: Tensor, U: Tensor, b: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return F.linear(t, U, b)
+
+
+def other_pass(h: Tensor) -> Tensor:
+    """Hidden states of a second pass, with dropout of its own."""
+    return h * (torch.arange(h.shape[-1], device=h.device) % 3 - 0.5).to(h.dtype)
+
+
+def labels(mask: Tensor) -> Tensor:
+    return torch.where(mask, torch.arange(len(mask), device=mask.device) % V, -100)
+
+
+# As they are written
+
+
+def by_mixture(s: Tensor, q: Tensor, beta: float) -> Tensor:
+    """As in generalised knowledge distillation, for each row and class."""
+    log_p, log_q = s.log_softmax(-1), q.log_softmax(-1)
+    weight = torch.tensor(beta, dtype=log_p.dtype)
+    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-weight), log_q + torch.log(weight)]), 0)
+    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return weight * to_teacher + (1 - weight) * to_student
+
+
+def generalised(beta: float) -> Loss:
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        each = by_mixture(F.linear(h, W) / 0.9, frozen(t, U, b) / 0.9, beta)
+        return (each * mask[:, None]).sum() / mask.sum()
+
+    return loss
+
+
+def jensen_shannon(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Two students, each of which has its head."""
+    log_p, log_q = F.linear(h, W).log_softmax(-1), F.linear(t, U).log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    rows = 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(-1)
+    return torch.where(mask, rows, 0).sum() / mask.sum()
+
+
+def capped(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Sequences, in float32, behind a soft-cap and beside a bias that learns."""
+    s = 3 * torch.tanh(F.linear(h.view(3, -1, D), W).float().to(both(h)) / 3)
+    q = F.linear(t.view(3, -1, E), U, b).float().to(both(h))
+    return by_mixture(s, q, 0.3).sum(-1).mean()
+
+
+def both(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def teacher_learns(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    log_p, q = F.linear(h, W).log_softmax(-1), F.linear(t, U).softmax(-1)
+    return F.kl_div(log_p, q, reduction="none").sum(-1).square().mean()
+
+
+def r_drop(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Two passes, one weight, and labels."""
+    s, q = F.linear(h, W), F.linear(other_pass(h), W)
+    log_p, log_q = s.log_softmax(-1), q.log_softmax(-1)
+    one = F.kl_div(log_p, q.softmax(-1), reduction="batchmean")
+    two = F.kl_div(log_q, s.softmax(-1), reduction="batchmean")
+    y = labels(mask)
+    return 0.5 * (F.cross_entropy(s, y) + F.cross_entropy(q, y)) + 0.7 * (one + two)
+
+
+def consistency(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Three views, of which the last is held, and one weight."""
+    views = F.linear(h, W), F.linear(other_pass(h), W), F.linear(h.flip(1), W).detach()
+    p = [z.softmax(-1) for z in views]
+    log_m = (sum(p) / 3).log()
+    return sum(F.kl_div(log_m, each, reduction="batchmean") for each in p)
+
+
+def learnt_temperature(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    log_p = (F.linear(h, W) * b.mean().exp()).log_softmax(-1)
+    log_q = (F.linear(t, U) * 0.5).log_softmax(-1)
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).mean()
+
+
+# Their formulas, over the rows of two sets of logits
+
+
+def log_p(z: Tensor) -> Tensor:
+    return z - log_sum_exp(z)[..., None]
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """Of probabilities, for each row."""
+    return (p * (p.log() - q.log())).sum(-1)
+
+
+def jsd(z: Tensor, t: Tensor, beta: float = 0.5) -> Tensor:
+    p, q = log_p(z).exp(), log_p(t).exp()
+    m = (1 - beta) * p + beta * q
+    return beta * kl(q, m) + (1 - beta) * kl(p, m)
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    return torch.einsum("nd,vd->nv", x, w)
+
+
+def exact_generalised(beta: float) -> Loss:
+    def exact(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        q = (product(t, U) + b).detach()
+        return (jsd(product(h, W) / 0.9, q / 0.9, beta) * mask).sum() / mask.sum()
+
+    return exact
+
+
+def exact_jensen_shannon(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    return (jsd(product(h, W), product(t, U)) * mask).sum() / mask.sum()
+
+
+def exact_capped(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    return jsd(3 * torch.tanh(product(h, W) / 3), product(t, U) + b, 0.3).mean()
+
+
+def exact_teacher_learns(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    return kl(log_p(product(t, U)).exp(), log_p(product(h, W)).exp()).square().mean()
+
+
+def exact_r_drop(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    s, q = log_p(product(h, W)), log_p(product(other_pass(h), W))
+    picked = (s + q)[torch.arange(len(mask)), labels(mask).clamp(min=0)]
+    hard = -0.5 * (picked * mask).sum() / mask.sum()
+    return hard + 0.7 * ((s.exp() - q.exp()) * (s - q)).sum(-1).mean()
+
+
+def exact_consistency(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    views = product(h, W), product(other_pass(h), W), product(h.flip(1), W).detach()
+    p = [log_p(z).exp() for z in views]
+    return sum(kl(each, (p[0] + p[1] + p[2]) / 3) for each in p).mean()
+
+
+def exact_temperature(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    p, q = log_p(product(h, W) * b.mean().exp()).exp(), log_p(product(t, U) * 0.5).exp()
+    return (kl(p, q) + kl(q, p)).mean()
+
+
+class Case(NamedTuple):
+    """A loss as it is written, its formula, the leaves that learn, and how many sides it has."""
+
+    loss: Loss
+    exact: Loss
+    moving: str = "h W"
+    sides: int = 2
+
+
+CASES: dict[str, Case] = {
+    "beta 0.1": Case(generalised(0.1), exact_generalised(0.1)),
+    "beta 0.5": Case(generalised(0.5), exact_generalised(0.5)),
+    "beta 0.9": Case(generalised(0.9), exact_generalised(0.9)),
+    "frozen weight": Case(generalised(0.5), exact_generalised(0.5), "h"),
+    "weight alone": Case(generalised(0.5), exact_generalised(0.5), "W"),
+    "both": Case(jensen_shannon, exact_jensen_shannon, "h W t U"),
+    "capped": Case(capped, exact_capped, "h W t U b"),
+    "teacher learns": Case(teacher_learns, exact_teacher_learns, "h W t U"),
+    "other side alone": Case(jensen_shannon, exact_jensen_shannon, "t U"),
+    "one weight": Case(r_drop, exact_r_drop),
+    "three views": Case(consistency, exact_consistency, sides=3),
+    "temperature": Case(learnt_temperature, exact_temperature, "h W t U b"),
+}
+
+
+Made = tuple[Tensor, dict[str, Tensor]]
+
+
+def measured(f: Loss, inputs: Given, moving: str, upstream: float = 1.0) -> Made:
+    """The loss, and the gradients of the leaves that learn."""
+    leaves = {
+        name: getattr(inputs, name).detach().clone().requires_grad_(name in moving.split()) for name in LEAVES
+    }
+    value = f(**leaves, mask=inputs.mask)
+    value.backward(torch.full_like(value, upstream))
+    made = {name: leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
+    assert None not in made.values()
+    return value.detach(), made
+
+
+def check(f: Loss, name: str, inputs: Given, upstream: float = -2.5) -> None:
+    case = CASES[name]
+    value, gradients = measured(f, inputs, case.moving, upstream)
+    naive, of_naive = measured(case.loss, inputs, case.moving, upstream)
+    exact, of_exact = measured(case.exact, inputs.to(torch.float64), case.moving, upstream)
+    assert_fair(value, naive, exact)
+    assert_all_fair(gradients, of_naive, of_exact)
+
+
+def in_chunks(loss: Loss, **options: object) -> tuple[Loss, Graphs]:
+    return compile_without_codegen(loss, **{"strategy": "token_chunks", "memory_budget": BUDGET, **options})
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), in_turns([*CASES], [torch.float64, torch.float32, torch.bfloat16])
+)
+def test_right_and_nowhere_whole(name: str, dtype: torch.dtype) -> None:
+    """Nothing in the graphs is larger than the logits of a piece, of whichever side."""
+    compiled, graphs = in_chunks(CASES[name].loss)
+    check(compiled, name, given().to(dtype))
+    forward, backward = graphs.final
+    sides = CASES[name].sides
+    assert counts() == {"token_chunks": sides}
+    assert (pieces := graphs.count(ops.DIVERGENCE)) >= 2
+    assert graphs.count(torch.ops.inductor_ce.logits.default) == graphs.pieces == sides * pieces
+    assert largest(forward) <= -(-N // pieces) * V
+    assert max(saved(forward)) <= max(V * E, N * E, 3 * N)
+    assert largest(backward) <= max(V * E, N * E)
