@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_without_codegen
+from harness import Graphs, compile_with_codegen, compile_without_codegen
 from head_cases import counts
 from pairwise import in_turns
 from reference import assert_all_fair, assert_fair, log_sum_exp
@@ -258,3 +258,44 @@ def test_right_and_nowhere_whole(name: str, dtype: torch.dtype) -> None:
     assert largest(forward) <= -(-N // pieces) * V
     assert max(saved(forward)) <= max(V * E, N * E, 3 * N)
     assert largest(backward) <= max(V * E, N * E)
+
+
+@pytest.mark.parametrize("name", ["beta 0.3", "both", "capped", "three views"])
+def test_without_gradients(name: str) -> None:
+    case = CASES[name] if name in CASES else Case(generalised(0.3), exact_generalised(0.3))
+    compiled, graphs = in_chunks(case.loss)
+    inputs = given()
+    with torch.no_grad():
+        ours = compiled(*inputs)
+        assert_fair(ours, case.loss(*inputs), case.exact(*inputs.to(torch.float64)))
+    assert counts() == {"forward_only": case.sides}
+    (forward,) = graphs.final
+    assert (pieces := graphs.count(ops.DIVERGENCE)) >= 2
+    assert largest(forward) <= -(-N // pieces) * V
+
+
+@pytest.mark.parametrize("n", [57, 61])
+def test_rows_that_are_no_multiple(n: int) -> None:
+    for name in ("beta 0.1", "one weight"):
+        torch._dynamo.reset()
+        compiled, graphs = in_chunks(CASES[name].loss)
+        check(compiled, name, given(n).to(torch.float64))
+        assert graphs.count(ops.DIVERGENCE) >= 2
+
+
+@pytest.mark.parametrize("name", ["teacher learns", "both"])
+def test_symbolic_rows(name: str) -> None:
+    compiled, graphs = in_chunks(CASES[name].loss, dynamic=True)
+    for n in (60, 35):
+        check(compiled, name, given(n).to(torch.float64))
+    assert len(graphs.final) == 2
+    assert counts() == {"token_chunks": 2}
+    assert graphs.count(ops.DIVERGENCE) >= 2
+
+
+def test_generated_code() -> None:
+    for name in ("beta 0.5", "one weight"):
+        torch._dynamo.reset()
+        compiled, _ = compile_with_codegen(CASES[name].loss, strategy="token_chunks", memory_budget=BUDGET)
+        check(compiled, name, given())
+    assert counts() == {"token_chunks": 4}

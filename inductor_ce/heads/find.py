@@ -25,7 +25,6 @@ from ..graph.walk import args_of, reached
 from ..ops.divergences import decode
 from .calls import (
     divergence_call,
-    divergence_grad_call,
     grad_call,
     is_divergence,
     is_planned,
@@ -67,6 +66,13 @@ TRANSPOSED = "the logits are the transpose of a product; its factors the other w
 
 class NoHead(Exception):
     """Why the logits of a `row_stats` are no head's that can be divided, in words."""
+
+
+class SideMoves(NoHead):
+    """That a gradient is wanted of a side of a divergence whose logits are whole."""
+
+    def __init__(self, why: str):
+        super().__init__(f"{SIDE_WHOLE}{why}")
 
 
 class Product(NamedTuple):
@@ -221,7 +227,7 @@ def _head_of(stats: Node) -> Head:
     try:
         _gather(head)
     except NoHead as why:
-        if not head.divergences:
+        if not head.divergences or isinstance(why, SideMoves):
             raise
         head = Head(_products(roots), why_given=str(why))
         _gather(head)
@@ -310,7 +316,6 @@ def _gather(head: Head) -> None:
                 raise NoHead(_escape(user))
     head.wide = sorted(wide - head.roots, key=order.__getitem__)
     head.stats.sort(key=order.__getitem__)
-    _check_sides(head, wide)
     gradients = head.gradients()
     for reader in head.exits:
         if not any(_untransposed(source) in gradients for source in reader.all_input_nodes):
@@ -321,26 +326,24 @@ def _of_sides(user: Node, head: Head) -> set[Node]:
     """Of what a divergence reads, the products that are new to a head; or what its gradient makes."""
     if user.target == ops.DIVERGENCE_GRAD:
         return set(user.users)
-    if user not in head.divergences:
-        head.divergences.append(user)
-    if head.why_given:
+    if user in head.divergences:
         return set()
-    found = set().union(*map(_products_before, divergence_call(user).zs)) - head.roots
+    head.divergences.append(user)
+    zs, _, _, which = divergence_call(user)
+    found: set[Node] = set()
+    for u, z in enumerate(zs):
+        roots = _products_before(z)
+        if roots and (not head.why_given or roots <= head.roots):
+            found |= roots - head.roots
+            continue
+        head.why_given = head.why_given or NO_PRODUCT
+        if u in decode(which).wanted:
+            raise SideMoves(head.why_given)
+        head.given.append(z)
     head.products += _products(found)
     if not all(equal(shape_of(node)[-1], head.v) for node in found):
         raise NoHead("they are made of several products, of which one has other classes")
     return found
-
-
-def _check_sides(head: Head, wide: set[Node]) -> None:
-    """Tell what is given, of which no gradient may be wanted."""
-    sides = [z for node in head.divergences for z in divergence_call(node).zs]
-    head.given = [z for z in dict.fromkeys(sides) if z not in wide]
-    head.why_given = head.why_given or (NO_PRODUCT if head.given else "")
-    for node in head.divergence_grads:
-        zs, *_, which = divergence_grad_call(node)
-        if any(zs[u] in head.given for u in decode(which).wanted):
-            raise NoHead(f"{SIDE_WHOLE}{head.why_given}")
 
 
 def _escape(user: Node) -> str:
