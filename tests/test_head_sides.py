@@ -9,14 +9,19 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_with_codegen, compile_without_codegen
+from gpu_codegen import lower_after_passes
+from harness import Graphs, compile_lazily, compile_without_codegen
 from head_cases import counts
 from pairwise import in_turns
 from reference import assert_all_fair, assert_fair, log_sum_exp
-from test_head_memory import largest, saved
+from test_head_memory import largest, most_at_once, saved, sizes
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 
+import inductor_ce
 from inductor_ce import ops
+from inductor_ce.heads import narrow_sums
+from inductor_ce.ops import lowering, products
 
 N, V, D, E = 60, 100, 4, 5  # E: the hidden size of the other side
 BUDGET = 1.0  # of the float32 logits of one side
@@ -294,8 +299,186 @@ def test_symbolic_rows(name: str) -> None:
 
 
 def test_generated_code() -> None:
-    for name in ("beta 0.5", "one weight"):
-        torch._dynamo.reset()
-        compiled, _ = compile_with_codegen(CASES[name].loss, strategy="token_chunks", memory_budget=BUDGET)
-        check(compiled, name, given())
-    assert counts() == {"token_chunks": 4}
+    """It is right, and has of a piece the logits of both sides and their gradients at most."""
+    inductor_ce.install(min_vocab=2, strategy="token_chunks", memory_budget=2.2)
+    _, codes = run_and_get_code(lambda: check(torch.compile(r_drop), "one weight", given()))
+    assert counts() == {"token_chunks": 2}
+    piece = N // 2 * V
+    assert max(size for code in codes for size in sizes(code).values()) <= piece
+    assert max(most_at_once(code, piece) for code in codes) <= 2
+    assert sum(code.count("torch.ops.inductor_ce.logits.default(") for code in codes) == 4
+
+
+@pytest.mark.parametrize("name", ["beta 0.5", "other side alone", "both", "one weight"])
+def test_code_for_a_gpu(name: str) -> None:
+    """Of the size of a piece there are the logits, and in bfloat16 a gradient for each side that moves.
+
+    That of one side alone, behind no chain, is written over its logits.
+    """
+    compiled, graphs = in_chunks(CASES[name].loss, memory_budget=2.2)
+    measured(compiled, given().to(torch.bfloat16), CASES[name].moving)
+    lowering.register()
+    wrapper = lower_after_passes(graphs.final[0], is_backward=False)
+    piece = -(-N // (pieces := graphs.count(ops.DIVERGENCE))) * V
+    gradients = {"beta 0.5": 1, "other side alone": 0}.get(name, 2)
+    assert most_at_once(wrapper.code, piece) == gradients
+    assert [shape for shape in wrapper.allocations_of("float32") if math.prod(shape) >= piece] == []
+    assert wrapper.code.count("extern_kernels.inductor_ce_logits(") == 2 * pieces
+
+
+@pytest.mark.usefixtures("much")
+def test_one_weight_is_summed_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entries at the labels of both passes, and the rows of frequent labels, are added at last."""
+    monkeypatch.setattr(narrow_sums, "OFTEN", 8)
+    inputs = given().to(torch.bfloat16)
+    inputs = inputs._replace(mask=torch.ones(N, dtype=torch.bool))
+    compiled, graphs = in_chunks(r_drop, memory_budget=2.2)
+    check(compiled, "one weight", inputs, upstream=0.7)
+    nodes = [n for n in graphs.nodes if n.op == "call_function" and "empty" in str(n.target)]
+    sums = [n.meta["val"] for n in nodes if n.meta["val"].shape == (V, D)]
+    assert [x.dtype for x in sums] == [torch.bfloat16], "one sum of both sides"
+    assert sum(products.COMPLETE in node.args for node in graphs.nodes) == 1
+
+
+def test_one_sum_of_one_weight() -> None:
+    """Both passes add to one gradient of the weight, in float32 beside bfloat16."""
+    compiled, graphs = in_chunks(r_drop)
+    measured(compiled, given().to(torch.bfloat16), "h W")
+    nodes = [n for n in graphs.nodes if n.op == "call_function" and "empty" in str(n.target)]
+    assert [x.dtype for x in (n.meta["val"] for n in nodes) if x.shape == (V, D)] == [torch.float32]
+
+
+def test_a_loop_over_chunks() -> None:
+    """As users write it: each chunk has its own teacher's logits, and all are done one after another."""
+
+    def loop(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        parts = zip(h.chunk(3), t.chunk(3), strict=True)
+        return sum(by_mixture(F.linear(x, W), frozen(y, U), 0.5).sum() for x, y in parts) / N
+
+    def exact(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        return jsd(product(h, W), product(t, U).detach()).mean()
+
+    compiled, graphs = compile_without_codegen(loop)
+    inputs = given().to(torch.float64)
+    ours, right = (measured(f, inputs, "h W") for f in (compiled, exact))
+    torch.testing.assert_close(ours, right)
+    assert counts() == {"token_chunks": 6}
+    assert largest(graphs.final[0]) == N // 3 * V
+
+
+def test_it_is_told() -> None:
+    h, W, *others = given()
+    with inductor_ce.install(min_vocab=2, strategy="token_chunks", memory_budget=BUDGET):
+        (site,) = inductor_ce.explain(r_drop, h.requires_grad_(), W.requires_grad_(), *others).sites[:1]
+    assert "the logits of all sides are those of the same rows" in site.plan
+    assert site.rows == "a divergence is made of all rows"
+    assert not site.head
+
+
+def test_returned_logits_are_lazy() -> None:
+    def model(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> tuple[Tensor, Tensor]:
+        s = F.linear(h, W)
+        return by_mixture(s, frozen(t, U), 0.5).sum(), s
+
+    h, W, t, U, *_ = given()
+    h, W = h.requires_grad_(), W.requires_grad_()
+    compiled, graphs = compile_lazily(model, strategy="token_chunks", memory_budget=BUDGET)
+    value, s = compiled(h, W, t, U)
+    value.backward()
+    assert counts() == {"token_chunks": 2}
+    assert max(map(largest, graphs.final)) < N * V
+    torch.testing.assert_close(s, F.linear(h, W))
+
+
+# A side, or all, whole
+
+
+def part(s: Tensor, q: Tensor) -> Tensor:
+    return by_mixture(s, q, 0.5).sum(-1)
+
+
+def returned(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    q = frozen(t, U)
+    return part(F.linear(h, W), q).mean(), q.cumsum(0)
+
+
+def rolled(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Rows of the other side are moved: those of a piece are not made of the same rows."""
+    return (part(F.linear(h, W), frozen(t, U).roll(1, 0)).mean(),)
+
+
+def logits_that_are_given(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    return (part(F.linear(h, W), U.t().repeat(N // E, 1)).mean(),)
+
+
+@pytest.mark.parametrize(
+    ("loss", "why"),
+    [
+        (returned, "the logits, or their gradient, are read by cumsum as well"),
+        (rolled, "no linear layer makes them row by row"),
+        (logits_that_are_given, "no linear layer makes them row by row"),
+    ],
+)
+def test_another_side_is_whole(loss: Callable[..., tuple[Tensor, ...]], why: str) -> None:
+    """Those of the side that moves are in pieces, and `explain` says why the others are not."""
+    h, W, t, U, _, mask = given().to(torch.float64)
+    compiled, _ = in_chunks(lambda *given: loss(*given)[0])
+    made = []
+    for f in (compiled, lambda *given: loss(*given)[0]):
+        leaves = [x.clone().requires_grad_() for x in (h, W)]
+        value = f(*leaves, t, U, mask)
+        made.append([value, *torch.autograd.grad(value, leaves)])
+    torch.testing.assert_close(*made)
+    torch._dynamo.reset()
+    site = inductor_ce.explain(loss, h.requires_grad_(), W.requires_grad_(), t, U, mask).sites[0]
+    assert site.strategy == "token_chunks"
+    assert f"the logits of another side of a divergence are whole: {why}" in site.plan
+
+
+def for_each_row(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> Tensor:
+    """Upstream gradients of its own each."""
+    return part(F.linear(h, W), F.linear(t, U))
+
+
+def of_all_rows(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> Tensor:
+    """The gradient of each row depends on the others."""
+    rows = part(F.linear(h, W), F.linear(t, U))
+    return (rows.softmax(0) * rows).sum()
+
+
+def one_is_given(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> Tensor:
+    """A gradient is wanted of logits that no linear layer makes."""
+    return part(F.linear(h, W), U.t().repeat(N // E, 1)).mean()
+
+
+def other_rows(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> Tensor:
+    return part(F.linear(h, W), F.linear(t, U).flip(0)).mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "dtype", "why"),
+    [
+        (for_each_row, torch.float64, "a divergence is not summed up from blocks of classes"),
+        (of_all_rows, torch.float64, "a divergence is not summed up from blocks of classes"),
+        (lambda *given: for_each_row(*given).mean(), torch.float16, "float16 gradients"),
+        (one_is_given, torch.float64, "no linear layer makes them row by row"),
+        (other_rows, torch.float64, "no linear layer makes them row by row"),
+    ],
+)
+def test_all_are_whole(loss: Loss, dtype: torch.dtype, why: str) -> None:
+    inputs = given().to(dtype)[:4]
+    compiled, _ = in_chunks(loss)
+    made = []
+    for f in (compiled, loss):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        value = f(*leaves)
+        upstream = torch.arange(value.numel()).cos().to(dtype).view(value.shape)
+        gradients = torch.autograd.grad(value, leaves, upstream, materialize_grads=True)
+        made.append([value, *gradients])
+    tolerance = {} if dtype == torch.float64 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(*made, **tolerance)
+    assert set(counts()) == {"materialise"}
+    torch._dynamo.reset()
+    site = inductor_ce.explain(loss, *(x.clone().requires_grad_() for x in inputs)).sites[0]
+    assert site.strategy == "materialise"
+    assert why in site.plan

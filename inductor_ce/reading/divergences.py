@@ -117,7 +117,8 @@ def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
         if is_loss or args.get("dim") is not None:
             return None
         summand, axis = value.like, len(shape_of(value.like)) - 1
-    return Summed(node, node, summand, axis, value.expr, value.wide | {node})
+    logits = frozenset(reader.sides[side].logits.node for side in value.expr.sides)
+    return Summed(node, node, summand, axis, value.expr, value.wide | {node}, logits)
 
 
 def _between(reader: JointReader, summed: Summed) -> Between | None:
