@@ -2,7 +2,8 @@
 
 The left side has all logits in memory, and hides the linear layer from the heads; the right side is a head
 with fewer rows. Only logits of which statistics are taken are looked at, and only where nothing else has
-those that are not chosen.
+those that are not chosen. Rows that are cut off are cut off statistics, but where a divergence reads what is
+left: of all sides it has the same rows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ def choose_hidden(graph: Graph) -> None:
             if _chooses_rows(node) and _moved_before(graph, node):
                 break
             node = wide_source(node)
+    for divergence in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
+        for node in divergence.args[0]:
+            while isinstance(node, Node):
+                if _cuts_rows(node) and _moved_before(graph, node):
+                    break
+                node = wide_source(node)
 
 
 def wide_source(node: Node) -> Node | None:
@@ -62,8 +69,21 @@ def _chooses_rows(node: Node) -> bool:
     return step.name == "index_select" or is_alike(args["index"], rank - 1)
 
 
+def _cuts_rows(node: Node) -> bool:
+    """Whether a node takes ranges of rows of its source, whole, from one number to another."""
+    spelled, source = spellings.read(node), node.args[0] if node.args else None
+    if spelled is None or spelled[0].name != "getitem" or wide_source(node) is not source:
+        return False
+    index = spelled[1]["index"]
+    items = index if isinstance(index, tuple) else (index,)
+    return len(node.all_input_nodes) == 1 and all(i is Ellipsis or isinstance(i, slice) for i in items)
+
+
 def _moved_before(graph: Graph, node: Node) -> bool:
-    """Choose the rows before the linear layer. Returns whether that could be done."""
+    """Choose the rows before the linear layer. Returns whether that could be done.
+
+    Rows that are cut off are no matter of what is known when they are: the layer stays where it is.
+    """
     between: list[Node] = []
     source: Any = node.args[0]
     while (layer := plain_layer(source)) is None:
@@ -73,13 +93,17 @@ def _moved_before(graph: Graph, node: Node) -> bool:
         source = wide_source(source)
     if any(map(is_sized_view, between)) and constant(shape_of(layer.hidden)[-1]) is None:
         return False
-    if not _may_move(graph, layer, [source, *between], node):
+    chain = [source, *between]
+    stays = _cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
+    if not _is_alone(graph, chain) or not (stays or _may_move(graph, layer, chain, node)):
         return False
-    build = Builder(graph, node, like=node)
+    places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
+    builds = [Builder(graph, place, like=place) for place in places]
     try:
-        result = _chosen_first(build, layer, between, node)
+        result = _chosen_first(builds, layer, between, node)
     except Exception:
-        build.undo()
+        for build in reversed(builds):
+            build.undo()
         raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
@@ -98,9 +122,7 @@ def _is_of_each_row(node: Node) -> bool:
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
     """Whether the layer and what follows may be computed where the rows are chosen, and of no others."""
     timeline = Timeline(graph)
-    first, here, end = timeline.position[chain[0]], timeline.position[node], len(timeline.nodes)
-    if any(len(each.users) > 1 or not timeline.unchanged(each, each, end) for each in chain):
-        return False
+    first, here = timeline.position[chain[0]], timeline.position[node]
     modes = [timeline.position[each] for each in chain]
     alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
     operands = [a for a in layer.args if isinstance(a, Node)]
@@ -111,8 +133,16 @@ def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -
     )
 
 
-def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node: Node) -> Node:
+def _is_alone(graph: Graph, chain: list[Node]) -> bool:
+    """Whether nothing else reads, or changes, what is between a layer and the rows that are chosen."""
+    timeline = Timeline(graph)
+    end = len(timeline.nodes)
+    return all(len(each.users) == 1 and timeline.unchanged(each, each, end) for each in chain)
+
+
+def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node], node: Node) -> Node:
     """The rows of the hidden states, their logits, and what was done to all logits before."""
+    build, *others = builds
     classes, width = _classes(node), constant(shape_of(layer.hidden)[-1])
     hidden = layer.hidden
     for view in reversed(between):
@@ -121,7 +151,7 @@ def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node:
             hidden = build(view.target, hidden, *sizes, **view.kwargs)
     args = tuple(_chosen(build, node, hidden) if a is layer.hidden else a for a in layer.args)
     made = build(layer.target, *args)
-    for step in reversed(between):
+    for build, step in zip(others, reversed(between), strict=True):
         if not is_sized_view(step):
             made = build.again(step, dict.fromkeys(step.all_input_nodes, made))
     if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
@@ -133,6 +163,8 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     """The rows of the hidden states that a node takes of the logits."""
     (source,) = node.args[:1]
     assert isinstance(source, Node)
+    if _cuts_rows(node):  # of rows that are apart, torch may make a product for each sequence
+        return build("contiguous", build.again(node, {source: hidden}))
     if spellings.is_step(node, "gather"):
         index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
         rows = build(operator.getitem, index, (..., slice(0, 1)))
