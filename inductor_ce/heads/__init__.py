@@ -16,6 +16,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     pieces          a head for some of its rows or columns
     teachers        another head, which makes weights for rows and classes; `taught`, for some of its rows,
                     of which `cut_rows` may be none
+    sides           what is counted, and told, of the sides of a divergence, each with a linear layer
     token_chunks    some rows at a time; vocab_slabs, some columns
     loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;

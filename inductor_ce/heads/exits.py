@@ -7,8 +7,9 @@ from torch.fx import Node
 from ..graph.shapes import example_of
 from ..ops import ROW_GRAD_AGAIN
 from ..ops.products import ONCE_MADE
-from .find import BIAS, ROW_SUMS, Head, source_of_exit
+from .find import Head, source_of_exit
 from .gradients import Exit
+from .kinds import BIAS, ROW_SUMS
 from .loops import shared_sums
 from .pieces import Pieces
 from .plan import Plan

@@ -34,22 +34,18 @@ from .calls import (
 from .kinds import (
     PERMUTATIONS,
     PRODUCTS,
-    SUMS,
     VIEWS,
     count_of,
+    exit_kind,
     is_batched,
     is_of_size,
     is_ordered_view,
     is_pointwise,
     is_transposed,
-    summed_dims,
     vocab_axis,
 )
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-# What a product, or a sum, makes of the gradient of the logits.
-HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
 
 BOTH_WAYS = (
     "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
@@ -305,10 +301,10 @@ def _gather(head: Head) -> None:
                 more = _of_sides(user, head)
                 wide |= more
                 stack += more
-            elif exit_kind := _exit_kind(user, node):
-                head.exits[user] = exit_kind
-            elif is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
-                head.exits |= {u: _exit_kind(u, user) for u in user.users}
+            elif kind := exit_kind(user, node):
+                head.exits[user] = kind
+            elif is_transposed(user) and all(exit_kind(u, user) for u in user.users):
+                head.exits |= {u: exit_kind(u, user) for u in user.users}
             elif _stays_wide(user, head, wide):
                 wide.add(user)
                 stack.append(user)
@@ -387,24 +383,6 @@ def _reads_as_side_only(user: Node, node: Node) -> bool:
 
 def _untransposed(node: Node) -> Node:
     return args_of(node)[0] if is_transposed(node) else node
-
-
-def _exit_kind(user: Node, source: Node) -> str:
-    """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
-    if user.target in (aten.mm.default, aten.bmm.default):
-        left, right = user.args
-        if left is right or is_batched(user):
-            return ""
-        if is_transposed(source):
-            return WEIGHT if left is source else ""
-        return HIDDEN if left is source else WEIGHT_T
-    if user.target in SUMS and not user.kwargs and not is_transposed(source):
-        axis, (dims, _) = vocab_axis(source), summed_dims(user)
-        if axis in dims:
-            return ROW_SUMS
-        rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
-        return BIAS if rows <= dims else ""
-    return ""
 
 
 def source_of_exit(node: Node, head: Head) -> Node:

@@ -24,8 +24,9 @@ from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import exchanges, forget_sites, narrow_args, stats_call
 from .factors import has_16_bit_factors
-from .find import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T, NoHead
+from .find import NoHead
 from .gradients import replace, result_dtype
+from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
@@ -114,8 +115,11 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
     if _has_early_ones(head):
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
 
+    # Without a gradient nothing but a divergence is made of what must be of a chunk's own rows.
+    alone = proof.why_not if head.divergences and not head.gradients() else ""
+
     def planned(skips: bool) -> Plan:
-        numbers = numbers_of(head, proof.why_not, "", skips)
+        numbers = numbers_of(head, proof.why_not, alone, skips)
         return plan.plan(numbers, options.strategy, options.memory_budget)
 
     wanted = planned(not head.divergences)

@@ -13,8 +13,8 @@ from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops.counted import PRODUCT_TO_ROWS
 from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
-from .find import BIAS, HIDDEN, WEIGHT, WEIGHT_T, source_of_exit
-from .kinds import VIEWS
+from .find import source_of_exit
+from .kinds import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T
 from .narrow_sums import NarrowSum
 from .nodes import empty, in_place, into, on
 from .pieces import CAST, ROWS, Pieces

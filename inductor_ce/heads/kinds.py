@@ -25,6 +25,9 @@ COPIES = {CAST, aten._to_copy.default, aten.clone.default, aten.detach.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList}
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 
+# What a product, or a sum, makes of the gradient of the logits.
+HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
+
 
 def vocab_axis(node: Node) -> int | None:
     """The last dimension that is not of size 1."""
@@ -94,3 +97,21 @@ def count_of(node: Node) -> Any:
 
 def is_of_size(node: Node, size: Any) -> bool:
     return tensor_of(node) is not None and equal(count_of(node), size)
+
+
+def exit_kind(user: Node, source: Node) -> str:
+    """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
+    if user.target in (aten.mm.default, aten.bmm.default):
+        left, right = user.args
+        if left is right or is_batched(user):
+            return ""
+        if is_transposed(source):
+            return WEIGHT if left is source else ""
+        return HIDDEN if left is source else WEIGHT_T
+    if user.target in SUMS and not user.kwargs and not is_transposed(source):
+        axis, (dims, _) = vocab_axis(source), summed_dims(user)
+        if axis in dims:
+            return ROW_SUMS
+        rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
+        return BIAS if rows <= dims else ""
+    return ""

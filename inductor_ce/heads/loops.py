@@ -16,8 +16,8 @@ from torch.fx import Graph, Node
 
 from ..graph.shapes import shape_of
 from ..graph.walk import args_of
-from .find import WEIGHT, WEIGHT_T, Head
-from .kinds import VIEWS
+from .find import Head
+from .kinds import VIEWS, WEIGHT, WEIGHT_T
 from .pieces import CAST
 
 aten = torch.ops.aten

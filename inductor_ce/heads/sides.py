@@ -7,7 +7,8 @@ from typing import Any
 from torch.fx import Node
 
 from ..graph.shapes import hint, shape_of
-from .find import HIDDEN, SIDE_WHOLE, Head, source_of_exit
+from .find import SIDE_WHOLE, Head, source_of_exit
+from .kinds import HIDDEN
 from .loops import shared_sums
 
 TOGETHER = "the logits of all sides are those of the same rows"
