@@ -147,13 +147,14 @@ def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float |
     budget = int(memory_budget * head.logits_bytes) if isinstance(memory_budget, float) else memory_budget
     if not head.backward:
         return _forward_only(head, strategy, budget)
-    if strategy == VOCAB_SLABS:
+    if strategy == VOCAB_SLABS and not head.sides:
         return _slabs(head, budget, "asked for")
     why_not = _why_no_chunks(head)
     if head.sharded and not why_not:
         return _alike(head, strategy, memory_budget)
-    if strategy == TOKEN_CHUNKS:
-        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for", 2)
+    if strategy in (TOKEN_CHUNKS, VOCAB_SLABS):
+        reason = "asked for" if strategy == TOKEN_CHUNKS else head.sides
+        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, reason, 2)
     return _auto(head, budget, why_not)
 
 
