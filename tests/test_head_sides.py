@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,8 @@ from torch._inductor.utils import run_and_get_code
 
 import inductor_ce
 from inductor_ce import ops
-from inductor_ce.heads import narrow_sums
+from inductor_ce.heads import fuse, narrow_sums
+from inductor_ce.heads.plan import HeadNumbers
 from inductor_ce.ops import lowering, products
 
 N, V, D, E = 60, 100, 4, 5  # E: the hidden size of the other side
@@ -361,6 +363,34 @@ def test_one_sum_of_one_weight() -> None:
     measured(compiled, given().to(torch.bfloat16), "h W")
     nodes = [n for n in graphs.nodes if n.op == "call_function" and "empty" in str(n.target)]
     assert [x.dtype for x in (n.meta["val"] for n in nodes) if x.shape == (V, D)] == [torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("name", "chained", "added", "d_weights", "d_hidden", "shares"),
+    [
+        ("beta 0.5", True, 2, D, D, 1),
+        ("frozen weight", True, 2, 0, D, 1),
+        ("other side alone", False, 2, E, E, 1),
+        ("both", True, 4, D + E, D + E, 1),
+        ("one weight", True, 4, D, 2 * D, 2),
+    ],
+)
+def test_what_the_plan_counts(
+    name: str, chained: bool, added: int, d_weights: int, d_hidden: int, shares: int
+) -> None:
+    """Of the first side 2 bytes a logit, and of its gradient; what the other adds, and all gradients."""
+    numbers_of, found = fuse.numbers_of, list[HeadNumbers]()
+
+    def noted(*given: Any) -> HeadNumbers:
+        found.append(numbers_of(*given))
+        return found[-1]
+
+    compiled, _ = in_chunks(CASES[name].loss)
+    with mock.patch.object(fuse, "numbers_of", noted):
+        measured(compiled, given().to(torch.bfloat16), CASES[name].moving)
+    counted = found[-1]
+    assert (counted.element, counted.chained, counted.added) == (2, chained, added)
+    assert (counted.d_weights, counted.d_hidden, counted.shares) == (d_weights, d_hidden, shares)
 
 
 def test_a_loop_over_chunks() -> None:
