@@ -305,6 +305,27 @@ def test_rows_that_are_no_multiple(n: int) -> None:
         assert graphs.count(ops.DIVERGENCE) >= 2
 
 
+def test_answers_behind_prompts_of_any_length() -> None:
+    """What is cut off is known behind the layers alone, one of which has no gradient."""
+
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor, prompts: Tensor) -> Tensor:
+        s, q = F.linear(h, W), frozen(t, U)
+        first = prompts.shape[1]
+        return by_mixture(s[:, first - 1 : -1, :], q[:, first - 1 : -1, :], 0.5).sum(-1).mean()
+
+    compiled, graphs = in_chunks(loss, dynamic=True)
+    W, U = torch.randn(V, D).double(), torch.randn(V, E).double()
+    for length, first in ((20, 7), (24, 8)):
+        h, t = torch.randn(3, length, D).double(), torch.randn(3, length, E).double()
+        h, W = h.requires_grad_(), W.requires_grad_()
+        ours = torch.autograd.grad(compiled(h, W, t, U, torch.zeros(3, first)), (h, W))
+        rows = jsd(h[:, first - 1 : -1] @ W.t(), t[:, first - 1 : -1] @ U.t()).mean()
+        torch.testing.assert_close(ours, torch.autograd.grad(rows, (h, W)))
+    assert len(graphs.final) == 2
+    assert counts() == {"token_chunks": 2}
+    assert graphs.count(torch.ops.inductor_ce.logits.default) == 2 * graphs.count(ops.DIVERGENCE)
+
+
 @pytest.mark.parametrize("name", ["teacher learns", "both"])
 def test_symbolic_rows(name: str) -> None:
     compiled, graphs = in_chunks(CASES[name].loss, dynamic=True)

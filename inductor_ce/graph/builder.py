@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,6 +75,13 @@ class Builder:
                 args, kwargs = map_arg((node.args, node.kwargs), made.__getitem__)
                 made[node] = self._added(node.target, args, kwargs, node.meta["val"])
         raise AssertionError("a graph without an output")
+
+    def is_behind(self, node: Node) -> bool:
+        """Whether new nodes come behind a node of the graph."""
+        return any(each is node for each in itertools.takewhile(self._is_earlier, self._graph.nodes))
+
+    def _is_earlier(self, node: Node) -> bool:
+        return node is not self._before
 
     def undo(self) -> None:
         for node in reversed(self.created):

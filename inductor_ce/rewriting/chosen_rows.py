@@ -18,6 +18,7 @@ from .. import ops
 from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from .find_recipe import is_sized_view, with_width
@@ -76,7 +77,12 @@ def _cuts_rows(node: Node) -> bool:
         return False
     index = spelled[1]["index"]
     items = index if isinstance(index, tuple) else (index,)
-    return len(node.all_input_nodes) == 1 and all(i is Ellipsis or isinstance(i, slice) for i in items)
+    numbers = (n for n in node.all_input_nodes if n is not source)
+    return all(map(_is_number, numbers)) and all(i is Ellipsis or isinstance(i, slice) for i in items)
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
 
 
 def _moved_before(graph: Graph, node: Node) -> bool:
@@ -95,6 +101,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
         return False
     chain = [source, *between]
     stays = _cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
+    stays = stays and _are_known(graph, [n for n in node.all_input_nodes if n is not node.args[0]], source)
     if not _is_alone(graph, chain) or not (stays or _may_move(graph, layer, chain, node)):
         return False
     places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
@@ -110,6 +117,24 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     for each in (node, *between, source):
         graph.erase_node(each)
     return True
+
+
+def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:
+    """Whether numbers are made of what there is at a place."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    later = (n for n in reached(numbers, lambda n: n.all_input_nodes if order[n] > order[place] else []))
+    return all(order[n] < order[place] or _is_number(n) for n in later)
+
+
+def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
+    """A number where a builder adds nodes: itself, if it is there, or as it is made of others."""
+    if number not in made:
+        made[number] = (
+            number
+            if build.is_behind(number)
+            else build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
+        )
+    return made[number]
 
 
 def _is_of_each_row(node: Node) -> bool:
@@ -164,7 +189,9 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     (source,) = node.args[:1]
     assert isinstance(source, Node)
     if _cuts_rows(node):  # of rows that are apart, torch may make a product for each sequence
-        return build("contiguous", build.again(node, {source: hidden}))
+        known: dict[Node, Node] = {source: hidden}
+        own = {n: _known(build, n, known) for n in node.all_input_nodes}
+        return build("contiguous", build.again(node, own))
     if spellings.is_step(node, "gather"):
         index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
         rows = build(operator.getitem, index, (..., slice(0, 1)))
