@@ -231,8 +231,9 @@ def _head_of(stats: Node) -> Head:
 
 
 def _products(roots: set[Node]) -> list[Product]:
-    """The widest first."""
-    return sorted(map(product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
+    """The widest first, and else in the order of the graph."""
+    order = [node for root in [*roots][:1] for node in root.graph.nodes if node in roots]
+    return sorted(map(product_of, order), key=lambda p: -hint(shape_of(p.columns)[-2]))
 
 
 def product_of(node: Node) -> Product:
@@ -299,7 +300,7 @@ def _gather(head: Head) -> None:
                     head.stats.append(user)
             elif user.target in (ops.DIVERGENCE, ops.DIVERGENCE_GRAD) and _reads_as_side_only(user, node):
                 more = _of_sides(user, head)
-                wide |= more
+                wide.update(more)
                 stack += more
             elif kind := exit_kind(user, node):
                 head.exits[user] = kind
@@ -318,12 +319,12 @@ def _gather(head: Head) -> None:
             raise NoHead(_escape(reader))
 
 
-def _of_sides(user: Node, head: Head) -> set[Node]:
+def _of_sides(user: Node, head: Head) -> list[Node]:
     """Of what a divergence reads, the products that are new to a head; or what its gradient makes."""
     if user.target == ops.DIVERGENCE_GRAD:
-        return set(user.users)
+        return [*user.users]
     if user in head.divergences:
-        return set()
+        return []
     head.divergences.append(user)
     zs, _, _, which = divergence_call(user)
     found: set[Node] = set()
@@ -336,10 +337,11 @@ def _of_sides(user: Node, head: Head) -> set[Node]:
         if u in decode(which).wanted:
             raise SideMoves(head.why_given)
         head.given.append(z)
-    head.products += _products(found)
+    products = _products(found)
+    head.products += products
     if not all(equal(shape_of(node)[-1], head.v) for node in found):
         raise NoHead("they are made of several products, of which one has other classes")
-    return found
+    return [product.node for product in products]
 
 
 def _escape(user: Node) -> str:
