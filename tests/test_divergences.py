@@ -681,15 +681,31 @@ def test_a_head_of_a_divergence_is_whole():
     with inductor_ce.install(min_vocab=2):
         (site,) = explained(loss, h, W, t).sites
     assert site.strategy == "materialise"
-    assert "a divergence reads the logits, or pieces of them, beside others" in site.plan
+    assert "another side of a divergence are whole: no linear layer makes them row by row" in site.plan
 
 
 def test_no_gradient_is_wanted():
-    """Then all is said by one tensor of logits, or left to Inductor."""
+    """Of some this is said by one tensor of logits; those from a mixture are between two."""
     z, t = (x.detach() for x in sides())
-    compiled, graphs = compile_without_codegen(jensen_shannon)
-    torch.testing.assert_close(compiled(z, t), jensen_shannon(z, t))
-    assert graphs.count(ops.DIVERGENCE) == 0
+    for f, count in ((jensen_shannon, 1), (symmetric, 0)):
+        compiled, graphs = compile_without_codegen(f)
+        torch.testing.assert_close(compiled(z, t), f(z, t))
+        assert graphs.count(ops.DIVERGENCE) == count
+    assert sites() == 2
+    assert misses() == 0
+
+
+def test_a_metric_beside_a_loss():
+    """What is told without a gradient is made of the logits that the loss has."""
+
+    def f(z, t):
+        with torch.no_grad():
+            told = jensen_shannon(z, t)
+        return jensen_shannon(z, t).mean(), told
+
+    args = sides()
+    ours = rewritten(f, args)
+    assert ours.count(ops.DIVERGENCE) == 2
 
 
 # Derivatives that there are not

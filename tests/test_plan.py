@@ -19,6 +19,9 @@ LLAMA = HeadNumbers(8192, 128256, 4096)
 QWEN = HeadNumbers(16384, 151936, 896)
 TAUGHT = replace(LLAMA, taught=2, labelled=False)
 SMALL = HeadNumbers(64, 50257, 768)
+# A Jensen-Shannon divergence from a frozen teacher; and R-Drop, whose two gradients are beside the logits.
+JSD = HeadNumbers(4096, 128256, 4096, sides="so it is", added=2, labelled=False)
+R_DROP = replace(JSD, chained=True, added=4, labelled=True, shares=2, d_weights=4096, d_hidden=8192)
 
 
 def wide(head: HeadNumbers) -> HeadNumbers:
@@ -59,6 +62,17 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (QWEN, "auto", 0.05, (VOCAB_SLABS, 27, True)),
     (replace(GEMMA, chained=True), "auto", 1.0, (TOKEN_CHUNKS, 3, False)),
     (replace(GEMMA, chained=True), "auto", 2.0, (MATERIALISE, 1, False)),
+    # Several sides, whose columns cannot be divided.
+    (JSD, "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (JSD, "vocab_slabs", None, (TOKEN_CHUNKS, 2, False)),
+    (JSD, "auto", 0.1, (TOKEN_CHUNKS, 2, False)),  # more would be summed in float32
+    (replace(JSD, n=8192), "auto", None, (TOKEN_CHUNKS, 4, True)),
+    (replace(JSD, varies="so it is"), "auto", None, (MATERIALISE, 1, False)),
+    (replace(JSD, varies="so it is"), "vocab_slabs", None, (MATERIALISE, 1, False)),
+    (replace(JSD, backward=False), "auto", None, (FORWARD_ONLY, 2, False)),
+    (R_DROP, "auto", None, (TOKEN_CHUNKS, 2, False)),
+    (replace(R_DROP, labelled=False), "token_chunks", None, (TOKEN_CHUNKS, 2, True)),  # four would add
+    (replace(R_DROP, n=16384), "auto", None, (TOKEN_CHUNKS, 8, True)),  # sixteen would add
     # Many rows: no more chunks than may add in 16 bits.
     (HeadNumbers(65536, 128256, 4096), "auto", None, (TOKEN_CHUNKS, 8, False)),
     (HeadNumbers(65536, 32000, 256), "auto", None, (TOKEN_CHUNKS, 8, True)),
@@ -174,6 +188,15 @@ def test_extra_memory_of_the_forward_alone(head: HeadNumbers) -> None:
             TOKEN_CHUNKS,
             200 * 40000 * 2 + 800 * 1000 * 2,
         ),  # too much for float32
+        # Logits of two sides and a gradient; of two sides that move two, and two weights.
+        (HeadNumbers(200, 4000, 10, 4, 4, sides="so it is", added=4), TOKEN_CHUNKS, 2 * 50 * 4000 * 4),
+        (
+            replace(
+                HeadNumbers(200, 4000, 10, sides="so it is"), added=4, chained=True, d_weights=30, d_hidden=30
+            ),
+            TOKEN_CHUNKS,
+            4 * 50 * 4000 * 2 + (4000 + 200) * 30 * 2,
+        ),
         (HeadNumbers(200, 1000, 10, 4, 4), VOCAB_SLABS, 200 * 250 * 4),
         (HeadNumbers(200, 1000, 10), VOCAB_SLABS, 200 * 250 * 2 + 200 * 10 * 4),
         (HeadNumbers(200, 1000, 10, wants_hidden=False), VOCAB_SLABS, 200 * 250 * 2),

@@ -7,7 +7,7 @@ Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
     cli          the command line
     ce/          the loss of given logits
     head/        the linear layer with its loss
-    distil       distillation from two heads
+    distil       distillation from two heads, and R-Drop of two passes through one
     divergences  divergences between two sets of given logits
     tp/          the same over ranks that share the vocabulary
     train/       a training step of a whole model

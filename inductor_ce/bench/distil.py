@@ -1,4 +1,8 @@
-"""Distillation from two heads, forward and backward: the student's logits and the teacher's are products.
+"""Distillation from two heads, and R-Drop of two passes through one, forward and backward.
+
+The logits of both sides are products. The generalised Jensen-Shannon divergence is that of TRL's GKD, of a
+student from a frozen teacher; of R-Drop both passes learn, by labels as well, and add to one gradient of the
+weight.
 
 A record says of plain torch.compile and of inductor_ce what a step takes, and how far its loss and gradients
 are from float64's, which are made for a few rows at a time.
@@ -17,9 +21,10 @@ from torch import Tensor
 from .shared.against_plain import compared, in_words, run
 from .shared.measure import Calls
 
-HELP = "distillation from two heads"
+HELP = "distillation from two heads, and R-Drop"
 SHAPES = ("4096x128256x4096x4096", "16384x128256x4096x4096", "16384x151936x896x3584")
 TEMPERATURE = 2.0
+BETA = 0.5  # of the teacher in the mixture
 ROWS = 256  # of float64 logits at a time
 OF_MEMORY, OF_TIME = 0.35, 1.05
 
@@ -46,7 +51,10 @@ class Shape(NamedTuple):
 
 
 class Given(NamedTuple):
-    """h [N, D] and W [V, D] of the student, t [N, T] and U [V, T] of the teacher, which rows count [N]."""
+    """h [N, D] and W [V, D] of the student, t [N, T] and U [V, T] of the teacher, which rows count [N].
+
+    Of R-Drop t has the hidden states of a second pass, which learn, and U is not read.
+    """
 
     h: Tensor
     W: Tensor
@@ -56,7 +64,8 @@ class Given(NamedTuple):
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        return {name: x for name, x in (("dh", self.h), ("dW", self.W)) if x.requires_grad}
+        named = {"dh": self.h, "dW": self.W, "dt": self.t}
+        return {name: x for name, x in named.items() if x.requires_grad}
 
 
 Loss = Callable[..., Tensor]
@@ -80,7 +89,40 @@ def reverse_kl(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tens
     return TEMPERATURE**2 * (rows * mask).sum() / mask.sum()
 
 
-LOSSES: dict[str, Loss] = {"forward": forward_kl, "reverse": reverse_kl}
+def generalised_jsd(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tensor:
+    """The mixture by a logsumexp over both."""
+    with torch.no_grad():
+        teacher = F.linear(t, U)
+    log_p, log_q = (F.log_softmax(z.float() / TEMPERATURE, -1) for z in (F.linear(h, W), teacher))
+    beta = torch.tensor(BETA, dtype=log_p.dtype, device=log_p.device)
+    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-beta), log_q + torch.log(beta)]), dim=0)
+    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    each = beta * to_teacher + (1 - beta) * to_student
+    return TEMPERATURE**2 * (each * mask[:, None]).sum() / mask.sum()
+
+
+def r_drop(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tensor:
+    """The labels' cross entropy of both passes, and the KL of each from the other."""
+    one, two = F.linear(h, W).float(), F.linear(t, W).float()
+    y = _labels(mask, len(W))
+    log_p, log_q = F.log_softmax(one, -1), F.log_softmax(two, -1)
+    rows = F.kl_div(log_p, log_q.exp(), reduction="none").sum(-1)
+    rows = rows + F.kl_div(log_q, log_p.exp(), reduction="none").sum(-1)
+    return (F.cross_entropy(one, y) + F.cross_entropy(two, y) + (rows * mask).sum() / mask.sum()) / 2
+
+
+def _labels(mask: Tensor, v: int) -> Tensor:
+    return torch.where(mask > 0, torch.arange(len(mask), device=mask.device) * 31 % v, -100)
+
+
+R_DROP = "R-Drop"
+LOSSES: dict[str, Loss] = {
+    "forward": forward_kl,
+    "reverse": reverse_kl,
+    "generalised JSD": generalised_jsd,
+    R_DROP: r_drop,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[shape(text) for text in SHAPES],
         help=f"rows x vocabulary x hidden size x teacher's hidden size (default: {' '.join(SHAPES)})",
     )
-    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=[*LOSSES], help="(default: both)")
+    parser.add_argument("--losses", choices=LOSSES, nargs="+", default=[*LOSSES], help="(default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
 
 
@@ -110,49 +152,62 @@ def main(options: argparse.Namespace) -> int:
         for each in options.shapes:
             for frozen in (False, True):
                 for name in options.losses:
-                    yield case(each, frozen, name, clock)
+                    if name != R_DROP or (each.D == each.T and not frozen):
+                        yield case(each, frozen, name, clock)
 
     return run("distil", METHOD, options, cases, table)
 
 
 def case(each: Shape, frozen: bool, name: str, clock: Calls, device: str = "cuda") -> dict[str, Any]:
     """What both systems take for a loss, and how far off they are."""
-    given = drawn(each, frozen, device)
+    given = drawn(each, frozen, device, name)
     rows = compared(LOSSES[name], given, given.leaves, exactly(name, given), clock)
     return {**each._asdict(), "divergence": name, "weight": "frozen" if frozen else "trained", "rows": rows}
 
 
-def drawn(each: Shape, frozen: bool, device: str) -> Given:
+def drawn(each: Shape, frozen: bool, device: str, name: str) -> Given:
     """Logits of variance 4, as sure as those of a trained model; every fifth row does not count."""
     N, V, D, T = each
     h, t = (torch.randn(N, size, device=device).bfloat16() for size in (D, T))
     W, U = ((2 * size**-0.5 * torch.randn(V, size, device=device)).bfloat16() for size in (D, T))
     mask = (torch.arange(N, device=device) % 5 > 0).float()
-    return Given(h.requires_grad_(), W.requires_grad_(not frozen), t, U, mask)
+    return Given(h.requires_grad_(), W.requires_grad_(not frozen), t.requires_grad_(name == R_DROP), U, mask)
 
 
 def exactly(name: str, given: Given) -> dict[str, Tensor]:
     """The loss and its gradients by their formulas in float64, some rows at a time."""
     W, U = given.W.detach().double().requires_grad_(given.W.requires_grad), given.U.double()
-    total = given.mask.double().sum()
-    found = {"loss": torch.zeros_like(total), "dh": torch.empty_like(given.h, dtype=torch.float64)}
-    if W.requires_grad:
-        found["dW"] = torch.zeros_like(W)
+    total, y = given.mask.double().sum(), _labels(given.mask, len(W))
+    found = {part: torch.zeros_like(leaf, dtype=torch.float64) for part, leaf in given.leaves.items()}
+    loss = torch.zeros_like(total)
     for rows in torch.arange(len(given.mask), device=total.device).split(ROWS):
-        h, mask = given.h.detach()[rows].double().requires_grad_(), given.mask[rows].double()
-        loss = _formula(name, Given(h, W, given.t[rows].double(), U, mask)) / total
-        gradients = torch.autograd.grad(loss, [h, *([W] if W.requires_grad else [])])
-        found["loss"] += loss.detach()
-        found["dh"][rows] = gradients[0]
-        if W.requires_grad:
-            found["dW"] += gradients[1]
-    return found
+        h, t = (x.detach()[rows].double().requires_grad_(x.requires_grad) for x in (given.h, given.t))
+        own = Given(h, W, t, U, given.mask[rows].double())
+        part = _formula(name, own, y[rows]) / total
+        loss += part.detach()
+        for which, gradient in zip(
+            own.leaves, torch.autograd.grad(part, [*own.leaves.values()]), strict=True
+        ):
+            if which == "dW":
+                found[which] += gradient
+            else:
+                found[which][rows] = gradient
+    return {"loss": loss, **found}
 
 
-def _formula(name: str, given: Given) -> Tensor:
+def _formula(name: str, given: Given, y: Tensor) -> Tensor:
     """Of float64: sum_i q_i (log q_i - log p_i) for the forward, the other way round for the reverse."""
     h, W, t, U, mask = given
+    if name == R_DROP:
+        log_p, log_q = _log_softmax(h @ W.t()), _log_softmax(t @ W.t())
+        picked = (log_p + log_q).gather(1, y.clamp(min=0)[:, None])[:, 0]
+        return ((((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) - picked) * mask).sum() / 2
     log_p, log_q = (_log_softmax(x @ w.t() / TEMPERATURE) for x, w in ((h, W), (t, U)))
+    if name == "generalised JSD":
+        p, q = log_p.exp(), log_q.exp()
+        log_m = ((1 - BETA) * p + BETA * q).log()
+        rows = (BETA * q * (log_q - log_m) + (1 - BETA) * p * (log_p - log_m)).sum(-1)
+        return TEMPERATURE**2 * (rows * mask).sum()
     to, of = (log_p, log_q) if name == "forward" else (log_q, log_p)
     return TEMPERATURE**2 * ((of.exp() * (of - to)).sum(-1) * mask).sum()
 

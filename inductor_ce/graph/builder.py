@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,6 +89,13 @@ class Builder:
             wanted = on and any(each.requires_grad for each in sources)
             if example.requires_grad != wanted:
                 node.meta[self._key] = example.detach().requires_grad_(wanted)
+
+    def is_behind(self, node: Node) -> bool:
+        """Whether new nodes come behind a node of the graph."""
+        return any(each is node for each in itertools.takewhile(self._is_earlier, self._graph.nodes))
+
+    def _is_earlier(self, node: Node) -> bool:
+        return node is not self._before
 
     def undo(self) -> None:
         for node in reversed(self.created):

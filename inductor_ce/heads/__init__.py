@@ -3,7 +3,8 @@
 In:   a joint graph of forward and backward, with `row_stats` and `row_grad`, and the options.
 Out:  the same with each head in token chunks, vocabulary slabs or forward only, or whole with the reason.
 
-    find            the head of a `row_stats`, in the joint graph; `calls`, `sizes`, what its nodes are given
+    find            the head of a `row_stats`, in the joint graph; `kinds` of its nodes, and `calls`, `sizes`,
+                    what they are given
     plan            numbers in, a plan out; never looks at free memory or a clock
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
                     at the sizes of the example and at `other_sizes`; `facts`, what is known of a node
@@ -15,6 +16,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     pieces          a head for some of its rows or columns
     teachers        another head, which makes weights for rows and classes; `taught`, for some of its rows,
                     of which `cut_rows` may be none
+    sides           what is counted, and told, of the sides of a divergence, each with a linear layer
     token_chunks    some rows at a time; vocab_slabs, some columns
     loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;

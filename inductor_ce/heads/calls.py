@@ -41,12 +41,67 @@ class GradCall(NamedTuple):
     site: int = ops.NO_SITE
 
 
+class DivergenceCall(NamedTuple):
+    """The arguments of `divergence`."""
+
+    zs: list[Node]
+    ms: list[Node]
+    ds: list[Node]
+    which: str
+
+
+class DivergenceGradCall(NamedTuple):
+    """The arguments of `divergence_grad`."""
+
+    zs: list[Node]
+    ms: list[Node]
+    packed: Node
+    upstream: Node
+    which: str
+
+
 def stats_call(node: Node) -> StatsCall:
     return StatsCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
 
 
 def grad_call(node: Node) -> GradCall:
     return GradCall(*args_of(node), **node.kwargs)  # type: ignore[arg-type]
+
+
+def divergence_call(node: Node) -> DivergenceCall:
+    return DivergenceCall(*args_of(node))
+
+
+def divergence_grad_call(node: Node) -> DivergenceGradCall:
+    return DivergenceGradCall(*args_of(node))
+
+
+def normalisers_of(node: Node) -> list[Node]:
+    """What a `divergence` reads of each row."""
+    call = divergence_call(node)
+    return [*call.ms, *call.ds]
+
+
+def narrow_args(node: Node) -> list[Node]:
+    """What a gradient is made of that has a number for each row, that which is linear in it last."""
+    if node.target == ops.ROW_GRAD:
+        return [grad_call(node).m, grad_call(node).coefficients]
+    call = divergence_grad_call(node)
+    return [*call.ms, call.packed, _unscattered(call.upstream)]
+
+
+def _unscattered(node: Node) -> Node:
+    """What was put in a place from which it is taken, as the derivative of a choice is."""
+    if node.target == aten.select.int:
+        scattered, *place = args_of(node)
+        if scattered.target == aten.select_scatter.default and [*args_of(scattered)[2:]] == place:
+            return args_of(scattered)[1]
+    return node
+
+
+def is_side_gradient(node: Node) -> bool:
+    """Whether a node is what a `divergence_grad` makes for one side."""
+    return node.target == operator.getitem and args_of(node)[0].target == ops.DIVERGENCE_GRAD
 
 
 def exchanges(stats: list[Node]) -> list[Node]:

@@ -29,8 +29,9 @@ from ..graph.shapes import example_of, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call
 from .facts import EARLY, Fact, Facts
-from .find import CAST, COPIES, Head, is_pointwise
+from .find import Head
 from .finite_rows import PRODUCTS, SUMS, NotFinite
+from .kinds import CAST, COPIES, is_pointwise
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes

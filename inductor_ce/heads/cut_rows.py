@@ -17,7 +17,8 @@ from torch.fx import Node
 from ..graph.shapes import equal, same_shape, shape_of
 from ..graph.walk import args_of
 from . import sizes
-from .find import NoHead, is_of_size, is_ordered_view, is_pointwise, summed_dims, vocab_axis
+from .find import NoHead
+from .kinds import is_of_size, is_ordered_view, is_pointwise, summed_dims, vocab_axis
 from .nodes import on
 from .pieces import Pieces
 

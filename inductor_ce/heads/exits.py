@@ -7,8 +7,10 @@ from torch.fx import Node
 from ..graph.shapes import example_of
 from ..ops import ROW_GRAD_AGAIN
 from ..ops.products import ONCE_MADE
-from .find import BIAS, ROW_SUMS, Head, source_of_exit
+from .find import Head, source_of_exit
 from .gradients import Exit
+from .kinds import BIAS, ROW_SUMS
+from .loops import shared_sums
 from .pieces import Pieces
 from .plan import Plan
 from .ranges import Range
@@ -34,7 +36,15 @@ class Exits:
         self._pieces = pieces
         apart = _sums_apart(pieces.head)
         self._sums = [Sum(pieces, node) for node in apart]
-        self._others = [Exit(pieces, node, plan) for node in pieces.head.exits if node not in apart]
+        sums = shared_sums(pieces.head) if pieces.head.divergences else []
+        first_of = {node: nodes[0] for nodes in sums for node in nodes}
+        made: dict[Node, Exit] = {}
+        for node in pieces.head.exits:
+            if node not in apart:
+                made[node] = Exit(pieces, node, plan, made.get(first_of.get(node, node)))
+        self._others = [*made.values()]
+        # Those of several sides that are summed up in one place.
+        self._shared = {node: [made[other] for other in nodes] for nodes in sums for node in nodes}
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
@@ -58,8 +68,7 @@ class Exits:
         self,
         forward: dict[Node, Node],
         piece: Range,
-        coefficients: dict[Node, tuple[Node, Node]],
-        first: bool,
+        narrow: dict[Node, tuple[Node, ...]],
     ) -> list[Node]:
         """Give each gradient its part of a piece. Returns what is then made.
 
@@ -69,15 +78,14 @@ class Exits:
         Args:
             forward: the wide nodes that depend on no gradient, as this piece has them.
             piece: which rows or columns it is of.
-            coefficients: m and coefficients of each `row_grad`.
-            first: whether no piece came before.
+            narrow: pieces of the `narrow_args` of each gradient that an operator makes.
         """
         after: list[Node] = []
         if self._sums:
-            made = self._pieces.wide_gradients(forward, piece, coefficients, ROW_GRAD_AGAIN)
+            made = self._pieces.wide_gradients(forward, piece, narrow, ROW_GRAD_AGAIN)
             after += [each.add(made[each.source], piece) for each in self._sums]
-            coefficients = {node: (m, self._once_made(c, after)) for node, (m, c) in coefficients.items()}
-        made = self._pieces.wide_gradients(forward, piece, coefficients)
+            narrow = {node: (*rows, self._once_made(c, after)) for node, (*rows, c) in narrow.items()}
+        made = self._pieces.wide_gradients(forward, piece, narrow)
         latest: dict[Node, Node] = {}
         others = sorted(self._others, key=lambda e: e.writes_gradient)
         # Where another loop reads it, which torch may move behind the write, it is left as it was.
@@ -86,8 +94,10 @@ class Exits:
             dz = made[each.source]
             if dz not in latest:
                 latest[dz] = self._pieces.in_memory(dz)
-            done, latest[dz] = each.add(latest[dz], piece, first, only and each is others[-1])
+            done, latest[dz] = each.add(latest[dz], piece, only and each is others[-1])
             after.append(done)
+            for other in self._shared.get(each.node, ()):
+                other.goes_on(done)
         return after
 
     def _once_made(self, coefficients: Node, after: list[Node]) -> Node:
@@ -96,5 +106,6 @@ class Exits:
 
     def finish(self, scale: Node | None, of_rows: bool = False) -> dict[Node, Node]:
         """What stands for each exit: the gradient of the whole, times a scalar."""
-        products = {each.node: each.finish(scale, of_rows) for each in self._others}
+        whole = [each for each in self._others if each is self._shared.get(each.node, [each])[-1]]
+        products = {each.node: each.finish(scale, of_rows) for each in whole}
         return products | {each.node: each.finish(scale, of_rows) for each in self._sums}

@@ -13,7 +13,8 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of
 from ..graph.walk import args_of
 from ..ops.gemm import has_wide_products
-from .find import CAST, VIEWS, Product
+from .find import Product
+from .kinds import CAST, VIEWS
 
 
 def has_16_bit_factors(products: list[Product]) -> bool:

@@ -3,13 +3,15 @@
     z = product(hidden, columns) -> views and pointwise nodes -> row_stats
     row_grad -> views and pointwise nodes -> the products that make gradients of it
 
+A `divergence` reads the logits of several *sides*, each of a linear layer of its own. Together they are one
+head: a piece has the same rows of all sides.
+
 A node of a head whose size is that of the logits is *wide*. All wide nodes are [N, V] in the same order, with
 whatever views between them, so that any of them can be made for a few rows or for a few columns.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,26 +20,32 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..common.compat.graphs import OpOverload
-from ..graph.shapes import equal, hint, shape_of, tensor_of
+from ..graph.shapes import equal, hint, shape_of
 from ..graph.walk import args_of, reached
-from .calls import grad_call, is_divergence, is_planned, stats_call
+from ..ops.divergences import decode
+from .calls import (
+    divergence_call,
+    grad_call,
+    is_divergence,
+    is_planned,
+    is_side_gradient,
+    stats_call,
+)
+from .kinds import (
+    PERMUTATIONS,
+    PRODUCTS,
+    VIEWS,
+    count_of,
+    exit_kind,
+    is_batched,
+    is_of_size,
+    is_ordered_view,
+    is_pointwise,
+    is_transposed,
+    vocab_axis,
+)
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-ORDERED_VIEWS = {
-    *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.alias.default),
-    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
-}
-PERMUTATIONS = {aten.permute.default, aten.transpose.int, aten.t.default}
-VIEWS = ORDERED_VIEWS | PERMUTATIONS
-CAST = prims.convert_element_type.default
-COPIES = {CAST, aten._to_copy.default, aten.clone.default, aten.detach.default}
-SUMS = {aten.sum.default, aten.sum.dim_IntList}
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-
-# What a product, or a sum, makes of the gradient of the logits.
-HIDDEN, WEIGHT, WEIGHT_T, BIAS, ROW_SUMS = "hidden", "weight", "weight_t", "bias", "row sums"
 
 BOTH_WAYS = (
     "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
@@ -47,11 +55,20 @@ BATCHED = (
     "the logits are a batched product, each of whose matrices has a weight of its own; "
     "of a loop over them, each step would be a head"
 )
+SIDE_WHOLE = "the logits of another side of a divergence are whole: "
+NO_PRODUCT = "no linear layer makes them row by row"
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
 class NoHead(Exception):
     """Why the logits of a `row_stats` are no head's that can be divided, in words."""
+
+
+class SideMoves(NoHead):
+    """That a gradient is wanted of a side of a divergence whose logits are whole."""
+
+    def __init__(self, why: str):
+        super().__init__(f"{SIDE_WHOLE}{why}")
 
 
 class Product(NamedTuple):
@@ -97,6 +114,9 @@ class Head:
         stats: the `row_stats` nodes.
         exits: what reads wide nodes to make gradients, and what each makes.
         teacher: what makes weights of it, if that is to be made of the same rows as the logits.
+        divergences: the `divergence` nodes.
+        given: what these read as the logits of other sides, [N, V], that are no head's of which pieces can be
+            made with it; why_given: why not.
     """
 
     products: list[Product]
@@ -104,6 +124,9 @@ class Head:
     stats: list[Node] = field(default_factory=list)
     exits: dict[Node, str] = field(default_factory=dict)
     teacher: Teacher | None = None
+    divergences: list[Node] = field(default_factory=list)
+    given: list[Node] = field(default_factory=list)
+    why_given: str = ""
 
     @property
     def product(self) -> Node:
@@ -130,6 +153,11 @@ class Head:
         return [node for node in self.wide if node.target == ops.ROW_GRAD]
 
     @property
+    def divergence_grads(self) -> list[Node]:
+        """Those whose gradients of some sides are wide nodes."""
+        return list(dict.fromkeys(args_of(node)[0] for node in self.wide if is_side_gradient(node)))
+
+    @property
     def chained(self) -> bool:
         """Whether anything but views lies between the product and the statistics."""
         return any(is_pointwise(node) for node in self.wide)
@@ -141,7 +169,7 @@ class Head:
     def beside(self) -> list[Node]:
         """What is combined with wide nodes, in pointwise nodes."""
         wide = {*self.roots, *self.wide}
-        readers = [node for node in self.wide if node.target != ops.ROW_GRAD]
+        readers = [node for node in self.wide if not is_gradient(node)]
         return [s for node in readers for s in node.all_input_nodes if s not in wide]
 
     def factors(self) -> list[Node]:
@@ -155,12 +183,17 @@ class Head:
         return [node for node in self.wide if node not in gradients]
 
     def gradients(self) -> set[Node]:
-        """The wide nodes that depend on a `row_grad`."""
+        """The wide nodes that depend on a `row_grad`, or a `divergence_grad`."""
         found: set[Node] = set()
         for node in self.wide:
-            if node.target == ops.ROW_GRAD or not found.isdisjoint(node.all_input_nodes):
+            if is_gradient(node) or not found.isdisjoint(node.all_input_nodes):
                 found.add(node)
         return found
+
+
+def is_gradient(node: Node) -> bool:
+    """Whether a wide node is what an operator makes of statistics and coefficients."""
+    return node.target == ops.ROW_GRAD or is_side_gradient(node)
 
 
 def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
@@ -182,14 +215,25 @@ def _head_of(stats: Node) -> Head:
     roots = _products_before(stats_call(stats).z)
     if not roots:
         raise NoHead(_why_no_product(stats))
-    products = sorted(map(product_of, roots), key=lambda p: -hint(shape_of(p.columns)[-2]))
-    head = Head(products)
+    head = Head(_products(roots))
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
     if not all(equal(shape_of(node)[-1], head.v) for node in head.roots):
         raise NoHead("the logits are made of several products, of which one has other classes")
-    _gather(head)
+    try:
+        _gather(head)
+    except NoHead as why:
+        if not head.divergences or isinstance(why, SideMoves):
+            raise
+        head = Head(_products(roots), why_given=str(why))
+        _gather(head)
     return head
+
+
+def _products(roots: set[Node]) -> list[Product]:
+    """The widest first, and else in the order of the graph."""
+    order = [node for root in [*roots][:1] for node in root.graph.nodes if node in roots]
+    return sorted(map(product_of, order), key=lambda p: -hint(shape_of(p.columns)[-2]))
 
 
 def product_of(node: Node) -> Product:
@@ -206,7 +250,7 @@ def _products_before(node: Node) -> set[Node]:
     """The products at the root of views and pointwise nodes."""
     found: set[Node] = set()
     stack, seen = [node], {node}
-    size = _count(node)
+    size = count_of(node)
     while stack:
         node = stack.pop()
         if node.target in PRODUCTS:
@@ -224,14 +268,14 @@ def _why_no_product(stats: Node) -> str:
     def before(node: Node) -> list[Node]:
         return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
 
-    size = _count(stats_call(stats).z)
+    size = count_of(stats_call(stats).z)
     found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
     products = {node for node in found if node.target in PRODUCTS}
     if not products:
         return "no linear layer in the graph makes the logits"
     if any(map(is_batched, products)):
         return BATCHED
-    if any(node.target in PERMUTATIONS and not _is_transposed(node) for node in found):
+    if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
         return "rows or classes change places between a product and the logits"
     others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     straight = any(_products_before(stats_call(other).z) == products for other in others)
@@ -239,7 +283,10 @@ def _why_no_product(stats: Node) -> str:
 
 
 def _gather(head: Head) -> None:
-    """Fill in what is made of the logits. Raises NoHead where something else reads them."""
+    """Fill in what is made of the logits. Raises NoHead where something else reads them.
+
+    What a divergence reads beside them is looked at as well, unless `why_given` says why it is given.
+    """
     order = {node: i for i, node in enumerate(head.product.graph.nodes)}
     wide = head.roots
     stack = [product.node for product in head.products]
@@ -251,10 +298,14 @@ def _gather(head: Head) -> None:
             if user.target == ops.ROW_STATS and _reads_as_logits_only(user, node):
                 if user not in head.stats:
                     head.stats.append(user)
-            elif exit_kind := _exit_kind(user, node):
-                head.exits[user] = exit_kind
-            elif _is_transposed(user) and all(_exit_kind(u, user) for u in user.users):
-                head.exits |= {u: _exit_kind(u, user) for u in user.users}
+            elif user.target in (ops.DIVERGENCE, ops.DIVERGENCE_GRAD) and _reads_as_side_only(user, node):
+                more = _of_sides(user, head)
+                wide.update(more)
+                stack += more
+            elif kind := exit_kind(user, node):
+                head.exits[user] = kind
+            elif is_transposed(user) and all(exit_kind(u, user) for u in user.users):
+                head.exits |= {u: exit_kind(u, user) for u in user.users}
             elif _stays_wide(user, head, wide):
                 wide.add(user)
                 stack.append(user)
@@ -268,12 +319,37 @@ def _gather(head: Head) -> None:
             raise NoHead(_escape(reader))
 
 
+def _of_sides(user: Node, head: Head) -> list[Node]:
+    """Of what a divergence reads, the products that are new to a head; or what its gradient makes."""
+    if user.target == ops.DIVERGENCE_GRAD:
+        return [*user.users]
+    if user in head.divergences:
+        return []
+    head.divergences.append(user)
+    zs, _, _, which = divergence_call(user)
+    found: set[Node] = set()
+    for u, z in enumerate(zs):
+        roots = _products_before(z)
+        if roots and (not head.why_given or roots <= head.roots):
+            found |= roots - head.roots
+            continue
+        head.why_given = head.why_given or NO_PRODUCT
+        if u in decode(which).wanted:
+            raise SideMoves(head.why_given)
+        head.given.append(z)
+    products = _products(found)
+    head.products += products
+    if not all(equal(shape_of(node)[-1], head.v) for node in found):
+        raise NoHead("they are made of several products, of which one has other classes")
+    return [product.node for product in products]
+
+
 def _escape(user: Node) -> str:
     if user.op == "output":
         return "the logits are returned"
     if is_divergence(user):
         return "a divergence reads the logits, or pieces of them, beside others"
-    if _is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
+    if is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
         return BOTH_WAYS
     name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
     return f"the logits, or their gradient, are read by {name} as well"
@@ -290,7 +366,9 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
     if not is_ordered_view(user) and not is_pointwise(user):
         return False
     axis = vocab_axis(user)
-    return axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, _count(head.product))
+    return (
+        axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, count_of(head.product))
+    )
 
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:
@@ -299,99 +377,14 @@ def _reads_as_logits_only(user: Node, node: Node) -> bool:
     return z is node and node not in (*labels, *weights, *rest)
 
 
+def _reads_as_side_only(user: Node, node: Node) -> bool:
+    """Whether a divergence, or its gradient, reads a node as the logits of a side."""
+    zs, *rest = args_of(user)
+    return node in zs and not any(node is arg or (isinstance(arg, list) and node in arg) for arg in rest)
+
+
 def _untransposed(node: Node) -> Node:
-    return args_of(node)[0] if _is_transposed(node) else node
-
-
-def vocab_axis(node: Node) -> int | None:
-    """The last dimension that is not of size 1."""
-    return next((i for i, s in reversed(list(enumerate(shape_of(node)))) if not equal(s, 1)), None)
-
-
-# Kinds of nodes
-
-
-def is_pointwise(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    if node.target in COPIES:
-        return True
-    return isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-
-
-def is_ordered_view(node: Node) -> bool:
-    """Whether a node has all elements of its source in their order."""
-    if node.op != "call_function":
-        return False
-    if node.target in ORDERED_VIEWS:
-        return True
-    if node.target == aten.expand.default:
-        return is_of_size(args_of(node)[0], _count(node))
-    return node.target in PERMUTATIONS and _moves_ones_only(node)
-
-
-def _moves_ones_only(node: Node) -> bool:
-    kept = [dim for dim in permutation(node) if not equal(shape_of(args_of(node)[0])[dim], 1)]
-    return kept == sorted(kept)
-
-
-def permutation(node: Node) -> list[int]:
-    """Which dimension of the source each dimension of a permutation is."""
-    rank = len(shape_of(node))
-    order = list(range(rank))
-    if node.target == aten.permute.default:
-        return [dim % rank for dim in args_of(node)[1]]
-    one, other = (0, 1) if node.target == aten.t.default else args_of(node)[1:]
-    if rank >= 2:
-        order[one], order[other] = order[other], order[one]
-    return order
-
-
-def _is_transposed(node: Node) -> bool:
-    """[V, N] or [1, V, N] of [N, V] or [1, N, V]."""
-    if node.target not in PERMUTATIONS:
-        return False
-    order = permutation(node)
-    return order in ([1, 0], [0, 2, 1])
-
-
-def is_batched(product: Node) -> bool:
-    """Whether it is more than one product."""
-    return len(shape_of(product)) == 3 and not equal(shape_of(product)[0], 1)
-
-
-def _exit_kind(user: Node, source: Node) -> str:
-    """What a node makes of the gradient of the logits, or of its transpose; "" for any other node."""
-    if user.target in (aten.mm.default, aten.bmm.default):
-        left, right = user.args
-        if left is right or is_batched(user):
-            return ""
-        if _is_transposed(source):
-            return WEIGHT if left is source else ""
-        return HIDDEN if left is source else WEIGHT_T
-    if user.target in SUMS and not user.kwargs and not _is_transposed(source):
-        axis, (dims, _) = vocab_axis(source), summed_dims(user)
-        if axis in dims:
-            return ROW_SUMS
-        rows = {i for i, s in enumerate(shape_of(source)) if i != axis and not equal(s, 1)}
-        return BIAS if rows <= dims else ""
-    return ""
-
-
-def summed_dims(node: Node) -> tuple[set[int], bool]:
-    """(the dimensions that a sum sums over, whether it keeps them)"""
-    source, *given = args_of(node)
-    dims, keepdim = (*given, None, False)[:2]
-    rank = len(shape_of(source))
-    return {dim % rank for dim in dims or range(rank)}, bool(keepdim)
-
-
-def _count(node: Node) -> Any:
-    return math.prod(shape_of(node))
-
-
-def is_of_size(node: Node, size: Any) -> bool:
-    return tensor_of(node) is not None and equal(_count(node), size)
+    return args_of(node)[0] if is_transposed(node) else node
 
 
 def source_of_exit(node: Node, head: Head) -> Node:

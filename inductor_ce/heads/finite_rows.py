@@ -19,7 +19,8 @@ from ..graph.walk import args_of
 from ..ops import SUMEXP
 from .calls import stats_call
 from .facts import EARLY, Facts
-from .find import CAST, COPIES, Head, Product, is_pointwise
+from .find import Head, Product
+from .kinds import CAST, COPIES, is_pointwise
 from .row_locality import is_moved
 from .where import Places, Where
 

@@ -22,15 +22,17 @@ from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
-from .calls import exchanges, forget_sites, grad_call, stats_call
+from .calls import exchanges, forget_sites, narrow_args, stats_call
 from .factors import has_16_bit_factors
-from .find import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T, NoHead
+from .find import NoHead
 from .gradients import replace, result_dtype
-from .loops import Loop, find_loops, leave_to_last
+from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
+from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
+from .sides import moving, numbers_of_sides, told_of_sides
 from .skip import ToCompute, rows_to_compute
 from .teachers import TAUGHT, WHOLE, taught_bytes, teacher_of
 from .token_chunks import token_chunks
@@ -110,14 +112,17 @@ def _nbytes(stats: Node) -> int:
 def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") -> Plan:
     """Rearrange one head; with its teacher, if that can be and nothing has told `why_whole`."""
     proof, why_whole = (Proof(head), why_whole) if why_whole else proved(head)
-    if len(set(map(_is_late, head.grads))) > 1:
+    if _has_early_ones(head):
         return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
 
+    # Without a gradient nothing but a divergence is made of what must be of a chunk's own rows.
+    alone = proof.why_not if head.divergences and not head.gradients() else ""
+
     def planned(skips: bool) -> Plan:
-        numbers = numbers_of(head, proof.why_not, "", skips)
+        numbers = numbers_of(head, proof.why_not, alone, skips)
         return plan.plan(numbers, options.strategy, options.memory_budget)
 
-    wanted = planned(True)
+    wanted = planned(not head.divergences)
     if wanted.strategy == MATERIALISE:
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
@@ -144,7 +149,10 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
     except Exception:
         build.undo()
         raise
+    shared = shared_sums(head) if head.divergences else []
     _put(graph, made, order)
+    for gradients in shared:
+        leave_to_last(graph, gradients)
     graph.eliminate_dead_code()
     return wanted
 
@@ -160,8 +168,8 @@ def proved(head: find.Head) -> tuple[Proof, str]:
 
 
 def _telling(plan: Plan, computed: ToCompute, head: find.Head, why_whole: str) -> Plan:
-    told = TAUGHT if head.teacher else why_whole
-    reason = f"{plan.reason}; {told}" if told else plan.reason
+    told = [plan.reason, TAUGHT if head.teacher else why_whole, told_of_sides(head)]
+    reason = "; ".join(filter(None, told))
     return replace_fields(plan, reason=reason, rows=computed.told, skips=computed.rows is not None)
 
 
@@ -183,7 +191,7 @@ def _fuse_loops(graph: Graph, heads: list[find.Head], options: Options) -> dict[
 def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Plan] | None:
     """The plans of heads that are done one after another, None where they cannot be."""
     proofs, why_whole = zip(*map(proved, loop), strict=True)
-    if len({proof.factor for proof in proofs}) > 1 or any(len(set(map(_is_late, h.grads))) > 1 for h in loop):
+    if len({proof.factor for proof in proofs}) > 1 or any(map(_has_early_ones, loop)):
         return None
     numbers = [numbers_of(head, proof.why_not) for head, proof in zip(loop, proofs, strict=True)]
     plans = plan.plan_loop(numbers, options.strategy, options.memory_budget)
@@ -205,7 +213,7 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
         build.undo()
         raise
     _put(graph, made, order)
-    leave_to_last(graph, loop)
+    leave_to_last(graph, [node for head in loop for node in weight_exits(head)])
     graph.eliminate_dead_code()
     return plans
 
@@ -297,12 +305,13 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         d=hint(head.d),
         element=z.element_size(),
         weight_element=min((dtype.itemsize for dtype in weights), default=4),
-        backward=bool(head.grads),
+        backward=bool(head.gradients()),
         wants_hidden=HIDDEN in kinds,
         wants_weight=bool(weights),
         labelled=bool(head.labels()),
-        chained=head.chained,
+        chained=head.chained or len(moving(head)) > 1,
         added=_added(head),
+        **(numbers_of_sides(head) if head.divergences else {}),
         taught=taught_bytes(head),
         in_terms=has_16_bit_factors(head.products),
         skips=skips,
@@ -317,12 +326,16 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
 def _added(head: find.Head) -> int:
     """Bytes of a logit of all products but the first, and of its gradient."""
     own = sum(example_of(product.node).element_size() for product in head.products[1:])
+    if head.divergences:
+        return own + sum(example_of(dz).element_size() for dz in moving(head)[1:])
     return own * (2 if head.grads else 1)
 
 
-def _is_late(grad: Node) -> bool:
-    """Whether a `row_grad` depends on an upstream gradient."""
-    return any(map(is_tangent, reached([grad_call(grad).coefficients], sources_of)))
+def _has_early_ones(head: find.Head) -> bool:
+    """Whether of the gradients of the logits some depend on an upstream gradient, and some do not."""
+    gradients = [*head.grads, *head.divergence_grads]
+    late = {any(map(is_tangent, reached(narrow_args(node)[-1:], sources_of))) for node in gradients}
+    return len(late) > 1
 
 
 def _is_among_equals(gather: Node) -> bool:

@@ -13,7 +13,8 @@ from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops.counted import PRODUCT_TO_ROWS
 from ..ops.products import COLUMN_SUMS, ONCE_MADE, TIMES
-from .find import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T, source_of_exit
+from .find import source_of_exit
+from .kinds import BIAS, HIDDEN, VIEWS, WEIGHT, WEIGHT_T
 from .narrow_sums import NarrowSum
 from .nodes import empty, in_place, into, on
 from .pieces import CAST, ROWS, Pieces
@@ -32,9 +33,10 @@ class Exit:
         pieces: of the head.
         node: the product, or the sum, that made the gradient of the whole.
         plan: which says what is kept in float32 though it is 16-bit.
+        first: the gradient with which it is summed up, of another side of the head, if any.
     """
 
-    def __init__(self, pieces: Pieces, node: Node, plan: Plan):
+    def __init__(self, pieces: Pieces, node: Node, plan: Plan, first: Exit | None = None):
         self.pieces, self.build, self.node = pieces, pieces.build, node
         self.kind = pieces.head.exits[node]
         self.source = source_of_exit(node, pieces.head)
@@ -45,7 +47,9 @@ class Exit:
         self._out: Node | None = None
         self._parts: list[Node] = []
         self._operand = None if self.kind == BIAS else self._other_factor()
-        self._beside = self._narrow_sum() if plan.pieces > 1 else None
+        self._beside = None
+        if plan.pieces > 1:
+            self._beside = self._narrow_sum() if first is None else first._beside
 
     def _narrow_sum(self) -> NarrowSum | None:
         """What stands beside the weight's gradient where it is summed in 16 bits."""
@@ -53,8 +57,7 @@ class Exit:
             return None
         if self.kind not in (WEIGHT, WEIGHT_T):
             return None
-        assert self._operand is not None
-        return NarrowSum(self.pieces, self._operand)
+        return NarrowSum(self.pieces)
 
     def _other_factor(self) -> Node:
         """What the gradient is multiplied with: [V, M] for the hidden states', [N, M] for the weight's."""
@@ -64,7 +67,7 @@ class Exit:
         return self.pieces.factor(right)
 
     def goes_on(self, out: Node) -> None:
-        """Add to a sum that was begun for another head."""
+        """Add to a sum that was begun for another head, or side."""
         self._out = out
 
     @property
@@ -77,13 +80,12 @@ class Exit:
         """Whether `add` writes what it is given, for a time."""
         return self._beside is not None
 
-    def add(self, dz: Node, piece: Range, first: bool, last: bool) -> tuple[Node, Node]:
+    def add(self, dz: Node, piece: Range, last: bool) -> tuple[Node, Node]:
         """Take in the gradient of a piece of the logits. Returns what is then made, and that gradient.
 
         Args:
             dz: the gradient.
             piece: which one.
-            first: whether it is the first piece.
             last: whether nobody reads dz thereafter.
         """
         if self.kind == BIAS:
@@ -92,7 +94,8 @@ class Exit:
         other = self._operand
         out = self._empty(other) if self._out is None else self._out
         if self._beside is not None:
-            self._out, dz = self._beside.add(out, dz, piece, first, last)
+            begun = self._out is not None
+            self._out, dz = self._beside.add(self.node, other, out, dz, piece, begun, last)
             return self._out, dz
         left = dz if self.kind == HIDDEN else self._transposed(dz)
         if self.is_summed:

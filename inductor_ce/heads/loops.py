@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..graph.shapes import shape_of
 from ..graph.walk import args_of
-from .find import VIEWS, WEIGHT, WEIGHT_T, Head
+from .find import Head
+from .kinds import VIEWS, WEIGHT, WEIGHT_T
 from .pieces import CAST
 
 aten = torch.ops.aten
@@ -42,6 +44,15 @@ class Loop:
 
 def weight_exits(head: Head) -> list[Node]:
     return [node for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
+
+
+def shared_sums(head: Head) -> list[list[Node]]:
+    """The gradients of weights that a head makes, those together that the graph adds up."""
+    sums: dict[Any, list[Node]] = {}
+    for node in weight_exits(head):
+        key = _summed(node) or node, head.exits[node], str(shape_of(node))
+        sums.setdefault(key, []).append(node)
+    return [*sums.values()]
 
 
 def find_loops(heads: Iterable[Head]) -> list[list[Head]]:
@@ -92,10 +103,10 @@ def _is_sum(node: Node) -> bool:
     return is_plain and len(set(node.all_input_nodes)) == 2
 
 
-def leave_to_last(graph: Graph, loop: list[Head]) -> None:
-    """Take the gradients of all heads but the last out of the sum, which the last one's then is."""
-    for head in (head for head in loop[:-1] if weight_exits(head)):
-        top, _ = _added(*weight_exits(head))
+def leave_to_last(graph: Graph, gradients: list[Node]) -> None:
+    """Take all gradients but the last out of the sum, which the last one then is."""
+    for gradient in gradients[:-1]:
+        top, _ = _added(gradient)
         total = _only_user(top)
         assert total is not None
         (other,) = (source for source in total.all_input_nodes if source is not top)

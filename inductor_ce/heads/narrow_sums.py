@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -26,38 +27,44 @@ class NarrowSum:
 
     Args:
         pieces: of the head.
-        rows: what the gradient is multiplied with, [N, M].
     """
 
-    def __init__(self, pieces: Pieces, rows: Node):
-        self._build, self._pieces, self._rows = pieces.build, pieces, rows
+    def __init__(self, pieces: Pieces):
+        self._build, self._pieces = pieces.build, pieces
         packing = pieces.packing
         self._labels = [
             label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
         ]
         self._often = min(OFTEN, pieces.head.v)
         self._columns = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
-        self._kept: Node | None = None
+        self._rows: dict[Node, Node] = {}
+        self._kept: dict[Node, Node] = {}
 
-    def add(self, out: Node, dz: Node, piece: Range, first: bool, last: bool) -> tuple[Node, Node]:
+    def add(
+        self, product: Node, rows: Node, out: Node, dz: Node, piece: Range, begun: bool, last: bool
+    ) -> tuple[Node, Node]:
         """(`out` [V, M] and what a chunk adds, dz to read thereafter): dz is its gradient of the logits.
 
-        Whoever is the `last` to read it may leave it as it becomes.
+        Args:
+            product: of the graph, of dz and of `rows`, [N, M]; one for each side that shares the weight.
+            begun: whether there is anything in `out`.
+            last: whether nobody reads dz thereafter: it may be left as it becomes.
         """
         build = self._build
         made = in_place(
             build,
             PRODUCT_BUT,
-            {"out": out, "kept": self._room(dz) if self._kept is None else self._kept, "dz": dz},
-            b=self._pieces.rows(self._rows, piece, []),
+            {"out": out, "kept": self._kept.get(product) or self._room(dz), "dz": dz},
+            b=self._pieces.rows(rows, piece, []),
             labels=[self._pieces.cut(label, piece, 0) for label in self._labels],
             columns=self._columns,
             start=piece.start,
-            accumulate=not first,
+            accumulate=begun,
             restore=not last,
             **self._pieces.limit(piece),
         )
-        out, self._kept, dz = (build(operator.getitem, made, i) for i in range(1, 4))
+        self._rows[product] = rows
+        out, self._kept[product], dz = (build(operator.getitem, made, i) for i in range(1, 4))
         return out, dz
 
     def _room(self, dz: Node) -> Node:
@@ -72,28 +79,34 @@ class NarrowSum:
             build,
             COMPLETE,
             {"out": out},
-            labels=self._labels,
-            entries=scaled(self._entries()),
-            rows=self._rows,
+            labels=[self._joined([label] * len(self._kept)) for label in self._labels],
+            entries=scaled(self._joined([*map(self._entries, self._kept)])),
+            rows=self._joined([*self._rows.values()]),
             columns=self._columns,
-            often=scaled(self._frequent_rows()),
+            often=scaled(functools.reduce(self._sum, map(self._frequent_rows, self._kept))),
         )
         return build(operator.getitem, made, 1)
 
-    def _columns_kept(self, start: int, end: int) -> Node:
-        assert self._kept is not None
-        return self._build(aten.slice.Tensor, self._kept, 1, start, end)
+    def _joined(self, parts: list[Node]) -> Node:
+        """What the products have of their rows, those of one product after those of another."""
+        return parts[0] if len(parts) == 1 else self._build(aten.cat.default, parts)
 
-    def _entries(self) -> Node:
+    def _sum(self, a: Node, b: Node) -> Node:
+        return self._build(aten.add.Tensor, a, b)
+
+    def _columns_kept(self, product: Node, start: int, end: int) -> Node:
+        return self._build(aten.slice.Tensor, self._kept[product], 1, start, end)
+
+    def _entries(self, product: Node) -> Node:
         """Those at the labels, [N, K] in float32, in the order of the rows, 0 where rows do not count."""
-        kept = self._columns_kept(self._often, self._often + len(self._labels))
+        kept = self._columns_kept(product, self._often, self._often + len(self._labels))
         if self._pieces.packing is not None:
             return self._pieces.packing.put_back(kept, torch.float32)
         return self._build(ONCE_MADE, kept, torch.float32, [])
 
-    def _frequent_rows(self) -> Node:
+    def _frequent_rows(self, product: Node) -> Node:
         """The rows of the whole gradient that are those of the most frequent labels, in float32."""
         packing = self._pieces.packing
         order = [None, None] if packing is None else packing.order()
-        given = (self._columns_kept(0, self._often), self._rows, *order)
+        given = (self._columns_kept(product, 0, self._often), self._rows[product], *order)
         return self._build(FREQUENT_ROWS, *given, **({} if packing is None else packing.all_limit()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from ..graph.walk import args_of
 from ..ops.gemm import ALIGNED
 from ..ops.products import ALIGN_ROWS, LOGITS
 from . import sizes
-from .calls import grad_call, stats_call
+from .calls import divergence_call, divergence_grad_call, grad_call, is_side_gradient, stats_call
 from .factors import has_16_bit_factors, in_16_bits
-from .find import CAST, Head, NoHead, Product, is_pointwise, vocab_axis
+from .find import Head, NoHead, Product
+from .kinds import CAST, is_pointwise, vocab_axis
 from .packing import Packing
 from .ranges import Range
 
@@ -127,14 +129,24 @@ class Pieces:
         self,
         made: dict[Node, Node],
         piece: Range,
-        coefficients: dict[Node, tuple[Node, Node]],
+        narrow: dict[Node, tuple[Node, ...]],
         op: Any = ops.ROW_GRAD,
     ) -> dict[Node, Node]:
-        """The same of what depends on a `row_grad`, of which m and coefficients are given, made by `op`."""
-        made = dict(made)
+        """The same of what depends on gradients that operators make, of whose `narrow_args` pieces are given.
+
+        Those of one side are made by `op`.
+        """
+        made, of_sides = dict(made), dict[Node, Node]()
+        if self.head.divergences:  # one loop makes, and adds, what several operators do
+            op = ops.ROW_GRAD_AGAIN
         for node in self.head.wide:
             if node.target == ops.ROW_GRAD:
-                made[node] = self.grad(op, node, made[grad_call(node).z], piece, *coefficients[node])
+                made[node] = self.grad(op, node, made[grad_call(node).z], piece, *narrow[node])
+            elif is_side_gradient(node):
+                grad, side = args_of(node)
+                if grad not in of_sides:
+                    of_sides[grad] = self._side_gradients(grad, made, piece, narrow[grad])
+                made[node] = self.build(operator.getitem, of_sides[grad], side)
             elif node not in made:
                 made[node] = self._made(node, made, piece)
         return made
@@ -212,6 +224,22 @@ class Pieces:
         if self.packing is not None:
             return self.build(ops.SOME_ROW_STATS, *given, self.packing.left, piece.index)
         return self.build(ops.ROW_STATS, *given, **node.kwargs)
+
+    def divergence(self, node: Node, made: dict[Node, Node], piece: Range, *rows: list[Node]) -> Node:
+        """The `divergence` of a piece, of whose sides the maxima and the sums are given."""
+        call = divergence_call(node)
+        return self.build(ops.DIVERGENCE, self._sides(call.zs, made, piece), *rows, call.which)
+
+    def _side_gradients(
+        self, node: Node, made: dict[Node, Node], piece: Range, narrow: tuple[Node, ...]
+    ) -> Node:
+        call, (*ms, packed, upstream) = divergence_grad_call(node), narrow
+        zs = self._sides(call.zs, made, piece)
+        return self.build(ops.DIVERGENCE_GRAD, zs, ms, packed, upstream, call.which)
+
+    def _sides(self, zs: list[Node], made: dict[Node, Node], piece: Range) -> list[Node]:
+        """The logits of the sides, [n, V], those that are given cut."""
+        return [made[z] if z in made else self.cut(z, piece, ROWS) for z in zs]
 
     def grad(self, op: Any, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
         labels, weights = self._constants(node, piece)

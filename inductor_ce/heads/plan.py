@@ -59,6 +59,10 @@ class HeadNumbers:
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
+        sides: why the columns cannot be divided, as those of several sides are not, or "".
+        d_weights, d_hidden: the hidden sizes of all weights, and of all hidden states, of which gradients are
+            made, added up; None for d.
+        shares: how many products of a piece add to one gradient of the weight.
         taught: bytes of a teacher's logits for each of the student's, in pieces of the same rows.
         in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
         skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
@@ -82,6 +86,10 @@ class HeadNumbers:
     wants_weight: bool = True
     chained: bool = False
     added: int = 0
+    sides: str = ""
+    d_weights: int | None = None
+    d_hidden: int | None = None
+    shares: int = 1
     taught: int = 0
     in_terms: bool = False
     skips: bool = False
@@ -139,13 +147,14 @@ def plan(head: HeadNumbers, strategy: str = "auto", memory_budget: int | float |
     budget = int(memory_budget * head.logits_bytes) if isinstance(memory_budget, float) else memory_budget
     if not head.backward:
         return _forward_only(head, strategy, budget)
-    if strategy == VOCAB_SLABS:
+    if strategy == VOCAB_SLABS and not head.sides:
         return _slabs(head, budget, "asked for")
     why_not = _why_no_chunks(head)
     if head.sharded and not why_not:
         return _alike(head, strategy, memory_budget)
-    if strategy == TOKEN_CHUNKS:
-        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, "asked for", 2)
+    if strategy in (TOKEN_CHUNKS, VOCAB_SLABS):
+        reason = "asked for" if strategy == TOKEN_CHUNKS else head.sides
+        return _slabs(head, budget, why_not) if why_not else _chunks(head, budget, reason, 2)
     return _auto(head, budget, why_not)
 
 
@@ -280,7 +289,7 @@ def _most_in_chunks(head: HeadNumbers, piece: int, wide_sum: bool, wide_hidden: 
     beyond = _beyond_weight(head) if wide_sum else 0
     waiting = _beyond_hidden(head) if wide_hidden else 0
     # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
-    weight_at_last = head.v * head.d * 4 + waiting if wide_sum else 0
+    weight_at_last = head.v * _d_weights(head) * 4 + waiting if wide_sum else 0
     hidden_at_last = _hidden_at_last(head, wide_hidden) + beyond
     return max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
 
@@ -291,7 +300,7 @@ def _hidden_at_last(head: HeadNumbers, wide_hidden: bool) -> int:
     Rows that chunks took in their own order go back to their places in another tensor.
     """
     if wide_hidden:
-        return head.n * head.d * 4
+        return head.n * _d_hidden(head) * 4
     return head.n * head.d * head.element if head.wants_hidden and head.skips else 0
 
 
@@ -300,7 +309,7 @@ def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:
     if not _sums_16_bit(head, pieces):
         return False
     few = NARROW_CHUNKS if head.labelled else UNLABELLED_CHUNKS
-    return pieces > few or _is_little(_beyond_weight(head), head)
+    return pieces * head.shares > few or _is_little(_beyond_weight(head), head)
 
 
 def _sums_16_bit(head: HeadNumbers, pieces: int) -> bool:
@@ -312,11 +321,19 @@ def _waits_in_float32(head: HeadNumbers) -> bool:
 
 
 def _beyond_weight(head: HeadNumbers) -> int:
-    return head.v * head.d * (4 - head.weight_element)
+    return head.v * _d_weights(head) * (4 - head.weight_element)
 
 
 def _beyond_hidden(head: HeadNumbers) -> int:
-    return head.n * head.d * (4 - head.element)
+    return head.n * _d_hidden(head) * (4 - head.element)
+
+
+def _d_weights(head: HeadNumbers) -> int:
+    return head.d if head.d_weights is None else head.d_weights
+
+
+def _d_hidden(head: HeadNumbers) -> int:
+    return head.d if head.d_hidden is None else head.d_hidden
 
 
 def _is_little(extra: int, head: HeadNumbers) -> bool:
@@ -324,6 +341,8 @@ def _is_little(extra: int, head: HeadNumbers) -> bool:
 
 
 def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
+    if head.sides:
+        return _materialise(head, f"{reason}; {head.sides}")
     if budget is None:
         most = max(head.v // LEAST_COLUMNS, 2)
         budget = int(SLABS_BUDGET * head.logits_bytes)

@@ -12,7 +12,7 @@ from torch.fx import Node
 from .. import ops
 from ..common.compat.graphs import is_tangent, unset_fake_temporarily
 from ..graph.shapes import constant, hint, is_hinted
-from .calls import grad_call
+from .calls import grad_call, narrow_args, normalisers_of
 from .facts import Fact, Factor, Facts
 from .find import Head
 from .other_sizes import SizeOf, UnknownSize, other_sizes
@@ -62,15 +62,20 @@ class Proof:
 def _proved(head: Head, size_of: SizeOf) -> tuple[Facts, Factor, str]:
     """(facts, the scalar that all gradients share, why there is no proof or "") at some sizes."""
     calls = [grad_call(node) for node in head.grads]
-    coefficients = [part for call in calls for part in (call.m, call.coefficients)]
+    gradients = [*head.grads, *head.divergence_grads]
+    coefficients = [part for node in gradients for part in narrow_args(node)]
+    normalisers = [row for node in head.divergences for row in normalisers_of(node)]
     taught, feeds, sums = _of_teacher(head)
-    given = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors()
+    given = [c for call in calls for c in (*call.labels, *call.weights)] + head.factors() + head.given
     constants = [c for c in given if c not in taught]
-    targets = [*coefficients, *constants, *head.beside(), *feeds]
+    targets = [*coefficients, *normalisers, *constants, *head.beside(), *feeds]
     statistics = [node for node in sums if node.target == ops.ROW_STATS]
     others = [node for node in sums if node.target != ops.ROW_STATS]
-    facts = facts_about(targets, [*head.stats, *statistics], is_tangent, size_of, others)
-    factor, why_not = one_factor(facts, head.grads)
+    made = [*head.stats, *head.divergences, *statistics]
+    facts = facts_about(targets, made, is_tangent, size_of, others)
+    factor, why_not = one_factor(facts, gradients)
+    if not why_not and not all(_is_row_by_row(facts[node], size_of(head.n)) for node in normalisers):
+        why_not = "a divergence is of normalisers that are not of its rows"
     if not why_not and not all(_is_row_by_row(facts[node], size_of(head.n)) for node in feeds):
         why_not = "the teacher's logits are combined with what is not of their own row"
     if not why_not and any(facts[node].rows is not None for node in constants):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from .. import ops
 from ..graph.shapes import hint, shape_of, tensor_of
 from ..graph.walk import args_of
-from .find import VIEWS, is_pointwise
+from .kinds import VIEWS, is_pointwise
 
 aten = torch.ops.aten
 

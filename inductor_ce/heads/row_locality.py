@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from .. import ops
 from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
-from .calls import grad_call
+from .calls import narrow_args
 from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown
-from .find import is_pointwise
+from .find import is_gradient
+from .kinds import is_pointwise
 from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -45,7 +45,7 @@ def facts_about(
 
     Args:
         targets: nodes.
-        stats: `row_stats` nodes, all of the same rows.
+        stats: nodes [K, N] with statistics of each row, all of the same rows.
         is_late: whether an input of the graph is known in the backward only.
         size_of: the sizes, as numbers.
         of_rows: others that are known to hold a number for each of these rows, in their order.
@@ -319,19 +319,19 @@ def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Fact
     """(the scalar that all gradients share, "") or ((), why there is none).
 
     Args:
-        facts: about the maxima and the coefficients of all `gradients`.
-        gradients: `row_grad` nodes.
+        facts: about the maxima and the coefficients of all `gradients`, and what those of several sides read.
+        gradients: `row_grad` and `divergence_grad` nodes.
     """
     factors = set()
     for node in gradients:
-        m, coefficients = grad_call(node).m, grad_call(node).coefficients
-        for part in (m, coefficients):
+        *known, coefficients = narrow_args(node)
+        for part in (*known, coefficients):
             fact = facts[part]
             if fact.why_not:
                 return (), fact.why_not
             if not of_own_rows(fact):
                 return (), "a gradient depends on the statistics of other rows"
-        if facts[m].factor:
+        if any(facts[part].factor for part in known):
             return (), "the maxima depend on the upstream gradient"
         factors.add(facts[coefficients].factor)
     if len(factors) > 1:
@@ -354,14 +354,14 @@ def factors_of_wide(wide: Iterable[Node], gradients: set[Node], facts: Facts, fa
         wide: in the order of the graph.
         gradients: those of them that depend on a `row_grad`.
         facts: about all else that they read.
-        factor: that every `row_grad` has.
+        factor: that every gradient that an operator makes has.
     """
     for node in wide:
         if node not in gradients:
             if not all(facts.get(source, EARLY).is_early for source in node.all_input_nodes):
                 return "the logits are combined with what is made of them"
             facts[node] = EARLY
-        elif node.target == ops.ROW_GRAD:
+        elif is_gradient(node):
             facts[node] = Fact(factor)
         else:
             others = [facts.get(source, EARLY) for source in node.all_input_nodes]

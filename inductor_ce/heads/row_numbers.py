@@ -9,7 +9,8 @@ from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.walk import args_of
 from .facts import NO_ROW, Facts
-from .find import Head, is_pointwise
+from .find import Head
+from .kinds import is_pointwise
 from .nodes import iota
 from .row_locality import is_moved, is_reduced
 from .where import Places

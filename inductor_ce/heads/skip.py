@@ -16,7 +16,8 @@ from ..graph.walk import args_of, reached, sources_of
 from .calls import exchanges, stats_call
 from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
-from .find import VIEWS, Head, NoHead
+from .find import Head, NoHead
+from .kinds import VIEWS
 from .packing import is_light
 from .pieces import CAST
 from .proof import Proof
@@ -54,6 +55,7 @@ NOT_ON_DEVICE = (
 )
 OF_WEIGHTS = "a weight for each row and class would have to be copied"
 OF_TEACHER = "targets are made of the teacher's logits of all rows"
+OF_SIDES = "a divergence is made of all rows"
 IF_FINITE = ", of those whose logits may be infinite, or NaN, none"
 
 
@@ -128,6 +130,8 @@ def _may_take_long(node: Node) -> bool:
 
 def _check(head: Head) -> None:
     """Raises AllCount where the rows of a piece cannot be those that count, or it would not pay."""
+    if head.divergences:
+        raise AllCount(OF_SIDES)
     if any(len(shape_of(weight)) == 2 for node in head.stats for weight in stats_call(node).weights):
         raise AllCount(OF_TEACHER if head.teacher else OF_WEIGHTS)
     if any(_is_wide(source, head) for source in head.beside()):

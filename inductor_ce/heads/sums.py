@@ -13,8 +13,9 @@ from torch.fx import Node
 
 from ..graph.shapes import equal, example_of, shape_of
 from . import sizes
-from .find import ROW_SUMS, NoHead, source_of_exit, summed_dims, vocab_axis
+from .find import NoHead, source_of_exit
 from .gradients import result_dtype, scaled
+from .kinds import ROW_SUMS, summed_dims, vocab_axis
 from .pieces import CAST, COLUMNS, ROWS, Pieces
 from .ranges import Range
 

@@ -15,7 +15,8 @@ from ..graph.walk import args_of
 from ..ops.products import ONCE_MADE
 from . import sizes
 from .cut_rows import PAD, SUMS, Left
-from .find import NoHead, Teacher, is_of_size, is_pointwise
+from .find import NoHead, Teacher
+from .kinds import is_of_size, is_pointwise
 from .nodes import on
 from .pieces import Pieces
 from .ranges import Range

@@ -18,18 +18,8 @@ from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of, reached
 from .calls import grad_call, stats_call
 from .cut_rows import CUT, PAD, SUMS, uncut
-from .find import (
-    PRODUCTS,
-    Head,
-    NoHead,
-    Teacher,
-    is_of_size,
-    is_ordered_view,
-    is_pointwise,
-    product_of,
-    summed_dims,
-    vocab_axis,
-)
+from .find import Head, NoHead, Teacher, product_of
+from .kinds import PRODUCTS, is_of_size, is_ordered_view, is_pointwise, summed_dims, vocab_axis
 
 WHOLE = "the teacher's logits are whole: "
 TAUGHT = "the teacher's logits, and what is made of them, are those of the same rows"

@@ -8,6 +8,7 @@ applied in the backward. That there is one, and that a row needs nothing from th
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..common.compat.distributed import ALL_GATHER, WAIT
-from ..common.compat.graphs import is_tangent
+from ..common.compat.graphs import IN_MEMORY, is_tangent
 from ..graph.builder import Builder
-from ..graph.shapes import example_of
+from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
+from ..ops import DIVERGENCE
 from ..ops.products import ONCE_MADE
-from .calls import grad_call, stats_call
+from .calls import narrow_args, normalisers_of, stats_call
 from .exits import Exits
 from .facts import Fact, Factor
 from .find import Head
@@ -50,15 +52,19 @@ class Coefficients:
     Attributes:
         gathered: what ranks gave for the chunks so far, [P * K, rows of the chunk], by the node that waits
             for what they give for all rows.
+        divergences: the chunks so far of each `divergence`, [1 + K + 2 S, rows of the chunk].
     """
 
     def __init__(self, pieces: Pieces, proof: Proof, taught: Taught | None = None):
         self.pieces, self.proof, self.build, self.taught = pieces, proof, pieces.build, taught
-        self._calls = {node: grad_call(node) for node in pieces.head.grads}
-        wanted = [p for call in self._calls.values() for p in (call.m, call.coefficients)]
+        self._gradients = [*pieces.head.grads, *pieces.head.divergence_grads]
+        wanted = [part for node in self._gradients for part in narrow_args(node)]
+        wanted += pieces.head.divergences
         self._nodes = self._depending([*wanted, *(taught.teacher.feeds if taught else [])])
         self._ones: dict[Node, Node] = {}
+        self._cuts: dict[Node, Node] = {}
         self.gathered: dict[Node, list[Node]] = {}
+        self.divergences: dict[Node, list[Node]] = {node: [] for node in pieces.head.divergences}
 
     def _depending(self, wanted: list[Node]) -> list[Node]:
         """What must be made anew: all between the statistics, or a factor, and the coefficients."""
@@ -73,20 +79,25 @@ class Coefficients:
             if node in found or node in stats or (fact.rows is None and not fact.factor):
                 continue
             found.add(node)
-            if not _is_atom(node, fact):
+            if node.target == DIVERGENCE:
+                stack += normalisers_of(node)
+            elif not _is_atom(node, fact):
                 stack += node.all_input_nodes
         if self.taught is not None:
             found |= self.taught.late
         return [node for node in self.pieces.head.product.graph.nodes if node in found]
 
-    def of(self, stats: dict[Node, Node], piece: Range) -> dict[Node, tuple[Node, Node]]:
-        """(m, coefficients) of a chunk, for each `row_grad`, from the statistics of the chunk.
+    def of(
+        self, stats: dict[Node, Node], forward: dict[Node, Node], piece: Range
+    ) -> dict[Node, tuple[Node, ...]]:
+        """Of a chunk the `narrow_args` of gradients, of its statistics and, for divergences, its logits.
 
         NOTE All rows. The nodes run on statistics of all rows, of which only those of the chunk are
         filled in: whatever the views between do to the rows, it stays right, and the rest is not computed,
         as nobody reads it.
         """
-        build, pieces = self.build, self.pieces
+        build = self.build
+        self._cuts = {}
         made = {node: self._in_all_rows(part, piece) for node, part in stats.items()}
         if self.taught is not None:
             made |= {node: self._sum(node, part, piece) for node, part in self.taught.early_sums().items()}
@@ -97,6 +108,8 @@ class Coefficients:
                     made[node] = self._sum(node, part, piece)
             elif _is_atom(node, self.proof.facts[node]):
                 made[node] = self._one(node)
+            elif node.target == DIVERGENCE:
+                made[node] = self._in_all_rows(self._divergence(node, forward, made, piece), piece)
             elif node.target == ALL_GATHER:
                 made[node] = self._gathered(node, made, piece)
             elif node.target == WAIT:
@@ -107,13 +120,37 @@ class Coefficients:
                 args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
                 target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
                 made[node] = build(target, *args, **kwargs)
-        return {
-            node: (
-                self._maxima(call.m, stats, made, piece),
-                pieces.counted(made.get(call.coefficients, call.coefficients), piece, 1),
-            )
-            for node, call in self._calls.items()
-        }
+        return {node: tuple(self._narrow(node, stats, made, piece)) for node in self._gradients}
+
+    def _narrow(
+        self, node: Node, stats: dict[Node, Node], made: dict[Node, Node], piece: Range
+    ) -> Iterator[Node]:
+        """Pieces of the `narrow_args` of a gradient."""
+        *rows, coefficients = narrow_args(node)
+        for part in rows:
+            if part in self._cuts:
+                yield self._cuts[part]
+            elif (source := _unaliased(part)) in self.divergences:
+                yield self.divergences[source][-1]
+            else:
+                yield self._maxima(part, stats, made, piece)
+        whole = made.get(coefficients, coefficients)
+        yield self.pieces.counted(whole, piece, len(shape_of(whole)) - 1)
+
+    def _divergence(
+        self, node: Node, forward: dict[Node, Node], made: dict[Node, Node], piece: Range
+    ) -> Node:
+        """A chunk of a `divergence`, made of numbers of its rows."""
+        ms, ds = ([self._once(row, made, piece) for row in rows] for rows in args_of(node)[1:3])
+        self.divergences[node].append(self.pieces.divergence(node, forward, piece, ms, ds))
+        return self.divergences[node][-1]
+
+    def _once(self, row: Node, made: dict[Node, Node], piece: Range) -> Node:
+        """The numbers of a chunk's rows, made once, and not for each of their entries."""
+        if row not in self._cuts:
+            self._cuts[row] = self.pieces.cut(made.get(row, row), piece, 0)
+            self._cuts[row].meta[IN_MEMORY] = True
+        return self._cuts[row]
 
     def _gathered(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
         """Ranks exchange the statistics of the chunk alone, contiguous, as up to torch 2.11 they must be."""
@@ -154,6 +191,12 @@ class Coefficients:
         return self._ones[node]
 
 
+def _unaliased(node: Node) -> Node:
+    while node.target in (aten.alias.default, aten.detach.default):
+        (node,) = args_of(node)
+    return node
+
+
 def _is_atom(node: Node, fact: Fact) -> bool:
     return fact.factor == ((node, 1),)
 
@@ -188,7 +231,7 @@ def token_chunks(
         exits.go_on(weight_exits(head), loop.out)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
-    for i, piece in enumerate(chunks):
+    for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
         made = pieces.forward(piece, after)
@@ -196,11 +239,12 @@ def token_chunks(
         for node, part in stats.items():
             parts[node].append(part)
         after = list(stats.values())
-        known = coefficients.of(stats, piece) if exits or taught else {}
+        known = coefficients.of(stats, made, piece) if exits or taught or head.divergences else {}
+        after += [so_far[-1] for so_far in coefficients.divergences.values()]
         if exits:
-            after = exits.add(made, piece, known, first=i == 0)
+            after = exits.add(made, piece, known)
         after += taught.sums() if taught else []
-    parts |= coefficients.gathered
+    parts |= coefficients.gathered | coefficients.divergences
     whole = {node: pieces.whole(of_node) for node, of_node in parts.items()}
     whole |= taught.whole() if taught else {}
     if exits:

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from ..graph.builder import Builder
 from ..ops.combine import chosen, combined, own_rows
-from .calls import grad_call, stats_call
+from .calls import narrow_args, stats_call
 from .exits import Exits
 from .find import Head
 from .pieces import COLUMNS, Pieces
@@ -47,11 +47,11 @@ def _backward(pieces: Pieces, columns: list[Range], plan: Plan) -> dict[Node, No
     exits = Exits(pieces, plan)
     if not exits:
         return {}
-    coefficients = {node: (grad_call(node).m, grad_call(node).coefficients) for node in head.grads}
-    after = [c for _, c in coefficients.values()]
-    for i, piece in enumerate(columns):
+    narrow = {node: tuple(narrow_args(node)) for node in head.grads}
+    after = [coefficients for *_, coefficients in narrow.values()]
+    for piece in columns:
         made = pieces.forward(piece, after)
-        after = exits.add(made, piece, coefficients, first=i == 0)
+        after = exits.add(made, piece, narrow)
     return exits.finish(None)
 
 

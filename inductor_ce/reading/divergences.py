@@ -16,6 +16,7 @@ from .. import algebra
 from ..algebra import divergences as joint
 from ..algebra.divergences import Divergence
 from ..graph.shapes import shape_of, tensor_of
+from ..graph.timeline import INFERENCE
 from . import spellings
 from .joint import JointReader, RowFactor
 from .losses import modernised
@@ -59,10 +60,14 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
     found = []
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
-        if step is not None and step.name in _ENDS and not is_loss_of_one(reading, node):
-            summed = _summed(reader, node, step.name)
-            if summed is not None:
-                found.append(summed)
+        if step is None or step.name not in _ENDS:
+            continue
+        of_one = is_loss_of_one(reading, node)
+        if of_one and _learns(reading, node):
+            continue
+        summed = _summed(reader, node, step.name)
+        if summed is not None and (not of_one or _has_mixture(summed.expr)):
+            found.append(summed)
     for summed in added_up(reading, found):
         between = _between(reader, summed)
         if between is not None:
@@ -75,12 +80,26 @@ def is_loss_of_one(reading: Reading, node: Node) -> bool:
     return isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value))
 
 
+def _learns(reading: Reading, node: Node) -> bool:
+    """Whether a gradient flows through a loss of one tensor of logits."""
+    value, timeline = reading.on_logits(node), reading.timeline
+    example = None if value is None else tensor_of(value.logits.node)
+    on = timeline.grad_mode(timeline.position[node]) is True
+    return on and example is not None and example.requires_grad
+
+
+def _has_mixture(value: joint.Joint) -> bool:
+    """Whether it has the logarithm of one: a weight of all classes, as a loss of one side reads it."""
+    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
+
+
 def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
     args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
     summand, timeline = args.get("input"), reader.reading.timeline
     if tensor_of(node) is None or not isinstance(summand, Node) or tensor_of(summand) is None:
         return None
-    if timeline.grad_mode(timeline.position[node]) is not True:
+    mode = timeline.grad_mode(timeline.position[node])
+    if mode == INFERENCE:
         return None
     is_loss = name == "kl_div"
     if is_loss and modernised(args).get("reduction", "mean") == "none":
@@ -88,22 +107,26 @@ def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
     value = reader.divergence(node, args) if is_loss else reader.of(summand)
     if value is None or value.axis is None:
         return None
+    if mode is not True:
+        value = reader.held(value)
     axis = value.axis
+    assert axis is not None
     if not is_loss and not _sums(args, axis, len(shape_of(summand))):
         return None
     if value.like is not None:
         if is_loss or args.get("dim") is not None:
             return None
         summand, axis = value.like, len(shape_of(value.like)) - 1
-    return Summed(node, node, summand, axis, value.expr, value.wide | {node})
+    logits = frozenset(reader.sides[side].logits.node for side in value.expr.sides)
+    return Summed(node, node, summand, axis, value.expr, value.wide | {node}, logits)
 
 
 def _between(reader: JointReader, summed: Summed) -> Between | None:
-    """None for what is over one side alone, or of which no gradient is wanted."""
+    """None for what is over one side alone."""
     used = sorted(summed.expr.sides)
     sides = of_wholes([reader.sides[side] for side in used], reader.reading)
     wanted = [i for i, side in enumerate(sides) if moves(side)]
-    if not 2 <= len(sides) <= joint.MOST_SIDES or not wanted:
+    if not 2 <= len(sides) <= joint.MOST_SIDES:
         return None
     expr = summed.expr.renamed({side: i for i, side in enumerate(used)})
     parts = joint.total(expr, [(side.logits, side.steps) for side in sides], wanted) or {}

@@ -90,7 +90,7 @@ class JointReader:
         if not same_shape(value.shape, example.shape):
             return None
         value = replace(value, wide=value.wide | {node})
-        return value if mode is True else self._held(value)
+        return value if mode is True else self.held(value)
 
     def _of_one(self, value: Any, shape: tuple[Size, ...]) -> JointValue | None:
         """What is read as made of one tensor of logits, by its log-probabilities alone."""
@@ -129,7 +129,7 @@ class JointReader:
             self.sides.append(side)
         return self.sides.index(side)
 
-    def _held(self, value: JointValue) -> JointValue:
+    def held(self, value: JointValue) -> JointValue:
         """The same where no gradient flows through it."""
         names = {s: self._side(replace(self.sides[s], detached=True)) for s in value.expr.sides}
         return replace(value, expr=value.expr.renamed(names))
@@ -266,7 +266,7 @@ class JointReader:
 
     def _detached(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         value = self.of(args.get("input"), depth)
-        return None if value is None else self._held(value)
+        return None if value is None else self.held(value)
 
     def _negative(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         return self._applied(self.of(args.get("input"), depth), Joint.__neg__)

@@ -1,4 +1,7 @@
-"""What adds divergences up after they are summed, as the two directions of R-Drop are: one sweep has both."""
+"""What adds divergences up after they are summed, as the two directions of R-Drop are: one sweep has both.
+
+Those of other logits, as of the chunks of a loop, stay apart: nothing of the one need wait for the other.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,7 @@ class Summed:
         axis: of the classes.
         expr: what is summed.
         wide: the nodes by which it was made.
+        logits: of its sides.
     """
 
     node: Node
@@ -36,6 +40,7 @@ class Summed:
     axis: int
     expr: Joint
     wide: frozenset[Node]
+    logits: frozenset[Node]
 
 
 def added_up(reading: Reading, found: list[Summed]) -> Iterator[Summed]:
@@ -74,11 +79,12 @@ def _combined(reading: Reading, values: dict[Node, Summed], node: Node) -> Summe
 
 
 def _is_plain(reading: Reading, node: Node, sources: list[Node]) -> bool:
-    """Whether a node has the shape of values that nothing else reads, and gradients flow through it."""
+    """Whether a node has the shape of values that nothing else reads, and a gradient as they have."""
     timeline = reading.timeline
     alone = all(len(s.users) == 1 and timeline.unchanged(s, s, len(timeline.nodes)) for s in sources)
     same = tensor_of(node) is not None and all(same_shape(shape_of(node), shape_of(s)) for s in sources)
-    return alone and same and timeline.grad_mode(timeline.position[node]) is True
+    modes = {timeline.grad_mode(timeline.position[each]) for each in (node, *sources)}
+    return alone and same and len(modes) == 1
 
 
 def _times(node: Node, value: Summed, c: float) -> Summed | None:
@@ -93,7 +99,10 @@ def _sum(node: Node, a: Summed, b: Summed, sign: int) -> Summed | None:
     alike = a.axis == b.axis and same_shape(shape_of(a.summand), shape_of(b.summand))
     if scaled is None or not alike or _reduction(a.end) != _reduction(b.end):
         return None
-    return replace(a, node=node, expr=a.expr + scaled, wide=a.wide | b.wide | {a.node, b.node, node})
+    if a.logits.isdisjoint(b.logits):
+        return None
+    wide, logits = a.wide | b.wide | {a.node, b.node, node}, a.logits | b.logits
+    return replace(a, node=node, expr=a.expr + scaled, wide=wide, logits=logits)
 
 
 def _reduction(end: Node) -> tuple[object, ...]:

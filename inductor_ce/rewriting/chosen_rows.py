@@ -2,7 +2,8 @@
 
 The left side has all logits in memory, and hides the linear layer from the heads; the right side is a head
 with fewer rows. Only logits of which statistics are taken are looked at, and only where nothing else has
-those that are not chosen.
+those that are not chosen. Rows that are cut off are cut off statistics, but where a divergence reads what is
+left: of all sides it has the same rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from .. import ops
 from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from .find_recipe import is_sized_view, with_width
@@ -32,6 +34,12 @@ def choose_hidden(graph: Graph) -> None:
             if _chooses_rows(node) and _moved_before(graph, node):
                 break
             node = wide_source(node)
+    for divergence in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
+        for node in divergence.args[0]:
+            while isinstance(node, Node):
+                if _cuts_rows(node) and _moved_before(graph, node):
+                    break
+                node = wide_source(node)
 
 
 def wide_source(node: Node) -> Node | None:
@@ -62,8 +70,26 @@ def _chooses_rows(node: Node) -> bool:
     return step.name == "index_select" or is_alike(args["index"], rank - 1)
 
 
+def _cuts_rows(node: Node) -> bool:
+    """Whether a node takes ranges of rows of its source, whole, from one number to another."""
+    spelled, source = spellings.read(node), node.args[0] if node.args else None
+    if spelled is None or spelled[0].name != "getitem" or wide_source(node) is not source:
+        return False
+    index = spelled[1]["index"]
+    items = index if isinstance(index, tuple) else (index,)
+    numbers = (n for n in node.all_input_nodes if n is not source)
+    return all(map(_is_number, numbers)) and all(i is Ellipsis or isinstance(i, slice) for i in items)
+
+
+def _is_number(node: Node) -> bool:
+    return isinstance(node.meta.get("example_value"), (int, torch.SymInt))
+
+
 def _moved_before(graph: Graph, node: Node) -> bool:
-    """Choose the rows before the linear layer. Returns whether that could be done."""
+    """Choose the rows before the linear layer. Returns whether that could be done.
+
+    Rows that are cut off are no matter of what is known when they are: the layer stays where it is.
+    """
     between: list[Node] = []
     source: Any = node.args[0]
     while (layer := plain_layer(source)) is None:
@@ -73,19 +99,42 @@ def _moved_before(graph: Graph, node: Node) -> bool:
         source = wide_source(source)
     if any(map(is_sized_view, between)) and constant(shape_of(layer.hidden)[-1]) is None:
         return False
-    if not _may_move(graph, layer, [source, *between], node):
+    chain = [source, *between]
+    stays = _cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
+    stays = stays and _are_known(graph, [n for n in node.all_input_nodes if n is not node.args[0]], source)
+    if not _is_alone(graph, chain) or not (stays or _may_move(graph, layer, chain, node)):
         return False
-    build = Builder(graph, node, like=node)
+    places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
+    builds = [Builder(graph, place, like=place) for place in places]
     try:
-        result = _chosen_first(build, layer, between, node)
+        result = _chosen_first(builds, layer, between, node)
     except Exception:
-        build.undo()
+        for build in reversed(builds):
+            build.undo()
         raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):
         graph.erase_node(each)
     return True
+
+
+def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:
+    """Whether numbers are made of what there is at a place."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    later = (n for n in reached(numbers, lambda n: n.all_input_nodes if order[n] > order[place] else []))
+    return all(order[n] < order[place] or _is_number(n) for n in later)
+
+
+def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
+    """A number where a builder adds nodes: itself, if it is there, or as it is made of others."""
+    if number not in made:
+        made[number] = (
+            number
+            if build.is_behind(number)
+            else build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
+        )
+    return made[number]
 
 
 def _is_of_each_row(node: Node) -> bool:
@@ -98,9 +147,7 @@ def _is_of_each_row(node: Node) -> bool:
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
     """Whether the layer and what follows may be computed where the rows are chosen, and of no others."""
     timeline = Timeline(graph)
-    first, here, end = timeline.position[chain[0]], timeline.position[node], len(timeline.nodes)
-    if any(len(each.users) > 1 or not timeline.unchanged(each, each, end) for each in chain):
-        return False
+    first, here = timeline.position[chain[0]], timeline.position[node]
     modes = [timeline.position[each] for each in chain]
     alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
     operands = [a for a in layer.args if isinstance(a, Node)]
@@ -111,8 +158,16 @@ def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -
     )
 
 
-def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node: Node) -> Node:
+def _is_alone(graph: Graph, chain: list[Node]) -> bool:
+    """Whether nothing else reads, or changes, what is between a layer and the rows that are chosen."""
+    timeline = Timeline(graph)
+    end = len(timeline.nodes)
+    return all(len(each.users) == 1 and timeline.unchanged(each, each, end) for each in chain)
+
+
+def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node], node: Node) -> Node:
     """The rows of the hidden states, their logits, and what was done to all logits before."""
+    build, *others = builds
     classes, width = _classes(node), constant(shape_of(layer.hidden)[-1])
     hidden = layer.hidden
     for view in reversed(between):
@@ -121,7 +176,7 @@ def _chosen_first(build: Builder, layer: LinearLayer, between: list[Node], node:
             hidden = build(view.target, hidden, *sizes, **view.kwargs)
     args = tuple(_chosen(build, node, hidden) if a is layer.hidden else a for a in layer.args)
     made = build(layer.target, *args)
-    for step in reversed(between):
+    for build, step in zip(others, reversed(between), strict=True):
         if not is_sized_view(step):
             made = build.again(step, dict.fromkeys(step.all_input_nodes, made))
     if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
@@ -133,6 +188,10 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     """The rows of the hidden states that a node takes of the logits."""
     (source,) = node.args[:1]
     assert isinstance(source, Node)
+    if _cuts_rows(node):  # of rows that are apart, torch may make a product for each sequence
+        known: dict[Node, Node] = {source: hidden}
+        own = {n: _known(build, n, known) for n in node.all_input_nodes}
+        return build("contiguous", build.again(node, own))
     if spellings.is_step(node, "gather"):
         index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
         rows = build(operator.getitem, index, (..., slice(0, 1)))

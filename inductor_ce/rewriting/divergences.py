@@ -24,6 +24,7 @@ from ..common.options import Options
 from ..graph.builder import Builder
 from ..graph.shapes import constant, shape_of, tensor_of
 from ..graph.timeline import written_by
+from ..graph.walk import reached
 from ..ops.divergences import encode
 from ..reading import spellings
 from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_divergences
@@ -102,10 +103,11 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
     while True:
         ends = {each.node for each in found}
         inner = {node for each in found for node in each.wide} - ends
-        losses = {n for n in reading.values if is_loss_of_one(reading, n)}
+        made_of_them = set(reached(ends, lambda node: node.users))
+        losses = {n for n in reading.values if is_loss_of_one(reading, n)} - made_of_them - inner
         inner -= reading.looked_through
         reading.looked_through |= inner
-        needed = needed_nodes(reading, ends | losses)
+        needed = needed_nodes(reading, ends | losses, losses)
         reading.looked_through -= inner
         more = [each for each in found if (each.wide - {each.node}) & needed]
         if not more:
@@ -139,7 +141,7 @@ def _rewrite(graph: Graph, found: Between, made: Made) -> None:
 def _result(build: Builder, found: Between, made: Made) -> Node:
     args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
     sides = [_side(build, side, made) for side in found.sides]
-    first = sides[min(found.terms[0].divergence.wanted)].d
+    first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
     parts = [_rows(build, found, term, sides) for term in found.terms]
     rows = functools.reduce(functools.partial(build, torch.add), parts)

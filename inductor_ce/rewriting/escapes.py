@@ -24,10 +24,11 @@ WHOLE = ("matmul", "einsum", "log_softmax", "softmax")
 GLUE = ("cat", "stack")
 
 
-def needed_nodes(reading: Reading, replaced: set[Node]) -> set[Node]:
-    """The nodes that stay alive once `replaced` are computed otherwise."""
+def needed_nodes(reading: Reading, replaced: set[Node], as_read: set[Node] | None = None) -> set[Node]:
+    """The nodes that stay alive once `replaced` are computed otherwise: those `as_read`, all unless they are
+    given, of what the user brings along for them."""
     needed: set[Node] = set()
-    wanted = {node for end in replaced for node in _brought(reading, end)}
+    wanted = {node for end in (replaced if as_read is None else as_read) for node in _brought(reading, end)}
     for node in reversed(reading.timeline.nodes):
         is_read = node in reading.values or node in reading.looked_through
         if node not in replaced and (not is_read or node in wanted):

@@ -24,8 +24,9 @@ _OF_A_LAYOUT = {placements.on_every_rank, placements.rows_of, local_part}
 
 
 def reads_elements(node: Node) -> bool:
-    """Whether a reader of logits needs them in memory: not for statistics, nor to see where they are."""
-    return node.target not in STATISTICS | _OF_A_LAYOUT
+    """Whether a reader of logits needs all of them: not for what heads make of pieces, nor to see where they
+    are."""
+    return node.target not in STATISTICS | _OF_A_LAYOUT | {ops.DIVERGENCE}
 
 
 def layout_of(build: Builder, reading: Reading, group: Group) -> Dense:
