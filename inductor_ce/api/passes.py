@@ -31,7 +31,7 @@ from ..reading.chosen import forget
 from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
 from ..rewriting.by_hand import rewrite_by_hand
-from ..rewriting.chosen_rows import choose_hidden
+from ..rewriting.chosen_rows import choose_hidden, cut_hidden
 from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.groups import Group, Replaceable, headline, value_of
@@ -147,6 +147,7 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
         if not fused:
             break
         forget(reading)
+        attempt("chosen rows hide the linear layer", cut_hidden, graph)  # or statistics are of all rows
         reading = recognise(graph)
     try:
         return reading, judge(reading, options)

@@ -34,6 +34,11 @@ def choose_hidden(graph: Graph) -> None:
             if _chooses_rows(node) and _moved_before(graph, node):
                 break
             node = wide_source(node)
+    cut_hidden(graph)
+
+
+def cut_hidden(graph: Graph) -> None:
+    """Cut rows of the hidden states where rows are cut of the logits of a `divergence`."""
     for divergence in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
         for node in divergence.args[0]:
             while isinstance(node, Node):

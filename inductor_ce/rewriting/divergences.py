@@ -248,9 +248,13 @@ def _form(found: Between) -> str:
 
 
 def _erase(found: Between) -> None:
-    """Erase what made a divergence and is not used any more."""
+    """Erase what made a divergence and is not used any more, with the views of logits that it read."""
     graph = found.node.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    for node in sorted(found.wide | {found.node}, key=lambda n: -order.get(n, -1)):
-        if node in order and not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+    left = {node for node in found.wide | {found.node} if node in order}
+    while left:
+        node = max(left, key=order.__getitem__)
+        left.remove(node)
+        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+            left.update(node.all_input_nodes)
             graph.erase_node(node)
