@@ -179,12 +179,20 @@ def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabVa
     if step == "diagonal":
         return _diagonal(context, args, value)
     rank = len(shape_of(args["input"]))
+    if step == "getitem" and _is_range_twice(args["index"], shape_of(args["input"])):
+        return _diagonal(context, args, value)
     if step == "getitem":
         columns = _columns_of(args["index"], value, rank)
         return None if columns is None else _picked_columns(context, value, *columns)
     dim, column = args.get("dim"), args.get("index")
     on_axis = isinstance(dim, int) and isinstance(column, int) and dim % rank == value.axis
     return _picked_columns(context, value, [column], None) if on_axis else None  # type: ignore[list-item]
+
+
+def _is_range_twice(index: Any, shape: tuple[Size, ...]) -> bool:
+    """Whether x[index] is x[range(N), range(N)] of all N rows."""
+    rows = constant(shape[0]) if len(shape) == 2 else None
+    return isinstance(index, tuple) and rows is not None and index == (range(rows),) * 2
 
 
 def _columns_of(index: Any, value: VocabValue, rank: int) -> tuple[list[int], int | None] | None:

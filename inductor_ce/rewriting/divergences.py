@@ -249,6 +249,10 @@ def _erase(found: Between) -> None:
     """Erase what made a divergence and is not used any more."""
     graph = found.node.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
+    # What edits a product of its own, and what has its shape: neither reads it, see `reading.zeroed`.
+    beside = {n for n in found.wide if any(spellings.is_step(n, s) for s in ("edit_setitem", "expand"))}
     for node in sorted(found.wide | {found.node}, key=lambda n: -order.get(n, -1)):
-        if node in order and not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+        edited = [*written_by(node)]
+        is_dead = not node.users and all(each in found.wide and set(each.users) <= beside for each in edited)
+        if node in order and is_dead and spellings.is_repeatable(node):
             graph.erase_node(node)
