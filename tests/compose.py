@@ -65,7 +65,7 @@ class Spelling:
 
     @property
     def picks_by_hand(self) -> bool:
-        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.CHOSEN))
+        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.OF_COLUMNS, g.CHOSEN))
 
 
 # Choosing
@@ -166,7 +166,8 @@ def _body(choose: Choose[Any], frame: _Frame) -> dict[str, str]:
         normaliser = choose([n for n in table if _stays_finite(n, frame)])
         picks = {p: w for p, w in g.PICKS.items() if fits(w, view)}
         picks |= g.OF_LOGP if family == "wide" and _torch_reads(view) else {}
-        picks |= {p: w for p, w in g.CHOSEN.items() if fits(w, view)} if family == "wide" else {}
+        further = g.OF_COLUMNS | g.CHOSEN if family == "wide" else {}
+        picks |= {p: w for p, w in further.items() if fits(w, view)}
     rounded = family == "wide" and not frame.half and choose([False] * 9 + [True])
     if rounded:
         normaliser = f"{normaliser}\n{g.ROUNDED}"

@@ -144,6 +144,12 @@ OF_LOGP = {  # what only log-probabilities are given to, by habit
     'picked = -F.nll_loss({x}, y, ignore_index={ignore}, reduction="none")': Where(axes=(1,), outside=False),
     'picked = F.nll_loss({x}, target=safe, reduction="none").neg()': Where(axes=(1,), outside=False),
 }
+# Columns of all labels, for all rows, and of these the diagonal.
+OF_COLUMNS = {
+    "picked = {x}[:, safe].diagonal()": FLAT,
+    "picked = {x}.t()[safe].diag()": FLAT,
+    "picked = {x}.index_select(1, safe).diagonal(dim1=-2, dim2=-1)": FLAT,
+}
 # Rows of log-probabilities chosen before labels are picked of them, and put back in their order.
 CHOSEN = {
     "back = torch.arange({x}.shape[0] - 1, -1, -1)\n"

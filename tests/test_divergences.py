@@ -22,13 +22,17 @@ from harness import (
 from pairwise import in_turns
 from test_recognise import explained
 from torch import Tensor
+from torch.distributions import Categorical
+from torch.distributions.kl import _kl_categorical_categorical as kl_divergence
 
 import inductor_ce
 from inductor_ce import ops
 from inductor_ce.algebra import divergences as joint
 from inductor_ce.common.errors import DerivativeError
+from inductor_ce.graph.shapes import tensor_of
 from inductor_ce.ops import lowering
 from inductor_ce.ops.divergences import decode, divergence, divergence_grad, encode
+from inductor_ce.reading import spellings
 
 B, S, V, D = 2, 6, 40, 12
 N = B * S
@@ -158,6 +162,11 @@ def mixture_without_gradient(z, t):
     return (b.exp() * (b - m) + a.exp() * (a - b)).sum(-1).mean()
 
 
+def of_categoricals(z, t):
+    p, q = (Categorical(logits=x, validate_args=False) for x in (z, t))
+    return kl_divergence(p, q)
+
+
 def mixture_with_a_held_side(z, t):
     """The mixture moves with one side alone, and is weighed by the other."""
     a, b = logs(z, t)
@@ -168,7 +177,7 @@ def mixture_with_a_held_side(z, t):
 SPELLINGS = [
     *(by_kl_div, by_log_target, mean_of_all, r_drop, symmetric, by_hand, by_normalisers, crossed, of_ratio),
     *(cooled_in_place, held_mixture, mixture_without_gradient),
-    mixture_with_a_held_side,
+    *(mixture_with_a_held_side, of_categoricals),
     *(jensen_shannon, of_mean_probabilities, of_stacked_probabilities, generalised, skewed, to_own_copy),
     held_side,
 ]
@@ -614,6 +623,92 @@ def test_probabilities_below_the_smallest_number():
             torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-6)
 
 
+# Entries that are set where a probability is 0
+
+
+def test_categoricals_of_which_one_has_not_a_class():
+    """Infinite where q alone is 0, nothing where both are; the gradients are the limits of eager's."""
+    z, t = (x.detach() for x in sides())
+    padded = [F.pad(x, (0, 4), value=-math.inf).requires_grad_() for x in (z, t)]
+    exact = run(of_categoricals, (z.double().requires_grad_(), t.double().requires_grad_()))
+    ours = run(torch.compile(of_categoricals, backend=Rewritten()), tuple(padded))
+    torch.testing.assert_close(ours.results[0].double(), exact.results[0], rtol=1e-5, atol=1e-6)
+    for mine, true in zip(ours.gradients, exact.gradients, strict=True):
+        torch.testing.assert_close(mine[:, :V].double(), true, rtol=1e-4, atol=1e-6)
+        assert bool((mine[:, V:] == 0).all())
+    t[0, 3] = -math.inf
+    ours = run(torch.compile(of_categoricals, backend=Rewritten()), (z.requires_grad_(), t.requires_grad_()))
+    assert ours.results[0].isinf().tolist() == [True] + [False] * (N - 1)
+    back = run(torch.compile(of_categoricals, backend=Rewritten()), (t, z))
+    true = of_categoricals(t.double(), z.double())
+    torch.testing.assert_close(back.results[0].double(), true, rtol=1e-5, atol=1e-6)
+
+
+def test_categoricals_that_underflow_are_finite():
+    """Eager in float32 says inf of what has a number, which float64 still knows.
+
+    Differences of 150 are rounded by some 1e-5.
+    """
+    z, t = (x.detach() for x in sides())
+    t[:, ::3] -= 150
+    ours = run(torch.compile(of_categoricals, backend=Rewritten()), (z.requires_grad_(), t.requires_grad_()))
+    exact = run(of_categoricals, (z.detach().double().requires_grad_(), t.detach().double().requires_grad_()))
+    assert bool(of_categoricals(z, t).isinf().any())
+    for mine, true in zip(ours.results + ours.gradients, exact.results + exact.gradients, strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=5e-5)
+
+
+def test_categoricals_leave_nothing_behind():
+    """Neither the product that is edited, nor its edits."""
+    backend = rewritten(of_categoricals, sides())
+    nodes = [node for module in backend.final for node in module.graph.nodes]
+    assert not [node for node in nodes if spellings.is_step(node, "edit_setitem")]
+    entries = [n for n in nodes if (z := tensor_of(n)) is not None and z.shape == (N, V)]
+    assert all(n.op == "placeholder" or spellings.is_step(n, "detach") for n in entries), entries
+
+
+def set_in_other_order(z, t):
+    a, b = logs(z, t)
+    terms = a.exp() * (a - b)
+    terms[a.exp() == 0] = 0
+    terms[b.exp() == 0] = math.inf
+    return terms.sum(-1)
+
+
+def set_where_the_same_is_zero(z, t):
+    a, b = logs(z, t)
+    terms = a.exp() * (a - b)
+    terms[a.exp() == 0] = math.inf
+    terms[a.exp() == 0] = 0
+    return terms.sum(-1)
+
+
+def set_and_looked_at_between(z, t):
+    a, b = logs(z, t)
+    terms = a.exp() * (a - b)
+    terms[b.exp() == 0] = math.inf
+    worst = terms.detach().amax()
+    terms[a.exp() == 0] = 0
+    return terms.sum(-1) / worst
+
+
+def set_of_something_else(z, t):
+    a, b = logs(z, t)
+    terms = b.exp() * (a - b)
+    terms[b.exp() == 0] = math.inf
+    terms[a.exp() == 0] = 0
+    return terms.sum(-1)
+
+
+def set_after_it_was_summed(z, t):
+    a, b = logs(z, t)
+    terms = a.exp() * (a - b)
+    sums = terms.detach().sum(-1) + terms.clone().sum(-1)
+    terms[b.exp() == 0] = math.inf
+    terms[a.exp() == 0] = 0
+    return sums, terms.amax()
+
+
 # Left as written
 
 
@@ -651,7 +746,11 @@ def edited_after(z, t):
 
 @pytest.mark.parametrize(
     "f",
-    [kept_log_probabilities, outside_its_mixture, raised_by_an_epsilon, squared, of_other_rows, edited_after],
+    [
+        *(kept_log_probabilities, outside_its_mixture, raised_by_an_epsilon, squared, of_other_rows),
+        *(edited_after, set_in_other_order, set_where_the_same_is_zero, set_and_looked_at_between),
+        *(set_of_something_else, set_after_it_was_summed),
+    ],
 )
 def test_what_is_none_is_left(f):
     args = sides()

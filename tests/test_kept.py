@@ -83,9 +83,15 @@ def of_chosen_rows(h, W, y, store):
     return F.nll_loss(logp[rows], y[rows]), logp
 
 
+def detached_at_the_end(h, W, y, store):
+    logp = F.log_softmax(F.linear(h, W), -1)
+    spread = (logp.exp() * logp.square()).sum(-1)
+    return F.nll_loss(logp, y), spread.sqrt().mean().detach()
+
+
 FUNCTIONS = [
     *(returned, probabilities_returned, softmax_returned, some_returned, topped, topped_with_a_gradient),
-    *(ranked, logged, detached, stored, of_chosen_rows),
+    *(ranked, logged, detached, stored, of_chosen_rows, detached_at_the_end),
 ]
 
 
@@ -137,16 +143,48 @@ def used_and_returned(h, W, y, store):
     return F.nll_loss(logp, y) + torch.relu(logp + 2).sum(), logp
 
 
+def half_detached(h, W, y, store):
+    """What is logged has a gradient by another way."""
+    logp = F.log_softmax(F.linear(h, W), -1)
+    spread = (logp.exp() * logp.square()).sum(-1).mean()
+    return F.nll_loss(logp, y) + 0.1 * spread, spread.detach()
+
+
 def no_gradient(h, W, y, store):
     logp = F.log_softmax(F.linear(h.detach(), W.detach()), -1)
     return F.nll_loss(logp, y) + 0 * h.sum() + 0 * W.sum(), logp
 
 
-@pytest.mark.parametrize("f", [used_elementwise, used_and_returned, no_gradient], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f", [used_elementwise, used_and_returned, half_detached, no_gradient], ids=lambda f: f.__name__
+)
 def test_left_where_nothing_is_gained(f):
     graphs = check(f)
     assert (sites(), misses()) == (0, 1)
     assert graphs.report.misses[0].reason is Reason.LOGITS_ESCAPE
+
+
+def teacher(h, W, y, store):
+    """A student's loss, and what is picked of the teacher's log-probabilities, which are its target."""
+    target, logp = F.log_softmax(store, -1), F.log_softmax(F.linear(h, W), -1)
+    ratio = torch.exp(logp.gather(1, y[:, None]) - target.gather(1, y[:, None]))
+    return (target.exp() * (target - logp)).sum(-1).mean() + ratio.mean()
+
+
+def test_what_is_picked_of_a_target_is_no_miss():
+    check(teacher)
+    assert (sites(), misses()) == (1, 0)
+
+
+def test_what_is_picked_beside_a_loss_over_a_target_alone_is_told():
+    """Log-probabilities without a gradient of which nothing else is made than what is returned."""
+
+    def f(h, W, y, store):
+        target = F.log_softmax(store, -1)
+        return F.cross_entropy(F.linear(h, W), y) + F.nll_loss(target, y), target
+
+    check(f)
+    assert (sites(), misses()) == (1, 1)
 
 
 def test_verified():

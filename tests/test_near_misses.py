@@ -677,3 +677,60 @@ def test_nothing_to_miss_raises_nothing():
     inductor_ce.install(min_vocab=2, on_miss="raise")
     torch.compile(lambda z, y: F.cross_entropy(z, y), backend=Graphs())(logits(), labels(ignore=None))
     assert sites() == 1
+
+
+# Reasons that are of the kind
+
+
+def told(f, *args):
+    with inductor_ce.install(min_vocab=2):
+        return explained(f, *args).misses
+
+
+def energies_added(z):
+    first, second = z[:, :20].logsumexp(-1), z[:, 20:].logsumexp(-1)
+    return torch.logaddexp(first, second).mean() + z.sigmoid().sum()
+
+
+def stacked_energies(z):
+    energies = torch.stack([z.logsumexp(-1), (2 * z).logsumexp(-1)])
+    return energies.logsumexp(0).mean() + z.sigmoid().sum()
+
+
+def squared_energy(z):
+    return z.logsumexp(-1).square().mean() + z.sigmoid().sum()
+
+
+@pytest.mark.parametrize("f", [energies_added, stacked_energies, squared_energy])
+def test_a_sum_of_normalisers_is_no_mixture(f):
+    """Their logits have another reader, which is why they are left."""
+    misses = told(f, torch.randn(8, 48, requires_grad=True))
+    assert {miss.reason for miss in misses} == {Reason.NORMALISER}
+    assert all("for sum at" in miss.message for miss in misses)
+
+
+def test_a_normaliser_that_nothing_else_hinders_is_fused():
+    assert not told(lambda z: z.logsumexp(-1).square().mean(), torch.randn(8, 48, requires_grad=True))
+
+
+def unlike_sides(z, t):
+    p, q = z.log_softmax(-1), t.log_softmax(-1)
+    return torch.logaddexp(p, q).relu().sum()
+
+
+def test_a_mixture_is_told_as_one():
+    z = torch.randn(8, 48, requires_grad=True)
+    assert {miss.reason for miss in told(unlike_sides, z, torch.randn(8, 48))} == {Reason.MIXTURE}
+
+
+@pytest.mark.parametrize(
+    ("f", "fact"),
+    [
+        (lambda z, q: (q * z.log_softmax(-1).clamp(min=-10)).sum(), "more than picked entries"),
+        (lambda z, q: (z.softmax(-1).mean(0).log() * q[0]).sum(), "adds up rows, class by class"),
+    ],
+)
+def test_each_entry_is_needed(f, fact):
+    (miss,) = told(f, torch.randn(8, 48, requires_grad=True), torch.rand(8, 48))
+    assert miss.reason is Reason.EACH_ENTRY
+    assert fact in miss.message

@@ -98,6 +98,14 @@ def log_probabilities(side: int) -> Joint:
     return Joint(((Entry(log=((side, 1.0),)), 1.0),))
 
 
+def added(values: Iterable[Joint]) -> Joint:
+    return Joint.of(term for value in values for term in value.terms)
+
+
+def minus(a: Joint, b: Joint) -> Joint:
+    return a + -b
+
+
 def times(a: Joint, b: Joint) -> Joint | None:
     """The product, of which no term has two probabilities or two logarithms; None also where one is 0."""
     if not a.terms or not b.terms:

@@ -23,6 +23,8 @@ class Reason(enum.Enum):
         "Detach the targets if they are meant as constants; no gradient reaches them through the kernels."
     )
     MIXTURE = "No statistic of one row or of the other stands for it, so it runs as written."
+    EACH_ENTRY = "Each entry of a row is needed there by itself, so it runs as written."
+    NORMALISER = "A normaliser alone is fused where nothing else needs its logits, so it runs as written."
     LOGITS_ESCAPE = "Compute the loss from the logits, apart from the log-probabilities that you keep."
     NOT_UNDERSTOOD = (
         "If this is a cross entropy, write this step in one of the spellings that the README lists; "

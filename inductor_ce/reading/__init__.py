@@ -8,11 +8,12 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     steps        the table: a row has a step's spellings, function and traits; `spellings` reads nodes by it
     row_views    what views do to the rows of a value; `views` reads them backwards
     values       the values that nodes have, and the Reading
+    diagonals    what is picked on a diagonal
     chosen       rows that are chosen of log-probabilities, as logits of their own
     context      what a step may ask about the node it reads
     divergences  sums over several tensors of logits beside each other: the `sides`; joint, what the nodes
                  between log-probabilities and such a sum are; constants, numbers among them;
-                 tails, what adds such sums up
+                 tails, what adds such sums up; zeroed, entries set where probabilities are 0
     parts        losses whose ranks know themselves that each has some of the classes: the steps;
                  part_reader, what the storages of such a program hold while it runs, and gathered,
                  what they hold of several ranks; part_values, what is known then

@@ -13,10 +13,10 @@ from torch.fx import Node
 from .. import algebra
 from ..common.findings import Reason, Refusal
 from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
-from . import spellings
+from . import diagonals, spellings
 from .chosen import chosen_along, chosen_and_picked, chosen_by_index, is_alike, is_mask
 from .context import Context, is_labels
-from .row_views import Reshape, arrangement, index_per_dimension, index_steps, row_shape
+from .row_views import Reshape, index_per_dimension, index_steps, row_shape
 from .steps import View
 from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
 from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
@@ -169,9 +169,13 @@ def select(context: Context, args: dict[str, Any]) -> Value | None:
 
 
 def diagonal(context: Context, args: dict[str, Any]) -> Value | None:
-    """x.diag(), as `select`."""
-    value = context.known(args.get("input"))
-    return fixed_pick(context, "diagonal", args, value) if isinstance(value, VocabValue) else None
+    """x.diag(), as `select`, and x[:, y].diag()."""
+    source = args.get("input")
+    value, picked = context.known(source), diagonals.of_picks(context, source)
+    if picked is None or not diagonals.is_main(args):
+        return fixed_pick(context, "diagonal", args, value) if isinstance(value, VocabValue) else None
+    context.reading.looked_through.add(source)  # type: ignore[arg-type]
+    return _picked(picked[0], [context.label(*picked, wraps="negative")], None)
 
 
 def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabValue) -> RowValue | None:
@@ -179,6 +183,8 @@ def fixed_pick(context: Context, step: str, args: dict[str, Any], value: VocabVa
     if step == "diagonal":
         return _diagonal(context, args, value)
     rank = len(shape_of(args["input"]))
+    if step == "getitem" and diagonals.is_range_twice(args["index"], shape_of(args["input"])):
+        return _diagonal(context, args, value)
     if step == "getitem":
         columns = _columns_of(args["index"], value, rank)
         return None if columns is None else _picked_columns(context, value, *columns)
@@ -212,12 +218,7 @@ def _picked_columns(
 
 def _diagonal(context: Context, args: dict[str, Any], value: VocabValue) -> RowValue | None:
     """Row i picked at i."""
-    shape = shape_of(args["input"])
-    plain = not args.get("offset") and args.get("dim1", 0) in (0, -2) and args.get("dim2", 1) in (1, -1)
-    if not plain or len(shape) != 2 or len(shape_of(value.logits.node)) != 2 or arrangement(value.steps):
-        return None
-    rows, columns = constant(shape[1 - value.axis]), constant(shape[value.axis])
-    if not equal(*shape) and (rows is None or columns is None or rows > columns):
+    if not diagonals.is_main(args) or not diagonals.is_of_all_rows(shape_of(args["input"]), value):
         return None
     return _picked(value, [context.label(value, None)], None)
 

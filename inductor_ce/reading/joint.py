@@ -19,12 +19,14 @@ from ..algebra.divergences import Joint
 from ..graph.shapes import Size, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
+from .arithmetic import one_dim
 from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
 from .sides import Side, piece_of
 from .values import Reading, VocabValue
 from .views import cast_keeps
+from .zeroed import set_where_zero
 
 # What takes more steps than this is no loss.
 MAX_DEPTH = 40
@@ -76,7 +78,7 @@ class JointReader:
         if example is None or not example.is_floating_point() or depth > MAX_DEPTH:
             return None
         if not self._is_unedited(node):
-            return None
+            return self._set_where_zero(node, depth)
         value = self._of_one(self.reading.values.get(node), tuple(example.shape))
         if value is not None:
             return value
@@ -128,6 +130,18 @@ class JointReader:
         if side not in self.sides:
             self.sides.append(side)
         return self.sides.index(side)
+
+    def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
+        """p (log p - log q) with its limits where p or q is 0."""
+        zeroed, timeline = set_where_zero(self.reading, node), self.reading.timeline
+        if zeroed is None or timeline.grad_mode(timeline.position[node]) is not True:
+            return None
+        value, p, q = self._product(node, zeroed.factors, depth), self.of(zeroed.p), self.of(zeroed.q)
+        log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
+        limit = self._combined(p, self._combined(log_p, log_q, joint.minus), joint.times)
+        if value is None or limit is None or value.expr != limit.expr:
+            return None
+        return replace(value, wide=value.wide | limit.wide | zeroed.edits | {node})
 
     def held(self, value: JointValue) -> JointValue:
         """The same where no gradient flows through it."""
@@ -186,7 +200,7 @@ class JointReader:
         if args.get("alpha", 1) != 1:
             return None
         a, b = (self._operand(args.get(name), depth) for name in ("input", "other"))
-        return self._combined(a, b, lambda a, b: a + -b)
+        return self._combined(a, b, joint.minus)
 
     def _difference_from(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         swapped = {**args, "input": args.get("other"), "other": args.get("input")}
@@ -285,7 +299,7 @@ class JointReader:
         if not self._is_unedited(ratio):
             return None
         p, q = (self._applied(self.of(spelled[1].get(n), depth), joint.log) for n in ("input", "other"))
-        made = self._combined(p, q, lambda a, b: a + -b)
+        made = self._combined(p, q, joint.minus)
         return made if made is None else replace(made, wide=made.wide | {ratio})
 
     def _xlogy(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
@@ -300,11 +314,11 @@ class JointReader:
         return self._over_stack(node, args, depth, joint.log_sum)
 
     def _sum_of_stack(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        return self._over_stack(node, args, depth, _added)
+        return self._over_stack(node, args, depth, joint.added)
 
     def _mean_of_stack(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
         def mean(values: list[Joint]) -> Joint | None:
-            return joint.times(_added(values), joint.number(1 / len(values)))
+            return joint.times(joint.added(values), joint.number(1 / len(values)))
 
         return self._over_stack(node, args, depth, mean)
 
@@ -314,8 +328,10 @@ class JointReader:
         """A reduction over what torch.stack has put beside each other."""
         stacked = args.get("input")
         spelled = spellings.read(stacked) if isinstance(stacked, Node) else None
-        dim = _one(args.get("dim"))
-        if spelled is None or spelled[0].name != "stack" or args.get("keepdim") or dim is None:
+        dim = one_dim(args.get("dim"))
+        if spelled is None or spelled[0].name != "stack" or args.get("keepdim"):
+            return None
+        if not isinstance(dim, int):
             return None
         if not Context(self.reading, node).is_as_made(stacked):  # type: ignore[arg-type]
             return None
@@ -344,7 +360,7 @@ class JointReader:
         of_log = bool(args.get("log_target"))
         q = self._applied(target, joint.exp) if of_log else target
         log_q = target if of_log else self._applied(target, joint.log)
-        gap = self._combined(log_q, value, lambda a, b: a + -b)
+        gap = self._combined(log_q, value, joint.minus)
         made = self._combined(q, gap, joint.times)
         return made if made is None else replace(made, wide=made.wide | {node})
 
@@ -352,18 +368,6 @@ class JointReader:
 def _are_alike(a: JointValue, b: JointValue) -> bool:
     """Whether the entries of two values are of the same rows and classes."""
     return a.axis == b.axis and same_shape(a.shape, b.shape) and a.like is b.like
-
-
-def _added(values: list[Joint]) -> Joint:
-    result = Joint(())
-    for value in values:
-        result = result + value
-    return result
-
-
-def _one(dim: Any) -> int | None:
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    return dim if isinstance(dim, int) else None
 
 
 _Step = Callable[[JointReader, Node, dict[str, Any], int], JointValue | None]

@@ -147,10 +147,10 @@ _PICKS = (
     _row("getitem", "reductions.getitem", "input index", operator.getitem, traits="picks", view=View.SLICE),
     _row("select", "indexing.select", "input dim index", torch.select, "select",
          traits="needs_value picks"),
-    _row("diagonal", "indexing.diagonal", "input offset", torch.diag, "diag", traits="needs_value picks"),
+    _row("diagonal", "indexing.diagonal", "input offset", torch.diag, "diag", traits="picks"),
     _row("diagonal", "indexing.diagonal", "input offset dim1 dim2", torch.diagonal, "diagonal",
-         traits="needs_value picks"),
-    _row("trace", "losses.trace", "input", torch.trace, "trace", traits="needs_value"),
+         traits="picks"),
+    _row("trace", "losses.trace", "input", torch.trace, "trace"),
 )
 
 _ARITHMETIC = (

@@ -181,7 +181,7 @@ def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
     if node in reading.between:
         end, why = reading.between[node]
         return Refusal(why.reason, why.sentence(end))
-    mixed = _mixed_by(node)
+    mixed = _mixed_by(node, value)
     if mixed is not None:
         fact = "the log of a mixture of probabilities, such as that of a Jensen-Shannon divergence, is taken"
         return Refusal(Reason.MIXTURE, f"{_goes_into(node, mixed)[:-1]}, where {fact}.")
@@ -193,24 +193,37 @@ def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
             fact = f"The result of {name_of(node)} is returned; no loss is taken from it here."
             return Refusal(Reason.NOT_UNDERSTOOD, fact)
         if not _stays(reading, user, value) or _waits(reading, user):
-            return _break(reading, node, value, user)
+            own = reading.refusals.get(node)
+            return (
+                _break(reading, node, value, user) if own is None else Refusal(own.reason, own.sentence(node))
+            )
     return Refusal(Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used.")
 
 
-def _mixed_by(node: Node) -> Node | None:
-    """What takes the log of a mixture of probabilities, of which those of `node` are some."""
+def _mixed_by(node: Node, value: OnLogits) -> Node | None:
+    """What takes the log of a mixture of probabilities, of which those of `node` are some.
+
+    What is smaller than the logits are normalisers, of which a sum is no mixture.
+    """
+    entries = _count(value.logits.node)
     frontier, seen = [node], {node}
     while frontier:
         source = frontier.pop(0)
         for user in source.users:
             step = spellings.step_of(user)
             if name_of(user) == "logaddexp" or _is_over_stack(user, source):
-                return user
+                if _count(source) >= entries:
+                    return user
+                continue
             shifts = step is not None and step.name in ("add", "sub", "stack", "to", "detach")
             if shifts and user not in seen:
                 seen.add(user)
                 frontier.append(user)
     return None
+
+
+def _count(node: Node) -> int:
+    return math.prod(map(hint, shape_of(node)))
 
 
 def _is_over_stack(node: Node, source: Node) -> bool:
@@ -248,10 +261,31 @@ def _break(reading: Reading, node: Node, value: OnLogits, user: Node) -> Refusal
         return Refusal(EDITED_BETWEEN.reason, EDITED_BETWEEN.sentence(user))
     others = {v.logits.node for v in beside if v is not None} - {value.logits.node}
     moves = all(example_of(z).requires_grad for z in (value.logits.node, *others))
+    each = _needs_each(reading, value, user)
+    if each:
+        return Refusal(Reason.EACH_ENTRY, f"{_goes_into(node, user)[:-1]}, {each}.")
     if others and moves and spellings.is_step(user, "sub"):
         fact = "there it meets what is made of other logits, of which a gradient is wanted as well"
         return Refusal(Reason.SOFT_TARGETS, f"{_goes_into(node, user)[:-1]}; {fact}.")
     return Refusal(Reason.NOT_UNDERSTOOD, _goes_into(node, user))
+
+
+def _needs_each(reading: Reading, value: OnLogits, user: Node) -> str:
+    """Why a step needs each entry of log-probabilities by itself, "" where it does not."""
+    if not isinstance(value, VocabValue):
+        return ""
+    if _waits(reading, user):
+        return "of which more than picked entries are needed"
+    spelled = spellings.read(user)
+    if spelled is None or spelled[0].name not in ("sum", "mean"):
+        return ""
+    dim, source = spelled[1].get("dim"), reading.on_logits(spelled[1].get("input"))
+    dims = [d for d in (dim if isinstance(dim, (tuple, list)) else [dim]) if isinstance(d, int)]
+    if not isinstance(source, VocabValue) or not dims:
+        return ""
+    rank = len(shape_of(spelled[1]["input"]))
+    over_rows = source.axis not in {d % rank for d in dims}
+    return "which adds up rows, class by class" if over_rows else ""
 
 
 def _is_made_of(node: Node, source: Node) -> bool:

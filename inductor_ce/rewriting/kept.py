@@ -16,7 +16,7 @@ from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.aten import is_backward
-from ..reading.values import Reading
+from ..reading.values import LossValue, Reading, RowValue
 from .escapes import read_by
 from .groups import value_of, wants_gradient
 
@@ -35,6 +35,18 @@ def kept(reading: Reading, node: Node, wide: Sequence[Node], needed: set[Node]) 
     made, user = readers[0]
     what = f"{name_of(made)} of all classes [{'x'.join(map(str, shape_of(made)))}]"
     return f"{what}, {_for_whom(user)}"
+
+
+def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
+    """Whether log-probabilities without a gradient are what another loss is weighed by, as a teacher's are.
+
+    They are made for that, and what is picked of them costs no sweep.
+    """
+    value = value_of(reading, node)
+    if not value.detached and wants_gradient(value.logits):
+        return False
+    others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
+    return any(v.logits != value.logits and not reading.brought(v).isdisjoint(wide) for v in others)
 
 
 def _last_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[Node]:
@@ -70,8 +82,25 @@ def _keeps(reading: Reading, user: Node) -> bool:
         return False
     if user.op == "output" or name_of(user) in OF_FEW or any(written_by(user)):
         return True
-    example = tensor_of(user)
+    return _has_no_gradient(user) or _is_only_looked_at(user)
+
+
+def _has_no_gradient(node: Node) -> bool:
+    example = tensor_of(node)
     return example is not None and not (example.is_floating_point() and example.requires_grad)
+
+
+def _is_only_looked_at(node: Node) -> bool:
+    """Whether all that is made of a node is detached in the end, as a metric is that is logged."""
+    frontier, seen = [node], {node}
+    while frontier:
+        made = frontier.pop()
+        if made.op == "output" or not made.users or any(written_by(made)):
+            return False
+        fresh = [user for user in made.users if user not in seen and not _has_no_gradient(user)]
+        seen.update(fresh)
+        frontier += fresh
+    return True
 
 
 def _for_whom(user: Node) -> str:

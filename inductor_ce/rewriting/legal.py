@@ -28,7 +28,7 @@ from .beside import misplaced
 from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
-from .kept import kept
+from .kept import is_target, kept
 from .normalisers import is_normaliser_alone
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -230,7 +230,8 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
         escaped = {n: wide for n, wide in escaped.items() if not found[n]}
         allowed = [n for n in allowed if n not in escaped]
         node, wide = next(iter(escaped.items()))
-        reading.miss(node, escape(reading, wide, needed))
+        if not is_target(reading, node, wide):
+            reading.miss(node, escape(reading, wide, needed))
         reading.refused |= escaped.keys()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch.fx import Node
 
 from .. import algebra
+from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.values import Logits, LossValue, Reading, RowValue
@@ -29,7 +30,12 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     root = _root(logits.node)
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
         return False  # of probabilities, which are in memory
-    return not _read_by_others(reading, root, needed_nodes(reading, set(nodes)))
+    reader = _other_reader(reading, root, needed_nodes(reading, set(nodes)))
+    if reader is not None:
+        fact = "The logits of this normaliser are in memory anyway, for {culprit}."
+        refusal = Refusal(Reason.NORMALISER, fact, reader)
+        reading.refusals |= {node: refusal for node in nodes if node not in reading.refusals}
+    return reader is None
 
 
 def _root(node: Node) -> Node:
@@ -46,17 +52,20 @@ def _has_gradient(node: Node) -> bool:
     return example is not None and example.requires_grad and example.dim() > 1
 
 
-def _read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
-    """Whether what stays alive reads a tensor, or what is made of its elements, but for other normalisers."""
+def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | None:
+    """What stays alive and reads a tensor, or what is made of its elements, but for other normalisers."""
     for user in node.users:
         if user not in needed or node not in read_by(user):
             continue
         value = reading.on_logits(user)
         if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(expr_of(reading, user)):
             continue
-        if not is_of_each(user, node) or _read_by_others(reading, user, needed):
-            return True
-    return False
+        if not is_of_each(user, node):
+            return user
+        further = _other_reader(reading, user, needed)
+        if further is not None:
+            return further
+    return None
 
 
 def _is_outer(node: Node) -> bool:

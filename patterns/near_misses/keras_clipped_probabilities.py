@@ -22,7 +22,7 @@ def loss(scores, labels, epsilon=1e-7):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into clip (output = torch.clip(output, epsilon, 1.0 -
-    epsilon)). If this is a cross entropy, write this step in one of the spellings that the README
-    lists; if not, it runs as written.
+EACH_ENTRY: The result of softmax goes into clip (output = torch.clip(output, epsilon, 1.0 -
+    epsilon)), of which more than picked entries are needed. Each entry of a row is needed there by
+    itself, so it runs as written.
 """

@@ -22,6 +22,6 @@ def loss(outputs, eps=1e-5):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into mean (mean = probs.mean(dim=0)). If this is a cross
-    entropy, write this step in one of the spellings that the README lists; if not, it runs as written.
+EACH_ENTRY: The result of softmax goes into mean (mean = probs.mean(dim=0)), which adds up rows,
+    class by class. Each entry of a row is needed there by itself, so it runs as written.
 """
