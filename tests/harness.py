@@ -53,6 +53,7 @@ def clean_slate():
     counters.clear()
     torch.manual_seed(0)
     with (
+        mock.patch("torch.random._manual_seed_impl", lambda s: torch.default_generator.manual_seed(int(s))),
         torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._dynamo.config.patch(run_gc_after_compile=False),
