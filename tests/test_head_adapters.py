@@ -93,7 +93,7 @@ def pieces_of(graph: Graph) -> list[tuple[int, ...]]:
     ),
 )
 def test_an_adapter_beside_the_weight(dtype: torch.dtype, frozen: str, strategy: str) -> None:
-    budget = None if strategy == "materialise" else 0.4
+    budget = None if strategy == "materialise" else 0.8 if dtype == torch.float32 else 2.4
     compiled, graphs = compile_without_codegen(adapted, strategy=strategy, memory_budget=budget)
     of = given(dtype)
     made = measured(compiled, of, frozen)
@@ -107,7 +107,7 @@ def test_an_adapter_beside_the_weight(dtype: torch.dtype, frozen: str, strategy:
 
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_an_adapter_in_float32(strategy: str) -> None:
-    compiled, _ = compile_without_codegen(as_peft, strategy=strategy, memory_budget=0.8)
+    compiled, _ = compile_without_codegen(as_peft, strategy=strategy, memory_budget=2.4)
     of = given(torch.bfloat16, torch.float32)
     made = measured(compiled, of, "w")
     assert counts() == {strategy: 1}
