@@ -109,7 +109,7 @@ def check(f: Callable[..., Tensor], compiled: Callable[..., Tensor], args: tuple
 
 @pytest.mark.parametrize(("f", "strategy"), in_turns([*FUNCTIONS], ["token_chunks", "vocab_slabs"]))
 def test_a_head_of_the_rows_that_are_chosen(f, strategy: str):
-    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.9)
     check(f, compiled, inputs())
     assert (sites(), misses()) == (1, 0)
     assert graphs.pieces > 1
@@ -128,7 +128,7 @@ def test_logits_that_something_else_needs_stay_whole():
         z = F.linear(h, W).view(-1, V)
         return F.nll_loss(z.log_softmax(-1)[rows], y.view(-1)[rows]) + 0.1 * z.square().mean()
 
-    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.5)
+    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.9)
     check(f, compiled, inputs())
     assert (sites(), graphs.pieces) == (1, 1)
 

@@ -23,7 +23,7 @@ from inductor_ce.api.lazy_logits import LazyLogits
 from inductor_ce.common.errors import InputError, LazyLogitsError
 
 B = 2
-CHUNKS = {"strategy": "token_chunks", "memory_budget": 0.35}
+CHUNKS = {"strategy": "token_chunks", "memory_budget": 0.7}
 
 
 def capped(z: Tensor, y: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ def test_loss_compiled_alone(name: str, bias: bool) -> None:
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_model_and_loss_compiled_apart(model: Model, strategy: str) -> None:
     """In the model's graph our class is what marks the layer."""
-    forward, _ = compile_lazily(model, strategy=strategy, memory_budget=0.35)
-    compiled, _ = compile_lazily(loss_of, strategy=strategy, memory_budget=0.35)
+    forward, _ = compile_lazily(model, strategy=strategy, memory_budget=0.7)
+    compiled, _ = compile_lazily(loss_of, strategy=strategy, memory_budget=0.7)
     x, y = tokens()
     z = lazy(forward(x))
     assert_right(model, compiled(z, y), loss_of, x, y)

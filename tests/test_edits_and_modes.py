@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compile_without_codegen, misses, sites
+from harness import compile_rewritten, compile_without_codegen, misses, sites
 from torch import Tensor
 
 import inductor_ce
@@ -29,7 +29,7 @@ def run(f: Callable[..., Any], z: Tensor, y: Tensor, w: Tensor) -> list[Tensor]:
 
 def check(f: Callable[..., Any], n_sites: int | None = None) -> None:
     args = inputs()
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     actual, expected = run(compiled, *args), run(f, *args)
     assert [a.requires_grad for a in actual] == [e.requires_grad for e in expected]
     torch.testing.assert_close(actual, expected)
@@ -171,7 +171,7 @@ def metric_without_grad(z, y, w):
 @pytest.mark.parametrize("f", [metric_in_inference_mode, metric_without_grad], ids=lambda f: f.__name__)
 def test_metric_beside_the_loss(f: Callable[..., Any]):
     z, y, w = inputs()
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     metric, loss = compiled(z, y, w)
     assert (metric.requires_grad, loss.requires_grad) == (False, True)
     torch.testing.assert_close(metric, f(z, y, w)[0])
@@ -185,7 +185,7 @@ def test_gradients_switched_on_inside():
             return metric, F.cross_entropy(z, y)
 
     z, y, w = inputs()
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     with torch.no_grad():
         metric, loss = compiled(z, y, w)
     assert (metric.requires_grad, loss.requires_grad) == (False, True)
@@ -199,7 +199,7 @@ def test_view_as_another_dtype():
         return F.cross_entropy(z.half().view(torch.bfloat16).float(), y, reduction="none")
 
     z, y, w = inputs()
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     torch.testing.assert_close(compiled(z, y, w), f(z, y, w), equal_nan=True)
 
 
@@ -207,7 +207,7 @@ def test_small_vocabulary_is_not_specialised():
     def f(z, y):
         return -z.log_softmax(-1).gather(-1, y[:, None]).mean()
 
-    compiled, graphs = compile_without_codegen(f, dynamic=True, min_vocab=1000)
+    compiled, graphs = compile_rewritten(f, dynamic=True, min_vocab=1000)
     for v in (50, 60, 70, 80):
         compiled(torch.randn(N, v), torch.arange(N))
     assert len(graphs.final) == 1
@@ -219,7 +219,7 @@ def test_vocabulary_that_is_marked_dynamic():
 
     z, y = torch.randn(N, V), torch.arange(N)
     torch._dynamo.mark_dynamic(z, 1)
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     torch.testing.assert_close(compiled(z, y), f(z, y))
     assert (sites(), misses()) == (0, 1)
 
@@ -229,7 +229,7 @@ def test_logarithm_of_a_negative_probability():
         return torch.log(-z.softmax(-1)).gather(-1, y[:, None]).sum()
 
     z, y, w = inputs()
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     assert compiled(z, y, w).isnan()
 
 
@@ -240,7 +240,7 @@ def test_explaining_often_spoils_nothing():
     args = inputs()
     inductor_ce.install(min_vocab=2)
     assert [len(inductor_ce.explain(f, *args).sites) for _ in range(20)] == [1] * 20
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     compiled(*args)
     assert sites() == 1
 
@@ -337,7 +337,7 @@ def test_image_logits_in_channels_last():
         return F.cross_entropy(z.contiguous(memory_format=torch.channels_last) / 2, y)
 
     z, y = torch.randn(2, V, 3, 4, requires_grad=True), torch.randint(0, V, (2, 3, 4))
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     torch.testing.assert_close(compiled(z, y), f(z, y))
     assert sites() == 1
 
@@ -346,7 +346,7 @@ def test_device_of_the_result():
     def f(z, y):
         return z.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1).to("meta")
 
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     assert compiled(torch.randn(N, V), torch.arange(N)).device.type == "meta"
 
 
@@ -362,7 +362,7 @@ def test_label_that_one_of_two_losses_does_not_know(other: str):
 
     y = torch.arange(N)
     y[2] = -1
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     assert compiled(torch.randn(N, V), y).isnan()
 
 
@@ -370,7 +370,7 @@ def test_a_function_of_each_probability_is_applied_to_those_picked():
     def f(z, y):
         return -(z.softmax(-1) + 1e-9).log().gather(-1, y[:, None]).mean()
 
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     z, y = 30 * torch.randn(N, V), torch.arange(N)
     torch.testing.assert_close(compiled(z, y), f(z, y))
     assert (sites(), misses()) == (1, 0)
@@ -381,14 +381,14 @@ def test_a_function_of_each_probability_that_is_summed_is_told():
         p = z.softmax(-1)
         return -(p * (p + 1e-9).log()).sum(-1).mean()
 
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     compiled(torch.randn(N, V))
     assert (sites(), misses()) == (0, 1)
 
 
 def test_vocabulary_that_changed():
     """Dynamo guesses that it is dynamic; nobody insists on it, and it is specialised."""
-    compiled, _ = compile_without_codegen(lambda z, y: F.cross_entropy(z, y))
+    compiled, _ = compile_rewritten(lambda z, y: F.cross_entropy(z, y))
     for v in (10, 11):
         z, y = torch.randn(N, v), torch.arange(N)
         torch.testing.assert_close(compiled(z, y), F.cross_entropy(z, y))

@@ -133,7 +133,7 @@ def check(
     exact = measure(f, given, torch.float64, scale)
     naive = measure(f, given, dtype, scale)
     # In 16 bits hidden's gradient in float32 takes its part of what slabs have.
-    budget = 2.0 if dtype.itemsize < 4 and strategy == "vocab_slabs" else 0.4
+    budget = 2.0 if dtype.itemsize < 4 and strategy == "vocab_slabs" else 0.8
     compiled, _ = compile_without_codegen(f, dynamic=dynamic, strategy=strategy, memory_budget=budget)
     ours = measure(compiled, given, dtype, scale)
     counts = counters["inductor_ce"]

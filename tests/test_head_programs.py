@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
 by_dividing = pytest.mark.parametrize("strategy", DIVIDING)
-BUDGET = 0.35
+BUDGET = 0.7
 
 
 def compiled(f: Callable[..., Any], strategy: str, budget: float = BUDGET) -> Callable[..., Any]:

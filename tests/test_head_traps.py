@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 by_dividing = pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
-BUDGET = 0.26
+BUDGET = 0.5
 
 
 @pytest.mark.in_turns
@@ -36,7 +36,7 @@ def test_trap_17_a_divisor_does_not_recompile(as_tensor: bool, strategy: str) ->
     assert counts() == {strategy: graphs}
 
 
-LENGTHS = [33, 31, 64, 127, 11, 13, 10, 35]  # in five chunks, of two rows at least
+LENGTHS = [33, 31, 64, 127, 11, 13, 10, 35]  # in few chunks, of two rows at least
 
 
 @pytest.mark.in_turns
@@ -44,7 +44,7 @@ LENGTHS = [33, 31, 64, 127, 11, 13, 10, 35]  # in five chunks, of two rows at le
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_trap_20_any_number_of_rows(dynamic: bool | None, strategy: str) -> None:
     """A ragged last chunk breaks symbolic divisibility: N odd, prime, dynamic."""
-    case, budget = CASES["bias"], BUDGET + (2 * D / V / 5 if strategy == "token_chunks" else 0)
+    case, budget = CASES["bias"], BUDGET + (2 * D / V / 2 if strategy == "token_chunks" else 0)
     run, _ = compile_without_codegen(case.loss, strategy=strategy, memory_budget=budget, dynamic=dynamic)
     for n in LENGTHS:
         given = inputs(n)

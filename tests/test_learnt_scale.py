@@ -23,8 +23,8 @@ from inductor_ce import ops
 
 B, S, V, D = 4, 8, 64, 8
 N = B * S
-CHUNKS: dict[str, Any] = {"strategy": "token_chunks", "memory_budget": 0.6}
-SLABS: dict[str, Any] = {"strategy": "vocab_slabs", "memory_budget": 0.6}
+CHUNKS: dict[str, Any] = {"strategy": "token_chunks", "memory_budget": 0.8}  # three pieces
+SLABS: dict[str, Any] = {"strategy": "vocab_slabs", "memory_budget": 0.8}
 
 Loss = Callable[..., Tensor]
 
@@ -296,16 +296,17 @@ def cancelling(scale: float, d: int = 64) -> tuple[Tensor, ...]:
 
 
 @pytest.mark.parametrize(
-    ("scale", "f"), in_turns([1 / 128, 1.0, 100.0], [divided_in_float32, scaled_and_cast])
+    ("f", "scales"), in_turns([divided_in_float32, scaled_and_cast], [(1 / 128, 100.0), (1.0,)])
 )
-def test_cancelling_logits(f: Loss, scale: float) -> None:
+def test_cancelling_logits(f: Loss, scales: tuple[float, ...]) -> None:
     """A scale that were moved to the hidden states would be rounded with them, before they cancel."""
     compiled, _ = compile_without_codegen(f, **CHUNKS)
-    assert_right_in_16_bits(compiled, f, [cancelling(scale) for _ in range(DRAWS)])
+    for scale in scales:
+        assert_right_in_16_bits(compiled, f, [cancelling(scale) for _ in range(DRAWS)])
     assert counts() == {"token_chunks": 1}
 
 
-@pytest.mark.parametrize("log_scale", [math.log(100), 0.0])
+@pytest.mark.parametrize("log_scale", [math.log(100), 0.0][: 2 if EVERYTHING else 1])
 def test_cosines_times_a_hundred(log_scale: float) -> None:
     def f(h: Tensor, w: Tensor, b: Tensor, y: Tensor, s: Tensor) -> Tensor:
         return ce(F.normalize(h, dim=-1) @ F.normalize(w, dim=-1).t() * s.exp(), y)
@@ -322,7 +323,7 @@ def test_float16() -> None:
     assert counts() == {"vocab_slabs": 1}
 
 
-@pytest.mark.parametrize("name", ["logit_scale", "of_rows", "scaled_with_its_bias"])
+@pytest.mark.parametrize("name", ["of_rows", "scaled_with_its_bias", *["logit_scale"] * EVERYTHING])
 def test_autocast(name: str) -> None:
     exact = IN_PIECES[name]
 
@@ -338,20 +339,19 @@ def test_autocast(name: str) -> None:
 # Odd scales
 
 
-@pytest.mark.in_turns
 @pytest.mark.parametrize("options", [CHUNKS, SLABS], ids=["chunks", "slabs"])
-@pytest.mark.parametrize("value", [0.0, -0.0, -2.0, math.inf, math.nan])
-def test_a_scale_that_is_not_usual(value: float, options: dict[str, Any]) -> None:
+def test_a_scale_that_is_not_usual(options: dict[str, Any]) -> None:
     """What eager gives: a scale of 0 has a gradient."""
 
     def f(h: Tensor, w: Tensor, b: Tensor, y: Tensor, s: Tensor) -> Tensor:
         return ce(F.linear(h, w, b) * s, y)
 
-    args = given(scale=value)
     compiled, _ = compile_without_codegen(f, **options)
-    ours, naive = measure(compiled, args), measure(f, args)
-    torch.testing.assert_close(ours, naive, equal_nan=True)
-    assert math.isfinite(value) == bool(ours["scale"].isfinite())
+    for value in (0.0, -0.0, -2.0, math.inf, math.nan):
+        args = given(scale=value)
+        ours, naive = measure(compiled, args), measure(f, args)
+        torch.testing.assert_close(ours, naive, equal_nan=True, msg=lambda told, of=value: f"{of}: {told}")
+        assert math.isfinite(value) == bool(ours["scale"].isfinite())
     assert counts() == {options["strategy"]: 1}
 
 
@@ -367,7 +367,7 @@ def test_all_rows_ignored() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), in_turns(["logit_scale", "of_rows", "of_sequences"], [CHUNKS, SLABS])
+    ("name", "options"), in_turns(["of_rows", "of_sequences", *["logit_scale"] * EVERYTHING], [CHUNKS, SLABS])
 )
 def test_any_number_of_rows(name: str, options: dict[str, Any]) -> None:
     f = IN_PIECES[name]
@@ -422,13 +422,13 @@ def test_two_temperatures_of_one_product() -> None:
 @pytest.mark.parametrize("options", [CHUNKS, SLABS][: 2 if EVERYTHING else 1], ids=str)
 def test_generated_code(options: dict[str, Any]) -> None:
     """It is right, and has the logits of one piece and their gradient at most."""
-    inductor_ce.install(min_vocab=2, **options)
+    inductor_ce.install(min_vocab=2, **{**options, "memory_budget": 1.3})
     h, w, b, y, s = given()
-    args, compiled = (h[:3], w, b, y[:3], s), torch.compile(logit_scale)  # three pieces that have one code
+    args, compiled = (h[:2], w, b, y[:2], s), torch.compile(logit_scale)  # two pieces that have one code
     _, codes = run_and_get_code(lambda: assert_right(compiled, logit_scale, args))
     assert counts() == {options["strategy"]: 1}
     assert len(codes) == 2
-    piece = 3 * S * V // 3
+    piece = 2 * S * V // 2
     assert max(size for code in codes for size in sizes(code).values()) <= 1.2 * piece
     assert max(most_at_once(code, piece // 2) for code in codes) <= 2
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, Rewritten, compile_without_codegen, misses, sites
+from harness import Graphs, Rewritten, compile_rewritten, compile_without_codegen, misses, sites
 from pairwise import EVERYTHING
 from test_recognise import explained, labels, logits, step
 from torch import Tensor
@@ -529,7 +529,7 @@ def test_out_of_range_label_is_never_a_plausible_number():
     def f(z, y):
         return F.cross_entropy(z, y, reduction="none"), z.logsumexp(-1) - z.gather(-1, y[:, None]).squeeze(-1)
 
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     z, y = logits(), labels(ignore=None)
     y[2], y[5] = V, -1
     for result in compiled(z, y):
@@ -646,7 +646,7 @@ def test_miss_beside_a_site():
 
 
 def test_miss_is_ignored_by_default():
-    compiled, _ = compile_without_codegen(used_elsewhere)
+    compiled, _ = compile_rewritten(used_elsewhere)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled(logits(), labels(ignore=None))
@@ -655,7 +655,7 @@ def test_miss_is_ignored_by_default():
 
 
 def test_miss_warns():
-    compiled, _ = compile_without_codegen(used_elsewhere, on_miss="warn")
+    compiled, _ = compile_rewritten(used_elsewhere, on_miss="warn")
     z, y = logits(), labels(ignore=None)
     line = marked_line(used_elsewhere)
     where = f"{line}: left as written \\[LOGITS_ESCAPE\\] The log_softmax of all classes"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, Rewritten, compile_without_codegen, misses, sites
+from harness import Graphs, Rewritten, compile_rewritten, misses, sites
 from pairwise import EVERYTHING
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -728,7 +728,7 @@ def test_labels_edited_between_uses():
         return first, logp, F.cross_entropy(z, y)
 
     z, y = logits().detach(), labels()
-    compiled, graphs = compile_without_codegen(f)
+    compiled, graphs = compile_rewritten(f)
     torch.testing.assert_close(compiled(z, y), f(z, y))
     assert misses() == 0
     assert 1 <= graphs.count(ops.ROW_STATS) <= 3
@@ -885,7 +885,7 @@ def test_dynamic_shapes(spelling: str):
             return F.cross_entropy(z[..., :-1, :].reshape(-1, V), y[..., 1:].reshape(-1))
         return z.log_softmax(-1).gather(-1, y[..., None]).squeeze(-1).sum(-1)
 
-    compiled, graphs = compile_without_codegen(f, dynamic=True)
+    compiled, graphs = compile_rewritten(f, dynamic=True)
     for b, s in itertools.product((2, 3), (5, 8, 13)):
         z, y = logits(b, s, V), labels(b, s, ignore=None)
         torch.testing.assert_close(step(compiled, z, y), step(f, z, y))
@@ -897,7 +897,7 @@ def test_marked_dynamic():
     def f(z, y):
         return F.cross_entropy(z, y, label_smoothing=0.1)
 
-    compiled, graphs = compile_without_codegen(f)
+    compiled, graphs = compile_rewritten(f)
     for n in (6, 7, 12):
         z, y = logits(n, V), labels(n)
         torch._dynamo.mark_dynamic(z, 0)
@@ -911,7 +911,7 @@ def test_eight_lengths_compile_at_most_twice():
     def f(z, y):
         return F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1))
 
-    compiled, graphs = compile_without_codegen(f)
+    compiled, graphs = compile_rewritten(f)
     for s in (5, 7, 8, 11, 16, 17, 23, 32):
         z, y = logits(B, s, V), labels(B, s)
         torch.testing.assert_close(compiled(z, y), f(z, y))
@@ -923,7 +923,7 @@ def test_divisor_that_changes_does_not_recompile_each_time():
     def f(z, y, count):
         return F.cross_entropy(z, y, reduction="sum") / count
 
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     z, y = logits(), labels()
     for count in (3, 4, 5, 6, 7):
         torch.testing.assert_close(compiled(z, y, count), f(z, y, count))
@@ -987,7 +987,7 @@ def test_true_as_an_index_adds_a_dimension():
         return -z.log_softmax(-1)[True].gather(2, y[None, :, None]).mean()
 
     z, y = logits(), labels(ignore=None)
-    compiled, _ = compile_without_codegen(f)
+    compiled, _ = compile_rewritten(f)
     torch.testing.assert_close(step(compiled, z, y), step(f, z, y))
 
 

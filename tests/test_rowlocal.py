@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen
+from pairwise import EVERYTHING
 from reference import assert_fair
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -44,7 +45,7 @@ def check(
     strategy: str,
     upstream: float | None = None,
     dynamic: bool | None = None,
-    budget: float = 0.4,
+    budget: float = 0.9,
 ) -> None:
     """The loss of the logits h W' is computed by `strategy`, though chunks are asked for, and is right."""
     hidden, weight, y = torch.randn(N, D), torch.randn(V, D), torch.randint(0, V, (N,))
@@ -168,7 +169,7 @@ def test_proved(name: str, proofs: list[fuse.Proof]) -> None:
     assert found.why_not == ""
 
 
-@pytest.mark.parametrize("upstream", [0.0, 1.0, -3.0, 65536.0])
+@pytest.mark.parametrize("upstream", [0.0, 65536.0, *[1.0, -3.0] * EVERYTHING])
 def test_one_scalar_is_the_upstream_gradient(upstream: float, proofs: list[fuse.Proof]) -> None:
     """As GradScaler gives one."""
     check(PROVED["mean"], "token_chunks", upstream=upstream)
@@ -181,7 +182,7 @@ def test_a_number_of_the_batch_is_one_scalar_more(proofs: list[fuse.Proof]) -> N
     assert sorted((first, second)) == [-1, 1]
 
 
-@pytest.mark.parametrize("name", ["mean", "shift of statistics", "weights of sequences"])
+@pytest.mark.parametrize("name", ["shift of statistics", "weights of sequences"])
 def test_proved_with_symbolic_sizes(name: str, proofs: list[fuse.Proof]) -> None:
     check(PROVED[name], "token_chunks", dynamic=True)
     assert proofs[0].why_not == ""
@@ -265,8 +266,8 @@ def test_refused(name: str, proofs: list[fuse.Proof]) -> None:
 
 def test_refused_is_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("DEBUG", logger="inductor_ce"):
-        check(two_temperatures, "vocab_slabs", budget=0.3)
-    assert "vocab_slabs in 8 pieces" in caplog.text
+        check(two_temperatures, "vocab_slabs", budget=0.6)
+    assert "vocab_slabs in 4 pieces" in caplog.text
     assert "the losses have upstream gradients of their own" in caplog.text
 
 
@@ -279,7 +280,7 @@ def test_no_row_above_a_threshold() -> None:
         return torch.where(hard, losses, 0.0).sum() / hard.sum()
 
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D)
-    compiled, _ = compile_without_codegen(hardest, strategy="token_chunks", memory_budget=0.3)
+    compiled, _ = compile_without_codegen(hardest, strategy="token_chunks", memory_budget=0.9)
     loss = compiled(hidden, weight, torch.zeros(N, dtype=torch.long))
     (gradient,) = torch.autograd.grad(loss, hidden)
     assert loss.isnan()
@@ -293,7 +294,7 @@ def test_rows_that_coincide_at_the_hint_only() -> None:
         losses = nll(hidden @ weight.t(), y)
         return (losses * torch.cat([losses[8:], losses[:8]]).detach()).sum()
 
-    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.3, dynamic=True)
+    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.9, dynamic=True)
     weight = torch.randn(V, D, requires_grad=True)
     for n in (8, 12, 7):
         hidden, y = torch.randn(n, D, requires_grad=True), torch.randint(0, V, (n,))
@@ -320,7 +321,7 @@ def test_rows_that_are_their_own_at_the_example_only(
     def loss(hidden: Tensor, weight: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return weighed(nll(hidden @ weight.t(), y), a.shape[0] - b.shape[0] - 1).sum()
 
-    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.3, dynamic=True)
+    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.9, dynamic=True)
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     y = torch.randint(0, V, (N,))
     for a, b in ((4, 3), (9, 5)):
@@ -339,7 +340,7 @@ def test_rows_that_guards_keep_apart(proofs: list[fuse.Proof]) -> None:
         losses = nll(hidden @ weight.t(), y)
         return (losses * losses.detach().view(a.shape[0] - b.shape[0], -1).t().reshape(-1)).sum()
 
-    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.3, dynamic=True)
+    compiled, _ = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.9, dynamic=True)
     hidden, weight = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     y = torch.randint(0, V, (N,))
     for a, b in ((4, 3), (9, 5)):
@@ -349,7 +350,9 @@ def test_rows_that_guards_keep_apart(proofs: list[fuse.Proof]) -> None:
     assert [found.why_not for found in proofs] == ["", "div brings rows together"]
 
 
-def test_sizes_that_are_numbers_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_that_are_numbers_are_looked_at_once(
+    monkeypatch: pytest.MonkeyPatch, proofs: list[fuse.Proof]
+) -> None:
     proved: list[Any] = []
 
     def counted(head: Any, size_of: Any) -> Any:
@@ -363,6 +366,7 @@ def test_sizes_that_are_numbers_are_looked_at_once(monkeypatch: pytest.MonkeyPat
     torch._dynamo.reset()
     check(PROVED["mean"], "token_chunks", dynamic=True)
     assert len(proved) > 2
+    assert [found.why_not for found in proofs] == ["", ""]
 
 
 def test_no_other_sizes_no_proof(monkeypatch: pytest.MonkeyPatch, proofs: list[fuse.Proof]) -> None:
