@@ -305,6 +305,22 @@ def test_rows_that_are_no_multiple(n: int) -> None:
         assert graphs.count(ops.DIVERGENCE) >= 2
 
 
+@pytest.mark.parametrize("cut", [lambda z: z[:, :-1], lambda z: z.view(-1, V)[: N // 2]])
+def test_rows_are_cut_off_logits_as_they_are(cut: Callable[[Tensor], Tensor]) -> None:
+    """With no step behind the layer, statistics could be of all rows, and keep the logits of all."""
+
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor) -> Tensor:
+        return by_mixture(cut(F.linear(h, W)), cut(frozen(t, U)), 0.5).sum(-1).mean()
+
+    compiled, graphs = in_chunks(loss)
+    W, U = torch.randn(V, D).double().requires_grad_(), torch.randn(V, E).double()
+    h, t = torch.randn(4, N // 4, D).double().requires_grad_(), torch.randn(4, N // 4, E).double()
+    ours = torch.autograd.grad(compiled(h, W, t, U), (h, W))
+    torch.testing.assert_close(ours, torch.autograd.grad(jsd(cut(h @ W.t()), cut(t @ U.t())).mean(), (h, W)))
+    assert counts() == {"token_chunks": 2}
+    assert graphs.count(torch.ops.inductor_ce.logits.default) == 2 * graphs.count(ops.DIVERGENCE)
+
+
 def test_answers_behind_prompts_of_any_length() -> None:
     """What is cut off is known behind the layers alone, one of which has no gradient."""
 
