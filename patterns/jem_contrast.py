@@ -6,7 +6,7 @@ Family: Normalisers
 
 import torch
 
-N, D, V = 16, 12, 48
+N, D, V = 16, 6, 48
 
 
 def inputs():
