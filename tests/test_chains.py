@@ -125,6 +125,7 @@ def test_weights_are_made_where_they_are_read(dtype: torch.dtype) -> None:
     assert len([shape for shape in backward.allocations if 32000 in shape]) == 1
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("v", [257, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_statistics_over_weights_that_are_made(dtype: torch.dtype, v: int) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import triton
 from gpu_codegen import generate, interpret
+from pairwise import EVERYTHING
 from torch import Tensor
 
 from inductor_ce import ops
@@ -68,6 +69,7 @@ def logits_of(n: int, v: int) -> tuple[Tensor, Tensor]:
 WHICH = "max,sumexp,pick"
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("v", [7, 5000])
 @pytest.mark.parametrize(("piece", "n"), [(0, 3), (1, 2), (2, 0)])
 def test_statistics_of_some_rows(piece: int, n: int, v: int) -> None:
@@ -85,6 +87,7 @@ def test_statistics_of_some_rows(piece: int, n: int, v: int) -> None:
     assert (out[:, n:] == 7).all()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("v", [7, 5000])
 @pytest.mark.parametrize(("piece", "n"), [(0, 20), (1, 13), (2, 1), (3, 0)])
 def test_gradient_of_some_rows(piece: int, n: int, v: int) -> None:
@@ -119,6 +122,7 @@ def interpreted(name: str, *arguments: Any) -> list[Any]:
     return interpreter.call(__name__, "on_three_processors", name, *arguments)[1:]
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("left", LEFT)
 def test_product_of_rows(left: int, biased: bool) -> None:
@@ -131,6 +135,7 @@ def test_product_of_rows(left: int, biased: bool) -> None:
     assert (made[-(-left // 128) * 128 :] == 7).all()
 
 
+@pytest.mark.in_turns
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("left", LEFT)
 def test_product_over_rows(left: int, accumulate: bool) -> None:
@@ -229,10 +234,17 @@ USES = {
 }
 
 
+IN_16_BITS = [WIDE, TALL, NARROW]  # in turns, or with ALL=1 each of each
+TILES = {
+    use: [NARROW] if out == "fp32" else IN_16_BITS if EVERYTHING else [IN_16_BITS[i % 3]]
+    for i, (use, (_, _, out, _)) in enumerate(USES.items())
+}
+
+
 @pytest.mark.parametrize("use", USES)
 def test_tiles_fit(use: str) -> None:
     a_t, b_t, out, uses = USES[use]
-    for tile in [NARROW] if out == "fp32" else [WIDE, TALL, NARROW]:
+    for tile in TILES[use]:
         assert shared_memory(tile, a_t, b_t, out, **uses) <= SHARED
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from harness import compile_without_codegen, misses, sites, without_codegen
 from inputs import labels, logits
-from pairwise import EVERYTHING, pairwise
+from pairwise import EVERYTHING, in_turns
 from reference import Measured, assert_as_fair, measure
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -430,7 +430,7 @@ def test_bad_numbers_raise_under_compile(bad: float) -> None:
 # Compiled
 
 
-COMPILED = pairwise(["plain", "all"], ["indices", "probabilities"], ["inductor", "inductor_ce"])
+COMPILED = in_turns(["plain", "all"], ["indices", "probabilities"], ["inductor", "inductor_ce"])
 
 
 @pytest.mark.parametrize("backend", ["inductor", "inductor_ce"])

@@ -240,11 +240,13 @@ def exact_regularised(z: Tensor, y: Tensor) -> Tensor:
     return reference.cross_entropy(z, y) + 0.3 * mass(z.double(), 2).mean()
 
 
+@pytest.mark.in_turns
+@pytest.mark.parametrize("compile_it", [compile_without_codegen, compile_with_codegen])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_beside_a_cross_entropy_there_is_one_sweep(dtype: torch.dtype):
+def test_beside_a_cross_entropy_there_is_one_sweep(dtype: torch.dtype, compile_it: Callable):
     z, y = logits(dtype), torch.randint(V, (N,))
     y[0] = -100
-    compiled, graphs = compile_with_codegen(regularised)
+    compiled, graphs = compile_it(regularised)
     ours = measure(compiled, z, y)
     assert_as_fair(ours, measure(regularised, z, y), measure(exact_regularised, z.double(), y))
     assert (sites(), misses()) == (1, 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from itertools import product
 from typing import Any, NamedTuple
 
 import kernel_reference as reference
@@ -15,7 +16,7 @@ import pytest
 import torch
 from gpu_codegen import Wrapper, generate, interpret
 from interpreter import triton_ir
-from pairwise import in_turns
+from pairwise import EVERYTHING, covering, in_turns
 from torch import Tensor
 
 from inductor_ce import ops
@@ -107,7 +108,7 @@ def run_stats(
 ) -> Tensor:
     inputs = [z, *labels, *weights]
     wrapper = stats_kernel(Like.of(inputs), len(labels), which, configuration, chain)
-    out = torch.full((which.count(",") + 1, N), torch.nan, dtype=ops.stats_dtype(z))
+    out = torch.full((which.count(",") + 1, len(z)), torch.nan, dtype=ops.stats_dtype(z))
     interpret(wrapper, inputs, out)
     return out
 
@@ -157,45 +158,48 @@ EVERY = reference.every_row(1, 2)
 PLAIN_ROWS, EVERY_ROWS = ops.Rows.decode(PLAIN, 1), ops.Rows.decode(EVERY, 1, 2)
 
 
-def skip_repeated(configuration: int, distinct: list[dict[str, Any]]) -> None:
-    if configuration >= len(distinct):
-        pytest.skip("equal to an earlier configuration at this V")
+def configured(sizes: list[int], kinds: Callable[[int], list[dict[str, Any]]]) -> list[tuple[int, int]]:
+    """(configuration, V), of those that differ at that V: each of both once, or with ALL=1 every pair."""
+    both = [(i, v) for v in sizes for i in range(len(kinds(v)))]
+    return both if EVERYTHING else covering(both, strength=1)
 
 
-@pytest.mark.parametrize("v", VOCABULARIES)
-@pytest.mark.parametrize("configuration", range(len(lowering.STATS)))
-def test_stats_at_every_vocabulary(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, PLAIN_ROWS))
+def stats_of(rows: ops.Rows) -> Callable[[int], list[dict[str, Any]]]:
+    return lambda v: lowering.stats_configurations(v, torch.float32, rows)
+
+
+def grad_of(rows: ops.Rows) -> Callable[[int], list[dict[str, Any]]]:
+    return lambda v: lowering.grad_configurations(v, torch.float32, rows)
+
+
+@pytest.mark.parametrize(("configuration", "v"), configured(VOCABULARIES, stats_of(PLAIN_ROWS)))
+def test_stats_at_every_vocabulary(configuration: int, v: int) -> None:
     check_stats(logits(v), labels_for(v, 1), [], PLAIN, configuration)
 
 
-@pytest.mark.parametrize("v", VOCABULARIES)
-@pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
-def test_grad_at_every_vocabulary(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, PLAIN_ROWS))
+@pytest.mark.parametrize(("configuration", "v"), configured(VOCABULARIES, grad_of(PLAIN_ROWS)))
+def test_grad_at_every_vocabulary(configuration: int, v: int) -> None:
     check_grad(logits(v), labels_for(v, 1), [], PLAIN, configuration)
 
 
-@pytest.mark.parametrize("v", RAGGED)
-@pytest.mark.parametrize("configuration", range(len(lowering.STATS_OF_MORE)))
-def test_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.stats_configurations(v, torch.float32, EVERY_ROWS))
+@pytest.mark.parametrize(("configuration", "v"), configured(RAGGED, stats_of(EVERY_ROWS)))
+def test_every_row_at_ragged_vocabularies(configuration: int, v: int) -> None:
     check_stats(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
 
 
-@pytest.mark.parametrize("v", RAGGED)
-@pytest.mark.parametrize("configuration", range(len(lowering.GRAD)))
-def test_gradient_of_every_row_at_ragged_vocabularies(v: int, configuration: int) -> None:
-    skip_repeated(configuration, lowering.grad_configurations(v, torch.float32, EVERY_ROWS))
+@pytest.mark.parametrize(("configuration", "v"), configured(RAGGED, grad_of(EVERY_ROWS)))
+def test_gradient_of_every_row_at_ragged_vocabularies(configuration: int, v: int) -> None:
     check_grad(logits(v), labels_for(v, 1), weights_for(v, 2), EVERY, configuration)
 
 
+@pytest.mark.in_turns
+@pytest.mark.parametrize("n_weights", [2, 0])
 @pytest.mark.parametrize("dtype", RELATIVE)
-def test_every_dtype(dtype: torch.dtype) -> None:
-    z, labels = logits(257, dtype), labels_for(257, 2)
-    for weights, which in (([], reference.rows(2, "sum")), (weights_for(257, 2), reference.every_row(2, 2))):
-        check_stats(z, labels, weights, which)
-        check_grad(z, labels, weights, which)
+def test_every_dtype(dtype: torch.dtype, n_weights: int) -> None:
+    z, labels, weights = logits(257, dtype), labels_for(257, 2), weights_for(257, n_weights)
+    which = reference.every_row(2, 2) if n_weights else reference.rows(2, "sum")
+    check_stats(z, labels, weights, which)
+    check_grad(z, labels, weights, which)
 
 
 @pytest.mark.in_turns
@@ -251,41 +255,45 @@ WEIGHTS: dict[str, Callable[[int], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("kind", WEIGHTS)
-def test_weights_of_any_kind(kind: str) -> None:
-    z, weights, which = logits(300), [WEIGHTS[kind](300)], reference.rows(0, "dot:0", "mass:0", "expdot:0")
+@pytest.mark.parametrize("kinds", [[kind] for kind in WEIGHTS] if EVERYTHING else [[*WEIGHTS]])
+def test_weights_of_any_kind(kinds: list[str]) -> None:
+    weights = [WEIGHTS[kind](300) for kind in kinds]
+    z, which = logits(300), reference.rows(0, *reference.weighted(len(weights)))
     check_stats(z, [], weights, which)
     check_grad(z, [], weights, which)
 
 
-@pytest.mark.parametrize("finite", [0, 4500, 9000, 18999])
-def test_one_finite_column(finite: int) -> None:
-    z = torch.full((N, 19000), MINUS_INFINITY)
-    z[:, finite] = torch.tensor([1.0, -2.0, MINUS_INFINITY])
-    actual = run_stats(z, [], [], "max,sumexp")
-    assert actual.tolist() == [[1.0, -2.0, MINUS_INFINITY], [1.0, 1.0, 0.0]]
+PLACES = [0, 4500, 9000, 18999]  # in the first tile, in others, and in what is left over
 
 
-@pytest.mark.parametrize("finite", [0, 4500, 9000, 18999])
-def test_every_row_of_one_finite_column(finite: int) -> None:
-    z, q = torch.full((N, 19000), MINUS_INFINITY), torch.randint(1, 9, (19000,)).float()
-    z[:, finite] = torch.tensor([1.0, -2.0, MINUS_INFINITY])
+def with_one_finite_column() -> Tensor:
+    """A row for each of the places, and one that has none."""
+    z = torch.full((len(PLACES) + 1, 19000), MINUS_INFINITY)
+    z[range(len(PLACES)), PLACES] = torch.tensor([1.0, -2.0, 3.0, 0.5])
+    return z
+
+
+def test_one_finite_column() -> None:
+    actual = run_stats(with_one_finite_column(), [], [], "max,sumexp")
+    assert actual.tolist() == [[1.0, -2.0, 3.0, 0.5, MINUS_INFINITY], [1.0, 1.0, 1.0, 1.0, 0.0]]
+
+
+def test_every_row_of_one_finite_column() -> None:
+    z, q = with_one_finite_column(), torch.randint(1, 9, (19000,)).float()
     actual = run_stats(z, [], [q], reference.rows(0, "sum", "sumexpz", "argmax", *reference.weighted(1)))
-    at, weighed = float(finite), q[finite].item()
-    assert actual[2].tolist() == actual[5].tolist() == [MINUS_INFINITY] * N
-    assert actual[[3, 4]].tolist() == [[0.0] * N, [at, at, 0.0]]
-    assert actual[[6, 7]].tolist() == [[q.sum().item()] * N, [weighed, weighed, 0.0]]
+    assert actual[2].tolist() == actual[5].tolist() == [MINUS_INFINITY] * len(z)
+    assert actual[[3, 4]].tolist() == [[0.0] * len(z), [*map(float, PLACES), 0.0]]
+    assert actual[[6, 7]].tolist() == [[q.sum().item()] * len(z), [*q[PLACES].tolist(), 0.0]]
 
 
-@pytest.mark.in_turns
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("column", [0, 9000, 18999])
-def test_not_finite(value: float, column: int) -> None:
-    z = logits(19000)
-    z[1, column] = value
+def test_not_finite() -> None:
+    """A row for each value at each place, and one without."""
+    values, z = [torch.nan, torch.inf], (3 * torch.randn(7, 19000))
+    for row, (value, column) in enumerate(product(values, [0, 9000, 18999])):
+        z[row, column] = value
     actual = run_stats(z, [], [], "max,sumexp")
-    assert actual[1].isnan().tolist() == [False, True, False]
-    assert_stats(actual[:, ::2], z[::2], [], [], "max,sumexp")
+    assert actual[1].isnan().tolist() == [*[True] * 6, False]
+    assert_stats(actual[:, -1:], z[-1:], [], [], "max,sumexp")
 
 
 @pytest.mark.in_turns
@@ -369,37 +377,28 @@ def test_fused_chain(v: int, n_weights: int) -> None:
     torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("v", [1, 50257, 128256])
-def test_triton_accepts_them(v: int) -> None:
+def some_rows(z: Tensor, y: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+    return reference.loss(z, y, weight)
+
+
+def every_row(z: Tensor, *others: Tensor) -> Tensor:
+    return reference.loss_of_every_row(z, *others)
+
+
+def every_row_soft_capped(z: Tensor, *others: Tensor) -> Tensor:
+    return every_row(30 * torch.tanh(z.float() / 30), *others)
+
+
+LOSSES = [some_rows, every_row_soft_capped, every_row]
+
+
+@pytest.mark.parametrize(("v", "loss"), in_turns([1, 50257, 65536, 128256], LOSSES))
+def test_triton_accepts_them(v: int, loss: Callable[..., Tensor]) -> None:
     y = torch.empty(N, dtype=torch.int64, device="meta")
     z = torch.empty(N, v, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    weight = torch.empty(N, device="meta")
-    for wrapper in generate(reference.loss, z, y, weight):
-        accept(wrapper)
-
-
-def alone(z: Tensor) -> Tensor:
-    return z
-
-
-def soft_capped(z: Tensor) -> Tensor:
-    return 30 * torch.tanh(z.float() / 30)
-
-
-@pytest.mark.parametrize(("v", "chain"), in_turns([1, 50257, 65536], [alone, soft_capped]))
-def test_triton_accepts_every_row(v: int, chain: Chain) -> None:
-    y = torch.empty(N, dtype=torch.int64, device="meta")
-    z = torch.empty(N, v, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    q, cost = torch.empty(N, v, dtype=torch.bfloat16, device="meta"), torch.empty(v, device="meta")
-    for wrapper in generate(
-        lambda z, *args: reference.loss_of_every_row(chain(z), *args),
-        z,
-        y,
-        torch.empty(N, device="meta"),
-        q,
-        cost,
-        prepare_joint=reference.recompute_chain,
-    ):
+    weight, cost = torch.empty(N, device="meta"), torch.empty(v, device="meta")
+    q = torch.empty(N, v, dtype=torch.bfloat16, device="meta")
+    for wrapper in generate(loss, z, y, weight, q, cost, prepare_joint=reference.recompute_chain):
         accept(wrapper)
 
 
