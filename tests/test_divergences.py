@@ -216,7 +216,7 @@ def test_one_side_moves(f, moving, dtype):
     assert ours.count(ops.DIVERGENCE) or f in OF_ONE_SIDE or moving == "second"
 
 
-@pytest.mark.parametrize("f", [jensen_shannon, generalised, r_drop, skewed])
+@pytest.mark.parametrize("f", [jensen_shannon, generalised, r_drop, skewed, of_categoricals])
 def test_through_all_passes(f):
     args = sides()
     compiled, graphs = compile_without_codegen(f)
@@ -225,10 +225,11 @@ def test_through_all_passes(f):
     assert misses() == 0
 
 
-def test_generated_code():
+@pytest.mark.parametrize("f", [generalised, of_categoricals])
+def test_generated_code(f):
     args = sides(torch.bfloat16)
-    compiled, _ = compile_with_codegen(generalised)
-    check_numbers(run(compiled, args), generalised, args)
+    compiled, _ = compile_with_codegen(f)
+    check_numbers(run(compiled, args), f, args)
     assert sites() == 1
 
 

@@ -97,12 +97,19 @@ def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
     what = f"The {name_of(wide)} of all classes [{'x'.join(map(str, shape_of(wide)))}]"
     user: Node | None = wide
     while user is not None and (user is wide or _is_followed(reading, user)):
-        user = next((u for u in user.users if u in needed and user in read_by(u)), None)
+        readers = [u for u in user.users if u in needed and user in read_by(u)]
+        user = min(readers, key=_is_without_gradient, default=None)
     if user is None:
         return f"{what} is needed elsewhere."
     if user.op == "output":
         return f"{what} is returned, so it is in memory anyway."
     return f"{what} is also used by {name_of(user)} {where_is(user)}."
+
+
+def _is_without_gradient(node: Node) -> bool:
+    """Whether no gradient comes back from a node, which then is not why something is left."""
+    example = tensor_of(node)
+    return example is None or not example.requires_grad
 
 
 def _is_followed(reading: Reading, node: Node) -> bool:
@@ -274,7 +281,7 @@ def _needs_each(reading: Reading, value: OnLogits, user: Node) -> str:
     """Why a step needs each entry of log-probabilities by itself, "" where it does not."""
     if not isinstance(value, VocabValue):
         return ""
-    if _waits(reading, user):
+    if _waits(reading, user) or any(_waits(reading, a) for a in user.all_input_nodes):
         return "of which more than picked entries are needed"
     spelled = spellings.read(user)
     if spelled is None or spelled[0].name not in ("sum", "mean"):

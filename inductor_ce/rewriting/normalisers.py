@@ -18,9 +18,12 @@ from ..reading.values import Logits, LossValue, Reading, RowValue
 from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 
+# What a loss takes of logits beside their normaliser. Where one of these reads them, that is no other reader.
+OF_LOSSES = ("gather", "take_along", "take", "index_select", "getitem", "select", "diagonal", "amax", "max")
+
 
 def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
-    """Whether `nodes` have a normaliser of rows of logits that nothing else reads."""
+    """Whether `nodes` have a normaliser of rows of logits that nothing else reads; if not, it is told why."""
     if not any(algebra.is_normalised(expr_of(reading, node)) for node in nodes):
         return False
     if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
@@ -31,11 +34,17 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
         return False  # of probabilities, which are in memory
     reader = _other_reader(reading, root, needed_nodes(reading, set(nodes)))
-    if reader is not None:
-        fact = "The logits of this normaliser are in memory anyway, for {culprit}."
-        refusal = Refusal(Reason.NORMALISER, fact, reader)
-        reading.refusals |= {node: refusal for node in nodes if node not in reading.refusals}
+    if reader is not None and not any(spellings.is_step(reader, name) for name in OF_LOSSES):
+        why = "for they are returned" if reader.op == "output" else "for {culprit}"
+        fact = f"The logits of this normaliser are in memory anyway, {why}."
+        _tell(reading, logits, Refusal(Reason.NORMALISER, fact, reader))
     return reader is None
+
+
+def _tell(reading: Reading, logits: Logits, refusal: Refusal) -> None:
+    for node, value in reading.values.items():
+        if isinstance(value, RowValue) and value.logits == logits:
+            reading.refusals.setdefault(node, refusal)
 
 
 def _root(node: Node) -> Node:

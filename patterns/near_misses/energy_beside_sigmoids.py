@@ -22,7 +22,7 @@ def loss(hidden, weight, targets):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into mean (return
-    F.binary_cross_entropy_with_logits(logits, targets) + 0.1 * energy.mean()). If this is a cross
-    entropy, write this step in one of the spellings that the README lists; if not, it runs as written.
+NORMALISER: The logits of this normaliser are in memory anyway, for binary_cross_entropy_with_logits
+    (return F.binary_cross_entropy_with_logits(logits, targets) + 0.1 * energy.mean()). A normaliser
+    alone is fused where nothing else needs its logits, so it runs as written.
 """

@@ -25,7 +25,7 @@ def loss(logits, codebook, noise, tau=0.9):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into mul (diff = 5e-4 * (q * torch.log(q * V +
-    1e-10)).sum(dim=1).mean()). If this is a cross entropy, write this step in one of the spellings that
-    the README lists; if not, it runs as written.
+EACH_ENTRY: The result of softmax goes into mul (diff = 5e-4 * (q * torch.log(q * V +
+    1e-10)).sum(dim=1).mean()), of which more than picked entries are needed. Each entry of a row is
+    needed there by itself, so it runs as written.
 """
