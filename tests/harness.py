@@ -198,6 +198,7 @@ def compile_rewritten(f: Callable[..., Any], *, dynamic: bool | None = None, **o
     of the time. With ALL=1 they run too, as in `compile_without_codegen`."""
     if EVERYTHING:
         return compile_without_codegen(f, dynamic=dynamic, **options)
+    inductor_ce.install(**{"min_vocab": 2, **options})  # for explain
     rewritten = Rewritten(**options)
     return torch.compile(f, backend=rewritten, dynamic=dynamic), rewritten
 
