@@ -1,8 +1,10 @@
 """Shared by all tests: the folder of compiled code. What needs torch is in `every_test.py`."""
 
+import functools
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -25,3 +27,21 @@ def pytest_configure(config):
     if works or getattr(config.option, "dist", "no") == "no":
         gc.disable()  # until all is imported: `collect_seldom`
         config.pluginmanager.import_plugin("every_test")
+
+
+@functools.cache
+def asks_ranks(file):
+    return file.exists() and "from ranks import" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The files whose tests ask ranks all go to one worker, where these live on from file to file."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class RanksTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "ranks" if asks_ranks(Path(__file__).with_name(Path(file).name)) else file
+
+    return RanksTogether(config, log) if config.getvalue("dist") == "loadfile" else None
