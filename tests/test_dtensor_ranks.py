@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from dtensor_cases import CASES, Setup, check, everywhere, exact, tensors
+from dtensor_cases import CASES, Setup, check, everywhere, exact, rewritten, tensors
 from pairwise import EVERYTHING
 from ranks import mesh_there, on_devices, once, ranks_at_most
 from reference import Terms
 
 UNEVEN = Setup((2,), V=23)
-EMPTY = Setup((4,), V=5)  # blocks of 2, 2, 1 and 0 columns
+EMPTY = rewritten(Setup((4,), V=5))  # blocks of 2, 2, 1 and 0 columns
 GRID = Setup((2, 2), V=23)  # 2 and 4 rows that count
 RAGGED = Setup((2, 2), N=7, V=23)  # 4 and 3 rows, of which torch 2.13 traces no mean
 BFLOAT16, FLOAT16 = replace(UNEVEN, dtype=torch.bfloat16), replace(UNEVEN, dtype=torch.float16)
@@ -27,33 +27,32 @@ ELSEWHERE = ("plain", "smoothing", "rows, z-loss", "all, ignoring 0", "class wei
 ELSEWHERE += ("entropy", "divergence")
 # On four ranks: of which one has no columns, or which share rows.
 ELSEWHERE += ("accuracy", "special numbers, entropy", "divergence of rows, a mean")
+# What passes make of such losses, these and the heads in pieces show; of the others the rewritten graph runs.
+THROUGH_PASSES = ("all, ignoring the last", "confidence")
 JOBS = {
     2: [
-        *[(name, UNEVEN) for name in CASES if name not in ELSEWHERE],
-        ("soft targets", WHOLE),
-        *[(name, PLAIN) for name in ("class weights", "divergence")],
+        *[(name, UNEVEN) for name in THROUGH_PASSES],
+        *[(name, rewritten(UNEVEN)) for name in CASES if name not in ELSEWHERE + THROUGH_PASSES],
+        ("soft targets", rewritten(WHOLE)),
+        *[(name, rewritten(PLAIN)) for name in ("class weights", "divergence")],
         ("class weights", BFLOAT16),
-        ("all, ignoring 0", FLOAT16),
+        ("all, ignoring 0", rewritten(FLOAT16)),
+        ("all, ignoring 0", rewritten(Setup((1, 1, 2)))),
     ],
     4: [
         *[(name, EMPTY) for name in ("all, ignoring the last", "accuracy", "special numbers, entropy")],
-        ("rows, z-loss", replace(RAGGED, dtype=torch.float32)),
-        ("all, ignoring 0", Setup((2, 1, 2))),
-        ("smoothing", Setup((2, 2), rows=(False,))),
-        ("divergence of rows, a mean", GRID),
+        ("rows, z-loss", rewritten(replace(RAGGED, dtype=torch.float32))),
+        ("smoothing", rewritten(Setup((2, 2), rows=(False,)))),
+        ("divergence of rows, a mean", rewritten(GRID)),
     ],
 }
 EVEN = {2: Setup((2,)), 4: Setup((2, 2))}
 PIECES = {
     2: [
-        ("class weights", Setup((2,), strategy=SLABS)),
-        ("all, ignoring 0", Setup((2,), strategy=CHUNKS)),
-        *[(name, replace(UNEVEN, strategy=SLABS)) for name in ("plain", "entropy")],
+        *[("class weights", Setup((2,), strategy=strategy)) for strategy in (CHUNKS, SLABS)],
+        *[(name, replace(UNEVEN, strategy=SLABS)) for name in ("soft targets", "entropy")],
     ],
-    4: [
-        ("class weights", Setup((2, 2), strategy=CHUNKS)),
-        ("soft targets", replace(RAGGED, strategy=SLABS)),
-    ],
+    4: [("plain", Setup((2, 2), strategy=CHUNKS))],
 }
 if EVERYTHING:
     JOBS[2] += [
@@ -68,14 +67,16 @@ if EVERYTHING:
         *[(name, GRID) for name in ("plain", "all, ignoring 0", "class weights", "labels outside")],
         *[(name, RAGGED) for name in ("rows, z-loss", "soft targets", "accuracy")],
         ("rows, z-loss", Setup((2, 2), dtype=torch.float32)),
+        ("all, ignoring 0", Setup((2, 1, 2))),
     ]
     PIECES[2] += [
-        *[(name, Setup((2,), strategy=CHUNKS)) for name in ("plain", "class weights")],
+        *[(name, Setup((2,), strategy=CHUNKS)) for name in ("plain", "all, ignoring 0")],
         *[(name, Setup((2,), strategy=SLABS)) for name in ("plain", "all, ignoring 0")],
-        ("soft targets", replace(UNEVEN, strategy=SLABS)),
+        ("plain", replace(UNEVEN, strategy=SLABS)),
     ]
     PIECES[4] += [
-        ("plain", Setup((2, 2), strategy=CHUNKS)),
+        ("class weights", Setup((2, 2), strategy=CHUNKS)),
+        ("soft targets", replace(RAGGED, strategy=SLABS)),
         *[(name, Setup((2, 2), strategy=SLABS)) for name in ("plain", "class weights")],
         *[(name, replace(GRID, strategy=SLABS)) for name in ("soft targets", "entropy")],
     ]
@@ -144,7 +145,7 @@ def test_ranks_without_columns_exchange_as_often_as_the_others(device: str):
     """What a rank makes of its graph must not tell how often it exchanges statistics."""
     if ranks_at_most(device) < 4:
         pytest.skip("on two ranks, both have columns")
-    setup = replace(EMPTY, strategy="token_chunks")
+    setup = replace(EMPTY, strategy="token_chunks", rewritten=False)
     for rank in everywhere([("plain", setup)], 4, device):
         result = rank["plain", setup]
         assert result["collectives"][0]["all_gather_into_tensor"] == 1

@@ -9,37 +9,20 @@ import dtensor_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from dtensor_cases import Setup, distributed, replace, tensors
-from harness import clean_slate, compile_without_codegen, sites
+from dtensor_cases import Exchanged, Setup, distributed, replace, tensors
+from harness import Rewritten, clean_slate, compile_without_codegen, sites
+from pairwise import EVERYTHING
 from ranks import mesh_there, on_devices, once, spawn
 from reference import Terms, cross_entropy
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.debug import CommDebugMode
 
 SMOOTHED = Terms(smoothing=0.1)
 SHAPES = {2: Setup((2,), V=23), 4: Setup((2, 2), V=23)}
 LENGTHS = (8, 12, 16, 6)
-DYNAMIC = (True, None)
-
-
-class Exchanged(CommDebugMode):
-    """Counts collectives of compiled code too, which torch does not run under other modes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gathered: list[int] = []  # how many numbers each all-gather brought together
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
-        if "all_gather_into_tensor" in str(func):
-            self.gathered.append(out.numel())
-        return out
+DYNAMIC = (True, None) if EVERYTHING else (None,)  # which is symbolic too from the second length on
+ONCE = (2, 4) if EVERYTHING else (2,)  # test_dtensor_ranks.py counts on four ranks
 
 
 def head(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
@@ -60,7 +43,7 @@ def there(size: int, device: str) -> Setup:
 
 def on_rank(rank: int, size: int, device: str) -> dict[str, Any]:
     setup = there(size, device)
-    results = {"once": one_step(setup)}
+    results = {"once": one_step(setup)} if size in ONCE else {}
     if size == 2:
         lengths_of = {("lengths", dynamic): lengths(setup, dynamic) for dynamic in DYNAMIC}
         return results | lengths_of | {"replicated": one_step(setup, replicated=True)}
@@ -73,7 +56,9 @@ def one_step(setup: Setup, replicated: bool = False) -> dict[str, Any]:
         x = distributed(setup, tensors(setup, -100))
         if replicated:
             x["W"] = x["W"].detach().redistribute(placements=[Replicate()] * len(setup.mesh))
-        compiled, _ = compile_without_codegen(head)
+            compiled = torch.compile(head, backend=Rewritten())
+        else:
+            compiled, _ = compile_without_codegen(head)
         given = x["h"], x["W"], x["y"]
         result = {"steps": [step(compiled, *given)], "sites": sites()}
         return result | exchanged(compiled, *given) | {"compiled": counters["stats"]["unique_graphs"]}
@@ -93,11 +78,7 @@ def exchanged(compiled: Any, *given: DTensor) -> dict[str, Any]:
         loss = compiled(*leaves_of(given))
     with Exchanged() as backward:
         loss.backward()
-    return {"forward": counted(forward), "backward": counted(backward), "gathered": forward.gathered}
-
-
-def counted(mode: CommDebugMode) -> dict[str, int]:
-    return {str(op).split(".")[-1]: count for op, count in mode.get_comm_counts().items()}
+    return {"forward": forward.counts, "backward": backward.counts, "sizes": forward.sizes}
 
 
 def leaves_of(given: tuple[DTensor, ...]) -> list[DTensor]:
@@ -128,13 +109,11 @@ def two_losses(setup: Setup) -> dict[str, Any]:
             )
             for name in ("h", "W", "V", "y")
         ]
-        compiled, _ = compile_without_codegen(two_heads)
+        compiled = torch.compile(two_heads, backend=Rewritten())
         return {"steps": [step(compiled, *given)], "sites": sites()}
 
 
 # In the test's process
-
-sizes = pytest.mark.parametrize("size", list(SHAPES))
 
 
 @once
@@ -165,14 +144,14 @@ def test_trap_20_one_compilation_for_all_lengths(dynamic: bool | None, device: s
 
 
 @on_devices
-@sizes
+@pytest.mark.parametrize("size", ONCE)
 def test_what_compiled_code_exchanges(size: int, device: str):
     """Counted while it runs: four statistics a row, and the mean's two sums where ranks share the rows."""
     rows_of_a_rank = 8 if size == 2 else 4
     for rank in results(size, device):
         means = {"all_reduce": 1} if size == 4 else {}
         assert rank["once"]["forward"] == {"all_gather_into_tensor": 1} | means
-        assert rank["once"]["gathered"] == [there(size, device).mesh[-1] * 4 * rows_of_a_rank]
+        assert rank["once"]["sizes"][0] == there(size, device).mesh[-1] * 4 * rows_of_a_rank
         assert rank["once"]["backward"] == {}
         assert (rank["once"]["sites"], rank["once"]["compiled"]) == (1, 1)
 
