@@ -1,10 +1,13 @@
 """Shared by all tests: the folder of compiled code. What needs torch is in `every_test.py`."""
 
+import functools
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 FOLDER = "TORCHINDUCTOR_CACHE_DIR"
 NAMED = FOLDER in os.environ  # importing Inductor puts its usual folder there
@@ -25,3 +28,21 @@ def pytest_configure(config):
     if works or getattr(config.option, "dist", "no") == "no":
         gc.disable()  # until all is imported: `collect_seldom`
         config.pluginmanager.import_plugin("every_test")
+
+
+class RanksTogether(LoadFileScheduling):
+    """The files whose tests ask ranks all go to one worker, where these live on from file to file."""
+
+    def _split_scope(self, nodeid):
+        file = super()._split_scope(nodeid)
+        return "ranks" if asks_ranks(Path(__file__).with_name(Path(file).name)) else file
+
+
+@functools.cache
+def asks_ranks(file):
+    return file.exists() and "from ranks import" in file.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    return RanksTogether(config, log) if config.getvalue("dist") == "loadfile" else None
