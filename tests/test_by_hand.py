@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from by_hand_cases import LOSSES, NEAR_MISSES, SMOOTHING
 from harness import Graphs, Rewritten, clean_slate
+from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, once, spawn
 from reference import assert_fair
 from torch import Tensor
@@ -34,7 +35,10 @@ MASKED = (
     "out_of_place",
 )  # finite in eager where a rank has -inf
 WITHOUT_GRADIENT = ("without_gradient", "gathered_normalisers", "gathered_in_one_tensor")
-COMPILED = ("whole_loss", "regions")  # by all passes, which show that the backward has no collective
+COMPILED = (
+    "whole_loss",
+    "regions",
+)  # on two ranks by all passes, to show a backward without collectives
 # ranks, shape of the rows, dtype: the losses that are made so
 CASES = {
     (2, ROWS, torch.float32): [*LOSSES, *NEAR_MISSES],
@@ -79,13 +83,12 @@ def one(rank: int, name: str, loss: Any, rows: tuple[int, ...], dtype: torch.dty
     z, y, upstream = given(name, rows, dtype)
     start, end = columns(rank, dist.get_world_size())
     own = z[..., start:end].contiguous()
-    with clean_slate(), inductor_ce.install(min_vocab=2) if name in COMPILED else nullcontext():
-        backend = Graphs() if name in COMPILED else Rewritten()
+    through_passes = name in COMPILED and ((rows == ROWS and dist.get_world_size() == 2) or EVERYTHING)
+    with clean_slate(), inductor_ce.install(min_vocab=2) if through_passes else nullcontext():
+        backend = Graphs() if through_passes else Rewritten()
         ours = measured(torch.compile(loss, backend=backend, dynamic=False), own, y, start, upstream)
         nodes = [
-            node
-            for gm in (backend.final if name in COMPILED else backend.final[:1])
-            for node in gm.graph.nodes
+            node for gm in (backend.final if through_passes else backend.final[:1]) for node in gm.graph.nodes
         ]
         fused = sum(node.target is stats_of_ranks for node in nodes)
         gathers = fused + sum(calls(node, GATHER) for node in nodes)
