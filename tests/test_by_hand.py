@@ -35,10 +35,8 @@ MASKED = (
     "out_of_place",
 )  # finite in eager where a rank has -inf
 WITHOUT_GRADIENT = ("without_gradient", "gathered_normalisers", "gathered_in_one_tensor")
-COMPILED = (
-    "whole_loss",
-    "regions",
-)  # on two ranks by all passes, to show that the backward has no collective
+# On two ranks by all passes, to show a backward without collectives.
+COMPILED = ("whole_loss", "regions")
 # ranks, shape of the rows, dtype: the losses that are made so
 CASES = {
     (2, ROWS, torch.float32): [*LOSSES, *NEAR_MISSES],
