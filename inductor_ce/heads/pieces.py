@@ -15,12 +15,13 @@ from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
 from ..ops.gemm import ALIGNED
-from ..ops.products import ALIGN_ROWS, LOGITS
+from ..ops.products import ALIGN_ROWS, LOGITS, ONCE_MADE
 from . import sizes
 from .calls import divergence_call, divergence_grad_call, grad_call, is_side_gradient, stats_call
 from .factors import has_16_bit_factors, in_16_bits
 from .find import Head, NoHead, Product
 from .kinds import CAST, is_pointwise, vocab_axis
+from .nodes import on
 from .packing import Packing
 from .ranges import Range
 
@@ -111,6 +112,17 @@ class Pieces:
         for node in self._before_statistics:
             made[node] = self._made(node, made, piece)
         return made
+
+    def waited(self, after: list[Node]) -> list[Node]:
+        """What is there when all in `after` is.
+
+        A later piece writes to the sums in `after`, and Inductor would count it a reader of what had waited
+        for them itself: of several logits, which would then not be overwritten.
+        """
+        if not after:
+            return []
+        one = self.build(aten.full.default, [1], 0.0, dtype=torch.float32, **on(self.head.products[0].node))
+        return [self.build(ONCE_MADE, one, torch.float32, after)]
 
     def product(self, product: Product, piece: Range, after: list[Node]) -> Node:
         """The piece of a product of the head, or of another of the same rows."""

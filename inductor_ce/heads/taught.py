@@ -12,7 +12,6 @@ from .. import ops
 from ..common.compat.graphs import IN_MEMORY
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.products import ONCE_MADE
 from . import sizes
 from .cut_rows import PAD, SUMS, Left
 from .find import NoHead, Teacher
@@ -49,24 +48,13 @@ class Taught:
 
         Returns what the student's logits wait for: the teacher's, and their sums.
         """
-        after = self._waited(after, self.teacher.products[0].node)
+        after = self.pieces.waited(after)
         made = {p.node: self.pieces.product(p, piece, after) for p in self.teacher.products}
         self._made = self.pieces.weights = made
         for node in self.teacher.nodes:
             if node not in self.late:
                 self.make(node, piece, {})
         return [*after, *(self.early_sums().values() or (made[p.node] for p in self.teacher.products))]
-
-    def _waited(self, after: list[Node], like: Node) -> list[Node]:
-        """What is there when all in `after` is.
-
-        A later piece writes to the sums in `after`, and Inductor would count it a reader of what had waited
-        for them itself: the logits, which would then not be overwritten.
-        """
-        if not after:
-            return []
-        one = self.build(aten.full.default, [1], 0.0, dtype=torch.float32, **on(like))
-        return [self.build(ONCE_MADE, one, torch.float32, after)]
 
     def make(self, node: Node, piece: Range, rows: dict[Node, Node]) -> Node:
         """One node; `rows` has values for all rows, of which those of the piece are right."""

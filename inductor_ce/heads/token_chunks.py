@@ -234,7 +234,7 @@ def token_chunks(
     for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
-        made = pieces.forward(piece, after)
+        made = pieces.forward(piece, pieces.waited(after) if head.divergences else after)
         stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
             parts[node].append(part)
