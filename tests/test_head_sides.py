@@ -18,6 +18,7 @@ from reference import assert_all_fair, assert_fair, log_sum_exp
 from test_head_memory import largest, most_at_once, saved, sizes
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
+from two_heads import D, E, Given, Loss, N, V, frozen, given
 
 import inductor_ce
 from inductor_ce import ops
@@ -25,38 +26,10 @@ from inductor_ce.heads import fuse, narrow_sums
 from inductor_ce.heads.plan import HeadNumbers
 from inductor_ce.ops import lowering, products
 
-N, V, D, E = 60, 100, 4, 5  # E: the hidden size of the other side
 BUDGET = 1.0  # of the float32 logits of one side
 
 
-class Given(NamedTuple):
-    """Hidden states and weight of one side, of another, which has a bias, and which rows count."""
-
-    h: Tensor
-    W: Tensor
-    t: Tensor
-    U: Tensor
-    b: Tensor
-    mask: Tensor
-
-    def to(self, dtype: torch.dtype) -> Given:
-        return Given(*(x.to(dtype) for x in self[:5]), self.mask)
-
-
 LEAVES = Given._fields[:5]
-
-
-def given(n: int = N) -> Given:
-    h, t = torch.randn(n, D), torch.randn(n, E)
-    return Given(h, torch.randn(V, D), t, torch.randn(V, E), torch.randn(V), torch.arange(n) % 3 != 0)
-
-
-Loss = Callable[..., Tensor]
-
-
-def frozen(t: Tensor, U: Tensor, b: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return F.linear(t, U, b)
 
 
 def other_pass(h: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,40 +16,13 @@ from pairwise import in_turns
 from reference import assert_fair, log_sum_exp
 from test_head_memory import largest, most_at_once, saved
 from torch import Tensor
+from two_heads import D, E, Given, Loss, N, V, frozen, given
 
 import inductor_ce
 from inductor_ce.ops import lowering
 
-N, V, D, E = 60, 100, 4, 5  # E: the hidden size of the teacher
 PIECES = 4
 BUDGET = 1.0  # of the float32 logits of the student: a piece has its own, the weights, and a chain
-
-
-class Given(NamedTuple):
-    """The student's hidden states and weight, the teacher's with a bias, and which rows count."""
-
-    h: Tensor
-    W: Tensor
-    t: Tensor
-    U: Tensor
-    b: Tensor
-    mask: Tensor
-
-    def to(self, dtype: torch.dtype) -> Given:
-        return Given(*(x.to(dtype) for x in self[:5]), self.mask)
-
-
-def given(n: int = N) -> Given:
-    made = torch.randn(n, D), torch.randn(V, D), torch.randn(n, E), torch.randn(V, E), torch.randn(V)
-    return Given(*made, torch.arange(n) % 3 != 0)
-
-
-Loss = Callable[..., Tensor]
-
-
-def frozen(t: Tensor, U: Tensor, b: Tensor | None = None) -> Tensor:
-    with torch.no_grad():
-        return F.linear(t, U, b)
 
 
 # As they are written, and their formulas over the rows of two sets of logits.

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from harness import compile_without_codegen
 from head_cases import counts
 from test_head_generated import ROUNDING, assert_nothing_failed
-from test_head_teachers import BUDGET, Given, N, V, given, measured
+from test_head_teachers import BUDGET, measured
 from torch import Tensor
+from two_heads import Given, N, V, given
 
 PROGRAMS = 8 * max(int(os.environ.get("GENERATED", "1")), 1)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared.against_plain import compared, in_words, run
+from .shared.losses import jsd_of_entries
 from .shared.measure import Calls
 
 HELP = "distillation from two heads, and R-Drop"
@@ -94,12 +95,7 @@ def generalised_jsd(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) ->
     with torch.no_grad():
         teacher = F.linear(t, U)
     log_p, log_q = (F.log_softmax(z.float() / TEMPERATURE, -1) for z in (F.linear(h, W), teacher))
-    beta = torch.tensor(BETA, dtype=log_p.dtype, device=log_p.device)
-    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-beta), log_q + torch.log(beta)]), dim=0)
-    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
-    each = beta * to_teacher + (1 - beta) * to_student
-    return TEMPERATURE**2 * (each * mask[:, None]).sum() / mask.sum()
+    return TEMPERATURE**2 * (jsd_of_entries(log_p, log_q, BETA) * mask[:, None]).sum() / mask.sum()
 
 
 def r_drop(h: Tensor, W: Tensor, t: Tensor, U: Tensor, mask: Tensor) -> Tensor:

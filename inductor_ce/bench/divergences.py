@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .shared.against_plain import compared, in_words, run
+from .shared.losses import jsd_of_entries
 from .shared.measure import Calls
 
 HELP = "divergences between two sets of given logits"
@@ -37,12 +38,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def generalised_jsd(z: Tensor, t: Tensor) -> Tensor:
     """The mixture by a logsumexp over both, as in generalised knowledge distillation."""
     log_p, log_q = F.log_softmax(z.float(), -1), F.log_softmax(t.float(), -1)
-    beta = torch.tensor(BETA, dtype=log_p.dtype, device=log_p.device)
-    both = torch.stack([log_p + torch.log1p(-beta), log_q + torch.log(beta)])
-    log_m = torch.logsumexp(both, dim=0)
-    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
-    return (beta * to_teacher + (1 - beta) * to_student).sum() / z.shape[0]
+    return jsd_of_entries(log_p, log_q, BETA).sum() / z.shape[0]
 
 
 def jsd(z: Tensor, t: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ class Builder:
                 made[node] = self._added(node.target, args, kwargs, node.meta["val"])
         raise AssertionError("a graph without an output")
 
-    def tell_gradients(self, on: bool = True) -> None:
+    def tell_gradients(self, on: bool) -> None:
         """Let the examples of what was built require gradients as the tensors will, where gradients are `on`.
 
         Examples are made without, and what is read of a graph asks them.

@@ -64,6 +64,11 @@ def is_hinted(size: Size) -> bool:
     return isinstance(size, int) or size.node.hint is not None
 
 
+def elements_of(node: Node) -> int:
+    """How many a tensor has, with hints in place of symbols."""
+    return math.prod(map(hint, shape_of(node)))
+
+
 def bytes_of(node: Node) -> int:
     """Bytes of a tensor, with hints in place of symbols."""
-    return math.prod(map(hint, shape_of(node))) * example_of(node).element_size()
+    return elements_of(node) * example_of(node).element_size()

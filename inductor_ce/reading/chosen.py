@@ -169,10 +169,8 @@ def _made(
             build.undo()
             raise
         wanted = context.grad_mode is True and example_of(value.logits.node).requires_grad
+        build.tell_gradients(wanted)
         for made in build.created:
-            example = tensor_of(made)
-            if wanted and example is not None:  # examples are made without gradients
-                made.meta["example_value"] = example.detach().requires_grad_()
             reading.added[made] = node
             reading.timeline.position[made] = context.position
         reading.chosen.setdefault(whole, []).append(z)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal, name_of, where_is
-from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
+from ..graph.shapes import elements_of, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.aten import is_backward
@@ -70,7 +69,7 @@ def is_of_losses(reading: Reading, node: Node) -> bool:
             return True
         sources = [a for a in made.all_input_nodes if tensor_of(a) is not None and is_of_each(made, a)]
         if any(spellings.is_step(made, name) for name in GLUE):
-            sources = sorted(sources, key=lambda a: math.prod(map(hint, shape_of(a))))[-1:]
+            sources = sorted(sources, key=elements_of)[-1:]
         frontier += [a for a in sources if a not in seen]
         seen.update(sources)
     return False
@@ -212,14 +211,14 @@ def _mixed_by(node: Node, value: OnLogits) -> Node | None:
 
     What is smaller than the logits are normalisers, of which a sum is no mixture.
     """
-    entries = _count(value.logits.node)
+    entries = elements_of(value.logits.node)
     frontier, seen = [node], {node}
     while frontier:
         source = frontier.pop(0)
         for user in source.users:
             step = spellings.step_of(user)
             if name_of(user) == "logaddexp" or _is_over_stack(user, source):
-                if _count(source) >= entries:
+                if elements_of(source) >= entries:
                     return user
                 continue
             shifts = step is not None and step.name in ("add", "sub", "stack", "to", "detach")
@@ -227,10 +226,6 @@ def _mixed_by(node: Node, value: OnLogits) -> Node | None:
                 seen.add(user)
                 frontier.append(user)
     return None
-
-
-def _count(node: Node) -> int:
-    return math.prod(map(hint, shape_of(node)))
 
 
 def _is_over_stack(node: Node, source: Node) -> bool:

@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import is_dtensor, local_of
 from ..distributed.local_logits import LocalLogits, beside, local_part, view_fact
 from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, example_of, hint, same_shape, shape_of, tensor_of
+from ..graph.shapes import constant, elements_of, equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.steps import Step, View
@@ -242,7 +242,7 @@ def _is_adapted(source: Node, beside: list[Node]) -> bool:
         inputs = [a for a in source.all_input_nodes if len(shape_of(a)) == len(shape_of(source))]
         if not inputs:
             return False
-        source = max(inputs, key=lambda a: math.prod(map(hint, shape_of(a))))
+        source = max(inputs, key=elements_of)
     return False
 
 

@@ -21,6 +21,20 @@ ENTROPY = 1e-2
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 
 
+def jsd_of_entries(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """What sums up to beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p: TRL's GKD.
+
+    Args:
+        log_p, log_q: log-probabilities of a student and its teacher, [..., V].
+        beta: of the teacher in the mixture, which a logsumexp makes.
+    """
+    weight = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device)
+    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-weight), log_q + torch.log(weight)]), dim=0)
+    to_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
+    to_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
+    return weight * to_teacher + (1 - weight) * to_student
+
+
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), y)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...api.defer import defer, restore
 from ..shared.labels import RUNS, Labels
-from ..shared.losses import IGNORED
+from ..shared.losses import IGNORED, jsd_of_entries
 
 # tokens [B, S] to (the loss [], the class of the logits, "" where the program has none)
 Step = Callable[[Tensor], tuple[Tensor, str]]
@@ -175,15 +175,11 @@ def forward_divergence(z: Tensor, q: Tensor) -> Tensor:
 COMPLETION = 0.75  # of the tokens, those behind the prompt
 
 
-def generalised_jsd(z: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
-    """The mean over tokens of beta KL(q || m) + (1 - beta) KL(p || m), with m = beta q + (1 - beta) p."""
+def generalised_jsd(z: Tensor, q: Tensor) -> Tensor:
+    """The mean over the tokens of completions, half of the mixture from each side."""
     start = z.shape[1] - int(COMPLETION * z.shape[1])
     log_p, log_q = (F.log_softmax(x[:, start - 1 : -1], -1) for x in (z, q))
-    weight = torch.tensor(beta, dtype=log_p.dtype, device=log_p.device)
-    log_m = torch.logsumexp(torch.stack([log_p + torch.log1p(-weight), log_q + torch.log(weight)]), dim=0)
-    of_teacher = F.kl_div(log_m, log_q, reduction="none", log_target=True)
-    of_student = F.kl_div(log_m, log_p, reduction="none", log_target=True)
-    jsd = weight * of_teacher + (1 - weight) * of_student
+    jsd = jsd_of_entries(log_p, log_q, beta=0.5)
     return jsd.sum() / (jsd.shape[0] * jsd.shape[1])
 
 
