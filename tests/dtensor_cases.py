@@ -14,7 +14,15 @@ from unittest import mock
 import reference
 import torch
 import torch.nn.functional as F
-from harness import Rewritten, clean_slate, compile_with_codegen, compile_without_codegen, misses, sites
+from harness import (
+    Graphs,
+    Rewritten,
+    clean_slate,
+    compile_with_codegen,
+    compile_without_codegen,
+    misses,
+    sites,
+)
 from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, mesh_there, spawn
 from reference import Terms
@@ -374,13 +382,20 @@ def collectives(graph: GraphModule) -> dict[str, int]:
     return dict(Counter(name.split(".")[1] for name in names if "wait" not in name))
 
 
+def exchanged(graph: GraphModule) -> list[int]:
+    """How many numbers each collective of a graph gives."""
+    nodes = [node for node in graph.graph.nodes if "c10d" in str(node.target)]
+    return [node.meta["val"].numel() for node in nodes if "wait" not in str(node.target)]
+
+
 class Exchanged(CommDebugMode):
-    """Counts collectives of compiled code too, which torch does not run under other modes.
+    """Counts collectives as they run, where the graph is of DTensors and has none itself; of compiled code too,
+    which torch does not run under other modes.
 
     `sizes` is how many numbers each of them gave.
-    """
 
-    supports_higher_order_operators = True
+    NOTE It also sees what DTensor does outside the graph: torch 2.11 gathers the gradient of `zero`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -391,8 +406,6 @@ class Exchanged(CommDebugMode):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if isinstance(func, torch._ops.HigherOrderOperator):
-            return func(*args, **(kwargs or {}))
         so_far = self.get_total_counts()
         out = super().__torch_dispatch__(func, types, args, kwargs)
         if self.get_total_counts() > so_far:
@@ -421,10 +434,12 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
     counts = counters["inductor_ce"]
     counts["token_chunks"] = counts["vocab_slabs"] = 0
     options = {} if setup.strategy == "auto" else {"strategy": setup.strategy, "memory_budget": 0.34}
+    graphs = Graphs()
     if setup.rewritten:
         compiled = torch.compile(f, backend=Rewritten())
     else:
-        compiled, _ = (compile_with_codegen if setup.code else compile_without_codegen)(f, **options)
+        compiled, graphs = (compile_with_codegen if setup.code else compile_without_codegen)(f, **options)
+    forward, backward = Exchanged(), Exchanged()
     computed: list[int | None] = []
 
     def rows_of_piece(*given: Any) -> int | None:
@@ -434,7 +449,7 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
     with (
         implicit_replication() if setup.weights == "plain" else nullcontext(),
         mock.patch.object(products, "rows_of_piece", rows_of_piece),
-        Exchanged() as forward,
+        forward if setup.rewritten else nullcontext(),
     ):
         loss = compiled(x["h"], x["W"], x["zero"], x["y"], x["w"], x["q"])
     upstream = upstream_of(loss).to(loss.dtype)
@@ -444,7 +459,7 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
         setup.over_rows() if loss.ndim else [Replicate()] * loss.device_mesh.ndim,
         src_data_rank=None,
     )
-    with Exchanged() as backward:
+    with backward if setup.rewritten else nullcontext():
         loss.backward(upstream)
     x["zero"].grad = torch.zeros_like(x["zero"]) if x["zero"].grad is None else x["zero"].grad
     return {
@@ -452,8 +467,14 @@ def run(name: Name, setup: Setup) -> dict[str, Any]:
         "misses": misses() - before[1],
         "strategies": {name: counts[name] for name in ("token_chunks", "vocab_slabs") if counts[name]},
         "loss": loss.detach().full_tensor(),
-        "collectives": (forward.counts, backward.counts),
-        "exchanged": forward.sizes + backward.sizes,
+        "collectives": (
+            (forward.counts, backward.counts) if setup.rewritten else tuple(map(collectives, graphs.final))
+        ),
+        "exchanged": (
+            forward.sizes + backward.sizes
+            if setup.rewritten
+            else [n for g in graphs.final for n in exchanged(g)]
+        ),
         "rows": computed,
         "loss placements": tuple(map(str, loss.placements)),
         "dz": x["zero"].grad.full_tensor(),
