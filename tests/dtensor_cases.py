@@ -389,7 +389,7 @@ def exchanged(graph: GraphModule) -> list[int]:
 
 
 class Exchanged(CommDebugMode):
-    """Counts collectives as they run, where the graph is of DTensors and has none itself; of compiled code too,
+    """Counts collectives as they run, for graphs of DTensors, which have none; of compiled code too,
     which torch does not run under other modes.
 
     `sizes` is how many numbers each of them gave.
