@@ -28,5 +28,5 @@ mean[y != -100](lse - pick(y))
 batchmean(sum 4*p*(log p - log m) + 4*q*(log q - log m) + 4*r*(log r - log m), m = 0.333333*p +
     0.333333*q + 0.333333*r)
 row_stats: max,sumexp,pick
-sharded: all_gather [3, N]
+sharded: left as written
 """

@@ -26,7 +26,7 @@ EXPECTED = """\
 pick(y) - lse
 sum p*(log p - log q)
 row_stats: max,sumexp,pick
-sharded: all_gather [3, N]
+sharded: left as written
 pick(y) - lse
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]

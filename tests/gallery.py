@@ -319,7 +319,9 @@ def rendered(report: inductor_ce.Report) -> str:
     for site in report.sites:
         lines += site.form.split("; ")
         lines += [f"kept: {_without_locations(site.kept)}"] if site.kept else []
-        lines += [f"row_stats: {site.which}", f"sharded: all_gather [{len(site.which.split(','))}, N]"]
+        sums_entries = any(re.search(r"\bsum ", form) for form in site.form.split("; "))
+        exchange = "left as written" if sums_entries else f"all_gather [{len(site.which.split(','))}, N]"
+        lines += [f"row_stats: {site.which}", f"sharded: {exchange}"]
     left = [*report.misses, *report.small]
     told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in left]
     # In torch 2.11 the body of an autograd.Function returns all its steps, so parts of a loss are losses too.

@@ -115,8 +115,8 @@ class Head:
         exits: what reads wide nodes to make gradients, and what each makes.
         teacher: what makes weights of it, if that is to be made of the same rows as the logits.
         divergences: the `divergence` nodes.
-        given: what these read as the logits of other sides, [N, V], that are no head's of which pieces can be
-            made with it; why_given: why not.
+        given: what these read, [N, V], and is not made in pieces with it: tensors, and the logits of other
+            sides that are no head's; why_given: why not.
     """
 
     products: list[Product]
@@ -326,10 +326,13 @@ def _of_sides(user: Node, head: Head) -> list[Node]:
     if user in head.divergences:
         return []
     head.divergences.append(user)
-    zs, _, _, which = divergence_call(user)
+    zs, ms, _, which = divergence_call(user)
     found: set[Node] = set()
     for u, z in enumerate(zs):
         roots = _products_before(z)
+        if u >= len(ms):  # what is brought along, unless it is made of the logits themselves
+            head.given += [] if roots and roots <= head.roots | found else [z]
+            continue
         if roots and (not head.why_given or roots <= head.roots):
             found |= roots - head.roots
             continue

@@ -7,6 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from ..graph.shapes import hint, shape_of
+from .calls import divergence_call
 from .find import SIDE_WHOLE, Head, source_of_exit
 from .kinds import HIDDEN
 from .loops import shared_sums
@@ -17,9 +18,9 @@ NO_SLABS = "a divergence is not summed up from blocks of classes"
 
 def told_of_sides(head: Head) -> str:
     """What is told of the sides of a head; "" where it has no divergence."""
-    if not head.divergences:
-        return ""
-    return f"{SIDE_WHOLE}{head.why_given}" if head.given else TOGETHER
+    if head.why_given:
+        return f"{SIDE_WHOLE}{head.why_given}"
+    return TOGETHER if any(len(divergence_call(node).ms) > 1 for node in head.divergences) else ""
 
 
 def moving(head: Head) -> list[Node]:

@@ -6,7 +6,8 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     rows            the statistics, each one entry of a table, and which of them a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
-    divergences     the operators of losses between several sets of logits
+    divergences     the operators of losses between several sets of logits, and of sums of entries, of which
+                    `entries` has the formulas; `arithmetic`, what these are computed with
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not

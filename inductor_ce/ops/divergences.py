@@ -1,12 +1,14 @@
-"""Divergences between several sets of logits: the operators, beside the two of the waist.
+"""Divergences between sets of logits, and sums of entries: the operators, beside the two of the waist.
 
-    divergence(zs S x [N, V], ms, ds S x [N], which)                          -> [1 + K + 2 S, N]
+    divergence(zs [N, V], ms, ds S x [N], which)                              -> [1 + K + 2 S, N]
     divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
 
-`which` is a `Divergence` of `algebra/divergences.py` as text; the formulas are there. The normalisers of
-each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a cross entropy of
-the same logits has them for nothing. The rows of the first result are the value, for each gradient that needs
-one a sum over the classes, and of each side log d and 1 / d: with m, all that the backward reads of a row.
+`which` is a `Divergence` of `algebra/divergences.py`, or an `Entries` of `algebra/entries.py`, as text; the
+formulas are there. The first S of `zs` are the logits of the sides; tensors that `Entries` name follow. The
+normalisers of each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a
+cross entropy of the same logits has them for nothing. The rows of the first result are the value, for each
+gradient that needs one a sum over the classes, and of each side log d and 1 / d: with m, all that the
+backward reads of a row.
 
 They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
 entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the
@@ -23,69 +25,42 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..algebra.divergences import Divergence
+from ..algebra.entries import Entries
 from ..common.errors import DerivativeError
+from . import entries
+from .arithmetic import Arithmetic, Normalised, Tensors
 
 T = TypeVar("T")
 
 
-def encode(divergence: Divergence) -> str:
-    """A divergence as the argument `which` of the operators."""
-    return json.dumps(tuple(divergence))
+def encode(formula: Divergence | Entries) -> str:
+    """A formula as the argument `which` of the operators."""
+    return json.dumps(tuple(formula))
 
 
 @functools.lru_cache(maxsize=256)
-def decode(which: str) -> Divergence:
+def decode(which: str) -> Divergence | Entries:
     """What `encode` has made text of."""
-    constants, logs, mixtures, mixed, wanted = json.loads(which)
-    logs, mixtures, mixed = (tuple(map(tuple, table)) for table in (logs, mixtures, mixed))
-    return Divergence(tuple(constants), logs, mixtures, mixed, tuple(wanted))
+    fields = _tuples(json.loads(which))
+    return Entries(*fields) if len(fields) == len(Entries._fields) else Divergence(*fields)
 
 
-class Arithmetic(Protocol[T]):
-    """What the formulas are computed with, over tensors or in Inductor's loops."""
-
-    def add(self, a: T, b: T | float) -> T: ...
-    def sub(self, a: T, b: T) -> T: ...
-    def mul(self, a: T, b: T | float) -> T: ...
-    def div(self, a: T, b: T) -> T: ...
-    def exp(self, a: T) -> T: ...
-    def log(self, a: T) -> T: ...
-    def unless_zero(self, p: T, x: T) -> T:
-        """x, but 0 where p is 0."""
-
-    def over_classes(self, row: T) -> T:
-        """A number of each row beside all of its entries."""
-
-    def total(self, a: T) -> T:
-        """The sum over the classes."""
+def _tuples(x: Any) -> Any:
+    return tuple(map(_tuples, x)) if isinstance(x, list) else x
 
 
-class Normalised(NamedTuple, Generic[T]):
-    """The logits of a side, and of each row their maximum, log d and 1 / d."""
-
-    z: T
-    m: T
-    logd: T
-    scale: T
-
-
-class _Entries(Generic[T]):
-    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs.
-
-    p is exp(z - m) / d, and not the exponential of its logarithm, which has been rounded.
-    """
+class _Weighed(Generic[T]):
+    """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs."""
 
     def __init__(self, do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]):
         self.do, self.which = do, which
-        gaps = [do.sub(side.z, do.over_classes(side.m)) for side in sides]
-        self.a = [do.sub(gap, do.over_classes(s.logd)) for gap, s in zip(gaps, sides, strict=True)]
-        self.p = [do.mul(do.exp(gap), do.over_classes(s.scale)) for gap, s in zip(gaps, sides, strict=True)]
+        self.a, self.p = zip(*(side.logarithm_and_probability(do) for side in sides), strict=True)
         self.m = [self._sum(zip(w, self.p, strict=True)) for w in which.mixtures]
         self.logs = [do.log(m) for m in self.m]
 
@@ -140,15 +115,14 @@ class _Entries(Generic[T]):
         return _added(do, parts) if parts else do.mul(self.p[u], 0.0)
 
 
-def sums(do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]) -> list[T]:
-    """The rows that `divergence` packs."""
-    entries = _Entries(do, which, sides)
-    values = {u: x for u in which.sides if (x := entries.value(u)) is not None}
-    packed = [do.total(_added(do, values.values()))]
+def _sums(do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]) -> list[T]:
+    weighed = _Weighed(do, which, sides)
+    values = {u: x for u in which.sides if (x := weighed.value(u)) is not None}
+    totals = [do.total(_added(do, values.values()))]
     for u in which.summed:
-        parts = [x for x in (values.get(u), entries.shares(u)) if x is not None]
-        packed.append(do.total(_added(do, parts)))
-    return [*packed, *(row for side in sides for row in (side.logd, side.scale))]
+        parts = [x for x in (values.get(u), weighed.shares(u)) if x is not None]
+        totals.append(do.total(_added(do, parts)))
+    return totals
 
 
 def _added(do: Arithmetic[T], terms: Iterable[T]) -> T:
@@ -156,36 +130,43 @@ def _added(do: Arithmetic[T], terms: Iterable[T]) -> T:
     return functools.reduce(do.add, others, first)
 
 
+def _gradients(
+    do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]], totals: Sequence[T]
+) -> list[T]:
+    weighed, of_side = _Weighed(do, which, sides), dict(zip(which.summed, totals, strict=True))
+    return [weighed.gradient(u, of_side.get(u)) for u in which.wanted]
+
+
+def sums(
+    do: Arithmetic[T], which: Divergence | Entries, sides: Sequence[Normalised[T]], tensors: Sequence[T]
+) -> list[T]:
+    """The rows that `divergence` packs."""
+    if isinstance(which, Entries):
+        totals = entries.sums(do, which, sides, tensors)
+    else:
+        totals = _sums(do, which, sides)
+    return [*totals, *(row for side in sides for row in (side.logd, side.scale))]
+
+
 def gradients(
-    do: Arithmetic[T], which: Divergence, zs: Sequence[T], ms: Sequence[T], packed: Sequence[T], upstream: T
+    do: Arithmetic[T],
+    which: Divergence | Entries,
+    zs: Sequence[T],
+    ms: Sequence[T],
+    packed: Sequence[T],
+    upstream: T,
 ) -> list[T]:
     """Those of the sides that are wanted, in the dtype in which they are computed."""
     first = 1 + len(which.summed)
+    logits, tensors = zs[: len(ms)], zs[len(ms) :]
     logds, scales = packed[first::2], packed[first + 1 :: 2]
-    sides = [Normalised(*rows) for rows in zip(zs, ms, logds, scales, strict=True)]
-    entries = _Entries(do, which, sides)
-    of_side = dict(zip(which.summed, packed[1:first], strict=True))
+    sides = [Normalised(*rows) for rows in zip(logits, ms, logds, scales, strict=True)]
+    if isinstance(which, Entries):
+        made = entries.gradients(do, which, sides, tensors, packed[1:first])
+    else:
+        made = _gradients(do, which, sides, packed[1:first])
     up = do.over_classes(upstream)
-    return [do.mul(entries.gradient(u, of_side.get(u)), up) for u in which.wanted]
-
-
-class _Tensors:
-    """Arithmetic of tensors."""
-
-    add, sub, mul = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
-    div, exp, log = staticmethod(torch.div), staticmethod(torch.exp), staticmethod(torch.log)
-
-    @staticmethod
-    def unless_zero(p: Tensor, x: Tensor) -> Tensor:
-        return torch.where(p == 0, 0.0, x)
-
-    @staticmethod
-    def over_classes(row: Tensor) -> Tensor:
-        return row.unsqueeze(-1)
-
-    @staticmethod
-    def total(a: Tensor) -> Tensor:
-        return a.sum(-1)
+    return [do.mul(dz, up) for dz in made]
 
 
 def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
@@ -193,21 +174,27 @@ def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence:
-    divergence = decode(which)
-    if any(len(each) != len(divergence.sides) for each in (zs, *rows_of_sides)):
-        raise ValueError(f"{len(zs)} sets of logits for {len(divergence.sides)} sides")
-    for z, *rows in zip(zs, *rows_of_sides, strict=True):
-        if z.dim() != 2 or not z.is_floating_point() or z.shape[1] != zs[0].shape[1]:
-            raise ValueError(f"logits must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
-        for n in (z.shape[0], *(row.shape[0] for row in rows)):
-            torch._check(n == zs[0].shape[0], lambda: "the sides differ in N")
-    return divergence
+def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence | Entries:
+    formula = decode(which)
+    n_sides, n_tensors = len(formula.sides), formula.n_tensors if isinstance(formula, Entries) else 0
+    if len(zs) != n_sides + n_tensors or any(len(rows) != n_sides for rows in rows_of_sides):
+        beside = f" and {n_tensors} tensors" * (n_tensors > 0)
+        raise ValueError(f"{len(zs)} sets of logits for {n_sides} sides{beside}")
+    for z in zs:
+        if z.dim() != 2 or z.shape[1] != zs[0].shape[1]:
+            raise ValueError(f"logits and tensors must be [N, V], got {tuple(z.shape)}")
+    for z in zs[:n_sides]:
+        if not z.is_floating_point():
+            raise ValueError(f"logits must be floating point, got {z.dtype}")
+    for x in (*zs, *(row for rows in rows_of_sides for row in rows)):
+        torch._check(x.shape[0] == zs[0].shape[0], lambda: "the sides differ in N")
+    return formula
 
 
 def _wide(tensors: Sequence[Tensor], zs: list[Tensor]) -> list[Tensor]:
+    """In the dtype in which they are computed, but for what is true or false."""
     dtype = computed_in([z.dtype for z in zs])
-    return [tensor.to(dtype) for tensor in tensors]
+    return [tensor if tensor.dtype == torch.bool else tensor.to(dtype) for tensor in tensors]
 
 
 @torch.library.custom_op("inductor_ce::divergence", mutates_args=())
@@ -215,26 +202,27 @@ def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str)
     """The value of a divergence and what its gradients need of each row, [1 + K + 2 S, N].
 
     Args:
-        zs: the logits of each side, [N, V].
+        zs: the logits of each side, [N, V], and then the tensors of `Entries`, [N, V].
         ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N].
-        which: an encoded `Divergence`, see `encode`.
+        which: an encoded `Divergence` or `Entries`, see `encode`.
 
     Returns:
-        float64 if any logits are, else float32. Only the value has a gradient.
+        float64 if any of `zs` are, else float32. Only the value has a gradient.
 
     Raises:
-        ValueError: the sides differ in number or in V.
+        ValueError: the sides or tensors differ in number or in V.
     """
     checked = _check(zs, which, ms, ds)
-    wide = zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True)
-    return torch.stack(sums(_Tensors, checked, [Normalised(z, m, d.log(), 1 / d) for z, m, d in wide]))
+    wide, m, d = (_wide(each, zs) for each in (zs, ms, ds))
+    sides = [Normalised(z, m, d.log(), 1 / d) for z, m, d in zip(wide, m, d, strict=False)]
+    return torch.stack(sums(Tensors, checked, sides, wide[len(ms) :]))
 
 
 @divergence.register_fake
 def _(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
     checked = _check(zs, which, ms, ds)
     dtype = computed_in([z.dtype for z in zs])
-    return zs[0].new_empty((1 + len(checked.summed) + 2 * len(zs), zs[0].shape[0]), dtype=dtype)
+    return zs[0].new_empty((1 + len(checked.summed) + 2 * len(ms), zs[0].shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("inductor_ce::divergence_grad", mutates_args=())
@@ -249,7 +237,7 @@ def divergence_grad(
     """
     checked = _check(zs, which, ms)
     z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
-    made = gradients(_Tensors, checked, z, m, packed.unbind(0), up)
+    made = gradients(Tensors, checked, z, m, packed.unbind(0), up)
     return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
 
 
@@ -260,16 +248,17 @@ def _(zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, whic
 
 def _save_for_grad(ctx, inputs, output) -> None:
     zs, ms, _, ctx.which = inputs
-    ctx.n_sides = len(zs)
-    ctx.save_for_backward(*zs, *ms, output)
+    ctx.n_sides = len(ms)
+    ctx.save_for_backward(*ms, *zs, output)
 
 
 def _backward(ctx, upstream: Tensor):
     *saved, packed = ctx.saved_tensors
     n = ctx.n_sides
-    made = divergence_grad(saved[:n], saved[n:], packed, upstream[0], ctx.which)
+    zs = saved[n:]
+    made = divergence_grad(zs, saved[:n], packed, upstream[0], ctx.which)
     of_side = dict(zip(decode(ctx.which).wanted, made, strict=True))
-    return [of_side.get(u) for u in range(n)], [None] * n, [None] * n, None
+    return [of_side.get(u) for u in range(len(zs))], [None] * n, [None] * n, None
 
 
 def _no_second_derivative(ctx, *upstream):

@@ -8,6 +8,7 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import divergences, operators
+from .arithmetic import Normalised
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
 
@@ -83,13 +84,13 @@ def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
 
 def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:
     """[1 + K + 2 S, N], as `divergences.divergence`."""
-    sides = []
-    for z, m, d in zip(*(_wide(each, zs) for each in (zs, ms, ds)), strict=True):
+    wide, sides = _wide(zs, zs), []
+    for z, m, d in zip(wide, *(_wide(each, zs) for each in (ms, ds)), strict=False):
         logd, scale = call_lowering(aten.log.default, d), call_lowering(aten.reciprocal.default, d)
         for row in (logd, scale):
             row.realize()  # once a row, and not for each of its entries
-        sides.append(divergences.Normalised(z, m, logd, scale))
-    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides))
+        sides.append(Normalised(z, m, logd, scale))
+    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides, wide[len(ms) :]))
 
 
 def divergence_grad(
@@ -105,7 +106,15 @@ def divergence_grad(
 
 def _wide(values: list[IRNode], zs: list[IRNode]) -> list[IRNode]:
     dtype = divergences.computed_in([z.get_dtype() for z in zs])
-    return [cast(value, dtype) for value in values]
+    return [value if value.get_dtype() == torch.bool else cast(value, dtype) for value in values]
+
+
+_TENSOR = ("add", "sub", "mul", "div", "gt", "ge", "lt", "le", "eq", "ne")
+_DEFAULT = ("neg", "exp", "log", "log1p", "sqrt", "abs", "sign", "maximum", "minimum")
+_OF_ENTRIES = {name: getattr(aten, name).Tensor for name in _TENSOR}
+_OF_ENTRIES |= {name: getattr(aten, name).default for name in _DEFAULT}
+_OF_ENTRIES |= {name: getattr(aten, f"logical_{name}").default for name in ("and", "or", "not")}
+_OF_ENTRIES |= {"pow": aten.pow.Tensor_Scalar, "where": aten.where.self}
 
 
 class _Loops:
@@ -128,6 +137,21 @@ class _Loops:
 
     def log(self, a: IRNode) -> IRNode:
         return call_lowering(aten.log.default, a)
+
+    def call(self, name: str, *args: IRNode) -> IRNode:
+        if name == "number":
+            return call_lowering(aten.mul.Tensor, args[0], 1.0)
+        if name == "xlogy":
+            x, y = args
+            product = self.mul(x, self.log(y))
+            return _where(_is_nan(y), torch.nan, _where(call_lowering(aten.eq.Scalar, x, 0), 0.0, product))
+        if name == "clamp":
+            return self.call("minimum", self.call("maximum", *args[:2]), args[2])
+        if name == "where" and all(isinstance(arg, float) for arg in args[1:]):
+            size, device = args[0].get_size(), args[0].get_device()
+            yes = call_lowering(aten.full.default, size, args[1], dtype=torch.float32, device=device)
+            return _where(args[0], yes, args[2])
+        return call_lowering(_OF_ENTRIES[name], *args)
 
     def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:
         return _where(call_lowering(aten.eq.Scalar, p, 0), 0.0, x)

@@ -14,24 +14,28 @@ from torch.fx import Node
 
 from .. import algebra
 from ..algebra import divergences as joint
+from ..algebra import entries
 from ..algebra.divergences import Divergence
-from ..graph.shapes import shape_of, tensor_of
+from ..algebra.entries import Entries
+from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
+from .context import kind_of
+from .entries import LOSSES, EntryReader
 from .joint import JointReader, RowFactor
 from .losses import modernised
 from .sides import Side, moves, of_wholes
 from .tails import Summed, added_up
 from .values import LossValue, Reading, RowValue, row_expr
 
-_ENDS = ("sum", "mean", "kl_div")
+_ENDS = ("sum", "mean", "kl_div", *LOSSES)
 
 
 @dataclass(frozen=True)
 class Term:
-    """A divergence, and the numbers of each row that it is multiplied by."""
+    """A divergence, or a sum of entries, and the numbers of each row that it is multiplied by."""
 
-    divergence: Divergence
+    divergence: Divergence | Entries
     factors: tuple[RowFactor, ...]
 
 
@@ -43,6 +47,7 @@ class Between:
         node, end, summand, axis, wide: as of `Summed`.
         sides: of which its terms are.
         terms: what is added up; none where that is not a sum of logarithms under probabilities.
+        tensors: what is brought along for each entry, row or class.
     """
 
     node: Node
@@ -52,12 +57,13 @@ class Between:
     sides: tuple[Side, ...]
     terms: tuple[Term, ...]
     wide: frozenset[Node]
+    tensors: tuple[Node, ...] = ()
 
 
 def read_divergences(reading: Reading) -> Iterator[Between]:
     """Those of a graph that has been read."""
     reader = JointReader(reading)
-    found = []
+    found, others = [], []
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
         if step is None or step.name not in _ENDS:
@@ -68,10 +74,16 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
         summed = _summed(reader, node, step.name)
         if summed is not None and (not of_one or _has_mixture(summed.expr)):
             found.append(summed)
-    for summed in added_up(reading, found):
-        between = _between(reader, summed)
-        if between is not None:
-            yield between
+        elif not of_one:
+            others.append(node)
+    between = {summed.node: _between(reader, summed) for summed in added_up(reading, found)}
+    others += [node for node, each in between.items() if each is None or not each.terms]
+    for node in others:
+        if (summed_up := _of_entries(reader, node)) is not None:
+            between[node] = summed_up
+    for node in sorted(between, key=reading.timeline.position.__getitem__):
+        if (each := between[node]) is not None:
+            yield each
 
 
 def is_loss_of_one(reading: Reading, node: Node) -> bool:
@@ -132,6 +144,52 @@ def _between(reader: JointReader, summed: Summed) -> Between | None:
     parts = joint.total(expr, [(side.logits, side.steps) for side in sides], wanted) or {}
     terms = tuple(Term(d, tuple(reader.factors[f] for f in rows)) for rows, d in parts.items())
     return Between(summed.node, summed.end, summed.summand, summed.axis, sides, terms, summed.wide)
+
+
+def _of_entries(reader: JointReader, node: Node) -> Between | None:
+    """What a node is if it sums what each entry makes by itself."""
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0].name not in _ENDS:
+        return None
+    (step, args), timeline = spelled, reader.reading.timeline
+    summand, mode = args.get("input"), timeline.grad_mode(timeline.position[node])
+    if not isinstance(summand, Node) or None in (tensor_of(node), tensor_of(summand)) or mode == INFERENCE:
+        return None
+    entry = EntryReader(reader, summand)
+    is_loss = step.name in ("kl_div", *LOSSES)
+    if is_loss:
+        args = modernised(args)
+        how, target = args.get("reduction", "mean"), args.get("target")
+        alike = tensor_of(target) is not None and same_shape(shape_of(target), shape_of(summand))  # type: ignore[arg-type]
+        if how not in ("mean", "sum", "batchmean") or not alike:
+            return None
+        term = entry.loss(step.name, args)
+        wide = entry.wide(summand, target)  # type: ignore[arg-type]
+    else:
+        term, wide = entry.of(summand), entry.wide(summand)
+    axis = entry.axis
+    if term is None or axis is None or not entries.is_own(term):
+        return None
+    if not is_loss and not _sums(args, axis, len(shape_of(summand))):
+        return None
+    if mode is not True:
+        term = entries.renamed(term, {s: reader.detached(s) for s in entries.sides_of(term)})
+    return _summed_up(reader, entry, node, term, wide | {node})
+
+
+def _summed_up(
+    reader: JointReader, entry: EntryReader, node: Node, term: entries.Term, wide: frozenset[Node]
+) -> Between | None:
+    used, brought = sorted(entries.sides_of(term)), sorted(entries.tensors_of(term))
+    tensors, axis = tuple(entry.tensors[k] for k in brought), entry.axis
+    assert axis is not None
+    sides = of_wholes([reader.sides[side] for side in used], reader.reading)
+    if len(sides) > joint.MOST_SIDES or any(kind_of(t, entry.summand, axis) is None for t in tensors):
+        return None
+    wanted = tuple(i for i, side in enumerate(sides) if moves(side))
+    places = [{k: i for i, k in enumerate(each)} for each in (used, brought)]
+    made = Entries(entries.renamed(term, *places), len(sides), len(tensors), wanted)
+    return Between(node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors)
 
 
 def _sums(args: dict[str, Any], axis: int, rank: int) -> bool:

@@ -143,9 +143,13 @@ class JointReader:
             return None
         return replace(value, wide=value.wide | limit.wide | zeroed.edits | {node})
 
+    def detached(self, side: int) -> int:
+        """The side of the same rows to which no gradient flows."""
+        return self._side(replace(self.sides[side], detached=True))
+
     def held(self, value: JointValue) -> JointValue:
         """The same where no gradient flows through it."""
-        names = {s: self._side(replace(self.sides[s], detached=True)) for s in value.expr.sides}
+        names = {s: self.detached(s) for s in value.expr.sides}
         return replace(value, expr=value.expr.renamed(names))
 
     # Operands

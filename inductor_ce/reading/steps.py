@@ -116,6 +116,8 @@ _LOSSES = (
     _row("cross_entropy", "losses.cross_entropy", _CROSS_ENTROPY, F.cross_entropy, traits="is_loss"),
     _row("nll_loss", "losses.nll_loss", _NLL_LOSS, F.nll_loss, traits="is_loss"),
     _row("kl_div", "losses.kl_div", "input target size_average reduce reduction log_target", F.kl_div),
+    _row("mse_loss", "", "input target size_average reduce reduction weight", F.mse_loss),
+    _row("l1_loss", "", "input target size_average reduce reduction weight", F.l1_loss),
 )
 
 _ALONG_THE_VOCABULARY = (

@@ -16,7 +16,8 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..algebra import divergences
+from ..algebra import divergences, entries
+from ..algebra.entries import Entries
 from ..common.compat.graphs import is_dtensor
 from ..common.failsafe import attempt
 from ..common.findings import Reason, Refusal
@@ -27,7 +28,9 @@ from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..ops.divergences import encode
 from ..reading import spellings
+from ..reading.context import kind_of
 from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_divergences
+from ..reading.entries import LOSSES
 from ..reading.losses import modernised
 from ..reading.row_views import Index, Permute, Reshape, RowView
 from ..reading.values import Logits, Reading
@@ -43,6 +46,9 @@ FORM = "inductor_ce_divergence"
 
 OF_RANKS = Refusal(
     Reason.UNSUPPORTED_TENSOR, "It is a divergence between several sets of logits, which are DTensors."
+)
+ENTRIES_OF_RANKS = Refusal(
+    Reason.UNSUPPORTED_TENSOR, "It sums what each entry makes by itself, of logits that are a DTensor."
 )
 NOT_WEIGHED = Refusal(
     Reason.MIXTURE,
@@ -88,7 +94,7 @@ def _refusal(reading: Reading, found: Between) -> Refusal | None:
     if not found.terms:
         return NOT_WEIGHED
     if any(is_dtensor(tensor_of(z.node)) for z in logits):
-        return OF_RANKS
+        return ENTRIES_OF_RANKS if isinstance(found.terms[0].divergence, Entries) else OF_RANKS
     timeline = reading.timeline
     if any(timeline.version(z.node, len(timeline.nodes)) != z.version for z in logits):
         return EDITED
@@ -143,19 +149,20 @@ def _result(build: Builder, found: Between, made: Made) -> Node:
     sides = [_side(build, side, made) for side in found.sides]
     first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
-    parts = [_rows(build, found, term, sides) for term in found.terms]
+    tensors = [_beside(build, found, tensor, first_size(build, sides[0].m)) for tensor in found.tensors]
+    parts = [_rows(build, found, term, sides, tensors) for term in found.terms]
     rows = functools.reduce(functools.partial(build, torch.add), parts)
     result = _reduced(build, found, rows, args)
     dtype = tensor_of(found.node).dtype  # type: ignore[union-attr]
     return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
 
 
-def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -> Node:
+def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised], tensors: list[Node]) -> Node:
     """A number for each row, arranged as what is summed, with an axis of size 1 for the classes."""
     wanted = term.divergence.wanted
     zs = [side.z if u in wanted else side.held for u, side in enumerate(sides)]
     rows_of = [side.m for side in sides], [side.d for side in sides]
-    packed = build(ops.DIVERGENCE, zs, *rows_of, encode(term.divergence))
+    packed = build(ops.DIVERGENCE, [*zs, *tensors], *rows_of, encode(term.divergence))
     rows = build(torch.select, packed, 0, 0)
     if len(shape_of(found.summand)) != 2:
         rows = build("reshape", rows, row_sizes(build, found.summand, found.axis))
@@ -170,6 +177,26 @@ def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised]) -
             mask = build("unsqueeze", factor.node, -1) if factor.how == "chosen" else factor.node
             rows = build(torch.where, mask, *pair)
     return rows
+
+
+def _beside(build: Builder, found: Between, tensor: Node, n: Any) -> Node:
+    """What is brought along for each entry, row or class, as [N, V]; no copy where it is not of entries."""
+    kind, axis = kind_of(tensor, found.summand, found.axis), found.axis
+    rank, rows = len(shape_of(found.summand)), row_sizes(build, found.summand, axis)
+    v = constant(shape_of(found.summand)[axis])
+    node = build("detach", tensor)
+    if kind == "columns":
+        node = node if axis == rank - 1 else build(torch.movedim, node, axis, -1)
+        return node if rank == 2 else build("reshape", node, [-1, v])
+    if kind == "row":
+        missing = rank - len(shape_of(tensor))
+        for _ in range(missing):
+            node = build("unsqueeze", node, 0)
+        node = build("squeeze", node, axis)
+        node = build("reshape", build("expand", node, rows), [-1, 1])
+    else:
+        node = build("reshape", node, [1, -1])
+    return build("expand", node, [n, v])
 
 
 class Normalised(NamedTuple):
@@ -220,11 +247,9 @@ def _flat(build: Builder, side: Side) -> Node:
 
 def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -> Node:
     """As the user's own sum, mean or loss reduces what it sums."""
-    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
-    how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
-    given: tuple[Any, ...] = () if args.get("dim") is None else (args["dim"], bool(args.get("keepdim")))
-    if name == "kl_div":
-        given = ()
+    how, is_loss = _how(found, args)
+    given: tuple[Any, ...] = (args["dim"], bool(args.get("keepdim"))) if args.get("dim") is not None else ()
+    given = () if is_loss else given
     chosen = [f for f in found.terms[0].factors if f.how == "chosen"]
     if how == "mean" and chosen:
         count = build(torch.mul, build(torch.sum, chosen[0].node), shape_of(found.summand)[-1])
@@ -236,15 +261,25 @@ def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -
     return build(torch.div, total, first_size(build, args["input"])) if how == "batchmean" else total
 
 
+def _how(found: Between, args: dict[str, Any]) -> tuple[str, bool]:
+    """(how it is reduced, whether by a loss)"""
+    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
+    is_loss = name in ("kl_div", *LOSSES)
+    return (modernised(args).get("reduction", "mean") if is_loss else name), is_loss
+
+
 def _form(found: Between) -> str:
     """What is computed, as text."""
-    name = spellings.step_of(found.end).name  # type: ignore[union-attr]
     args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
-    how = modernised(args).get("reduction", "mean") if name == "kl_div" else name
-    if name == "sum" and args.get("dim") is not None:
+    how, is_loss = _how(found, args)
+    if how == "sum" and not is_loss and args.get("dim") is not None:
         how = ""
-    rendered = " + ".join(divergences.render(term.divergence) for term in found.terms)
+    rendered = " + ".join(_rendered(term.divergence) for term in found.terms)
     return f"{how}({rendered})" if how else rendered
+
+
+def _rendered(formula: divergences.Divergence | Entries) -> str:
+    return entries.render(formula) if isinstance(formula, Entries) else divergences.render(formula)
 
 
 def _erase(found: Between) -> None:

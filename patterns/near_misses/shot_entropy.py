@@ -22,6 +22,6 @@ def loss(outputs, eps=1e-5):
 
 
 EXPECTED = """\
-EACH_ENTRY: The result of softmax goes into mean (mean = probs.mean(dim=0)), which adds up rows,
-    class by class. Each entry of a row is needed there by itself, so it runs as written.
+LOGITS_ESCAPE: The softmax of all classes [16x48] is also used by mean (mean = probs.mean(dim=0)).
+    Compute the loss from the logits, apart from the log-probabilities that you keep.
 """

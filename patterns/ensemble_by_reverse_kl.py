@@ -1,7 +1,7 @@
 """Reverse KL to the mean of two teachers: the mixture is weighed by a side that is no part of it.
 
 Source: none; what turning the divergence of an ensemble round gives
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -21,10 +21,7 @@ def loss(logits, first, second):
 
 
 EXPECTED = """\
-MIXTURE: It sums logarithms over the classes that are weighed by no probabilities, or one of a
-    mixture of probabilities that is weighed by others than those that are in it. No statistic of one
-    row or of the other stands for it, so it runs as written.
-MIXTURE: It sums logarithms over the classes that are weighed by no probabilities, or one of a
-    mixture of probabilities that is weighed by others than those that are in it. No statistic of one
-    row or of the other stands for it, so it runs as written.
+sum p*(log p - log(0.5*q + 0.5*r))
+row_stats: max,sumexp
+sharded: left as written
 """

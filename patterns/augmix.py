@@ -1,7 +1,7 @@
 """AugMix: cross entropy, and the Jensen-Shannon divergence of three views from their clamped mean.
 
 Source: google-research/augmix, cifar.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -24,12 +24,9 @@ def loss(logits_all, targets):
 
 EXPECTED = """\
 mean[y != -100](lse - pick(y))
+batchmean(sum xlogy(p, p) - p*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
+batchmean(sum xlogy(q, q) - q*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
+batchmean(sum xlogy(r, r) - r*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
 row_stats: max,sumexp,pick
-sharded: all_gather [3, N]
-NOT_UNDERSTOOD: The result of softmax goes into kl_div (divergence = sum(F.kl_div(mixture, p,
-    reduction="batchmean") for p in views) / 3.0). If this is a cross entropy, write this step in one of
-    the spellings that the README lists; if not, it runs as written.
-SOFT_TARGETS: The classes are weighed by add (mixture = torch.clamp(sum(views) / 3.0, 1e-7,
-    1).log()) [8, 48], of which a gradient is wanted. Detach the targets if they are meant as constants;
-    no gradient reaches them through the kernels.
+sharded: left as written
 """

@@ -1,7 +1,7 @@
 """Unlikelihood training: nll_loss, and log(1 - p), clamped, of every candidate of the context.
 
 Source: facebookresearch/unlikelihood_training, custom/candidate_penalty_ce_loss.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -25,7 +25,8 @@ def loss(logits, target):
 
 
 EXPECTED = """\
-LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by clamp (one_minus_probs =
-    torch.clamp(1.0 - lprobs.exp(), min=1e-5)). Compute the loss from the logits, apart from the
-    log-probabilities that you keep.
+sum[y != 1](lse - pick(y))
+sum(sum -log(clamp(1 - p, min=1e-05))*t)
+row_stats: max,sumexp,pick
+sharded: left as written
 """

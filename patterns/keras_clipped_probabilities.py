@@ -1,7 +1,7 @@
 """Keras: probabilities scaled to sum to one and clipped, before the logarithm.
 
 Source: keras-team/keras, keras/src/backend/torch/nn.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -22,7 +22,7 @@ def loss(scores, labels, epsilon=1e-7):
 
 
 EXPECTED = """\
-EACH_ENTRY: The result of softmax goes into clip (output = torch.clip(output, epsilon, 1.0 -
-    epsilon)), of which more than picked entries are needed. Each entry of a row is needed there by
-    itself, so it runs as written.
+sum t*log(clamp(p, min=1e-07, max=1))
+row_stats: max,sumexp
+sharded: left as written
 """

@@ -1,7 +1,7 @@
 """Gumbel VQ: a code chosen straight through with noise, and the KL of the softmax without, with an epsilon.
 
 Source: karpathy/deep-vector-quantization, dvq/model/quantize.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -25,7 +25,7 @@ def loss(logits, codebook, noise, tau=0.9):
 
 
 EXPECTED = """\
-EACH_ENTRY: The result of softmax goes into mul (diff = 5e-4 * (q * torch.log(q * V +
-    1e-10)).sum(dim=1).mean()), of which more than picked entries are needed. Each entry of a row is
-    needed there by itself, so it runs as written.
+sum p*log(48*p + 1e-10)
+row_stats: max,sumexp
+sharded: left as written
 """

@@ -1,7 +1,7 @@
 """DistiLLM: total variation between two softmaxes, over the tokens that count.
 
 Source: jongwooko/distillm, distillm/losses.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -25,5 +25,7 @@ def loss(logits, teacher_logits, labels):
 
 
 EXPECTED = """\
-nothing to fuse
+sum abs(q - p)
+row_stats: max,sumexp
+sharded: left as written
 """

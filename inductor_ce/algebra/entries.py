@@ -1,0 +1,253 @@
+"""Sums over the classes of whatever the entries of rows make by themselves, which no statistic is.
+
+A *term* is a number; ("p", s) or ("log p", s), the probability of an entry and its logarithm on the side s,
+as in `divergences`; ("t", k), an entry of the k-th tensor that the user brings along; or a function of terms,
+as ("mul", a, b). With g the term of an entry, the gradient of sum_i g_i with respect to a side's logits is
+
+    e_i - p_i sum_i e_i,   e = dg/d(log p) + p dg/dp,
+
+the derivatives of the softmax put in. Those of the functions are torch's own, also where they have none: 1
+at the ends of what is clamped, 0 for |x| at 0, and of equal values a half each for the larger of two.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+Term = float | tuple[Any, ...]
+
+MOST_TERMS = 150  # of what is summed: more is no loss
+
+LEAVES = ("p", "log p", "t")
+
+# What is true or false of an entry.
+TRUTHS = ("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not")
+
+
+class Entries(NamedTuple):
+    """The sum over the classes of `term`, and of which sides gradients are wanted."""
+
+    term: Term
+    n_sides: int
+    n_tensors: int
+    wanted: tuple[int, ...]
+
+    @property
+    def sides(self) -> range:
+        return range(self.n_sides)
+
+    @property
+    def summed(self) -> list[int]:
+        """The sides whose gradients need a sum over the classes."""
+        return [side for side in self.wanted if slope(self.term, side) != 0]
+
+
+# Terms made of terms, simpler where a part is 0 or 1 because no gradient, or all of it, comes that way
+
+
+def _add(a: Term, b: Term) -> Term:
+    return b if a == 0 else a if b == 0 else ("add", a, b)
+
+
+def _sub(a: Term, b: Term) -> Term:
+    return a if b == 0 else _neg(b) if a == 0 else ("sub", a, b)
+
+
+def _neg(a: Term) -> Term:
+    return -a if isinstance(a, float) else ("neg", a)
+
+
+def _mul(a: Term, b: Term) -> Term:
+    if a == 0 or b == 0:
+        return 0.0
+    return b if a == 1 else a if b == 1 else ("mul", a, b)
+
+
+def _div(a: Term, b: Term) -> Term:
+    return 0.0 if a == 0 else ("div", a, b)
+
+
+def _where(condition: Term, a: Term, b: Term) -> Term:
+    return a if a == b else ("where", condition, a, b)
+
+
+# The derivatives: of (own arguments, theirs)
+
+_Rule = Callable[..., Term]
+
+
+def _of_power(x: Term, n: Term, dx: Term, dn: Term) -> Term:
+    if isinstance(n, float):
+        return _mul(n, _mul(1.0 if n == 1 else ("pow", x, n - 1), dx)) if n else 0.0
+    return _mul(("mul", n, ("pow", x, ("sub", n, 1.0))), dx)
+
+
+def _of_xlogy(x: Term, y: Term, dx: Term, dy: Term) -> Term:
+    is_zero = ("and", ("eq", x, 0.0), ("le", y, 0.0))
+    return _add(_mul(_where(is_zero, 0.0, ("log", y)), dx), _mul(("div", x, y), dy))
+
+
+def _of_larger(sign: str) -> _Rule:
+    def rule(a: Term, b: Term, da: Term, db: Term) -> Term:
+        both = _mul(0.5, _add(da, db))
+        return _where(("eq", a, b), both, _where((sign, a, b), da, db))
+
+    return rule
+
+
+_RULES: dict[str, _Rule] = {
+    "add": lambda a, b, da, db: _add(da, db),
+    "sub": lambda a, b, da, db: _sub(da, db),
+    "mul": lambda a, b, da, db: _add(_mul(da, b), _mul(a, db)),
+    "div": lambda a, b, da, db: _div(_sub(da, _mul(("div", a, b), db)), b),
+    "neg": lambda a, da: _neg(da),
+    "exp": lambda a, da: _mul(("exp", a), da),
+    "log": lambda a, da: _div(da, a),
+    "log1p": lambda a, da: _div(da, ("add", a, 1.0)),
+    "sqrt": lambda a, da: _div(da, ("mul", ("sqrt", a), 2.0)),
+    "abs": lambda a, da: _mul(("sign", a), da),
+    "pow": _of_power,
+    "xlogy": _of_xlogy,
+    "maximum": _of_larger("gt"),
+    "minimum": _of_larger("lt"),
+    "where": lambda c, a, b, dc, da, db: _where(c, da, db),
+    "clamp": lambda x, low, high, dx, *_: _where(("or", ("lt", x, low), ("gt", x, high)), 0.0, dx),
+    **dict.fromkeys(("sign", "number", *TRUTHS), lambda *_: 0.0),
+}
+
+FUNCTIONS = frozenset(_RULES)
+
+
+@functools.lru_cache(256)
+def slope(term: Term, side: int) -> Term:
+    """e of a side; 0 where nothing of the term is of it."""
+    by_log, by_p = _derivatives(term, side)
+    return _add(by_log, _mul(("p", side), by_p))
+
+
+def _derivatives(term: Term, side: int) -> tuple[Term, Term]:
+    """(that by log p, that by p)"""
+    known: dict[Term, tuple[Term, Term]] = {}
+
+    def of(term: Term) -> tuple[Term, Term]:
+        if isinstance(term, float):
+            return 0.0, 0.0
+        if term not in known:
+            known[term] = _derived(term)
+        return known[term]
+
+    def _derived(term: tuple[Any, ...]) -> tuple[Term, Term]:
+        name, *args = term
+        if name in LEAVES:
+            return float(term == ("log p", side)), float(term == ("p", side))
+        by = [of(arg) for arg in args]
+        return _RULES[name](*args, *(d[0] for d in by)), _RULES[name](*args, *(d[1] for d in by))
+
+    return of(term)
+
+
+def added(terms: Iterable[tuple[float, Term]]) -> Term:
+    """A sum of numbers times terms."""
+    first, *others = sorted(terms, key=lambda term: term[0] < 0)
+    return functools.reduce(_with, others, _with(0.0, first))
+
+
+def _with(so_far: Term, term: tuple[float, Term]) -> Term:
+    c, own = term
+    scaled = own if abs(c) == 1 else abs(c) if own == 1 else ("mul", abs(c), own)
+    return _add(so_far, scaled) if c >= 0 else _sub(so_far, scaled)
+
+
+# What holds of terms
+
+
+def parts(term: Term) -> Iterator[tuple[Any, ...]]:
+    """The functions and leaves that a term is made of, each once."""
+    seen: set[Term] = set()
+    stack = [term]
+    while stack:
+        each = stack.pop()
+        if isinstance(each, tuple) and each not in seen:
+            seen.add(each)
+            yield each
+            if each[0] not in LEAVES:
+                stack += each[1:]
+
+
+def sides_of(term: Term) -> set[int]:
+    """The sides that a term is made of."""
+    return {part[1] for part in parts(term) if part[0] in ("p", "log p")}
+
+
+def tensors_of(term: Term) -> set[int]:
+    """The tensors that a term is made of."""
+    return {part[1] for part in parts(term) if part[0] == "t"}
+
+
+def is_own(term: Term) -> bool:
+    """Whether it is no multiple of a probability or of a logarithm, as statistics are, nor all too long."""
+    pieces = list(parts(term))
+    if len(pieces) > MOST_TERMS:
+        return False
+    return any(sides_of(by) for s in sides_of(term) for by in _derivatives(term, s))
+
+
+def renamed(term: Term, sides: Mapping[int, int], tensors: Mapping[int, int] | None = None) -> Term:
+    """The same of other sides and tensors."""
+    if isinstance(term, float):
+        return term
+    name, *args = term
+    if name == "t":
+        return name, (tensors or {}).get(args[0], args[0])
+    if name in LEAVES:
+        return name, sides.get(args[0], args[0])
+    return name, *(renamed(arg, sides, tensors) for arg in args)
+
+
+def is_true_or_false(term: Term) -> bool:
+    return isinstance(term, tuple) and term[0] in TRUTHS
+
+
+# In words
+
+_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "and": "and", "or": "or"}
+_INFIX |= {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
+_BINDING = {"pow": 5, "neg": 4, "mul": 4, "div": 4, "add": 3, "sub": 3, "and": 1, "or": 0}
+_CLOSED = 9
+
+
+def render(entries: Entries) -> str:
+    """As text, for example `sum -p*log(p + 1e-08)`."""
+    return f"sum {_text(entries.term)[0]}"
+
+
+def _text(term: Term) -> tuple[str, int]:
+    """(a term as text, how tightly it holds together)"""
+    if isinstance(term, float):
+        return f"{term:g}", _CLOSED if term >= 0 or math.isnan(term) else 3
+    name, *args = term
+    if name in ("p", "log p"):
+        return name.replace("p", "pqrstuvw"[args[0]]), _CLOSED if name == "p" else 4
+    if name == "t":
+        return f"t{args[0] + 1 if args[0] else ''}", _CLOSED
+    if name == "number":
+        return _text(args[0])
+    if name == "neg":
+        return f"-{_within(args[0], 4)}", 4
+    if name == "clamp":
+        ends = [f"{end}={x:g}" for end, x in zip(("min", "max"), args[1:], strict=True) if math.isfinite(x)]
+        return f"clamp({', '.join([_text(args[0])[0], *ends])})", _CLOSED
+    if name in _INFIX:
+        own = _BINDING.get(name, 2)
+        space = "" if name in ("mul", "div", "pow") else " "
+        left, right = _within(args[0], own), _within(args[1], own + (name not in ("add", "mul")))
+        return f"{left}{space}{_INFIX[name]}{space}{right}", own
+    return f"{name}({', '.join(_text(arg)[0] for arg in args)})", _CLOSED
+
+
+def _within(term: Term, binding: int) -> str:
+    text, own = _text(term)
+    return text if own >= binding else f"({text})"

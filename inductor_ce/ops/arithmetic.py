@@ -1,0 +1,80 @@
+"""What sums over the classes are computed with: tensors here, Inductor's loops in `loops.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Arithmetic(Protocol[T]):
+    """What the formulas are computed with, over tensors or in Inductor's loops."""
+
+    def add(self, a: T, b: T | float) -> T: ...
+    def sub(self, a: T, b: T) -> T: ...
+    def mul(self, a: T, b: T | float) -> T: ...
+    def div(self, a: T, b: T) -> T: ...
+    def exp(self, a: T) -> T: ...
+    def log(self, a: T) -> T: ...
+    def call(self, name: str, *args: Any) -> T:
+        """A function of `algebra.entries`."""
+
+    def unless_zero(self, p: T, x: T) -> T:
+        """x, but 0 where p is 0."""
+
+    def over_classes(self, row: T) -> T:
+        """A number of each row beside all of its entries."""
+
+    def total(self, a: T) -> T:
+        """The sum over the classes."""
+
+
+class Normalised(NamedTuple, Generic[T]):
+    """The logits of a side, and of each row their maximum, log d and 1 / d."""
+
+    z: T
+    m: T
+    logd: T
+    scale: T
+
+    def logarithm_and_probability(self, do: Arithmetic[T]) -> tuple[T, T]:
+        """log p, and p as exp(z - m) / d: not as the exponential of its logarithm, which has been rounded."""
+        gap = do.sub(self.z, do.over_classes(self.m))
+        log_p = do.sub(gap, do.over_classes(self.logd))
+        return log_p, do.mul(do.exp(gap), do.over_classes(self.scale))
+
+
+class Tensors:
+    """Arithmetic of tensors."""
+
+    add, sub, mul = staticmethod(torch.add), staticmethod(torch.sub), staticmethod(torch.mul)
+    div, exp, log = staticmethod(torch.div), staticmethod(torch.exp), staticmethod(torch.log)
+
+    @staticmethod
+    def call(name: str, *args: Any) -> Tensor:
+        if name == "number":
+            return args[0] * 1.0
+        numbers = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype != torch.bool]
+        if numbers and name != "pow":
+            args = tuple(arg if isinstance(arg, Tensor) else numbers[0].new_tensor(arg) for arg in args)
+        function: Callable[..., Tensor] = getattr(torch, _NAMES.get(name, name))
+        return function(*args)
+
+    @staticmethod
+    def unless_zero(p: Tensor, x: Tensor) -> Tensor:
+        return torch.where(p == 0, 0.0, x)
+
+    @staticmethod
+    def over_classes(row: Tensor) -> Tensor:
+        return row.unsqueeze(-1)
+
+    @staticmethod
+    def total(a: Tensor) -> Tensor:
+        return a.sum(-1)
+
+
+_NAMES = {"and": "logical_and", "or": "logical_or", "not": "logical_not"}

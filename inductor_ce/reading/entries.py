@@ -1,0 +1,273 @@
+"""Sums over the classes of what each entry makes by itself, where no statistics and no divergences are read.
+
+From what sums them the nodes are read backwards, to log-probabilities and probabilities of some logits, and
+to tensors that the user brings along, through which no gradient flows. Between these may be any functions
+of `algebra.entries`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..algebra import divergences as joint
+from ..algebra import entries
+from ..algebra.divergences import Joint
+from ..algebra.entries import Term
+from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
+from ..graph.timeline import INFERENCE
+from ..graph.walk import reached
+from . import spellings
+from .constants import number_of
+from .context import kind_of
+from .joint import MAX_DEPTH, JointReader
+from .losses import modernised
+from .views import cast_keeps
+
+LOSSES = ("mse_loss", "l1_loss")  # of torch, of two tensors entry by entry
+
+
+class EntryReader:
+    """What nodes are that have the shape of `summand`.
+
+    Attributes:
+        axis: of the classes, once a side has been read.
+        tensors: those that are brought along, as terms name them.
+    """
+
+    def __init__(self, joint_reader: JointReader, summand: Node):
+        self.joint, self.summand = joint_reader, summand
+        self.axis: int | None = None
+        self.tensors: list[Node] = []
+        self._known: dict[Node, Term | None] = {}
+        self._wide: dict[Node, frozenset[Node]] = {}
+
+    def of(self, arg: Any, depth: int = 0) -> Term | None:
+        """What a number or a node is; None for what is not read."""
+        constant = number_of(self.joint.reading, arg)
+        if constant is not None:
+            return constant
+        if not isinstance(arg, Node) or tensor_of(arg) is None or depth > MAX_DEPTH:
+            return None
+        if arg not in self._known:
+            self._known[arg] = None
+            term = self._read(arg, depth)
+            if term is None or not entries.sides_of(term):
+                term = self._brought(arg)
+            self._known[arg] = term
+        return self._known[arg]
+
+    def wide(self, *ends: Node) -> frozenset[Node]:
+        """The nodes by which these are made of the logits."""
+
+        def before(node: Node) -> list[Node]:
+            return [each for each in self._wide.get(node, ()) if each is not node]
+
+        made = [node for node in ends if node in self._wide]
+        return frozenset(reached(made, before))
+
+    def _read(self, node: Node, depth: int) -> Term | None:
+        """What is made of sides."""
+        reading = self.joint.reading
+        timeline = reading.timeline
+        if not same_shape(shape_of(node), shape_of(self.summand)):
+            return None
+        if not timeline.unchanged(node, node, len(timeline.nodes)):
+            return None
+        value = self.joint.of(node)
+        if (
+            value is not None
+            and value.axis is not None
+            and value.like is None
+            and not _has_mixture(value.expr)
+        ):
+            self._wide[node] = value.wide
+            return self._of_joint(value.expr, value.axis)
+        spelled, mode = spellings.read(node), timeline.grad_mode(timeline.position[node])
+        if spelled is None or mode == INFERENCE:
+            return None
+        step = _STEPS.get(spelled[0].name)
+        term = None if step is None else step(self, node, spelled[0].name, spelled[1], depth + 1)
+        if term is None:
+            return None
+        self._wide[node] = frozenset([node, *(s for s in node.all_input_nodes if s in self._wide)])
+        return term if mode is True else self._held(term)
+
+    def _of_joint(self, value: Joint, axis: int) -> Term | None:
+        if self.axis not in (None, axis):
+            return None
+        self.axis = axis
+        made = [(c, self._product(entry)) for entry, c in value.terms]
+        if not made or None in [term for _, term in made]:
+            return None
+        return entries.added(made)  # type: ignore[arg-type]
+
+    def _product(self, entry: joint.Entry) -> Term | None:
+        """r b, see `algebra.divergences`."""
+        p: Term = 1.0 if entry.side is None else ("p", entry.side)
+        log: Term = 1.0 if entry.log is None else ("log p", entry.log[0][0])
+        product: Term = ("mul", p, log) if p != 1 and log != 1 else log if p == 1 else p
+        for place in entry.rows:
+            row = self.joint.factors[place]
+            term = self._brought(row.node)
+            if term is None or row.how == "chosen":
+                return None
+            if row.how in ("mul", "div"):
+                product = (row.how, product, self._as_number(term))
+            else:
+                choices = (0.0, product) if row.how == "where not" else (product, 0.0)
+                product = ("where", term, *choices)
+        return product
+
+    def _brought(self, node: Node) -> Term | None:
+        """A tensor for each entry, row or class, of which no gradient is wanted."""
+        example, timeline = tensor_of(node), self.joint.reading.timeline
+        like = tensor_of(self.summand)
+        assert example is not None
+        assert like is not None
+        axis = len(like.shape) - 1 if self.axis is None else self.axis
+        if example.requires_grad or example.device != like.device:
+            return None
+        if kind_of(node, self.summand, axis) is None:
+            return None
+        if not timeline.unchanged(node, node, len(timeline.nodes)):
+            return None
+        if node not in self.tensors:
+            self.tensors.append(node)
+        return "t", self.tensors.index(node)
+
+    def _held(self, term: Term) -> Term:
+        """The same where no gradient flows through it."""
+        return entries.renamed(term, {s: self.joint.detached(s) for s in entries.sides_of(term)})
+
+    def _as_number(self, term: Term) -> Term:
+        """A truth value as 0 or 1."""
+        is_brought = isinstance(term, tuple) and term[0] == "t"
+        if is_brought and example_of(self.tensors[term[1]]).dtype != torch.bool:  # type: ignore[index]
+            return term
+        return ("number", term) if is_brought or entries.is_true_or_false(term) else term
+
+    # Steps
+
+    def _numbers(self, args: dict[str, Any], depth: int, *names: str) -> list[Any] | None:
+        """Of arguments what they are, as numbers."""
+        terms = [self.of(args.get(name), depth) for name in names]
+        return None if None in terms else [self._as_number(term) for term in terms]  # type: ignore[arg-type]
+
+    def _function(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
+            return None
+        numbers = self._numbers(args, depth, *_OPERANDS[name])
+        if name == "xlogy" and numbers is not None and any(isinstance(x, float) for x in numbers):
+            return None
+        return None if numbers is None else ("sub" if name == "rsub" else name, *numbers)
+
+    def _elsewhere(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        """A function for which the table of steps has no row of its own."""
+        numbers = self._numbers(args, depth, "input")
+        if numbers is None or len(node.all_input_nodes) > 1:
+            return None
+        (x,) = numbers
+        made: dict[str, Term] = {
+            "abs": ("abs", x),
+            "log1p": ("log1p", x),
+            "log2": ("div", ("log", x), math.log(2)),
+            "log10": ("div", ("log", x), math.log(10)),
+            "reciprocal": ("div", 1.0, x),
+            "relu": ("where", ("le", x, 0.0), 0.0, x),
+        }
+        return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
+
+    def _power(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        x, n = self._numbers(args, depth, "input"), number_of(self.joint.reading, args.get("exponent", 2))
+        return None if x is None or n is None else ("pow", x[0], n)
+
+    def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        x = self._numbers(args, depth, "input")
+        ends = [args.get(end) for end in ("min", "max")]
+        none = -math.inf, math.inf
+        numbers = [
+            else_ if end is None else number_of(self.joint.reading, end)
+            for end, else_ in zip(ends, none, strict=True)
+        ]
+        if x is None or None in numbers or numbers[0] > numbers[1]:  # type: ignore[operator]
+            return None
+        return "clamp", x[0], *numbers
+
+    def _where(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        if name == "masked_fill":
+            args = {"condition": args.get("mask"), "input": args.get("value"), "other": args.get("input")}
+        condition = self._truths({"input": args.get("condition")}, depth, "input")
+        numbers = self._numbers(args, depth, "input", "other")
+        return None if condition is None or numbers is None else ("where", *condition, *numbers)
+
+    def _truth(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        terms = self._truths(args, depth, *(["input"] if name == "not" else _TWO))
+        return None if terms is None else (name, *terms)
+
+    def _truths(self, args: dict[str, Any], depth: int, *names: str) -> list[Any] | None:
+        """Of arguments what they are, all truth values."""
+        examples = [tensor_of(args.get(name)) for name in names]
+        if any(example is None or example.dtype != torch.bool for example in examples):
+            return None
+        terms = [self.of(args.get(name), depth) for name in names]
+        return None if None in terms else terms
+
+    def _same(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        a, b = tensor_of(args.get("input")), tensor_of(node)
+        if a is None or b is None or a.device != b.device or not b.is_floating_point():
+            return None
+        if a.is_floating_point() and not cast_keeps(a.dtype, b.dtype):
+            return None
+        term = self.of(args.get("input"), depth)
+        return None if term is None else self._as_number(term)
+
+    def _detached(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        term = self.of(args.get("input"), depth)
+        return None if term is None else self._held(term)
+
+    def _unreduced(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        args = modernised(args)
+        return self.loss(name, args, depth) if args.get("reduction", "mean") == "none" else None
+
+    def loss(self, name: str, args: dict[str, Any], depth: int = 0) -> Term | None:
+        """An entry of a loss of two tensors."""
+        x = self._numbers(args, depth, "input", "target")
+        if x is None or args.get("weight") is not None:
+            return None
+        if name == "kl_div" and args.get("log_target"):
+            return "mul", ("exp", x[1]), ("sub", x[1], x[0])
+        if name == "kl_div":
+            return "sub", ("xlogy", x[1], x[1]), ("mul", x[1], x[0])
+        gap = ("sub", *x)
+        return ("pow", gap, 2.0) if name == "mse_loss" else ("abs", gap)
+
+
+def _has_mixture(value: Joint) -> bool:
+    """Whether it has the logarithm of one: of sums of logits, it is finite where the probabilities are 0."""
+    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
+
+
+_ONE, _TWO = ("input",), ("input", "other")
+_COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
+_OPERANDS = {
+    **dict.fromkeys(("neg", "exp", "log", "sqrt"), _ONE),
+    **dict.fromkeys(("add", "sub", "mul", "div", "xlogy", "maximum", *_COMPARISONS), _TWO),
+    "rsub": ("other", "input"),
+}
+_Step = Callable[[EntryReader, Node, str, dict[str, Any], int], Term | None]
+_STEPS: dict[str, _Step] = {
+    **dict.fromkeys(_OPERANDS, EntryReader._function),
+    **dict.fromkeys(("pow", "square"), EntryReader._power),
+    **dict.fromkeys(("where", "masked_fill"), EntryReader._where),
+    **dict.fromkeys(("and", "or", "not"), EntryReader._truth),
+    **dict.fromkeys(("kl_div", *LOSSES), EntryReader._unreduced),
+    "elementwise": EntryReader._elsewhere,
+    "clamp": EntryReader._clamp,
+    "same": EntryReader._same,
+    "detach": EntryReader._detached,
+}
