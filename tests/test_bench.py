@@ -332,8 +332,7 @@ def test_distillation_is_compared_with_its_formula(name: str, frozen: bool):
     assert error(found["dh"], distil.exactly(other, given)["dh"]) > 0.1
 
 
-@pytest.mark.parametrize("moving", [divergences.STUDENT, divergences.BOTH])
-@pytest.mark.parametrize("name", divergences.LOSSES)
+@pytest.mark.parametrize(("name", "moving"), divergences.CASES)
 def test_divergences_are_compared_with_their_formulas(name: str, moving: str):
     z, t = divergences.drawn(300, 200, moving, "cpu")
     leaves = {"dz": z} | ({"dt": t} if moving == divergences.BOTH else {})

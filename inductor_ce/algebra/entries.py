@@ -82,7 +82,10 @@ _Rule = Callable[..., Term]
 def _of_power(x: Term, n: Term, dx: Term, dn: Term) -> Term:
     if isinstance(n, float):
         return _mul(n, _mul(1.0 if n == 1 else ("pow", x, n - 1), dx)) if n else 0.0
-    return _mul(("mul", n, ("pow", x, ("sub", n, 1.0))), dx)
+    by_x = _where(("eq", n, 0.0), 0.0, _mul(("mul", n, ("pow", x, ("sub", n, 1.0))), dx))
+    is_zero = ("and", ("eq", x, 0.0), ("ge", n, 0.0))
+    by_n = _where(is_zero, 0.0, _mul(("mul", ("log", x), ("pow", x, n)), dn))
+    return _add(by_x, by_n)
 
 
 def _of_xlogy(x: Term, y: Term, dx: Term, dy: Term) -> Term:

@@ -1,4 +1,4 @@
-"""Divergences between two sets of given logits, forward and backward, as their users write them.
+"""Divergences between two sets of given logits, and sums of entries, as their users write them.
 
 A record says of plain torch.compile and of inductor_ce what a step takes, and how far its loss and gradients
 are from float64's, which are made for a few rows at a time.
@@ -19,10 +19,11 @@ from .shared.against_plain import compared, in_words, run
 from .shared.losses import jsd_of_entries
 from .shared.measure import Calls
 
-HELP = "divergences between two sets of given logits"
+HELP = "divergences between two sets of given logits, and sums of entries"
 SHAPES = ((4096, 128256), (8192, 32000))
 ROWS = 256  # in float64 at a time
 BETA = 0.5
+EPSILON = 1e-8
 OF_TIME = 0.6
 
 METHOD = {
@@ -55,13 +56,33 @@ def symmetric_kl(z: Tensor, t: Tensor) -> Tensor:
     return 0.5 * (one + F.kl_div(log_q, log_p.exp(), reduction="batchmean"))
 
 
+def entropy(z: Tensor, t: Tensor) -> Tensor:
+    """With an epsilon in the logarithm, as in actor-critics."""
+    p = F.softmax(z.float(), -1)
+    return -(p * torch.log(p + EPSILON)).sum(-1).mean()
+
+
+def squared_distance(z: Tensor, t: Tensor) -> Tensor:
+    """Of the probabilities, as of a mean teacher."""
+    p, q = F.softmax(z.float(), -1), F.softmax(t.float(), -1)
+    return F.mse_loss(p, q, reduction="sum") / z.shape[0]
+
+
 STUDENT, BOTH = "student", "both"
-LOSSES: dict[str, Loss] = {"generalised JSD": generalised_jsd, "JSD": jsd, "symmetric KL": symmetric_kl}
+LOSSES: dict[str, Loss] = {
+    "generalised JSD": generalised_jsd,
+    "JSD": jsd,
+    "symmetric KL": symmetric_kl,
+    "entropy + eps": entropy,
+    "squared distance": squared_distance,
+}
 CASES = (
     ("generalised JSD", STUDENT),
     ("JSD", STUDENT),
     ("JSD", BOTH),
     ("symmetric KL", BOTH),
+    ("entropy + eps", STUDENT),
+    ("squared distance", STUDENT),
 )
 
 
@@ -120,9 +141,13 @@ def exactly(name: str, z: Tensor, t: Tensor) -> dict[str, Tensor]:
 
 
 def _formula(name: str, z: Tensor, t: Tensor) -> Tensor:
-    """sum_i p_i log(p_i / x_i), of p from the mixture or from the other, weighed."""
+    """sum_i p_i log(p_i / x_i), of p from the mixture or from the other, weighed; or what the loss sums."""
     p, q = ((x - x.detach().amax(-1, keepdim=True)).exp() for x in (z, t))
     p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    if name == "entropy + eps":
+        return -(p * (p + EPSILON).log()).sum()
+    if name == "squared distance":
+        return (p - q).square().sum()
     x, y = (q, p) if name == "symmetric KL" else ((p + q) / 2,) * 2
     return 0.5 * (p * (p / x).log() + q * (q / y).log()).sum()
 

@@ -66,13 +66,20 @@ def _is_inplace_method(name: str) -> bool:
 
 
 def _writes_inside(node: Node) -> bool:
-    """Whether a higher-order operator writes: its name says so, or a graph that it is given does."""
+    """Whether a higher-order operator writes: its name says so, or a graph does to what that is given."""
     bodies = [n for n in node.all_input_nodes if n.op == "get_attr"]
     if not bodies:
         return "mutation" in str(node.target)
     modules = dict(node.graph.owning_module.named_modules()) if node.graph.owning_module else {}
     graphs = [getattr(modules.get(str(body.target)), "graph", None) for body in bodies]
-    return any(graph is None or any(any(written_by(n)) for n in graph.nodes) for graph in graphs)
+    return any(graph is None or _writes_given(graph) for graph in graphs)
+
+
+def _writes_given(graph: Graph) -> bool:
+    """Whether a graph writes to anything but tensors that it has made."""
+    given = {Timeline.storage(node) for node in graph.nodes if node.op in ("placeholder", "get_attr")}
+    written = [each for node in graph.nodes for each in written_by(node)]
+    return any(tensor_of(each) is None or Timeline.storage(each) in given for each in written)
 
 
 def _nodes(args: tuple[object, ...]) -> Iterator[Node]:

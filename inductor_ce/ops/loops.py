@@ -151,6 +151,8 @@ class _Loops:
             size, device = args[0].get_size(), args[0].get_device()
             yes = call_lowering(aten.full.default, size, args[1], dtype=torch.float32, device=device)
             return _where(args[0], yes, args[2])
+        if name == "pow" and not isinstance(args[1], float):
+            return call_lowering(aten.pow.Tensor_Tensor, *args)
         return call_lowering(_OF_ENTRIES[name], *args)
 
     def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:

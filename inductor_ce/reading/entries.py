@@ -57,6 +57,7 @@ class EntryReader:
             self._known[arg] = None
             term = self._read(arg, depth)
             if term is None or not entries.sides_of(term):
+                self._wide.pop(arg, None)
                 term = self._brought(arg)
             self._known[arg] = term
         return self._known[arg]
@@ -70,13 +71,13 @@ class EntryReader:
         made = [node for node in ends if node in self._wide]
         return frozenset(reached(made, before))
 
-    def _read(self, node: Node, depth: int) -> Term | None:
-        """What is made of sides."""
+    def _read(self, node: Node, depth: int, until: int | None = None) -> Term | None:
+        """What is made of sides, and is not edited before a position, or the end."""
         reading = self.joint.reading
         timeline = reading.timeline
         if not same_shape(shape_of(node), shape_of(self.summand)):
             return None
-        if not timeline.unchanged(node, node, len(timeline.nodes)):
+        if not timeline.unchanged(node, node, len(timeline.nodes) if until is None else until):
             return None
         value = self.joint.of(node)
         if (
@@ -166,6 +167,21 @@ class EntryReader:
             return None
         return None if numbers is None else ("sub" if name == "rsub" else name, *numbers)
 
+    def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        """x += y and the like, of an x that nothing else sees."""
+        x, timeline = args.get("input"), self.joint.reading.timeline
+        if not isinstance(x, Node) or args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
+            return None
+        same = [each for each in timeline.nodes if timeline.shares_storage(each, x)]
+        if any(each not in (x, node) and not spellings.is_arithmetic_edit(each) for each in same):
+            return None
+        own, other = self._read(x, depth, timeline.position[node]), self._numbers(args, depth, "other")
+        return (
+            None
+            if own is None or other is None
+            else (name.removeprefix("edit_"), self._as_number(own), *other)
+        )
+
     def _elsewhere(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """A function for which the table of steps has no row of its own."""
         numbers = self._numbers(args, depth, "input")
@@ -183,8 +199,8 @@ class EntryReader:
         return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
 
     def _power(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
-        x, n = self._numbers(args, depth, "input"), number_of(self.joint.reading, args.get("exponent", 2))
-        return None if x is None or n is None else ("pow", x[0], n)
+        numbers = self._numbers({"exponent": 2, **args}, depth, "input", "exponent")
+        return None if numbers is None or isinstance(numbers[0], float) else ("pow", *numbers)
 
     def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         x = self._numbers(args, depth, "input")
@@ -266,6 +282,7 @@ _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("where", "masked_fill"), EntryReader._where),
     **dict.fromkeys(("and", "or", "not"), EntryReader._truth),
     **dict.fromkeys(("kl_div", *LOSSES), EntryReader._unreduced),
+    **dict.fromkeys(("edit_add", "edit_sub", "edit_mul", "edit_div"), EntryReader._edited),
     "elementwise": EntryReader._elsewhere,
     "clamp": EntryReader._clamp,
     "same": EntryReader._same,

@@ -288,6 +288,7 @@ def _erase(found: Between) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     # What edits a product of its own, and what has its shape: neither reads it, see `reading.zeroed`.
     beside = {n for n in found.wide if any(spellings.is_step(n, s) for s in ("edit_setitem", "expand"))}
+    beside |= {n for n in found.wide if spellings.is_arithmetic_edit(n)}
     left = {node for node in found.wide | {found.node} if node in order}
     while left:
         node = max(left, key=order.__getitem__)
