@@ -116,6 +116,41 @@ def test_without_a_gradient(f):
     assert graphs.count(ops.ROW_GRAD) == 0
 
 
+# Picked from the same product
+
+
+def lowered_at_the_label(h, W, w, y):
+    z = F.linear(h, W) / 0.7
+    own = z.gather(-1, y[:, None]).squeeze(-1)
+    return (torch.logsumexp(z - 100 * F.one_hot(y, V), -1) - own).mean()
+
+
+def raised_beside_the_pick(h, W, w, y):
+    z = F.linear(h, W)
+    return ((z + w).logsumexp(-1) - z.gather(-1, y[:, None]).squeeze(-1)).sum()
+
+
+def cooled_at_the_label(h, W, w, y):
+    z = h @ W.t()
+    return (2 * z.logsumexp(-1) - (z / 0.7)[torch.arange(N), y]).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("f", "strategy"),
+    in_turns(
+        [lowered_at_the_label, raised_beside_the_pick, cooled_at_the_label],
+        ["token_chunks", "vocab_slabs", "materialise"],
+    ),
+)
+def test_picked_from_the_same_product(f, strategy):
+    """What is picked and the normaliser are two sites of one head."""
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert (sites(), misses()) == (2, 0)
+    assert graphs.pieces > 2 or strategy == "materialise", graphs.report
+
+
 # Left
 
 
@@ -124,9 +159,14 @@ def read_elsewhere(h, W, w, y):
     return z.logsumexp(-1).mean() + z.sigmoid().mean()
 
 
-def picked_of_other_logits(h, W, w, y):
+def picked_of_given_logits(h, W, w, y):
+    return ((2 * h).logsumexp(-1) - h.gather(-1, y[:, None] % D).squeeze(-1)).mean() + W.sum()
+
+
+def picked_and_read(h, W, w, y):
     z = F.linear(h, W)
-    return ((z + w).logsumexp(-1) - z.gather(-1, y[:, None]).squeeze(-1)).mean()
+    picked = z.gather(-1, y[:, None]).squeeze(-1)
+    return ((z + w).logsumexp(-1) - picked).mean() + z.tanh().sum(-1).mean()
 
 
 def returned(h, W, w, y):
@@ -141,7 +181,8 @@ def of_log_probabilities(h, W, w, y):
 
 LEFT = {
     read_elsewhere: Reason.NORMALISER,
-    picked_of_other_logits: Reason.NOT_UNDERSTOOD,
+    picked_of_given_logits: Reason.NOT_UNDERSTOOD,
+    picked_and_read: Reason.NOT_UNDERSTOOD,
     returned: Reason.NORMALISER,
     of_log_probabilities: Reason.NOT_UNDERSTOOD,
 }

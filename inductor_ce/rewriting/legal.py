@@ -29,7 +29,7 @@ from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 from .kept import is_target, kept
-from .normalisers import is_normaliser_alone
+from .normalisers import is_normaliser_alone, picked_beside
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -81,7 +81,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
             reading.miss(headline(reading, nodes), refusal)
             continue
         allowed = _without_escapes(reading, nodes)
-        if _is_loss(reading, logits, allowed):
+        if _is_loss(reading, logits, allowed) or (allowed and not _is_loss(reading, logits, nodes)):
             groups += _not_refused(reading, grouped(reading, logits, allowed))
     replaced = {node for group in groups for node in group.nodes}
     tell_unread(reading, replaced, options.min_vocab, everywhere)
@@ -124,7 +124,8 @@ def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
             reading.miss(node, few or _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
-    return {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
+    losses = {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
+    return losses | picked_beside(reading, losses, ends)
 
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:

@@ -3,10 +3,13 @@
 An energy, the denominator of a loss whose numerator is another tensor, the logit of the label computed apart
 from the head. The statistics are those of any loss, and so is the gradient. But where anything else reads the
 logits as well, they are in memory, and so may be their gradient; and an outer sum, as in a forward algorithm,
-plain Inductor never has in memory. Both are better left.
+plain Inductor never has in memory. Both are better left. Logits picked from the same product are no such
+reader: they are picked again from it, so that it need not be in memory for them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from torch.fx import Node
 
@@ -17,6 +20,7 @@ from ..reading import spellings
 from ..reading.values import Logits, LossValue, Reading, RowValue
 from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
+from .linear_layers import linear_layer
 
 # What a loss takes of logits beside their normaliser. Where one of these reads them, that is no other reader.
 OF_LOSSES = ("gather", "take_along", "take", "index_select", "getitem", "select", "diagonal", "amax", "max")
@@ -28,7 +32,8 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
         return False
     if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
         return False  # another axis, or one row
-    if reading.on_logits(logits.node) is not None or is_of_losses(reading, logits.node):
+    made = reading.on_logits(logits.node)
+    if (made is not None and made.logits != logits) or is_of_losses(reading, logits.node):
         return False  # of what other losses give
     root = _root(logits.node)
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
@@ -39,6 +44,35 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
         fact = f"The logits of this normaliser are in memory anyway, {why}."
         _tell(reading, logits, Refusal(Reason.NORMALISER, fact, reader))
     return reader is None
+
+
+def picked_beside(
+    reading: Reading, normalised: Iterable[Logits], ends: dict[Logits, list[Node]]
+) -> dict[Logits, list[Node]]:
+    """The nodes that pick logits made of a product of which there is a normaliser, by the logits."""
+    roots = {root for logits in normalised if (root := _product(logits.node)) is not None}
+    return {
+        logits: nodes
+        for logits, nodes in ends.items()
+        if logits not in normalised
+        and _product(logits.node) in roots
+        and all(_is_picked(reading, node) for node in nodes)
+    }
+
+
+def _product(node: Node) -> Node | None:
+    """The linear layer whose result a tensor is made of, element by element."""
+    root = _root(node)
+    return root if linear_layer(root, spellings.read(root)) is not None else None
+
+
+def _is_picked(reading: Reading, node: Node) -> bool:
+    """Whether a node has logits that labels pick, and nothing else of them."""
+    value = reading.on_logits(node)
+    if not isinstance(value, RowValue):
+        return False
+    expr = expr_of(reading, node)
+    return bool(algebra.picks_of(expr)) and not algebra.is_normalised(expr)
 
 
 def _tell(reading: Reading, logits: Logits, refusal: Refusal) -> None:
@@ -68,6 +102,8 @@ def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | Non
             continue
         value = reading.on_logits(user)
         if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(expr_of(reading, user)):
+            continue
+        if _is_picked(reading, user) and _product(node) is not None:
             continue
         if not is_of_each(user, node):
             return user

@@ -1,7 +1,7 @@
 """Decoupled contrastive learning: the positive is lowered by 103 in the normaliser alone.
 
 Source: raminnakhli/Decoupled-Contrastive-Learning, loss/dcl.py
-Family: Look-alikes
+Family: Contrastive
 """
 
 import math
@@ -27,7 +27,10 @@ def loss(first, second, temperature=0.1):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of logsumexp goes into sub (return (negative - positive).mean()). It
-    joins values of different logits. If this is a cross entropy, write this step in one of the
-    spellings that the README lists; if not, it runs as written.
+pick(y)
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
+lse
+row_stats: max,sumexp
+sharded: all_gather [2, N]
 """
