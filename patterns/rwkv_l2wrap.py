@@ -1,4 +1,4 @@
-"""RWKV: a function of its own adds to the gradient of each row's largest logit, and returns the loss as it is.
+"""RWKV: a function of its own adds to the gradient of the largest logit of a row, and returns the loss.
 
 Source: BlinkDL/RWKV-LM, RWKV-v5/src/model.py
 Family: Several losses
