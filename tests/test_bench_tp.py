@@ -396,14 +396,15 @@ def test_bars():
 
 
 def test_records_are_put_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """As a table of several calls is."""
-    paths = [tmp_path / "a.json", tmp_path / "b.json"]
-    for path, V in zip(paths, (1024, 2048), strict=True):
+    """As a table of several calls is, those of one shape at one place."""
+    paths = [tmp_path / f"{name}.json" for name in "abc"]
+    for path, V in zip(paths, (1024, 2048, 1024), strict=True):
         path.write_text(json.dumps({**RESULT, "shapes": [{**SHAPE, "V": V}]}))
     assert cli.main(["tp", "--merge", *map(str, paths), "--out", str(tmp_path)]) == 0
     (merged,) = tmp_path.glob("tp-*-merged.json")
     result = json.loads(merged.read_text())
     assert [shape["V"] for shape in result["shapes"]] == [1024, 2048]
+    assert [len(shape["rows"]) for shape in result["shapes"]] == [2 * len(SHAPE["rows"]), len(SHAPE["rows"])]
     assert len(result["bars"]) == 2 * len(RESULT["bars"])
     assert "64 x 2048 over 2 ranks" in capsys.readouterr().out
 

@@ -39,7 +39,7 @@ def asked(options: argparse.Namespace) -> Asked:
 def main(options: argparse.Namespace) -> int:
     """By all ranks; the first one writes, prints and draws."""
     if options.merge:
-        return merge.put_together(options.merge, options.out, show, judge, key="shapes")
+        return merge.put_together(options.merge, options.out, show, complete, key="shapes")
     lacking = ranks.missing()
     if lacking is not None:
         if ranks.is_first():
@@ -64,6 +64,19 @@ def measured(options: argparse.Namespace, table: Callable[..., Iterable[dict[str
     if ranks.is_first():
         show(result, path)
     return int(any(map(failed, result["shapes"])))
+
+
+def complete(result: dict[str, Any]) -> None:
+    """Put the rows of one shape together, which calls of several modes or tasks have apart."""
+    shapes: dict[tuple[int, ...], dict[str, Any]] = {}
+    for shape in result["shapes"]:
+        known = shapes.setdefault(
+            (shape["N"], shape["V"], shape["ranks"]), {**shape, "rows": [], "not_measured": []}
+        )
+        known["rows"] += shape["rows"]
+        known["not_measured"] += shape["not_measured"]
+    result["shapes"] = list(shapes.values())
+    judge(result)
 
 
 def judge(result: dict[str, Any]) -> None:
