@@ -69,11 +69,23 @@ def _mul(a: Term, b: Term) -> Term:
         return 0.0
     if isinstance(a, float) and isinstance(b, float):
         return a * b
+    if _is_masked(a):
+        return _where(a[1], _mul(a[2], b), _mul(a[3], b))  # type: ignore[index]
+    if _is_masked(b):
+        return _where(b[1], _mul(a, b[2]), _mul(a, b[3]))  # type: ignore[index]
     return b if a == 1 else a if b == 1 else ("mul", a, b)
 
 
 def _div(a: Term, b: Term) -> Term:
+    if _is_masked(a):
+        return _where(a[1], _div(a[2], b), _div(a[3], b))  # type: ignore[index]
     return 0.0 if a == 0 else ("div", a, b)
+
+
+def _is_masked(term: Term) -> bool:
+    """Whether no gradient comes by some entries: then none does where what it is multiplied by is NaN."""
+    branches = term[2:] if isinstance(term, tuple) and term[0] == "where" else ()
+    return any(branch == 0 or _is_masked(branch) for branch in branches)
 
 
 def _where(condition: Term, a: Term, b: Term) -> Term:

@@ -100,7 +100,7 @@ class EntryReader:
         return term if mode is True else self._held(term)
 
     def _is_narrow(self, node: Node, term: Term) -> bool:
-        """Whether it is rounded to float32 beside sides in float64, as what a truth value is multiplied by."""
+        """Whether it is rounded to float32 beside sides in float64, as truth values times numbers are."""
         logits = [self.joint.sides[s].logits.node for s in entries.sides_of(term)]
         wide = any(example_of(z).dtype == torch.float64 for z in logits)
         return wide and example_of(node).dtype not in (torch.float64, torch.bool)
