@@ -73,6 +73,23 @@ def test_collectives(setup: Setup):
     assert (forward, backward) == ({"all_gather_into_tensor": 1} | means, {})
 
 
+def told_its_entropy(h, W, y):
+    """A metric of what each entry makes by itself, which is left: torch gathers the logits for it."""
+    z = F.linear(h, W)
+    with torch.no_grad():
+        p = z.softmax(-1)
+        told = -(p * (p + 1e-6).log()).sum(-1).mean()
+    return F.cross_entropy(z, y), told
+
+
+def test_collectives_beside_what_is_left():
+    given, _ = made(LINE)
+    compiled, graphs = compile_without_codegen(told_its_entropy)
+    compiled(*given)[0].backward()
+    assert (sites(), misses()) == (1, 1)
+    assert [collectives(gm) for gm in graphs.final] == [{"all_gather_into_tensor": 2}, {}]
+
+
 # From 2.14 torch keeps apart the equal constants of which only one is also for the backward.
 KEPT_APART = """\
 full4 = full([], 0.0, dtype=float64, layout=torch.strided, device=device(type='cpu'), pin_memory=False)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 Term = float | tuple[Any, ...]
 
-MOST_TERMS = 150  # of what is summed: more is no loss
+MOST_TERMS = 150  # of what is summed, each as often as it is written: more is no loss
 
 LEAVES = ("p", "log p", "t")
 
@@ -49,10 +49,14 @@ class Entries(NamedTuple):
 
 
 def _add(a: Term, b: Term) -> Term:
+    if isinstance(a, float) and isinstance(b, float):
+        return a + b
     return b if a == 0 else a if b == 0 else ("add", a, b)
 
 
 def _sub(a: Term, b: Term) -> Term:
+    if isinstance(a, float) and isinstance(b, float):
+        return a - b
     return a if b == 0 else _neg(b) if a == 0 else ("sub", a, b)
 
 
@@ -63,11 +67,25 @@ def _neg(a: Term) -> Term:
 def _mul(a: Term, b: Term) -> Term:
     if a == 0 or b == 0:
         return 0.0
+    if isinstance(a, float) and isinstance(b, float):
+        return a * b
+    if _is_masked(a):
+        return _where(a[1], _mul(a[2], b), _mul(a[3], b))  # type: ignore[index]
+    if _is_masked(b):
+        return _where(b[1], _mul(a, b[2]), _mul(a, b[3]))  # type: ignore[index]
     return b if a == 1 else a if b == 1 else ("mul", a, b)
 
 
 def _div(a: Term, b: Term) -> Term:
+    if _is_masked(a):
+        return _where(a[1], _div(a[2], b), _div(a[3], b))  # type: ignore[index]
     return 0.0 if a == 0 else ("div", a, b)
+
+
+def _is_masked(term: Term) -> bool:
+    """Whether no gradient comes by some entries: then none does where what it is multiplied by is NaN."""
+    branches = term[2:] if isinstance(term, tuple) and term[0] == "where" else ()
+    return any(branch == 0 or _is_masked(branch) for branch in branches)
 
 
 def _where(condition: Term, a: Term, b: Term) -> Term:
@@ -190,11 +208,19 @@ def tensors_of(term: Term) -> set[int]:
     return {part[1] for part in parts(term) if part[0] == "t"}
 
 
+def is_long(term: Term) -> bool:
+    """Whether it is made of too many terms. What is there twice counts twice: a square of squares doubles."""
+    stack, count = [term], 0
+    while stack and count <= MOST_TERMS:
+        each = stack.pop()
+        if isinstance(each, tuple):
+            count += 1
+            stack += () if each[0] in LEAVES else each[1:]
+    return count > MOST_TERMS
+
+
 def is_own(term: Term) -> bool:
-    """Whether it is no multiple of a probability or of a logarithm, as statistics are, nor all too long."""
-    pieces = list(parts(term))
-    if len(pieces) > MOST_TERMS:
-        return False
+    """Whether it is no multiple of a probability or of a logarithm, as statistics are."""
     return any(sides_of(by) for s in sides_of(term) for by in _derivatives(term, s))
 
 

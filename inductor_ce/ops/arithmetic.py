@@ -20,8 +20,8 @@ class Arithmetic(Protocol[T]):
     def div(self, a: T, b: T) -> T: ...
     def exp(self, a: T) -> T: ...
     def log(self, a: T) -> T: ...
-    def call(self, name: str, *args: Any) -> T:
-        """A function of `algebra.entries`."""
+    def call(self, name: str, *args: Any, like: T) -> T:
+        """A function of `algebra.entries`; numbers are in the dtype of `like`."""
 
     def unless_zero(self, p: T, x: T) -> T:
         """x, but 0 where p is 0."""
@@ -55,12 +55,11 @@ class Tensors:
     div, exp, log = staticmethod(torch.div), staticmethod(torch.exp), staticmethod(torch.log)
 
     @staticmethod
-    def call(name: str, *args: Any) -> Tensor:
+    def call(name: str, *args: Any, like: Tensor) -> Tensor:
         if name == "number":
-            return args[0] * 1.0
-        numbers = [arg for arg in args if isinstance(arg, Tensor) and arg.dtype != torch.bool]
-        if numbers and name != "pow":
-            args = tuple(arg if isinstance(arg, Tensor) else numbers[0].new_tensor(arg) for arg in args)
+            return args[0].to(like.dtype)
+        if name != "pow":
+            args = tuple(arg if isinstance(arg, Tensor) else like.new_full((), arg) for arg in args)
         function: Callable[..., Tensor] = getattr(torch, _NAMES.get(name, name))
         return function(*args)
 

@@ -29,7 +29,7 @@ class _Terms(Generic[T]):
             return term
         if term not in self._known:
             name, *args = term
-            self._known[term] = self._do.call(name, *map(self, args))
+            self._known[term] = self._do.call(name, *map(self, args), like=self._known["p", 0])
         return self._known[term]
 
     def of_entries(self, term: Term) -> T:

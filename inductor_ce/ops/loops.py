@@ -138,19 +138,18 @@ class _Loops:
     def log(self, a: IRNode) -> IRNode:
         return call_lowering(aten.log.default, a)
 
-    def call(self, name: str, *args: IRNode) -> IRNode:
+    def call(self, name: str, *args: Any, like: IRNode) -> IRNode:
         if name == "number":
-            return call_lowering(aten.mul.Tensor, args[0], 1.0)
+            return cast(args[0], like.get_dtype())
         if name == "xlogy":
             x, y = args
             product = self.mul(x, self.log(y))
             return _where(_is_nan(y), torch.nan, _where(call_lowering(aten.eq.Scalar, x, 0), 0.0, product))
         if name == "clamp":
-            return self.call("minimum", self.call("maximum", *args[:2]), args[2])
+            at_least = self.call("maximum", *args[:2], like=like)
+            return self.call("minimum", at_least, args[2], like=like)
         if name == "where" and all(isinstance(arg, float) for arg in args[1:]):
-            size, device = args[0].get_size(), args[0].get_device()
-            yes = call_lowering(aten.full.default, size, args[1], dtype=torch.float32, device=device)
-            return _where(args[0], yes, args[2])
+            return _where(args[0], _full(args[0].get_size(), args[1], like), args[2])
         if name == "pow" and not isinstance(args[1], float):
             return call_lowering(aten.pow.Tensor_Tensor, *args)
         return call_lowering(_OF_ENTRIES[name], *args)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from .. import algebra
@@ -17,7 +18,7 @@ from ..algebra import divergences as joint
 from ..algebra import entries
 from ..algebra.divergences import Divergence
 from ..algebra.entries import Entries
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .context import kind_of
@@ -26,7 +27,7 @@ from .joint import JointReader, RowFactor
 from .losses import modernised
 from .sides import Side, moves, of_wholes
 from .tails import Summed, added_up
-from .values import LossValue, Reading, RowValue, row_expr
+from .values import LossValue, Reading, RowValue, VocabValue, row_expr
 
 _ENDS = ("sum", "mean", "kl_div", *LOSSES)
 
@@ -78,12 +79,30 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             others.append(node)
     between = {summed.node: _between(reader, summed) for summed in added_up(reading, found)}
     others += [node for node, each in between.items() if each is None or not each.terms]
+    places = _places_of_classes(reading) if others else []
     for node in others:
-        if (summed_up := _of_entries(reader, node)) is not None:
+        if _may_be_of(node, places) and (summed_up := _of_entries(reader, node)) is not None:
             between[node] = summed_up
     for node in sorted(between, key=reading.timeline.position.__getitem__):
         if (each := between[node]) is not None:
             yield each
+
+
+def _places_of_classes(reading: Reading) -> list[tuple[int, int, Size]]:
+    """Of what is made of logits (dimensions, that of the classes, how many these are)."""
+    vocab = {node: value for node, value in reading.values.items() if isinstance(value, VocabValue)}
+    shapes = ((shape_of(node), value.axis) for node, value in vocab.items())
+    places = ((len(shape), axis, shape[axis]) for shape, axis in shapes)
+    return [*{str(place): place for place in places}.values()]
+
+
+def _may_be_of(node: Node, places: list[tuple[int, int, Size]]) -> bool:
+    """Whether what a node sums may be entries of that: the streams of a model are not walked for nothing."""
+    summand = spellings.arguments(node, spellings.step_of(node)).get("input")  # type: ignore[arg-type]
+    if not isinstance(summand, Node) or tensor_of(summand) is None:
+        return False
+    shape = shape_of(summand)
+    return any(len(shape) == rank and equal(shape[axis], size) for rank, axis, size in places)
 
 
 def is_loss_of_one(reading: Reading, node: Node) -> bool:
@@ -170,7 +189,7 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     axis = entry.axis
     if term is None or axis is None or not entries.is_own(term):
         return None
-    if not is_loss and not _sums(args, axis, len(shape_of(summand))):
+    if not is_loss and not (_sums(args, axis, len(shape_of(summand))) and _sums_as_made(args)):
         return None
     if mode is not True:
         term = entries.renamed(term, {s: reader.detached(s) for s in entries.sides_of(term)})
@@ -190,6 +209,11 @@ def _summed_up(
     places = [{k: i for i, k in enumerate(each)} for each in (used, brought)]
     made = Entries(entries.renamed(term, *places), len(sides), len(tensors), wanted)
     return Between(node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors)
+
+
+def _sums_as_made(args: dict[str, Any]) -> bool:
+    """Whether no wider dtype is asked for than that of the entries, as those of a sum are not wide then."""
+    return args.get("dtype") in (None, torch.float32, example_of(args["input"]).dtype)
 
 
 def _sums(args: dict[str, Any], axis: int, rank: int) -> bool:

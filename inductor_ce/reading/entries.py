@@ -59,6 +59,8 @@ class EntryReader:
             if term is None or not entries.sides_of(term):
                 self._wide.pop(arg, None)
                 term = self._brought(arg)
+            elif entries.is_long(term):
+                term = None
             self._known[arg] = term
         return self._known[arg]
 
@@ -93,10 +95,16 @@ class EntryReader:
             return None
         step = _STEPS.get(spelled[0].name)
         term = None if step is None else step(self, node, spelled[0].name, spelled[1], depth + 1)
-        if term is None:
+        if term is None or (spelled[0].name != "same" and self._is_narrow(node, term)):
             return None
         self._wide[node] = frozenset([node, *(s for s in node.all_input_nodes if s in self._wide)])
         return term if mode is True else self._held(term)
+
+    def _is_narrow(self, node: Node, term: Term) -> bool:
+        """Whether it is rounded to float32 beside sides in float64, as truth values times numbers are."""
+        logits = [self.joint.sides[s].logits.node for s in entries.sides_of(term)]
+        wide = any(example_of(z).dtype == torch.float64 for z in logits)
+        return wide and example_of(node).dtype not in (torch.float64, torch.bool)
 
     def _of_joint(self, value: Joint, axis: int) -> Term | None:
         if self.axis not in (None, axis):
@@ -159,13 +167,32 @@ class EntryReader:
         terms = [self.of(args.get(name), depth) for name in names]
         return None if None in terms else [self._as_number(term) for term in terms]  # type: ignore[arg-type]
 
+    def _compares_with_own(self, *terms: Term) -> bool:
+        """Whether they are of logits, and of a tensor that is made of the same: which is the larger, or that
+        they are equal, may be said by the rounding alone. So their own place of the maximum would be none."""
+        timeline = self.joint.reading.timeline
+        sides = {s for term in terms for s in entries.sides_of(term)}
+        brought = [self.tensors[k] for k in {k for term in terms for k in entries.tensors_of(term)}]
+        logits = {self.joint.sides[s].logits.node for s in sides}
+        if not brought or not logits:
+            return False
+        first = min(timeline.position[z] for z in logits)
+
+        def before(node: Node) -> list[Node]:
+            return node.all_input_nodes if timeline.position[node] > first else []
+
+        made_of = set(reached(brought, before))
+        return not logits.isdisjoint(made_of)
+
     def _function(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
             return None
         numbers = self._numbers(args, depth, *_OPERANDS[name])
-        if name == "xlogy" and numbers is not None and any(isinstance(x, float) for x in numbers):
+        if numbers is None or (name == "xlogy" and any(isinstance(x, float) for x in numbers)):
             return None
-        return None if numbers is None else ("sub" if name == "rsub" else name, *numbers)
+        if name in _COMPARING and self._compares_with_own(*numbers):
+            return None
+        return ("sub" if name == "rsub" else name, *numbers)
 
     def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """x += y and the like, of an x that nothing else sees."""
@@ -188,13 +215,14 @@ class EntryReader:
         if numbers is None or len(node.all_input_nodes) > 1:
             return None
         (x,) = numbers
-        made: dict[str, Term] = {
-            "abs": ("abs", x),
+        own = self._compares_with_own(x)
+        made: dict[str, Term | None] = {
+            "abs": None if own else ("abs", x),
             "log1p": ("log1p", x),
             "log2": ("div", ("log", x), math.log(2)),
             "log10": ("div", ("log", x), math.log(10)),
             "reciprocal": ("div", 1.0, x),
-            "relu": ("where", ("le", x, 0.0), 0.0, x),
+            "relu": None if own else ("where", ("le", x, 0.0), 0.0, x),
         }
         return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
 
@@ -211,6 +239,8 @@ class EntryReader:
             for end, else_ in zip(ends, none, strict=True)
         ]
         if x is None or None in numbers or numbers[0] > numbers[1]:  # type: ignore[operator]
+            return None
+        if self._compares_with_own(x[0]):
             return None
         return "clamp", x[0], *numbers
 
@@ -260,7 +290,9 @@ class EntryReader:
         if name == "kl_div":
             return "sub", ("xlogy", x[1], x[1]), ("mul", x[1], x[0])
         gap = ("sub", *x)
-        return ("pow", gap, 2.0) if name == "mse_loss" else ("abs", gap)
+        if name == "mse_loss":
+            return "pow", gap, 2.0
+        return None if self._compares_with_own(gap) else ("abs", gap)
 
 
 def _has_mixture(value: Joint) -> bool:
@@ -270,6 +302,7 @@ def _has_mixture(value: Joint) -> bool:
 
 _ONE, _TWO = ("input",), ("input", "other")
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
+_COMPARING = {*_COMPARISONS, "maximum"}
 _OPERANDS = {
     **dict.fromkeys(("neg", "exp", "log", "sqrt"), _ONE),
     **dict.fromkeys(("add", "sub", "mul", "div", "xlogy", "maximum", *_COMPARISONS), _TWO),

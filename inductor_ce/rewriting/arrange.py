@@ -119,7 +119,7 @@ def flat_outside(build: Builder, node: Node, outside: Outside, vocab_size: int) 
 
 
 def _sizes(build: Builder, node: Node) -> list[int | Node]:
-    return [_size(build, node, i) for i in range(len(shape_of(node)))]
+    return [size_of(build, node, i) for i in range(len(shape_of(node)))]
 
 
 def _needed_steps(steps: tuple[RowView, ...]) -> tuple[RowView, ...]:
@@ -183,14 +183,14 @@ def _range(left: int, right: int) -> slice:
 
 def row_sizes(build: Builder, node: Node, axis: int | None) -> list[int | Node]:
     """The sizes of `node` without the vocabulary, as numbers where they are, else read off the tensor."""
-    return [_size(build, node, i) for i in range(len(shape_of(node))) if i != axis]
+    return [size_of(build, node, i) for i in range(len(shape_of(node))) if i != axis]
 
 
-def _size(build: Builder, node: Node, dim: int) -> int | Node:
+def size_of(build: Builder, node: Node, dim: int) -> int | Node:
     number = constant(shape_of(node)[dim])
     return build("size", node, dim) if number is None else number
 
 
 def first_size(build: Builder, node: Node) -> int | Node:
     """The size of the first dimension."""
-    return _size(build, node, 0)
+    return size_of(build, node, 0)

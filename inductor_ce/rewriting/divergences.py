@@ -23,7 +23,7 @@ from ..common.failsafe import attempt
 from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..graph.builder import Builder
-from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.shapes import shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..ops.divergences import encode
@@ -34,7 +34,7 @@ from ..reading.entries import LOSSES
 from ..reading.losses import modernised
 from ..reading.row_views import Index, Permute, Reshape, RowView
 from ..reading.values import Logits, Reading
-from .arrange import first_size, row_sizes
+from .arrange import first_size, row_sizes, size_of
 from .escapes import escape, needed_nodes
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
 from .rewrite import want_gradients_as
@@ -183,7 +183,7 @@ def _beside(build: Builder, found: Between, tensor: Node, n: Any) -> Node:
     """What is brought along for each entry, row or class, as [N, V]; no copy where it is not of entries."""
     kind, axis = kind_of(tensor, found.summand, found.axis), found.axis
     rank, rows = len(shape_of(found.summand)), row_sizes(build, found.summand, axis)
-    v = constant(shape_of(found.summand)[axis])
+    v = size_of(build, found.summand, axis)
     node = build("detach", tensor)
     if kind == "columns":
         node = node if axis == rank - 1 else build(torch.movedim, node, axis, -1)
@@ -252,10 +252,11 @@ def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -
     given = () if is_loss else given
     chosen = [f for f in found.terms[0].factors if f.how == "chosen"]
     if how == "mean" and chosen:
-        count = build(torch.mul, build(torch.sum, chosen[0].node), shape_of(found.summand)[-1])
+        v = size_of(build, found.summand, -1)
+        count = build(torch.mul, build(torch.sum, chosen[0].node), v)
         return build(torch.div, build(torch.sum, rows), count)
     if how == "mean":
-        v = constant(shape_of(found.summand)[found.axis])
+        v = size_of(build, found.summand, found.axis)
         return build(torch.div, build(torch.mean, rows, *given), v)
     total = build(torch.sum, rows, *given)
     return build(torch.div, total, first_size(build, args["input"])) if how == "batchmean" else total

@@ -1,0 +1,690 @@
+"""Sums over the classes of what each entry makes by itself: the algebra, the operators, programs at random,
+heads, and what is left."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from gallery import check_numbers, run
+from harness import Rewritten, compile_with_codegen, compile_without_codegen
+from head_cases import counts
+from pairwise import EVERYTHING, in_turns
+from reference import assert_all_fair, assert_fair
+from test_divergences import check, normalisers, rewritten
+from test_head_memory import largest, saved, sizes
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from inductor_ce import ops
+from inductor_ce.algebra import entries
+from inductor_ce.algebra.entries import Entries, Term
+from inductor_ce.ops.divergences import decode, divergence, divergence_grad, encode
+
+N, V = 6, 16
+P, Q, LOG_P, LOG_Q, T = ("p", 0), ("p", 1), ("log p", 0), ("log p", 1), ("t", 0)
+
+# Terms: what they are, by torch's own functions
+
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
+    **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "log", "log1p")},
+    **{name: getattr(torch, name) for name in ("sqrt", "abs", "xlogy", "maximum", "minimum", "where")},
+    **{name: getattr(torch, name) for name in ("sign", "gt", "ge", "lt", "le", "eq", "ne")},
+    **{name: getattr(torch, f"logical_{name}") for name in ("and", "or", "not")},
+    "number": lambda x: x.double(),
+}
+
+
+def number(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> Tensor:
+    """The entries of a term, through which autograd finds its gradients."""
+    if isinstance(term, float):
+        return torch.tensor(term, dtype=torch.float64)
+    name, *args = term
+    if name == "t":
+        return tensors[args[0]]
+    if name in ("p", "log p"):
+        return (F.softmax if name == "p" else F.log_softmax)(zs[args[0]], -1)
+    if name in ("pow", "clamp"):
+        return getattr(torch, name)(number(args[0], zs, tensors), *args[1:])
+    return FUNCTIONS[name](*(number(arg, zs, tensors) for arg in args))
+
+
+def made_of(term: Term) -> Entries:
+    sides, tensors = entries.sides_of(term) | {0}, entries.tensors_of(term)
+    return Entries(term, max(sides) + 1, max(tensors, default=-1) + 1, tuple(range(max(sides) + 1)))
+
+
+def check_term(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> None:
+    """The value of the operator and its gradients against autograd's."""
+    which = made_of(term)
+    zs, tensors = zs[: which.n_sides], tensors[: which.n_tensors]
+    encoded = encode(which)
+    assert decode(encoded) == which
+    assert entries.render(which).startswith("sum ")
+    expected = number(term, zs, tensors).expand_as(zs[0]).sum(-1)
+    packed = divergence([*zs, *tensors], *normalisers(zs), encoded)
+    torch.testing.assert_close(packed[0], expected, rtol=1e-11, atol=1e-12, equal_nan=True)
+    upstream = torch.arange(len(expected)).double().cos()
+    if not expected.requires_grad:
+        return
+    grads = [torch.autograd.grad(x, zs, upstream, materialize_grads=True) for x in (packed[0], expected)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-11, equal_nan=True)
+
+
+def both(n: int = N, v: int = V) -> list[Tensor]:
+    return [(2 * torch.randn(n, v)).double().requires_grad_() for _ in range(2)]
+
+
+OF_EACH: dict[str, Term] = {
+    "add": ("add", ("mul", P, P), LOG_Q),
+    "sub": ("sub", ("mul", P, P), T),
+    "mul": ("mul", ("mul", P, LOG_Q), T),
+    "div": ("div", P, ("add", Q, 0.1)),
+    "neg": ("neg", ("mul", P, Q)),
+    "exp": ("exp", ("mul", P, T)),
+    "log": ("log", ("add", P, 1e-3)),
+    "log1p": ("log1p", ("neg", ("mul", 0.9, P))),
+    "sqrt": ("sqrt", ("add", P, Q)),
+    "abs": ("abs", ("sub", P, Q)),
+    "pow": ("pow", ("sub", 1.0, P), 2.5),
+    "xlogy": ("xlogy", P, ("add", Q, 0.1)),
+    "maximum": ("maximum", P, Q),
+    "minimum": ("minimum", ("mul", P, P), Q),
+    "where": ("where", ("gt", P, Q), ("mul", P, P), ("exp", Q)),
+    "clamp": ("clamp", P, 0.02, 0.2),
+    "sign": ("mul", ("sign", ("sub", P, Q)), ("mul", P, P)),
+    "number": ("mul", ("number", ("lt", P, 0.1)), ("mul", 0.3, ("sqrt", P))),
+    **{name: ("where", (name, P, Q), ("exp", P), 0.3) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
+    **{name: ("where", (name, ("gt", P, Q), ("lt", P, 0.1)), ("exp", P), T) for name in ("and", "or")},
+    "not": ("where", ("not", ("gt", P, Q)), 0.3, 0.7),
+}
+
+
+def test_no_function_is_forgotten() -> None:
+    assert OF_EACH.keys() == entries.FUNCTIONS
+
+
+@pytest.mark.parametrize("name", OF_EACH)
+def test_each_function(name: str) -> None:
+    check_term(OF_EACH[name], both(), [torch.rand(N, V).double()])
+
+
+QUARTER = 0.25  # of four classes whose logits are equal, to the last bit
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        ("mul", LOG_P, ("maximum", P, QUARTER)),
+        ("mul", LOG_P, ("minimum", QUARTER, P)),
+        ("mul", T, ("maximum", P, Q)),
+        ("mul", T, ("maximum", ("mul", P, P), ("mul", P, 0.25))),
+        ("mul", T, ("clamp", P, QUARTER, 1.0)),
+        ("mul", T, ("clamp", P, 0.0, QUARTER)),
+        ("mul", T, ("abs", ("sub", P, QUARTER))),
+        ("mul", T, ("abs", ("sub", P, Q))),
+        ("mul", ("where", ("ge", P, QUARTER), ("exp", P), 0.5), T),
+        ("xlogy", ("sub", P, QUARTER), ("sub", Q, 0.125)),
+        ("xlogy", ("sub", P, QUARTER), ("sub", Q, QUARTER)),
+        ("mul", T, ("pow", ("sub", P, QUARTER), 2.0)),
+        ("mul", T, ("pow", ("sub", P, QUARTER), 1.0)),
+        ("mul", T, ("pow", ("sub", P, QUARTER), 0.0)),
+        ("mul", T, ("sqrt", ("sub", P, QUARTER))),
+    ],
+)
+def test_where_torch_chooses_a_derivative(term: Term) -> None:
+    zs = [torch.zeros(N, 4).double().requires_grad_() for _ in range(2)]
+    check_term(term, zs, [torch.rand(N, 4).double()])
+
+
+def random_term(rng: random.Random, depth: int) -> Term:
+    """One that is finite, and whose derivative is not all too steep."""
+    if depth == 0:
+        return rng.choice([P, Q, P, LOG_P, LOG_Q, T, 0.3, ("mul", 0.5, P)])
+    a, b = (random_term(rng, rng.randrange(depth)) for _ in range(2))
+    positive = ("add", ("abs", a), 0.3)
+    compared = (rng.choice(["gt", "ge", "lt", "le"]), a, b)
+    return rng.choice(
+        [
+            *((name, a, b) for name in ("add", "sub", "mul", "maximum", "minimum")),
+            *((name, positive) for name in ("log", "log1p", "sqrt")),
+            ("div", b, positive),
+            ("pow", positive, rng.choice([-1.0, 0.5, 1.5, 2.0, 3.0])),
+            ("exp", ("clamp", a, -3.0, 1.0)),
+            ("xlogy", positive, ("add", ("pow", b, 2.0), 0.1)),
+            ("where", compared, a, ("neg", b)),
+            ("mul", ("number", ("not", compared)), a),
+        ]
+    )
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_terms_at_random(seed: int) -> None:
+    term = random_term(random.Random(seed), 5)
+    if isinstance(term, float) or not entries.sides_of(term):
+        term = ("mul", P, term)
+    check_term(term, both(), [torch.rand(N, V).double()])
+
+
+def test_text() -> None:
+    term = ("neg", ("mul", P, ("log", ("add", P, 1e-8))))
+    assert entries.render(made_of(term)) == "sum -p*log(p + 1e-08)"
+    power = ("mul", ("pow", ("sub", 1.0, P), 2.0), ("sub", LOG_Q, ("clamp", T, 0.1, math.inf)))
+    assert entries.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
+
+
+def test_what_a_statistic_is_is_not_own() -> None:
+    assert not entries.is_own(("mul", 3.0, P))
+    assert not entries.is_own(LOG_P)
+    assert entries.is_own(("mul", P, LOG_P))
+    assert entries.is_own(("clamp", P, 0.1, 1.0))
+
+
+def test_squares_of_squares_are_too_long() -> None:
+    """Written out they are: nothing is done that grows with the length of the text."""
+    term: Term = P
+    for _ in range(60):
+        term = ("mul", term, term)
+    assert entries.is_long(term)
+
+
+# The operators
+
+
+ENTROPY: Term = ("neg", ("mul", P, ("log", ("add", P, 1e-3))))
+OF_TENSORS: Term = (
+    *("add", ("mul", ("number", ("t", 0)), ("mul", P, ("t", 1)))),
+    ("pow", ("sub", Q, ("mul", ("t", 2), ("t", 3))), 2.0),
+)
+
+
+def of_all_kinds(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Of truth values, integers, rows and classes, of which the last two are expanded."""
+    rows, classes = torch.rand(N, 1, dtype=dtype), torch.rand(1, V, dtype=dtype)
+    return [torch.rand(N, V) > 0.5, torch.randint(3, (N, V)), rows.expand(N, V), classes.expand(N, V)]
+
+
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,), ()])
+def test_gradcheck(wanted: tuple[int, ...]) -> None:
+    zs = [z.requires_grad_(u in wanted) for u, z in enumerate(both(3, 5))]
+    tensors = [t[:3, :5] for t in of_all_kinds()]
+    which = encode(Entries(OF_TENSORS, 2, 4, wanted))
+
+    def value(*zs: Tensor) -> Tensor:
+        return divergence([*zs, *tensors], *normalisers([*zs]), which)[0]
+
+    if wanted:
+        assert torch.autograd.gradcheck(value, zs)
+    else:
+        assert divergence([*zs, *tensors], *normalisers(zs), which).shape == (5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_operators_as_torch_sees_them(dtype: torch.dtype) -> None:
+    """Logits in float32 beside tensors in float64 too: all is computed in the wider."""
+    zs, tensors = [z.detach().to(dtype).requires_grad_() for z in both()], of_all_kinds()
+    which = encode(Entries(OF_TENSORS, 2, 4, (0, 1)))
+    torch.library.opcheck(divergence, ([*zs, *tensors], *normalisers(zs), which))
+    packed = divergence([*zs, *tensors], *normalisers(zs), which).detach()
+    assert packed.dtype == torch.float64
+    plain = [z.detach() for z in zs]
+    given = ([*plain, *tensors], normalisers(zs)[0], packed, packed[0], which)
+    torch.library.opcheck(divergence_grad, given)
+    assert [dz.dtype for dz in divergence_grad(*given)] == [dtype] * 2
+
+
+def test_what_the_operators_refuse() -> None:
+    zs = [z.detach() for z in both()]
+    which = encode(Entries(("mul", P, T), 1, 1, (0,)))
+    with pytest.raises(ValueError, match="1 sets of logits for 1 sides and 1 tensors"):
+        divergence(zs[:1], *normalisers(zs[:1]), which)
+    with pytest.raises(ValueError, match=r"\[N, V\]"):
+        divergence([zs[0], zs[1][:, :-1]], *normalisers(zs[:1]), which)
+    with pytest.raises(ValueError, match="floating point"):
+        divergence([zs[0].long(), zs[1]], *normalisers(zs[:1]), which)
+
+
+# Whole programs
+
+
+def sm(z: Tensor, dim: int = -1) -> Tensor:
+    return torch.softmax(z, dim)
+
+
+class Program:
+    """A loss in a spelling made at random, of (z [B, T, V], the same of a second side, t, w, y)."""
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(seed)
+        self.arranged = self.rng.choice(["flat", "sequence", "classes first"])
+        self.second = self.rng.choice(["", "moves", "detached", "no_grad"])
+        self.parts = [self.part() for _ in range(2)]
+        self.end = self.rng.choice(
+            ["sum mean", "mean", "sum", "keepdim", "masked", "all but first", "mse", "l1", "kl", "kl log"]
+        )
+        self.how = self.rng.choice(["mean", "sum", "batchmean", "none"])
+        self.text = f"{self.arranged}, {self.second}, {self.end}, {self.how}"
+
+    def part(self) -> Callable[..., Tensor]:
+        number = self.rng.choice([0.2, 0.5, 2.0])
+        return self.rng.choice(
+            [
+                lambda p, b: p * torch.log(p + 1e-3),
+                lambda p, b: torch.clamp(p, min=0.01, max=0.9).log() * b,
+                lambda p, b: (p - b) ** 2,
+                lambda p, b: (1 - p).pow(2.5) * torch.log1p(p * number),
+                lambda p, b: torch.maximum(p, b * number) * p,
+                lambda p, b: torch.where(p.detach() > 0.05, p.square() * p, number * p),
+                lambda p, b: (p / (b + number)) * p,
+                lambda p, b: ((p + 0.1).log() * p).masked_fill(b > 0.1, 0.0),
+                lambda p, b: number - (p * b.detach() + 0.1).sqrt(),
+                lambda p, b: torch.exp(-p) * (1.0 + p.abs()),
+            ]
+        )
+
+    def __call__(self, z: Tensor, z2: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        axis, shape = -1, z.shape
+        if self.arranged == "flat":
+            z, z2, t, y = (x.reshape(-1, *x.shape[2:]) for x in (z, z2, t, y))
+        elif self.arranged == "classes first":
+            z, z2, t = (x.transpose(1, 2) for x in (z, z2, t))
+            axis, w = 1, w[:, None]
+        p, b = sm(z, axis), t
+        if self.second == "no_grad":
+            with torch.no_grad():
+                b = sm(z2, axis)
+        elif self.second:
+            b = sm(z2, axis).detach() if self.second == "detached" else sm(z2, axis)
+        if self.end in ("mse", "l1"):
+            function = F.mse_loss if self.end == "mse" else F.l1_loss
+            loss = function(p + self.parts[0](p, t), b, reduction=self.reduction())
+            return loss.sum() if loss.dim() else loss
+        if self.end in ("kl", "kl log"):
+            target, log_target = ((b + 0.01).log(), True) if self.end == "kl log" else (b, False)
+            loss = F.kl_div((p + 1e-2).log(), target, reduction=self.how, log_target=log_target)
+            return loss.mean() if loss.dim() else loss
+        e = self.parts[0](p, b) * w + self.parts[1](p, t) / (1.0 + y).unsqueeze(axis)
+        if self.end == "masked":
+            kept = (y > 2).to(e.dtype)
+            return (e.sum(axis) * kept).sum() / (kept.sum() + 1)
+        if self.end == "all but first":
+            return e.mean(tuple(range(1, e.dim()))).sum()
+        if self.end == "keepdim":
+            return (e.sum(axis, keepdim=True) / shape[-1]).square().mean()
+        return {"sum mean": lambda: e.sum(dim=axis).mean(), "mean": e.mean, "sum": e.sum}[self.end]()
+
+    def reduction(self) -> str:
+        return "mean" if self.how == "batchmean" else self.how
+
+
+def given(dtype: torch.dtype, batch: int = 2, length: int = 4, seed: int = 0) -> tuple[Tensor, ...]:
+    torch.manual_seed(seed)
+    z, z2 = (2 * torch.randn(batch, length, V) for _ in range(2))
+    t, w = sm(torch.randn(batch, length, V)), torch.rand(V)
+    y = torch.randint(V, (batch, length))
+    return z.to(dtype).requires_grad_(), z2.to(dtype).requires_grad_(), t.to(dtype), w.to(dtype), y
+
+
+PROGRAMS = range(30)
+
+
+@pytest.mark.parametrize(
+    ("seed", "dtype"), in_turns(PROGRAMS, [torch.float32, torch.bfloat16, torch.float64])
+)
+def test_programs_at_random(seed: int, dtype: torch.dtype) -> None:
+    program = Program(seed)
+    ours = rewritten(program, given(dtype))
+    assert ours.count(ops.DIVERGENCE) >= 1, program.text
+
+
+def test_other_numbers_of_rows_are_compiled_once() -> None:
+    program = Program(3)
+    backend = Rewritten()
+    compiled = torch.compile(program, backend=backend, dynamic=True, fullgraph=True)
+    for batch, length in ((2, 4), (3, 5), (5, 3)):
+        args = given(torch.float32, batch, length)
+        with torch._dynamo.config.patch(error_on_recompile=batch > 2):
+            check(run(compiled, args), program, args)
+    assert backend.count(ops.DIVERGENCE) == 1
+
+
+def under_autocast(z: Tensor, z2: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        p = F.linear(z, torch.eye(V)).softmax(-1)
+        return F.mse_loss(p, t) - (p * (p + 1e-3).log()).sum(-1).mean()
+
+
+def test_under_autocast() -> None:
+    args = given(torch.float32)
+    backend = Rewritten()
+    ours, eager = (run(f, args) for f in (torch.compile(under_autocast, backend=backend), under_autocast))
+    p, t = sm(args[0].detach().bfloat16().double()), args[2].double()  # the product is in bfloat16
+    exact = ((p - t) ** 2).mean() - (p * (p + 1e-3).log()).sum(-1).mean()
+    assert_fair(ours.results[0], eager.results[0], exact)
+    for mine, theirs in zip(ours.gradients, eager.gradients, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-2, atol=1e-2)
+    assert backend.count(ops.DIVERGENCE) == 2
+
+
+# Numbers that are none
+
+
+BETWEEN: dict[str, Callable[..., Tensor]] = {
+    "entropy": lambda p, q, t, a: p * (p + 1e-8).log(),
+    "clamped": lambda p, q, t, a: p.clamp(min=1e-6).log() * p,
+    "chosen": lambda p, q, t, a: torch.where(q > 1e-3, p * a * a, 0.0),
+    "square": lambda p, q, t, a: (p - q) ** 2,
+    "distance": lambda p, q, t, a: (p - q).abs(),
+    "roots": lambda p, q, t, a: (p.sqrt() - q.sqrt()) ** 2,
+    "focal": lambda p, q, t, a: (1 - p) ** 2.5 * a * t,
+    "clamped log": lambda p, q, t, a: a.clamp(min=-3.0) * t,
+    "xlogy": lambda p, q, t, a: torch.xlogy(p, q + 0.1),
+    "larger": lambda p, q, t, a: torch.maximum(p, q) * t,
+    "ratio": lambda p, q, t, a: p * p / (q + 0.1),
+    "power": lambda p, q, t, a: p.pow(1.5) * q,
+    "filled": lambda p, q, t, a: (p * a * a).masked_fill(p == 0, 0.0),
+    "positive": lambda p, q, t, a: torch.relu(p - q) * t,
+}
+
+
+def spoilt(how: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    z, q, t, *_ = (x.detach().float() for x in given(torch.float32, 1, N))
+    z, q, t = z[0].clone(), q[0].clone(), t[0].clone()
+    if how == "columns":
+        z[:, ::4], q[:, 1::4] = -math.inf, -math.inf
+    elif how == "underflow":
+        z[:, ::3] -= 200
+        q[:, 1::3] -= 200
+    elif how.startswith("tensor"):
+        t[1, 2] = float(how.split()[1])
+    else:
+        z[2, slice(None) if how == "-inf" else 3] = float(how)
+    return z.to(dtype).requires_grad_(), q.to(dtype).requires_grad_(), t.to(dtype)
+
+
+SPOILT = ["columns", "underflow", "-inf", "inf", "nan", "tensor nan", "tensor inf"]
+SOME = [
+    (name, how, [torch.float32, torch.float16, torch.bfloat16][(i + 2 * j) % 3])
+    for i, name in enumerate(BETWEEN)
+    for j, how in enumerate(SPOILT)
+    if EVERYTHING or (i + j) % 2 == 0
+]
+
+
+@pytest.mark.parametrize(("name", "how", "dtype"), SOME)
+def test_finite_where_eager_is(name: str, how: str, dtype: torch.dtype) -> None:
+    """Eager makes NaN of 0 times infinity, where ours may be the limit: else nothing is another."""
+
+    def f(z: Tensor, q: Tensor, t: Tensor) -> Tensor:
+        return BETWEEN[name](z.softmax(-1), q.softmax(-1), t, z.log_softmax(-1)).sum(-1)
+
+    backend, args = Rewritten(), spoilt(how, dtype)
+    ours, eager = run(torch.compile(f, backend=backend), args), run(f, args)
+    assert backend.count(ops.DIVERGENCE) == 1
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}[dtype]
+    for mine, theirs in zip(ours.results + ours.gradients, eager.results + eager.gradients, strict=True):
+        known = ~theirs.isnan()
+        torch.testing.assert_close(mine[known], theirs[known], rtol=tolerance, atol=tolerance)
+
+
+# What is compared with the same logits, and what is left
+
+
+def its_maximum(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return torch.where(p == p.detach().amax(-1, keepdim=True), 0.0, p * torch.log(p + 1e-3)).sum(-1)
+
+
+def maximum_without_gradient(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    with torch.no_grad():
+        least = p.topk(3, -1).values[..., -1:]
+    return torch.where(p >= least, p * torch.log(p + 1e-3), p * p).sum(-1)
+
+
+def far_from_its_maximum(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return (p - p.detach().amax(-1, keepdim=True)).abs().sum(-1)
+
+
+def above_its_second(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return torch.maximum(p, p.detach().topk(2, -1).values[..., -1:]).pow(1.5).sum(-1)
+
+
+def clamped_at_its_maximum(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return ((p - p.detach().amax(-1, keepdim=True)).clamp(min=0.0) * t).sum(-1)
+
+
+def from_its_rows(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return F.l1_loss(p, p.detach().amax(-1, keepdim=True).expand_as(p), reduction="sum")
+
+
+def renormalised(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 1e-3
+    p = p / p.sum(-1, keepdim=True)
+    return (t * p.log()).sum(-1)
+
+
+def tensor_that_learns(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return (t.requires_grad_() * (p + 1e-3).log()).sum(-1)
+
+
+def edited_before(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 0
+    p.add_(1e-3)
+    return (p * p.log()).sum(-1)
+
+
+def tensor_edited_after(z: Tensor, t: Tensor) -> Tensor:
+    t = t.clone()
+    e = (z.softmax(-1) - t).exp()
+    t.mul_(2)
+    return e.sum(-1) + t.sum()
+
+
+def logits_edited_after(z: Tensor, t: Tensor) -> Tensor:
+    z = z * 1
+    p = z.softmax(-1)
+    e = (p * (p + 1e-3).log()).sum(-1)
+    z.mul_(2)
+    return e + z.sum(-1)
+
+
+def some_rows(z: Tensor, t: Tensor) -> Tensor:
+    """The tensor is broadcast over a batch."""
+    p = z.view(2, N // 2, V).softmax(-1)
+    return (p - t[: N // 2]).exp().sum(-1)
+
+
+def read_elsewhere(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return (p * (p + 1e-3).log()).sum(-1) + p.cumsum(-1).square().sum()
+
+
+def truth_in_float32(z: Tensor, t: Tensor) -> Tensor:
+    """Eager rounds the number to float32."""
+    p = z.softmax(-1)
+    return ((p > 0.1) * 0.3 * p.sqrt()).sum(-1)
+
+
+def summed_in_float64(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1).float()
+    return (p * (p + 1e-3).log()).sum(-1, dtype=torch.float64)
+
+
+def squares_of_squares(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) * 1.1
+    for _ in range(30):
+        p = (p * p + 0.1).sqrt()
+    return p.sum(-1)
+
+
+LEFT = [
+    *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
+    *(clamped_at_its_maximum, renormalised, edited_before, tensor_edited_after, logits_edited_after),
+    *(some_rows, read_elsewhere, squares_of_squares),
+]
+
+
+@pytest.mark.parametrize(("f", "dtype"), in_turns(LEFT, [torch.float64, torch.float32]))
+def test_what_is_left(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == 0
+
+
+def test_a_number_that_eager_rounds() -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V)
+    rewritten(truth_in_float32, (z, t))
+    rewritten(summed_in_float64, (z.detach().float().requires_grad_(), t))
+
+
+def test_a_tensor_that_learns() -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double().requires_grad_()
+    ours = rewritten(lambda z, t: (t.sigmoid() * (z.softmax(-1) + 1e-3).log()).sum(-1), (z, t))
+    assert ours.count(ops.DIVERGENCE) == 0
+
+
+def test_a_metric_in_inference_mode() -> None:
+    def f(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode():
+            p = z.softmax(-1)
+            told = (p * (p + 1e-3).log()).sum()
+        return F.cross_entropy(z, y), told
+
+    ours = rewritten(f, (torch.randn(N, V).requires_grad_(), torch.randint(V, (N,))))
+    assert (ours.count(ops.DIVERGENCE), ours.count(ops.ROW_STATS)) == (0, 1)
+
+
+def test_few_classes_are_silent() -> None:
+    backend = Rewritten(min_vocab=100)
+    run(torch.compile(Program(3), backend=backend), given(torch.float32))
+    assert backend.count(ops.DIVERGENCE) == 0
+    assert not backend.report.misses
+
+
+# Code
+
+
+def with_all(z: Tensor, q: Tensor, row: Tensor, column: Tensor, t: Tensor, mask: Tensor) -> Tensor:
+    """A term with every function, as torch has them."""
+    p, q = z.softmax(-1), q.softmax(-1)
+    one = torch.maximum(p, q * row) - (p + q).sqrt() / (1 + column) + torch.log1p(p * column).abs()
+    two = torch.where((p > q) & ~(p >= 0.9) | (q <= 0.01), p.clamp(0.01, 0.3), torch.xlogy(p, q + row))
+    three = ((p < 0.2) | mask).to(p.dtype) * (-p).exp() + (1 - p).pow(2.5) * torch.where(p != q, 0.3, 0.7)
+    return ((one + two + three + torch.relu(p - t) * (t + 0.1).log()) * mask).sum(-1).mean()
+
+
+def inputs_of_all(dtype: torch.dtype, n: int = 24, v: int = 96) -> tuple[Tensor, ...]:
+    z, q = ((2 * torch.randn(n, v)).to(dtype).requires_grad_() for _ in range(2))
+    rows, classes, t = torch.rand(n, 1), torch.rand(v), torch.rand(n, v)
+    return z, q, *(x.to(dtype) for x in (rows, classes, t)), torch.rand(n, v) > 0.3
+
+
+def test_generated_code() -> None:
+    """It is right, and what is given for rows or for classes is not written out for all entries."""
+    args = inputs_of_all(torch.float32)
+    compiled, graphs = compile_with_codegen(with_all)
+    ours, codes = run_and_get_code(lambda: run(compiled, args))
+    check_numbers(ours, with_all, args)
+    assert graphs.count(ops.DIVERGENCE) == 1
+    whole = args[0].numel()
+    large = [size for code in codes for size in sizes(code).values() if size >= whole]
+    assert large == [whole] * 2, "the gradients"
+
+
+def test_nothing_as_large_as_the_logits_is_saved() -> None:
+    """Between forward and backward there are the logits, what the user brings, and numbers of rows."""
+    args = inputs_of_all(torch.bfloat16)
+    compiled, graphs = compile_without_codegen(with_all)
+    run(compiled, args)
+    whole = args[0].numel()
+    values = [node.meta["val"] for node in graphs.final[1].graph.nodes if node.op == "placeholder"]
+    large = sorted(str(value.dtype) for value in values if value.numel() >= whole)
+    assert large == ["torch.bfloat16"] * 3 + ["torch.bool"]
+
+
+# Heads
+
+
+def entropy(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return -(sm(z) * torch.log(sm(z) + 1e-6)).sum(-1).mean()
+
+
+def entropy_beside_a_loss(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return F.cross_entropy(z, y) + 0.1 * entropy(z, q, t, y, r, c)
+
+
+def mean_teacher(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return F.mse_loss(sm(z), sm(q).detach())
+
+
+def two_students(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return F.mse_loss(sm(z), sm(q)) + F.cross_entropy(z, y) + F.cross_entropy(q, y)
+
+
+def beside_tensors(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return (torch.maximum(sm(z), t) * (r + c) * sm(q)).sum(-1).mean() + F.cross_entropy(z, y)
+
+
+def mask_of_its_logits(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return ((sm(z) + 0.01).log() * sm(z) * (z.detach() > 0)).sum(-1).mean() + F.cross_entropy(z, y)
+
+
+def mask_of_both(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    return ((sm(z) + 0.01).log() * sm(q) * (q.detach() > z.detach())).sum(-1).mean()
+
+
+ROWS, CLASSES, WIDTH = 12, 40, 5
+# Of each, how many heads.
+HEADS = {entropy: 1, entropy_beside_a_loss: 1, mean_teacher: 2, two_students: 2, beside_tensors: 2}
+HEADS |= {mask_of_its_logits: 1, mask_of_both: 2}
+BRINGS = {beside_tensors}
+
+
+def of_heads(dtype: torch.dtype, grad: bool) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    torch.manual_seed(0)
+    leaves = {
+        name: torch.randn(n, WIDTH).to(dtype).requires_grad_(grad)
+        for name, n in (("h", ROWS), ("W", CLASSES), ("g", ROWS), ("U", CLASSES))
+    }
+    t, y = sm(torch.randn(ROWS, CLASSES)), torch.randint(CLASSES, (ROWS,))
+    return leaves, (t.to(dtype), y, torch.rand(ROWS, 1).to(dtype), torch.rand(CLASSES).to(dtype))
+
+
+def measured(f: Callable[..., Tensor], dtype: torch.dtype, grad: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    leaves, others = of_heads(dtype, grad)
+    value = f(*leaves.values(), *others)
+    if not grad:
+        return value, {}
+    made = torch.autograd.grad(
+        value, [*leaves.values()], -2.5 * torch.ones_like(value), materialize_grads=True
+    )
+    return value.detach(), dict(zip(leaves, made, strict=True))
+
+
+@pytest.mark.parametrize(("f", "grad"), in_turns([*HEADS], [True, True, False]))
+def test_heads_in_pieces(f: Callable[..., Tensor], grad: bool) -> None:
+    def loss(h: Tensor, W: Tensor, g: Tensor, U: Tensor, *others: Tensor) -> Tensor:
+        return f(F.linear(h, W), F.linear(g, U), *others)
+
+    compiled, graphs = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.34)
+    runs = [
+        measured(each, dtype, grad)
+        for each, dtype in ((compiled, torch.float32), (loss, torch.float32), (loss, torch.float64))
+    ]
+    assert_fair(*(value for value, _ in runs))
+    assert counts() == {"token_chunks" if grad else "forward_only": HEADS[f]}
+    assert graphs.count(ops.DIVERGENCE) >= 2
+    if f not in BRINGS:  # what is brought along is whole
+        assert max(map(largest, graphs.final)) < ROWS * CLASSES
+    if grad:
+        assert_all_fair(*(gradients for _, gradients in runs))
+        assert max(saved(graphs.final[0])) < ROWS * CLASSES
