@@ -41,6 +41,7 @@ LONG = (
         "dtensor_product",
         "head_traps",
     ),
+    *("head_sides", "counted_rows", "learnt_scale", "exported", "powers", "verify", "recognise"),
 )
 _PLACE = {f"test_{name}.py": place for place, name in enumerate(LONG)}
 

@@ -264,13 +264,15 @@ MEASURED = ["chunks", "slices", "logits_in_a_list", "checkpointed"] if EVERYTHIN
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_no_more_than_the_loop_takes_eagerly(name: str) -> None:
-    """Compiled without us, all chunks of a loop with checkpoints are in memory; with us they are not."""
+    """Compiled without us, all chunks of a loop with checkpoints are in memory, nearly twice of what eager
+    holds, for which that is compiled with ALL=1 alone; with us they are not."""
     given = inputs(torch.float32, n=768, v=1024, d=64)
     loop = LOOPS[name]
-    eager = peak(loop, given)
-    plain = peak(torch.compile(loop), given)
-    torch._dynamo.reset()
+    others = [peak(loop, given)]
+    if EVERYTHING:
+        others.append(peak(torch.compile(loop), given))
+        torch._dynamo.reset()
     inductor_ce.install(min_vocab=2)
     ours = peak(torch.compile(loop), given)
     assert counts() == {"token_chunks": K}
-    assert ours <= min(eager, plain)
+    assert ours <= min(others)

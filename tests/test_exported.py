@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_lazily, compile_without_codegen, misses, sites
+from harness import Graphs, compile_lazily, compile_without_codegen, known_to_children, misses, sites
 from pairwise import pairwise
 from reference import Terms, assert_fair
 from torch import Tensor, nn
@@ -361,6 +362,7 @@ def test_a_package_runs_without_us(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         cwd=tmp_path,
+        env=os.environ | known_to_children(),
         check=False,
     )
     assert "as eager" in done.stdout, done.stderr
