@@ -23,10 +23,12 @@ from torch._inductor.utils import run_and_get_code
 from inductor_ce import ops
 from inductor_ce.algebra import entries
 from inductor_ce.algebra.entries import Entries, Term
+from inductor_ce.common.compat.graphs import clamps_pass_ends
 from inductor_ce.ops.divergences import decode, divergence, divergence_grad, encode
 
 N, V = 6, 16
 P, Q, LOG_P, LOG_Q, T = ("p", 0), ("p", 1), ("log p", 0), ("log p", 1), ("t", 0)
+ENDS = float(clamps_pass_ends())
 
 # Terms: what they are, by torch's own functions
 
@@ -48,8 +50,10 @@ def number(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> Tensor:
         return tensors[args[0]]
     if name in ("p", "log p"):
         return (F.softmax if name == "p" else F.log_softmax)(zs[args[0]], -1)
-    if name in ("pow", "clamp"):
-        return getattr(torch, name)(number(args[0], zs, tensors), *args[1:])
+    if name == "pow":
+        return torch.pow(number(args[0], zs, tensors), *args[1:])
+    if name == "clamp":
+        return torch.clamp(number(args[0], zs, tensors), *args[1:3])
     return FUNCTIONS[name](*(number(arg, zs, tensors) for arg in args))
 
 
@@ -95,7 +99,7 @@ OF_EACH: dict[str, Term] = {
     "maximum": ("maximum", P, Q),
     "minimum": ("minimum", ("mul", P, P), Q),
     "where": ("where", ("gt", P, Q), ("mul", P, P), ("exp", Q)),
-    "clamp": ("clamp", P, 0.02, 0.2),
+    "clamp": ("clamp", P, 0.02, 0.2, ENDS),
     "sign": ("mul", ("sign", ("sub", P, Q)), ("mul", P, P)),
     "number": ("mul", ("number", ("lt", P, 0.1)), ("mul", 0.3, ("sqrt", P))),
     **{name: ("where", (name, P, Q), ("exp", P), 0.3) for name in ("gt", "ge", "lt", "le", "eq", "ne")},
@@ -123,8 +127,8 @@ QUARTER = 0.25  # of four classes whose logits are equal, to the last bit
         ("mul", LOG_P, ("minimum", QUARTER, P)),
         ("mul", T, ("maximum", P, Q)),
         ("mul", T, ("maximum", ("mul", P, P), ("mul", P, 0.25))),
-        ("mul", T, ("clamp", P, QUARTER, 1.0)),
-        ("mul", T, ("clamp", P, 0.0, QUARTER)),
+        ("mul", T, ("clamp", P, QUARTER, 1.0, ENDS)),
+        ("mul", T, ("clamp", P, 0.0, QUARTER, ENDS)),
         ("mul", T, ("abs", ("sub", P, QUARTER))),
         ("mul", T, ("abs", ("sub", P, Q))),
         ("mul", ("where", ("ge", P, QUARTER), ("exp", P), 0.5), T),
@@ -154,7 +158,7 @@ def random_term(rng: random.Random, depth: int) -> Term:
             *((name, positive) for name in ("log", "log1p", "sqrt")),
             ("div", b, positive),
             ("pow", positive, rng.choice([-1.0, 0.5, 1.5, 2.0, 3.0])),
-            ("exp", ("clamp", a, -3.0, 1.0)),
+            ("exp", ("clamp", a, -3.0, 1.0, ENDS)),
             ("xlogy", positive, ("add", ("pow", b, 2.0), 0.1)),
             ("where", compared, a, ("neg", b)),
             ("mul", ("number", ("not", compared)), a),
@@ -173,7 +177,7 @@ def test_terms_at_random(seed: int) -> None:
 def test_text() -> None:
     term = ("neg", ("mul", P, ("log", ("add", P, 1e-8))))
     assert entries.render(made_of(term)) == "sum -p*log(p + 1e-08)"
-    power = ("mul", ("pow", ("sub", 1.0, P), 2.0), ("sub", LOG_Q, ("clamp", T, 0.1, math.inf)))
+    power = ("mul", ("pow", ("sub", 1.0, P), 2.0), ("sub", LOG_Q, ("clamp", T, 0.1, math.inf, ENDS)))
     assert entries.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
 
 
@@ -181,7 +185,7 @@ def test_what_a_statistic_is_is_not_own() -> None:
     assert not entries.is_own(("mul", 3.0, P))
     assert not entries.is_own(LOG_P)
     assert entries.is_own(("mul", P, LOG_P))
-    assert entries.is_own(("clamp", P, 0.1, 1.0))
+    assert entries.is_own(("clamp", P, 0.1, 1.0, ENDS))
 
 
 def test_squares_of_squares_are_too_long() -> None:

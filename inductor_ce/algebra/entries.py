@@ -6,8 +6,9 @@ as ("mul", a, b). With g the term of an entry, the gradient of sum_i g_i with re
 
     e_i - p_i sum_i e_i,   e = dg/d(log p) + p dg/dp,
 
-the derivatives of the softmax put in. Those of the functions are torch's own, also where they have none: 1
-at the ends of what is clamped, 0 for |x| at 0, and of equal values a half each for the larger of two.
+the derivatives of the softmax put in. Those of the functions are torch's own, also where there are none: 0
+for |x| at 0, a half for each of equal values of which the larger is taken, and at the ends of
+("clamp", x, low, high, passes), where torch's releases differ, `passes`, 1 or 0.
 """
 
 from __future__ import annotations
@@ -119,6 +120,11 @@ def _of_larger(sign: str) -> _Rule:
     return rule
 
 
+def _of_clamped(x: Term, low: Term, high: Term, passes: Term, dx: Term, *_: Term) -> Term:
+    below, above = ("lt", "gt") if passes else ("le", "ge")
+    return _where(("or", (below, x, low), (above, x, high)), 0.0, dx)
+
+
 _RULES: dict[str, _Rule] = {
     "add": lambda a, b, da, db: _add(da, db),
     "sub": lambda a, b, da, db: _sub(da, db),
@@ -135,7 +141,7 @@ _RULES: dict[str, _Rule] = {
     "maximum": _of_larger("gt"),
     "minimum": _of_larger("lt"),
     "where": lambda c, a, b, dc, da, db: _where(c, da, db),
-    "clamp": lambda x, low, high, dx, *_: _where(("or", ("lt", x, low), ("gt", x, high)), 0.0, dx),
+    "clamp": _of_clamped,
     **dict.fromkeys(("sign", "number", *TRUTHS), lambda *_: 0.0),
 }
 
@@ -267,7 +273,7 @@ def _text(term: Term) -> tuple[str, int]:
     if name == "neg":
         return f"-{_within(args[0], 4)}", 4
     if name == "clamp":
-        ends = [f"{end}={x:g}" for end, x in zip(("min", "max"), args[1:], strict=True) if math.isfinite(x)]
+        ends = [f"{end}={x:g}" for end, x in zip(("min", "max"), args[1:3], strict=True) if math.isfinite(x)]
         return f"clamp({', '.join([_text(args[0])[0], *ends])})", _CLOSED
     if name in _INFIX:
         own = _BINDING.get(name, 2)

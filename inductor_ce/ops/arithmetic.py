@@ -58,6 +58,8 @@ class Tensors:
     def call(name: str, *args: Any, like: Tensor) -> Tensor:
         if name == "number":
             return args[0].to(like.dtype)
+        if name == "clamp":
+            return torch.clamp(*args[:3])
         if name != "pow":
             args = tuple(arg if isinstance(arg, Tensor) else like.new_full((), arg) for arg in args)
         function: Callable[..., Tensor] = getattr(torch, _NAMES.get(name, name))

@@ -18,6 +18,7 @@ from ..algebra import divergences as joint
 from ..algebra import entries
 from ..algebra.divergences import Joint
 from ..algebra.entries import Term
+from ..common.compat.graphs import clamps_pass_ends
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..graph.walk import reached
@@ -242,7 +243,7 @@ class EntryReader:
             return None
         if self._compares_with_own(x[0]):
             return None
-        return "clamp", x[0], *numbers
+        return "clamp", x[0], *numbers, float(clamps_pass_ends())
 
     def _where(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         if name == "masked_fill":

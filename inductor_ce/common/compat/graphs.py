@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -157,6 +158,15 @@ def is_in_forward_mode() -> bool:
 def is_tangent(node: torch.fx.Node) -> bool:
     """Whether an input of a joint graph is an upstream gradient."""
     return node.op == "placeholder" and str(node.target).startswith("tangents")
+
+
+@functools.cache
+def clamps_pass_ends() -> bool:
+    """Whether a gradient flows through what is clamped where it is at an end: up to torch 2.13 it does."""
+    with unset_fake_temporarily(), torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, device="cpu", requires_grad=True)
+        (gradient,) = torch.autograd.grad(x.clamp(min=0.0).sum(), x)
+        return bool(gradient)
 
 
 def is_higher_order(target: Any) -> bool:
