@@ -20,7 +20,7 @@ def inputs():
 def loss(first, second, temperature=0.1):
     first, second = F.normalize(first, dim=1), F.normalize(second, dim=1)
     logits = first @ second.t() / temperature
-    labels = torch.arange(N)
+    labels = torch.arange(N, device=logits.device)
     positive = logits.gather(1, labels[:, None]).squeeze(1)
     negative = torch.logsumexp(logits + SMALL * F.one_hot(labels, N), dim=1)
     return (negative - positive).mean()

@@ -51,7 +51,8 @@ def number(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> Tensor:
     if name in ("p", "log p"):
         return (F.softmax if name == "p" else F.log_softmax)(zs[args[0]], -1)
     if name == "pow":
-        return torch.pow(number(args[0], zs, tensors), *args[1:])
+        power = args[1] if isinstance(args[1], float) else number(args[1], zs, tensors)
+        return torch.pow(number(args[0], zs, tensors), power)
     if name == "clamp":
         return torch.clamp(number(args[0], zs, tensors), *args[1:3])
     return FUNCTIONS[name](*(number(arg, zs, tensors) for arg in args))
@@ -138,6 +139,10 @@ QUARTER = 0.25  # of four classes whose logits are equal, to the last bit
         ("mul", T, ("pow", ("sub", P, QUARTER), 1.0)),
         ("mul", T, ("pow", ("sub", P, QUARTER), 0.0)),
         ("mul", T, ("sqrt", ("sub", P, QUARTER))),
+        ("pow", ("add", P, Q), T),
+        ("pow", ("sub", P, QUARTER), ("number", ("gt", T, 0.5))),
+        ("pow", ("sub", P, QUARTER), Q),
+        ("pow", ("add", Q, 0.1), ("sub", P, QUARTER)),
     ],
 )
 def test_where_torch_chooses_a_derivative(term: Term) -> None:
@@ -487,6 +492,20 @@ def edited_before(z: Tensor, t: Tensor) -> Tensor:
     return (p * p.log()).sum(-1)
 
 
+def edited_without_gradient(z: Tensor, t: Tensor) -> Tensor:
+    e = z.softmax(-1).sqrt() * t
+    with torch.no_grad():
+        e -= 2 * t
+    return e.square().sum(-1)
+
+
+def edited_and_read(z: Tensor, t: Tensor) -> Tensor:
+    e = z.softmax(-1).sqrt() * t
+    whole = e.view(-1)
+    e -= t
+    return e.sum(-1) + whole.sum()
+
+
 def tensor_edited_after(z: Tensor, t: Tensor) -> Tensor:
     t = t.clone()
     e = (z.softmax(-1) - t).exp()
@@ -534,7 +553,7 @@ def squares_of_squares(z: Tensor, t: Tensor) -> Tensor:
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
     *(clamped_at_its_maximum, renormalised, edited_before, tensor_edited_after, logits_edited_after),
-    *(some_rows, read_elsewhere, squares_of_squares),
+    *(some_rows, read_elsewhere, squares_of_squares, edited_without_gradient, edited_and_read),
 ]
 
 
@@ -542,6 +561,33 @@ LEFT = [
 def test_what_is_left(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
     z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
     assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == 0
+
+
+def subtracted_in_place(z: Tensor, t: Tensor) -> Tensor:
+    p, q = z.softmax(-1), t.softmax(-1)
+    e = torch.masked_fill(p * torch.log(0.1 * p + 0.9 * q), t > 0.9, 0)
+    e -= torch.masked_fill(p * z.log_softmax(-1), t > 0.9, 0)
+    return e.sum(-1)
+
+
+def edited_twice(z: Tensor, t: Tensor) -> Tensor:
+    e = (z.softmax(-1) + 0.1).log() * t
+    e += z.softmax(-1).square()
+    e.mul_(0.3)
+    return e.sum(-1).exp()
+
+
+def edited_beside_no_gradient(z: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        e = (z.softmax(-1) + 0.1).log()
+    e += z.softmax(-1).square()
+    return e.sum(-1)
+
+
+@pytest.mark.parametrize("f", [subtracted_in_place, edited_twice, edited_beside_no_gradient])
+def test_edits_that_nothing_else_sees(f: Callable[..., Tensor]) -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double()
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == (f is not edited_twice)
 
 
 def test_a_number_that_eager_rounds() -> None:

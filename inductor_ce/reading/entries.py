@@ -25,7 +25,7 @@ from ..graph.walk import reached
 from . import spellings
 from .constants import number_of
 from .context import kind_of
-from .joint import MAX_DEPTH, JointReader
+from .joint import MAX_DEPTH, JointReader, JointValue
 from .losses import modernised
 from .views import cast_keeps
 
@@ -83,12 +83,7 @@ class EntryReader:
         if not timeline.unchanged(node, node, len(timeline.nodes) if until is None else until):
             return None
         value = self.joint.of(node)
-        if (
-            value is not None
-            and value.axis is not None
-            and value.like is None
-            and not _has_mixture(value.expr)
-        ):
+        if value is not None and value.axis is not None and _is_of_entries(value):
             self._wide[node] = value.wide
             return self._of_joint(value.expr, value.axis)
         spelled, mode = spellings.read(node), timeline.grad_mode(timeline.position[node])
@@ -196,19 +191,20 @@ class EntryReader:
         return ("sub" if name == "rsub" else name, *numbers)
 
     def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
-        """x += y and the like, of an x that nothing else sees."""
+        """x += y and the like, of an x that nothing else sees. Under no_grad x would keep its gradient."""
         x, timeline = args.get("input"), self.joint.reading.timeline
-        if not isinstance(x, Node) or args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
+        position = timeline.position[node]
+        if not isinstance(x, Node) or timeline.grad_mode(position) is not True:
+            return None
+        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
             return None
         same = [each for each in timeline.nodes if timeline.shares_storage(each, x)]
         if any(each not in (x, node) and not spellings.is_arithmetic_edit(each) for each in same):
             return None
-        own, other = self._read(x, depth, timeline.position[node]), self._numbers(args, depth, "other")
-        return (
-            None
-            if own is None or other is None
-            else (name.removeprefix("edit_"), self._as_number(own), *other)
-        )
+        own, other = self._read(x, depth, position), self._numbers(args, depth, "other")
+        if own is None or other is None:
+            return None
+        return name.removeprefix("edit_"), self._as_number(own), *other
 
     def _elsewhere(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """A function for which the table of steps has no row of its own."""
@@ -296,9 +292,10 @@ class EntryReader:
         return None if self._compares_with_own(gap) else ("abs", gap)
 
 
-def _has_mixture(value: Joint) -> bool:
-    """Whether it has the logarithm of one: of sums of logits, it is finite where the probabilities are 0."""
-    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
+def _is_of_entries(value: JointValue) -> bool:
+    """Whether it has all rows, and no mixture's logarithm: of sums of logits, that is finite where the
+    probabilities are 0."""
+    return value.like is None and all(len(entry.log or ()) < 2 for entry, _ in value.expr.terms)
 
 
 _ONE, _TWO = ("input",), ("input", "other")
