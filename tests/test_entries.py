@@ -590,6 +590,18 @@ def test_edits_that_nothing_else_sees(f: Callable[..., Tensor]) -> None:
     assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == (f is not edited_twice)
 
 
+def weighed_without_gradient(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    with torch.no_grad():
+        weights = p.sqrt() * t
+    return (weights * (p + 0.2).sqrt()).sum(-1)
+
+
+def test_what_is_made_where_gradients_are_off() -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double()
+    assert rewritten(weighed_without_gradient, (z, t)).count(ops.DIVERGENCE) == 1
+
+
 def test_a_number_that_eager_rounds() -> None:
     z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V)
     rewritten(truth_in_float32, (z, t))

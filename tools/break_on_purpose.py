@@ -230,6 +230,35 @@ REWRITING = in_folder(
         ),
     ],
 )
+ENTRIES = in_folder(
+    "inductor_ce/",
+    [
+        (
+            *("entries: no gradient by the probability", "algebra/entries.py"),
+            'return _add(by_log, _mul(("p", side), by_p))',
+            "return by_log",
+            "tests/test_entries.py -k test_each_function",
+        ),
+        (
+            *("entries: the gradient not projected", "ops/entries.py"),
+            "made.append(do.sub(own, do.mul(p, do.over_classes(of_side[u]))))",
+            "made.append(own)",
+            "tests/test_entries.py -k test_each_function",
+        ),
+        (
+            *("entries: read where gradients are off as where they are on", "reading/entries.py"),
+            "return term if mode is True else self._held(term)",
+            "return term",
+            "tests/test_entries.py",
+        ),
+        (
+            *("entries: what nobody may edit is edited without a gradient", "reading/entries.py"),
+            "if not isinstance(x, Node) or timeline.grad_mode(position) is not True:",
+            "if not isinstance(x, Node):",
+            "tests/test_entries.py -k test_what_is_left",
+        ),
+    ],
+)
 API = in_folder(
     "inductor_ce/api/",
     [
@@ -259,7 +288,7 @@ API = in_folder(
         ),
     ],
 )
-BREAKS = [*TEMPLATES, *OPERATORS, *HEADS, *REWRITING, *API]
+BREAKS = [*TEMPLATES, *OPERATORS, *HEADS, *REWRITING, *ENTRIES, *API]
 
 
 def broken(text: str, each: Break) -> str:
