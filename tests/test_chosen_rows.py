@@ -257,7 +257,7 @@ def test_what_is_read_twice_is_chosen_once():
 
 def test_nothing_is_left_in_the_graph_where_nothing_is_fused():
     def f(z, y, rows):
-        return z.log_softmax(-1)[rows].abs().sum()
+        return z.log_softmax(-1)[rows].sin().sum()
 
     backend = rewritten(f)
     assert not backend.changed

@@ -105,16 +105,16 @@ def test_default_vocabulary_limit():
 def used_elsewhere(z, y):
     logp = z.log_softmax(-1)
     picked = logp.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # here
-    return -picked.mean(), torch.relu(logp + 2).sum()
+    return -picked.mean(), torch.sin(logp + 2).sum()
 
 
 def test_log_probabilities_used_elementwise():
     def f(z, y):
         logp = z.log_softmax(-1)
         loss = F.nll_loss(logp, y)  # here
-        return loss + torch.relu(logp + 2).sum()
+        return loss + torch.sin(logp + 2).sum()
 
-    fact = "is also used by relu at test_near_misses.py:"
+    fact = "is also used by sin at test_near_misses.py:"
     check_left(f, logits(), labels(), reason=Reason.LOGITS_ESCAPE, fact=fact)
 
 
@@ -170,11 +170,6 @@ def few_rows(z, y):
     return logp.gather(-1, y[:3, None]).squeeze(-1)
 
 
-def nonlinear_entropy(z, y):
-    p = z.log_softmax(-1).exp()  # here
-    return -(p * (p + 1e-8).log()).sum(-1)
-
-
 @pytest.mark.parametrize(
     "f",
     [
@@ -184,10 +179,6 @@ def nonlinear_entropy(z, y):
 )
 def test_not_one_loss(f: Callable[..., Tensor]):
     check_left(f, logits(), labels(ignore=None), reason=Reason.NOT_UNDERSTOOD)
-
-
-def test_an_entropy_with_an_epsilon():
-    check_left(nonlinear_entropy, logits(), labels(ignore=None), reason=Reason.EACH_ENTRY)
 
 
 def test_multi_positive():
@@ -730,7 +721,7 @@ def test_a_mixture_is_told_as_one():
 @pytest.mark.parametrize(
     ("f", "fact"),
     [
-        (lambda z, q: (q * z.log_softmax(-1).clamp(min=-10)).sum(), "more than picked entries"),
+        (lambda z, q: (q * z.log_softmax(-1).clamp(min=-10)).cumsum(-1).sum(), "more than picked entries"),
         (lambda z, q: (z.softmax(-1).mean(0).log() * q[0]).sum(), "adds up rows, class by class"),
     ],
 )

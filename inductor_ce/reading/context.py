@@ -15,7 +15,7 @@ from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
 from .row_views import RowView, arrangement, row_shape
-from .values import Columns, Label, Logits, Outside, Reading, Value, VocabValue
+from .values import Columns, Label, Logits, Outside, Reading, Value, VocabValue, detached
 from .views import counted, keeps_order, step_back, viewed
 
 
@@ -50,9 +50,11 @@ class Context:
             return edited
         if value is None or not timeline.unchanged(arg, arg, self.position):
             return None
-        if isinstance(value, Columns) or value.logits.inference == (self.grad_mode == INFERENCE):
+        if isinstance(value, Columns):
             return value
-        return None
+        if value.logits.inference != (self.grad_mode == INFERENCE):
+            return None
+        return detached(value) if self.grad_mode is False else value
 
     def vocab(self, arg: Any, dim: Any) -> VocabValue | None:
         """`arg` with the vocabulary on `dim`: as known, or as logits, seen through views and casts."""
