@@ -347,7 +347,7 @@ def test_logits_beside_a_loss_that_is_left_as_it_was() -> None:
     def f(module: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = module.lm_head(x)
         p = logits.softmax(-1)
-        return loss_of(logits, y) + (p * (p.sin() + 1e-8).log()).sum(), logits
+        return loss_of(logits, y) + (p * (p + 1e-8).log().sin()).sum(), logits
 
     module, (x, y) = Model(), inputs()
     compiled, _ = compile_without_codegen(f, returned_logits="nan")
