@@ -386,6 +386,38 @@ def test_a_function_of_each_probability_that_is_summed_is_told():
     assert (sites(), misses()) == (0, 1)
 
 
+def entropy_of_log_probabilities(z, logp):
+    return -(logp.exp() * logp).sum(-1)
+
+
+def entropy_of_logits(z, logp):
+    return torch.logsumexp(z, -1) - (F.softmax(z, -1) * z).sum(-1)
+
+
+def entropy_of_both(z, logp):
+    return -(F.softmax(z, -1) * logp).sum(-1)
+
+
+@pytest.mark.parametrize("entropy", [entropy_of_log_probabilities, entropy_of_logits, entropy_of_both])
+def test_a_metric_under_no_grad_of_what_has_a_gradient(entropy):
+    """It needs none of all classes, and the loss keeps its gradient."""
+
+    def f(z, y):
+        logp = z.log_softmax(-1)
+        with torch.no_grad():
+            e = entropy(z, logp)
+        return -(logp.gather(1, y[:, None]).squeeze(1) * torch.sigmoid(e)).mean(), e
+
+    z, y = torch.randn(N, V, requires_grad=True), torch.randint(V, (N,))
+    compiled, backend = compile_rewritten(f)
+    (ours, e), (eager, own) = compiled(z, y), f(z, y)
+    torch.testing.assert_close((ours, e), (eager, own))
+    assert not e.requires_grad
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z) for loss in (ours, eager)))
+    assert (sites(), misses()) == (1, 0)
+    assert "mean_p" in backend.report.sites[0].form
+
+
 def test_vocabulary_that_changed():
     """Dynamo guesses that it is dynamic; nobody insists on it, and it is specialised."""
     compiled, _ = compile_rewritten(lambda z, y: F.cross_entropy(z, y))

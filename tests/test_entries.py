@@ -34,7 +34,10 @@ ENDS = float(clamps_pass_ends())
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "log", "log1p")},
-    **{name: getattr(torch, name) for name in ("sqrt", "abs", "xlogy", "maximum", "minimum", "where")},
+    **{
+        name: getattr(torch, name)
+        for name in ("sqrt", "abs", "xlogy", "maximum", "minimum", "logaddexp", "where")
+    },
     **{name: getattr(torch, name) for name in ("sign", "gt", "ge", "lt", "le", "eq", "ne")},
     **{name: getattr(torch, f"logical_{name}") for name in ("and", "or", "not")},
     "number": lambda x: x.double(),
@@ -100,6 +103,7 @@ OF_EACH: dict[str, Term] = {
     "maximum": ("maximum", P, Q),
     "minimum": ("minimum", ("mul", P, P), Q),
     "where": ("where", ("gt", P, Q), ("mul", P, P), ("exp", Q)),
+    "logaddexp": ("mul", ("logaddexp", ("add", LOG_P, 0.3), LOG_Q), ("sub", P, ("logaddexp", LOG_Q, LOG_Q))),
     "clamp": ("clamp", P, 0.02, 0.2, ENDS),
     "sign": ("mul", ("sign", ("sub", P, Q)), ("mul", P, P)),
     "number": ("mul", ("number", ("lt", P, 0.1)), ("mul", 0.3, ("sqrt", P))),

@@ -120,6 +120,11 @@ def _of_larger(sign: str) -> _Rule:
     return rule
 
 
+def _share(a: Term, b: Term) -> Term:
+    """e^a / (e^a + e^b)"""
+    return "div", 1.0, ("add", ("exp", ("sub", b, a)), 1.0)
+
+
 def _of_clamped(x: Term, low: Term, high: Term, passes: Term, dx: Term, *_: Term) -> Term:
     below, above = ("lt", "gt") if passes else ("le", "ge")
     return _where(("or", (below, x, low), (above, x, high)), 0.0, dx)
@@ -140,6 +145,7 @@ _RULES: dict[str, _Rule] = {
     "xlogy": _of_xlogy,
     "maximum": _of_larger("gt"),
     "minimum": _of_larger("lt"),
+    "logaddexp": lambda a, b, da, db: _add(_mul(_share(a, b), da), _mul(_share(b, a), db)),
     "where": lambda c, a, b, dc, da, db: _where(c, da, db),
     "clamp": _of_clamped,
     **dict.fromkeys(("sign", "number", *TRUTHS), lambda *_: 0.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -145,6 +146,12 @@ class _Loops:
             x, y = args
             product = self.mul(x, self.log(y))
             return _where(_is_nan(y), torch.nan, _where(call_lowering(aten.eq.Scalar, x, 0), 0.0, product))
+        if name == "logaddexp":
+            a, b = args
+            gap = call_lowering(aten.abs.default, self.sub(a, b))
+            larger = self.call("maximum", a, b, like=like)
+            joined = self.add(larger, call_lowering(aten.log1p.default, self.exp(self.mul(gap, -1.0))))
+            return _where(call_lowering(aten.eq.Tensor, a, b), self.add(larger, math.log(2)), joined)
         if name == "clamp":
             at_least = self.call("maximum", *args[:2], like=like)
             return self.call("minimum", at_least, args[2], like=like)

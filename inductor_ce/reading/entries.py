@@ -7,6 +7,7 @@ of `algebra.entries`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +26,7 @@ from ..graph.walk import reached
 from . import spellings
 from .constants import number_of
 from .context import kind_of
-from .joint import MAX_DEPTH, JointReader, JointValue
+from .joint import MAX_DEPTH, JointReader
 from .losses import modernised
 from .views import cast_keeps
 
@@ -83,9 +84,18 @@ class EntryReader:
         if not timeline.unchanged(node, node, len(timeline.nodes) if until is None else until):
             return None
         value = self.joint.of(node)
-        if value is not None and value.axis is not None and _is_of_entries(value):
+        if value is None or value.axis is None or value.like is not None:
+            return self._by_step(node, depth)
+        # A mixture is summed as it is spelled, where that is read: by probabilities, or by their logarithms.
+        term = self._by_step(node, depth) if _has_mixture(value.expr) else None
+        if term is None:
             self._wide[node] = value.wide
-            return self._of_joint(value.expr, value.axis)
+            term = self._of_joint(value.expr, value.axis)
+        return term
+
+    def _by_step(self, node: Node, depth: int) -> Term | None:
+        """What a function makes of what it is given."""
+        timeline = self.joint.reading.timeline
         spelled, mode = spellings.read(node), timeline.grad_mode(timeline.position[node])
         if spelled is None or mode == INFERENCE:
             return None
@@ -114,7 +124,7 @@ class EntryReader:
     def _product(self, entry: joint.Entry) -> Term | None:
         """r b, see `algebra.divergences`."""
         p: Term = 1.0 if entry.side is None else ("p", entry.side)
-        log: Term = 1.0 if entry.log is None else ("log p", entry.log[0][0])
+        log: Term = 1.0 if entry.log is None else _logarithm(entry.log)
         product: Term = ("mul", p, log) if p != 1 and log != 1 else log if p == 1 else p
         for place in entry.rows:
             row = self.joint.factors[place]
@@ -188,7 +198,7 @@ class EntryReader:
             return None
         if name in _COMPARING and self._compares_with_own(*numbers):
             return None
-        return ("sub" if name == "rsub" else name, *numbers)
+        return _exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
 
     def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """x += y and the like, of an x that nothing else sees. Under no_grad x would keep its gradient."""
@@ -283,7 +293,7 @@ class EntryReader:
         if x is None or args.get("weight") is not None:
             return None
         if name == "kl_div" and args.get("log_target"):
-            return "mul", ("exp", x[1]), ("sub", x[1], x[0])
+            return "mul", _exp(x[1]), ("sub", x[1], x[0])
         if name == "kl_div":
             return "sub", ("xlogy", x[1], x[1]), ("mul", x[1], x[0])
         gap = ("sub", *x)
@@ -292,18 +302,31 @@ class EntryReader:
         return None if self._compares_with_own(gap) else ("abs", gap)
 
 
-def _is_of_entries(value: JointValue) -> bool:
-    """Whether it has all rows, and no mixture's logarithm: of sums of logits, that is finite where the
-    probabilities are 0."""
-    return value.like is None and all(len(entry.log or ()) < 2 for entry, _ in value.expr.terms)
+def _exp(term: Term) -> Term:
+    """A probability, where it is that of its logarithm."""
+    is_logarithm = isinstance(term, tuple) and term[0] == "log p"
+    return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
+
+
+def _has_mixture(value: Joint) -> bool:
+    """Whether it has the logarithm of one."""
+    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
+
+
+def _logarithm(mixture: joint.Mixture) -> Term:
+    """Of probabilities that may all be 0, where a sum of their logits is not."""
+    parts: list[Term] = [("log p", s) if w == 1 else ("sub", ("log p", s), -math.log(w)) for s, w in mixture]
+    return functools.reduce(lambda a, b: ("logaddexp", a, b), parts)
 
 
 _ONE, _TWO = ("input",), ("input", "other")
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
-_COMPARING = {*_COMPARISONS, "maximum"}
+_COMPARING = {*_COMPARISONS, "maximum", "minimum"}
 _OPERANDS = {
     **dict.fromkeys(("neg", "exp", "log", "sqrt"), _ONE),
-    **dict.fromkeys(("add", "sub", "mul", "div", "xlogy", "maximum", *_COMPARISONS), _TWO),
+    **dict.fromkeys(
+        ("add", "sub", "mul", "div", "xlogy", "maximum", "minimum", "logaddexp", *_COMPARISONS), _TWO
+    ),
     "rsub": ("other", "input"),
 }
 _Step = Callable[[EntryReader, Node, str, dict[str, Any], int], Term | None]

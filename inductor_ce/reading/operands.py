@@ -162,6 +162,8 @@ def _operand(
     if full:
         candidates = [value] if isinstance(value, VocabValue) else _seen(context, arg, frame.axis)
         for seen in candidates:
+            if context.grad_mode is False:
+                seen = replace(seen, detached=True)
             if _mismatch(seen, leader, frame) is None:
                 first_read = seen if arg in seen.wide else None  # an exponential that nobody had read
                 return _Operand(seen.expr, seen.wide, seen.detached, first_read)

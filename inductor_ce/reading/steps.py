@@ -175,6 +175,7 @@ _ARITHMETIC = (
          "div", "divide", traits="needs_value commutes in_chain before_log"),
     _row("floor_div", "", "input other", torch.floor_divide, operator.floordiv, "floor_divide",
          "__floordiv__"),
+    _row("minimum", "", "input other", torch.minimum, "minimum"),
     _row("maximum", "", "input other", torch.maximum, "maximum"),
     _row("logaddexp", "", "input other", torch.logaddexp, "logaddexp"),
     _row("pow", "arithmetic.power", "input exponent", torch.pow, operator.pow, "pow",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from .. import ops
+from .. import algebra, ops
 from ..algebra import divergences, entries
 from ..algebra.entries import Entries
 from ..common.compat.graphs import is_dtensor
@@ -33,7 +33,7 @@ from ..reading.divergences import Between, Side, Term, is_loss_of_one, read_dive
 from ..reading.entries import LOSSES
 from ..reading.losses import modernised
 from ..reading.row_views import Index, Permute, Reshape, RowView
-from ..reading.values import Logits, Reading
+from ..reading.values import Logits, Reading, RowValue, row_expr
 from .arrange import first_size, row_sizes, size_of
 from .escapes import escape, needed_nodes
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
@@ -110,7 +110,7 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         ends = {each.node for each in found}
         inner = {node for each in found for node in each.wide} - ends
         made_of_them = set(reached(ends, lambda node: node.users))
-        losses = {n for n in reading.values if is_loss_of_one(reading, n)} - made_of_them - inner
+        losses = _losses_beside(reading, found) - made_of_them - inner
         inner -= reading.looked_through
         reading.looked_through |= inner
         needed = needed_nodes(reading, ends | losses, losses)
@@ -124,6 +124,15 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
             refusal = escape(reading, wide, needed)
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
         escaping += more
+
+
+def _losses_beside(reading: Reading, found: Iterable[Between]) -> set[Node]:
+    """The losses of one tensor of logits, and what else is made of rows that have one: it is with them."""
+    losses = {node for node in reading.values if is_loss_of_one(reading, node)}
+    logits = {reading.on_logits(node).logits for node in losses}  # type: ignore[union-attr]
+    logits |= {side.logits for each in found for side in each.sides}
+    rows = [(n, v) for n, v in reading.values.items() if isinstance(v, RowValue) and v.logits in logits]
+    return losses | {node for node, value in rows if not algebra.lacks_gradient(row_expr(value))}
 
 
 # The rewrite

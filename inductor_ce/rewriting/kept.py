@@ -14,10 +14,11 @@ from torch.fx import Node
 from ..common.findings import name_of, where_is
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..graph.timeline import written_by
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.aten import is_backward
 from ..reading.values import LossValue, Reading, RowValue
-from .escapes import read_by
+from .escapes import is_of_each, read_by
 from .groups import value_of, wants_gradient
 
 # What has results of which few elements of a row have a gradient.
@@ -46,7 +47,9 @@ def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
     if not value.detached and wants_gradient(value.logits):
         return False
     others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
-    return any(v.logits != value.logits and not reading.brought(v).isdisjoint(wide) for v in others)
+    brought = {node for v in others if v.logits != value.logits for node in reading.brought(v)}
+    made_of = reached(brought, lambda node: [s for s in node.all_input_nodes if is_of_each(node, s)])
+    return not set(made_of).isdisjoint(wide)
 
 
 def _last_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[Node]:
