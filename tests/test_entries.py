@@ -754,3 +754,28 @@ def test_heads_in_pieces(f: Callable[..., Tensor], grad: bool) -> None:
     if grad:
         assert_all_fair(*(gradients for _, gradients in runs))
         assert max(saved(graphs.final[0])) < ROWS * CLASSES
+
+
+def test_rows_that_are_cut_for_two_losses() -> None:
+    """They are cut off the hidden states once, and one head makes both."""
+
+    def loss(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, W)[:, :-1]
+        p = z.softmax(-1)
+        entropy = -(p * torch.log(p + 1e-10)).sum(-1)
+        picked = z.log_softmax(-1).gather(-1, y[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return -picked.mean() - 0.01 * entropy.mean()
+
+    compiled, graphs = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.34)
+    h, W, y = torch.randn(3, 6, 5), torch.randn(41, 5), torch.randint(41, (3, 6))
+
+    def run(f: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (h, W)]
+        value = f(*leaves, y)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    for ours, eager, exact in zip(
+        run(compiled, torch.float32), run(loss, torch.float32), run(loss, torch.float64), strict=True
+    ):
+        assert_fair(ours, eager, exact)
+    assert graphs.pieces > 1

@@ -46,6 +46,10 @@ class Builder:
         node.meta[self._key] = example
         return node
 
+    def comes_after(self, node: Node) -> bool:
+        """Whether new nodes may read a node."""
+        return node < self._before
+
     def resized(self, example: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """An example of the sizes of another one."""
         with self._fake_mode, torch.no_grad():

@@ -250,8 +250,25 @@ def _flat(build: Builder, side: Side) -> Node:
             node = build("select", node, step.dim, step.at)
         else:
             cuts = zip(step.left, step.right, strict=True)
-            node = build(operator.getitem, node, tuple(slice(a or None, -b if b else None) for a, b in cuts))
+            node = _cut(build, node, tuple(slice(a or None, -b if b else None) for a, b in cuts))
     return node if len(shape_of(node)) == 2 else build("reshape", node, [-1, v])
+
+
+def _cut(build: Builder, node: Node, index: tuple[slice, ...]) -> Node:
+    """node[index], the user's own where there is one: so a layer's rows are cut once for all losses."""
+    for user in node.users:
+        same = user.target is operator.getitem and isinstance(user.args[1], tuple)
+        if same and _without_whole(user.args[1]) == _without_whole(index) and build.comes_after(user):
+            return user
+    return build(operator.getitem, node, index)
+
+
+def _without_whole(index: Any) -> tuple[Any, ...]:
+    """An index without what takes all of the last dimensions."""
+    parts = list(index)
+    while parts and parts[-1] == slice(None):
+        parts.pop()
+    return tuple(parts)
 
 
 def _reduced(build: Builder, found: Between, rows: Node, args: dict[str, Any]) -> Node:
