@@ -407,6 +407,20 @@ def head_given() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(32, 8).requires_grad_(), torch.randn(64, 8), torch.randint(64, (32,))
 
 
+def test_logits_at_a_temperature_are_for_a_loss_alone() -> None:
+    """Those of the other loss are made in pieces too: nobody else has them in memory."""
+
+    def distilled(h: Tensor, W: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        s = F.linear(h, W)
+        return F.kl_div(F.log_softmax(s / 2, -1), t, reduction="batchmean") + F.cross_entropy(s, y)
+
+    h, W = torch.randn(N, 8, requires_grad=True), torch.randn(V, 8, requires_grad=True)
+    t, y = torch.softmax(torch.randn(N, V), -1), torch.randint(V, (N,))
+    with inductor_ce.install(strategy="token_chunks"):
+        found = inductor_ce.explain(distilled, h, W, t, y).sites
+    assert [(site.head, site.strategy) for site in found] == [("", "token_chunks")] * 2
+
+
 def test_lite_mode_fuses_nothing_and_says_so():
     """It has the passes off among which ours run. No logits are lazy then."""
     given = head_given()

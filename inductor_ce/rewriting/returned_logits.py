@@ -22,7 +22,7 @@ from ..reading import spellings
 from ..reading.steps import View
 from ..reading.values import Reading
 from ..reading.views import keeps_order
-from .escapes import read_by
+from .escapes import is_of_each, read_by
 from .groups import Group
 from .layouts import reads_elements
 from .promises import FACT, INSIDE
@@ -114,8 +114,24 @@ def _copies(root: Node) -> list[Node]:
 def _reader(copies: list[Node]) -> str | None:
     """Who else reads the logits, beside the statistics and whoever is given what the graph returns."""
     users = (user for node in copies for user in node.users if node in read_by(user))
-    others = (user for user in users if user not in copies and user.op != "output")
-    return next((f"{name_of(u)} {where_is(u)}" for u in others if reads_elements(u)), None)
+    others = (user for user in users if user not in copies and user.op != "output" and reads_elements(user))
+    return next((f"{name_of(u)} {where_is(u)}" for u in others if not _is_for_losses(u)), None)
+
+
+def _is_for_losses(node: Node) -> bool:
+    """Whether losses alone read what a node makes of each element, as of logits at a temperature."""
+    stack, seen, is_read = [node], {node}, False
+    while stack:
+        source = stack.pop()
+        for user in source.users:
+            if not reads_elements(user):
+                is_read = True
+            elif user.op == "output" or not is_of_each(user, source):
+                return False
+            elif user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return is_read
 
 
 def _are_plain(nodes: list[Node]) -> bool:
