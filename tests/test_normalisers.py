@@ -179,6 +179,19 @@ def of_log_probabilities(h, W, w, y):
     return torch.where(torch.arange(V) % 3 == y[:, None] % 3, logp, -math.inf).logsumexp(-1).mean()
 
 
+def picked_and_returned(h, W, w, y):
+    z = F.linear(h, W)
+    picked = (z / 0.7).gather(-1, y[:, None]).squeeze(-1)
+    return F.cross_entropy(z, y) - picked.mean(), z
+
+
+def test_what_is_in_memory_is_picked_as_it_is_written():
+    compiled, graphs = compile_rewritten(picked_and_returned)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), picked_and_returned, args)
+    assert [site.form for site in graphs.report.sites] == ["mean[y != -100](lse - pick(y))"]
+
+
 LEFT = {
     read_elsewhere: Reason.NORMALISER,
     picked_of_given_logits: Reason.NOT_UNDERSTOOD,

@@ -9,8 +9,6 @@ reader: they are picked again from it, so that it need not be in memory for them
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch.fx import Node
 
 from .. import algebra
@@ -47,14 +45,16 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
 
 
 def picked_beside(
-    reading: Reading, normalised: Iterable[Logits], ends: dict[Logits, list[Node]]
+    reading: Reading, losses: dict[Logits, list[Node]], ends: dict[Logits, list[Node]]
 ) -> dict[Logits, list[Node]]:
-    """The nodes that pick logits made of a product of which there is a normaliser, by the logits."""
-    roots = {root for logits in normalised if (root := _product(logits.node)) is not None}
+    """The nodes that pick logits made of a product of which there is a loss, if nothing else reads that."""
+    needed = needed_nodes(reading, {node for nodes in losses.values() for node in nodes})
+    products = {root for logits in losses if (root := _product(logits.node)) is not None}
+    roots = {root for root in products if _other_reader(reading, root, needed) is None}
     return {
         logits: nodes
         for logits, nodes in ends.items()
-        if logits not in normalised
+        if logits not in losses
         and _product(logits.node) in roots
         and all(_is_picked(reading, node) for node in nodes)
     }
