@@ -27,6 +27,12 @@ def example_of(node: Node) -> torch.Tensor:
     return example
 
 
+def is_narrower(node: Node, other: Node) -> bool:
+    """Whether a tensor has floating numbers of fewer bytes than another."""
+    a, b = example_of(node), example_of(other)
+    return a.is_floating_point() and a.itemsize < b.itemsize
+
+
 def shape_of(node: Node) -> tuple[Size, ...]:
     value = tensor_of(node)
     assert value is not None, f"{node} is no tensor"
