@@ -418,19 +418,26 @@ def test_a_metric_under_no_grad_of_what_has_a_gradient(entropy):
     assert "mean_p" in backend.report.sites[0].form
 
 
-@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
-def test_numbers_of_rows_that_are_narrower_are_not_rounded(wide):
-    """Their reciprocal is taken as eager divides by them, beside wider numbers."""
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.int64),
+        (torch.float64, torch.int32),
+    ],
+)
+def test_numbers_of_rows_that_are_narrower_are_not_rounded(wide, narrow):
+    """Their reciprocal is taken as eager divides by them, beside wider numbers; integers have none."""
 
     def f(z, y, r):
         return (z.log_softmax(-1) / r[:, None]).gather(1, y[:, None]).sum()
 
     z, y = torch.randn(N, V, dtype=wide), torch.randint(V, (N,))
-    r = (torch.rand(N) + 1).to(torch.bfloat16 if wide == torch.float32 else torch.float32)
+    r = (3 * torch.rand(N) + 1).to(narrow)
     compiled, _ = compile_rewritten(f)
-    torch.testing.assert_close(
-        compiled(z, y, r), f(z, y, r), rtol=1e-6 if wide == torch.float32 else 1e-13, atol=0
-    )
+    near = 1e-6 if wide == torch.float32 else 1e-13
+    torch.testing.assert_close(compiled(z, y, r), f(z, y, r), rtol=near, atol=0)
     assert sites() == 1
 
 

@@ -27,10 +27,10 @@ def example_of(node: Node) -> torch.Tensor:
     return example
 
 
-def is_narrower(node: Node, other: Node) -> bool:
-    """Whether a tensor has floating numbers of fewer bytes than another."""
-    a, b = example_of(node), example_of(other)
-    return a.is_floating_point() and a.itemsize < b.itemsize
+def is_promoted(node: Node, other: Node) -> bool:
+    """Whether torch takes the numbers of a tensor in another dtype, that of a tensor beside it."""
+    own, wide = example_of(node).dtype, example_of(other).dtype
+    return own not in (wide, torch.bool) and torch.promote_types(own, wide) == wide
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:

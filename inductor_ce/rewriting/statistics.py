@@ -13,7 +13,7 @@ from torch.fx import Node
 from .. import algebra, ops
 from ..algebra import symbols
 from ..graph.builder import Builder
-from ..graph.shapes import is_narrower, shape_of, tensor_of
+from ..graph.shapes import is_promoted, shape_of, tensor_of
 from ..ops import rows
 from ..ops.verified import FUSED, TAPPED
 from ..reading.values import Label, Outside, Reading
@@ -244,8 +244,8 @@ class Statistics:
             made = _OF_ROWS[key]
             return made.by(self.build, *(self._rows[ops.Row(statistic)] for statistic in made.needs))
         if key in self.outside:
-            node = self.flat(key)  # as torch has it beside wider numbers: what is made of it is not rounded
-            return self._in_stats_dtype(node) if is_narrower(node, self[algebra.MAX]) else node
+            node = self.flat(key)  # as torch has it beside them: what is made of it alone is not rounded
+            return self._in_stats_dtype(node) if is_promoted(node, self[algebra.MAX]) else node
         return self._made_of_function(key)
 
     def _made_of_function(self, key: sympy.Expr) -> Node:
