@@ -61,6 +61,11 @@ class Joint:
         return mixed | {entry.side for entry, _ in self.terms if entry.side is not None}
 
     @property
+    def has_mixture(self) -> bool:
+        """Whether it has the logarithm of a mixture, of more sides than one."""
+        return any(len(entry.log or ()) > 1 for entry, _ in self.terms)
+
+    @property
     def is_number(self) -> bool:
         return all(entry == Entry() for entry, _ in self.terms)
 

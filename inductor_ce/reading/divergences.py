@@ -73,7 +73,8 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
         if of_one and _learns(reading, node):
             continue
         summed = _summed(reader, node, step.name)
-        if summed is not None and (not of_one or _has_mixture(summed.expr)):
+        # As a loss of one side reads it, the logarithm of a mixture is a weight of all classes.
+        if summed is not None and (not of_one or summed.expr.has_mixture):
             found.append(summed)
         elif not of_one:
             others.append(node)
@@ -117,11 +118,6 @@ def _learns(reading: Reading, node: Node) -> bool:
     example = None if value is None else tensor_of(value.logits.node)
     on = timeline.grad_mode(timeline.position[node]) is True
     return on and example is not None and example.requires_grad
-
-
-def _has_mixture(value: joint.Joint) -> bool:
-    """Whether it has the logarithm of one: a weight of all classes, as a loss of one side reads it."""
-    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
 
 
 def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:

@@ -87,7 +87,7 @@ class EntryReader:
         if value is None or value.axis is None or value.like is not None:
             return self._by_step(node, depth)
         # A mixture is summed as it is spelled, where that is read: by probabilities, or by their logarithms.
-        term = self._by_step(node, depth) if _has_mixture(value.expr) else None
+        term = self._by_step(node, depth) if value.expr.has_mixture else None
         if term is None:
             self._wide[node] = value.wide
             term = self._of_joint(value.expr, value.axis)
@@ -239,17 +239,13 @@ class EntryReader:
 
     def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         x = self._numbers(args, depth, "input")
-        ends = [args.get(end) for end in ("min", "max")]
-        none = -math.inf, math.inf
-        numbers = [
-            else_ if end is None else number_of(self.joint.reading, end)
-            for end, else_ in zip(ends, none, strict=True)
-        ]
-        if x is None or None in numbers or numbers[0] > numbers[1]:  # type: ignore[operator]
+        low, high = self._end(args.get("min"), -math.inf), self._end(args.get("max"), math.inf)
+        if x is None or low is None or high is None or low > high or self._compares_with_own(x[0]):
             return None
-        if self._compares_with_own(x[0]):
-            return None
-        return "clamp", x[0], *numbers, float(clamps_pass_ends())
+        return "clamp", x[0], low, high, float(clamps_pass_ends())
+
+    def _end(self, end: Any, none: float) -> float | None:
+        return none if end is None else number_of(self.joint.reading, end)
 
     def _where(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         if name == "masked_fill":
@@ -306,11 +302,6 @@ def _exp(term: Term) -> Term:
     """A probability, where it is that of its logarithm."""
     is_logarithm = isinstance(term, tuple) and term[0] == "log p"
     return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
-
-
-def _has_mixture(value: Joint) -> bool:
-    """Whether it has the logarithm of one."""
-    return any(len(entry.log or ()) > 1 for entry, _ in value.terms)
 
 
 def _logarithm(mixture: joint.Mixture) -> Term:

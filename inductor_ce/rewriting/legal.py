@@ -70,7 +70,10 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     groups: list[Group] = []
     everywhere = refusal_of_graph(reading)
     _tell_refused_losses(reading, options)
-    for logits, nodes in _losses(reading, options).items():
+    ends = _ends(reading, options)
+    losses = {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
+    picked = picked_beside(reading, losses, ends)
+    for logits, nodes in (losses | picked).items():
         refusal = (
             few_classes(logits.node, logits.axis, options)
             or everywhere
@@ -81,7 +84,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
             reading.miss(headline(reading, nodes), refusal)
             continue
         allowed = _without_escapes(reading, nodes)
-        if _is_loss(reading, logits, allowed) or (allowed and not _is_loss(reading, logits, nodes)):
+        if logits in picked or _is_loss(reading, logits, allowed):
             groups += _not_refused(reading, grouped(reading, logits, allowed))
     replaced = {node for group in groups for node in group.nodes}
     tell_unread(reading, replaced, options.min_vocab, everywhere)
@@ -111,8 +114,8 @@ def few_classes(node: Node, axis: int, options: Options) -> Refusal | None:
 # What is a loss
 
 
-def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
-    """For each logits with a loss on them, the nodes where the algebra ends and the user's own rows begin."""
+def _ends(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
+    """For each logits the nodes where the algebra ends and the user's own rows begin."""
     ends: dict[Logits, list[Node]] = defaultdict(list)
     for node, value in reading.values.items():
         if isinstance(value, LossValue):
@@ -124,8 +127,7 @@ def _losses(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
             reading.miss(node, few or _maximum_fact(reading, node))
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
-    losses = {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
-    return losses | picked_beside(reading, losses, ends)
+    return ends
 
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
