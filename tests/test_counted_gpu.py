@@ -12,6 +12,7 @@ from torch import Tensor
 
 import inductor_ce
 from inductor_ce.heads import skip
+from inductor_ce.ops import counted_kernels
 
 pytestmark = pytest.mark.gpu
 
@@ -143,6 +144,30 @@ def test_nobody_waits_for_the_gpu(mode: str | None) -> None:
         stepped(compiled, *given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("first", "ours"), [(0.0, False), (0.5, True)])
+def test_a_graph_is_recorded_as_the_call_before_it_was(
+    first: float, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With products of all rows, or of those that count; what comes later is right with either."""
+    called, product = [], counted_kernels._product
+
+    def counting(*args: Any, **kwargs: Any) -> None:
+        called.append(torch.cuda.is_current_stream_capturing())
+        product(*args, **kwargs)
+
+    monkeypatch.setattr(counted_kernels, "_product", counting)
+    compiled = torch.compile(plain, mode=GRAPHS)
+    for share in (first, first, first, 0.9, 0.0):
+        given = inputs(share)
+        made, exact = stepped(compiled, *given), in_64_bits(plain, given)
+        allowed = errors(stepped(plain, *given), exact)
+        assert all(
+            own <= 1.15 * naive + 1e-5 for own, naive in zip(errors(made, exact), allowed, strict=True)
+        )
+    assert False in called  # a call that is not recorded
+    assert (True in called) == ours
 
 
 @by_the_host

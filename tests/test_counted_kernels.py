@@ -27,6 +27,48 @@ def registered() -> None:
     lowering.register()
 
 
+# What a CUDA graph is recorded with
+
+
+def seen_and_recorded(left: list[int], later: list[int], n: int, patch: pytest.MonkeyPatch) -> Tensor:
+    """`left` of a call, then of a recording."""
+    patch.setattr(counted, "host_copy", Tensor.clone)
+    patch.setattr(counted, "_seen", {})
+    seen, recorded = (torch.tensor(x, dtype=torch.int32) for x in (left, later))
+    assert torch.equal(counted.recorded(seen, n, 0), seen)
+    patch.setattr(counted, "is_being_recorded", lambda x: True)
+    return counted.recorded(recorded, n, 0)
+
+
+@pytest.mark.parametrize("all_rows", [4096, 3968])
+def test_a_graph_computes_all_rows_where_nearly_all_counted(
+    all_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = seen_and_recorded([all_rows, all_rows - 2048], [64, -1984], 4096, monkeypatch)
+    assert left.tolist() == [counted.ALL] * 2
+    assert [counted.rows_of_piece(left, None, piece, 2048) for piece in range(2)] == [2048, 2048]
+
+
+def test_a_graph_leaves_out_rows_where_many_did_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = seen_and_recorded([3904, 1856], [4096, 2048], 4096, monkeypatch)
+    assert left.tolist() == [4096, 2048]
+
+
+@pytest.mark.parametrize("which", [(4096, 1, 2), (4097, 0, 2), (4096, 0, 1)])
+def test_a_graph_is_told_of_its_own_head(
+    which: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen_and_recorded([4096, 2048], [4096, 2048], 4096, monkeypatch)
+    n, head, pieces = which
+    left = torch.arange(pieces, dtype=torch.int32)
+    assert torch.equal(counted.recorded(left, n, head), left)
+
+
+def test_a_graph_of_which_nothing_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = seen_and_recorded([counted.PENDING] * 2, [4096, 2048], 4096, monkeypatch)
+    assert left.tolist() == [4096, 2048]
+
+
 # Interpreted
 
 

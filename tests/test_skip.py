@@ -14,7 +14,7 @@ from torch.fx import Graph, Node
 from inductor_ce.common.compat.distributed import ALL_GATHER
 from inductor_ce.heads import skip
 from inductor_ce.heads.counted_rows import AllCount
-from inductor_ce.heads.packing import counted_first
+from inductor_ce.heads.packing import DEVICE, HOST, RECORDING, counted_first
 from inductor_ce.ops import counted_kernels
 from inductor_ce.ops.counted import HOST_COPY, ROW_ORDER
 
@@ -74,44 +74,44 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("body", ["none", "loops", "products", "attention"])
 def test_the_host_looks_where_a_body_hides_it(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "BODY", 2 * N * D * D)
-    assert skip._is_on_device(*head_of(body)) == (body in ("none", "loops"))
+    assert skip._who_looks(*head_of(body)) == (DEVICE if body in ("none", "loops") else HOST)
 
 
 def test_a_body_that_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "BODY", 2 * N * D * D + 1)
-    assert skip._is_on_device(*head_of("products"))
+    assert skip._who_looks(*head_of("products")) == DEVICE
 
 
 def test_the_host_would_wait_for_a_mask_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
     head, counts = head_of("attention")
     (y,) = counts.all_input_nodes
     counts.replace_input_with(y, head.product)
-    assert skip._is_on_device(head, counts)
+    assert skip._who_looks(head, counts) == DEVICE
 
 
 def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
-    assert skip._is_on_device(*head_of("attention"))
+    assert skip._who_looks(*head_of("attention")) == RECORDING
 
 
 def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: False)
-    assert not skip._is_on_device(*head_of("attention"))
+    assert skip._who_looks(*head_of("attention")) == HOST
     with pytest.raises(AllCount, match="since Hopper"):
-        skip._is_on_device(*head_of("none"))
+        skip._who_looks(*head_of("none"))
 
 
 @pytest.mark.parametrize("v", [40, 41])
 def test_ranks_that_share_classes_leave_out_rows_alike(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever classes each has: how much work its body is, and whether rows of its weight are aligned."""
-    assert not skip._is_on_device(*head_of("none", v, sharded=True, weight_is_rows=False))
-    assert skip._is_on_device(*head_of("none", v, sharded=True))
+    assert skip._who_looks(*head_of("none", v, sharded=True, weight_is_rows=False)) == HOST
+    assert skip._who_looks(*head_of("none", v, sharded=True)) == DEVICE
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
-    assert skip._is_on_device(*head_of("none", v, sharded=True))
+    assert skip._who_looks(*head_of("none", v, sharded=True)) == RECORDING
     with pytest.raises(AllCount):
-        skip._is_on_device(*head_of("none", v, sharded=True, weight_is_rows=False))
+        skip._who_looks(*head_of("none", v, sharded=True, weight_is_rows=False))
     if v == 40:
-        assert skip._is_on_device(*head_of("none", v, weight_is_rows=False))
+        assert skip._who_looks(*head_of("none", v, weight_is_rows=False)) == RECORDING
 
 
 def test_rows_that_count_by_those_of_another_head_are_counted_first() -> None:

@@ -13,11 +13,14 @@ from ..common.compat.graphs import IN_MEMORY
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
-from ..ops.counted import ALIGNED, HOST_COPY, ROW_ORDER, TAKE_ROWS
+from ..ops.counted import ALIGNED, HOST_COPY, RECORDED, ROW_ORDER, TAKE_ROWS
 from .nodes import iota, on
 from .ranges import Range
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+# Who looks at how many rows count.
+HOST, DEVICE, RECORDING = "the host", "the device", "the device, or who records a CUDA graph"
 
 LABELS = 4  # tensors of the size of labels, and not of the hidden states, are no more than this times N
 
@@ -29,19 +32,22 @@ class Packing:
         build: makes nodes.
         counts: which rows count, bool [N].
         pieces: of that order.
-        on_device: whether the device alone may know how many count, as in CUDA graphs.
+        looks: who looks at how many count, HOST, DEVICE or RECORDING.
 
     Attributes:
         counts, place: which rows count, and where each is in the order, [N].
         left: how many rows are computed from the first of each piece on, see `ops/counted.py`.
     """
 
-    def __init__(self, build: Builder, counts: Node, pieces: list[Range], on_device: bool):
+    def __init__(self, build: Builder, counts: Node, pieces: list[Range], looks: str):
         self._build, self.counts = build, counts
         made = build(ROW_ORDER, counts)
         self._order, self.place, count = (build(operator.getitem, made, i) for i in range(3))
         left = self._left(count, pieces)
-        copied = example_of(counts).device.type != "cpu" and not on_device
+        if looks == RECORDING:
+            head = sum(node.target == RECORDED for node in counts.graph.nodes)
+            left = build(RECORDED, left, shape_of(counts)[0], head)
+        copied = example_of(counts).device.type != "cpu" and looks == HOST
         self.left, self._host = left, build(HOST_COPY, left) if copied else None
         self._moved: dict[tuple[Node, float | None], Node] = {}
         self._taken: dict[tuple[Node, Range], Node] = {}

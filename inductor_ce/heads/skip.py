@@ -18,7 +18,7 @@ from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
 from .find import Head, NoHead
 from .kinds import VIEWS
-from .packing import is_light
+from .packing import DEVICE, HOST, RECORDING, is_light
 from .pieces import CAST
 from .proof import Proof
 
@@ -65,12 +65,12 @@ class ToCompute(NamedTuple):
     Attributes:
         told: what is told of them, or why all are computed; "" for nothing to tell.
         rows: bool [N]; None for all.
-        on_device: whether the device alone may look at how many they are.
+        looks: who looks at how many they are, as `Packing` has it.
     """
 
     told: str
     rows: Node | None = None
-    on_device: bool = False
+    looks: str = HOST
 
 
 ALL = ToCompute("")
@@ -80,17 +80,17 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof) -> ToCompute:
     try:
         _check(head)
         counted = counted_rows(build, head, proof)
-        on_device = _is_on_device(head, counted.rows)
+        looks = _who_looks(head, counted.rows)
     except (AllCount, NoHead) as why:
         return ToCompute(str(why))
     texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
     told = f"rows that do not count are skipped: `{' and '.join(texts)}`"
     rows = _of_any_rank(build, head, counted.rows)
-    return ToCompute(told + IF_FINITE * counted.if_finite, rows, on_device)
+    return ToCompute(told + IF_FINITE * counted.if_finite, rows, looks)
 
 
-def _is_on_device(head: Head, counts: Node) -> bool:
-    """Whether the device alone may look at how many rows count.
+def _who_looks(head: Head, counts: Node) -> str:
+    """Who looks at how many rows count.
 
     The host may where it is told before a body begins that keeps the device busy meanwhile. Whether rows are
     left out at all is the same on all ranks that share the classes, whatever these have of their own.
@@ -99,14 +99,14 @@ def _is_on_device(head: Head, counts: Node) -> bool:
         AllCount: the device would have to, and cannot.
     """
     if example_of(head.product).device.type != "cuda":
-        return False
+        return HOST
     in_graphs = uses_cudagraphs({})
     if not in_graphs and is_light(reached([counts], sources_of), head.n) and _has_body(head):
-        return False
+        return HOST
     if _has_products_on_device(head):
-        return True
+        return RECORDING if in_graphs else DEVICE
     if exchanges(head.stats) and not in_graphs:
-        return False
+        return HOST
     raise AllCount(NOT_ON_DEVICE)
 
 

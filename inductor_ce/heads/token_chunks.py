@@ -223,7 +223,7 @@ def token_chunks(
     pieces = Pieces(build, head, ROWS)
     chunks = ranges(build, pieces.n, plan.pieces)
     if computed.rows is not None:
-        pieces.packing = Packing(build, computed.rows, chunks, computed.on_device)
+        pieces.packing = Packing(build, computed.rows, chunks, computed.looks)
     taught = None if head.teacher is None else Taught(pieces, head.teacher)
     coefficients = Coefficients(pieces, proof, taught)
     exits = Exits(pieces, plan)

@@ -8,6 +8,7 @@ leads to the head has been done, and read when the head is launched.
 
     row_order   (counts [N])     order [N], place [N], count [1]
     host_copy   (left [P])       the same on the host, on its way
+    recorded    (left [P], n, head)   the same, or all rows, as a CUDA graph is to have it
     take_rows   (x [N, D], rows [n], counted [n], after)      [n, D], 0 in rows that are not counted
     product_to_rows (out [N, M], a [n, K], b [K, M], start)       rows start..start + n of `out` become a b
     frequent_rows   (kept [N, R], rows [N, M], order, counted)   kept' [R, N] times rows [N, M] in that order
@@ -17,6 +18,9 @@ piece's first on, all that follow included; `host`, its copy; and the number of 
 where the device alone may look, and no `left` where all rows count. A piece computes ALIGNED rows or a
 multiple, as libraries are slow for other products; what is added has label -1, hidden states of 0, and a
 gradient of 0. Rows beyond are not written.
+
+A CUDA graph is recorded once, for whatever comes: with products that read a number on the device, or with the
+library's, which are faster and compute all rows. The call before, which is not recorded, decides.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
 ALIGNED = 64  # rows
 TAKEN_BYTES = 32 * 2**20  # of the rows that are taken at once where all are read
 PENDING = -(2**31)
+ALL = 2**30  # more than all rows
+NEARLY_ALL = 31 / 32  # of the rows: what is left out does not pay for the slower products
+MOST_SEEN = 1024
 
 
 @torch.library.custom_op("inductor_ce::row_order", mutates_args=())
@@ -82,13 +89,51 @@ def _(left: Tensor) -> Tensor:
     return left.new_empty(left.shape, device="cpu")
 
 
+@torch.library.custom_op("inductor_ce::recorded", mutates_args=())
+def recorded(left: Tensor, n: int, head: int) -> Tensor:
+    """`left` as a CUDA graph is to have it: that, or ALL where nearly all rows counted in the call before.
+
+    Whoever records a graph has called the function before, and has waited for the GPU. That call's numbers
+    are copied to the host, and the recording looks at them. What is computed is right for any numbers.
+
+    Args:
+        left: int32 [P].
+        n: how many rows there are.
+        head: the number of the head in its graph. With n and P it tells heads apart.
+    """
+    which = (head, n, len(left), left.device)
+    if not is_being_recorded(left):
+        if len(_seen) < MOST_SEEN or which in _seen:
+            _seen[which] = host_copy(left)
+        return left.clone()
+    seen = _seen[which].tolist() if which in _seen else [PENDING]
+    if seen[0] < NEARLY_ALL * n:
+        return left.clone()
+    all_rows = torch.full_like(left, ALL)
+    all_rows._computes_all = True  # type: ignore[attr-defined]
+    return all_rows
+
+
+_seen: dict[tuple[Any, ...], Tensor] = {}  # what `recorded` saw last of a head; no result depends on it
+
+
+def is_being_recorded(x: Tensor) -> bool:
+    """Whether what reads x becomes part of a CUDA graph."""
+    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@recorded.register_fake
+def _(left: Tensor, n: int, head: int) -> Tensor:
+    return torch.empty_like(left)
+
+
 def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> int | None:
     """How many of its `most` rows a piece computes; None where the device alone may look."""
-    if left is None:
+    if left is None or getattr(left, "_computes_all", False):
         return most
     if left.device.type == "cpu":
         n = int(left[piece])
-    elif host is None or torch.cuda.is_current_stream_capturing():
+    elif host is None or is_being_recorded(left):
         return None
     else:
         n = _arrived(host, piece)
@@ -207,5 +252,6 @@ def _empty_frequent_rows(kept: Tensor, rows: Tensor, *_: Any, **__: Any) -> Tens
 FREQUENT_ROWS = torch.ops.inductor_ce.frequent_rows.default
 ROW_ORDER = torch.ops.inductor_ce.row_order.default
 HOST_COPY = torch.ops.inductor_ce.host_copy.default
+RECORDED = torch.ops.inductor_ce.recorded.default
 PRODUCT_TO_ROWS = torch.ops.inductor_ce.product_to_rows.default
 TAKE_ROWS = torch.ops.inductor_ce.take_rows.default

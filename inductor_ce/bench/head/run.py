@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..shared import measure
 from ..shared.body import last_end, without_work
-from ..shared.compilers import BASELINE, DEFAULT
+from ..shared.compilers import BASELINE, DEFAULT, GRAPHS
 from ..shared.labels import Labels
 from ..shared.measure import Calls, Clock
 from ..shared.peers import NotOffered
@@ -34,7 +34,8 @@ METHOD = {
     "behind": "whether the head stands behind work that keeps the GPU busy, as a body does, and that makes a "
     "copy of h; ms is counted from its end",
     "forward": "the loss alone, under no_grad",
-    "compiled": "fullgraph, static shapes, caches empty at the start; once for all inputs of a shape",
+    "compiled": "fullgraph, static shapes, caches empty at the start; once for all inputs of a shape, of CUDA"
+    " graphs once for each, as these are recorded by what the call before was",
     "ms": "of the GPU, which has work when the host begins; median over the rounds of the median of a few "
     "calls; the systems take turns within a round",
     "host_ms, wall_ms": "of the host's clock for the call of a step, and until the GPU has done it too; the "
@@ -185,10 +186,13 @@ def table(asked: Asked, clock: Calls, device: str = "cuda") -> Iterator[dict[str
         for shape in asked.shapes:
             drawn = functools.cache(functools.partial(_drawn, shape=shape, device=device))
             for mode in asked.modes:
-                torch.compiler.reset()
                 shares = asked.labels is not None or shape.labels.ignored is not None
-                bench = Bench(shape, mode, asked.systems_in(mode), clock, bar, shares and mode == DEFAULT)
+                bench = None
                 for name, labels in asked.inputs_of(shape):
+                    if bench is None or mode == GRAPHS:
+                        torch.compiler.reset()
+                        systems = asked.systems_in(mode)
+                        bench = Bench(shape, mode, systems, clock, bar, shares and mode == DEFAULT)
                     bar.set_description(f"{shape.name}, {name} activations")
                     start = time.perf_counter()
                     found = bench.case(drawn(name).ignoring(labels))
