@@ -64,6 +64,23 @@ def test_a_graph_is_told_of_its_own_head(
     assert torch.equal(counted.recorded(left, n, head), left)
 
 
+def test_products_are_loaded_once_before_a_recording(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counted, "host_copy", Tensor.clone)
+    monkeypatch.setattr(counted, "_seen", {})
+    monkeypatch.setattr(counted, "_loaded", set())
+    a, b, out = torch.randn(64, 8), torch.randn(8, 16), torch.randn(64, 16)
+    left = torch.tensor([64], dtype=torch.int32)
+    before = counted.recorded(left, 64, 0)
+    assert [counted.is_to_load(x, out, a, b) for x in (None, left, before, before)] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    monkeypatch.setattr(counted, "is_being_recorded", lambda x: True)
+    assert not counted.is_to_load(counted.recorded(left, 64, 0), out.t(), b.t(), a.t())
+
+
 def test_a_graph_of_which_nothing_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     left = seen_and_recorded([counted.PENDING] * 2, [4096, 2048], 4096, monkeypatch)
     assert left.tolist() == [4096, 2048]

@@ -102,19 +102,21 @@ def recorded(left: Tensor, n: int, head: int) -> Tensor:
         head: the number of the head in its graph. With n and P it tells heads apart.
     """
     which = (head, n, len(left), left.device)
+    made = left.clone()
     if not is_being_recorded(left):
         if len(_seen) < MOST_SEEN or which in _seen:
             _seen[which] = host_copy(left)
-        return left.clone()
-    seen = _seen[which].tolist() if which in _seen else [PENDING]
-    if seen[0] < NEARLY_ALL * n:
-        return left.clone()
-    all_rows = torch.full_like(left, ALL)
-    all_rows._computes_all = True  # type: ignore[attr-defined]
-    return all_rows
+        made._role = BEFORE_A_RECORDING  # type: ignore[attr-defined]
+    elif which in _seen and _seen[which].tolist()[0] >= NEARLY_ALL * n:
+        made.fill_(ALL)._role = OF_ALL_ROWS  # type: ignore[attr-defined]
+    return made
 
 
-_seen: dict[tuple[Any, ...], Tensor] = {}  # what `recorded` saw last of a head; no result depends on it
+# What `recorded` saw last of a head. No result depends on it.
+_seen: dict[tuple[Any, ...], Tensor] = {}
+
+# What operators are told by `left` itself: to compute all rows, or to load what a recording may need for it.
+OF_ALL_ROWS, BEFORE_A_RECORDING = "of all rows", "before a recording"
 
 
 def is_being_recorded(x: Tensor) -> bool:
@@ -127,9 +129,13 @@ def _(left: Tensor, n: int, head: int) -> Tensor:
     return torch.empty_like(left)
 
 
+def role_of(left: Tensor | None) -> str | None:
+    return getattr(left, "_role", None)
+
+
 def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> int | None:
     """How many of its `most` rows a piece computes; None where the device alone may look."""
-    if left is None or getattr(left, "_computes_all", False):
+    if left is None or role_of(left) == OF_ALL_ROWS:
         return most
     if left.device.type == "cpu":
         n = int(left[piece])
@@ -138,6 +144,28 @@ def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: in
     else:
         n = _arrived(host, piece)
     return min(max(n, 0), most)
+
+
+def limit_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> Tensor | int:
+    """The same for kernels that may read it on the device: a number there, [], or here."""
+    n = rows_of_piece(left, host, piece, most)
+    on_device = left is not None and (n is None or role_of(left) == OF_ALL_ROWS)
+    return left[piece] if on_device else n  # type: ignore[index, return-value]
+
+
+def is_to_load(left: Tensor | None, out: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether a library's product of all rows is made as well, before a recording that may have it instead.
+
+    A library may not begin, nor load a kernel, while a graph is recorded.
+    """
+    which = (out.shape, out.dtype, out.device, *(x.stride() for x in (out, a, b)))
+    if role_of(left) != BEFORE_A_RECORDING or which in _loaded:
+        return False
+    _loaded.add(which)
+    return True
+
+
+_loaded: set[tuple[Any, ...]] = set()
 
 
 def computed_rows(x: Tensor, left: Tensor, piece: int) -> Tensor:
@@ -175,9 +203,8 @@ def take_rows(
     What is in `after` is made before.
     """
     taken = _empty_rows(x, rows, dtype=dtype)
-    n = rows_of_piece(left, host, piece, len(rows))
     (fill,) = by_device(x, _fill_rows)
-    fill(x, rows, counted, left[piece] if n is None else n, taken)  # type: ignore[index]
+    fill(x, rows, counted, limit_of_piece(left, host, piece, len(rows)), taken)
     return taken
 
 
@@ -198,6 +225,8 @@ def product_to_rows(
     """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
     n = rows_of_piece(left, host, piece, len(a))
     if n is None and counted_kernels.has_product(rows := out.narrow(0, start, len(a)), a, b):
+        if is_to_load(left, rows, a, b):
+            gemm.product(rows, a, b, False)
         counted_kernels.product_of_rows(rows, a, b, left[piece])
     elif n is None or n == len(a):
         gemm.product(out.narrow(0, start, len(a)), a, b, False)

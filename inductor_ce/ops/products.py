@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from . import gemm
-from .counted import computed_rows, rows_of_piece
+from .counted import computed_rows, is_to_load, limit_of_piece, rows_of_piece
 from .gemm import ANY_STRIDES, aligned_strides, by_device
 from .operators import stats_dtype
 
@@ -72,6 +72,8 @@ def logits(
     z = _empty_logits(a, b, dtype)
     n = rows_of_piece(left, host, piece, len(a))
     if n is None and left is not None and counted_kernels.has_product(z, a, b):
+        if is_to_load(left, z, a, b):
+            _fill_logits(z, a, b, bias)
         counted_kernels.product_of_rows(z, a, b, left[piece], bias)
     elif n == len(a):
         _fill_logits(z, a, b, bias)
@@ -151,6 +153,8 @@ def _add_terms(
         return
     assert left is not None
     if counted_kernels.has_product(out, a, b):
+        if not accumulate and is_to_load(left, out, a, b):
+            gemm.product(out, a, b, False)
         counted_kernels.product_over_rows(out, a, b, left[piece], accumulate)
     else:
         a, b = computed_rows(a.t(), left, piece).t(), computed_rows(b, left, piece)
@@ -337,11 +341,11 @@ def column_sums(dz: Tensor, left: Tensor | None = None, host: Tensor | None = No
 
     On a GPU by a kernel that needs no memory. A sum over rows needs much.
     """
-    n = rows_of_piece(left, host, piece, len(dz))
     if dz.device.type == "cuda" and dz.itemsize < 4:
         parts = dz.new_empty((counted_kernels.PARTS, dz.shape[1]), dtype=torch.float32)
-        counted_kernels.sums_over_rows(parts, dz, left[piece] if n is None else n)  # type: ignore[index]
+        counted_kernels.sums_over_rows(parts, dz, limit_of_piece(left, host, piece, len(dz)))
         return parts.sum(0)
+    n = rows_of_piece(left, host, piece, len(dz))
     if n is None and left is not None:
         dz = computed_rows(dz, left, piece)
     return dz[:n].sum(0, dtype=stats_dtype(dz))
