@@ -168,6 +168,7 @@ def test_gradient_of_some_rows(piece: int, n: int, v: int) -> None:
 
 # Products, in Triton
 
+WIDE, TALL, NARROW = counted_kernels.WIDE, counted_kernels.TALL, counted_kernels.NARROW
 LEFT = [0, 64, 192, 300]  # of 256 rows: the last is more than there are
 
 
@@ -190,6 +191,34 @@ def test_product_of_rows(left: int, biased: bool) -> None:
     limit = torch.tensor(left, dtype=torch.int32)
     made, *_ = interpreted("product_of_rows", out, a, w.t(), limit, bias if biased else None)
     right = a.double() @ w.t().double() + biased * bias.double()
+    torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
+    assert (made[-(-left // 128) * 128 :] == 7).all()
+
+
+def divided(rounds: int, parts: Tensor, *arguments: Any) -> None:
+    new_empty = Tensor.new_empty
+
+    def given(x: Tensor, size: Any, **how: Any) -> Tensor:
+        return parts if size == parts.shape else new_empty(x, size, **how)
+
+    with (
+        mock.patch.multiple(counted_kernels, LONG=64, RATES=[(WIDE, 1.0)]),
+        mock.patch.multiple(counted_kernels, SHARE_OF_FACTOR=1e-9, MOST_ROUNDS=rounds),
+        mock.patch.object(Tensor, "new_empty", given),
+    ):
+        on_three_processors("product_of_rows", *arguments)
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("terms", [72, 304])
+@pytest.mark.parametrize("left", LEFT)
+def test_sums_of_few_tiles_are_divided(left: int, terms: int, rounds: int) -> None:
+    """Of one tile there are three parts, of two as many in all or three each; the last may have no terms."""
+    a, w = torch.randn(256, terms).half(), torch.randn(terms, 200).half()
+    out, limit = torch.full((256, 200), 7.0).half(), torch.tensor(left, dtype=torch.int32)
+    parts = torch.empty(3 * rounds, 128, 256)
+    _, _, made, *_ = interpreter.call(__name__, "divided", rounds, parts, out, a, w, limit)
+    right = a.double() @ w.double()
     torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
     assert (made[-(-left // 128) * 128 :] == 7).all()
 
@@ -242,6 +271,11 @@ def test_sums_of_rows(left: int) -> None:
             )
             for left in ({"left": "*i32"}, {})
         ),
+        (
+            counted_kernels._add_parts,
+            {"out": "*bf16", "parts": "*fp32", "left": "*i32"},
+            {"ROUNDS": 3, "M": 128, "N": 256, "ROWS": 16, "GROUP": 16},
+        ),
     ],
 )
 def test_kernels_compile(kernel: Any, types: dict[str, str], constants: dict[str, int]) -> None:
@@ -257,12 +291,15 @@ def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: 
         "a": f"tensordesc<bf16[{k},{m}]>" if a_t else f"tensordesc<bf16[{m},{k}]>",
         "b": f"tensordesc<bf16[{n},{k}]>" if b_t else f"tensordesc<bf16[{k},{n}]>",
         "bias": "*bf16",
+        "parts": "*fp32",
         "left": "*i32",
     }
     constants: dict[str, Any] = {"A_T": a_t, "B_T": b_t, "GROUP": tile["GROUP"], "M": m, "N": n, "K": k}
     if not uses.get("ON_DEVICE", True):
         types["left"] = "i32"
-    constants |= dict.fromkeys(("HAS_BIAS", "ACCUMULATE", "OVER"), False) | {"ON_DEVICE": True} | uses
+    constants |= (
+        dict.fromkeys(("HAS_BIAS", "ACCUMULATE", "OVER"), False) | {"ROUNDS": 0} | {"ON_DEVICE": True} | uses
+    )
     signature = {n: types.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
     source = triton.compiler.ASTSource(
         kernel,
@@ -278,13 +315,13 @@ def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: 
     return made.metadata.shared
 
 
-WIDE, TALL, NARROW = counted_kernels.WIDE, counted_kernels.TALL, counted_kernels.NARROW
 USES = {
     "logits": (False, True, "bf16", {}),
     "logits with a bias": (False, True, "bf16", {"HAS_BIAS": True}),
     "logits where the host knows": (False, True, "bf16", {"HAS_BIAS": True, "ON_DEVICE": False}),
     "logits of a transposed weight": (False, False, "bf16", {"HAS_BIAS": True}),
     "dh": (False, False, "bf16", {}),
+    "dh in parts": (False, False, "bf16", {"ROUNDS": 3}),
     "dW": (True, False, "bf16", {"OVER": True}),
     "dW gains": (True, False, "bf16", {"OVER": True, "ACCUMULATE": True}),
     "dW in float32": (True, False, "fp32", {"OVER": True}),
@@ -321,8 +358,12 @@ CHOSEN = [
 @pytest.mark.parametrize(("m", "n", "tile"), CHOSEN)
 def test_tiles_by_how_many_processors_are_left_idle(m: int, n: int, tile: dict[str, int]) -> None:
     tiles = -(-m // tile["M"]) * -(-n // tile["N"])
-    assert counted_kernels._tile(m, n, 2, 132) == (tile, min(tiles, 132))
-    assert counted_kernels._tile(m, n, 4, 132)[0] == NARROW
+    assert counted_kernels._tile(m, n, 2, 132, False) == (tile, min(tiles, 132))
+    assert counted_kernels._tile(m, n, 4, 132, False)[0] == NARROW
+
+
+def test_where_sums_are_divided_no_processor_is_idle() -> None:
+    assert counted_kernels._tile(2048, 896, 2, 132, True) == (TALL, 132)
 
 
 def test_tiles_divide_what_is_computed() -> None:

@@ -9,6 +9,7 @@ tiles; sums are float32.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ WIDE: dict[str, Any] = {"M": 128, "N": 256, "K": ROWS, "GROUP": GROUP, "num_warp
 TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warps": 8, "num_stages": 3}
 NARROW: dict[str, Any] = {"M": 128, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warps": 4, "num_stages": 4}
 RATES = ((WIDE, 1.0), (TALL, 0.98), (NARROW, 0.93))  # elements in the same time, of the widest
+LONG = 8192  # terms of a sum that is worth dividing
+MOST_ROUNDS, SHARE_OF_FACTOR = 3, 8  # of parts, and of the memory of what has the rows
+ROWS_ADDED = 16
 COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
@@ -66,14 +70,23 @@ def _product(
     (m, k), n = a.shape, b.shape[1]
     if not m or not n:
         return
-    tile, programs = _tile(m, n, out.itemsize, _processors(out.device))
-    a_tiles, a_is_transposed = _tiles(a, tile["M"], tile["K"])
-    b_tiles, b_is_transposed = _tiles(b, tile["K"], tile["N"])
+    processors = _processors(out.device)
+    divided = not over and bias is None and k >= LONG and isinstance(left, Tensor)
+    tile, programs = _tile(m, n, out.itemsize, processors, divided)
+    height, width = tile["M"], tile["N"]
+    a_tiles, a_is_transposed = _tiles(a, height, tile["K"])
+    b_tiles, b_is_transposed = _tiles(b, tile["K"], width)
+    parts, rounds = None, 0
+    if divided:
+        room = a.numel() * a.itemsize // SHARE_OF_FACTOR
+        rounds = min(max(room // (programs * height * width * 4), 1), MOST_ROUNDS)
+        parts = out.new_empty((rounds * programs, height, width), dtype=torch.float32)
     _multiply[(programs,)](
-        TensorDescriptor.from_tensor(out, [tile["M"], tile["N"]]),
+        TensorDescriptor.from_tensor(out, [height, width]),
         a_tiles,
         b_tiles,
         a_tiles if bias is None else bias,
+        left if parts is None else parts,
         left,
         *(m, n, k),
         isinstance(left, Tensor),
@@ -82,26 +95,34 @@ def _product(
         bias is not None,
         accumulate,
         over,
+        rounds,
         *(tile[size] for size in ("M", "N", "K", "GROUP")),
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
     )
+    if parts is not None:
+        grid = (len(parts) // 2, height // ROWS_ADDED)
+        given = parts, left, m, n, out.stride(0), programs
+        _add_parts[grid](out, *given, rounds, height, width, ROWS_ADDED, GROUP)
 
 
 @functools.lru_cache(1024)
-def _tile(m: int, n: int, itemsize: int, processors: int) -> tuple[dict[str, Any], int]:
-    """(what takes least time: every processor makes one tile after another, and the last ones may be few;
-    how many programs make them)"""
+def _tile(m: int, n: int, itemsize: int, processors: int, divided: bool) -> tuple[dict[str, Any], int]:
+    """(what takes least time, how many programs make it)
+
+    Every processor makes one tile after another, and the last ones may be few, unless sums are divided.
+    """
 
     def tiles(tile: dict[str, Any]) -> int:
         return triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"])
 
     def time(rated: tuple[dict[str, Any], float]) -> float:
         tile, rate = rated
-        return triton.cdiv(tiles(tile), processors) * tile["M"] * tile["N"] / rate
+        rounds = tiles(tile) / processors
+        return (rounds if divided else math.ceil(rounds)) * tile["M"] * tile["N"] / rate
 
     best = NARROW if itemsize > 2 else min(RATES, key=time)[0]
-    return best, min(tiles(best), processors)
+    return best, processors if divided else min(tiles(best), processors)
 
 
 @functools.cache
@@ -135,6 +156,7 @@ def _multiply(
     a,
     b,
     bias,
+    parts,
     left,
     m,
     n,
@@ -145,6 +167,7 @@ def _multiply(
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     OVER: tl.constexpr,
+    ROUNDS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -162,12 +185,20 @@ def _multiply(
     count = tiles * columns
     if ACCUMULATE:
         count = tl.where(k > 0, count, 0)
+    share, among = k, 1
+    if ROUNDS:
+        among = _among(count, tl.num_programs(0), ROUNDS)
+        share = tl.cdiv(tl.cdiv(k, K), among) * K
     # Flattened, a tile's first factors are on their way while the last one is stored; for what is stored
     # there to be read before, there is no room.
-    for pid in tl.range(tl.program_id(0), count, tl.num_programs(0), flatten=not ACCUMULATE):
-        i_tile, j_tile = _tile_of(pid, tiles, columns, GROUP)
+    for pid in tl.range(tl.program_id(0), count * among, tl.num_programs(0), flatten=not ACCUMULATE):
+        i_tile, j_tile = _tile_of(pid % count if ROUNDS else pid, tiles, columns, GROUP)
+        first, end = 0, k
+        if ROUNDS:
+            first = pid // count * share
+            end = tl.minimum(first + share, k)
         total = tl.zeros([M, N], tl.float32)
-        for start in range(0, k, K):
+        for start in range(first, end, K):
             if A_T:
                 left_tile = a.load([start, i_tile * M]).T
             else:
@@ -182,7 +213,60 @@ def _multiply(
             total += tl.load(bias + j, mask=j < n, other=0.0)[None, :].to(tl.float32)
         if ACCUMULATE:
             total += out.load([i_tile * M, j_tile * N]).to(tl.float32)
-        out.store([i_tile * M, j_tile * N], total.to(out.dtype))
+        if ROUNDS and among > 1:
+            place = (tl.arange(0, M) * N)[:, None] + tl.arange(0, N)[None, :]
+            tl.store(parts + pid * M * N + place, total)
+        else:
+            out.store([i_tile * M, j_tile * N], total.to(out.dtype))
+
+
+@triton.jit
+def _among(tiles, programs, ROUNDS: tl.constexpr):
+    """Into how many parts the sum of each tile is divided, so that few programs wait for the last ones.
+
+    All programs make parts once, or up to ROUNDS times; more often where it saves a sixteenth.
+    """
+    tiles = tl.maximum(tiles, 1)
+    best, rounds = 1, tl.cdiv(tiles, programs)
+    for more in tl.static_range(1, ROUNDS + 1):
+        parts = more * programs // tiles
+        if parts * rounds * 16 > best * more * 17:
+            best, rounds = parts, more + 0 * rounds
+    return best
+
+
+@Kernel
+@triton.jit
+def _add_parts(
+    out,
+    parts,
+    left,
+    m,
+    n,
+    row,
+    programs,
+    ROUNDS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """A tile of `out` becomes the sum of its parts, in their order, where `_multiply` has divided it."""
+    m = tl.minimum(tl.maximum(tl.load(left), 0), m)
+    tiles = tl.cdiv(m, M)
+    count = tiles * tl.cdiv(n, N)
+    among = _among(count, programs, ROUNDS)
+    tile = tl.program_id(0)
+    if (tile < count) & (among > 1):
+        i_tile, j_tile = _tile_of(tile, tiles, tl.cdiv(n, N), GROUP)
+        i, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
+        place = parts + i[:, None] * N + j[None, :]
+        total = tl.zeros([ROWS, N], tl.float32)
+        for part in range(tile, count * among, count):
+            total += tl.load(place + part * M * N)
+        rows, columns = (i_tile * M + i)[:, None], (j_tile * N + j)[None, :]
+        place = out + rows.to(tl.int64) * row + columns
+        tl.store(place, total.to(out.dtype.element_ty), mask=(rows < m) & (columns < n))
 
 
 def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
