@@ -48,7 +48,7 @@ MATRIX_READERS = {
 }
 PIECES = (LOGITS,)
 DIRECT = (
-    *(counted.row_order, counted.host_copy, counted.take_rows, counted.product_to_rows),
+    *(counted.row_order, counted.host_copy, counted.recorded, counted.take_rows, counted.product_to_rows),
     counted.frequent_rows,
     *(products.logits, products.product_into, products.product_but),
     *(products.complete, products.most_frequent, products.column_sums, products.once_made),
