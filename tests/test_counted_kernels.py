@@ -195,7 +195,7 @@ def test_product_of_rows(left: int, biased: bool) -> None:
     assert (made[-(-left // 128) * 128 :] == 7).all()
 
 
-def divided(rounds: int, parts: Tensor, *arguments: Any) -> None:
+def divided(parts: Tensor, *arguments: Any) -> None:
     new_empty = Tensor.new_empty
 
     def given(x: Tensor, size: Any, **how: Any) -> Tensor:
@@ -203,7 +203,7 @@ def divided(rounds: int, parts: Tensor, *arguments: Any) -> None:
 
     with (
         mock.patch.multiple(counted_kernels, LONG=64, RATES=[(WIDE, 1.0)]),
-        mock.patch.multiple(counted_kernels, SHARE_OF_FACTOR=1e-9, MOST_ROUNDS=rounds),
+        mock.patch.object(counted_kernels, "parts_bytes", lambda factor: parts.nbytes),
         mock.patch.object(Tensor, "new_empty", given),
     ):
         on_three_processors("product_of_rows", *arguments)
@@ -217,7 +217,7 @@ def test_sums_of_few_tiles_are_divided(left: int, terms: int, rounds: int) -> No
     a, w = torch.randn(256, terms).half(), torch.randn(terms, 200).half()
     out, limit = torch.full((256, 200), 7.0).half(), torch.tensor(left, dtype=torch.int32)
     parts = torch.empty(3 * rounds, 128, 256)
-    _, _, made, *_ = interpreter.call(__name__, "divided", rounds, parts, out, a, w, limit)
+    _, made, *_ = interpreter.call(__name__, "divided", parts, out, a, w, limit)
     right = a.double() @ w.double()
     torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
     assert (made[-(-left // 128) * 128 :] == 7).all()
@@ -274,7 +274,7 @@ def test_sums_of_rows(left: int) -> None:
         (
             counted_kernels._add_parts,
             {"out": "*bf16", "parts": "*fp32", "left": "*i32"},
-            {"ROUNDS": 3, "M": 128, "N": 256, "ROWS": 16, "GROUP": 16},
+            {"M": 128, "N": 256, "ROWS": 16, "GROUP": 16},
         ),
     ],
 )
@@ -297,9 +297,8 @@ def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: 
     constants: dict[str, Any] = {"A_T": a_t, "B_T": b_t, "GROUP": tile["GROUP"], "M": m, "N": n, "K": k}
     if not uses.get("ON_DEVICE", True):
         types["left"] = "i32"
-    constants |= (
-        dict.fromkeys(("HAS_BIAS", "ACCUMULATE", "OVER"), False) | {"ROUNDS": 0} | {"ON_DEVICE": True} | uses
-    )
+    flags = dict.fromkeys(("HAS_BIAS", "ACCUMULATE", "OVER", "DIVIDED"), False)
+    constants |= flags | {"ON_DEVICE": True} | uses
     signature = {n: types.get(n, "constexpr" if n in constants else "i32") for n in kernel.arg_names}
     source = triton.compiler.ASTSource(
         kernel,
@@ -321,7 +320,7 @@ USES = {
     "logits where the host knows": (False, True, "bf16", {"HAS_BIAS": True, "ON_DEVICE": False}),
     "logits of a transposed weight": (False, False, "bf16", {"HAS_BIAS": True}),
     "dh": (False, False, "bf16", {}),
-    "dh in parts": (False, False, "bf16", {"ROUNDS": 3}),
+    "dh in parts": (False, False, "bf16", {"DIVIDED": True}),
     "dW": (True, False, "bf16", {"OVER": True}),
     "dW gains": (True, False, "bf16", {"OVER": True, "ACCUMULATE": True}),
     "dW in float32": (True, False, "fp32", {"OVER": True}),

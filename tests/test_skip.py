@@ -61,7 +61,7 @@ def head_of(body: str, v: int = V, sharded: bool = False, weight_is_rows: bool =
     if sharded:
         called(graph, ALL_GATHER, (stats, 2, "group"), (6, N))
     hidden = SimpleNamespace(hidden=x, columns=columns)
-    head = SimpleNamespace(products=[hidden], product=product, stats=[stats], n=N)
+    head = SimpleNamespace(products=[hidden], product=product, stats=[stats], n=N, v=v)
     return head, called(graph, aten.ne.Scalar, (y, -100), (N,), dtype=torch.bool)
 
 
@@ -92,6 +92,15 @@ def test_the_host_would_wait_for_a_mask_of_the_body(monkeypatch: pytest.MonkeyPa
 def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
     assert skip._who_looks(*head_of("attention")) == RECORDING
+
+
+@pytest.mark.parametrize(
+    ("looks", "bytes_"), [(HOST, 0), (DEVICE, 8 * V * 2 // 16), (RECORDING, 8 * V * 2 // 16)]
+)
+def test_what_products_need_beside_is_planned(looks: str, bytes_: int) -> None:
+    head, counts = head_of("none")
+    assert skip.bytes_beside(head, skip.ToCompute("", counts, looks), rows=8) == bytes_
+    assert skip.bytes_beside(head, skip.ALL, rows=8) == 0
 
 
 def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,10 +30,10 @@ from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
-from .plan import MIB, Plan
+from .plan import MIB, Plan, piece_size
 from .proof import Proof
 from .sides import moving, numbers_of_sides, told_of_sides
-from .skip import ToCompute, rows_to_compute
+from .skip import ToCompute, bytes_beside, rows_to_compute
 from .teachers import TAUGHT, WHOLE, taught_bytes, teacher_of
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
@@ -170,7 +170,9 @@ def proved(head: find.Head) -> tuple[Proof, str]:
 def _telling(plan: Plan, computed: ToCompute, head: find.Head, why_whole: str) -> Plan:
     told = [plan.reason, TAUGHT if head.teacher else why_whole, told_of_sides(head)]
     reason = "; ".join(filter(None, told))
-    return replace_fields(plan, reason=reason, rows=computed.told, skips=computed.rows is not None)
+    extra = plan.extra_bytes + bytes_beside(head, computed, piece_size(hint(head.n), plan.pieces))
+    skips = computed.rows is not None
+    return replace_fields(plan, extra_bytes=extra, reason=reason, rows=computed.told, skips=skips)
 
 
 def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:

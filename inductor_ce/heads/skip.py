@@ -89,6 +89,13 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof) -> ToCompute:
     return ToCompute(told + IF_FINITE * counted.if_finite, rows, looks)
 
 
+def bytes_beside(head: Head, computed: ToCompute, rows: int) -> int:
+    """Bytes that a product needs beside a piece of so many rows where the host does not look."""
+    if computed.rows is None or computed.looks == HOST:
+        return 0
+    return counted_kernels.parts_bytes(rows * hint(head.v) * example_of(head.product).itemsize)
+
+
 def _who_looks(head: Head, counts: Node) -> str:
     """Who looks at how many rows count.
 

@@ -27,8 +27,9 @@ TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warp
 NARROW: dict[str, Any] = {"M": 128, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warps": 4, "num_stages": 4}
 RATES = ((WIDE, 1.0), (TALL, 0.98), (NARROW, 0.93))  # elements in the same time, of the widest
 LONG = 8192  # terms of a sum that is worth dividing
-MOST_ROUNDS, SHARE_OF_FACTOR = 3, 8  # of parts, and of the memory of what has the rows
+MOST_ROUNDS = 3  # of all programs, each making a part of a sum
 ROWS_ADDED = 16
+_MOST_ROUNDS: tl.constexpr = tl.constexpr(MOST_ROUNDS)
 COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
@@ -64,6 +65,11 @@ def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulat
     _product(out, a, b, left, None, accumulate, over=True)
 
 
+def parts_bytes(factor: int) -> int:
+    """Bytes of the parts of sums, where what has the rows that count has `factor` bytes."""
+    return factor // 16
+
+
 def _product(
     out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None, accumulate: bool, over: bool
 ) -> None:
@@ -76,11 +82,8 @@ def _product(
     height, width = tile["M"], tile["N"]
     a_tiles, a_is_transposed = _tiles(a, height, tile["K"])
     b_tiles, b_is_transposed = _tiles(b, tile["K"], width)
-    parts, rounds = None, 0
-    if divided:
-        room = a.numel() * a.itemsize // SHARE_OF_FACTOR
-        rounds = min(max(room // (programs * height * width * 4), 1), MOST_ROUNDS)
-        parts = out.new_empty((rounds * programs, height, width), dtype=torch.float32)
+    most = min(parts_bytes(a.numel() * a.itemsize) // (height * width * 4), MOST_ROUNDS * programs)
+    parts = out.new_empty((most, height, width), dtype=torch.float32) if divided and most > 1 else None
     _multiply[(programs,)](
         TensorDescriptor.from_tensor(out, [height, width]),
         a_tiles,
@@ -89,21 +92,22 @@ def _product(
         left if parts is None else parts,
         left,
         *(m, n, k),
+        0 if parts is None else most,
         isinstance(left, Tensor),
         a_is_transposed,
         b_is_transposed,
         bias is not None,
         accumulate,
         over,
-        rounds,
+        parts is not None,
         *(tile[size] for size in ("M", "N", "K", "GROUP")),
         num_warps=tile["num_warps"],
         num_stages=tile["num_stages"],
     )
     if parts is not None:
-        grid = (len(parts) // 2, height // ROWS_ADDED)
-        given = parts, left, m, n, out.stride(0), programs
-        _add_parts[grid](out, *given, rounds, height, width, ROWS_ADDED, GROUP)
+        grid = (most // 2, height // ROWS_ADDED)
+        given = parts, left, m, n, most, out.stride(0), programs
+        _add_parts[grid](out, *given, height, width, ROWS_ADDED, GROUP)
 
 
 @functools.lru_cache(1024)
@@ -161,13 +165,14 @@ def _multiply(
     m,
     n,
     k,
+    most,
     ON_DEVICE: tl.constexpr,
     A_T: tl.constexpr,
     B_T: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     OVER: tl.constexpr,
-    ROUNDS: tl.constexpr,
+    DIVIDED: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -186,15 +191,15 @@ def _multiply(
     if ACCUMULATE:
         count = tl.where(k > 0, count, 0)
     share, among = k, 1
-    if ROUNDS:
-        among = _among(count, tl.num_programs(0), ROUNDS)
+    if DIVIDED:
+        among = _among(count, tl.num_programs(0), most)
         share = tl.cdiv(tl.cdiv(k, K), among) * K
     # Flattened, a tile's first factors are on their way while the last one is stored; for what is stored
     # there to be read before, there is no room.
     for pid in tl.range(tl.program_id(0), count * among, tl.num_programs(0), flatten=not ACCUMULATE):
-        i_tile, j_tile = _tile_of(pid % count if ROUNDS else pid, tiles, columns, GROUP)
+        i_tile, j_tile = _tile_of(pid % count if DIVIDED else pid, tiles, columns, GROUP)
         first, end = 0, k
-        if ROUNDS:
+        if DIVIDED:
             first = pid // count * share
             end = tl.minimum(first + share, k)
         total = tl.zeros([M, N], tl.float32)
@@ -213,7 +218,7 @@ def _multiply(
             total += tl.load(bias + j, mask=j < n, other=0.0)[None, :].to(tl.float32)
         if ACCUMULATE:
             total += out.load([i_tile * M, j_tile * N]).to(tl.float32)
-        if ROUNDS and among > 1:
+        if DIVIDED and among > 1:
             place = (tl.arange(0, M) * N)[:, None] + tl.arange(0, N)[None, :]
             tl.store(parts + pid * M * N + place, total)
         else:
@@ -221,15 +226,15 @@ def _multiply(
 
 
 @triton.jit
-def _among(tiles, programs, ROUNDS: tl.constexpr):
+def _among(tiles, programs, most):
     """Into how many parts the sum of each tile is divided, so that few programs wait for the last ones.
 
-    All programs make parts once, or up to ROUNDS times; more often where it saves a sixteenth.
+    There are `most` parts at most, and each program makes one, or some more where it saves a sixteenth.
     """
     tiles = tl.maximum(tiles, 1)
     best, rounds = 1, tl.cdiv(tiles, programs)
-    for more in tl.static_range(1, ROUNDS + 1):
-        parts = more * programs // tiles
+    for more in tl.static_range(1, _MOST_ROUNDS + 1):
+        parts = tl.minimum(more * programs, most) // tiles
         if parts * rounds * 16 > best * more * 17:
             best, rounds = parts, more + 0 * rounds
     return best
@@ -243,9 +248,9 @@ def _add_parts(
     left,
     m,
     n,
+    most,
     row,
     programs,
-    ROUNDS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     ROWS: tl.constexpr,
@@ -255,7 +260,7 @@ def _add_parts(
     m = tl.minimum(tl.maximum(tl.load(left), 0), m)
     tiles = tl.cdiv(m, M)
     count = tiles * tl.cdiv(n, N)
-    among = _among(count, programs, ROUNDS)
+    among = _among(count, programs, most)
     tile = tl.program_id(0)
     if (tile < count) & (among > 1):
         i_tile, j_tile = _tile_of(tile, tiles, tl.cdiv(n, N), GROUP)
