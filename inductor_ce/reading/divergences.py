@@ -22,7 +22,7 @@ from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .context import kind_of
-from .entries import LOSSES, EntryReader
+from .entries import KINDS, LOSSES, EntryReader
 from .joint import JointReader, RowFactor
 from .losses import modernised
 from .sides import Side, moves, of_wholes
@@ -49,6 +49,7 @@ class Between:
         sides: of which its terms are.
         terms: what is added up; none where that is not a sum of logarithms under probabilities.
         tensors: what is brought along for each entry, row or class.
+        numbers, constants: those of rows of which gradients are wanted, or are not.
     """
 
     node: Node
@@ -59,6 +60,8 @@ class Between:
     terms: tuple[Term, ...]
     wide: frozenset[Node]
     tensors: tuple[Node, ...] = ()
+    numbers: tuple[Node, ...] = ()
+    constants: tuple[Node, ...] = ()
 
 
 def read_divergences(reading: Reading) -> Iterator[Between]:
@@ -71,6 +74,8 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             continue
         of_one = is_loss_of_one(reading, node)
         if of_one and _learns(reading, node):
+            if algebra.powers_cancel(row_expr(reading.values[node])):  # type: ignore[arg-type]
+                others.append(node)
             continue
         summed = _summed(reader, node, step.name)
         # As a loss of one side reads it, the logarithm of a mixture is a weight of all classes.
@@ -183,28 +188,34 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     else:
         term, wide = entry.of(summand), entry.wide(summand)
     axis = entry.axis
-    if term is None or axis is None or not entries.is_own(term):
+    if term is None or axis is None or not entries.is_own(term) or not entries.has_softmax(term):
         return None
     if not is_loss and not (_sums(args, axis, len(shape_of(summand))) and _sums_as_made(args)):
         return None
     if mode is not True:
-        term = entries.renamed(term, {s: reader.detached(s) for s in entries.sides_of(term)})
+        term = entry.held(term)
     return _summed_up(reader, entry, node, term, wide | {node})
 
 
 def _summed_up(
     reader: JointReader, entry: EntryReader, node: Node, term: entries.Term, wide: frozenset[Node]
 ) -> Between | None:
-    used, brought = sorted(entries.sides_of(term)), sorted(entries.tensors_of(term))
-    tensors, axis = tuple(entry.tensors[k] for k in brought), entry.axis
+    used, axis = {kind: entries.places_of(term, *names) for kind, names in KINDS.items()}, entry.axis
     assert axis is not None
-    sides = of_wholes([reader.sides[side] for side in used], reader.reading)
+    tensors = tuple(entry.tensors[k] for k in used["t"])
+    numbers = tuple(entry.numbers[k] for k in used["n"])
+    constants = tuple(entry.constants[k] for k in used["c"])
+    sides = of_wholes([reader.sides[side] for side in used["p"]], reader.reading)
     if len(sides) > joint.MOST_SIDES or any(kind_of(t, entry.summand, axis) is None for t in tensors):
         return None
     wanted = tuple(i for i, side in enumerate(sides) if moves(side))
-    places = [{k: i for i, k in enumerate(each)} for each in (used, brought)]
-    made = Entries(entries.renamed(term, *places), len(sides), len(tensors), wanted)
-    return Between(node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors)
+    leaves: dict[entries.Term, entries.Term] = {}
+    for kind, places in used.items():
+        leaves |= {(name, k): (name, i) for name in KINDS[kind] for i, k in enumerate(places)}
+    made = Entries(entries.replaced(term, leaves), len(sides), len(tensors), wanted)
+    return Between(
+        node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors, numbers, constants
+    )
 
 
 def _sums_as_made(args: dict[str, Any]) -> bool:

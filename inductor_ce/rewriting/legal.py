@@ -286,7 +286,7 @@ def _powers_cancel(reading: Reading, group: Group) -> bool:
     if not wants_gradient(group.logits):
         return False
     exprs = [expr for node, expr in group.exprs.items() if not value_of(reading, node).detached]
-    return any(map(algebra.has_power, exprs)) and any(map(algebra.weighs_probabilities, exprs))
+    return algebra.powers_cancel(*exprs)
 
 
 def _is_edited_later(reading: Reading, group: Group) -> bool:
