@@ -436,6 +436,7 @@ BETWEEN: dict[str, Callable[..., Tensor]] = {
     "power": lambda p, q, t, a: p.pow(1.5) * q,
     "filled": lambda p, q, t, a: (p * a * a).masked_fill(p == 0, 0.0),
     "positive": lambda p, q, t, a: torch.relu(p - q) * t,
+    "from its own": lambda p, q, t, a: torch.sigmoid(a - a.select(-1, 3).unsqueeze(-1)) * q,
 }
 
 

@@ -140,10 +140,31 @@ def cooled_at_the_label(h, W, w, y):
     return (2 * z.logsumexp(-1) - (z / 0.7)[torch.arange(N), y]).square().mean()
 
 
+def decoupled(h, W, w, y):
+    z = h @ W.t() / 0.5
+    negatives = z.masked_fill(torch.eye(N, V, dtype=torch.bool), -math.inf)
+    return (torch.logsumexp(negatives, 1) - z[range(N), range(N)]).mean()
+
+
+def diagonal_apart(h, W, w, y):
+    z = h @ W[:N].t()
+    return (z - 100 * torch.eye(N)).logsumexp(-1).mean() - z.diagonal().sigmoid().mean()
+
+
+def columns_apart(h, W, w, y):
+    z = F.linear(h, W)
+    with torch.no_grad():
+        weights = z.select(-1, 3).sigmoid()
+    return (weights * (z + w).logsumexp(-1)).mean() - (w[0] * z[:, 0] + z[:, -1]).square().mean()
+
+
 @pytest.mark.parametrize(
     ("f", "strategy"),
     in_turns(
-        [lowered_at_the_label, raised_beside_the_pick, cooled_at_the_label],
+        [
+            *(lowered_at_the_label, raised_beside_the_pick, cooled_at_the_label),
+            *(decoupled, diagonal_apart, columns_apart),
+        ],
         ["token_chunks", "vocab_slabs", "materialise"],
     ),
 )
@@ -162,6 +183,15 @@ def read_elsewhere(h, W, w, y):
 
 def picked_of_given_logits(h, W, w, y):
     return ((2 * h).logsumexp(-1) - h.gather(-1, y[:, None] % D).squeeze(-1)).mean() + W.sum()
+
+
+def beside_the_diagonal(h, W, w, y):
+    z = h @ W[:N].t()
+    return ((z - 100 * torch.eye(N)).logsumexp(-1)[1:] - torch.diag(z, 1)).mean()
+
+
+def diagonal_of_given_logits(h, W, w, y):
+    return ((h - 100 * torch.eye(N, D)).logsumexp(-1)[:D] - torch.diag(h)).mean() + W.sum()
 
 
 def picked_and_read(h, W, w, y):
@@ -196,6 +226,8 @@ def test_what_is_in_memory_is_picked_as_it_is_written():
 LEFT = {
     read_elsewhere: Reason.NORMALISER,
     picked_of_given_logits: Reason.NOT_UNDERSTOOD,
+    beside_the_diagonal: Reason.NOT_UNDERSTOOD,
+    diagonal_of_given_logits: Reason.NOT_UNDERSTOOD,
     picked_and_read: Reason.NOT_UNDERSTOOD,
     returned: Reason.NORMALISER,
     of_log_probabilities: Reason.NOT_UNDERSTOOD,

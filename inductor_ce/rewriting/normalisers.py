@@ -9,13 +9,17 @@ reader: they are picked again from it, so that it need not be in memory for them
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from ..reading import spellings
-from ..reading.values import Logits, LossValue, Reading, RowValue
+from ..reading.context import Context
+from ..reading.indexing import fixed_pick
+from ..reading.values import Logits, LossValue, Reading, RowValue, detached, row_expr
 from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 from .linear_layers import linear_layer
@@ -42,6 +46,29 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
         fact = f"The logits of this normaliser are in memory anyway, {why}."
         _tell(reading, logits, Refusal(Reason.NORMALISER, fact, reader))
     return reader is None
+
+
+def read_fixed_picks(reading: Reading) -> None:
+    """Read the diagonal, or columns, of logits that nobody normalised, where others of their product are."""
+    axes: dict[Node, set[int]] = defaultdict(set)
+    for value in list(reading.values.values()):
+        if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value)):
+            product = _product(value.logits.node)
+            if product is not None:
+                axes[product].add(value.logits.axis)
+    for node in reading.timeline.nodes if axes else ():
+        spelled = spellings.read(node)
+        if node in reading.values or spelled is None or not spelled[0].picks:
+            continue
+        source = spelled[1].get("input")
+        if tensor_of(source) is None or not example_of(source).is_floating_point():
+            continue
+        for axis in axes.get(_product(source), ()):  # type: ignore[arg-type]
+            context = Context(reading, node)
+            logits = context.vocab(source, axis)
+            picked = None if logits is None else fixed_pick(context, spelled[0].name, spelled[1], logits)
+            if picked is not None:
+                reading.values[node] = detached(picked) if context.grad_mode is False else picked
 
 
 def picked_beside(
