@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
+from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context
 from ..reading.indexing import fixed_pick
@@ -61,7 +61,7 @@ def read_fixed_picks(reading: Reading) -> None:
         if node in reading.values or spelled is None or not spelled[0].picks:
             continue
         source = spelled[1].get("input")
-        if tensor_of(source) is None or not example_of(source).is_floating_point():
+        if not isinstance(source, Node) or tensor_of(source) is None:
             continue
         for axis in axes.get(_product(source), ()):  # type: ignore[arg-type]
             context = Context(reading, node)
