@@ -615,6 +615,22 @@ def a_class_that_learns(z: Tensor, t: Tensor) -> Tensor:
     return (z.softmax(-1).sqrt() * z[0].sigmoid()).sum(-1)
 
 
+def some_classes(z: Tensor, t: Tensor) -> Tensor:
+    return (t[:, 1:] * (z.softmax(-1) + 1e-3).log()[:, 1:]).sum(-1)
+
+
+def weighed_then_chosen(z: Tensor, t: Tensor) -> Tensor:
+    """The tensor would have to be chosen of as well."""
+    return ((z.softmax(-1) + 1e-3).log() * t)[torch.arange(N).flip(0)].sum(-1)
+
+
+def chosen_then_edited(z: Tensor, t: Tensor) -> Tensor:
+    log_p = (z.softmax(-1) + 1e-3).log()
+    rows = log_p[1:]
+    log_p.add_(1.0)
+    return (rows * rows).sum(-1)
+
+
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
     *(clamped_at_its_maximum, edited_before, tensor_edited_after, logits_edited_after),
@@ -624,6 +640,9 @@ LEFT = [
         bent_by_logits_held,
         bent_at_its_largest,
         hinge,
+        some_classes,
+        weighed_then_chosen,
+        chosen_then_edited,
         a_class_that_learns,
     ),
 ]
@@ -696,6 +715,48 @@ def test_numbers_of_rows(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
     ours = rewritten(f, (z, t.requires_grad_(f is number_of_another_tensor)))
     assert ours.count(ops.DIVERGENCE) >= 1
     assert not ours.report.misses
+
+
+ROWS_OF = torch.tensor([5, 0, 0, 3, 2, 1])
+
+
+def clamped_then_chosen(z: Tensor, t: Tensor) -> Tensor:
+    """As of the actions that were taken."""
+    p = z.view(N // 2, 2, V).softmax(-1).clamp(min=0.02)
+    return (t[: N // 2] * p[range(N // 2), [1, 0, 1]].log()).sum(-1)
+
+
+def gathered_after(z: Tensor, t: Tensor) -> Tensor:
+    log_p = (z.view(N // 2, 2, V).softmax(-1) + 1e-3).log()
+    which = (ROWS_OF[: N // 2] % 2).view(-1, 1, 1).expand(N // 2, 1, V)
+    return (t[: N // 2] * log_p.gather(1, which).squeeze(1)).sum(-1)
+
+
+def one_row_twice(z: Tensor, t: Tensor) -> Tensor:
+    q = (z.softmax(-1) + 1e-3).sqrt()
+    return (q[ROWS_OF] * q * t).sum(-1) + q.index_select(0, ROWS_OF).square().log().sum(-1)
+
+
+def seen_otherwise(z: Tensor, t: Tensor) -> Tensor:
+    p = (z.view(2, N // 2, V).softmax(-1) + 1e-3).sqrt()
+    moved, cut = p.transpose(0, 1).log(), p[:, 1:].log()
+    return (moved * t.view(N // 2, 2, V)).sum((0, 2)) + (cut * cut).sum((-1, 1)) + (p.view(-1, V) * t).sum()
+
+
+def chosen_without_gradient(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 1e-3
+    with torch.no_grad():
+        weights = p[ROWS_OF].sqrt()
+    return (weights * p.log() * t).sum(-1)
+
+
+MOVED = [clamped_then_chosen, gathered_after, one_row_twice, seen_otherwise, chosen_without_gradient]
+
+
+@pytest.mark.parametrize(("f", "dtype"), in_turns(MOVED, [torch.float64, torch.float32, torch.bfloat16]))
+def test_rows_that_are_chosen_or_moved(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) >= 1
 
 
 def subtracted_in_place(z: Tensor, t: Tensor) -> Tensor:

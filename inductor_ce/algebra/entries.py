@@ -205,6 +205,12 @@ def _with(so_far: Term, term: tuple[float, Term]) -> Term:
     return _add(so_far, scaled) if c >= 0 else _sub(so_far, scaled)
 
 
+def exp(term: Term) -> Term:
+    """A probability, where it is that of its logarithm."""
+    is_logarithm = isinstance(term, tuple) and term[0] == "log p"
+    return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
+
+
 # What holds of terms
 
 

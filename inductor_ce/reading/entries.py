@@ -29,6 +29,7 @@ from .constants import number_of
 from .context import Context, kind_of
 from .joint import MAX_DEPTH, JointReader
 from .losses import modernised
+from .moved import before_move, moved
 from .own import compares_with_own
 from .sides import Side
 from .values import VocabValue
@@ -96,7 +97,8 @@ class EntryReader:
         value = self.joint.of(node)
         if value is None or value.axis is None or value.like is not None:
             term = self._by_step(node, depth)
-            return self._logit(node) if term is None else term
+            term = self._logit(node) if term is None else term
+            return self._moved(node, depth) if term is None else term
         # A mixture is summed as it is spelled, where that is read: by probabilities, or by their logarithms.
         term = self._by_step(node, depth) if value.expr.has_mixture else None
         if term is None:
@@ -117,6 +119,20 @@ class EntryReader:
         if term[0] != "z":  # type: ignore[index]
             self._wide[node] = frozenset([node, *(s for s in node.all_input_nodes if s in self._wide)])
         return term if mode is True else self.held(term)
+
+    def _moved(self, node: Node, depth: int) -> Term | None:
+        """Of entries of other rows, or of the same elsewhere, what is chosen or seen."""
+        source, timeline = before_move(self.joint, node), self.joint.reading.timeline
+        if source is None:
+            return None
+        there = EntryReader(self.joint, source)
+        term = there.of(source, depth + 1)
+        term, axis = moved(self.joint, node, source, term, there.axis)
+        if term is None or self.axis not in (None, axis):
+            return None
+        self.axis = axis
+        self._wide |= there._wide | {node: frozenset([node, source])}
+        return term if timeline.grad_mode(timeline.position[node]) is True else self.held(term)
 
     def _logit(self, node: Node) -> Term | None:
         """Logits themselves, of which a softmax is read as well."""
@@ -228,7 +244,7 @@ class EntryReader:
         bends = name in ("maximum", "minimum")
         if (bends or name in _COMPARISONS) and self._compares_with_own(*numbers, bends=bends):
             return None
-        return _exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
+        return entries.exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
 
     def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """x += y and the like, of an x that nothing else sees. Under no_grad x would keep its gradient."""
@@ -260,7 +276,6 @@ class EntryReader:
             "log10": ("div", ("log", x), math.log(10)),
             "reciprocal": ("div", 1.0, x),
             "relu": None if own else ("where", ("le", x, 0.0), 0.0, x),
-            "logsigmoid": ("neg", ("logaddexp", ("neg", x), 0.0)),
             "log_sigmoid": ("neg", ("logaddexp", ("neg", x), 0.0)),
         }
         return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
@@ -336,7 +351,7 @@ class EntryReader:
         if x is None or args.get("weight") is not None:
             return None
         if name == "kl_div" and args.get("log_target"):
-            return "mul", _exp(x[1]), ("sub", x[1], x[0])
+            return "mul", entries.exp(x[1]), ("sub", x[1], x[0])
         if name == "kl_div":
             return "sub", ("xlogy", x[1], x[1]), ("mul", x[1], x[0])
         gap = ("sub", *x)
@@ -350,12 +365,6 @@ def _place(nodes: list[Node], node: Node) -> int:
     if node not in nodes:
         nodes.append(node)
     return nodes.index(node)
-
-
-def _exp(term: Term) -> Term:
-    """A probability, where it is that of its logarithm."""
-    is_logarithm = isinstance(term, tuple) and term[0] == "log p"
-    return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
 
 
 def _logarithm(mixture: joint.Mixture) -> Term:
