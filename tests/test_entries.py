@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from inductor_ce import ops
-from inductor_ce.algebra import entries
+from inductor_ce.algebra import entries, entries_text
 from inductor_ce.algebra.entries import Entries, Term
 from inductor_ce.common.compat.graphs import clamps_pass_ends
 from inductor_ce.ops.divergences import decode, divergence, divergence_grad, encode
@@ -72,7 +72,7 @@ def check_term(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> None:
     zs, tensors = zs[: which.n_sides], tensors[: which.n_tensors]
     encoded = encode(which)
     assert decode(encoded) == which
-    assert entries.render(which).startswith("sum ")
+    assert entries_text.render(which).startswith("sum ")
     expected = number(term, zs, tensors).expand_as(zs[0]).sum(-1)
     packed = divergence([*zs, *tensors], *normalisers(zs), encoded)
     torch.testing.assert_close(packed[0], expected, rtol=1e-11, atol=1e-12, equal_nan=True)
@@ -216,10 +216,27 @@ def test_terms_at_random(seed: int) -> None:
 
 def test_text() -> None:
     term = ("neg", ("mul", P, ("log", ("add", P, 1e-8))))
-    assert entries.render(made_of(term)) == "sum -p*log(p + 1e-08)"
+    assert entries_text.render(made_of(term)) == "sum -p*log(p + 1e-08)"
     power = ("mul", ("pow", ("sub", 1.0, P), 2.0), ("sub", LOG_Q, ("clamp", T, 0.1, math.inf, ENDS)))
-    assert entries.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
-    assert entries.render(made_of(("mul", Q, ("sub", ("z", 0), ("n", 1))))) == "sum q*(z - n2)"
+    assert entries_text.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
+    assert entries_text.render(made_of(("mul", Q, ("sub", ("z", 0), ("n", 1))))) == "sum q*(z - n2)"
+
+
+def test_text_of_what_people_call_by_a_name() -> None:
+    gap: Term = ("sub", ("z", 0), ("n", 0))
+    relu: Term = ("where", ("le", gap, 0.0), 0.0, gap)
+    softplus: Term = ("where", ("gt", gap, 20.0), gap, ("logaddexp", gap, 0.0))
+    assert entries_text.render(made_of(("mul", P, relu))) == "sum p*relu(z - n)"
+    assert entries_text.render(made_of(softplus)) == "sum softplus(z - n)"
+    assert entries_text.render(made_of(("neg", ("logaddexp", ("neg", P), 0.0)))) == "sum logsigmoid(p)"
+
+
+def test_long_text_is_cut() -> None:
+    term: Term = ("mul", P, ("log", ("add", Q, 1e-8)))
+    for k in range(12):
+        term = ("add", ("exp", ("mul", ("t", k), P)), ("mul", term, ("sqrt", ("add", term, LOG_P))))
+    assert len(entries_text.render(made_of(term))) <= entries_text.LONGEST
+    assert entries_text.render(made_of(("exp", term))).endswith("g(log p, p, q, ...))")
 
 
 def test_what_a_statistic_is_is_not_own() -> None:

@@ -17,7 +17,6 @@ for |x| at 0, a half for each of equal values of which the larger is taken, and 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -274,45 +273,3 @@ def replaced(term: Term, leaves: Mapping[Term, Term]) -> Term:
 
 def is_true_or_false(term: Term) -> bool:
     return isinstance(term, tuple) and term[0] in TRUTHS
-
-
-# In words
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "and": "and", "or": "or"}
-_INFIX |= {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
-_BINDING = {"pow": 5, "neg": 4, "mul": 4, "div": 4, "add": 3, "sub": 3, "and": 1, "or": 0}
-_CLOSED = 9
-
-
-def render(entries: Entries) -> str:
-    """As text, for example `sum -p*log(p + 1e-08)`."""
-    return f"sum {_text(entries.term)[0]}"
-
-
-def _text(term: Term) -> tuple[str, int]:
-    """(a term as text, how tightly it holds together)"""
-    if isinstance(term, float):
-        return f"{term:g}", _CLOSED if term >= 0 or math.isnan(term) else 3
-    name, *args = term
-    if name in ("p", "log p"):
-        return name.replace("p", "pqrstuvw"[args[0]]), _CLOSED if name == "p" else 4
-    if name in LEAVES:
-        return f"{name}{args[0] + 1 if args[0] else ''}", _CLOSED
-    if name == "number":
-        return _text(args[0])
-    if name == "neg":
-        return f"-{_within(args[0], 4)}", 4
-    if name == "clamp":
-        ends = [f"{end}={x:g}" for end, x in zip(("min", "max"), args[1:3], strict=True) if math.isfinite(x)]
-        return f"clamp({', '.join([_text(args[0])[0], *ends])})", _CLOSED
-    if name in _INFIX:
-        own = _BINDING.get(name, 2)
-        space = "" if name in ("mul", "div", "pow") else " "
-        left, right = _within(args[0], own), _within(args[1], own + (name not in ("add", "mul")))
-        return f"{left}{space}{_INFIX[name]}{space}{right}", own
-    return f"{name}({', '.join(_text(arg)[0] for arg in args)})", _CLOSED
-
-
-def _within(term: Term, binding: int) -> str:
-    text, own = _text(term)
-    return text if own >= binding else f"({text})"

@@ -85,27 +85,30 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             others.append(node)
     between = {summed.node: _between(reader, summed) for summed in added_up(reading, found)}
     others += [node for node, each in between.items() if each is None or not each.terms]
-    classes = _numbers_of_classes(reading) if others else []
+    places = _places_of_classes(reading) if others else []
     for node in others:
-        if _may_be_of(node, classes) and (summed_up := _of_entries(reader, node)) is not None:
+        if _may_be_of(node, places) and (summed_up := _of_entries(reader, node)) is not None:
             between[node] = summed_up
     for node in sorted(between, key=reading.timeline.position.__getitem__):
         if (each := between[node]) is not None:
             yield each
 
 
-def _numbers_of_classes(reading: Reading) -> list[Size]:
-    """How many classes there are, of all that is made of logits."""
-    sizes = (shape_of(n)[v.axis] for n, v in reading.values.items() if isinstance(v, VocabValue))
-    return [*{str(size): size for size in sizes}.values()]
+def _places_of_classes(reading: Reading) -> list[tuple[int, Size]]:
+    """Of what is made of logits (the dimension of the classes, from the end; how many these are)."""
+    vocab = {node: value for node, value in reading.values.items() if isinstance(value, VocabValue)}
+    shapes = ((shape_of(node), value.axis) for node, value in vocab.items())
+    places = ((axis - len(shape), shape[axis]) for shape, axis in shapes)
+    return [*{str(place): place for place in places}.values()]
 
 
-def _may_be_of(node: Node, classes: list[Size]) -> bool:
+def _may_be_of(node: Node, places: list[tuple[int, Size]]) -> bool:
     """Whether what a node sums may be entries of that: the streams of a model are not walked for nothing."""
     summand = spellings.arguments(node, spellings.step_of(node)).get("input")  # type: ignore[arg-type]
     if not isinstance(summand, Node) or tensor_of(summand) is None:
         return False
-    return any(equal(size, number) for size in shape_of(summand) for number in classes)
+    shape = shape_of(summand)
+    return any(len(shape) >= -axis and equal(shape[axis], size) for axis, size in places)
 
 
 def is_loss_of_one(reading: Reading, node: Node) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import algebra, ops
-from ..algebra import divergences, entries
+from ..algebra import divergences, entries_text
 from ..algebra.entries import Entries
 from ..common.compat.graphs import is_dtensor
 from ..common.failsafe import attempt
@@ -325,7 +325,7 @@ def _form(found: Between) -> str:
 
 
 def _rendered(formula: divergences.Divergence | Entries) -> str:
-    return entries.render(formula) if isinstance(formula, Entries) else divergences.render(formula)
+    return entries_text.render(formula) if isinstance(formula, Entries) else divergences.render(formula)
 
 
 def _erase(found: Between) -> None:
