@@ -26,7 +26,7 @@ def loss(logits):
 
 EXPECTED = """\
 1.4426950408889634*lse - 1.4426950408889634*mean_p
-sum p*(1.4427*log p + n)^2
+sum p*(1.443*log p + n)^2
 row_stats: max,sumexp,sumexpz
 sharded: left as written
 """

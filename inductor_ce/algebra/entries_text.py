@@ -8,6 +8,7 @@ from typing import Any
 from .entries import LEAVES, Entries, Term, parts
 
 LONGEST = 80
+SHORT = 12  # what is no longer than a name would be
 MOST_LEAVES = 4
 NAMES = "fgh"  # of what is too long to be written out
 
@@ -52,7 +53,7 @@ def _known(term: tuple[Any, ...]) -> tuple[str, Term] | None:
 
 
 class _Words:
-    """Terms as text, those that lie deeper than `depth` by a name.
+    """Terms as text, those at a depth, if it is not -1, by a name.
 
     Attributes:
         named: those terms.
@@ -65,14 +66,15 @@ class _Words:
     def text(self, term: Term, depth: int = 0) -> tuple[str, int]:
         """(a term as text, how tightly it holds together)"""
         if isinstance(term, float):
-            return f"{term:g}", _CLOSED if term >= 0 or math.isnan(term) else 3
+            return f"{term:.4g}", _CLOSED if term >= 0 or math.isnan(term) else 3
         name, *args = term
         if name in LEAVES:
             return _leaf(name, args[0]), 4 if name == "log p" else _CLOSED
         if name == "number":
             return self.text(args[0], depth)
-        if depth >= self.depth:
-            return self._name(term), _CLOSED
+        if depth == self.depth:
+            whole = _Words(depth=-1).text(term)
+            return whole if len(whole[0]) <= SHORT else (self._name(term), _CLOSED)
         known = _known(term)
         if known is not None:
             return f"{known[0]}({self.text(known[1], depth + 1)[0]})", _CLOSED
