@@ -713,6 +713,13 @@ def number_that_is_held(z: Tensor, t: Tensor) -> Tensor:
     return (weights * torch.sigmoid(gap)).sum(-1) + (log_p.exp().sqrt() * gap.detach()).sum(-1)
 
 
+def own_and_negatives(z: Tensor, t: Tensor) -> Tensor:
+    """No softmax, but what one is divided by."""
+    z = z - z.max(1, keepdim=True)[0].detach()
+    negatives = (z.exp() * (t < 0.7)).sum(1, keepdim=True)
+    return ((z - torch.log(negatives + z.exp())) * t).sum(-1)
+
+
 def number_of_another_tensor(z: Tensor, t: Tensor) -> Tensor:
     """Of rows, and one for all."""
     p, rows, scale = z.softmax(-1), t.mean(-1, keepdim=True), t[0, 0]
@@ -721,7 +728,13 @@ def number_of_another_tensor(z: Tensor, t: Tensor) -> Tensor:
 
 NUMBERS = [
     *(against_its_own, margins, bent_at_its_own, squares_from_its_own, renormalised),
-    *(normalised_by_a_sum_of_entries, number_that_is_held, number_of_another_tensor, above_its_own),
+    *(
+        normalised_by_a_sum_of_entries,
+        number_that_is_held,
+        number_of_another_tensor,
+        above_its_own,
+        own_and_negatives,
+    ),
 ]
 
 

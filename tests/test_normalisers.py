@@ -151,6 +151,13 @@ def diagonal_apart(h, W, w, y):
     return (z - 100 * torch.eye(N)).logsumexp(-1).mean() - z.diagonal().sigmoid().mean()
 
 
+def positive_in_front(h, W, w, y):
+    z = F.linear(h, W) / 0.7
+    own = z.gather(-1, y[:, None])
+    negatives = z.masked_fill(F.one_hot(y, V).bool(), -math.inf)
+    return (torch.cat([own, negatives], -1).logsumexp(-1) - own.squeeze(-1)).mean()
+
+
 def columns_apart(h, W, w, y):
     z = F.linear(h, W)
     with torch.no_grad():
@@ -171,6 +178,29 @@ def columns_apart(h, W, w, y):
 def test_picked_from_the_same_product(f, strategy):
     """What is picked and the normaliser are two sites of one head."""
     check_head(f, strategy, 2)
+
+
+def test_a_positive_in_front_of_its_negatives():
+    """It is picked from the product that the negatives are; one sweep more has the column by itself."""
+    compiled, graphs = compile_without_codegen(positive_in_front, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), positive_in_front, args)
+    assert misses() == 0
+    assert graphs.pieces > 1
+
+
+def coarse_from_fine(h, W, w, y):
+    """The sums of groups of probabilities are left; the loss of the classes themselves is not."""
+    z = F.linear(h, W)
+    groups = z.softmax(-1).view(N, V // 5, 5).sum(-1)
+    return F.cross_entropy(z, y) + F.nll_loss((groups + 1e-8).log(), y // 5)
+
+
+def test_a_loss_over_groups_of_classes_leaves_the_other_one():
+    compiled, graphs = compile_rewritten(coarse_from_fine)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), coarse_from_fine, args)
+    assert [site.form for site in graphs.report.sites] == ["mean[y != -100](lse - pick(y))"]
 
 
 # Left

@@ -188,13 +188,19 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     else:
         term, wide = entry.of(summand), entry.wide(summand)
     axis = entry.axis
-    if term is None or axis is None or not entries.is_own(term) or not entries.has_softmax(term):
+    if term is None or axis is None or not entries.is_own(term) or not _is_normalised(reader, entry, term):
         return None
     if not is_loss and not (_sums(args, axis, len(shape_of(summand))) and _sums_as_made(args)):
         return None
     if mode is not True:
         term = entry.held(term)
     return _summed_up(reader, entry, node, term, wide | {node})
+
+
+def _is_normalised(reader: JointReader, entry: EntryReader, term: entries.Term) -> bool:
+    """Whether there is a softmax, or that by which one is divided is among the numbers of the row."""
+    numbers = [entry.numbers[k] for k in entries.places_of(term, "n")]
+    return entries.has_softmax(term) or any(is_loss_of_one(reader.reading, number) for number in numbers)
 
 
 def _summed_up(

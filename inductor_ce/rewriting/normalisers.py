@@ -20,7 +20,7 @@ from ..reading import spellings
 from ..reading.context import Context
 from ..reading.indexing import fixed_pick
 from ..reading.values import Logits, LossValue, Reading, RowValue, detached, row_expr
-from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
+from .escapes import GLUE, is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 from .linear_layers import linear_layer
 
@@ -76,7 +76,7 @@ def picked_beside(
 ) -> dict[Logits, list[Node]]:
     """The nodes that pick logits made of a product of which there is a loss, if nothing else reads that."""
     needed = needed_nodes(reading, {node for nodes in losses.values() for node in nodes})
-    products = {root for logits in losses if (root := _product(logits.node)) is not None}
+    products = {root for logits in losses for root in _products(logits.node)}
     roots = {root for root in products if _other_reader(reading, root, needed) is None}
     return {
         logits: nodes
@@ -85,6 +85,14 @@ def picked_beside(
         and _product(logits.node) in roots
         and all(_is_picked(reading, node) for node in nodes)
     }
+
+
+def _products(node: Node) -> set[Node]:
+    """The linear layers whose results are put side by side, and then a tensor is made of, likewise."""
+    root = _root(node)
+    if any(spellings.is_step(root, name) for name in GLUE):
+        return {product for part in root.all_input_nodes for product in _products(part)}
+    return {root} if linear_layer(root, spellings.read(root)) is not None else set()
 
 
 def _product(node: Node) -> Node | None:
