@@ -648,6 +648,13 @@ def chosen_then_edited(z: Tensor, t: Tensor) -> Tensor:
     return (rows * rows).sum(-1)
 
 
+def normalised_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
+    """The gradients by the sum and by the entries would cancel."""
+    p = (z.softmax(-1) + 1e-3).sqrt()
+    q = p / p.sum(-1, keepdim=True)
+    return (q * q.log() * t).sum(-1)
+
+
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
     *(clamped_at_its_maximum, edited_before, tensor_edited_after, logits_edited_after),
@@ -657,6 +664,7 @@ LEFT = [
         bent_by_logits_held,
         bent_at_its_largest,
         hinge,
+        normalised_by_a_sum_of_entries,
         some_classes,
         weighed_then_chosen,
         chosen_then_edited,
@@ -697,11 +705,12 @@ def renormalised(z: Tensor, t: Tensor) -> Tensor:
     return (t * (p / p.sum(-1, keepdim=True)).log()).sum(-1)
 
 
-def normalised_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
+def weighed_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
     """The number of one sum is another's result."""
     p = (z.softmax(-1) + 1e-3).sqrt()
-    q = p / p.sum(-1, keepdim=True)
-    return (q * q.log() * t).sum(-1)
+    with torch.no_grad():
+        total = p.sum(-1, keepdim=True)
+    return (p / total * (p / total).log() * t).sum(-1)
 
 
 def number_that_is_held(z: Tensor, t: Tensor) -> Tensor:
@@ -729,7 +738,7 @@ def number_of_another_tensor(z: Tensor, t: Tensor) -> Tensor:
 NUMBERS = [
     *(against_its_own, margins, bent_at_its_own, squares_from_its_own, renormalised),
     *(
-        normalised_by_a_sum_of_entries,
+        weighed_by_a_sum_of_entries,
         number_that_is_held,
         number_of_another_tensor,
         above_its_own,

@@ -25,6 +25,7 @@ from .context import kind_of
 from .entries import KINDS, LOSSES, EntryReader
 from .joint import JointReader, RowFactor
 from .losses import modernised
+from .own import sums_entries
 from .sides import Side, moves, of_wholes
 from .tails import Summed, added_up
 from .values import LossValue, Reading, RowValue, VocabValue, row_expr
@@ -213,6 +214,8 @@ def _summed_up(
     constants = tuple(entry.constants[k] for k in used["c"])
     sides = of_wholes([reader.sides[side] for side in used["p"]], reader.reading)
     if len(sides) > joint.MOST_SIDES or any(kind_of(t, entry.summand, axis) is None for t in tensors):
+        return None
+    if sums_entries(reader.reading, [reader.sides[side] for side in used["p"]], numbers, wide):
         return None
     wanted = tuple(i for i, side in enumerate(sides) if moves(side))
     leaves: dict[entries.Term, entries.Term] = {}

@@ -1,4 +1,4 @@
-"""Comparisons of entries with what is made of the same logits, of which the rounding may say the outcome."""
+"""What is made of the same logits as the entries that it meets, where the rounding may say the outcome."""
 
 from __future__ import annotations
 
@@ -33,6 +33,25 @@ def compares_with_own(
 
     made_of = set(reached(brought, before))
     return not logits.isdisjoint(made_of)
+
+
+def sums_entries(
+    reading: Reading, sides: list[Side], numbers: tuple[Node, ...], wide: frozenset[Node]
+) -> bool:
+    """Whether numbers that move are sums of what entries make, and no statistics of the sides.
+
+    As the sum that probabilities are normalised anew by. Its gradient meets that of the entries when both
+    have gone through the softmax, and they cancel there; torch adds them before.
+    """
+    logits = {side.logits for side in sides}
+
+    def before(node: Node) -> list[Node]:
+        value = reading.values.get(node)
+        is_statistic = isinstance(value, RowValue) and value.logits in logits
+        return [] if is_statistic or node in wide else node.all_input_nodes
+
+    made_of = set(reached(numbers, before))
+    return not wide.isdisjoint(made_of)
 
 
 def _is_of_picks(reading: Reading, node: Node) -> bool:
