@@ -24,9 +24,9 @@ def loss(logits_all, targets):
 
 EXPECTED = """\
 mean[y != -100](lse - pick(y))
-batchmean(sum xlogy(p, p) - p*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
-batchmean(sum xlogy(q, q) - q*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
-batchmean(sum xlogy(r, r) - r*log(clamp(0.333333*p + 0.333333*q + 0.333333*r, min=1e-07, max=1)))
+batchmean(sum xlogy(p, p) - p*log(clamp(0.3333*p + 0.3333*q + 0.3333*r, min=1e-07, max=1)))
+batchmean(sum xlogy(q, q) - q*log(clamp(0.3333*p + 0.3333*q + 0.3333*r, min=1e-07, max=1)))
+batchmean(sum xlogy(r, r) - r*log(clamp(0.3333*p + 0.3333*q + 0.3333*r, min=1e-07, max=1)))
 row_stats: max,sumexp,pick
 sharded: left as written
 """

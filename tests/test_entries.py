@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from inductor_ce import ops
-from inductor_ce.algebra import entries
+from inductor_ce.algebra import entries, entries_text
 from inductor_ce.algebra.entries import Entries, Term
 from inductor_ce.common.compat.graphs import clamps_pass_ends
 from inductor_ce.ops.divergences import decode, divergence, divergence_grad, encode
@@ -36,7 +36,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     **{name: getattr(torch, name) for name in ("add", "sub", "mul", "div", "neg", "exp", "log", "log1p")},
     **{
         name: getattr(torch, name)
-        for name in ("sqrt", "abs", "xlogy", "maximum", "minimum", "logaddexp", "where")
+        for name in ("sqrt", "abs", "xlogy", "sigmoid", "tanh", "maximum", "minimum", "logaddexp", "where")
     },
     **{name: getattr(torch, name) for name in ("sign", "gt", "ge", "lt", "le", "eq", "ne")},
     **{name: getattr(torch, f"logical_{name}") for name in ("and", "or", "not")},
@@ -49,8 +49,8 @@ def number(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> Tensor:
     if isinstance(term, float):
         return torch.tensor(term, dtype=torch.float64)
     name, *args = term
-    if name == "t":
-        return tensors[args[0]]
+    if name in ("t", "z"):
+        return (tensors if name == "t" else zs)[args[0]]
     if name in ("p", "log p"):
         return (F.softmax if name == "p" else F.log_softmax)(zs[args[0]], -1)
     if name == "pow":
@@ -62,7 +62,7 @@ def number(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> Tensor:
 
 
 def made_of(term: Term) -> Entries:
-    sides, tensors = entries.sides_of(term) | {0}, entries.tensors_of(term)
+    sides, tensors = entries.sides_of(term) | {0}, entries.places_of(term, "t")
     return Entries(term, max(sides) + 1, max(tensors, default=-1) + 1, tuple(range(max(sides) + 1)))
 
 
@@ -72,7 +72,7 @@ def check_term(term: Term, zs: list[Tensor], tensors: list[Tensor]) -> None:
     zs, tensors = zs[: which.n_sides], tensors[: which.n_tensors]
     encoded = encode(which)
     assert decode(encoded) == which
-    assert entries.render(which).startswith("sum ")
+    assert entries_text.render(which).startswith("sum ")
     expected = number(term, zs, tensors).expand_as(zs[0]).sum(-1)
     packed = divergence([*zs, *tensors], *normalisers(zs), encoded)
     torch.testing.assert_close(packed[0], expected, rtol=1e-11, atol=1e-12, equal_nan=True)
@@ -98,6 +98,8 @@ OF_EACH: dict[str, Term] = {
     "log1p": ("log1p", ("neg", ("mul", 0.9, P))),
     "sqrt": ("sqrt", ("add", P, Q)),
     "abs": ("abs", ("sub", P, Q)),
+    "sigmoid": ("sigmoid", ("sub", LOG_P, LOG_Q)),
+    "tanh": ("tanh", ("sub", LOG_P, ("mul", T, LOG_Q))),
     "pow": ("pow", ("sub", 1.0, P), 2.5),
     "xlogy": ("xlogy", P, ("add", Q, 0.1)),
     "maximum": ("maximum", P, Q),
@@ -175,6 +177,35 @@ def random_term(rng: random.Random, depth: int) -> Term:
     )
 
 
+OF_NUMBERS: list[Term] = [
+    ("sigmoid", ("sub", LOG_P, ("n", 0))),
+    ("mul", P, ("where", ("le", ("sub", ("z", 0), ("n", 0)), 0.0), 0.0, ("sub", ("z", 0), ("n", 0)))),
+    ("pow", ("sub", P, ("mul", ("n", 0), ("z", 1))), 2.0),
+    ("mul", ("exp", ("mul", ("c", 0), ("z", 0))), ("add", P, ("mul", ("n", 0), ("c", 1)))),
+    ("mul", ("n", 0), ("exp", ("n", 1))),
+    ("add", ("mul", ("z", 0), Q), ("div", ("mul", P, ("z", 1)), ("add", ("abs", ("n", 0)), 1.0))),
+    ("mul", ("n", 0), ("tanh", ("z", 0))),
+]
+
+
+@pytest.mark.parametrize("term", OF_NUMBERS)
+def test_logits_and_numbers_of_rows(term: Term) -> None:
+    """What each entry makes of its logit, and of numbers that its row has, which have gradients too."""
+    which = made_of(term)
+    zs, numbers = both()[: which.n_sides], [torch.randn(N).double() for _ in range(which.n_numbers)]
+    moving = [*zs, *(x.requires_grad_() for x in numbers[: which.n_moving])]
+    ms, ds = normalisers([z.detach() for z in zs])
+    ours = divergence(zs, ms, [*ds, *numbers], encode(which))[0]
+    of_rows: dict[Term, Term] = {("n", k): ("t", k) for k in range(which.n_moving)}
+    of_rows |= {("c", k): ("t", which.n_moving + k) for k in range(2)}
+    wide = [x.unsqueeze(-1).expand(N, V) for x in numbers]
+    exact = number(entries.replaced(term, of_rows), zs, wide).sum(-1)
+    torch.testing.assert_close(ours, exact, rtol=1e-12, atol=1e-12)
+    upstream = torch.arange(N).double().cos()
+    grads = [torch.autograd.grad(x, moving, upstream, materialize_grads=True) for x in (ours, exact)]
+    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_terms_at_random(seed: int) -> None:
     term = random_term(random.Random(seed), 5)
@@ -185,9 +216,27 @@ def test_terms_at_random(seed: int) -> None:
 
 def test_text() -> None:
     term = ("neg", ("mul", P, ("log", ("add", P, 1e-8))))
-    assert entries.render(made_of(term)) == "sum -p*log(p + 1e-08)"
+    assert entries_text.render(made_of(term)) == "sum -p*log(p + 1e-08)"
     power = ("mul", ("pow", ("sub", 1.0, P), 2.0), ("sub", LOG_Q, ("clamp", T, 0.1, math.inf, ENDS)))
-    assert entries.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
+    assert entries_text.render(made_of(power)) == "sum (1 - p)^2*(log q - clamp(t, min=0.1))"
+    assert entries_text.render(made_of(("mul", Q, ("sub", ("z", 0), ("n", 1))))) == "sum q*(z - n2)"
+
+
+def test_text_of_what_people_call_by_a_name() -> None:
+    gap: Term = ("sub", ("z", 0), ("n", 0))
+    relu: Term = ("where", ("le", gap, 0.0), 0.0, gap)
+    softplus: Term = ("where", ("gt", gap, 20.0), gap, ("logaddexp", gap, 0.0))
+    assert entries_text.render(made_of(("mul", P, relu))) == "sum p*relu(z - n)"
+    assert entries_text.render(made_of(softplus)) == "sum softplus(z - n)"
+    assert entries_text.render(made_of(("neg", ("logaddexp", ("neg", P), 0.0)))) == "sum logsigmoid(p)"
+
+
+def test_long_text_is_cut() -> None:
+    term: Term = ("mul", P, ("log", ("add", Q, 1e-8)))
+    for k in range(12):
+        term = ("add", ("exp", ("mul", ("t", k), P)), ("mul", term, ("sqrt", ("add", term, LOG_P))))
+    assert len(entries_text.render(made_of(term))) <= entries_text.LONGEST
+    assert entries_text.render(made_of(("exp", term))).endswith("*g(log p, p, q, ...))")
 
 
 def test_what_a_statistic_is_is_not_own() -> None:
@@ -255,6 +304,9 @@ def test_what_the_operators_refuse() -> None:
     which = encode(Entries(("mul", P, T), 1, 1, (0,)))
     with pytest.raises(ValueError, match="1 sets of logits for 1 sides and 1 tensors"):
         divergence(zs[:1], *normalisers(zs[:1]), which)
+    of_number = encode(Entries(("mul", P, ("n", 0)), 1, 0, (0,)))
+    with pytest.raises(ValueError, match="1 rows for 1 sides and 1 numbers"):
+        divergence(zs[:1], *normalisers(zs[:1]), of_number)
     with pytest.raises(ValueError, match=r"\[N, V\]"):
         divergence([zs[0], zs[1][:, :-1]], *normalisers(zs[:1]), which)
     with pytest.raises(ValueError, match="floating point"):
@@ -401,6 +453,7 @@ BETWEEN: dict[str, Callable[..., Tensor]] = {
     "power": lambda p, q, t, a: p.pow(1.5) * q,
     "filled": lambda p, q, t, a: (p * a * a).masked_fill(p == 0, 0.0),
     "positive": lambda p, q, t, a: torch.relu(p - q) * t,
+    "from its own": lambda p, q, t, a: torch.sigmoid(a - a.select(-1, 3).unsqueeze(-1)) * q,
 }
 
 
@@ -447,6 +500,11 @@ def test_finite_where_eager_is(name: str, how: str, dtype: torch.dtype) -> None:
 # What is compared with the same logits, and what is left
 
 
+def own(z: Tensor, function: Callable[[Tensor], Tensor] = lambda z: z.log_softmax(-1)) -> Tensor:
+    """An entry that labels pick, of each row."""
+    return function(z).gather(-1, (torch.arange(N) % V).unsqueeze(-1))
+
+
 def its_maximum(z: Tensor, t: Tensor) -> Tensor:
     p = z.softmax(-1)
     return torch.where(p == p.detach().amax(-1, keepdim=True), 0.0, p * torch.log(p + 1e-3)).sum(-1)
@@ -477,12 +535,6 @@ def clamped_at_its_maximum(z: Tensor, t: Tensor) -> Tensor:
 def from_its_rows(z: Tensor, t: Tensor) -> Tensor:
     p = z.softmax(-1)
     return F.l1_loss(p, p.detach().amax(-1, keepdim=True).expand_as(p), reduction="sum")
-
-
-def renormalised(z: Tensor, t: Tensor) -> Tensor:
-    p = z.softmax(-1) + 1e-3
-    p = p / p.sum(-1, keepdim=True)
-    return (t * p.log()).sum(-1)
 
 
 def tensor_that_learns(z: Tensor, t: Tensor) -> Tensor:
@@ -554,10 +606,70 @@ def squares_of_squares(z: Tensor, t: Tensor) -> Tensor:
     return p.sum(-1)
 
 
+def above_its_own(z: Tensor, t: Tensor) -> Tensor:
+    """The comparison stays as it is."""
+    return (z.softmax(-1).sqrt() * (z > z[:, 1:2])).sum(-1)
+
+
+def bent_at_its_own_held(z: Tensor, t: Tensor) -> Tensor:
+    return (z.softmax(-1) * torch.relu(z - own(z, torch.Tensor.detach))).sum(-1)
+
+
+def bent_by_logits_held(z: Tensor, t: Tensor) -> Tensor:
+    return (z.softmax(-1) * torch.relu(z.detach() - own(z, torch.clone))).sum(-1)
+
+
+def bent_at_its_largest(z: Tensor, t: Tensor) -> Tensor:
+    return (z.softmax(-1).sqrt() * (z - z.topk(2, -1).values[:, :1] * 1.0).abs()).sum(-1)
+
+
+def hinge(z: Tensor, t: Tensor) -> Tensor:
+    """No softmax."""
+    return torch.relu(1 + z - own(z, torch.clone)).sum(-1)
+
+
+def a_class_that_learns(z: Tensor, t: Tensor) -> Tensor:
+    return (z.softmax(-1).sqrt() * z[0].sigmoid()).sum(-1)
+
+
+def some_classes(z: Tensor, t: Tensor) -> Tensor:
+    return (t[:, 1:] * (z.softmax(-1) + 1e-3).log()[:, 1:]).sum(-1)
+
+
+def weighed_then_chosen(z: Tensor, t: Tensor) -> Tensor:
+    """The tensor would have to be chosen of as well."""
+    return ((z.softmax(-1) + 1e-3).log() * t)[torch.arange(N).flip(0)].sum(-1)
+
+
+def chosen_then_edited(z: Tensor, t: Tensor) -> Tensor:
+    log_p = (z.softmax(-1) + 1e-3).log()
+    rows = log_p[1:]
+    log_p.add_(1.0)
+    return (rows * rows).sum(-1)
+
+
+def normalised_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
+    """The gradients by the sum and by the entries would cancel."""
+    p = (z.softmax(-1) + 1e-3).sqrt()
+    q = p / p.sum(-1, keepdim=True)
+    return (q * q.log() * t).sum(-1)
+
+
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
-    *(clamped_at_its_maximum, renormalised, edited_before, tensor_edited_after, logits_edited_after),
+    *(clamped_at_its_maximum, edited_before, tensor_edited_after, logits_edited_after),
     *(some_rows, read_elsewhere, squares_of_squares, edited_without_gradient, edited_and_read),
+    *(
+        bent_at_its_own_held,
+        bent_by_logits_held,
+        bent_at_its_largest,
+        hinge,
+        normalised_by_a_sum_of_entries,
+        some_classes,
+        weighed_then_chosen,
+        chosen_then_edited,
+        a_class_that_learns,
+    ),
 ]
 
 
@@ -565,6 +677,125 @@ LEFT = [
 def test_what_is_left(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
     z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
     assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == 0
+
+
+def against_its_own(z: Tensor, t: Tensor) -> Tensor:
+    gap = z.log_softmax(-1) - own(z)
+    return F.softplus(gap).sum(-1) - F.logsigmoid(gap * t).mean(-1) + F.softplus(gap, beta=2.0).sum(-1)
+
+
+def margins(z: Tensor, t: Tensor) -> Tensor:
+    gap = z - z[torch.arange(N), torch.arange(N) % V].unsqueeze(-1)
+    return (z.softmax(-1) * F.relu(gap + 1)).sum(-1) + (z.softmax(-1) * t * gap.tanh()).sum(-1)
+
+
+def bent_at_its_own(z: Tensor, t: Tensor) -> Tensor:
+    gap = z - own(z, torch.clone)
+    largest = torch.maximum(z.log_softmax(-1), own(z))
+    return (z.softmax(-1) * (t * torch.relu(gap) + gap.abs() * largest)).sum(-1)
+
+
+def squares_from_its_own(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    return (p - own(z, sm)).square().sum(-1)
+
+
+def renormalised(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 1e-3
+    return (t * (p / p.sum(-1, keepdim=True)).log()).sum(-1)
+
+
+def weighed_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
+    """The number of one sum is another's result."""
+    p = (z.softmax(-1) + 1e-3).sqrt()
+    with torch.no_grad():
+        total = p.sum(-1, keepdim=True)
+    return (p / total * (p / total).log() * t).sum(-1)
+
+
+def number_that_is_held(z: Tensor, t: Tensor) -> Tensor:
+    """With its gradient in one place, and without in another."""
+    log_p = z.log_softmax(-1)
+    gap = log_p - own(z)
+    with torch.no_grad():
+        weights = torch.exp(gap) * t
+    return (weights * torch.sigmoid(gap)).sum(-1) + (log_p.exp().sqrt() * gap.detach()).sum(-1)
+
+
+def own_and_negatives(z: Tensor, t: Tensor) -> Tensor:
+    """No softmax, but what one is divided by."""
+    z = z - z.max(1, keepdim=True)[0].detach()
+    negatives = (z.exp() * (t < 0.7)).sum(1, keepdim=True)
+    return ((z - torch.log(negatives + z.exp())) * t).sum(-1)
+
+
+def number_of_another_tensor(z: Tensor, t: Tensor) -> Tensor:
+    """Of rows, and one for all."""
+    p, rows, scale = z.softmax(-1), t.mean(-1, keepdim=True), t[0, 0]
+    return (torch.exp(p * p * scale) * p * rows).sum(-1)
+
+
+NUMBERS = [
+    *(against_its_own, margins, bent_at_its_own, squares_from_its_own, renormalised),
+    *(
+        weighed_by_a_sum_of_entries,
+        number_that_is_held,
+        number_of_another_tensor,
+        above_its_own,
+        own_and_negatives,
+    ),
+]
+
+
+@pytest.mark.parametrize(("f", "dtype"), in_turns(NUMBERS, [torch.float64, torch.float32, torch.bfloat16]))
+def test_numbers_of_rows(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    """A number of its row beside each entry, with a gradient of its own."""
+    z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
+    ours = rewritten(f, (z, t.requires_grad_(f is number_of_another_tensor)))
+    assert ours.count(ops.DIVERGENCE) >= 1
+    assert not ours.report.misses
+
+
+ROWS_OF = torch.tensor([5, 0, 0, 3, 2, 1])
+
+
+def clamped_then_chosen(z: Tensor, t: Tensor) -> Tensor:
+    """As of the actions that were taken."""
+    p = z.view(N // 2, 2, V).softmax(-1).clamp(min=0.02)
+    return (t[: N // 2] * p[range(N // 2), [1, 0, 1]].log()).sum(-1)
+
+
+def gathered_after(z: Tensor, t: Tensor) -> Tensor:
+    log_p = (z.view(N // 2, 2, V).softmax(-1) + 1e-3).log()
+    which = (ROWS_OF[: N // 2] % 2).view(-1, 1, 1).expand(N // 2, 1, V)
+    return (t[: N // 2] * log_p.gather(1, which).squeeze(1)).sum(-1)
+
+
+def one_row_twice(z: Tensor, t: Tensor) -> Tensor:
+    q = (z.softmax(-1) + 1e-3).sqrt()
+    return (q[ROWS_OF] * q * t).sum(-1) + q.index_select(0, ROWS_OF).square().log().sum(-1)
+
+
+def seen_otherwise(z: Tensor, t: Tensor) -> Tensor:
+    p = (z.view(2, N // 2, V).softmax(-1) + 1e-3).sqrt()
+    moved, cut = p.transpose(0, 1).log(), p[:, 1:].log()
+    return (moved * t.view(N // 2, 2, V)).sum((0, 2)) + (cut * cut).sum((-1, 1)) + (p.view(-1, V) * t).sum()
+
+
+def chosen_without_gradient(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 1e-3
+    with torch.no_grad():
+        weights = p[ROWS_OF].sqrt()
+    return (weights * p.log() * t).sum(-1)
+
+
+MOVED = [clamped_then_chosen, gathered_after, one_row_twice, seen_otherwise, chosen_without_gradient]
+
+
+@pytest.mark.parametrize(("f", "dtype"), in_turns(MOVED, [torch.float64, torch.float32, torch.bfloat16]))
+def test_rows_that_are_chosen_or_moved(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    z, t = (2 * torch.randn(N, V)).to(dtype).requires_grad_(), torch.rand(N, V).to(dtype)
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) >= 1
 
 
 def subtracted_in_place(z: Tensor, t: Tensor) -> Tensor:
@@ -708,10 +939,20 @@ def mask_of_both(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tenso
     return ((sm(z) + 0.01).log() * sm(q) * (q.detach() > z.detach())).sum(-1).mean()
 
 
+def from_its_label(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    log_p = z.log_softmax(-1)
+    return (1 + torch.sigmoid(log_p - log_p.gather(-1, y.unsqueeze(-1))).sum(-1)).log().mean()
+
+
+def margins_of_both(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    gap = 1 + z - z[torch.arange(ROWS), y].unsqueeze(-1)
+    return (sm(z) * torch.relu(gap) * sm(q)).sum(-1).mean() + F.cross_entropy(q, y)
+
+
 ROWS, CLASSES, WIDTH = 12, 40, 5
 # Of each, how many heads.
 HEADS = {entropy: 1, entropy_beside_a_loss: 1, mean_teacher: 2, two_students: 2, beside_tensors: 2}
-HEADS |= {mask_of_its_logits: 1, mask_of_both: 2}
+HEADS |= {mask_of_its_logits: 1, mask_of_both: 2, margins_of_both: 2, from_its_label: 1}
 BRINGS = {beside_tensors}
 
 

@@ -46,6 +46,11 @@ def forward_kl_of_allowed(z, t, y, allowed):
     return -torch.where(kept, t.softmax(-1) * z.log_softmax(-1), 0.0).sum(-1).mean()
 
 
+def warm_forward_kl(z, t, y, allowed):
+    infinite, warm = torch.isinf(z), 0.5 * (z.float() if z.dtype != torch.float64 else z) / 1.5
+    return -torch.masked_fill((t / 3).softmax(-1) * warm.log_softmax(-1), infinite, 0).sum(-1).mean()
+
+
 def reverse_kl(z, t, y, allowed):
     p, infinite = z.softmax(-1), torch.isinf(t) | torch.isinf(z)
     products = torch.masked_fill(p * t.log_softmax(-1), infinite, 0)
@@ -98,8 +103,9 @@ def of_classes(z, t, y, allowed):
 FUNCTIONS = [
     *(forward_kl, forward_kl_where, forward_kl_of_allowed, reverse_kl, entropy_of_allowed, entropy_of_filled),
     *(entropy_where_finite, allowed_mass, divergence_of_allowed, teachers_infinities, several_positives),
+    warm_forward_kl,
 ]
-OF_LOGITS = [forward_kl, forward_kl_where, forward_kl_of_allowed, infinities_of_both]
+OF_LOGITS = [forward_kl, warm_forward_kl, forward_kl_where, forward_kl_of_allowed, infinities_of_both]
 # A gradient of p (z - lse) at -inf is 0 times infinity in eager, and the limit in ours.
 OF_PRODUCTS = (reverse_kl, entropy_where_finite)
 
@@ -216,6 +222,28 @@ def test_a_mask_of_classes_and_weights_beside_one_row():
     args = torch.randn(1, V, requires_grad=True), torch.rand(V)
     check_numbers(gallery.run(compiled, args), f, args)
     assert (sites(), misses()) == (1, 0)
+
+
+def cold_forward_kl(z, t, y, allowed):
+    """What is finite may be infinite when it is divided by little: the mask stays as it is."""
+    return -torch.masked_fill(t.softmax(-1) * (z / 0.5).log_softmax(-1), torch.isinf(z), 0).sum(-1).mean()
+
+
+def shifted_forward_kl(z, t, y, allowed):
+    return -torch.masked_fill(t.softmax(-1) * (z + t).log_softmax(-1), torch.isinf(z), 0).sum(-1).mean()
+
+
+@pytest.mark.parametrize("f", [cold_forward_kl, shifted_forward_kl], ids=lambda f: f.__name__)
+def test_a_mask_of_other_logits_is_brought_along(f):
+    compiled, graphs = compile_without_codegen(f)
+    z = torch.randn(N, V)
+    z[:, PADDED:] = -math.inf
+    z[:, 0] = -3e38  # infinite when it is divided by 0.5, and not before
+    args = (z.requires_grad_(), *inputs()[2:])
+    ours, eager = gallery.run(compiled, args), gallery.run(f, args)
+    torch.testing.assert_close(ours.results, eager.results)
+    torch.testing.assert_close(ours.gradients[0], eager.gradients[0], equal_nan=True)
+    assert ["finite" in site.form for site in graphs.report.sites] == [False]
 
 
 # Left

@@ -140,16 +140,67 @@ def cooled_at_the_label(h, W, w, y):
     return (2 * z.logsumexp(-1) - (z / 0.7)[torch.arange(N), y]).square().mean()
 
 
+def decoupled(h, W, w, y):
+    z = h @ W.t() / 0.5
+    negatives = z.masked_fill(torch.eye(N, V, dtype=torch.bool), -math.inf)
+    return (torch.logsumexp(negatives, 1) - z[range(N), range(N)]).mean()
+
+
+def diagonal_apart(h, W, w, y):
+    z = h @ W[:N].t()
+    return (z - 100 * torch.eye(N)).logsumexp(-1).mean() - z.diagonal().sigmoid().mean()
+
+
+def positive_in_front(h, W, w, y):
+    z = F.linear(h, W) / 0.7
+    own = z.gather(-1, y[:, None])
+    negatives = z.masked_fill(F.one_hot(y, V).bool(), -math.inf)
+    return (torch.cat([own, negatives], -1).logsumexp(-1) - own.squeeze(-1)).mean()
+
+
+def columns_apart(h, W, w, y):
+    z = F.linear(h, W)
+    with torch.no_grad():
+        weights = z.select(-1, 3).sigmoid()
+    return (weights * (z + w).logsumexp(-1)).mean() - (w[0] * z[:, 0] + z[:, -1]).square().mean()
+
+
 @pytest.mark.parametrize(
     ("f", "strategy"),
     in_turns(
-        [lowered_at_the_label, raised_beside_the_pick, cooled_at_the_label],
+        [
+            *(lowered_at_the_label, raised_beside_the_pick, cooled_at_the_label),
+            *(decoupled, diagonal_apart, columns_apart),
+        ],
         ["token_chunks", "vocab_slabs", "materialise"],
     ),
 )
 def test_picked_from_the_same_product(f, strategy):
     """What is picked and the normaliser are two sites of one head."""
     check_head(f, strategy, 2)
+
+
+def test_a_positive_in_front_of_its_negatives():
+    """It is picked from the product that the negatives are; one sweep more has the column by itself."""
+    compiled, graphs = compile_without_codegen(positive_in_front, memory_budget=0.5)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), positive_in_front, args)
+    assert misses() == 0
+    assert graphs.pieces > 1
+
+
+def coarse_from_fine(h, W, w, y):
+    """The sums of groups of probabilities are left; the loss of the classes themselves is not."""
+    z = F.linear(h, W)
+    groups = z.softmax(-1).view(N, V // 5, 5).sum(-1)
+    return F.cross_entropy(z, y) + F.nll_loss((groups + 1e-8).log(), y // 5)
+
+
+def test_a_loss_over_groups_of_classes_leaves_the_other_one():
+    compiled, graphs = compile_rewritten(coarse_from_fine)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), coarse_from_fine, args)
+    assert [site.form for site in graphs.report.sites] == ["mean[y != -100](lse - pick(y))"]
 
 
 # Left
@@ -162,6 +213,15 @@ def read_elsewhere(h, W, w, y):
 
 def picked_of_given_logits(h, W, w, y):
     return ((2 * h).logsumexp(-1) - h.gather(-1, y[:, None] % D).squeeze(-1)).mean() + W.sum()
+
+
+def beside_the_diagonal(h, W, w, y):
+    z = h @ W[:N].t()
+    return ((z - 100 * torch.eye(N)).logsumexp(-1)[1:] - torch.diag(z, 1)).mean()
+
+
+def diagonal_of_given_logits(h, W, w, y):
+    return ((h - 100 * torch.eye(N, D)).logsumexp(-1)[:D] - torch.diag(h)).mean() + W.sum()
 
 
 def picked_and_read(h, W, w, y):
@@ -196,6 +256,8 @@ def test_what_is_in_memory_is_picked_as_it_is_written():
 LEFT = {
     read_elsewhere: Reason.NORMALISER,
     picked_of_given_logits: Reason.NOT_UNDERSTOOD,
+    beside_the_diagonal: Reason.NOT_UNDERSTOOD,
+    diagonal_of_given_logits: Reason.NOT_UNDERSTOOD,
     picked_and_read: Reason.NOT_UNDERSTOOD,
     returned: Reason.NORMALISER,
     of_log_probabilities: Reason.NOT_UNDERSTOOD,

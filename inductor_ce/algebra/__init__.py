@@ -9,7 +9,7 @@ Pure: sympy and the standard library alone. Nothing here knows what a tensor, a 
     vocab      values that have the vocabulary axis, and what reducing them gives
     parts      the same where a rank has some of the columns
     divergences  sums over the classes of several rows of logits beside each other
-    entries    sums over the classes of what each entry makes by itself
+    entries    sums over the classes of what each entry makes by itself; entries_text, in words
     blocks     rows whose columns come in blocks, brought together as they come
     notation   how both are written for people
 """
@@ -53,6 +53,7 @@ from .symbols import (
     pick,
     pick_shifted,
     picks_of,
+    powers_cancel,
     row_log,
     same,
     shifted,
@@ -154,6 +155,7 @@ __all__ = [
     "pick_shifted",
     "picks_of",
     "power",
+    "powers_cancel",
     "row_log",
     "same",
     "select",

@@ -1,12 +1,15 @@
 """Sums over the classes of whatever the entries of rows make by themselves, which no statistic is.
 
-A *term* is a number; ("p", s) or ("log p", s), the probability of an entry and its logarithm on the side s,
-as in `divergences`; ("t", k), an entry of the k-th tensor that the user brings along; or a function of terms,
-as ("mul", a, b). With g the term of an entry, the gradient of sum_i g_i with respect to a side's logits is
+A *term* is a number; ("p", s), ("log p", s) or ("z", s), the probability of an entry, its logarithm and its
+logit on the side s, as in `divergences`; ("t", k), an entry of the k-th tensor that the user brings along;
+("n", k) or ("c", k), the k-th number that its row has, through which a gradient flows or does not; or a
+function of terms, as ("mul", a, b). With g the term of an entry, the gradient of sum_i g_i with respect to a
+side's logits is
 
-    e_i - p_i sum_i e_i,   e = dg/d(log p) + p dg/dp,
+    e_i - p_i sum_i e_i + dg_i/dz_i,   e = dg/d(log p) + p dg/dp,
 
-the derivatives of the softmax put in. Those of the functions are torch's own, also where there are none: 0
+the derivatives of the softmax put in, and that with respect to a number of the row sum_i dg_i/dn.
+Those of the functions are torch's own, also where there are none: 0
 for |x| at 0, a half for each of equal values of which the larger is taken, and at the ends of
 ("clamp", x, low, high, passes), where torch's releases differ, `passes`, 1 or 0.
 """
@@ -14,7 +17,6 @@ for |x| at 0, a half for each of equal values of which the larger is taken, and 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +24,8 @@ Term = float | tuple[Any, ...]
 
 MOST_TERMS = 150  # of what is summed, each as often as it is written: more is no loss
 
-LEAVES = ("p", "log p", "t")
+OF_SIDES = ("p", "log p", "z")
+LEAVES = (*OF_SIDES, "t", "n", "c")
 
 # What is true or false of an entry.
 TRUTHS = ("gt", "ge", "lt", "le", "eq", "ne", "and", "or", "not")
@@ -44,6 +47,16 @@ class Entries(NamedTuple):
     def summed(self) -> list[int]:
         """The sides whose gradients need a sum over the classes."""
         return [side for side in self.wanted if slope(self.term, side) != 0]
+
+    @property
+    def n_moving(self) -> int:
+        """How many numbers a row has through which a gradient flows."""
+        return len(leaves_of(self.term, "n"))
+
+    @property
+    def n_numbers(self) -> int:
+        """How many it has, those first."""
+        return self.n_moving + len(leaves_of(self.term, "c"))
 
 
 # Terms made of terms, simpler where a part is 0 or 1 because no gradient, or all of it, comes that way
@@ -141,6 +154,8 @@ _RULES: dict[str, _Rule] = {
     "log1p": lambda a, da: _div(da, ("add", a, 1.0)),
     "sqrt": lambda a, da: _div(da, ("mul", ("sqrt", a), 2.0)),
     "abs": lambda a, da: _mul(("sign", a), da),
+    "sigmoid": lambda a, da: _mul(("mul", ("sigmoid", a), ("sub", 1.0, ("sigmoid", a))), da),
+    "tanh": lambda a, da: _mul(("sub", 1.0, ("pow", ("tanh", a), 2.0)), da),
     "pow": _of_power,
     "xlogy": _of_xlogy,
     "maximum": _of_larger("gt"),
@@ -156,28 +171,23 @@ FUNCTIONS = frozenset(_RULES)
 
 @functools.lru_cache(256)
 def slope(term: Term, side: int) -> Term:
-    """e of a side; 0 where nothing of the term is of it."""
-    by_log, by_p = _derivatives(term, side)
-    return _add(by_log, _mul(("p", side), by_p))
+    """e of a side; 0 where nothing of the term is of its probabilities."""
+    return _add(derivative(term, ("log p", side)), _mul(("p", side), derivative(term, ("p", side))))
 
 
-def _derivatives(term: Term, side: int) -> tuple[Term, Term]:
-    """(that by log p, that by p)"""
-    known: dict[Term, tuple[Term, Term]] = {}
+@functools.lru_cache(256)
+def derivative(term: Term, leaf: Term) -> Term:
+    """That by a leaf alone, all others held."""
+    known: dict[Term, Term] = {}
 
-    def of(term: Term) -> tuple[Term, Term]:
+    def of(term: Term) -> Term:
         if isinstance(term, float):
-            return 0.0, 0.0
+            return 0.0
         if term not in known:
-            known[term] = _derived(term)
+            name, *args = term
+            own = name in LEAVES
+            known[term] = float(term == leaf) if own else _RULES[name](*args, *map(of, args))
         return known[term]
-
-    def _derived(term: tuple[Any, ...]) -> tuple[Term, Term]:
-        name, *args = term
-        if name in LEAVES:
-            return float(term == ("log p", side)), float(term == ("p", side))
-        by = [of(arg) for arg in args]
-        return _RULES[name](*args, *(d[0] for d in by)), _RULES[name](*args, *(d[1] for d in by))
 
     return of(term)
 
@@ -192,6 +202,12 @@ def _with(so_far: Term, term: tuple[float, Term]) -> Term:
     c, own = term
     scaled = own if abs(c) == 1 else abs(c) if own == 1 else ("mul", abs(c), own)
     return _add(so_far, scaled) if c >= 0 else _sub(so_far, scaled)
+
+
+def exp(term: Term) -> Term:
+    """A probability, where it is that of its logarithm."""
+    is_logarithm = isinstance(term, tuple) and term[0] == "log p"
+    return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
 
 
 # What holds of terms
@@ -210,14 +226,24 @@ def parts(term: Term) -> Iterator[tuple[Any, ...]]:
                 stack += each[1:]
 
 
+def leaves_of(term: Term, *names: str) -> set[Term]:
+    """Those of these names that a term is made of."""
+    return {part for part in parts(term) if part[0] in names}
+
+
+def places_of(term: Term, *names: str) -> list[int]:
+    """Which sides, tensors or numbers of rows they are of."""
+    return sorted({leaf[1] for leaf in leaves_of(term, *names)})  # type: ignore[index]
+
+
 def sides_of(term: Term) -> set[int]:
     """The sides that a term is made of."""
-    return {part[1] for part in parts(term) if part[0] in ("p", "log p")}
+    return set(places_of(term, *OF_SIDES))
 
 
-def tensors_of(term: Term) -> set[int]:
-    """The tensors that a term is made of."""
-    return {part[1] for part in parts(term) if part[0] == "t"}
+def has_softmax(term: Term) -> bool:
+    """Whether it is made of probabilities, and not of logits alone."""
+    return bool(leaves_of(term, "p", "log p"))
 
 
 def is_long(term: Term) -> bool:
@@ -233,62 +259,17 @@ def is_long(term: Term) -> bool:
 
 def is_own(term: Term) -> bool:
     """Whether it is no multiple of a probability or of a logarithm, as statistics are."""
-    return any(sides_of(by) for s in sides_of(term) for by in _derivatives(term, s))
+    by = (derivative(term, (name, s)) for s in sides_of(term) for name in OF_SIDES)
+    return any(map(sides_of, by))
 
 
-def renamed(term: Term, sides: Mapping[int, int], tensors: Mapping[int, int] | None = None) -> Term:
-    """The same of other sides and tensors."""
+def replaced(term: Term, leaves: Mapping[Term, Term]) -> Term:
+    """The same of other leaves."""
     if isinstance(term, float):
         return term
     name, *args = term
-    if name == "t":
-        return name, (tensors or {}).get(args[0], args[0])
-    if name in LEAVES:
-        return name, sides.get(args[0], args[0])
-    return name, *(renamed(arg, sides, tensors) for arg in args)
+    return leaves.get(term, term) if name in LEAVES else (name, *(replaced(arg, leaves) for arg in args))
 
 
 def is_true_or_false(term: Term) -> bool:
     return isinstance(term, tuple) and term[0] in TRUTHS
-
-
-# In words
-
-_INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "pow": "^", "and": "and", "or": "or"}
-_INFIX |= {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "eq": "==", "ne": "!="}
-_BINDING = {"pow": 5, "neg": 4, "mul": 4, "div": 4, "add": 3, "sub": 3, "and": 1, "or": 0}
-_CLOSED = 9
-
-
-def render(entries: Entries) -> str:
-    """As text, for example `sum -p*log(p + 1e-08)`."""
-    return f"sum {_text(entries.term)[0]}"
-
-
-def _text(term: Term) -> tuple[str, int]:
-    """(a term as text, how tightly it holds together)"""
-    if isinstance(term, float):
-        return f"{term:g}", _CLOSED if term >= 0 or math.isnan(term) else 3
-    name, *args = term
-    if name in ("p", "log p"):
-        return name.replace("p", "pqrstuvw"[args[0]]), _CLOSED if name == "p" else 4
-    if name == "t":
-        return f"t{args[0] + 1 if args[0] else ''}", _CLOSED
-    if name == "number":
-        return _text(args[0])
-    if name == "neg":
-        return f"-{_within(args[0], 4)}", 4
-    if name == "clamp":
-        ends = [f"{end}={x:g}" for end, x in zip(("min", "max"), args[1:3], strict=True) if math.isfinite(x)]
-        return f"clamp({', '.join([_text(args[0])[0], *ends])})", _CLOSED
-    if name in _INFIX:
-        own = _BINDING.get(name, 2)
-        space = "" if name in ("mul", "div", "pow") else " "
-        left, right = _within(args[0], own), _within(args[1], own + (name not in ("add", "mul")))
-        return f"{left}{space}{_INFIX[name]}{space}{right}", own
-    return f"{name}({', '.join(_text(arg)[0] for arg in args)})", _CLOSED
-
-
-def _within(term: Term, binding: int) -> str:
-    text, own = _text(term)
-    return text if own >= binding else f"({text})"

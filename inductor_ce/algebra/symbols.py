@@ -210,6 +210,12 @@ def weighs_probabilities(value: sympy.Basic) -> bool:
     return any(e.has(pick) for e in value.atoms(sympy.exp)) or bool(value.atoms(mean_p_of, mean_pz_of))
 
 
+def powers_cancel(*values: sympy.Basic) -> bool:
+    """Whether powers of probabilities are summed beside some of the probabilities, from which they differ
+    by little."""
+    return any(map(has_power, values)) and any(map(weighs_probabilities, values))
+
+
 def _is_weighed_sum(factors: sympy.Basic) -> bool:
     """Whether a product is sum_i q_i exp(z_i), a normaliser under a weight."""
     exps = [e for e in factors.args if isinstance(e, sympy.exp) and e.args[0].coeff(LSE) == 1]

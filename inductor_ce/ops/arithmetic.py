@@ -29,6 +29,9 @@ class Arithmetic(Protocol[T]):
     def over_classes(self, row: T) -> T:
         """A number of each row beside all of its entries."""
 
+    def as_entries(self, row: T, like: T) -> T:
+        """The same as entries, of which there are as many as in `like`."""
+
     def total(self, a: T) -> T:
         """The sum over the classes."""
 
@@ -72,6 +75,10 @@ class Tensors:
     @staticmethod
     def over_classes(row: Tensor) -> Tensor:
         return row.unsqueeze(-1)
+
+    @staticmethod
+    def as_entries(row: Tensor, like: Tensor) -> Tensor:
+        return row.unsqueeze(-1).expand_as(like)
 
     @staticmethod
     def total(a: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Divergences between sets of logits, and sums of entries: the operators, beside the two of the waist.
 
-    divergence(zs [N, V], ms, ds S x [N], which)                              -> [1 + K + 2 S, N]
-    divergence_grad(zs, ms, packed [1 + K + 2 S, N], upstream [N], which)     -> dz of the sides wanted
+    divergence(zs [N, V], ms S x [N], ds (S + R) x [N], which)                  -> [1 + K + C + 2 S + R, N]
+    divergence_grad(zs, ms, packed [1 + K + C + 2 S + R, N], upstream [N], which) -> dz of the sides wanted
 
 `which` is a `Divergence` of `algebra/divergences.py`, or an `Entries` of `algebra/entries.py`, as text; the
 formulas are there. The first S of `zs` are the logits of the sides; tensors that `Entries` name follow. The
 normalisers of each side, its maximum m and d = sum_i exp(z_i - m), are those that `row_stats` gives, so a
-cross entropy of the same logits has them for nothing. The rows of the first result are the value, for each
-gradient that needs one a sum over the classes, and of each side log d and 1 / d: with m, all that the
-backward reads of a row.
+cross entropy of the same logits has them for nothing. Behind the d are the numbers of rows that `Entries`
+name; those that move, which alone of all rows have a gradient, come first. The rows of the first result are
+the value, for each gradient that needs one, or is one, a sum over the classes, of each side log d and 1 / d,
+and the numbers: with m, all that the backward reads of a row.
 
 They are lowered to Inductor's own loops: one reads all sides and makes all sums, one all gradients. For an
 entry each has one exp a side and one log a mixture, and a division where a mixture weighs otherwise than the
@@ -138,14 +139,18 @@ def _gradients(
 
 
 def sums(
-    do: Arithmetic[T], which: Divergence | Entries, sides: Sequence[Normalised[T]], tensors: Sequence[T]
+    do: Arithmetic[T],
+    which: Divergence | Entries,
+    sides: Sequence[Normalised[T]],
+    tensors: Sequence[T],
+    numbers: Sequence[T],
 ) -> list[T]:
     """The rows that `divergence` packs."""
     if isinstance(which, Entries):
-        totals = entries.sums(do, which, sides, tensors)
+        totals = entries.sums(do, which, sides, tensors, numbers)
     else:
         totals = _sums(do, which, sides)
-    return [*totals, *(row for side in sides for row in (side.logd, side.scale))]
+    return [*totals, *(row for side in sides for row in (side.logd, side.scale)), *numbers]
 
 
 def gradients(
@@ -159,70 +164,86 @@ def gradients(
     """Those of the sides that are wanted, in the dtype in which they are computed."""
     first = 1 + len(which.summed)
     logits, tensors = zs[: len(ms)], zs[len(ms) :]
-    logds, scales = packed[first::2], packed[first + 1 :: 2]
+    beside = packed[first + _n_moving(which) :]
+    of_sides, numbers = beside[: 2 * len(ms)], beside[2 * len(ms) :]
+    logds, scales = of_sides[::2], of_sides[1::2]
     sides = [Normalised(*rows) for rows in zip(logits, ms, logds, scales, strict=True)]
     if isinstance(which, Entries):
-        made = entries.gradients(do, which, sides, tensors, packed[1:first])
+        made = entries.gradients(do, which, sides, tensors, numbers, packed[1:first])
     else:
         made = _gradients(do, which, sides, packed[1:first])
     up = do.over_classes(upstream)
     return [do.mul(dz, up) for dz in made]
 
 
+def _n_numbers(which: Divergence | Entries) -> int:
+    return which.n_numbers if isinstance(which, Entries) else 0
+
+
+def _n_moving(which: Divergence | Entries) -> int:
+    return which.n_moving if isinstance(which, Entries) else 0
+
+
 def computed_in(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """float64 where any of the logits are, else float32."""
+    """float64 where any of the logits are, or what is beside them, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _check(zs: list[Tensor], which: str, *rows_of_sides: list[Tensor]) -> Divergence | Entries:
+def _check(
+    zs: list[Tensor], which: str, ms: list[Tensor], ds: list[Tensor] | None = None
+) -> Divergence | Entries:
     formula = decode(which)
     n_sides, n_tensors = len(formula.sides), formula.n_tensors if isinstance(formula, Entries) else 0
-    if len(zs) != n_sides + n_tensors or any(len(rows) != n_sides for rows in rows_of_sides):
+    if len(zs) != n_sides + n_tensors or len(ms) != n_sides:
         beside = f" and {n_tensors} tensors" * (n_tensors > 0)
         raise ValueError(f"{len(zs)} sets of logits for {n_sides} sides{beside}")
+    if ds is not None and len(ds) != n_sides + _n_numbers(formula):
+        raise ValueError(f"{len(ds)} rows for {n_sides} sides and {_n_numbers(formula)} numbers")
     for z in zs:
         if z.dim() != 2 or z.shape[1] != zs[0].shape[1]:
             raise ValueError(f"logits and tensors must be [N, V], got {tuple(z.shape)}")
     for z in zs[:n_sides]:
         if not z.is_floating_point():
             raise ValueError(f"logits must be floating point, got {z.dtype}")
-    for x in (*zs, *(row for rows in rows_of_sides for row in rows)):
+    for x in (*zs, *ms, *(ds or ())):
         torch._check(x.shape[0] == zs[0].shape[0], lambda: "the sides differ in N")
     return formula
 
 
-def _wide(tensors: Sequence[Tensor], zs: list[Tensor]) -> list[Tensor]:
+def _wide(tensors: Sequence[Tensor], zs: list[Tensor], rows: list[Tensor]) -> list[Tensor]:
     """In the dtype in which they are computed, but for what is true or false."""
-    dtype = computed_in([z.dtype for z in zs])
+    dtype = computed_in([x.dtype for x in (*zs, *rows)])
     return [tensor if tensor.dtype == torch.bool else tensor.to(dtype) for tensor in tensors]
 
 
 @torch.library.custom_op("inductor_ce::divergence", mutates_args=())
 def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
-    """The value of a divergence and what its gradients need of each row, [1 + K + 2 S, N].
+    """The value of a divergence and what its gradients need of each row, [1 + K + C + 2 S + R, N].
 
     Args:
         zs: the logits of each side, [N, V], and then the tensors of `Entries`, [N, V].
-        ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N].
+        ms, ds: of each side the maximum of each row, and the sum of exp(z - max), [N]; behind the sums the
+            numbers of `Entries`, [N], of which those that move have a gradient.
         which: an encoded `Divergence` or `Entries`, see `encode`.
 
     Returns:
-        float64 if any of `zs` are, else float32. Only the value has a gradient.
+        float64 if any of `zs`, or of the numbers, are, else float32. Only the value has a gradient.
 
     Raises:
         ValueError: the sides or tensors differ in number or in V.
     """
     checked = _check(zs, which, ms, ds)
-    wide, m, d = (_wide(each, zs) for each in (zs, ms, ds))
+    wide, m, d = (_wide(each, zs, ds[len(ms) :]) for each in (zs, ms, ds))
     sides = [Normalised(z, m, d.log(), 1 / d) for z, m, d in zip(wide, m, d, strict=False)]
-    return torch.stack(sums(Tensors, checked, sides, wide[len(ms) :]))
+    return torch.stack(sums(Tensors, checked, sides, wide[len(ms) :], d[len(ms) :]))
 
 
 @divergence.register_fake
 def _(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str) -> Tensor:
     checked = _check(zs, which, ms, ds)
-    dtype = computed_in([z.dtype for z in zs])
-    return zs[0].new_empty((1 + len(checked.summed) + 2 * len(ms), zs[0].shape[0]), dtype=dtype)
+    dtype = computed_in([x.dtype for x in (*zs, *ds[len(ms) :])])
+    n = 1 + len(checked.summed) + _n_moving(checked) + 2 * len(ms) + _n_numbers(checked)
+    return zs[0].new_empty((n, zs[0].shape[0]), dtype=dtype)
 
 
 @torch.library.custom_op("inductor_ce::divergence_grad", mutates_args=())
@@ -236,7 +257,7 @@ def divergence_grad(
         upstream: the gradient of the value, [N].
     """
     checked = _check(zs, which, ms)
-    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    z, m, (up,) = (_wide(each, zs, [packed]) for each in (zs, ms, [upstream]))
     made = gradients(Tensors, checked, z, m, packed.unbind(0), up)
     return [dz.to(zs[u].dtype).contiguous() for u, dz in zip(checked.wanted, made, strict=True)]
 
@@ -247,8 +268,8 @@ def _(zs: list[Tensor], ms: list[Tensor], packed: Tensor, upstream: Tensor, whic
 
 
 def _save_for_grad(ctx, inputs, output) -> None:
-    zs, ms, _, ctx.which = inputs
-    ctx.n_sides = len(ms)
+    zs, ms, ds, ctx.which = inputs
+    ctx.n_sides, ctx.dtypes = len(ms), [number.dtype for number in ds[len(ms) :]]
     ctx.save_for_backward(*ms, *zs, output)
 
 
@@ -256,9 +277,14 @@ def _backward(ctx, upstream: Tensor):
     *saved, packed = ctx.saved_tensors
     n = ctx.n_sides
     zs = saved[n:]
-    made = divergence_grad(zs, saved[:n], packed, upstream[0], ctx.which)
-    of_side = dict(zip(decode(ctx.which).wanted, made, strict=True))
-    return [of_side.get(u) for u in range(len(zs))], [None] * n, [None] * n, None
+    decoded = decode(ctx.which)
+    made = divergence_grad(zs, saved[:n], packed, upstream[0], ctx.which) if decoded.wanted else []
+    of_side = dict(zip(decoded.wanted, made, strict=True))
+    first = 1 + len(decoded.summed)
+    moving = ctx.dtypes[: _n_moving(decoded)]
+    numbers = [(upstream[0] * packed[first + k]).to(dtype) for k, dtype in enumerate(moving)]
+    of_rows = [*[None] * n, *numbers, *[None] * (len(ctx.dtypes) - len(moving))]
+    return [of_side.get(u) for u in range(len(zs))], [None] * n, of_rows, None
 
 
 def _no_second_derivative(ctx, *upstream):

@@ -1,7 +1,8 @@
 """The formulas of `algebra.entries`, over tensors or in Inductor's loops.
 
-Of each row there is the sum of a term over the classes, and for each side that is wanted that of its `slope`:
-with them an entry's gradient needs nothing but the entry.
+Of each row there is the sum of a term over the classes, for each side that is wanted that of its `slope`,
+with which an entry's gradient needs nothing but the entry, and for each number of the row that moves that
+of the derivative by it, which is its gradient.
 """
 
 from __future__ import annotations
@@ -9,20 +10,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
-from ..algebra.entries import Entries, Term, slope
+from ..algebra.entries import Entries, Term, derivative, slope
 from .arithmetic import Arithmetic, Normalised
 
 T = TypeVar("T")
 
 
 class _Terms(Generic[T]):
-    """Terms of the entries of some sides and tensors, each made once."""
+    """Terms of the entries of some sides and tensors, and of numbers of rows, each made once."""
 
-    def __init__(self, do: Arithmetic[T], sides: Sequence[Normalised[T]], tensors: Sequence[T]):
+    def __init__(
+        self,
+        do: Arithmetic[T],
+        which: Entries,
+        sides: Sequence[Normalised[T]],
+        tensors: Sequence[T],
+        numbers: Sequence[T],
+    ):
         self._do = do
         self._known: dict[Term, T] = {("t", k): tensor for k, tensor in enumerate(tensors)}
         for u, side in enumerate(sides):
+            self._known["z", u] = side.z
             self._known["log p", u], self._known["p", u] = side.logarithm_and_probability(do)
+        for k, number in enumerate(numbers):
+            leaf = ("n", k) if k < which.n_moving else ("c", k - which.n_moving)
+            self._known[leaf] = do.as_entries(number, sides[0].z)
 
     def __call__(self, term: Term) -> T | float:
         if isinstance(term, float):
@@ -38,10 +50,17 @@ class _Terms(Generic[T]):
         return self._do.add(self._do.mul(self._known["p", 0], 0.0), made) if isinstance(made, float) else made
 
 
-def sums(do: Arithmetic[T], which: Entries, sides: Sequence[Normalised[T]], tensors: Sequence[T]) -> list[T]:
-    """The sum of the term, and for each side that needs one that of its slope."""
-    terms = _Terms(do, sides, tensors)
-    slopes = (slope(which.term, u) for u in which.summed)
+def sums(
+    do: Arithmetic[T],
+    which: Entries,
+    sides: Sequence[Normalised[T]],
+    tensors: Sequence[T],
+    numbers: Sequence[T],
+) -> list[T]:
+    """The sum of the term, those of the slopes of sides that need one, and of the derivatives by numbers."""
+    terms = _Terms(do, which, sides, tensors, numbers)
+    slopes = [slope(which.term, u) for u in which.summed]
+    slopes += [derivative(which.term, ("n", k)) for k in range(which.n_moving)]
     return [do.total(terms.of_entries(term)) for term in (which.term, *slopes)]
 
 
@@ -50,16 +69,18 @@ def gradients(
     which: Entries,
     sides: Sequence[Normalised[T]],
     tensors: Sequence[T],
+    numbers: Sequence[T],
     totals: Sequence[T],
 ) -> list[T]:
     """Those of the sides that are wanted, for an upstream gradient of 1."""
-    terms, of_side = _Terms(do, sides, tensors), dict(zip(which.summed, totals, strict=True))
+    terms, of_side = _Terms(do, which, sides, tensors, numbers), dict(zip(which.summed, totals, strict=True))
     made = []
     for u in which.wanted:
-        p = terms.of_entries(("p", u))
+        p, own = terms.of_entries(("p", u)), slope(which.term, u)
+        by_logit = derivative(which.term, ("z", u))
         if u in of_side:
-            own = terms.of_entries(slope(which.term, u))
-            made.append(do.sub(own, do.mul(p, do.over_classes(of_side[u]))))
+            dz = terms.of_entries(own if by_logit == 0 else ("add", own, by_logit))
+            made.append(do.sub(dz, do.mul(p, do.over_classes(of_side[u]))))
         else:
-            made.append(do.mul(p, 0.0))
+            made.append(do.mul(p, 0.0) if by_logit == 0 else terms.of_entries(by_logit))
     return made

@@ -84,14 +84,17 @@ def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
 
 
 def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:
-    """[1 + K + 2 S, N], as `divergences.divergence`."""
-    wide, sides = _wide(zs, zs), []
-    for z, m, d in zip(wide, *(_wide(each, zs) for each in (ms, ds)), strict=False):
+    """[1 + K + C + 2 S + R, N], as `divergences.divergence`."""
+    of_rows = ds[len(ms) :]
+    wide, m_wide, rows = (_wide(each, zs, of_rows) for each in (zs, ms, ds))
+    sides = []
+    for z, m, d in zip(wide, m_wide, rows, strict=False):
         logd, scale = call_lowering(aten.log.default, d), call_lowering(aten.reciprocal.default, d)
         for row in (logd, scale):
             row.realize()  # once a row, and not for each of its entries
         sides.append(Normalised(z, m, logd, scale))
-    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides, wide[len(ms) :]))
+    beside = wide[len(ms) :], rows[len(ms) :]
+    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides, *beside))
 
 
 def divergence_grad(
@@ -99,19 +102,19 @@ def divergence_grad(
 ) -> list[IRNode]:
     """S x [N, V], as `divergences.divergence_grad`."""
     decoded = divergences.decode(which)
-    z, m, (up,) = (_wide(each, zs) for each in (zs, ms, [upstream]))
+    z, m, (up,) = (_wide(each, zs, [packed]) for each in (zs, ms, [upstream]))
     rows = [call_lowering(aten.select.int, packed, 0, k) for k in range(packed.get_size()[0])]
     made = divergences.gradients(_Loops(), decoded, z, m, rows, up)
     return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
 
 
-def _wide(values: list[IRNode], zs: list[IRNode]) -> list[IRNode]:
-    dtype = divergences.computed_in([z.get_dtype() for z in zs])
+def _wide(values: list[IRNode], zs: list[IRNode], rows: list[IRNode]) -> list[IRNode]:
+    dtype = divergences.computed_in([x.get_dtype() for x in (*zs, *rows)])
     return [value if value.get_dtype() == torch.bool else cast(value, dtype) for value in values]
 
 
 _TENSOR = ("add", "sub", "mul", "div", "gt", "ge", "lt", "le", "eq", "ne")
-_DEFAULT = ("neg", "exp", "log", "log1p", "sqrt", "abs", "sign", "maximum", "minimum")
+_DEFAULT = ("neg", "exp", "log", "log1p", "sqrt", "abs", "sign", "sigmoid", "tanh", "maximum", "minimum")
 _OF_ENTRIES = {name: getattr(aten, name).Tensor for name in _TENSOR}
 _OF_ENTRIES |= {name: getattr(aten, name).default for name in _DEFAULT}
 _OF_ENTRIES |= {name: getattr(aten, f"logical_{name}").default for name in ("and", "or", "not")}
@@ -166,6 +169,9 @@ class _Loops:
 
     def over_classes(self, row: IRNode) -> IRNode:
         return _unsqueeze(row, 1)
+
+    def as_entries(self, row: IRNode, like: IRNode) -> IRNode:
+        return call_lowering(aten.expand.default, _unsqueeze(row, 1), like.get_size())
 
     def total(self, a: IRNode) -> IRNode:
         return _sum(a)

@@ -14,7 +14,8 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     divergences  sums over several tensors of logits beside each other: the `sides`; joint, what the nodes
                  between log-probabilities and such a sum are; constants, numbers among them;
                  tails, what adds such sums up; zeroed, entries set where probabilities are 0;
-                 entries, sums of what each entry makes by itself
+                 entries, sums of what each entry makes by itself; own, comparisons with what is
+                 made of the same logits; moved, entries of chosen rows, or seen by views
     parts        losses whose ranks know themselves that each has some of the classes: the steps;
                  part_reader, what the storages of such a program hold while it runs, and gathered,
                  what they hold of several ranks; part_values, what is known then

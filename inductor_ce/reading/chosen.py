@@ -32,9 +32,14 @@ from .values import Logits, Reading, VocabValue
 _OF_A_ROW = {algebra.V, *(s.symbol for s in STATISTICS)}
 
 
-def chosen_by_index(context: Context, source: Any, index: Any) -> VocabValue | None:
-    """x[rows], x[mask], x[arange, rows] and x[:, ::2], with the vocabulary on the last dimension."""
-    value = _choosable(context, source)
+def chosen_by_index(
+    context: Context, source: Any, index: Any, value: VocabValue | None = None
+) -> VocabValue | None:
+    """x[rows], x[mask], x[arange, rows] and x[:, ::2], with the vocabulary on the last dimension.
+
+    The source is of a value that is known, or that is given.
+    """
+    value = _choosable(context, source, value)
     rank = len(shape_of(source)) if isinstance(source, Node) else 0
     if (
         value is None
@@ -66,9 +71,11 @@ def chosen_and_picked(context: Context, source: Any, index: tuple[Any, ...]) -> 
     return found if same_shape(rows_of_z, shape_of(y)) else None
 
 
-def chosen_along(context: Context, source: Any, dim: Any, index: Any) -> VocabValue | None:
+def chosen_along(
+    context: Context, source: Any, dim: Any, index: Any, value: VocabValue | None = None
+) -> VocabValue | None:
     """x.index_select(dim, rows), or x.gather(dim, rows) where it takes the same row for all classes."""
-    value = _choosable(context, source)
+    value = _choosable(context, source, value)
     if value is None or not isinstance(dim, int) or not isinstance(index, Node):
         return None
     if dim % len(shape_of(source)) == value.axis or not is_labels(index):
@@ -94,9 +101,9 @@ def is_alike(index: Any, axis: int) -> bool:
     return spelled[0].view is View.SAME and is_alike(source, axis)
 
 
-def _choosable(context: Context, source: Any) -> VocabValue | None:
+def _choosable(context: Context, source: Any, given: VocabValue | None = None) -> VocabValue | None:
     """The value of log-probabilities of which rows may be chosen, as they read here."""
-    value, timeline = context.known(source), context.reading.timeline
+    value, timeline = given or context.known(source), context.reading.timeline
     if not isinstance(value, VocabValue) or value.after:
         return None
     z = value.logits.node

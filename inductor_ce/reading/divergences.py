@@ -22,9 +22,10 @@ from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .context import kind_of
-from .entries import LOSSES, EntryReader
+from .entries import KINDS, LOSSES, EntryReader
 from .joint import JointReader, RowFactor
 from .losses import modernised
+from .own import sums_entries
 from .sides import Side, moves, of_wholes
 from .tails import Summed, added_up
 from .values import LossValue, Reading, RowValue, VocabValue, row_expr
@@ -49,6 +50,7 @@ class Between:
         sides: of which its terms are.
         terms: what is added up; none where that is not a sum of logarithms under probabilities.
         tensors: what is brought along for each entry, row or class.
+        numbers, constants: those of rows of which gradients are wanted, or are not.
     """
 
     node: Node
@@ -59,6 +61,8 @@ class Between:
     terms: tuple[Term, ...]
     wide: frozenset[Node]
     tensors: tuple[Node, ...] = ()
+    numbers: tuple[Node, ...] = ()
+    constants: tuple[Node, ...] = ()
 
 
 def read_divergences(reading: Reading) -> Iterator[Between]:
@@ -71,6 +75,8 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             continue
         of_one = is_loss_of_one(reading, node)
         if of_one and _learns(reading, node):
+            if algebra.powers_cancel(row_expr(reading.values[node])):  # type: ignore[arg-type]
+                others.append(node)
             continue
         summed = _summed(reader, node, step.name)
         # As a loss of one side reads it, the logarithm of a mixture is a weight of all classes.
@@ -89,21 +95,21 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             yield each
 
 
-def _places_of_classes(reading: Reading) -> list[tuple[int, int, Size]]:
-    """Of what is made of logits (dimensions, that of the classes, how many these are)."""
+def _places_of_classes(reading: Reading) -> list[tuple[int, Size]]:
+    """Of what is made of logits (the dimension of the classes, from the end; how many these are)."""
     vocab = {node: value for node, value in reading.values.items() if isinstance(value, VocabValue)}
     shapes = ((shape_of(node), value.axis) for node, value in vocab.items())
-    places = ((len(shape), axis, shape[axis]) for shape, axis in shapes)
+    places = ((axis - len(shape), shape[axis]) for shape, axis in shapes)
     return [*{str(place): place for place in places}.values()]
 
 
-def _may_be_of(node: Node, places: list[tuple[int, int, Size]]) -> bool:
+def _may_be_of(node: Node, places: list[tuple[int, Size]]) -> bool:
     """Whether what a node sums may be entries of that: the streams of a model are not walked for nothing."""
     summand = spellings.arguments(node, spellings.step_of(node)).get("input")  # type: ignore[arg-type]
     if not isinstance(summand, Node) or tensor_of(summand) is None:
         return False
     shape = shape_of(summand)
-    return any(len(shape) == rank and equal(shape[axis], size) for rank, axis, size in places)
+    return any(len(shape) >= -axis and equal(shape[axis], size) for axis, size in places)
 
 
 def is_loss_of_one(reading: Reading, node: Node) -> bool:
@@ -183,28 +189,42 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     else:
         term, wide = entry.of(summand), entry.wide(summand)
     axis = entry.axis
-    if term is None or axis is None or not entries.is_own(term):
+    if term is None or axis is None or not entries.is_own(term) or not _is_normalised(reader, entry, term):
         return None
     if not is_loss and not (_sums(args, axis, len(shape_of(summand))) and _sums_as_made(args)):
         return None
     if mode is not True:
-        term = entries.renamed(term, {s: reader.detached(s) for s in entries.sides_of(term)})
+        term = entry.held(term)
     return _summed_up(reader, entry, node, term, wide | {node})
+
+
+def _is_normalised(reader: JointReader, entry: EntryReader, term: entries.Term) -> bool:
+    """Whether there is a softmax, or that by which one is divided is among the numbers of the row."""
+    numbers = [entry.numbers[k] for k in entries.places_of(term, "n")]
+    return entries.has_softmax(term) or any(is_loss_of_one(reader.reading, number) for number in numbers)
 
 
 def _summed_up(
     reader: JointReader, entry: EntryReader, node: Node, term: entries.Term, wide: frozenset[Node]
 ) -> Between | None:
-    used, brought = sorted(entries.sides_of(term)), sorted(entries.tensors_of(term))
-    tensors, axis = tuple(entry.tensors[k] for k in brought), entry.axis
+    used, axis = {kind: entries.places_of(term, *names) for kind, names in KINDS.items()}, entry.axis
     assert axis is not None
-    sides = of_wholes([reader.sides[side] for side in used], reader.reading)
+    tensors = tuple(entry.tensors[k] for k in used["t"])
+    numbers = tuple(entry.numbers[k] for k in used["n"])
+    constants = tuple(entry.constants[k] for k in used["c"])
+    sides = of_wholes([reader.sides[side] for side in used["p"]], reader.reading)
     if len(sides) > joint.MOST_SIDES or any(kind_of(t, entry.summand, axis) is None for t in tensors):
         return None
+    if sums_entries(reader.reading, [reader.sides[side] for side in used["p"]], numbers, wide):
+        return None
     wanted = tuple(i for i, side in enumerate(sides) if moves(side))
-    places = [{k: i for i, k in enumerate(each)} for each in (used, brought)]
-    made = Entries(entries.renamed(term, *places), len(sides), len(tensors), wanted)
-    return Between(node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors)
+    leaves: dict[entries.Term, entries.Term] = {}
+    for kind, places in used.items():
+        leaves |= {(name, k): (name, i) for name in KINDS[kind] for i, k in enumerate(places)}
+    made = Entries(entries.replaced(term, leaves), len(sides), len(tensors), wanted)
+    return Between(
+        node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors, numbers, constants
+    )
 
 
 def _sums_as_made(args: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .. import algebra
 from ..algebra import divergences as joint
 from ..algebra import entries
 from ..algebra.divergences import Joint
@@ -25,10 +26,17 @@ from ..graph.timeline import INFERENCE
 from ..graph.walk import reached
 from . import spellings
 from .constants import number_of
-from .context import kind_of
+from .context import Context, kind_of
 from .joint import MAX_DEPTH, JointReader
 from .losses import modernised
+from .moved import before_move, moved
+from .own import compares_with_own
+from .sides import Side
+from .values import VocabValue
 from .views import cast_keeps
+
+# Of leaves: those of sides, of tensors, of numbers.
+KINDS = {"p": entries.OF_SIDES, "t": ("t",), "n": ("n",), "c": ("c",)}
 
 LOSSES = ("mse_loss", "l1_loss")  # of torch, of two tensors entry by entry
 
@@ -39,12 +47,15 @@ class EntryReader:
     Attributes:
         axis: of the classes, once a side has been read.
         tensors: those that are brought along, as terms name them.
+        numbers, constants: those of rows, likewise, of which gradients are wanted or are not.
     """
 
     def __init__(self, joint_reader: JointReader, summand: Node):
         self.joint, self.summand = joint_reader, summand
         self.axis: int | None = None
         self.tensors: list[Node] = []
+        self.numbers: list[Node] = []
+        self.constants: list[Node] = []
         self._known: dict[Node, Term | None] = {}
         self._wide: dict[Node, frozenset[Node]] = {}
 
@@ -85,7 +96,9 @@ class EntryReader:
             return None
         value = self.joint.of(node)
         if value is None or value.axis is None or value.like is not None:
-            return self._by_step(node, depth)
+            term = self._by_step(node, depth)
+            term = self._logit(node) if term is None else term
+            return self._moved(node, depth) if term is None else term
         # A mixture is summed as it is spelled, where that is read: by probabilities, or by their logarithms.
         term = self._by_step(node, depth) if value.expr.has_mixture else None
         if term is None:
@@ -103,8 +116,43 @@ class EntryReader:
         term = None if step is None else step(self, node, spelled[0].name, spelled[1], depth + 1)
         if term is None or (spelled[0].name != "same" and self._is_narrow(node, term)):
             return None
-        self._wide[node] = frozenset([node, *(s for s in node.all_input_nodes if s in self._wide)])
-        return term if mode is True else self._held(term)
+        if term[0] != "z":  # type: ignore[index]
+            self._wide[node] = frozenset([node, *(s for s in node.all_input_nodes if s in self._wide)])
+        return term if mode is True else self.held(term)
+
+    def _moved(self, node: Node, depth: int) -> Term | None:
+        """Of entries of other rows, or of the same elsewhere, what is chosen or seen."""
+        source, timeline = before_move(self.joint, node), self.joint.reading.timeline
+        if source is None:
+            return None
+        there = EntryReader(self.joint, source)
+        term = there.of(source, depth + 1)
+        term, axis = moved(self.joint, node, source, term, there.axis)
+        if term is None or self.axis not in (None, axis):
+            return None
+        self.axis = axis
+        self._wide |= there._wide | {node: frozenset([node, source])}
+        return term if timeline.grad_mode(timeline.position[node]) is True else self.held(term)
+
+    def _logit(self, node: Node) -> Term | None:
+        """Logits themselves, of which a softmax is read as well."""
+        axis, reading = self.axis, self.joint.reading
+        axes = {value.axis for value in self._of_logits} if axis is None else {axis}
+        for axis in axes:
+            value = Context(reading, node).vocab(node, axis)
+            if value is None or value.expr != algebra.LOGITS or value.after or value.logits.inference:
+                continue
+            if any(other.logits == value.logits for other in self._of_logits):
+                self.axis = axis
+                return "z", self.joint.side(Side(value.logits, value.steps, value.detached))
+        return None
+
+    @functools.cached_property
+    def _of_logits(self) -> list[VocabValue]:
+        """What is read as made of logits, and has their classes where it may be among what is summed."""
+        rank = len(shape_of(self.summand))
+        values = self.joint.reading.values.values()
+        return [v for v in values if isinstance(v, VocabValue) and v.axis < rank]
 
     def _is_narrow(self, node: Node, term: Term) -> bool:
         """Whether it is rounded to float32 beside sides in float64, as truth values times numbers are."""
@@ -139,25 +187,31 @@ class EntryReader:
         return product
 
     def _brought(self, node: Node) -> Term | None:
-        """A tensor for each entry, row or class, of which no gradient is wanted."""
+        """A number of each row, or a tensor for each entry or class of which no gradient is wanted."""
         example, timeline = tensor_of(node), self.joint.reading.timeline
         like = tensor_of(self.summand)
         assert example is not None
         assert like is not None
         axis = len(like.shape) - 1 if self.axis is None else self.axis
-        if example.requires_grad or example.device != like.device:
-            return None
-        if kind_of(node, self.summand, axis) is None:
+        kind = kind_of(node, self.summand, axis)
+        if kind is None or example.device != like.device:
             return None
         if not timeline.unchanged(node, node, len(timeline.nodes)):
             return None
-        if node not in self.tensors:
-            self.tensors.append(node)
-        return "t", self.tensors.index(node)
+        if kind in ("row", "scalar") and example.is_floating_point():
+            moves = example.requires_grad
+            return ("n", _place(self.numbers, node)) if moves else ("c", _place(self.constants, node))
+        return None if example.requires_grad else ("t", _place(self.tensors, node))
 
-    def _held(self, term: Term) -> Term:
+    def held(self, term: Term) -> Term:
         """The same where no gradient flows through it."""
-        return entries.renamed(term, {s: self.joint.detached(s) for s in entries.sides_of(term)})
+        leaves: dict[Term, Term] = {}
+        for side in entries.sides_of(term):
+            held = self.joint.detached(side)
+            leaves |= {(name, side): (name, held) for name in entries.OF_SIDES}
+        for k in entries.places_of(term, "n"):
+            leaves["n", k] = "c", _place(self.constants, self.numbers[k])
+        return entries.replaced(term, leaves)
 
     def _as_number(self, term: Term) -> Term:
         """A truth value as 0 or 1."""
@@ -173,22 +227,13 @@ class EntryReader:
         terms = [self.of(args.get(name), depth) for name in names]
         return None if None in terms else [self._as_number(term) for term in terms]  # type: ignore[arg-type]
 
-    def _compares_with_own(self, *terms: Term) -> bool:
-        """Whether they are of logits, and of a tensor that is made of the same: which is the larger, or that
-        they are equal, may be said by the rounding alone. So their own place of the maximum would be none."""
-        timeline = self.joint.reading.timeline
-        sides = {s for term in terms for s in entries.sides_of(term)}
-        brought = [self.tensors[k] for k in {k for term in terms for k in entries.tensors_of(term)}]
-        logits = {self.joint.sides[s].logits.node for s in sides}
-        if not brought or not logits:
-            return False
-        first = min(timeline.position[z] for z in logits)
+    def _compares_with_own(self, *terms: Term, bends: bool = False) -> bool:
+        def of(kind: str, nodes: list[Any]) -> list[Any]:
+            return [nodes[k] for k in {k for term in terms for k in entries.places_of(term, *KINDS[kind])}]
 
-        def before(node: Node) -> list[Node]:
-            return node.all_input_nodes if timeline.position[node] > first else []
-
-        made_of = set(reached(brought, before))
-        return not logits.isdisjoint(made_of)
+        held = of("t", self.tensors) + of("c", self.constants)
+        sides, numbers = of("p", self.joint.sides), of("n", self.numbers)
+        return compares_with_own(self.joint.reading, sides, held, numbers, bends=bends)
 
     def _function(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
@@ -196,9 +241,10 @@ class EntryReader:
         numbers = self._numbers(args, depth, *_OPERANDS[name])
         if numbers is None or (name == "xlogy" and any(isinstance(x, float) for x in numbers)):
             return None
-        if name in _COMPARING and self._compares_with_own(*numbers):
+        bends = name in ("maximum", "minimum")
+        if (bends or name in _COMPARISONS) and self._compares_with_own(*numbers, bends=bends):
             return None
-        return _exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
+        return entries.exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
 
     def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """x += y and the like, of an x that nothing else sees. Under no_grad x would keep its gradient."""
@@ -222,7 +268,7 @@ class EntryReader:
         if numbers is None or len(node.all_input_nodes) > 1:
             return None
         (x,) = numbers
-        own = self._compares_with_own(x)
+        own = self._compares_with_own(x, bends=True)
         made: dict[str, Term | None] = {
             "abs": None if own else ("abs", x),
             "log1p": ("log1p", x),
@@ -230,8 +276,18 @@ class EntryReader:
             "log10": ("div", ("log", x), math.log(10)),
             "reciprocal": ("div", 1.0, x),
             "relu": None if own else ("where", ("le", x, 0.0), 0.0, x),
+            "log_sigmoid": ("neg", ("logaddexp", ("neg", x), 0.0)),
         }
         return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
+
+    def _softplus(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        numbers = self._numbers({"beta": 1, "threshold": 20, **args}, depth, "input", "beta", "threshold")
+        if numbers is None or not all(isinstance(x, float) and x for x in numbers[1:]):
+            return None
+        x, beta, threshold = numbers
+        scaled: Term = x if beta == 1 else ("mul", x, beta)
+        bent: Term = ("logaddexp", scaled, 0.0)
+        return "where", ("gt", scaled, threshold), x, bent if beta == 1 else ("div", bent, beta)
 
     def _power(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         numbers = self._numbers({"exponent": 2, **args}, depth, "input", "exponent")
@@ -240,7 +296,13 @@ class EntryReader:
     def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         x = self._numbers(args, depth, "input")
         low, high = self._end(args.get("min"), -math.inf), self._end(args.get("max"), math.inf)
-        if x is None or low is None or high is None or low > high or self._compares_with_own(x[0]):
+        if (
+            x is None
+            or low is None
+            or high is None
+            or low > high
+            or self._compares_with_own(x[0], bends=True)
+        ):
             return None
         return "clamp", x[0], low, high, float(clamps_pass_ends())
 
@@ -277,7 +339,7 @@ class EntryReader:
 
     def _detached(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         term = self.of(args.get("input"), depth)
-        return None if term is None else self._held(term)
+        return None if term is None else self.held(term)
 
     def _unreduced(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         args = modernised(args)
@@ -289,19 +351,20 @@ class EntryReader:
         if x is None or args.get("weight") is not None:
             return None
         if name == "kl_div" and args.get("log_target"):
-            return "mul", _exp(x[1]), ("sub", x[1], x[0])
+            return "mul", entries.exp(x[1]), ("sub", x[1], x[0])
         if name == "kl_div":
             return "sub", ("xlogy", x[1], x[1]), ("mul", x[1], x[0])
         gap = ("sub", *x)
         if name == "mse_loss":
             return "pow", gap, 2.0
-        return None if self._compares_with_own(gap) else ("abs", gap)
+        return None if self._compares_with_own(gap, bends=True) else ("abs", gap)
 
 
-def _exp(term: Term) -> Term:
-    """A probability, where it is that of its logarithm."""
-    is_logarithm = isinstance(term, tuple) and term[0] == "log p"
-    return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
+def _place(nodes: list[Node], node: Node) -> int:
+    """The place of a node among others, to which it is added."""
+    if node not in nodes:
+        nodes.append(node)
+    return nodes.index(node)
 
 
 def _logarithm(mixture: joint.Mixture) -> Term:
@@ -312,9 +375,8 @@ def _logarithm(mixture: joint.Mixture) -> Term:
 
 _ONE, _TWO = ("input",), ("input", "other")
 _COMPARISONS = ("gt", "ge", "lt", "le", "eq", "ne")
-_COMPARING = {*_COMPARISONS, "maximum", "minimum"}
 _OPERANDS = {
-    **dict.fromkeys(("neg", "exp", "log", "sqrt"), _ONE),
+    **dict.fromkeys(("neg", "exp", "log", "sqrt", "sigmoid", "tanh"), _ONE),
     **dict.fromkeys(
         ("add", "sub", "mul", "div", "xlogy", "maximum", "minimum", "logaddexp", *_COMPARISONS), _TWO
     ),
@@ -329,6 +391,7 @@ _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("kl_div", *LOSSES), EntryReader._unreduced),
     **dict.fromkeys(("edit_add", "edit_sub", "edit_mul", "edit_div"), EntryReader._edited),
     "elementwise": EntryReader._elsewhere,
+    "softplus": EntryReader._softplus,
     "clamp": EntryReader._clamp,
     "same": EntryReader._same,
     "detach": EntryReader._detached,

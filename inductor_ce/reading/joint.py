@@ -120,13 +120,14 @@ class JointReader:
         self, value: VocabValue, power: int, slope: sympy.Expr, rest: sympy.Expr
     ) -> list[Joint | None]:
         """slope p^power log p + rest p^power"""
-        side = self._side(Side(value.logits, value.steps, value.detached))
+        side = self.side(Side(value.logits, value.steps, value.detached))
         p = joint.probabilities(side) if power else joint.number(1)
         log_p = joint.times(p, joint.log_probabilities(side))
         made = [(slope, log_p), (rest, p)]
         return [joint.times(joint.number(float(c)), x) for c, x in made if c != 0 and x is not None]
 
-    def _side(self, side: Side) -> int:
+    def side(self, side: Side) -> int:
+        """The place of a side among those of which values are made."""
         if side not in self.sides:
             self.sides.append(side)
         return self.sides.index(side)
@@ -145,7 +146,7 @@ class JointReader:
 
     def detached(self, side: int) -> int:
         """The side of the same rows to which no gradient flows."""
-        return self._side(replace(self.sides[side], detached=True))
+        return self.side(replace(self.sides[side], detached=True))
 
     def held(self, value: JointValue) -> JointValue:
         """The same where no gradient flows through it."""
@@ -260,7 +261,7 @@ class JointReader:
         names = {}
         for side in value.expr.sides:
             whole = self.sides[side]
-            names[side] = self._side(replace(whole, steps=(*whole.steps, cut)))
+            names[side] = self.side(replace(whole, steps=(*whole.steps, cut)))
         return JointValue(value.expr.renamed(names), value.axis, shape_of(node), value.wide | {args["input"]})
 
     def _chosen(self, node: Node, source: Any, mask: Node, depth: int) -> JointValue | None:

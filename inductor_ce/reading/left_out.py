@@ -20,9 +20,10 @@ from .. import algebra
 from ..common.compat.graphs import is_dtensor
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from . import spellings
+from .constants import number_of
 from .context import Context
 from .targets import everywhere
-from .values import Columns, Outcome, VocabValue
+from .values import Columns, Outcome, Reading, VocabValue
 
 Masks = tuple[sympy.Symbol, ...]
 # How masks are joined, and what is so where they are finite, by name: (where the mask is true, it is wanted).
@@ -81,10 +82,32 @@ def _masks(context: Context, mask: Node, wanted: bool, value: VocabValue, like: 
 
 
 def _is_of_logits(there: Context, arg: Any, value: VocabValue) -> bool:
-    """Whether an argument of a mask is the logits of a value, arranged as it is."""
+    """Whether an argument of a mask is the logits of a value, arranged as it is, or before a temperature."""
     example = tensor_of(arg)
     if example is None or example.dim() <= value.axis or is_dtensor(example):
         return False
     seen = there.vocab(arg, value.axis)
-    same = seen is not None and (seen.logits, seen.steps) == (value.logits, value.steps)
-    return same and seen.expr == algebra.LOGITS and not seen.after  # type: ignore[union-attr]
+    if seen is None or seen.expr != algebra.LOGITS or seen.after:
+        return False
+    places, logits = [(value.logits, value.steps)], value
+    while (before := _before_temperature(there.reading, logits)) is not None:
+        logits = replace(before, steps=before.steps + logits.steps)
+        places.append((logits.logits, logits.steps))
+    return (seen.logits, seen.steps) in places
+
+
+def _before_temperature(reading: Reading, value: VocabValue) -> VocabValue | None:
+    """What the logits of a value are made of by a positive number that makes infinite no other than is."""
+    node, timeline = value.logits.node, reading.timeline
+    spelled = spellings.read(node)
+    if spelled is None or not timeline.unchanged(node, node, len(timeline.nodes)):
+        return None
+    step, args = spelled
+    a, b = args.get("input"), args.get("other")
+    if step.name == "mul" and number_of(reading, a) is not None:
+        a, b = b, a
+    number = number_of(reading, b)
+    if number is None or number <= 0 or args.get("rounding_mode") is not None or not isinstance(a, Node):
+        return None
+    shrinks = (step.name == "mul" and number <= 1) or (step.name == "div" and number >= 1)
+    return Context(reading, node).vocab(a, value.logits.axis) if shrinks else None

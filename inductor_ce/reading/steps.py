@@ -103,7 +103,7 @@ def _row(
 # Functions of each element that the algebra does not have.
 _ELSEWHERE = (
     *(torch.abs, torch.exp2, torch.expm1, torch.log2, torch.log10, torch.log1p, torch.reciprocal, torch.relu),
-    *(torch.rsqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign),
+    *(torch.rsqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign, F.relu, F.logsigmoid),
     *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "nan_to_num"),
     *("clamp_max", "erf", "sign"),
 )
@@ -186,6 +186,7 @@ _ARITHMETIC = (
          traits="needs_value commutes"),
     _row("elementwise", "arithmetic.elementwise", "input",
          *_ELSEWHERE, traits="needs_value"),
+    _row("softplus", "arithmetic.elementwise", "input beta threshold", F.softplus, traits="needs_value"),
     _row("xlogy", "arithmetic.xlogy", "input other", torch.xlogy, torch.special.xlogy, "xlogy",
          traits="takes_log"),
     _row("entr", "arithmetic.entropy_terms", "input", torch.special.entr, traits="needs_value"),

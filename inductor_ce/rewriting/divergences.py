@@ -10,13 +10,14 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from .. import algebra, ops
-from ..algebra import divergences, entries
+from ..algebra import divergences, entries_text
 from ..algebra.entries import Entries
 from ..common.compat.graphs import is_dtensor
 from ..common.failsafe import attempt
@@ -75,7 +76,8 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
         elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
     made: Made = {}
-    done = [each for each in allowed if attempt(LEFT, _rewrite, graph, each, made)[1] is None]
+    now: dict[Node, Node] = {}
+    done = [each for each in allowed if attempt(LEFT, _rewrite, graph, each, made, now)[1] is None]
     for each in done:
         _erase(each)
     return bool(done)
@@ -138,10 +140,13 @@ def _losses_beside(reading: Reading, found: Iterable[Between]) -> set[Node]:
 # The rewrite
 
 
-def _rewrite(graph: Graph, found: Between, made: Made) -> None:
-    """Put a `divergence` in the place of a node, which is left without users."""
+def _rewrite(graph: Graph, found: Between, made: Made, now: dict[Node, Node]) -> None:
+    """Put a `divergence` in the place of a node, which is left without users, and tell `now` of it."""
     build = Builder(graph, found.node, like=found.node)
     known = dict(made)
+    beside = found.tensors, found.numbers, found.constants
+    tensors, numbers, constants = (tuple(now.get(node, node) for node in nodes) for nodes in beside)
+    found = replace(found, tensors=tensors, numbers=numbers, constants=constants)
     try:
         result = _result(build, found, made)
     except Exception:
@@ -151,6 +156,7 @@ def _rewrite(graph: Graph, found: Between, made: Made) -> None:
         raise
     want_gradients_as(found.node, result)
     found.node.replace_all_uses_with(result)
+    now[found.node] = result
 
 
 def _result(build: Builder, found: Between, made: Made) -> Node:
@@ -159,18 +165,27 @@ def _result(build: Builder, found: Between, made: Made) -> Node:
     first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
     tensors = [_beside(build, found, tensor, first_size(build, sides[0].m)) for tensor in found.tensors]
-    parts = [_rows(build, found, term, sides, tensors) for term in found.terms]
+    numbers = [_of_rows(build, found, number) for number in found.numbers]
+    numbers += [_of_rows(build, found, build("detach", number)) for number in found.constants]
+    parts = [_rows(build, found, term, sides, tensors, numbers) for term in found.terms]
     rows = functools.reduce(functools.partial(build, torch.add), parts)
     result = _reduced(build, found, rows, args)
     dtype = tensor_of(found.node).dtype  # type: ignore[union-attr]
     return result if tensor_of(result).dtype == dtype else build("to", result, dtype)  # type: ignore[union-attr]
 
 
-def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised], tensors: list[Node]) -> Node:
+def _rows(
+    build: Builder,
+    found: Between,
+    term: Term,
+    sides: list[Normalised],
+    tensors: list[Node],
+    numbers: list[Node],
+) -> Node:
     """A number for each row, arranged as what is summed, with an axis of size 1 for the classes."""
     wanted = term.divergence.wanted
     zs = [side.z if u in wanted else side.held for u, side in enumerate(sides)]
-    rows_of = [side.m for side in sides], [side.d for side in sides]
+    rows_of = [side.m for side in sides], [*(side.d for side in sides), *numbers]
     packed = build(ops.DIVERGENCE, [*zs, *tensors], *rows_of, encode(term.divergence))
     rows = build(torch.select, packed, 0, 0)
     if len(shape_of(found.summand)) != 2:
@@ -191,21 +206,25 @@ def _rows(build: Builder, found: Between, term: Term, sides: list[Normalised], t
 def _beside(build: Builder, found: Between, tensor: Node, n: Any) -> Node:
     """What is brought along for each entry, row or class, as [N, V]; no copy where it is not of entries."""
     kind, axis = kind_of(tensor, found.summand, found.axis), found.axis
-    rank, rows = len(shape_of(found.summand)), row_sizes(build, found.summand, axis)
-    v = size_of(build, found.summand, axis)
+    rank, v = len(shape_of(found.summand)), size_of(build, found.summand, axis)
     node = build("detach", tensor)
     if kind == "columns":
         node = node if axis == rank - 1 else build(torch.movedim, node, axis, -1)
         return node if rank == 2 else build("reshape", node, [-1, v])
     if kind == "row":
-        missing = rank - len(shape_of(tensor))
-        for _ in range(missing):
-            node = build("unsqueeze", node, 0)
-        node = build("squeeze", node, axis)
-        node = build("reshape", build("expand", node, rows), [-1, 1])
+        node = build("unsqueeze", _of_rows(build, found, node), -1)
     else:
         node = build("reshape", node, [1, -1])
     return build("expand", node, [n, v])
+
+
+def _of_rows(build: Builder, found: Between, node: Node) -> Node:
+    """What broadcasts over the classes, [N]."""
+    rank, axis = len(shape_of(found.summand)), found.axis
+    for _ in range(rank - len(shape_of(node))):
+        node = build("unsqueeze", node, 0)
+    node = build("squeeze", node, axis)
+    return build("reshape", build("expand", node, row_sizes(build, found.summand, axis)), [-1])
 
 
 class Normalised(NamedTuple):
@@ -306,7 +325,7 @@ def _form(found: Between) -> str:
 
 
 def _rendered(formula: divergences.Divergence | Entries) -> str:
-    return entries.render(formula) if isinstance(formula, Entries) else divergences.render(formula)
+    return entries_text.render(formula) if isinstance(formula, Entries) else divergences.render(formula)
 
 
 def _erase(found: Between) -> None:

@@ -29,7 +29,7 @@ from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 from .kept import is_target, kept
-from .normalisers import is_normaliser_alone, picked_beside
+from .normalisers import is_normaliser_alone, picked_beside, read_fixed_picks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,6 +70,7 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     groups: list[Group] = []
     everywhere = refusal_of_graph(reading)
     _tell_refused_losses(reading, options)
+    read_fixed_picks(reading)
     ends = _ends(reading, options)
     losses = {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
     picked = picked_beside(reading, losses, ends)
@@ -286,7 +287,7 @@ def _powers_cancel(reading: Reading, group: Group) -> bool:
     if not wants_gradient(group.logits):
         return False
     exprs = [expr for node, expr in group.exprs.items() if not value_of(reading, node).detached]
-    return any(map(algebra.has_power, exprs)) and any(map(algebra.weighs_probabilities, exprs))
+    return algebra.powers_cancel(*exprs)
 
 
 def _is_edited_later(reading: Reading, group: Group) -> bool:

@@ -9,14 +9,18 @@ reader: they are picked again from it, so that it need not be in memory for them
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..reading import spellings
-from ..reading.values import Logits, LossValue, Reading, RowValue
-from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
+from ..reading.context import Context
+from ..reading.indexing import fixed_pick
+from ..reading.values import Logits, LossValue, Reading, RowValue, detached, row_expr
+from .escapes import GLUE, is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 from .linear_layers import linear_layer
 
@@ -44,12 +48,35 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     return reader is None
 
 
+def read_fixed_picks(reading: Reading) -> None:
+    """Read the diagonal, or columns, of logits that nobody normalised, where others of their product are."""
+    axes: dict[Node, set[int]] = defaultdict(set)
+    for value in list(reading.values.values()):
+        if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value)):
+            product = _product(value.logits.node)
+            if product is not None:
+                axes[product].add(value.logits.axis)
+    for node in reading.timeline.nodes if axes else ():
+        spelled = spellings.read(node)
+        if node in reading.values or spelled is None or not spelled[0].picks:
+            continue
+        source = spelled[1].get("input")
+        if not isinstance(source, Node) or tensor_of(source) is None:
+            continue
+        for axis in axes.get(_product(source), ()):  # type: ignore[arg-type]
+            context = Context(reading, node)
+            logits = context.vocab(source, axis)
+            picked = None if logits is None else fixed_pick(context, spelled[0].name, spelled[1], logits)
+            if picked is not None:
+                reading.values[node] = detached(picked) if context.grad_mode is False else picked
+
+
 def picked_beside(
     reading: Reading, losses: dict[Logits, list[Node]], ends: dict[Logits, list[Node]]
 ) -> dict[Logits, list[Node]]:
     """The nodes that pick logits made of a product of which there is a loss, if nothing else reads that."""
     needed = needed_nodes(reading, {node for nodes in losses.values() for node in nodes})
-    products = {root for logits in losses if (root := _product(logits.node)) is not None}
+    products = {root for logits in losses for root in _products(logits.node)}
     roots = {root for root in products if _other_reader(reading, root, needed) is None}
     return {
         logits: nodes
@@ -58,6 +85,14 @@ def picked_beside(
         and _product(logits.node) in roots
         and all(_is_picked(reading, node) for node in nodes)
     }
+
+
+def _products(node: Node) -> set[Node]:
+    """The linear layers whose results are put side by side, and then a tensor is made of, likewise."""
+    root = _root(node)
+    if any(spellings.is_step(root, name) for name in GLUE):
+        return {product for part in root.all_input_nodes for product in _products(part)}
+    return {root} if linear_layer(root, spellings.read(root)) is not None else set()
 
 
 def _product(node: Node) -> Node | None:

@@ -1,7 +1,7 @@
 """By hand: soft labels against probabilities that an epsilon raised and that were scaled to one again.
 
 Source: none named; a guard that people write
-Family: Look-alikes
+Family: Each entry
 """
 
 import torch
@@ -20,7 +20,8 @@ def loss(logits, targets):
 
 
 EXPECTED = """\
-EACH_ENTRY: The result of softmax goes into log (return -(targets *
-    torch.log(probs)).sum(dim=-1).mean()), of which more than picked entries are needed. Each entry of a
-    row is needed there by itself, so it runs as written.
+0.001*V + 1
+sum t*log(p/n + 0.001*1/n)
+row_stats: max,sumexp
+sharded: left as written
 """

@@ -1,7 +1,7 @@
-"""Varentropy: the second moment of log-probabilities under their softmax, which is no power of either.
+"""Varentropy: the variance of log-probabilities under their own softmax, about an entropy with a gradient.
 
 Source: xjdr-alt/entropix, entropix/torch_sampler.py
-Family: Look-alikes
+Family: Each entry
 """
 
 import math
@@ -25,7 +25,8 @@ def loss(logits):
 
 
 EXPECTED = """\
-LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by sum (varentropy =
-    torch.sum(probs * (log_probs / math.log(2) + entropy[..., None]) ** 2, dim=-1)). Compute the loss
-    from the logits, apart from the log-probabilities that you keep.
+1.4426950408889634*lse - 1.4426950408889634*mean_p
+sum p*(1.443*log p + n)^2
+row_stats: max,sumexp,sumexpz
+sharded: left as written
 """
