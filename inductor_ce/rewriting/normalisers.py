@@ -19,7 +19,7 @@ from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context
 from ..reading.indexing import fixed_pick
-from ..reading.values import Logits, LossValue, Reading, RowValue, detached, row_expr
+from ..reading.values import Logits, LossValue, Reading, RowValue, detached, is_shift, row_expr
 from .escapes import is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 from .linear_layers import linear_layer
@@ -40,12 +40,28 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     root = _root(logits.node)
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
         return False  # of probabilities, which are in memory
-    reader = _other_reader(reading, root, needed_nodes(reading, set(nodes)))
+    reader = _other_reader(reading, root, needed_beside(reading, set(nodes)))
     if reader is not None and not any(spellings.is_step(reader, name) for name in OF_LOSSES):
         why = "for they are returned" if reader.op == "output" else "for {culprit}"
         fact = f"The logits of this normaliser are in memory anyway, {why}."
         _tell(reading, logits, Refusal(Reason.NORMALISER, fact, reader))
     return reader is None
+
+
+def needed_beside(reading: Reading, nodes: set[Node]) -> set[Node]:
+    """What stays alive once `nodes`, and all that has a normaliser, are computed otherwise."""
+    rows = {n: v for n, v in reading.values.items() if isinstance(v, (RowValue, LossValue))}
+    return needed_nodes(reading, nodes | {n for n, v in rows.items() if algebra.is_normalised(row_expr(v))})
+
+
+def is_read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
+    """Whether something that is needed reads logits, or what they are made of, but for normalisers."""
+    return _other_reader(reading, _root(node), needed) is not None
+
+
+def is_of_product(node: Node) -> bool:
+    """Whether a linear layer makes a tensor, element by element."""
+    return _product(node) is not None
 
 
 def read_fixed_picks(reading: Reading) -> None:
@@ -132,12 +148,23 @@ def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | Non
             continue
         if _is_picked(reading, user) and _product(node) is not None:
             continue
+        if _is_maximum_beside(reading, user):
+            continue
         if not is_of_each(user, node):
             return user
         further = _other_reader(reading, user, needed)
         if further is not None:
             return further
     return None
+
+
+def _is_maximum_beside(reading: Reading, node: Node) -> bool:
+    """Whether a node is the maximum of rows that have a normaliser, with which it is made."""
+    value = reading.on_logits(node)
+    if value is None or not is_shift(value):
+        return False
+    beside = (v for v in reading.values.values() if isinstance(v, RowValue) and v.logits == value.logits)
+    return any(algebra.is_normalised(row_expr(each)) for each in beside)
 
 
 def _is_outer(node: Node) -> bool:
