@@ -32,8 +32,14 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     """Whether `nodes` have a normaliser of rows of logits that nothing else reads; if not, it is told why."""
     if not any(algebra.is_normalised(expr_of(reading, node)) for node in nodes):
         return False
-    if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
-        return False  # another axis, or one row
+    rank = len(shape_of(logits.node))
+    if rank < 2 or _is_outer(logits.node):
+        return False
+    if logits.axis != rank - 1 and not (rank == 2 and _product(logits.node) is not None):
+        where = f"dimension {logits.axis} of {list(shape_of(logits.node))}"
+        fact = f"Nothing but a normaliser is taken along {where}, so that rows would have to be copied."
+        _tell(reading, logits, Refusal(Reason.NORMALISER, fact))
+        return False
     made = reading.on_logits(logits.node)
     if (made is not None and made.logits != logits) or is_of_losses(reading, logits.node):
         return False  # of what other losses give
@@ -148,7 +154,7 @@ def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | Non
             continue
         if _is_picked(reading, user) and _product(node) is not None:
             continue
-        if _is_maximum_beside(reading, user):
+        if _is_maximum_beside(reading, user) or _is_pick_of_losses(user, needed):
             continue
         if not is_of_each(user, node):
             return user
@@ -156,6 +162,12 @@ def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | Non
         if further is not None:
             return further
     return None
+
+
+def _is_pick_of_losses(node: Node, needed: set[Node]) -> bool:
+    """Whether a node picks logits, and nothing but losses that are computed otherwise reads them."""
+    step = spellings.step_of(node)
+    return step is not None and step.picks and bool(node.users) and needed.isdisjoint(node.users)
 
 
 def _is_maximum_beside(reading: Reading, node: Node) -> bool:
