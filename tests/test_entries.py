@@ -825,6 +825,89 @@ def test_edits_that_nothing_else_sees(f: Callable[..., Tensor]) -> None:
     assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == (f is not edited_twice)
 
 
+def negatives_edited_twice(z: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        negative = torch.zeros_like(t).scatter_(1, t.argsort(-1)[:, :4], 1.0)
+        negative.scatter_(1, t.argmin(-1, keepdim=True), 0.0)
+    return (torch.clamp(1 - z.log_softmax(-1).exp(), min=1e-5).log() * negative).sum()
+
+
+def edited_between_two_uses(z: Tensor, t: Tensor) -> Tensor:
+    weights = t.clone()
+    twice = 2 * weights
+    weights[:, 0] = 3
+    return ((z.softmax(-1) + 0.1).log() * twice * weights).sum(-1)
+
+
+def rows_edited_before(z: Tensor, t: Tensor) -> Tensor:
+    rows = torch.ones_like(t[:, :1])
+    rows[2] = 0
+    rows.mul_(3)
+    return ((z.softmax(-1) + 0.1).log() * rows).sum(-1)
+
+
+def rows_of_a_divergence_edited_before(z: Tensor, t: Tensor) -> Tensor:
+    rows = torch.ones_like(t[:, :1])
+    rows[2] = 0
+    return (rows * z.softmax(-1) * (z.log_softmax(-1) - (2 * z).log_softmax(-1))).sum()
+
+
+EDITED = [
+    negatives_edited_twice,
+    edited_between_two_uses,
+    rows_edited_before,
+    rows_of_a_divergence_edited_before,
+]
+
+
+@pytest.mark.parametrize("f", EDITED)
+def test_what_is_brought_may_be_edited_before_it_is_read(f: Callable[..., Tensor]) -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double()
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == 1
+
+
+def edited_after_it_was_read(z: Tensor, t: Tensor) -> Tensor:
+    weights = t.clone()
+    with torch.no_grad():
+        told = ((z.softmax(-1) + 0.1).log() * weights).sum(-1)
+    weights[:, 0] = 3
+    return told + F.cross_entropy(z, t.argmax(-1))
+
+
+def edited_between_two_readers(z: Tensor, t: Tensor) -> Tensor:
+    weights = t.clone()
+    e = (z.softmax(-1) + 0.1).log().detach() * weights
+    weights[:, 0] = 3
+    return (e + (z.softmax(-1) + 0.1).log() * weights).sum(-1)
+
+
+def an_edit_that_learns(z: Tensor, t: Tensor) -> Tensor:
+    weights = torch.zeros_like(t)
+    weights.add_(t)
+    return ((z.softmax(-1) + 0.1).log() * weights).sum(-1)
+
+
+def compared_with_an_edit_of_its_own(z: Tensor, t: Tensor) -> Tensor:
+    largest = torch.zeros_like(t[:, :1])
+    p = z.softmax(-1)
+    largest.copy_(p.detach().amax(-1, keepdim=True))
+    return torch.where(p >= largest, p.sqrt(), p.exp()).sum(-1)
+
+
+LEFT_EDITED = [
+    edited_after_it_was_read,
+    edited_between_two_readers,
+    an_edit_that_learns,
+    compared_with_an_edit_of_its_own,
+]
+
+
+@pytest.mark.parametrize("f", LEFT_EDITED)
+def test_edits_by_which_a_sum_is_left(f: Callable[..., Tensor]) -> None:
+    z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double()
+    assert rewritten(f, (z, t.requires_grad_(f is an_edit_that_learns))).count(ops.DIVERGENCE) == 0
+
+
 def weighed_without_gradient(z: Tensor, t: Tensor) -> Tensor:
     p = z.softmax(-1)
     with torch.no_grad():

@@ -181,19 +181,6 @@ def test_not_one_loss(f: Callable[..., Tensor]):
     check_left(f, logits(), labels(ignore=None), reason=Reason.NOT_UNDERSTOOD)
 
 
-def test_multi_positive():
-    """Two normalisers, neither weighed against a logit."""
-
-    def f(z, y):
-        logp = z.log_softmax(-1)
-        positive = torch.arange(V) % 3 == y[:, None] % 3
-        return -torch.where(positive, logp, -torch.inf).logsumexp(-1)
-
-    check_right(f, logits(), labels(ignore=None))
-    assert sites() == 0
-    assert {miss.reason for miss in explained(f, logits(), labels()).misses} == {Reason.NOT_UNDERSTOOD}
-
-
 def logits_edited(z, y):
     z = z.clone()
     lse = z.logsumexp(-1)  # here

@@ -235,11 +235,6 @@ def returned(h, W, w, y):
     return z.logsumexp(-1).mean(), z.view(2, -1, V)
 
 
-def of_log_probabilities(h, W, w, y):
-    logp = F.linear(h, W).log_softmax(-1)
-    return torch.where(torch.arange(V) % 3 == y[:, None] % 3, logp, -math.inf).logsumexp(-1).mean()
-
-
 def picked_and_returned(h, W, w, y):
     z = F.linear(h, W)
     picked = (z / 0.7).gather(-1, y[:, None]).squeeze(-1)
@@ -260,7 +255,6 @@ LEFT = {
     diagonal_of_given_logits: Reason.NOT_UNDERSTOOD,
     picked_and_read: Reason.NOT_UNDERSTOOD,
     returned: Reason.NORMALISER,
-    of_log_probabilities: Reason.NOT_UNDERSTOOD,
 }
 
 

@@ -40,6 +40,8 @@ from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
+from ..rewriting.some_classes import part_normalisers
+from ..rewriting.turned_products import turn_products
 from .report import Report, form_of_loss, miss_line, site_line
 from .telling import is_told
 
@@ -142,6 +144,10 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
     """What a graph is and what of it may be replaced; with `between`, divergences have been by then."""
     read_aten(graph)
     reading = recognise(graph)
+    for step in (part_normalisers, turn_products) if between else ():
+        if attempt(LEFT, step, graph, reading, options)[0]:
+            forget(reading)
+            reading = recognise(graph)
     while between:
         fused, _ = attempt(LEFT, fuse_divergences, graph, reading, options)
         if not fused:

@@ -160,6 +160,16 @@ class Timeline:
         start = since if isinstance(since, int) else self.position[since] + 1
         return self.version(node, start) == self.version(node, until)
 
+    def sources(self, node: Node) -> list[Node]:
+        """What a node is given, and what edits its storage, at any time."""
+        return [*node.all_input_nodes, *(self.nodes[i] for i in self._writes.get(self.storage(node), ()))]
+
+    def as_edited(self, node: Node) -> list[Node]:
+        """A node, and what shares its storage where that is edited: an edit may bring a gradient."""
+        if self.storage(node) not in self._writes:
+            return [node]
+        return [each for each in self.nodes if self.shares_storage(each, node)]
+
     def window(self, node: Node, position: int) -> tuple[int, int]:
         """The places (first, last) where `node` exists and reads as it does at `position`."""
         writes = self._writes.get(self.storage(node), [])

@@ -10,7 +10,6 @@ from torch.fx import Node
 from .. import algebra
 from ..common.findings import name_of
 from . import spellings
-from .context import Context
 from .values import Columns, Reading
 
 _FUNCTIONS = {"log": math.log, "log1p": math.log1p, "exp": math.exp, "sqrt": math.sqrt}
@@ -23,7 +22,10 @@ def number_of(reading: Reading, arg: Any) -> float | None:
     if not isinstance(arg, Node):
         return None
     value = reading.values.get(arg)
-    if isinstance(value, Columns) and Context(reading, arg).is_as_made(arg):
+    if isinstance(value, Columns):
+        timeline = reading.timeline
+        if not timeline.unchanged(arg, arg, len(timeline.nodes)):
+            return None
         constant = value.expr.get(algebra.ONE)
         alone = value.expr == algebra.as_vocab(constant) and constant.is_number
         return float(constant) if alone else None

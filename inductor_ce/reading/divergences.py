@@ -193,6 +193,8 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
         return None
     if not is_loss and not (_sums(args, axis, len(shape_of(summand))) and _sums_as_made(args)):
         return None
+    if not entry.is_settled(wide | {node}):
+        return None
     if mode is not True:
         term = entry.held(term)
     return _summed_up(reader, entry, node, term, wide | {node})

@@ -196,12 +196,20 @@ class EntryReader:
         kind = kind_of(node, self.summand, axis)
         if kind is None or example.device != like.device:
             return None
-        if not timeline.unchanged(node, node, len(timeline.nodes)):
-            return None
+        moves = any(example_of(each).requires_grad for each in timeline.as_edited(node))
         if kind in ("row", "scalar") and example.is_floating_point():
-            moves = example.requires_grad
             return ("n", _place(self.numbers, node)) if moves else ("c", _place(self.constants, node))
-        return None if example.requires_grad else ("t", _place(self.tensors, node))
+        return None if moves else ("t", _place(self.tensors, node))
+
+    def is_settled(self, readers: frozenset[Node]) -> bool:
+        """Whether nothing edits what is brought along once it has been read."""
+        timeline = self.joint.reading.timeline
+        for node in (*self.tensors, *self.numbers, *self.constants):
+            read = [user for user in node.users if user in readers]
+            first = min(read, key=timeline.position.__getitem__, default=node)
+            if not timeline.unchanged(node, first, len(timeline.nodes)):
+                return False
+        return True
 
     def held(self, term: Term) -> Term:
         """The same where no gradient flows through it."""

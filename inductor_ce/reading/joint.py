@@ -160,15 +160,16 @@ class JointReader:
         constant = number_of(self.reading, arg)
         return self.of(arg, depth) if constant is None else JointValue(joint.number(constant))
 
-    def _row(self, arg: Any, like: Node, axis: int | None, how: str) -> int | None:
-        """The place among the factors of a tensor with a number for each row of what is like a node."""
-        if axis is None or not isinstance(arg, Node) or kind_of(arg, like, axis) not in ("row", "scalar"):
+    def _row(self, arg: Any, reader: Node, axis: int | None, how: str) -> int | None:
+        """The place among the factors of a tensor with a number for each row of what its reader makes."""
+        if axis is None or not isinstance(arg, Node) or kind_of(arg, reader, axis) not in ("row", "scalar"):
             return None
-        return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg) else None
+        return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg, reader) else None
 
-    def _is_unedited(self, node: Node) -> bool:
-        """Whether a node reads everywhere as when it was made."""
-        return self.reading.timeline.unchanged(node, node, len(self.reading.timeline.nodes))
+    def _is_unedited(self, node: Node, since: Node | None = None) -> bool:
+        """Whether a node reads everywhere as when it was made, or from where another has read it."""
+        timeline = self.reading.timeline
+        return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
 
     def _numbered(self, factor: RowFactor) -> int:
         if factor not in self.factors:
@@ -272,7 +273,7 @@ class JointReader:
         rows = value.shape[:-1]
         if value.axis != len(rows) or str(example.dtype) != "torch.bool":  # type: ignore[union-attr]
             return None
-        if not same_shape(shape_of(mask), rows) or not self._is_unedited(mask):
+        if not same_shape(shape_of(mask), rows) or not self._is_unedited(mask, node):
             return None
         factor = self._numbered(RowFactor(mask, "chosen"))
         expr = value.expr.weighed(factor)

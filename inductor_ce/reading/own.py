@@ -29,7 +29,7 @@ def compares_with_own(
     first = min(timeline.position[z] for z in logits)
 
     def before(node: Node) -> list[Node]:
-        return node.all_input_nodes if timeline.position[node] > first else []
+        return [source for source in timeline.sources(node) if timeline.position[source] >= first]
 
     made_of = set(reached(brought, before))
     return not logits.isdisjoint(made_of)

@@ -14,6 +14,8 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     divergences       losses between several tensors of logits, before all others
+    some_classes      normalisers over some classes' log-probabilities, as differences of two
+    turned_products   a product whose rows are the classes, as the transpose of one of which they are columns
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
     column_blocks     losses of which statistics are carried over blocks of columns, as losses of all columns;
                       one_product, their logits as one product

@@ -36,14 +36,17 @@ def _compares(node: Node) -> bool:
 
 def _has_entries(reading: Reading, node: Node, logits: Logits) -> bool:
     """Whether a node is made of the logits, but not by way of what a loss has of each row."""
-    position = reading.timeline.position
+    timeline = reading.timeline
+    first = timeline.position[logits.node]
     frontier, seen = [node], {node}
     while frontier:
         made = frontier.pop()
         if made is logits.node:
             return True
         known = isinstance(reading.values.get(made), (RowValue, LossValue))
-        if not known and position.get(made, -1) > position[logits.node]:
-            frontier += [source for source in made.all_input_nodes if source not in seen]
-            seen.update(made.all_input_nodes)
+        if not known and made in timeline.position:
+            later = [s for s in timeline.sources(made) if timeline.position.get(s, -1) >= first]
+            new = [source for source in later if source not in seen]
+            frontier += new
+            seen.update(new)
     return False

@@ -19,7 +19,7 @@ from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context
 from ..reading.indexing import fixed_pick
-from ..reading.values import Logits, LossValue, Reading, RowValue, detached, row_expr
+from ..reading.values import Logits, LossValue, Reading, RowValue, detached, is_shift, row_expr
 from .escapes import GLUE, is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of
 from .linear_layers import linear_layer
@@ -32,20 +32,42 @@ def is_normaliser_alone(reading: Reading, logits: Logits, nodes: list[Node]) -> 
     """Whether `nodes` have a normaliser of rows of logits that nothing else reads; if not, it is told why."""
     if not any(algebra.is_normalised(expr_of(reading, node)) for node in nodes):
         return False
-    if not 0 < logits.axis == len(shape_of(logits.node)) - 1 or _is_outer(logits.node):
-        return False  # another axis, or one row
+    rank = len(shape_of(logits.node))
+    if rank < 2 or _is_outer(logits.node):
+        return False
+    if logits.axis != rank - 1 and not (rank == 2 and _product(logits.node) is not None):
+        where = f"dimension {logits.axis} of {list(shape_of(logits.node))}"
+        fact = f"Nothing but a normaliser is taken along {where}, so that rows would have to be copied."
+        _tell(reading, logits, Refusal(Reason.NORMALISER, fact))
+        return False
     made = reading.on_logits(logits.node)
     if (made is not None and made.logits != logits) or is_of_losses(reading, logits.node):
         return False  # of what other losses give
     root = _root(logits.node)
     if any(spellings.is_step(root, name) for name in ("log_softmax", "softmax")):
         return False  # of probabilities, which are in memory
-    reader = _other_reader(reading, root, needed_nodes(reading, set(nodes)))
+    reader = _other_reader(reading, root, needed_beside(reading, set(nodes)))
     if reader is not None and not any(spellings.is_step(reader, name) for name in OF_LOSSES):
         why = "for they are returned" if reader.op == "output" else "for {culprit}"
         fact = f"The logits of this normaliser are in memory anyway, {why}."
         _tell(reading, logits, Refusal(Reason.NORMALISER, fact, reader))
     return reader is None
+
+
+def needed_beside(reading: Reading, nodes: set[Node]) -> set[Node]:
+    """What stays alive once `nodes`, and all that has a normaliser, are computed otherwise."""
+    rows = {n: v for n, v in reading.values.items() if isinstance(v, (RowValue, LossValue))}
+    return needed_nodes(reading, nodes | {n for n, v in rows.items() if algebra.is_normalised(row_expr(v))})
+
+
+def is_read_by_others(reading: Reading, node: Node, needed: set[Node]) -> bool:
+    """Whether something that is needed reads logits, or what they are made of, but for normalisers."""
+    return _other_reader(reading, _root(node), needed) is not None
+
+
+def is_of_product(node: Node) -> bool:
+    """Whether a linear layer makes a tensor, element by element."""
+    return _product(node) is not None
 
 
 def read_fixed_picks(reading: Reading) -> None:
@@ -140,12 +162,29 @@ def _other_reader(reading: Reading, node: Node, needed: set[Node]) -> Node | Non
             continue
         if _is_picked(reading, user) and _product(node) is not None:
             continue
+        if _is_maximum_beside(reading, user) or _is_pick_of_losses(user, needed):
+            continue
         if not is_of_each(user, node):
             return user
         further = _other_reader(reading, user, needed)
         if further is not None:
             return further
     return None
+
+
+def _is_pick_of_losses(node: Node, needed: set[Node]) -> bool:
+    """Whether a node picks logits, and nothing but losses that are computed otherwise reads them."""
+    step = spellings.step_of(node)
+    return step is not None and step.picks and bool(node.users) and needed.isdisjoint(node.users)
+
+
+def _is_maximum_beside(reading: Reading, node: Node) -> bool:
+    """Whether a node is the maximum of rows that have a normaliser, with which it is made."""
+    value = reading.on_logits(node)
+    if value is None or not is_shift(value):
+        return False
+    beside = (v for v in reading.values.values() if isinstance(v, RowValue) and v.logits == value.logits)
+    return any(algebra.is_normalised(row_expr(each)) for each in beside)
 
 
 def _is_outer(node: Node) -> bool:
