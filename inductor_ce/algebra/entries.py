@@ -17,6 +17,7 @@ for |x| at 0, a half for each of equal values of which the larger is taken, and 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -208,6 +209,19 @@ def exp(term: Term) -> Term:
     """A probability, where it is that of its logarithm."""
     is_logarithm = isinstance(term, tuple) and term[0] == "log p"
     return ("p", term[1]) if is_logarithm else ("exp", term)  # type: ignore[index]
+
+
+def logarithm(mixture: Iterable[tuple[int, float]]) -> Term:
+    """Of sum_s w_s p_s, given (s, w_s), whose terms may all be 0 where a sum of their logits is not."""
+    parts: list[Term] = [("log p", s) if w == 1 else ("sub", ("log p", s), -math.log(w)) for s, w in mixture]
+    return functools.reduce(lambda a, b: ("logaddexp", a, b), parts)
+
+
+def softplus(x: Term, beta: float, threshold: float) -> Term:
+    """log(1 + exp(beta x)) / beta, and x itself where beta x is above a threshold, as torch has it."""
+    scaled: Term = x if beta == 1 else ("mul", x, beta)
+    bent: Term = ("logaddexp", scaled, 0.0)
+    return "where", ("gt", scaled, threshold), x, bent if beta == 1 else ("div", bent, beta)
 
 
 # What holds of terms

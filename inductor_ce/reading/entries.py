@@ -172,7 +172,7 @@ class EntryReader:
     def _product(self, entry: joint.Entry) -> Term | None:
         """r b, see `algebra.divergences`."""
         p: Term = 1.0 if entry.side is None else ("p", entry.side)
-        log: Term = 1.0 if entry.log is None else _logarithm(entry.log)
+        log: Term = 1.0 if entry.log is None else entries.logarithm(entry.log)
         product: Term = ("mul", p, log) if p != 1 and log != 1 else log if p == 1 else p
         for place in entry.rows:
             row = self.joint.factors[place]
@@ -292,10 +292,7 @@ class EntryReader:
         numbers = self._numbers({"beta": 1, "threshold": 20, **args}, depth, "input", "beta", "threshold")
         if numbers is None or not all(isinstance(x, float) and x for x in numbers[1:]):
             return None
-        x, beta, threshold = numbers
-        scaled: Term = x if beta == 1 else ("mul", x, beta)
-        bent: Term = ("logaddexp", scaled, 0.0)
-        return "where", ("gt", scaled, threshold), x, bent if beta == 1 else ("div", bent, beta)
+        return entries.softplus(*numbers)
 
     def _power(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         numbers = self._numbers({"exponent": 2, **args}, depth, "input", "exponent")
@@ -373,12 +370,6 @@ def _place(nodes: list[Node], node: Node) -> int:
     if node not in nodes:
         nodes.append(node)
     return nodes.index(node)
-
-
-def _logarithm(mixture: joint.Mixture) -> Term:
-    """Of probabilities that may all be 0, where a sum of their logits is not."""
-    parts: list[Term] = [("log p", s) if w == 1 else ("sub", ("log p", s), -math.log(w)) for s, w in mixture]
-    return functools.reduce(lambda a, b: ("logaddexp", a, b), parts)
 
 
 _ONE, _TWO = ("input",), ("input", "other")
