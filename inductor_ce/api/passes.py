@@ -38,6 +38,7 @@ from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
+from ..rewriting.picked_mixtures import pick_parts
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from ..rewriting.some_classes import part_normalisers
@@ -144,7 +145,7 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
     """What a graph is and what of it may be replaced; with `between`, divergences have been by then."""
     read_aten(graph)
     reading = recognise(graph)
-    for step in (part_normalisers, turn_products) if between else ():
+    for step in (pick_parts, part_normalisers, turn_products) if between else ():
         if attempt(LEFT, step, graph, reading, options)[0]:
             forget(reading)
             reading = recognise(graph)

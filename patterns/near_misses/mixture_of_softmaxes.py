@@ -27,7 +27,10 @@ def loss(latent, prior_logits, weight, targets):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into mul (probs = (probs *
-    prior.unsqueeze(2).expand_as(probs)).sum(1)). If this is a cross entropy, write this step in one of
-    the spellings that the README lists; if not, it runs as written.
+exp(pick(y) - lse)
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
+SOFT_TARGETS: The classes are weighed by gather (return F.nll_loss(torch.log(probs.add(1e-8)),
+    targets)) [8, 3, 1], of which a gradient is wanted. Detach the targets if they are meant as
+    constants; no gradient reaches them through the kernels.
 """
