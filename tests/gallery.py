@@ -123,7 +123,8 @@ def whole(paths: Sequence[Path]) -> list[Path]:
 
 def alone(paths: Sequence[Path]) -> list[Path]:
     """The others, of which the rewritten graph is asked; with ALL=1 it is asked of all."""
-    return [path for path in paths if EVERYTHING or path not in whole(paths)]
+    left_out = set() if EVERYTHING else set(whole(paths))
+    return [path for path in paths if path not in left_out]
 
 
 def load(path: Path) -> ModuleType:
