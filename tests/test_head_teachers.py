@@ -248,6 +248,7 @@ def test_a_loop_over_chunks() -> None:
     assert largest(graphs.final[0]) == N // 3 * V
 
 
+@pytest.mark.with_all("two heads in pieces, test_head_sides.py")
 def test_generated_code() -> None:
     compiled, _ = compile_with_codegen(squared, strategy="token_chunks", memory_budget=BUDGET)
     check(compiled, "squared", given())
