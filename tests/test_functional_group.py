@@ -237,7 +237,7 @@ def test_compiled_every_rank_equals_dense(name: str, split: str) -> None:
 
 def test_trap_11_two_ranks_and_one_cache() -> None:
     tag = uuid.uuid4().hex
-    cold, warm = (spawn(cached, 2, 2, tag, new=True) for _ in range(2))
+    cold, warm = (spawn(cached, 2, 2, tag, new=new) for new in (False, EVERYTHING))
     for ranks in (cold, warm):
         for name, split in CACHED:
             check(ranks, name, split)

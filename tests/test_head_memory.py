@@ -202,8 +202,9 @@ def gpu_code(loss: Loss, strategy: str, pieces: int = 2, v: int = V) -> list[Wra
     return [lower_after_passes(gm, is_backward=i == 1) for i, gm in enumerate(graphs.final)]
 
 
-# Those that are no part of another
-ABSORBED = [name for name in CHAINS if EVERYTHING or name not in ("soft-cap", "scale")]
+# Those that are no part of another, nor written by the functions of another
+ALIKE = ("soft-cap", "scale", "learnt scale", "learnt temperatures", "bias behind a scale")
+ABSORBED = [name for name in CHAINS if EVERYTHING or name not in ALIKE]
 
 
 @pytest.mark.parametrize(("chain", "strategy"), in_turns(ABSORBED, ["token_chunks", "vocab_slabs"]))

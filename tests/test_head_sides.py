@@ -14,7 +14,7 @@ from gpu_codegen import lower_after_passes
 from harness import Graphs, compile_lazily, compile_without_codegen
 from head_cases import counts
 from kernels import backwards_at_once
-from pairwise import in_turns
+from pairwise import EVERYTHING, in_turns
 from reference import assert_all_fair, assert_fair, log_sum_exp
 from test_head_memory import largest, most_at_once, saved, sizes
 from torch import Tensor
@@ -338,7 +338,7 @@ def test_generated_code() -> None:
     assert sum(code.count("extern_kernels.inductor_ce_logits(") for code in codes) == 4
 
 
-@pytest.mark.parametrize("name", ["beta 0.5", "other side alone", "both", "one weight"])
+@pytest.mark.parametrize("name", ["other side alone", "both", *["beta 0.5", "one weight"] * EVERYTHING])
 def test_code_for_a_gpu(name: str) -> None:
     """Of the size of a piece there are the logits, and in bfloat16 a gradient for each side that moves.
 
