@@ -1,4 +1,5 @@
-"""The kernels of one graph are compiled together: g++ reads torch's headers once for all, half a second each.
+"""The kernels of a forward and its backward are compiled together: g++ reads torch's headers, and links its
+libraries, once for all, half a second each.
 
 Their texts and how they are compiled stay the same, each as a module of its own in a library for several.
 """
@@ -6,6 +7,7 @@ Their texts and how they are compiled stay the same, each as a module of its own
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,7 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from torch._functorch import config as functorch_config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 
@@ -77,13 +80,27 @@ def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> Lambda
 
 
 def _wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
-    self._wait_futures(scope)
+    """Kernels are not waited for: whichever is called first has all compiled that were asked for by then."""
+    late = {name: kernel for name, kernel in scope.items() if isinstance(kernel, LambdaFuture)}
+    for name in late:
+        del scope[name]
     wait_for_others(self, scope)
+    scope.update({name: functools.partial(_first, scope, name, kernel) for name, kernel in late.items()})
+
+
+def _first(scope: dict[str, Any], name: str, kernel: LambdaFuture, *args: Any) -> None:
+    scope[name] = kernel.result()
+    scope[name](*args)
+
+
+def backwards_at_once() -> contextlib.AbstractContextManager[None]:
+    """What is compiled within the block has its backward compiled then, not when it first runs."""
+    return functorch_config.patch(force_non_lazy_backward_lowering=True)
 
 
 @contextlib.contextmanager
 def compiled_together() -> Iterator[None]:
-    """Within the block, those of one graph are, once all are asked for."""
+    """Within the block they are, once one of them is called."""
     together = Together()
 
     def load(cls: Any, *args: Any, **how: Any) -> Callable[[], ModuleType]:

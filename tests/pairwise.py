@@ -60,17 +60,21 @@ def parts_of(combination: Combination, strength: int = 2) -> set[tuple[tuple[int
 
 
 def left_to_others(items: Sequence[pytest.Item]) -> set[pytest.Item]:
-    """Of tests marked `in_turns`, those all of whose choices others have; none with ALL=1.
+    """Those marked `with_all`, and of those marked `in_turns` the ones all of whose choices others have; none
+    with ALL=1.
 
     The choices are those of each `parametrize` of a test. What needs a GPU is not counted, nor left out.
     """
+    if EVERYTHING:
+        return set()
+    left = {item for item in items if item.get_closest_marker("with_all")}
     matrices: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if item.get_closest_marker("in_turns") and "gpu" not in item.keywords and not EVERYTHING:
+        if item.get_closest_marker("in_turns") and "gpu" not in item.keywords and item not in left:
             matrices.setdefault(item.nodeid.split("[")[0], []).append(item)
-    return {item for matrix in matrices.values() for item in matrix} - {
-        item for matrix in matrices.values() for item in taking_turns(matrix)
-    }
+    for matrix in matrices.values():
+        left |= {*matrix} - {*taking_turns(matrix)}
+    return left
 
 
 def taking_turns(matrix: Sequence[pytest.Item]) -> list[pytest.Item]:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import clean_slate
+from kernels import backwards_at_once
 
 # CUDA must not be looked at before a fork.
 START = "spawn" if torch.cuda.is_available() else "forkserver"
@@ -200,6 +201,7 @@ def tagged_caches(tag: str) -> Iterator[None]:
         torch.compiler.config.patch(cache_key_tag=tag),
         torch._inductor.config.patch(fx_graph_cache=True),
         torch._functorch.config.patch(enable_autograd_cache=True),
+        backwards_at_once(),
     ):
         yield
 

@@ -20,7 +20,8 @@ import torch
 import torch._dynamo
 import torch._inductor.compile_fx
 import torch.nn.functional as F
-from kernels import compiled_together
+from functorch.compile import make_boxed_func
+from kernels import backwards_at_once, compiled_together
 
 torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
 folder = Path(sys.argv[1])
@@ -43,6 +44,13 @@ OPTIONS = {
     verified: dict(verify=True),
     with_logits: {},
 }
+
+def warm():  # what torch does in a process's first compilation; a build for GPUs must not be forked then
+    graph = lambda gm, inputs, **kwargs: make_boxed_func(gm.forward)
+    backend = lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, inner_compile=graph)
+    if not torch.backends.cuda.is_built():
+        torch.compile(lambda h: F.cross_entropy(h, Y % 16), backend=backend)(H.clone().requires_grad_())
+        torch._dynamo.reset()
 
 def told(f, compiled):
     h, w = (x.detach().clone().requires_grad_() for x in (H, W))
@@ -97,11 +105,12 @@ def found(what):
     return given
 
 # NOTE: each in a process of its own
-# They share the import of torch and of Inductor alone.
+# They share the import of torch and of Inductor, and a first compilation, alone.
+warm()
 for what in sys.argv[2:]:
     if not os.fork():
         try:
-            with compiled_together():
+            with compiled_together(), backwards_at_once():
                 print("FOUND", json.dumps([what, found(what)]), flush=True)
         except Exception:
             traceback.print_exc()

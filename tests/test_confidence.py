@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from gpu_codegen import generate, interpret
 from harness import Graphs, compile_with_codegen, compile_without_codegen, misses, sites
 from head_cases import BUDGETS
+from pairwise import EVERYTHING
 from reference import assert_as_fair, measure
 from test_algebra import evaluate
 from test_head import check as check_head
@@ -295,7 +296,7 @@ def test_head_says_why_it_is_not_in_chunks():
 # Code
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *[torch.float32] * EVERYTHING], ids=str)
 def test_code_of_a_cpu(dtype: torch.dtype):
     z, y = logits(dtype), torch.randint(V, (N,))
     compiled, graphs = compile_with_codegen(penalised)

@@ -19,7 +19,7 @@ from harness import (
     misses,
     sites,
 )
-from pairwise import in_turns
+from pairwise import EVERYTHING, in_turns
 from test_recognise import explained
 from torch import Tensor
 from torch.distributions import Categorical
@@ -225,7 +225,7 @@ def test_through_all_passes(f):
     assert misses() == 0
 
 
-@pytest.mark.parametrize("f", [generalised, of_categoricals])
+@pytest.mark.parametrize("f", [generalised, *[of_categoricals] * EVERYTHING])
 def test_generated_code(f):
     args = sides(torch.bfloat16)
     compiled, _ = compile_with_codegen(f)
@@ -902,7 +902,7 @@ def mixed_log(a: list[Tensor], p: list[Tensor], weights: list[float], in_logs: b
     return sum(w * x for x, w in pairs).log()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(24 if EVERYTHING else 16))
 def test_at_random(seed):
     loss, count = random_loss(seed)
     moving = random.Random(-seed).choices([True, False], k=count - 1)

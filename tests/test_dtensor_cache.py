@@ -1,4 +1,4 @@
-"""Trap 11: one cache for all ranks, cold and then warm. What is cached knows no rank."""
+"""Trap 11: one cache for all ranks, cold and then, in other processes, warm. What is cached knows no rank."""
 
 import uuid
 
@@ -34,7 +34,7 @@ def train_step(rank: int, device: str, tag: str) -> dict:
 @pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def runs(request: pytest.FixtureRequest):
     device, tag = request.param, uuid.uuid4().hex
-    return tuple(spawn(train_step, 2, device, tag, device=device, new=True) for _ in ("cold", "warm"))
+    return tuple(spawn(train_step, 2, device, tag, device=device, new=new) for new in (False, True))
 
 
 def test_trap_11_cold_and_warm_equal_dense(runs):

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from dtensor_cases import Setup, collectives, tensors
 from expecttest import assert_expected_inline
 from harness import compile_without_codegen, misses, sites
+from kernels import backwards_at_once
+from pairwise import EVERYTHING
 from test_golden import show
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
@@ -516,7 +518,7 @@ def test_communication_in_eager_code():
     assert (forward.get_total_counts(), backward.get_total_counts()) == (1, 0)
 
 
-@pytest.mark.parametrize("strategy", ["materialise", "token_chunks"])
+@pytest.mark.parametrize("strategy", ["materialise", *["token_chunks"] * EVERYTHING])
 def test_code_for_logits_whose_rows_are_of_several_dimensions(strategy: str):
     """As of models that return them: the rank is asked for by another tensor than it was traced with."""
 
@@ -526,7 +528,7 @@ def test_code_for_logits_whose_rows_are_of_several_dimensions(strategy: str):
 
     given, _ = made(LINE)
     h, W, y = given
-    with inductor_ce.install(min_vocab=2, strategy=strategy, memory_budget=0.5):
+    with inductor_ce.install(min_vocab=2, strategy=strategy, memory_budget=0.5), backwards_at_once():
         torch.compile(loss, fullgraph=True)(h, W, y).backward()
     assert sites() == 1
 
@@ -534,7 +536,7 @@ def test_code_for_logits_whose_rows_are_of_several_dimensions(strategy: str):
 def test_code_for_a_leaf_whose_rows_are_of_several_dimensions():
     (h, W, y), _ = made(LINE)
     logits = F.linear(h.unflatten(0, (2, -1)), W).detach().requires_grad_()
-    with inductor_ce.install(min_vocab=2):
+    with inductor_ce.install(min_vocab=2), backwards_at_once():
         torch.compile(lambda z, y: F.cross_entropy(z.flatten(0, 1), y))(logits, y).backward()
     assert sites() == 1
 

@@ -394,7 +394,7 @@ def given(dtype: torch.dtype, batch: int = 2, length: int = 4, seed: int = 0) ->
     return z.to(dtype).requires_grad_(), z2.to(dtype).requires_grad_(), t.to(dtype), w.to(dtype), y
 
 
-PROGRAMS = range(30)
+PROGRAMS = range(30 if EVERYTHING else 20)
 
 
 @pytest.mark.parametrize(

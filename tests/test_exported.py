@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import reference
@@ -17,6 +18,7 @@ from harness import Graphs, compile_lazily, compile_without_codegen, known_to_ch
 from pairwise import pairwise
 from reference import Terms, assert_fair
 from torch import Tensor, nn
+from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.compile_fx import compile_fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -347,6 +349,28 @@ def quickly_compiled() -> contextlib.AbstractContextManager[None]:
     )
 
 
+def test_a_package_has_no_operator_of_python() -> None:
+    """Whatever strategy is asked for."""
+
+    texts: list[str] = []
+
+    def compile_nothing(graph: Any, wrapper: str, kernels: str, *args: Any, **given: Any) -> None:
+        texts.extend((wrapper, kernels))
+        raise RuntimeError("not compiled")
+
+    inductor_ce.install(min_vocab=2, strategy="token_chunks", verify=True)
+    with (
+        mock.patch.object(AotCodeCompiler, "compile", compile_nothing),
+        pytest.raises(Exception, match="not compiled"),
+    ):
+        torch._inductor.aoti_compile_and_package(torch.export.export(Smoothed(), tokens()))
+    assert (sites(), misses()) == (1, 0)
+    wrapper, kernels = texts
+    assert "cpp_fused" in kernels
+    assert "inductor_ce" not in wrapper + kernels
+
+
+@pytest.mark.with_all("the text of a package, the test before")
 def test_a_package_runs_without_us(tmp_path: Path) -> None:
     """What is packaged has no operator of Python, whatever strategy is asked for."""
     model, given = Smoothed(), tokens()

@@ -47,8 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
 COMPILED = {"equal": ("plain", "weight and smoothing"), "uneven": ("probabilities, all",)}
 if EVERYTHING:
     COMPILED = dict.fromkeys(COMPILED, ("plain", "weight and smoothing", "probabilities, all"))
-# As generated code, of which g++ has much to compile: alike on all ranks, and each rank's own.
-CACHED = (("probabilities, all", "equal"), ("weight and smoothing", "uneven"))
+# As generated code: each rank's own, and with ALL=1 alike on all ranks, as in test_dtensor_cache.py.
+CACHED = [*[("probabilities, all", "equal")] * EVERYTHING, ("weight and smoothing", "uneven")]
 
 
 def case(options: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
@@ -237,7 +237,7 @@ def test_compiled_every_rank_equals_dense(name: str, split: str) -> None:
 
 def test_trap_11_two_ranks_and_one_cache() -> None:
     tag = uuid.uuid4().hex
-    cold, warm = (spawn(cached, 2, 2, tag, new=True) for _ in range(2))
+    cold, warm = (spawn(cached, 2, 2, tag, new=new) for new in (False, EVERYTHING))
     for ranks in (cold, warm):
         for name, split in CACHED:
             check(ranks, name, split)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from gpu_codegen import lower_after_passes
 from harness import Graphs, compile_with_codegen, compile_without_codegen
 from head_cases import counts
-from pairwise import in_turns
+from pairwise import EVERYTHING, in_turns
 from reference import assert_fair, log_sum_exp
 from test_head_memory import largest, most_at_once, saved
 from torch import Tensor
@@ -248,13 +248,14 @@ def test_a_loop_over_chunks() -> None:
     assert largest(graphs.final[0]) == N // 3 * V
 
 
+@pytest.mark.with_all("two heads in pieces, test_head_sides.py")
 def test_generated_code() -> None:
     compiled, _ = compile_with_codegen(squared, strategy="token_chunks", memory_budget=BUDGET)
     check(compiled, "squared", given())
     assert counts() == {"token_chunks": 1}
 
 
-@pytest.mark.parametrize("loss", [soft_cross_entropy, masked_forward_kl, reverse_kl])
+@pytest.mark.parametrize("loss", [reverse_kl, *[soft_cross_entropy, masked_forward_kl] * EVERYTHING])
 def test_code_for_a_gpu(loss: Loss) -> None:
     """Of the size of a piece there is nothing but the logits of both, the student's to be overwritten."""
     compiled, graphs = in_chunks(loss, memory_budget=2.0)

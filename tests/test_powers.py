@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from gpu_codegen import generate, interpret
 from harness import compile_with_codegen, compile_without_codegen, misses, sites
 from head_cases import BUDGETS
-from pairwise import in_turns
+from pairwise import EVERYTHING, in_turns
 from reference import assert_as_fair, measure
 from sympy import sympify
 from test_algebra import LOG_P, evaluate, random_row
@@ -241,7 +241,7 @@ def exact_regularised(z: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.in_turns
-@pytest.mark.parametrize("compile_it", [compile_without_codegen, compile_with_codegen])
+@pytest.mark.parametrize("compile_it", [compile_without_codegen, *[compile_with_codegen] * EVERYTHING])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_beside_a_cross_entropy_there_is_one_sweep(dtype: torch.dtype, compile_it: Callable):
     z, y = logits(dtype), torch.randint(V, (N,))

@@ -372,7 +372,7 @@ def in_a_process(rank: int, tag: str) -> dict[str, Any]:
 def test_trap_12_explain_is_right_on_a_warm_machine() -> None:
     """Warm cache: the pass does not run, counters read 0, the user concludes "not applied"."""
     tag = uuid.uuid4().hex  # no graph was stored under it yet
-    (cold,), (warm,) = (spawn(in_a_process, 1, tag, new=True) for _ in range(2))
+    (cold,), (warm,) = (spawn(in_a_process, 1, tag, new=new) for new in (False, True))
     assert cold["hits"] == 0
     assert warm["hits"] > 0
     assert len(cold["report"]["sites"]) == 1
