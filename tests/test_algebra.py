@@ -264,6 +264,8 @@ def test_any_smoothing_cancels_exactly(e: float) -> None:
         algebra.logsumexp(LOGITS * number(2)),
         algebra.logsumexp(-LOGITS),
         algebra.peak(-LOGITS),
+        algebra.norm(LOGITS),
+        algebra.norm(SOFTMAX + number(1)),
         total(LOGITS * LOGITS),
         total(SOFTMAX * SOFTMAX * LOGITS),
         total((SOFTMAX + -indicator(Y)) * (SOFTMAX + -indicator(Y))),

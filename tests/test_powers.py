@@ -94,6 +94,16 @@ def effective_samples(z: Tensor) -> Tensor:
     return w.sum(-1) ** 2 / (w**2).sum(-1)
 
 
+def norm(z: Tensor) -> Tensor:
+    return z.softmax(-1).norm(dim=-1)
+
+
+def norm_by_linalg(z: Tensor) -> Tensor:
+    return (2 * z.softmax(-1)).pow(1.5).norm(2, -1) + torch.linalg.vector_norm(
+        z.softmax(-1), ord=2, dim=(-1,)
+    )
+
+
 SPELLINGS: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
     collision: lambda z: -mass(z, 2).log(),
     gini: lambda z: 1 - mass(z, 2),
@@ -104,6 +114,8 @@ SPELLINGS: dict[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] = {
     renyi_by_exp: lambda z: mass(z, 0.7).log() / 0.3,
     polynomial: lambda z: 1 - mass(z, 3) / 2 - mass(z, 2) / 4,
     effective_samples: lambda z: 1 / mass(z, 2),
+    norm: lambda z: mass(z, 2).sqrt(),
+    norm_by_linalg: lambda z: 2**1.5 * mass(z, 3).sqrt() + mass(z, 2).sqrt(),
 }
 
 

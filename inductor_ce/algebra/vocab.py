@@ -324,6 +324,15 @@ def total(value: Vocab) -> sympy.Expr | None:
     return expand(result)
 
 
+@remembered
+def norm(value: Vocab) -> sympy.Expr | None:
+    """The square root of the sum of squares, of c p."""
+    order, _ = _power_of_p(value)
+    square = power(value, 2) if order else None
+    logarithm = None if square is None else row_log(total(square))
+    return None if logarithm is None else sympy.exp(expand(logarithm / 2))
+
+
 def cancels(value: Vocab) -> bool:
     """Whether powers of p stand beside targets, as in (p - q)^2, or one is taken from another.
 

@@ -111,6 +111,13 @@ mean = _over_vocab(_mean, partial(losses.over_all, "mean"), reads_logits=False)
 amax = _over_vocab(algebra.peak, reads_logits=False)
 maximum = _over_vocab(partial(algebra.peak, maximum=symbols.TOP), reads_logits=False)
 argmax = _over_vocab(algebra.argmax, reads_logits=False)
+_norm = _over_vocab(algebra.norm, reads_logits=False)
+
+
+def norm(context: Context, args: dict[str, Any]) -> Outcome:
+    """The square root of a sum of squares."""
+    order = args.get("p", args.get("ord"))
+    return _norm(context, args) if order in (None, "fro", 2) and args.get("out") is None else None
 
 
 def _refused_cast(args: dict[str, Any]) -> Refusal:
