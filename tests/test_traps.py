@@ -859,6 +859,8 @@ RAW = {
     "soft-cap": lambda z: 30 * torch.tanh(z.float() / 30),
     "16-bit soft-cap": lambda z: 30 * torch.tanh(z / 30),
     "scale": lambda z: z.float() * 0.5,
+    "temperature of 1": lambda z: z / 1.0,
+    "temperatures of 1": lambda z: (1.0 * z).float() / torch.ones(()),
     "bias": lambda z: z.float() + torch.arange(V),
     "shift": lambda z: z.view(3, 4, V)[:, :-1].float().reshape(-1, V),
 }

@@ -27,13 +27,20 @@ _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Ten
 
 
 def recompute_chains(graph: Graph) -> None:
-    """Tag the pointwise chains before all logits of a joint graph, and before weights of rows and classes."""
+    """Tag the pointwise chains before all logits of a joint graph, and before weights of rows and classes.
+
+    What multiplies by one is left out of them.
+    """
     returned = set(graph.output_node().all_input_nodes)
     ends = [end for node in graph.find_nodes(op="call_function", target=ops.ROW_STATS) for end in _ends(node)]
     for node in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
         ends += node.args[0]
-    for link in [link for end in ends for link in _chain(end, returned)]:
-        if not _may_be_dropped(link):
+    for link in dict.fromkeys(link for end in ends for link in _chain(end, returned)):
+        operand = _unchanged(link)
+        if operand is not None:
+            link.replace_all_uses_with(operand)
+            graph.erase_node(link)
+        elif not _may_be_dropped(link):
             link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             link.meta.setdefault("ac_graph_id", 0)
 
@@ -52,6 +59,27 @@ def _may_be_dropped(link: Node) -> bool:
     """
     neutral = _NEUTRAL.get(link.target)
     return neutral is not None and any(_is_all(operand, neutral) for operand in link.args)
+
+
+def _unchanged(link: Node) -> Node | None:
+    """The operand that a link makes again, as a temperature of 1 does: what else it reads is one."""
+    if link.target is aten.mul.Tensor:
+        pairs = [link.args[:2], link.args[1::-1]]
+    elif link.target is aten.div.Tensor and not link.kwargs:
+        pairs = [link.args[:2]]
+    else:
+        return None
+    own = tensor_of(link)
+    for operand, one in pairs:
+        example = tensor_of(operand)
+        if example is not None and _is_all(one, 1) and _is_alike(example, own):
+            return operand  # type: ignore[return-value]
+    return None
+
+
+def _is_alike(a: torch.Tensor, b: torch.Tensor | None) -> bool:
+    kinds = [(x.dtype, x.shape, x.stride(), x.device) for x in (a, b) if x is not None]
+    return len(kinds) == 2 and kinds[0] == kinds[1]
 
 
 def _is_all(operand: Any, number: int) -> bool:

@@ -1,0 +1,30 @@
+"""Mixture of softmaxes: the label's probability in a sum of several, weighted by a gate.
+
+Source: zihangdai/mos, model.py
+Family: Log-probabilities
+"""
+
+import torch
+import torch.nn.functional as F
+
+N, V, D, EXPERTS = 8, 48, 12, 3
+
+
+def inputs():
+    latent = torch.randn(N, EXPERTS, D, requires_grad=True)
+    gate = torch.softmax(torch.randn(N, EXPERTS), -1).requires_grad_()
+    return latent, gate, torch.randn(V, D, requires_grad=True), torch.randint(V, (N,))
+
+
+def loss(latent, gate, weight, targets):
+    logits = F.linear(latent.view(-1, D), weight)
+    probs = F.softmax(logits, dim=-1).view(-1, EXPERTS, V)
+    probs = (probs * gate.unsqueeze(2).expand_as(probs)).sum(1)
+    return F.nll_loss(torch.log(probs.add(1e-8)), targets)
+
+
+EXPECTED = """\
+exp(pick(y) - lse)
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
+"""
