@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 from functorch.compile import make_boxed_func
 from kernels import backwards_at_once, compiled_together
-from networkx.algorithms.flow import boykov_kolmogorov, maxflow
 from pairwise import EVERYTHING
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
@@ -49,8 +48,7 @@ def clean_slate():
     makes no text of its graphs for a log that nobody reads: 3 ms of 150. That a library made for this
     processor can be loaded is not seen in a process of its own, for every process that asks: 1 s. And of its
     kinds of vectors those are not looked for that nobody asks for, 6 s where no library was made yet. Whether
-    a class is a named tuple is asked ten thousand times a compilation, and answered once: 3 %. The one
-    smallest cut that parts a forward from its backward is found by the quickest of the ways there are: 2 %.
+    a class is a named tuple is asked ten thousand times a compilation, and answered once: 3 %.
     """
     torch._dynamo.reset()
     counters.clear()
@@ -66,7 +64,6 @@ def clean_slate():
         mock.patch.object(cpu_vec_isa.VecISA, "_probe_load", lambda *_: True, create=True),
         mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", best_vectors),
         mock.patch.object(_pytree, "is_namedtuple_class", is_namedtuple_class, create=True),
-        mock.patch.object(maxflow, "default_flow_func", boykov_kolmogorov),
         compiled_together(),
     ):
         yield
