@@ -236,7 +236,7 @@ def test_long_text_is_cut() -> None:
     for k in range(5):
         term = ("add", ("exp", ("mul", ("t", k), P)), ("mul", term, ("sqrt", ("add", term, LOG_P))))
     assert len(entries_text.render(made_of(term))) <= entries_text.LONGEST
-    assert entries_text.render(made_of(("exp", term))).endswith("*g(log p, p, q, ...))")
+    assert entries_text.render(made_of(("exp", term))).endswith("*sqrt(g(log p, p, q, ...)))")
 
 
 def test_what_a_statistic_is_is_not_own() -> None:
