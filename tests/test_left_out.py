@@ -246,6 +246,50 @@ def test_a_mask_of_other_logits_is_brought_along(f):
     assert ["finite" in site.form for site in graphs.report.sites] == [False]
 
 
+# Of a sum over all
+
+
+def others_by_fill(z, y):
+    return z.log_softmax(-1).masked_fill(F.one_hot(y, V).bool(), 0).sum(-1).mean()
+
+
+def others_by_zero(z, y):
+    others = torch.ones_like(z).scatter(1, y[:, None], 0.0)
+    return -(z.log_softmax(-1) * others).sum(-1).mean() / (V - 1)
+
+
+def others_by_difference(z, y):
+    log_p = z.log_softmax(-1)
+    return (log_p.sum(-1) - log_p.gather(1, y[:, None])[:, 0]).square().mean()
+
+
+def smoothed_but_for_padding(z, y):
+    target = torch.full_like(z, 0.1 / (V - 2)).scatter(1, (y + 9)[:, None], 0.9)
+    target[:, 0] = 0
+    return F.kl_div(z.log_softmax(-1), target, reduction="batchmean")
+
+
+BUT_ONE = [others_by_fill, others_by_zero, others_by_difference, smoothed_but_for_padding]
+
+
+@pytest.mark.parametrize("f", BUT_ONE, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("logit", [-1e9, torch.finfo(torch.float32).min, -math.inf])
+def test_a_class_that_is_taken_away_from_a_sum_of_all(f, logit):
+    """Whose logit may be a mask's: beside it nothing would be left of the others."""
+    y = inputs()[3]
+
+    def masked(z, y):
+        padding = torch.zeros_like(y) if f is smoothed_but_for_padding else y
+        return f(z.scatter(1, padding[:, None], logit), y)
+
+    compiled, _ = compile_without_codegen(masked)
+    args = torch.randn(N, V, requires_grad=True), y
+    if f is others_by_fill or logit != -math.inf:
+        check_numbers(gallery.run(compiled, args), masked, args)
+    (miss,) = explained(masked, *args).misses
+    assert "taken away" in miss.message or "takes it away" in miss.message
+
+
 # Left
 
 

@@ -57,6 +57,7 @@ from .symbols import (
     row_log,
     same,
     shifted,
+    takes_back,
     weighs_logits,
     weighs_probabilities,
 )
@@ -163,6 +164,7 @@ __all__ = [
     "select",
     "shifted",
     "softmax",
+    "takes_back",
     "total",
     "weighs_logits",
     "weighs_probabilities",

@@ -200,6 +200,26 @@ def is_normalised(value: sympy.Expr) -> bool:
     return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of, mean_pz_of, lse_of))
 
 
+def takes_back(value: sympy.Expr) -> bool:
+    """Whether a sum over all classes has one class taken away again, whose logit then adds nothing.
+
+    Where that is a mask's -1e9, nothing is left of the others. Labels are taken to differ.
+    """
+    if not value.has(SUM, dot) or not value.has(pick):
+        return False
+    value = value.replace(same, lambda *_: sympy.Integer(0)).replace(hit, lambda *_: sympy.Integer(1))
+    sums = [SUM] * value.has(SUM) + sorted(value.atoms(dot), key=str)
+    picks = sorted(value.atoms(pick), key=str)
+    held = {term: sympy.Dummy(real=True) for term in (*sums, *picks)}
+    value = value.xreplace(held)
+    for y in picks:
+        ones = [sympy.Integer(1) if term == SUM else entry(*term.args, *y.args) for term in sums]
+        net = sum(value.diff(held[term]) * one for term, one in zip(sums, ones, strict=True))
+        if net != 0 and sympy.expand(net + value.diff(held[y])) == 0:
+            return True
+    return False
+
+
 def has_power(value: sympy.Basic) -> bool:
     """Whether an expression has a sum of powers of probabilities."""
     return bool(value.atoms(lse_of))

@@ -53,6 +53,11 @@ POWERS_CANCEL = Refusal(
     "Powers of the probabilities are summed beside the probabilities of a target, and gradients are wanted: "
     "where the prediction is near the target they cancel, which sums of a row do not survive.",
 )
+TAKEN_BACK = Refusal(
+    Reason.NOT_UNDERSTOOD,
+    "A class is left out of a sum over all by what takes it away again: where its logit is a mask's -1e9, "
+    "nothing would be left of the others. Multiply by a mask instead.",
+)
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
 )
@@ -276,6 +281,8 @@ def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
         return LOGITS_EDITED
     if _powers_cancel(reading, group):
         return POWERS_CANCEL
+    if any(map(algebra.takes_back, group.exprs.values())):
+        return TAKEN_BACK
     return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
 
 
