@@ -35,7 +35,7 @@ from .passes import fuse_losses
 from .report import Report
 
 
-def explain(f: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
+def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     """Run `f(*args, **kwargs)` once and report the losses found in the graphs that torch.compile captures.
 
     Every graph is captured afresh and read outside all caches, so the report is the same on a machine where
