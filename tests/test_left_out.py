@@ -269,25 +269,38 @@ def smoothed_but_for_padding(z, y):
     return F.kl_div(z.log_softmax(-1), target, reduction="batchmean")
 
 
-BUT_ONE = [others_by_fill, others_by_zero, others_by_difference, smoothed_but_for_padding]
+def masked(f, logit):
+    """The loss of logits of which the one that it leaves out is a mask's."""
 
-
-@pytest.mark.parametrize("f", BUT_ONE, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("logit", [-1e9, torch.finfo(torch.float32).min, -math.inf])
-def test_a_class_that_is_taken_away_from_a_sum_of_all(f, logit):
-    """Whose logit may be a mask's: beside it nothing would be left of the others."""
-    y = inputs()[3]
-
-    def masked(z, y):
+    def loss(z, y):
         padding = torch.zeros_like(y) if f is smoothed_but_for_padding else y
         return f(z.scatter(1, padding[:, None], logit), y)
 
-    compiled, _ = compile_without_codegen(masked)
-    args = torch.randn(N, V, requires_grad=True), y
+    return loss
+
+
+MASKED = [-1e9, torch.finfo(torch.float32).min]
+
+
+@pytest.mark.parametrize("f", [others_by_zero, smoothed_but_for_padding], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("logit", MASKED)
+def test_a_class_of_weight_0_is_not_taken_away_from_all(f, logit):
+    loss, args = masked(f, logit), (torch.randn(N, V, requires_grad=True), inputs()[3])
+    compiled, _ = compile_without_codegen(loss)
+    check_numbers(gallery.run(compiled, args), loss, args)
+    assert sites() == 1
+
+
+@pytest.mark.parametrize("f", [others_by_fill, others_by_difference], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("logit", [*MASKED, -math.inf])
+def test_a_class_that_is_taken_away_from_all(f, logit):
+    """Beside a mask's logit nothing would be left of the others."""
+    loss, args = masked(f, logit), (torch.randn(N, V, requires_grad=True), inputs()[3])
+    compiled, _ = compile_without_codegen(loss)
     if f is others_by_fill or logit != -math.inf:
-        check_numbers(gallery.run(compiled, args), masked, args)
-    (miss,) = explained(masked, *args).misses
-    assert "taken away" in miss.message or "takes it away" in miss.message
+        check_numbers(gallery.run(compiled, args), loss, args)
+    (miss,) = explained(loss, *args).misses
+    assert "takes it away" in miss.message
 
 
 # Left

@@ -108,6 +108,8 @@ def scatter(context: Context, args: dict[str, Any]) -> Value | None:
     value = _number_of(context, args.get("src", args.get("value")))
     if not isinstance(base, Columns) or value is None or not is_labels(index) or "reduce" in args:
         return None
+    if _is_taken_out(base, value):
+        return None
     shape = shape_of(args["input"])
     if not isinstance(dim, int) or not -len(shape) <= dim < len(shape):
         return None
@@ -125,6 +127,8 @@ def setitem(context: Context, args: dict[str, Any]) -> Value | None:
     value = _number_of(context, args.get("value"))
     if not isinstance(base, Columns) or value is None or not isinstance(index, tuple):
         return None
+    if _is_taken_out(base, value):
+        return None
     axis, column = _fixed_column(args["input"], index) or (label_axis(context, args["input"], index), None)
     if axis is None or base.axis not in (None, axis):
         return None
@@ -135,6 +139,15 @@ def setitem(context: Context, args: dict[str, Any]) -> Value | None:
     else:
         return None
     return Columns(algebra.select(algebra.indicator(y), algebra.as_vocab(value), base.expr), axis)
+
+
+def _is_taken_out(base: Columns, value: sympy.Expr) -> bool:
+    """Whether a column of what is not 0 elsewhere becomes 0.
+
+    Read so, its logit would be added with all others and taken away again, which leaves nothing of these
+    where it is a mask's -1e9. As a tensor that is brought along it has a weight of 0 there.
+    """
+    return value == 0 and base.expr.get(algebra.ONE) != 0
 
 
 def _fixed_column(source: Any, index: tuple[Any, ...]) -> tuple[int, int] | None:
