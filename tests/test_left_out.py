@@ -263,6 +263,13 @@ def others_by_difference(z, y):
     return (log_p.sum(-1) - log_p.gather(1, y[:, None])[:, 0]).square().mean()
 
 
+def large_margin(z, y):
+    """The cross entropy of all other classes to the mean of their log-probabilities and to themselves."""
+    others = 1.0 - F.one_hot(y, V).to(z.dtype)
+    p, log_p = z.softmax(-1), z.log_softmax(-1)
+    return ((p - 1.0 / (V - 1)) * log_p * others).sum(-1).mean()
+
+
 def smoothed_but_for_padding(z, y):
     target = torch.full_like(z, 0.1 / (V - 2)).scatter(1, (y + 9)[:, None], 0.9)
     target[:, 0] = 0
@@ -291,7 +298,7 @@ def test_a_class_of_weight_0_is_not_taken_away_from_all(f, logit):
     assert sites() == 1
 
 
-@pytest.mark.parametrize("f", [others_by_fill, others_by_difference], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", [others_by_fill, others_by_difference, large_margin], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("logit", [*MASKED, -math.inf])
 def test_a_class_that_is_taken_away_from_all(f, logit):
     """Beside a mask's logit nothing would be left of the others."""

@@ -203,11 +203,13 @@ def is_normalised(value: sympy.Expr) -> bool:
 def takes_back(value: sympy.Expr) -> bool:
     """Whether a sum over all classes has one class taken away again, whose logit then adds nothing.
 
-    Where that is a mask's -1e9, nothing is left of the others. Labels are taken to differ.
+    Where that is a mask's -1e9, whose probability is 0, nothing is left of the others. Labels are taken to
+    differ.
     """
     if not value.has(SUM, dot) or not value.has(pick):
         return False
     value = value.replace(same, lambda *_: sympy.Integer(0)).replace(hit, lambda *_: sympy.Integer(1))
+    value = value.xreplace({e: sympy.Integer(0) for e in value.atoms(sympy.exp) if e.has(pick)})
     sums = [SUM] * value.has(SUM) + sorted(value.atoms(dot), key=str)
     picks = sorted(value.atoms(pick), key=str)
     held = {term: sympy.Dummy(real=True) for term in (*sums, *picks)}
