@@ -310,6 +310,18 @@ def test_a_class_that_is_taken_away_from_all(f, logit):
     assert "takes it away" in miss.message
 
 
+def test_several_labels_beside_a_sum_over_all():
+    def f(z, y, share=1 / V):
+        log_p = z.log_softmax(-1)
+        labels = torch.stack([y, y + 1], 1)
+        return -((1 - share) * log_p.gather(1, labels) + share * log_p.sum(-1, keepdim=True)).mean()
+
+    args = torch.randn(N, V, requires_grad=True), inputs()[3]
+    compiled, _ = compile_without_codegen(f)
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert sites() == 1
+
+
 # Left
 
 

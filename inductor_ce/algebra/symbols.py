@@ -200,6 +200,7 @@ def is_normalised(value: sympy.Expr) -> bool:
     return value.has(*_NORMALISERS) or bool(value.atoms(mean_p_of, mean_pz_of, lse_of))
 
 
+@remembered
 def takes_back(value: sympy.Expr) -> bool:
     """Whether a sum over all classes has one class taken away again, whose logit then adds nothing.
 

@@ -63,12 +63,10 @@ def _may_be_dropped(link: Node) -> bool:
 
 def _unchanged(link: Node) -> Node | None:
     """The operand that a link makes again, as a temperature of 1 does: what else it reads is one."""
-    if link.target is aten.mul.Tensor:
-        pairs = [link.args[:2], link.args[1::-1]]
-    elif link.target is aten.div.Tensor and not link.kwargs:
-        pairs = [link.args[:2]]
-    else:
+    if _NEUTRAL.get(link.target) != 1 or link.kwargs:
         return None
+    a, b = link.args
+    pairs = [(a, b), (b, a)] if link.target is aten.mul.Tensor else [(a, b)]
     own = tensor_of(link)
     for operand, one in pairs:
         example = tensor_of(operand)

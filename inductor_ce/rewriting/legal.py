@@ -281,7 +281,7 @@ def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
         return LOGITS_EDITED
     if _powers_cancel(reading, group):
         return POWERS_CANCEL
-    if any(map(algebra.takes_back, group.exprs.values())):
+    if any(algebra.takes_back(expr) for node in group.nodes for expr in group.exprs_of(node)):
         return TAKEN_BACK
     return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
 
