@@ -33,11 +33,12 @@ def plot_memory(curves: dict[str, list[tuple[float, int]]], logits: int, path: P
     for i, (axes, (name, curve)) in enumerate(zip(panels, curves.items(), strict=True)):
         times, sizes = [time for time, _ in curve], [size / 1e6 for _, size in curve]
         axes.fill_between(times, sizes, color=f"C{i}", alpha=0.25)
-        axes.plot(times, sizes, color=f"C{i}", label=f"{name}, at most {max(sizes):.0f} MB")
+        axes.plot(times, sizes, color=f"C{i}", label=f"{name}, at most {max(sizes, default=0):.0f} MB")
         axes.axhline(logits / 1e6, color="black", linestyle="--", linewidth=1)
         axes.legend(frameon=False, loc="upper right", bbox_to_anchor=(1, 1.15))
     panels[-1].text(0, logits / 1e6, " one tensor of logits [N, V]", va="bottom", fontsize="small")
-    panels[0].set_ylim(0, 1.2 * max(logits, *(size for curve in curves.values() for _, size in curve)) / 1e6)
+    every = [logits, *(size for curve in curves.values() for _, size in curve)]
+    panels[0].set_ylim(0, 1.2 * max(every) / 1e6)
     panels[0].set_xlim(left=0)
     panels[-1].set_xlabel("seconds, over the last training steps")
     figure.supylabel("memory that a step adds, MB", fontsize="medium")
