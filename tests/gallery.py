@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -229,9 +229,30 @@ def _doubled(value: Any) -> Any:
 
 def check_numbers(ours: Run, loss: Callable[..., Any], args: tuple[Any, ...]) -> None:
     """`ours` is as near to the same loss in float64 as eager in the same dtype is."""
+    judge(ours, *by_eager(loss, args))
+
+
+def check_draws(f: Callable[..., Any], loss: Callable[..., Any], draws: Iterable[tuple[Any, ...]]) -> None:
+    """The same of f for several inputs of one size, all rows together: errors of few are chance."""
+    runs = [(run(f, args), *by_eager(loss, args)) for args in draws]
+    judge(*map(_together, zip(*runs, strict=True)))
+
+
+def by_eager(loss: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Run, Run]:
+    """In the dtype of the inputs, and in float64."""
     naive = run(loss, args)
     with in_double():
-        exact = run(loss, tuple(map(_doubled, args)), upstreams(naive.results))
+        return naive, run(loss, tuple(map(_doubled, args)), upstreams(naive.results))
+
+
+def _together(runs: Sequence[Run]) -> Run:
+    results, gradients = ([run.results for run in runs], [run.gradients for run in runs])
+    return Run(
+        *([torch.stack(each).flatten() for each in zip(*part, strict=True)] for part in (results, gradients))
+    )
+
+
+def judge(ours: Run, naive: Run, exact: Run) -> None:
     for mine, eager, true in zip(ours.results, naive.results, exact.results, strict=True):
         if eager.is_floating_point():
             assert_fair(mine, eager, true)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from gallery import check_numbers, run
+from gallery import check_draws, check_numbers, run
 from harness import Rewritten, compile_with_codegen, compile_without_codegen
 from head_cases import counts
 from pairwise import EVERYTHING, in_turns
@@ -402,8 +402,13 @@ PROGRAMS = range(30 if EVERYTHING else 20)
 )
 def test_programs_at_random(seed: int, dtype: torch.dtype) -> None:
     program = Program(seed)
-    ours = rewritten(program, given(dtype))
-    assert ours.count(ops.DIVERGENCE) >= 1, program.text
+    backend = Rewritten()
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    if dtype == torch.float64:
+        check(run(compiled, given(dtype)), program, given(dtype))
+    else:
+        check_draws(compiled, program, (given(dtype, seed=draw) for draw in range(3)))
+    assert backend.count(ops.DIVERGENCE) >= 1, program.text
 
 
 def test_other_numbers_of_rows_are_compiled_once() -> None:
@@ -1037,6 +1042,8 @@ ROWS, CLASSES, WIDTH = 12, 40, 5
 HEADS = {entropy: 1, entropy_beside_a_loss: 1, mean_teacher: 2, two_students: 2, beside_tensors: 2}
 HEADS |= {mask_of_its_logits: 1, mask_of_both: 2, margins_of_both: 2, from_its_label: 1}
 BRINGS = {beside_tensors}
+# Without gradients a side that weighs the other is what the user makes of whole logits.
+WEIGHED = {beside_tensors, mask_of_both, margins_of_both}
 
 
 def of_heads(dtype: torch.dtype, grad: bool) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
@@ -1071,6 +1078,9 @@ def test_heads_in_pieces(f: Callable[..., Tensor], grad: bool) -> None:
         for each, dtype in ((compiled, torch.float32), (loss, torch.float32), (loss, torch.float64))
     ]
     assert_fair(*(value for value, _ in runs))
+    if not grad and f in WEIGHED:
+        assert graphs.count(ops.DIVERGENCE) == 0
+        return
     assert counts() == {"token_chunks" if grad else "forward_only": HEADS[f]}
     assert graphs.count(ops.DIVERGENCE) >= 2
     if f not in BRINGS:  # what is brought along is whole

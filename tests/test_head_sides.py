@@ -72,9 +72,9 @@ def jensen_shannon(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: 
 
 
 def capped(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
-    """Sequences, in float32, behind a soft-cap and beside a bias that learns."""
-    s = 3 * torch.tanh(F.linear(h.view(3, -1, D), W).float().to(both(h)) / 3)
-    q = F.linear(t.view(3, -1, E), U, b).float().to(both(h))
+    """Sequences, in float32 at least, behind a soft-cap and beside a bias that learns."""
+    s = 3 * torch.tanh(F.linear(h.view(3, -1, D), W).to(both(h)) / 3)
+    q = F.linear(t.view(3, -1, E), U, b).to(both(h))
     return by_mixture(s, q, 0.3).sum(-1).mean()
 
 
@@ -230,6 +230,9 @@ def check(f: Loss, name: str, inputs: Given, upstream: float = -2.5) -> None:
     case = CASES[name]
     value, gradients = measured(f, inputs, case.moving, upstream)
     naive, of_naive = measured(case.loss, inputs, case.moving, upstream)
+    if value.dtype == torch.float64:  # in which no formula is more exact than eager
+        torch.testing.assert_close((value, gradients), (naive, of_naive), rtol=1e-12, atol=1e-14)
+        return
     exact, of_exact = measured(case.exact, inputs.to(torch.float64), case.moving, upstream)
     assert_fair(value, naive, exact)
     assert_all_fair(gradients, of_naive, of_exact)
