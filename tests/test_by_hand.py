@@ -14,6 +14,7 @@ from harness import Graphs, Rewritten, clean_slate
 from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, once, spawn
 from reference import assert_fair
+from releases import before
 from torch import Tensor
 
 import inductor_ce
@@ -21,6 +22,9 @@ from inductor_ce import algebra
 from inductor_ce.algebra import parts
 from inductor_ce.common.compat.distributed import calls
 from inductor_ce.distributed.by_hand import stats_of_ranks
+
+# It keeps every step of such a function beside its result, and loses gradients: with any backend.
+pytestmark = pytest.mark.skipif(before(2, 12), reason="torch compiles autograd functions wrongly by itself")
 
 N, V = 12, 40
 GATHER = torch.ops._c10d_functional.all_gather_into_tensor.default
