@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import operator
 import re
 from collections import Counter
 
@@ -105,6 +106,15 @@ def test_arguments_go_by_the_names_of_the_row():
     last_two = graph.call_function(getattr, (x, "mT"))
     assert spellings.read(last_two)[1] == {"input": x, "dim0": -2, "dim1": -1}
     assert spellings.step_of(graph.call_function(getattr, (x, "shape"))) is None
+
+
+@pytest.mark.parametrize(("sign", "turned"), [("<", "gt"), (">=", "le"), ("!=", "ne")])
+def test_a_number_in_front_of_a_comparison_comes_behind_it(sign, turned):
+    graph = Graph()
+    x = graph.placeholder("x")
+    compare = {"<": operator.lt, ">=": operator.ge, "!=": operator.ne}[sign]
+    step, given = spellings.read(graph.call_function(compare, (3, x)))
+    assert (step.name, given) == (turned, {"input": x, "other": 3})
 
 
 def with_alpha(z, y):

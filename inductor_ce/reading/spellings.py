@@ -17,6 +17,11 @@ _BY_TARGET |= {
     if isinstance(target, str) and callable(getattr(torch.Tensor, target, None))
 }
 _CAT, _COPY = _BY_TARGET[torch.cat], _BY_TARGET[torch.clone]
+# Comparisons whose sides change places.
+_TURNED = {
+    name: _BY_TARGET[turned]
+    for name, turned in {"lt": "gt", "gt": "lt", "le": "ge", "ge": "le", "eq": "eq", "ne": "ne"}.items()
+}
 
 # Parameters that torch calls otherwise by keyword.
 _ALIASES = {
@@ -55,9 +60,17 @@ def _is_of_one(node: Node) -> bool:
 
 
 def read(node: Node) -> tuple[Step, dict[str, Any]] | None:
-    """(step, arguments by name) of a node, None for a callable that the table does not have."""
+    """(step, arguments by name) of a node, None for a callable that the table does not have.
+
+    A number in front of a comparison, as Dynamo has it before torch 2.12, comes behind it.
+    """
     step = step_of(node)
-    return None if step is None else (step, arguments(node, step))
+    if step is None:
+        return None
+    given = arguments(node, step)
+    if step.name in _TURNED and not isinstance(given.get("input"), Node):
+        step, given = _TURNED[step.name], {"input": given.get("other"), "other": given.get("input")}
+    return step, given
 
 
 def arguments(node: Node, step: Step) -> dict[str, Any]:
