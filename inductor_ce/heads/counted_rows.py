@@ -35,7 +35,7 @@ from .kinds import CAST, COPIES, is_pointwise
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes
-from .row_locality import facts_about, has_rule, is_moved
+from .row_locality import facts_about, has_rule, is_moved, is_reduced
 from .row_numbers import RowNumbers
 from .where import Places, Where
 
@@ -152,6 +152,8 @@ class _Seen:
             return True
         if is_moved(node):
             return self._places.moved(node, self._seen)
+        if is_reduced(node):
+            return self._places.reduced(node, self._seen[sources[0]])
         if not is_pointwise(node):
             return True
         return self._places.over(node, self._places.any([self._seen[source] for source in sources]))
@@ -280,6 +282,8 @@ class _Live:
             return self._places.over(node, self._places.any(parts))
         if is_moved(node) and not fact.is_early:
             return self._places.moved(node, {source: self.of(source) for source in node.all_input_nodes})
+        if is_reduced(node) and not fact.is_early:
+            return self._places.reduced(node, self.of(args_of(node)[0]))
         return True
 
     def _of_choice(self, node: Node) -> Where:

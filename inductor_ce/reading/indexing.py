@@ -21,7 +21,7 @@ from .steps import View
 from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
 from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
 
-# A row of statistics for each label of a row: beyond this a gather is the better kernel.
+# A symbol for each label of a row: beyond this one stands for all of them.
 MAX_LABELS = 16
 
 
@@ -38,7 +38,7 @@ def view(context: Context, args: dict[str, Any]) -> Outcome:
     if viewed(context.node) is not source:
         return None
     if isinstance(value, RowValue):
-        if value.more:
+        if value.is_of_several:
             return value if same_shape(shape_of(context.node), shape_of(source)) else None
         return None if context.is_edited_view(source) else _view_of_rows(context.node, source, value)
     if not isinstance(value, VocabValue):
@@ -258,8 +258,12 @@ def _picked_of(context: Context, value: VocabValue, index: Node, wraps: str) -> 
     count = constant(shape_of(index)[value.axis])
     if count is None:
         return Refusal(Reason.NOT_UNDERSTOOD, "How many labels it picks in a row is not fixed in the graph.")
-    if not 1 <= count <= MAX_LABELS:
-        return Refusal(Reason.NOT_UNDERSTOOD, f"It picks {count} labels in a row, more than {MAX_LABELS}.")
+    if not count:
+        return Refusal(Reason.NOT_UNDERSTOOD, "It picks no labels.")
+    if count > MAX_LABELS:
+        y = context.label(value, index, kept=value.axis, wraps=wraps, width=count)
+        picked = _picked(value, [y], value.axis)
+        return None if picked is None else replace(picked, width=count)
     columns = [None] if count == 1 else range(count)
     labels = [context.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
     return _picked(value, labels, value.axis)
