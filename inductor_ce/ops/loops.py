@@ -90,7 +90,7 @@ def row_grad(
         entries = of(_gathered(z, index), index, [_gathered(over_rows(q, z), index) for q in weights])
         for labelled, c in given:
             entries = _add(entries, _at_labels(index, labelled, c))
-        dz = call_lowering(aten.scatter.src, dz, 1, index, cast(entries, z.get_dtype()))
+        dz = _with_entries(dz, index, cast(entries, z.get_dtype()))
     return dz
 
 
@@ -100,6 +100,14 @@ def _at_labels(index: IRNode, labelled: tuple[IRNode, IRNode], c: IRNode) -> IRN
     c = _where(inside, call_lowering(aten.permute.default, c, [1, 0]), 0.0)
     hit = call_lowering(aten.eq.Tensor, call_lowering(aten.unsqueeze.default, index, 2), _unsqueeze(y, 1))
     return call_lowering(aten.sum.dim_IntList, _where(hit, _unsqueeze(c, 1), 0.0), [2])
+
+
+def _with_entries(dz: IRNode, index: IRNode, entries: IRNode) -> IRNode:
+    """dz with other entries [N, K] in the columns that `index` names. The same column has the same entry.
+
+    As by `aten.scatter`, whose lowering looks at the node that is being lowered before it does this.
+    """
+    return call_lowering(aten.scatter_reduce.two, dz, 1, index, entries, None)
 
 
 def _gathered(x: IRNode, index: IRNode) -> IRNode:

@@ -98,10 +98,6 @@ def _check(
 ) -> Rows:
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
-    for y in labels:
-        if y.dim() not in (1, 2) or y.is_floating_point() or y.is_complex():
-            raise ValueError(f"labels must be integers [N] or [N, K], got {y.dtype} {tuple(y.shape)}")
-        torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
     for q in weights:
         if q.dim() not in (1, 2) or q.is_complex():
             raise ValueError(f"weights must be real [V] or [N, V], got {q.dtype} {tuple(q.shape)}")
@@ -109,13 +105,18 @@ def _check(
         if q.dim() == 2:
             torch._check(q.shape[0] == z.shape[0], lambda: "weights and z differ in N")
     rows = Rows.decode(which, len(labels), len(weights), of_gradient)
-    several = {j: width for _, j, width in rows.several}
-    for j, y in enumerate(labels):
-        if list(y.shape[1:]) != ([several[j]] if j in several else []):
-            raise ValueError(f"labels {j} are {tuple(y.shape)} for which={which!r}")
+    _check_labels(z, labels, {j: [width] for _, j, width in rows.several})
     if ARGMAX in rows and stats_dtype(z) == torch.float32:
         torch._check(z.shape[1] <= MAX_COLUMNS, lambda: f"argmax over more than {MAX_COLUMNS} columns")
     return rows
+
+
+def _check_labels(z: Tensor, labels: list[Tensor], several: dict[int, list[int]]) -> None:
+    for j, y in enumerate(labels):
+        if not y.dim() or list(y.shape[1:]) != several.get(j, []) or y.is_floating_point() or y.is_complex():
+            shape = ", ".join(map(str, ["N", *several.get(j, [])]))
+            raise ValueError(f"labels must be integers [{shape}], got {y.dtype} {tuple(y.shape)}")
+        torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
 
 
 def _check_grad(
