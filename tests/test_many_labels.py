@@ -12,7 +12,8 @@ from gallery import run
 from gpu_codegen import generate, interpret
 from harness import Rewritten, compile_without_codegen, misses, sites
 from head_cases import counts
-from reference import assert_fair
+from reference import assert_fair, log_sum_exp
+from test_head_memory import largest, saved
 from torch import Tensor
 
 from inductor_ce import ops
@@ -22,11 +23,11 @@ B, S, V, K, D = 2, 6, 40, 18, 4
 N = B * S
 
 
-def given(*rows: int, axis: int = -1) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def given(*rows: int, axis: int = -1, v: int = V) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits, labels of which some are the same, a teacher's probabilities, and a mask of rows."""
     rows = rows or (N,)
-    z = 3 * torch.randn(*rows, V).double()
-    index = torch.rand(*rows, V).argsort(-1)[..., :K]
+    z = 3 * torch.randn(*rows, v).double()
+    index = torch.rand(*rows, v).argsort(-1)[..., :K]
     index[..., 3] = index[..., 2]
     q = torch.rand(*rows, K).double().softmax(-1)
     z, index, q = (x.movedim(-1, axis).contiguous() for x in (z, index, q))
@@ -175,7 +176,7 @@ def test_one_row() -> None:
 
 def test_labels_that_are_no_class() -> None:
     """Torch raises, on a CPU; here their slots are NaN, and no others."""
-    z, index, q, _ = given()
+    z, index, *_ = given()
     index[0, 0], index[1, 1] = -1, V
 
     def f(z: Tensor, index: Tensor) -> Tensor:
@@ -227,6 +228,72 @@ def test_heads_in_pieces(loss: Callable[..., Tensor], strategy: str) -> None:
     assert graphs.pieces > 1
 
 
+def large() -> tuple[Tensor, ...]:
+    """Of a head whose logits are larger than all else, even than what is picked of them."""
+    _, index, q, mask = given(LARGE_N, v=LARGE_V)
+    h, W = torch.randn(LARGE_N, D), torch.randn(LARGE_V, D)
+    return h.requires_grad_(), W.requires_grad_(), index, q.float(), mask
+
+
+LARGE_N, LARGE_V = 60, 400
+MOST = max(LARGE_V * D, LARGE_N * (2 + K))  # a gradient of the weight, or the statistics
+
+
+def test_logits_are_never_all_in_memory() -> None:
+    f = head(of_log_softmax)
+    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.28)
+    run(compiled, large())
+    forward, backward = graphs.final
+    assert largest(forward) == LARGE_N // 4 * LARGE_V
+    assert max(*saved(forward), largest(backward)) <= MOST
+
+
+def test_gradient_alone_has_the_size_of_given_logits() -> None:
+    h, W, *others = large()
+    z = F.linear(h, W).detach().requires_grad_()
+    compiled, graphs = compile_without_codegen(of_log_softmax)
+    run(compiled, (z, *others))
+    forward, backward = graphs.final
+    assert largest(forward) <= MOST
+    assert max(saved(forward)) <= MOST
+    assert [n.target for n in backward.graph.nodes if size(n) > MOST and n.op != "placeholder"] == [
+        ops.ROW_GRAD
+    ]
+
+
+def size(node: torch.fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.numel() if isinstance(value, Tensor) else 0
+
+
+@pytest.mark.parametrize("strategy", ["materialise", "token_chunks", "vocab_slabs"])
+def test_errors_in_16_bits(strategy: str) -> None:
+    """A student near its teacher: its gradients are small differences of probabilities."""
+
+    def f(h: Tensor, W: Tensor, index: Tensor, log_p: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = F.linear(h, W)
+        log_q = F.log_softmax(z.float(), -1).gather(-1, index)
+        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+
+    h, W = torch.randn(LARGE_N, D).bfloat16().float(), torch.randn(LARGE_V, D).bfloat16().float()
+    z = h.double() @ W.double().T
+    log_p, index = ((z + 0.01 * torch.randn_like(z)).log_softmax(-1)).topk(K, -1)
+    args = h.requires_grad_(), W.requires_grad_(), index, log_p.float()
+    compiled, _ = compile_without_codegen(f, strategy=strategy, memory_budget=0.28)
+    ours, naive = run(compiled, args), run(f, args)
+    true = run(by_formula, (*(x.detach().double().requires_grad_() for x in (h, W)), index, log_p.float()))
+    for part in ("results", "gradients"):
+        for each in zip(getattr(ours, part), getattr(naive, part), getattr(true, part), strict=True):
+            assert_fair(*each)
+
+
+def by_formula(h: Tensor, W: Tensor, index: Tensor, log_p: Tensor) -> Tensor:
+    z, log_p = h @ W.T, log_p.double()
+    log_q = torch.stack([z[n, index[n]] for n in range(len(z))]) - log_sum_exp(z)[:, None]
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
 # Code
 
 
@@ -245,8 +312,9 @@ def test_templates(dtype: torch.dtype) -> None:
     (stats,) = generate(lambda z, *ys: ops.row_stats(z, list(ys), [], which), *metas(z, y, index))
     packed = torch.full((4 + K, len(z)), torch.nan)
     interpret(stats, [z, y, index], packed)
-    expected = ops.row_stats(z.double(), [y, index], [], which)
-    torch.testing.assert_close(packed.double(), expected, rtol=1e-5, atol=1e-3)
+    x = z.double().requires_grad_()
+    exact = by_definition(x, y, index)
+    torch.testing.assert_close(packed.double(), exact, rtol=1e-5, atol=1e-3)
 
     m, c = packed[0].contiguous(), torch.randn(4 + K, len(z))
     (grad,) = generate(
@@ -254,8 +322,17 @@ def test_templates(dtype: torch.dtype) -> None:
     )
     dz = torch.full_like(z, torch.nan)
     interpret(grad, [z, m, c, y, index], dz)
-    exact = ops.row_grad(z.double(), [y, index], [], m.double(), c.double(), which)
-    assert_fair(dz, exact.to(dtype), exact)
+    exact.backward(c.double())
+    assert_fair(dz, x.grad.to(dtype), x.grad)
+
+
+def by_definition(z: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """The rows of `for_templates`, by one-hot products."""
+    m = z.detach().amax(-1)
+    hot = torch.cat([y[:, None], index.long()], 1)[..., None] == torch.arange(z.shape[1])
+    single, *several = (hot * z[:, None]).sum(-1).unbind(1)
+    gap = z - m[:, None]
+    return torch.stack([m, gap.exp().sum(-1), single, gap.sum(-1), *several])
 
 
 def metas(*tensors: Tensor) -> list[Tensor]:

@@ -280,7 +280,11 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
 
 
 def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Outcome:
-    """x[arange, y]: the label counts from the end where it is negative."""
+    """x[arange, y], or x[arange[:, None], y]: the label counts from the end where it is negative."""
+    if label_axis(context, source, index, behind=1) == len(index) - 1:
+        several = context.vocab(source, len(index) - 1)
+        if several is not None and same_shape(row_shape(source, several.axis), shape_of(index[-1])[:-1]):
+            return _picked_of(context, several, index[-1], "negative")
     axis = label_axis(context, source, index)
     if axis is None:
         value = chosen_and_picked(context, source, index)
@@ -373,8 +377,8 @@ def _begins_rows(context: Context, node: Node, count: Size, classes: Size) -> bo
     )
 
 
-def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | None:
-    """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
+def label_axis(context: Context, source: Any, index: tuple[Any, ...], behind: int = 0) -> int | None:
+    """The axis on which `x[index]` takes an element for each row, or several that stand `behind` the rows."""
     shape = shape_of(source)
     if len(index) != len(shape):
         return None
@@ -390,6 +394,6 @@ def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | N
     rows = [i for i in range(len(shape)) if i != axis]
     for place, i in enumerate(rows):
         dim, length = counts[i]  # type: ignore[misc]
-        if dim != place - len(rows) or not equal(length, shape[i]):
+        if dim != place - len(rows) - behind or not equal(length, shape[i]):
             return None
     return axis
