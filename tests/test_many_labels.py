@@ -326,6 +326,24 @@ def test_templates(dtype: torch.dtype) -> None:
     assert_fair(dz, x.grad.to(dtype), x.grad)
 
 
+@pytest.mark.with_all("templates, whose rows are these; and graphs that run eagerly")
+def test_loops() -> None:
+    """What runs where there are no templates."""
+    lowering.register()
+    z, y, index, which = for_templates(torch.bfloat16)
+    m, c = z.amax(-1).float(), torch.randn(4 + K, len(z))
+
+    def f(z: Tensor, y: Tensor, index: Tensor, m: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.row_stats(z, [y, index], [], which), ops.row_grad(z, [y, index], [], m, c, which)
+
+    packed, dz = torch.compile(f, fullgraph=True)(z, y, index, m, c)
+    x = z.double().requires_grad_()
+    exact = by_definition(x, y, index)
+    torch.testing.assert_close(packed.double(), exact, rtol=1e-5, atol=1e-3)
+    exact.backward(c.double())
+    assert_fair(dz, x.grad.bfloat16(), x.grad)
+
+
 def by_definition(z: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """The rows of `for_templates`, by one-hot products."""
     m = z.detach().amax(-1)
