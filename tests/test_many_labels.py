@@ -15,6 +15,7 @@ from head_cases import counts
 from reference import assert_fair, log_sum_exp
 from test_head_memory import largest, saved
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from inductor_ce import ops
 from inductor_ce.ops import lowering
@@ -226,6 +227,26 @@ def test_heads_in_pieces(loss: Callable[..., Tensor], strategy: str) -> None:
     assert counts() == {strategy: 1}
     assert (sites(), misses()) == (1, 0)
     assert graphs.pieces > 1
+
+
+def of_chosen_rows(z: Tensor, index: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    rows = (q * (q.log() - z.log_softmax(-1).gather(-1, index))).sum(-1)
+    return torch.where(mask, rows, 0.0).sum() / mask.sum()
+
+
+def of_chosen_slots(z: Tensor, index: Tensor, q: Tensor, mask: Tensor) -> Tensor:
+    slots = z.log_softmax(-1).gather(-1, index).masked_fill(~mask[:, None], 0.0)
+    return -slots.sum(-1).square().mean()
+
+
+@pytest.mark.parametrize("loss", [of_chosen_rows, of_chosen_slots])
+def test_rows_that_do_not_count_are_skipped(loss: Callable[..., Tensor]) -> None:
+    args = of_head()
+    compiled, _ = compile_without_codegen(head(loss), strategy="token_chunks", memory_budget=0.5)
+    ours, exact = run(compiled, args), run(head(loss), args)
+    for mine, true in zip(ours.results + ours.gradients, exact.results + exact.gradients, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-14)
+    assert counters["inductor_ce"]["skips_rows"] == 1
 
 
 def large() -> tuple[Tensor, ...]:

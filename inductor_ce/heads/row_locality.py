@@ -156,13 +156,15 @@ def _merged(node: Node, facts: Facts) -> Tensor | None:
     given = [rows for _, rows in known if rows is not None]
     if not given:
         return None
-    merged = torch.full(facts.shape_of(node), NO_ROW)
-    for rows in given:
-        rows = rows.expand(merged.shape)
+    shape = facts.shape_of(node)
+    given = [rows.expand(shape) for rows in given]
+    own = tuple(slice(None if any(r.stride(d) for r in given) else 1) for d in range(len(shape)))
+    merged = torch.full([], NO_ROW)
+    for rows in (rows[own] for rows in given):
         if bool(((merged != rows) & (merged != NO_ROW) & (rows != NO_ROW)).any()):
             raise Unknown(f"{_name(node)} brings rows together")
         merged = torch.maximum(merged, rows)
-    return merged
+    return merged.expand(shape)
 
 
 def _times(power: int) -> Callable[[Node, Facts], Fact]:
@@ -231,7 +233,7 @@ def _row_numbers(node: Node, facts: Facts) -> Any:
         value = node.meta["val"]
         return facts.size_of(value) if isinstance(value, (int, torch.SymInt)) else value
     rows = _known(node, facts).rows
-    return torch.full(facts.shape_of(node), NO_ROW) if rows is None else rows
+    return torch.tensor(NO_ROW).expand(facts.shape_of(node)) if rows is None else rows
 
 
 def _padded(rows: Tensor, pad: list[int], value: float = 0) -> Tensor:
