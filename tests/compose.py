@@ -65,7 +65,7 @@ class Spelling:
 
     @property
     def picks_by_hand(self) -> bool:
-        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.OF_COLUMNS, g.CHOSEN))
+        return any(self.pick in table for table in (g.PICKS, g.OF_LOGP, g.OF_COLUMNS, g.CHOSEN, g.MANY))
 
 
 # Choosing

@@ -342,13 +342,18 @@ def rendered(report: inductor_ce.Report) -> str:
         lines += site.form.split("; ")
         lines += [f"kept: {_without_locations(site.kept)}"] if site.kept else []
         sums_entries = any(re.search(r"\bsum ", form) for form in site.form.split("; "))
-        exchange = "left as written" if sums_entries else f"all_gather [{len(site.which.split(','))}, N]"
+        exchange = "left as written" if sums_entries else f"all_gather [{_width(site.which)}, N]"
         lines += [f"row_stats: {site.which}", f"sharded: {exchange}"]
     left = [*report.misses, *report.small]
     told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in left]
     # In torch 2.11 the body of an autograd.Function returns all its steps, so parts of a loss are losses too.
     lines += dict.fromkeys(told) if before(2, 12) else told
     return "".join(f"{_folded(line)}\n" for line in lines) or NOTHING
+
+
+def _width(which: str) -> int:
+    """How many numbers ranks have of a row: one of each of its statistics, but K of `picks*K`."""
+    return sum(int(row.partition("*")[2] or 1) for row in which.split(","))
 
 
 def _folded(line: str) -> str:

@@ -139,6 +139,12 @@ PICKS = {
     'picked = torch.einsum("nv,nv->n", {x}, F.one_hot(safe, {V}).to({x}.dtype))': FLAT,
     'picked = torch.einsum("bsv,bsv->bs", F.one_hot(safe, {V}).to({x}.dtype), {x})': Where((-1,), (3,)),
 }
+MANY = {  # the same label many times
+    "picked = {x}.gather({d}, torch.stack([safe] * 18, {d})).mean({d})": Where(),
+    "many = safe.unsqueeze({d}).repeat_interleave(20, {d})\n"
+    "picked = torch.take_along_dim({x}, many, {d}).mean({d})": Where(),
+    "picked = {x}[torch.arange(len({x}))[:, None], safe[:, None].expand(-1, 17)].mean(-1)": FLAT,
+}
 OF_LOGP = {  # what only log-probabilities are given to, by habit
     'picked = -F.nll_loss({x}, safe, reduction="none")': Where(axes=(1,), outside=False),
     'picked = -F.nll_loss({x}, y, ignore_index={ignore}, reduction="none")': Where(axes=(1,), outside=False),

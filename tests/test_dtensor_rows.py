@@ -30,6 +30,7 @@ SHARDED = {2: Setup((2,)), 4: Setup((2, 2))}  # with the vocabulary on the last 
 MEANS = [Terms(), Terms("mean", 0, 0.2, 0.01), "class weights"]
 ROWWISE: list[Name] = [Terms("sum", smoothing=0.1), "rows, z-loss", "entropy", "divergence", "accuracy"]
 ROWWISE += ["soft targets", "expectation", "fixed column", "labels outside", "special numbers, smoothing"]
+ROWWISE += ["many labels"]
 CHUNKS, SLABS = "token_chunks", "vocab_slabs"
 
 # Each loss over rows that ranks share, and each placement of rows and labels under one of the losses. One of

@@ -77,10 +77,17 @@ def test_a_generated_loss_is_fused_and_right(family: str):
     run_cases(lambda data: check_fused(*drawn(data, family)), counts[family], FAMILIES.index(family))
 
 
-def test_a_generated_loss_of_rows_chosen_after_is_fused_and_right():
+@pytest.mark.parametrize(
+    ("family", "table", "count", "salt"),
+    [("wide", g.CHOSEN, 60, 300), ("wide", g.MANY, 40, 320), ("narrow", g.MANY, 20, 321)],
+    ids=["rows chosen after", "many labels", "many labels of logits"],
+)
+def test_a_generated_loss_of_a_table_is_fused_and_right(
+    family: str, table: dict[str, g.Where], count: int, salt: int
+):
     def check(data: st.DataObject) -> None:
-        spelling, number = drawn(data, "wide")
-        fitting = [p for p, where in g.CHOSEN.items() if fits(where, spelling.viewed)]
+        spelling, number = drawn(data, family)
+        fitting = [p for p, where in table.items() if fits(where, spelling.viewed)]
         if fitting and g.ROUNDED not in spelling.normaliser:
             pick = data.draw(st.sampled_from(fitting))
             safe = spelling.safe if spelling.safe != g.AS_IT_IS or spelling.ignore >= 0 else g.SAFE[0]
@@ -88,7 +95,7 @@ def test_a_generated_loss_of_rows_chosen_after_is_fused_and_right():
             plain = {"smoothing": "", "z_loss": "", "labels": next(iter(before.LABELS))}
             check_fused(replace(spelling, pick=pick, safe=safe, **plain), number)
 
-    run_cases(check, 60, 300)
+    run_cases(check, count, salt)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -121,9 +121,8 @@ def with_alpha(z, y):
     return torch.sub(z.log_softmax(-1), z.softmax(-1), alpha=2).sum(-1).mean()
 
 
-def of_many_labels(z, y):
-    labels = torch.arange(17).remainder(V).expand(N, 17)
-    return z.log_softmax(-1).gather(-1, labels).mean()
+def of_no_labels(z, y):
+    return z.log_softmax(-1).gather(-1, y[:, None][:, :0]).sum()
 
 
 def in_narrower_dtype(z, y):
@@ -145,7 +144,7 @@ def of_edited_logits(z, y):
     ("f", "fact"),
     [
         (with_alpha, "goes into sub .* Its alpha is 2\\."),
-        (of_many_labels, "goes into gather .* It picks 17 labels in a row, more than 16\\."),
+        (of_no_labels, "goes into gather .* It picks no labels\\."),
         (in_narrower_dtype, "Its argument dtype casts torch.float32 to torch.float16\\."),
         (of_another_equation, "Its equation 'nv,mv->nm' has not two operands alike"),
         (of_edited_logits, "The logits are changed in place between what sub at .* joins\\."),

@@ -185,12 +185,12 @@ def whole_rows(
 
     Args:
         z: [N, V], V sharded over at most one dimension of the mesh.
-        labels: [N], on the ranks as the rows of z are.
+        labels: [N] or [N, K], on the ranks as the rows of z are.
         weights: [V] or [N, V]; their rows as those of z, their columns as those of z or on every rank.
         which, site: as for `ops.row_stats`.
 
     Returns:
-        K of [N], on every rank of the dimension that shards V, over the others as the rows of z are.
+        Of each row [N] or [K, N], on every rank of the dimension that shards V, over the others as z.
     """
     rows = ops.Rows.decode(which, len(labels), len(weights))
     vocab = vocab_dim(z, 1)
@@ -200,11 +200,17 @@ def whole_rows(
         packed = ops.row_stats(local, ys, qs, which, site=site)
     else:
         packed = _over_ranks(z, local, ys, weights, qs, rows, vocab, site)
-    shape = z.shape[:1]
-    return [
-        dt.DTensor.from_local(row, z.device_mesh, placements, run_check=False, shape=shape, stride=(1,))
-        for row in packed.unbind(0)
-    ]
+    made = [_of_rows(row, z, placements) for row in packed[: rows.first_of_several].unbind(0)]
+    return made + [_of_rows(packed[k : k + width], z, placements) for k, _, width in rows.several]
+
+
+def _of_rows(part: Tensor, z: DTensor, placements: list[Any]) -> DTensor:
+    """What a rank has of [N] or [K, N], by the placements of the rows of z."""
+    if part.dim() == 2:
+        placements = [dt.Shard(1) if p == dt.Shard(0) else p for p in placements]
+    shape = torch.Size([*part.shape[:-1], z.shape[0]])
+    stride = (z.shape[0], 1)[-part.dim() :]
+    return dt.DTensor.from_local(part, z.device_mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def _over_ranks(

@@ -35,7 +35,7 @@ from .kinds import CAST, COPIES, is_pointwise
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes
-from .row_locality import facts_about, has_rule, is_moved
+from .row_locality import facts_about, has_rule, is_moved, is_reduced
 from .row_numbers import RowNumbers
 from .where import Places, Where
 
@@ -102,6 +102,7 @@ class _Seen:
     def __init__(self, places: Places, head: Head):
         self.conditions: dict[Node, bool] = {}
         self.if_finite = False
+        self._told: dict[Node, tuple[Node, bool]] = {}  # what leaves rows out, by where it does
         self._places, self._head = places, head
         nodes = _made_of_statistics(head)
         with unset_fake_temporarily():
@@ -109,6 +110,7 @@ class _Seen:
         self._not_finite = NotFinite(places, head, self._facts)
         self._seen: dict[Node, Where] = dict.fromkeys(head.stats, True)
         self._ends: list[Node] = []
+        self._weighs: set[Node] = set()  # products with weights that may hide rows
         for node in nodes:
             fact = self._facts[node]
             if fact.rows is None or fact.why_not:
@@ -123,6 +125,11 @@ class _Seen:
         for end in ends:
             if self._seen[end] is True:
                 raise AllCount(MULTIPLIED if self._is_multiplied(end) else "")
+        used = set(self._before(ends))
+        for node, told in self._told.items():
+            if node in used:
+                self.conditions.setdefault(*told)
+        self.if_finite = not used.isdisjoint(self._weighs)
         build = self._places.build
         if self._have_all_rows(ends):
             return [build(aten.reshape.default, self._seen[end], [-1]) for end in ends]
@@ -139,7 +146,7 @@ class _Seen:
 
     def _of(self, node: Node) -> Where:
         """Where a node that is of its own row depends on statistics."""
-        sources = [source for source in node.all_input_nodes if source in self._seen]
+        sources = self._sources(node)
         if node.target == aten.where.self and self._is_early(args_of(node)[0]):
             condition, *choices = args_of(node)
             return self._chosen(node, condition, *(self._seen.get(choice, False) for choice in choices))
@@ -152,16 +159,25 @@ class _Seen:
             return True
         if is_moved(node):
             return self._places.moved(node, self._seen)
+        if is_reduced(node) and not self._weighs & set(self._before(sources)):
+            return self._places.reduced(node, self._seen[sources[0]])
         if not is_pointwise(node):
             return True
         return self._places.over(node, self._places.any([self._seen[source] for source in sources]))
+
+    def _sources(self, node: Node) -> list[Node]:
+        return [source for source in node.all_input_nodes if source in self._seen]
+
+    def _before(self, nodes: list[Node]) -> list[Node]:
+        """What nodes are made of in whose place something is seen, if not in all, and themselves."""
+        return list(reached(nodes, lambda node: [] if self._seen[node] is True else self._sources(node)))
 
     def _is_early(self, node: Any) -> bool:
         return node not in self._seen and self._facts.get(node, EARLY).is_early
 
     def _chosen(self, node: Node, condition: Node, yes: Where, no: Where) -> Where:
         if (yes is False) != (no is False):
-            self.conditions.setdefault(condition, yes is not False)
+            self._told[node] = condition, yes is not False
         return self._places.chosen(node, condition, yes, no)
 
     def _weighed(self, node: Node, source: Node) -> Where:
@@ -172,8 +188,8 @@ class _Seen:
             return self._places.over(node, seen)
         not_finite = self._not_finite.of(source)
         if not_finite is not True:
-            self.conditions.setdefault(weight, True)
-            self.if_finite = True
+            self._weighs.add(node)
+            self._told[node] = weight, True
             is_seen = self._places.any([self._places.not_zero(weight), not_finite])
             seen = self._places.all([seen, is_seen])
         return self._places.over(node, seen)
@@ -186,7 +202,7 @@ class _Seen:
 
     def _is_multiplied(self, end: Node) -> bool:
         """Whether what is known beforehand, for each row, multiplies what `end` is made of."""
-        before = reached([end], lambda node: [s for s in node.all_input_nodes if s in self._seen])
+        before = reached([end], self._sources)
         factors = [s for node in before if node.target in PRODUCTS for s in node.all_input_nodes]
         return any(map(self._may_leave_out, factors))
 
@@ -280,6 +296,8 @@ class _Live:
             return self._places.over(node, self._places.any(parts))
         if is_moved(node) and not fact.is_early:
             return self._places.moved(node, {source: self.of(source) for source in node.all_input_nodes})
+        if is_reduced(node) and not fact.is_early:
+            return self._places.reduced(node, self.of(args_of(node)[0]))
         return True
 
     def _of_choice(self, node: Node) -> Where:

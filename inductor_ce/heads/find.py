@@ -166,6 +166,10 @@ class Head:
         """The labels that gradients of the logits are made of, each once."""
         return list(dict.fromkeys(label for node in self.grads for label in grad_call(node).labels))
 
+    def few_labels(self) -> list[Node]:
+        """The same, but none where rows have many."""
+        return [] if any(len(shape_of(label)) > 1 for label in self.labels()) else self.labels()
+
     def beside(self) -> list[Node]:
         """What is combined with wide nodes, in pointwise nodes."""
         wide = {*self.roots, *self.wide}

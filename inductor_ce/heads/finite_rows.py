@@ -21,7 +21,7 @@ from .calls import stats_call
 from .facts import EARLY, Facts
 from .find import Head, Product
 from .kinds import CAST, COPIES, is_pointwise
-from .row_locality import is_moved
+from .row_locality import is_moved, is_reduced
 from .where import Places, Where
 
 aten = torch.ops.aten
@@ -66,6 +66,8 @@ class NotFinite:
         self._factors[node] = max((self._factors[source] for source in sources), default=0)
         if is_moved(node):
             return self._places.moved(node, parts)
+        if is_reduced(node):  # over no more than the classes
+            return self._places.reduced(node, parts[sources[0]])
         if node.target == aten.log.default:
             return parts[sources[0]] if self._is_at_least_1(sources[0]) else True
         if node.target in PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
@@ -87,9 +89,12 @@ class NotFinite:
 
     def _is_sumexp(self, node: Node) -> bool:
         """Whether a node is the row of `row_stats` that is a sum of exponentials, the largest of them 1."""
+        if node.target == aten.squeeze.dim:
+            node = args_of(node)[0]
         if len(args_of(node)) == 2:
             source, index = args_of(node)
-            source = args_of(source)[0] if source.target == aten.unbind.int else source
+            parts = (aten.unbind.int, aten.split_with_sizes.default)
+            source = args_of(source)[0] if source.target in parts else source
         elif node.target == aten.select.int and args_of(node)[1] == 0:
             source, _, index = args_of(node)
         else:

@@ -310,7 +310,7 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         backward=bool(head.gradients()),
         wants_hidden=HIDDEN in kinds,
         wants_weight=bool(weights),
-        labelled=bool(head.labels()),
+        labelled=bool(head.few_labels()),
         chained=head.chained or len(moving(head)) > 1,
         added=_added(head),
         **(numbers_of_sides(head) if head.divergences else {}),

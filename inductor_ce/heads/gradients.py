@@ -53,7 +53,7 @@ class Exit:
 
     def _narrow_sum(self) -> NarrowSum | None:
         """What stands beside the weight's gradient where it is summed in 16 bits."""
-        if not self.is_summed or self._wide or self.dtype.itemsize >= 4 or not self.pieces.head.labels():
+        if not self.is_summed or self._wide or self.dtype.itemsize >= 4 or not self.pieces.head.few_labels():
             return None
         if self.kind not in (WEIGHT, WEIGHT_T):
             return None

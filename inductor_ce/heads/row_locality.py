@@ -156,13 +156,15 @@ def _merged(node: Node, facts: Facts) -> Tensor | None:
     given = [rows for _, rows in known if rows is not None]
     if not given:
         return None
-    merged = torch.full(facts.shape_of(node), NO_ROW)
-    for rows in given:
-        rows = rows.expand(merged.shape)
+    shape = facts.shape_of(node)
+    given = [rows.expand(shape) for rows in given]
+    own = tuple(slice(None if any(r.stride(d) for r in given) else 1) for d in range(len(shape)))
+    merged = torch.full([], NO_ROW)
+    for rows in (rows[own] for rows in given):
         if bool(((merged != rows) & (merged != NO_ROW) & (rows != NO_ROW)).any()):
             raise Unknown(f"{_name(node)} brings rows together")
         merged = torch.maximum(merged, rows)
-    return merged
+    return merged.expand(shape)
 
 
 def _times(power: int) -> Callable[[Node, Facts], Fact]:
@@ -231,7 +233,7 @@ def _row_numbers(node: Node, facts: Facts) -> Any:
         value = node.meta["val"]
         return facts.size_of(value) if isinstance(value, (int, torch.SymInt)) else value
     rows = _known(node, facts).rows
-    return torch.full(facts.shape_of(node), NO_ROW) if rows is None else rows
+    return torch.tensor(NO_ROW).expand(facts.shape_of(node)) if rows is None else rows
 
 
 def _padded(rows: Tensor, pad: list[int], value: float = 0) -> Tensor:
@@ -251,23 +253,29 @@ def _unbound(node: Node, facts: Facts) -> Fact:
 def _item(node: Node, facts: Facts) -> Fact:
     source, index = args_of(node)
     fact = _known(source, facts)
-    if source.target != aten.unbind.int:
+    if _RULES.get(source.target) is not _unbound:
         raise Unknown(f"{_name(source)} may mix rows")
-    dim = source.args[1] if len(source.args) > 1 else 0
-    rows = None if fact.rows is None else fact.rows.select(dim, index)
-    return Fact(fact.factor, rows)
+    if fact.rows is None:
+        return Fact(fact.factor)
+    parts = fact.rows, *args_of(source)[1:]
+    return Fact(fact.factor, source.target(*parts)[index])
 
 
 def _reduced(node: Node, facts: Facts) -> Fact:
-    """A reduction over elements that depend on the same row, such as those of several ranks."""
+    """A reduction over elements that depend on the same row, such as those of several ranks, or labels."""
     fact = _known(node.args[0], facts)
+    is_linear = node.target == aten.sum.dim_IntList
+    if is_linear and fact.factor:
+        _check_floating(node, fact.factor)
+    if is_linear and fact.rows is None:
+        return Fact(fact.factor)
     dims, keepdim, *_ = (*args_of(node)[1:3], None, False) if len(node.args) < 3 else args_of(node)[1:3]
-    if fact.rows is None or not dims or fact.factor:
+    if fact.rows is None or not dims or (fact.factor and not is_linear):
         raise Unknown(f"{_name(node)} brings rows together")
     largest = fact.rows.amax(dims, keepdim=True)
     if bool(((fact.rows != largest) & (fact.rows != NO_ROW)).any()):
         raise Unknown(f"{_name(node)} brings rows together")
-    return Fact(rows=largest if keepdim else largest.amax(dims))
+    return Fact(fact.factor, largest if keepdim else largest.amax(dims))
 
 
 def _gathered(node: Node, facts: Facts) -> Fact:
@@ -304,7 +312,7 @@ _RULES: dict[Any, Callable[[Node, Facts], Fact]] = {
         _moved,
     ),
     aten.constant_pad_nd.default: _padded_fact,
-    aten.unbind.int: _unbound,
+    **dict.fromkeys((aten.unbind.int, aten.split_with_sizes.default), _unbound),
     operator.getitem: _item,
     **dict.fromkeys((aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.any.dim), _reduced),
     ALL_GATHER: _gathered,

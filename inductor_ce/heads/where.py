@@ -14,6 +14,7 @@ from torch.fx.node import map_arg
 
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
+from ..graph.walk import args_of
 from . import sizes
 from .find import NoHead
 from .nodes import on
@@ -73,6 +74,16 @@ class Places:
         return self._moved(
             node, {source: self._tensor(source, part) for source, part in parts.items()}, False
         )
+
+    def reduced(self, node: Node, part: Where) -> Where:
+        """Where any is of what a node brings together."""
+        if isinstance(part, bool):
+            return part
+        dims, *keepdim = args_of(node)[1:3]
+        rank = len(shape_of(part))
+        for dim in sorted(((d % rank) for d in (dims if isinstance(dims, list) else [dims])), reverse=True):
+            part = self.build(aten.any.dim, part, dim, *keepdim)
+        return part
 
     def numbers_moved(self, node: Node, known: Mapping[Node, Node]) -> Node:
         """The same of numbers; 0 for what is not known."""

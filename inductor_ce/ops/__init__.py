@@ -8,6 +8,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     operators       row_stats and row_grad, and what they mean
     divergences     the operators of losses between several sets of logits, and of sums of entries, of which
                     `entries` has the formulas; `arithmetic`, what these are computed with
+    law             how statistics of blocks combine, as plain values
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
@@ -44,6 +45,7 @@ from .rows import (
     MASS,
     MAX,
     PICK,
+    PICKS,
     POWER,
     SEEN_DOT,
     SEEN_MASS,
@@ -70,6 +72,7 @@ __all__ = [
     "MAX_COLUMNS",
     "NO_SITE",
     "PICK",
+    "PICKS",
     "POWER",
     "ROW_GRAD",
     "ROW_GRAD_AGAIN",

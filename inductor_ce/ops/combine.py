@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .rows import FIRST, MAXIMUM, Law, Move, Rows
+from .law import Law, Move
+from .rows import FIRST, MAXIMUM, Rows
 
 
 def own_rows(packed: Tensor, law: Law, start: Tensor | int) -> Tensor:
@@ -26,7 +27,10 @@ def chosen(packed: Tensor, rows: Rows, wanted: Rows) -> Tensor:
     """Of the statistics `rows` those that are `wanted`."""
     if rows == wanted:
         return packed
-    return torch.stack([row for row, name in zip(packed.unbind(0), rows, strict=True) if name in wanted.rows])
+    end = rows.first_of_several
+    named = zip(packed[:end].unbind(0), rows, strict=False)
+    made = torch.stack([row for row, name in named if name in wanted.rows])
+    return made if end == len(rows) else torch.cat([made, packed[end:]])
 
 
 def combined(
@@ -64,7 +68,8 @@ def combined(
         else:
             beside = _beside(move, parts, counts, masses or {})
             combined.append(_moved(block, move, rise, scale, beside).sum(0))
-    return torch.stack(combined)
+    made = torch.stack(combined)
+    return torch.cat([made, blocks[:, len(combined) :][:, : law.several].sum(0)]) if law.several else made
 
 
 def _beside(

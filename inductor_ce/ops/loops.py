@@ -52,12 +52,12 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
         if row.statistic.term is not None:
             values.append(_sum(cast(columns(row.statistic.term, row), packed)))
         elif row.index is not None:
-            values.append(_picked(x, labels[row.index], m))
+            values.append(_picked(x, labels[row.index]))
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
             values.append(_place_of_maximum(x, m) if v else _full([n], 0.0, x))
-    return _stack([cast(value, packed) for value in values])
+    return _packed([cast(value, packed) for value in values])
 
 
 def row_grad(
@@ -68,15 +68,50 @@ def row_grad(
     def coefficient(k: int) -> IRNode:
         return _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
 
-    columns = _Columns(cast(z, stats_dtype(z)), cast(m, stats_dtype(z)), weights)
-    dz = _mul(coefficient(1), columns.exp)
-    column = _unsqueeze(_iota(z.get_size()[1], z), 0)
-    for k, j in rows.hits:
-        hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(cast(labels[j], torch.int64), 1))
-        dz = _add(dz, _where(hit, coefficient(k), 0.0))
-    for k, row in rows.slopes:
-        dz = _add(dz, columns(row.slope, row, coefficient(k)))
-    return _made(dz, z.get_dtype())
+    def of(x: IRNode, column: IRNode, weights: list[IRNode]) -> IRNode:
+        """What columns have, but of several labels."""
+        columns = _Columns(cast(x, stats_dtype(z)), cast(m, stats_dtype(z)), weights)
+        dz = _mul(coefficient(1), columns.exp)
+        for k, j in rows.hits:
+            hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(cast(labels[j], torch.int64), 1))
+            dz = _add(dz, _where(hit, coefficient(k), 0.0))
+        for k, row in rows.slopes:
+            dz = _add(dz, columns(row.slope, row, coefficient(k)))
+        return dz
+
+    v = z.get_size()[1]
+    dz = _made(of(z, _unsqueeze(_iota(v, z), 0), weights), z.get_dtype())
+    given = [
+        (_safe_labels(labels[j], v), call_lowering(aten.slice.Tensor, coefficients, 0, k, k + width))
+        for k, j, width in rows.several
+        if v
+    ]
+    for (index, _), _ in given:
+        entries = of(_gathered(z, index), index, [_gathered(over_rows(q, z), index) for q in weights])
+        for labelled, c in given:
+            entries = _add(entries, _at_labels(index, labelled, c))
+        dz = _with_entries(dz, index, cast(entries, z.get_dtype()))
+    return dz
+
+
+def _at_labels(index: IRNode, labelled: tuple[IRNode, IRNode], c: IRNode) -> IRNode:
+    """The sum of what coefficients [K, N] say of labels [N, K], in the columns that `index` [N, J] names."""
+    y, inside = labelled
+    c = _where(inside, call_lowering(aten.permute.default, c, [1, 0]), 0.0)
+    hit = call_lowering(aten.eq.Tensor, call_lowering(aten.unsqueeze.default, index, 2), _unsqueeze(y, 1))
+    return call_lowering(aten.sum.dim_IntList, _where(hit, _unsqueeze(c, 1), 0.0), [2])
+
+
+def _with_entries(dz: IRNode, index: IRNode, entries: IRNode) -> IRNode:
+    """dz with other entries [N, K] in the columns that `index` names. The same column has the same entry.
+
+    As by `aten.scatter`, whose lowering looks at the node that is being lowered before it does this.
+    """
+    return call_lowering(aten.scatter_reduce.two, dz, 1, index, entries, None)
+
+
+def _gathered(x: IRNode, index: IRNode) -> IRNode:
+    return call_lowering(aten.gather.default, x, 1, index)
 
 
 def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
@@ -206,21 +241,27 @@ def _place_of_maximum(x: IRNode, m: IRNode) -> IRNode:
     return call_lowering(aten.amin.default, _where(is_largest, column, torch.inf), [1])
 
 
-def _picked(x: IRNode, y: IRNode, m: IRNode) -> IRNode:
-    """z_y, 0 where the label is outside; `m` has the shape of the result."""
-    v = x.get_size()[1]
+def _safe_labels(y: IRNode, n_columns: Any) -> tuple[IRNode, IRNode]:
+    """(labels as int64 that are safe to index with, which of them name a column)"""
     inside = call_lowering(
         aten.bitwise_and.Tensor,
         call_lowering(aten.ge.Scalar, y, 0),
-        call_lowering(aten.lt.Scalar, cast(y, torch.int64), v),
+        call_lowering(aten.lt.Scalar, cast(y, torch.int64), n_columns),
     )
-    index = cast(_where(inside, y, 0), torch.int64)
-    picked = m
-    if v:
-        picked = call_lowering(
-            aten.squeeze.dim, call_lowering(aten.gather.default, x, 1, _unsqueeze(index, 1)), 1
-        )
-    return _where(inside, picked, 0.0)
+    return cast(_where(inside, y, 0), torch.int64), inside
+
+
+def _picked(x: IRNode, y: IRNode) -> IRNode:
+    """z_y, 0 where the label is outside; [N] or [K, N]."""
+    index, inside = _safe_labels(y, x.get_size()[1])
+    if not x.get_size()[1]:
+        picked = _full(y.get_size(), 0.0, x)
+    elif len(y.get_size()) == 2:
+        picked = _gathered(x, index)
+    else:
+        picked = call_lowering(aten.squeeze.dim, _gathered(x, _unsqueeze(index, 1)), 1)
+    picked = _where(inside, picked, 0.0)
+    return picked if len(y.get_size()) == 1 else call_lowering(aten.permute.default, picked, [1, 0])
 
 
 def _stack(values: list[IRNode]) -> IRNode:
@@ -230,6 +271,26 @@ def _stack(values: list[IRNode]) -> IRNode:
     for i, value in reversed(list(enumerate(values[:-1]))):
         packed = _where(call_lowering(aten.eq.Scalar, k, i), _unsqueeze(value, 0), packed)
     return packed
+
+
+def _packed(values: list[IRNode]) -> IRNode:
+    """[K, N] of rows [N], and of several [K', N] behind them."""
+    single = [value for value in values if len(value.get_size()) == 1]
+    packed = _stack(single)
+    several, k = values[len(single) :], len(single)
+    total = k + sum(value.get_size()[0] for value in several)
+    if several:
+        packed = _padded(packed, 0, total)
+    for value in several:
+        packed = _add(packed, _padded(value, k, total))
+        k += value.get_size()[0]
+    return packed
+
+
+def _padded(rows: IRNode, at: int, total: int) -> IRNode:
+    """Rows [K', N] from a place on, among others of 0, [K, N]."""
+    after = total - at - rows.get_size()[0]
+    return call_lowering(aten.constant_pad_nd.default, rows, [0, 0, at, after], 0.0)
 
 
 def _iota(size: Any, like: IRNode) -> IRNode:

@@ -170,7 +170,8 @@ def _row_grad(
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
     if left is None and any(map(_is_made_for_each, weights)):
-        return _in_place_of(z, loops.row_grad(z, labels, weights, m, coefficients, rows))
+        dz = loops.row_grad(z, labels, weights, m, coefficients, rows)
+        return dz if rows.several else _in_place_of(z, dz)
     template = functools.partial(_grad_template, Limit(left, piece))
     return _lowered(template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 

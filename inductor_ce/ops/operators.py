@@ -49,6 +49,10 @@ z_y - m, V m + sum, m + t / d, ...). In return losses are computed from differen
 which do not lose the digits that lse - z_y loses where logits are large, the rows combine exactly over any
 split of V (`combine.py`), and the gradient of a block needs nothing from the other blocks.
 
+At last, for each tensor of several labels a row, y [N, K], which stand behind those of one,
+
+    picks*K   z_y, 0 where the label is outside [0, V)  how often y has i                K rows
+
 Labels may be any integer dtype. A label outside [0, V) belongs to no column: this is what a shard of V
 needs, and what makes ignored rows free; callers that must refuse such labels do so themselves. Weights are
 constants: no gradient flows to them.
@@ -94,10 +98,6 @@ def _check(
 ) -> Rows:
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"z must be floating point [N, V], got {z.dtype} {tuple(z.shape)}")
-    for y in labels:
-        if y.dim() != 1 or y.is_floating_point() or y.is_complex():
-            raise ValueError(f"labels must be integers [N], got {y.dtype} {tuple(y.shape)}")
-        torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
     for q in weights:
         if q.dim() not in (1, 2) or q.is_complex():
             raise ValueError(f"weights must be real [V] or [N, V], got {q.dtype} {tuple(q.shape)}")
@@ -105,9 +105,18 @@ def _check(
         if q.dim() == 2:
             torch._check(q.shape[0] == z.shape[0], lambda: "weights and z differ in N")
     rows = Rows.decode(which, len(labels), len(weights), of_gradient)
+    _check_labels(z, labels, {j: [width] for _, j, width in rows.several})
     if ARGMAX in rows and stats_dtype(z) == torch.float32:
         torch._check(z.shape[1] <= MAX_COLUMNS, lambda: f"argmax over more than {MAX_COLUMNS} columns")
     return rows
+
+
+def _check_labels(z: Tensor, labels: list[Tensor], several: dict[int, list[int]]) -> None:
+    for j, y in enumerate(labels):
+        if not y.dim() or list(y.shape[1:]) != several.get(j, []) or y.is_floating_point() or y.is_complex():
+            shape = ", ".join(map(str, ["N", *several.get(j, [])]))
+            raise ValueError(f"labels must be integers [{shape}], got {y.dtype} {tuple(y.shape)}")
+        torch._check(y.shape[0] == z.shape[0], lambda: "labels and z differ in N")
 
 
 def _check_grad(
@@ -154,11 +163,12 @@ class _Columns:
 
 
 def _picked(x: Tensor, y: Tensor) -> Tensor:
-    """z_y, 0 where the label is outside."""
+    """z_y, 0 where the label is outside; [N] or [K, N]."""
     if not x.shape[1]:
-        return x.new_zeros(x.shape[0])
+        return x.new_zeros(y.shape[::-1])
     index, inside = _safe_labels(y, x.shape[1])
-    return torch.where(inside, x.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0.0)
+    several = index if index.dim() == 2 else index.unsqueeze(-1)
+    return torch.where(inside, x.gather(-1, several).view(y.shape), 0.0).t()
 
 
 @torch.library.custom_op("inductor_ce::row_stats", mutates_args=())
@@ -171,7 +181,7 @@ def row_stats(
 
     Args:
         z: logits [N, V], any floating dtype; statistics are computed in float32 (float64 for float64).
-        labels: integer tensors [N], one per `pick` row.
+        labels: integer tensors [N], one per `pick` row, and then [N, K], one per `picks*K`.
         weights: real tensors [V] or [N, V], any dtype, for the rows `dot:j`, `mass:j`, `expdot:j` and such.
         which: the rows wanted, see the table above.
         site: an id of the loss, which the gradient carries too. Results do not depend on it.
@@ -203,7 +213,7 @@ def _statistics(z: Tensor, labels: list[Tensor], weights: list[Tensor], which: s
             values.append(m)
         else:
             values.append(x.argmax(-1).to(x.dtype) if v else torch.zeros_like(m))
-    return torch.stack([value.to(packed) for value in values])
+    return torch.cat([value.to(packed) if value.dim() == 2 else value.to(packed)[None] for value in values])
 
 
 @torch.library.custom_op("inductor_ce::some_row_stats", mutates_args=())
@@ -238,7 +248,7 @@ def row_grad(
     + sum_k k h_k exp(k (z_i - m)),
     with a, b_j, c, e, f_j, g_j, h_k the rows of `coefficients` (the gradients that reach `sumexp`, each
     `pick`, `sum`, `sumexpz`, each `expdot`, each `dot`, each `sumexp^k`); those for `max`, `argmax` and
-    `mass` are not read.
+    `mass` are not read. Of several labels a row each has its b_j.
 
     Args:
         z: logits [N, V].
@@ -266,6 +276,11 @@ def _gradient(
         b = torch.where(inside, coefficients[k], 0.0)
         if z.shape[1]:
             dz = dz.scatter_add(-1, index.unsqueeze(-1), b.unsqueeze(-1))
+    for k, j, width in rows.several:
+        index, inside = _safe_labels(labels[j], z.shape[1])
+        b = torch.where(inside, coefficients[k : k + width].t(), 0.0)
+        if z.shape[1]:
+            dz = dz.scatter_add(-1, index, b)
     for k, row in rows.slopes:
         dz = dz + columns(row.slope, row, coefficients[k].unsqueeze(-1))
     return dz.to(z.dtype).contiguous()

@@ -26,10 +26,10 @@ import math
 import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from .law import Law, Move
 from .terms import in_triton
 
 
@@ -73,6 +73,7 @@ MAXIMUM, FIRST = "maximum", "first"
 MAX = Statistic("max", held=MAXIMUM)
 SUMEXP = Statistic("sumexp", term="exp", slope="c * exp", has_exp=True)
 PICK = Statistic("pick", Per.LABEL)
+PICKS = Statistic("picks*", Per.LABEL)  # of several labels a row, in as many rows of the packed result
 SUM = Statistic("sum", term="gap", slope="c", beside=COUNT)
 SUMEXPZ = Statistic(
     "sumexpz",
@@ -113,16 +114,22 @@ WEIGHED = (DOT, MASS, EXPDOT, KEPT_DOT, KEPT_MASS, EXPZDOT, KEPT_EXPDOT, SEEN_DO
 
 @dataclass(frozen=True)
 class Row:
-    """A statistic, and of which label or weight tensor, or of which order it is, if of any."""
+    """A statistic, and of which label or weight tensor, or of which order it is, if of any.
+
+    One of several labels a row has `width` places in the packed result, and comes last.
+    """
 
     statistic: Statistic
     index: int | None = None
     order: float | None = None
+    width: int = 1
 
     def __str__(self) -> str:
         name = self.statistic.name
         if self.order is not None:
             return f"{name}{int(self.order) if self.order.is_integer() else self.order}"
+        if self.statistic == PICKS:
+            return f"{name}{self.width}"
         return f"{name}:{self.index}" if self.statistic.per is Per.WEIGHT else name
 
     @staticmethod
@@ -132,6 +139,14 @@ class Row:
         if name + caret != POWER.name or not 0 < (order := float(number)) < math.inf:
             return None
         return Row(POWER, order=order)
+
+    @staticmethod
+    def picks(text: str, index: int) -> Row | None:
+        """The row that is written so, if it is of several labels a row."""
+        name, star, number = text.partition("*")
+        if name + star != PICKS.name or not number.isdecimal() or not int(number):
+            return None
+        return Row(PICKS, index, width=int(number))
 
     @property
     def is_sum(self) -> bool:
@@ -192,12 +207,12 @@ class Rows:
 
     @staticmethod
     def of(n_labels: int, *others: Row) -> Rows:
-        """Those of every call, with so many labels and `others`, in any order."""
-        order = [statistic.name for statistic in (*OPTIONAL, POWER, *WEIGHED)]
+        """Those of every call, with so many tensors of one label a row, and `others`, in any order."""
+        order = [statistic.name for statistic in (*OPTIONAL, POWER, *WEIGHED, PICKS)]
 
-        def place(row: Row) -> tuple[int, int, float]:
+        def place(row: Row) -> tuple[bool, int, int, float]:
             index = -1 if row.index is None else row.index
-            return index, order.index(row.statistic.name), row.order or 0.0
+            return row.statistic == PICKS, index, order.index(row.statistic.name), row.order or 0.0
 
         picks = [Row(PICK, j) for j in range(n_labels)]
         return Rows((*map(Row, ALWAYS), *picks, *sorted(others, key=place)))
@@ -212,10 +227,13 @@ class Rows:
         names = text.split(",")
         if of_gradient:
             n_labels -= sum(s.name in names for s in OPTIONAL if s.at is not None)
+        wide = [name for name in names if name.startswith(PICKS.name)]
+        n_labels -= len(wide)
+        several = [row for j, name in enumerate(wide) if (row := Row.picks(name, n_labels + j)) is not None]
         weighed = [[Row(s, j) for s in WEIGHED if str(Row(s, j)) in names] for j in range(n_weights)]
         optional = [Row(s) for s in OPTIONAL if s.name in names]
         optional += [row for name in dict.fromkeys(names) if (row := Row.power(name)) is not None]
-        rows = Rows.of(n_labels, *optional, *itertools.chain(*weighed))
+        rows = Rows.of(n_labels, *optional, *itertools.chain(*weighed), *several)
         told = all(s.at is None or s.at in names for s in OPTIONAL if s.name in names)
         if rows.encode() != text or not all(weighed) or not told:
             raise ValueError(
@@ -226,6 +244,7 @@ class Rows:
                 + " + some of "
                 + " ".join(f"',{s.name}:j'" for s in WEIGHED)
                 + " per weight tensor j"
+                + f" [+ ',{PICKS.name}K' per tensor of K labels a row]"
             )
         return rows
 
@@ -237,7 +256,8 @@ class Rows:
         return repr(self.encode())
 
     def __len__(self) -> int:
-        return len(self.rows)
+        """Of the packed result."""
+        return sum(row.width for row in self.rows)
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -250,15 +270,37 @@ class Rows:
         return self.rows.index(Row(statistic, index))
 
     @property
-    def labels(self) -> int:
-        """How many label tensors there are."""
+    def widths(self) -> list[int]:
+        """How many places in the packed result each has."""
+        return [row.width for row in self.rows]
+
+    @property
+    def first_of_several(self) -> int:
+        """The first place of the rows of several labels, or the end."""
+        return len(self.rows) - sum(row.statistic == PICKS for row in self.rows)
+
+    @property
+    def picks(self) -> int:
+        """How many tensors there are of one label a row."""
         return sum(row.statistic == PICK for row in self.rows)
 
     @property
+    def labels(self) -> int:
+        """How many label tensors there are."""
+        return self.picks + len(self.several)
+
+    @property
+    def several(self) -> list[tuple[int, int, int]]:
+        """(first place, label tensor, K) for each row of several labels."""
+        places = itertools.accumulate(self.widths, initial=0)
+        rows = zip(places, self.rows, strict=False)
+        return [(k, row.index or 0, row.width) for k, row in rows if row.statistic == PICKS]
+
+    @property
     def hits(self) -> list[tuple[int, int]]:
-        """(row, label) for each label of `row_grad`: those given, and then the columns that `at` tells."""
+        """(row, label) for each of one label: those given, and then the columns that `at` tells."""
         given = [(self.rows.index(row), row.index or 0) for row in self.rows if row.statistic == PICK]
-        return given + [(k, len(given) + i) for i, (k, _) in enumerate(self.told)]
+        return given + [(k, self.labels + i) for i, (k, _) in enumerate(self.told)]
 
     @property
     def has_first(self) -> bool:
@@ -272,7 +314,7 @@ class Rows:
 
     @property
     def hit_names(self) -> list[str]:
-        return [f"labels_{j}" for _, j in self.hits]
+        return [f"labels_{j}" for j in range(self.labels + len(self.told))]
 
     @property
     def weight_names(self) -> list[str]:
@@ -289,7 +331,8 @@ class Rows:
 
     @property
     def after_labels(self) -> list[tuple[int, Row]]:
-        return [(k, row) for k, row in enumerate(self.rows) if k >= len(ALWAYS) + self.labels]
+        after = enumerate(self.rows[len(ALWAYS) + self.picks :], len(ALWAYS) + self.picks)
+        return [(k, row) for k, row in after if row.statistic != PICKS]
 
     # Of the gradient
 
@@ -302,7 +345,7 @@ class Rows:
     @property
     def has_more(self) -> bool:
         """Whether a sweep holds more than the maximum, sumexp and a sum."""
-        return any(row.statistic not in (*ALWAYS, PICK, SUM) for row in self.rows)
+        return any(row.statistic not in (*ALWAYS, PICK, PICKS, SUM) for row in self.rows)
 
     @property
     def cancel(self) -> bool:
@@ -339,46 +382,15 @@ class Rows:
         """How they combine, where the masses of the weights `known` are."""
         places = {row: k for k, row in enumerate(self.rows)}
         moves = []
-        for row in self.rows:
+        for row in self.rows[: self.first_of_several]:
             beside = row.beside
             mass = beside.index if beside is not None and beside not in places else None
             place = None if beside is None else places.get(beside)
             order = (row.order or 1.0) if row.statistic.has_exp else None
             moves.append(Move(row.statistic.held, order, row.is_beside_count, place, mass))
         first = places.get(Row(ARGMAX))
-        return Law(tuple(moves), first, tuple(at for _, at in self.told))
-
-
-class Move(NamedTuple):
-    """How the blocks of one row combine.
-
-    Attributes:
-        held: MAXIMUM or FIRST, for what is no sum.
-        order: of the power of exp that the terms of the sum have, None where they have none.
-        is_beside_count: whether the number of columns meets the rise of the maximum.
-        beside: the row that meets it, by its place.
-        mass: or the weight whose mass does, where that is no row.
-    """
-
-    held: str | None
-    order: float | None
-    is_beside_count: bool
-    beside: int | None
-    mass: int | None
-
-
-class Law(NamedTuple):
-    """How packed results of blocks combine, in plain values, which Dynamo traces in every release.
-
-    Attributes:
-        moves: one for each row.
-        first: the row that is the first column with the maximum, if any.
-        told: the rows whose columns alone have the gradient of others.
-    """
-
-    moves: tuple[Move, ...]
-    first: int | None
-    told: tuple[int, ...]
+        several = len(self) - self.first_of_several
+        return Law(tuple(moves), first, tuple(at for _, at in self.told), several)
 
 
 @torch.compiler.assume_constant_result

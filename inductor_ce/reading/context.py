@@ -178,6 +178,7 @@ class Context:
         named: bool = True,
         wraps: str = "",
         column: int | None = None,
+        width: int = 1,
     ) -> sympy.Symbol:
         """The symbol of labels of the rows of a value; the same labels, however viewed, share one."""
         known = self.reading.labels.setdefault(value.logits, {})
@@ -189,10 +190,9 @@ class Context:
             alike = alike and arrangement(label.steps) == arrangement(value.steps)
             if alike and bool(symbol.is_nonnegative) == named:
                 return symbol
-        symbol = algebra.label(
-            _new_name(known, "y" if node is not None else "i" if column is None else str(column)), named
-        )
-        known[symbol] = Label(node, value.steps, kept, self.position, wraps, column)
+        letter = "y" if node is not None else "i" if column is None else str(column)
+        symbol = algebra.label(_new_name(known, letter if width == 1 else f"{letter}[{width}]"), named)
+        known[symbol] = Label(node, value.steps, kept, self.position, wraps, column, width)
         return symbol
 
     def met(self, columns: Columns, arg: Node, value: VocabValue) -> algebra.Vocab | None:

@@ -21,7 +21,7 @@ from .steps import View
 from .values import Columns, Outcome, RowValue, Value, VocabValue, detached
 from .views import HALF, first_and_step, keeps_order, step_back, viewed, viewing
 
-# A row of statistics for each label of a row: beyond this a gather is the better kernel.
+# A symbol for each label of a row: beyond this one stands for all of them.
 MAX_LABELS = 16
 
 
@@ -38,7 +38,7 @@ def view(context: Context, args: dict[str, Any]) -> Outcome:
     if viewed(context.node) is not source:
         return None
     if isinstance(value, RowValue):
-        if value.more:
+        if value.is_of_several:
             return value if same_shape(shape_of(context.node), shape_of(source)) else None
         return None if context.is_edited_view(source) else _view_of_rows(context.node, source, value)
     if not isinstance(value, VocabValue):
@@ -258,8 +258,12 @@ def _picked_of(context: Context, value: VocabValue, index: Node, wraps: str) -> 
     count = constant(shape_of(index)[value.axis])
     if count is None:
         return Refusal(Reason.NOT_UNDERSTOOD, "How many labels it picks in a row is not fixed in the graph.")
-    if not 1 <= count <= MAX_LABELS:
-        return Refusal(Reason.NOT_UNDERSTOOD, f"It picks {count} labels in a row, more than {MAX_LABELS}.")
+    if not count:
+        return Refusal(Reason.NOT_UNDERSTOOD, "It picks no labels.")
+    if count > MAX_LABELS:
+        y = context.label(value, index, kept=value.axis, wraps=wraps, width=count)
+        picked = _picked(value, [y], value.axis)
+        return None if picked is None else replace(picked, width=count)
     columns = [None] if count == 1 else range(count)
     labels = [context.label(value, index, kept=value.axis, wraps=wraps, column=column) for column in columns]
     return _picked(value, labels, value.axis)
@@ -276,7 +280,11 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
 
 
 def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Outcome:
-    """x[arange, y]: the label counts from the end where it is negative."""
+    """x[arange, y], or x[arange[:, None], y]: the label counts from the end where it is negative."""
+    if label_axis(context, source, index, behind=1) == len(index) - 1:
+        several = context.vocab(source, len(index) - 1)
+        if several is not None and same_shape(row_shape(source, several.axis), shape_of(index[-1])[:-1]):
+            return _picked_of(context, several, index[-1], "negative")
     axis = label_axis(context, source, index)
     if axis is None:
         value = chosen_and_picked(context, source, index)
@@ -369,8 +377,8 @@ def _begins_rows(context: Context, node: Node, count: Size, classes: Size) -> bo
     )
 
 
-def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | None:
-    """The axis on which `x[index]` takes one element for each row, where all others are counted through."""
+def label_axis(context: Context, source: Any, index: tuple[Any, ...], behind: int = 0) -> int | None:
+    """The axis on which `x[index]` takes an element for each row, or several that stand `behind` the rows."""
     shape = shape_of(source)
     if len(index) != len(shape):
         return None
@@ -386,6 +394,6 @@ def label_axis(context: Context, source: Any, index: tuple[Any, ...]) -> int | N
     rows = [i for i in range(len(shape)) if i != axis]
     for place, i in enumerate(rows):
         dim, length = counts[i]  # type: ignore[misc]
-        if dim != place - len(rows) or not equal(length, shape[i]):
+        if dim != place - len(rows) - behind or not equal(length, shape[i]):
             return None
     return axis

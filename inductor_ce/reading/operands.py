@@ -44,7 +44,7 @@ def operands(context: Context, *args: Any) -> Operands | Refusal | None:
     if lead is None:
         return _of_columns(context, args, known)
     leader, arg = lead
-    if any(isinstance(v, RowValue) and v.more for v in known):
+    if any(isinstance(v, RowValue) and v.is_of_several for v in known):
         return _of_many_rows(args, known, leader)
     frame = leader if isinstance(leader, VocabValue) else _frame(leader)
     like = arg if isinstance(leader, VocabValue) else None
@@ -74,7 +74,10 @@ def _beside_others(known: list[Value | None]) -> list[Value | None]:
 
 def _of_many_rows(args: tuple[Any, ...], known: list[Value | None], leader: OnLogits) -> Operands | None:
     """Rows with several labels each, other rows and numbers."""
-    count = max(len(v.exprs) for v in known if isinstance(v, RowValue))
+    rows = [v for v in known if isinstance(v, RowValue)]
+    count, width = max(len(v.exprs) for v in rows), max(v.width for v in rows)
+    if any((len(v.exprs), v.width) not in ((1, 1), (count, width)) for v in rows):
+        return None
     columns: list[tuple[Expr, ...]] = []
     for k in range(count):
         exprs: list[Expr] = []
@@ -86,7 +89,8 @@ def _of_many_rows(args: tuple[Any, ...], known: list[Value | None], leader: OnLo
             else:
                 return None
         columns.append(tuple(exprs))
-    wide = frozenset().union(*(v.wide for v in known if isinstance(v, RowValue)))
+    wide = frozenset().union(*(v.wide for v in rows))
+    leader = replace(leader, width=width) if isinstance(leader, RowValue) else leader
     return Operands(leader, columns[0], wide, tuple(columns[1:]))
 
 

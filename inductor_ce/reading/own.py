@@ -57,7 +57,7 @@ def sums_entries(
 def _is_of_picks(reading: Reading, node: Node) -> bool:
     """Whether a number is made of picked logits and of normalisers alone, all with their gradients."""
     value = reading.values.get(node)
-    if not isinstance(value, RowValue) or value.detached or value.after or value.more:
+    if not isinstance(value, RowValue) or value.detached or value.after or value.is_of_several:
         return False
     labels = {*algebra.labels_of(value.expr)}
     return value.expr.free_symbols <= labels | {algebra.LSE, algebra.LSE_EXTENDED}

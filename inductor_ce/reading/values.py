@@ -35,7 +35,7 @@ class Label:
     """Class indices, read at `position`, arranged as the rows of the logits after `steps`.
 
     `kept` is an axis of size 1 that stands where the vocabulary was, if there is one; where that axis is
-    longer, these are the labels in its `column`. Where `wraps` is "negative", -1 is
+    longer, these are the labels in its `column`, or all `width` of them. Where `wraps` is "negative", -1 is
     the last column; where it is "modulo", V is also the first.
 
     Without a `node`, the label of all rows is `column`, or that of row i is i if there is none.
@@ -47,6 +47,7 @@ class Label:
     position: int
     wraps: str = ""
     column: int | None = None
+    width: int = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ class VocabValue:
 class RowValue:
     """A node with a number for each row of `logits`; `kept` is the axis of size 1 where V was, if kept.
 
-    Several labels a row make that axis longer: `more` are the expressions that stand behind the first.
+    Several labels a row make that axis longer: `more` are the expressions that stand behind the first, or
+    `width` is its size, where labels of one symbol stand along it.
     """
 
     logits: Logits
@@ -114,6 +116,12 @@ class RowValue:
     after: tuple[Afterwards, ...] = ()
     detached: bool = False
     more: tuple[sympy.Expr, ...] = ()
+    width: int = 1
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether a row has more numbers than one."""
+        return bool(self.more) or self.width > 1
 
     @property
     def exprs(self) -> tuple[sympy.Expr, ...]:

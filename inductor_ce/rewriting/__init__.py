@@ -8,7 +8,8 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     normalisers       which of them are losses by themselves
     kept              log-probabilities that the program keeps, beside the loss
     compared          who compares what a loss has of a row with its entries, and is given it as written
-    rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions
+    rewrite           replaces a group, by nodes that `statistics` makes for the symbols of its expressions;
+                      made_of_rows, for those that have one number of a row
     weighed           which rows hold the sums that tensors from outside weigh, or leave columns out of
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there

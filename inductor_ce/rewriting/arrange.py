@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..common.compat.graphs import is_dtensor
 from ..distributed.placements import padded
 from ..graph.builder import Builder
-from ..graph.shapes import constant, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, constant, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.row_views import Index, Permute, Reshape, RowView, row_shape
@@ -71,8 +71,9 @@ def _elementwise_source(node: Node) -> Node | None:
 
 
 def flat_labels(build: Builder, node: Node, label: Label, vocab_size: int) -> Node:
-    """The labels [N] in the order of the rows of the logits, ANY_LABEL in rows that were cut off."""
+    """The labels [N], or [N, K], in the order of the logits' rows, ANY_LABEL in rows that were cut off."""
     steps, kept = _needed_steps(label.steps), label.kept
+    classes = () if label.width == 1 else (label.width,)
     if label.column is not None:
         node, kept = build("select", node, kept, label.column), None
     if tensor_of(node).dtype not in (torch.int32, torch.int64):  # type: ignore[union-attr]
@@ -81,10 +82,12 @@ def flat_labels(build: Builder, node: Node, label: Label, vocab_size: int) -> No
         node = build(torch.remainder, node, vocab_size)
     elif label.wraps:
         node = build(torch.where, build(torch.lt, node, 0), build(torch.add, node, vocab_size), node)
-    if steps and kept is not None:
+    if classes and kept != len(shape_of(node)) - 1:
+        node = build(torch.movedim, node, kept, -1)
+    elif steps and kept is not None and not classes:
         node = build("squeeze", node, kept)
-    node = _undo(build, node, steps, ())
-    return node if len(shape_of(node)) == 1 else build("reshape", node, -1)
+    node = _undo(build, node, steps, classes)
+    return node if len(shape_of(node)) == 1 + len(classes) else build("reshape", node, -1, *classes)
 
 
 def fixed_labels(build: Builder, logits: Logits, column: int | None) -> Node:
@@ -153,24 +156,24 @@ def _padded(build: Builder, node: Node, pads: list[int]) -> Node:
 
 
 def arranged(build: Builder, flat: Node, logits: Logits, steps: tuple[RowView, ...]) -> Node:
-    """[N] values of the rows of the logits, arranged as `steps` say."""
-    node = flat
+    """[N], or [N, K], values of the rows of the logits, arranged as `steps` say."""
+    node, behind = flat, list(shape_of(flat)[1:])
     sizes = row_shape(logits.node, logits.axis)
     if len(sizes) != 1 and not (steps and isinstance(steps[0], Reshape)):
-        node = build("reshape", node, row_sizes(build, logits.node, logits.axis))
+        node = build("reshape", node, [*row_sizes(build, logits.node, logits.axis), *behind])
     for step, following in zip(steps, (*steps[1:], None), strict=False):
         if not (isinstance(step, Reshape) and isinstance(following, Reshape)):
-            node = _do_step(build, node, step)
+            node = _do_step(build, node, step, behind)
     return node
 
 
-def _do_step(build: Builder, node: Node, step: RowView) -> Node:
+def _do_step(build: Builder, node: Node, step: RowView, behind: list[Size]) -> Node:
     if isinstance(step, Reshape):
-        if len(row_shape(step.result, step.result_axis)) == len(shape_of(node)) == 1:
+        if len(row_shape(step.result, step.result_axis)) == len(shape_of(node)) - len(behind) == 1:
             return node
-        return build("reshape", node, row_sizes(build, step.result, step.result_axis))
+        return build("reshape", node, [*row_sizes(build, step.result, step.result_axis), *behind])
     if isinstance(step, Permute):
-        return build("permute", node, step.order)
+        return build("permute", node, [*step.order, *range(len(step.order), len(step.order) + len(behind))])
     if isinstance(step, Index):
         return build("select", node, step.dim, step.at)
     cut = tuple(_range(left, right) for left, right in zip(step.left, step.right, strict=True))

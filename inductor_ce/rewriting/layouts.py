@@ -47,12 +47,18 @@ class Dense:
     def statistics(
         self, z: Node, labels: list[Node], weights: list[Node], rows: ops.Rows, site: int
     ) -> list[Node]:
-        """The K rows of `row_stats`."""
+        """The rows of `row_stats`, [N], and [K, N] where they are of several labels."""
         packed = self.build(ops.ROW_STATS, z, labels, weights, rows.encode(), site=site)
-        return self.unbound(self.build(torch.unbind, packed, 0), rows)
+        if not rows.several:
+            return self.unbound(self.build(torch.unbind, packed, 0), rows)
+        made = self.unbound(self.build(torch.split, packed, rows.widths), rows)
+        return [
+            self.build("squeeze", part, 0) if row.statistic != ops.PICKS else part
+            for part, row in zip(made, rows, strict=True)
+        ]
 
     def unbound(self, made: Node, rows: ops.Rows) -> list[Node]:
-        return [self.build(operator.getitem, made, k) for k in range(len(rows))]
+        return [self.build(operator.getitem, made, k) for k in range(len(rows.rows))]
 
     def brought(self, node: Node, held: Label | Outside) -> Node:
         """A tensor of the user's, such that it can stand beside the logits: on their device.

@@ -127,6 +127,9 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
         result = _reduced(build, stats, rows[0], value)
     elif len(rows) > 1:
         result = build(torch.stack, rows, value.kept)
+    elif value.width > 1:
+        last = len(shape_of(rows[0])) - 1
+        result = rows[0] if value.kept == last else build(torch.movedim, rows[0], -1, value.kept)
     else:
         result = rows[0] if value.kept is None else build("unsqueeze", rows[0], value.kept)
     result = stats.layout.as_made(_done(build, tensor_of(node).dtype, result), node)  # type: ignore[union-attr]
@@ -147,13 +150,14 @@ def _done(build: Builder, step: Afterwards, result: Node) -> Node:
 
 def _rows(build: Builder, stats: Statistics, group: Group, value: Any, expr: sympy.Expr) -> Node:
     """A row expression, arranged as the user has his rows."""
-    flat = stats.row(expr)
+    flat = stats.row(expr, getattr(value, "width", 1))
     for step in value.after:
         flat = _done(build, step, flat)
     ignored = value.reduction.ignore_index if isinstance(value, LossValue) else None
     for y in algebra.labels_of(expr):
         if y.is_nonnegative and group.labels[y].node is not None:
             flat = build(torch.mul, flat, stats.checked(y, ignored))
+    flat = build("t", flat) if len(shape_of(flat)) == 2 else flat
     return arranged(build, flat, group.logits, value.steps)
 
 

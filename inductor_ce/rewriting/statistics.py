@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
 from torch.fx import Node
 
 from .. import algebra, ops
-from ..algebra import symbols
 from ..graph.builder import Builder
 from ..graph.shapes import is_promoted, shape_of, tensor_of
-from ..ops import rows
 from ..ops.verified import FUSED, TAPPED
 from ..reading.values import Label, Outside, Reading
 from .arrange import flat_labels, flat_outside
 from .groups import Group
 from .layouts import layout_of
+from .made_of_rows import LOG_SUMEXP_WIDE, OF_ROWS, finite, with_infinities
 from .rematerialise import made_before
 from .weighed import (
-    SUMEXP,
-    SUMEXP_EXTENDED,
     WEIGHED,
     Product,
     by_masks,
@@ -37,62 +34,6 @@ from .weighed import (
 
 # Integers up to here are exact in float64, and small enough for any scalar argument.
 EXACT = 2**53
-
-# The maximum where it stands alone, and nothing beside it tells of NaN.
-MAX_OR_NAN = sympy.Symbol("max_or_nan", real=True)
-
-# log d in float64, where it is to cancel.
-LOG_SUMEXP_WIDE = sympy.Symbol("log_sumexp_wide", real=True)
-
-
-class finite(sympy.Function):
-    """What is added to a maximum, 0 where that is infinite."""
-
-    @classmethod
-    def eval(cls, shifted: sympy.Expr) -> sympy.Expr | None:
-        return sympy.Integer(0) if shifted == symbols.MAX_SHIFTED else None
-
-
-def _max_or_nan(build: Builder, m: Node, d: Node) -> Node:
-    # A kernel's maximum need not see NaN; d does, and is NaN beside +inf as well.
-    unseen = build(torch.logical_and, build(torch.isnan, d), build(torch.ne, m, torch.inf))
-    return build(torch.where, unseen, torch.nan, m)
-
-
-def _sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
-    # d is NaN in a row that holds +inf, whose logsumexp is +inf and has torch's gradient for d = 1.
-    return build(torch.where, build(torch.eq, m, torch.inf), 1.0, d)
-
-
-def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
-    return build(torch.log, _sumexp_extended(build, m, d))
-
-
-class _OfRows(NamedTuple):
-    """How a symbol is made: `by`, with a builder and the rows that it needs."""
-
-    needs: tuple[rows.Statistic, ...]
-    by: Callable[..., Node]
-
-
-# The symbols that are left when all is relative to the maximum.
-_OF_ROWS = {
-    symbols.MAX: _OfRows((rows.MAX,), lambda build, m: m),
-    MAX_OR_NAN: _OfRows((rows.MAX, rows.SUMEXP), _max_or_nan),
-    symbols.MAX_SHIFTED: _OfRows((rows.MAX,), lambda build, m: build(torch.sub, m, m)),
-    symbols.TOP_SHIFTED: _OfRows(
-        (rows.TOP, rows.MAX, rows.ARGMAX), lambda build, top, m, _: build(torch.sub, top, m)
-    ),
-    symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
-    LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
-    symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
-    SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: d),
-    SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _sumexp_extended),
-    symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
-    symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
-    symbols.ARGMAX: _OfRows((rows.ARGMAX,), lambda build, first: first),
-}
-_MAXIMA_SHIFTED = [s.over_max - symbols.MAX for s in symbols.STATISTICS if symbols.is_maximum(s.symbol)]
 
 _MADE: dict[str, Callable[[Builder, Node], Node]] = {
     "": lambda build, node: node,
@@ -124,20 +65,13 @@ def _any_has(exprs: list[sympy.Expr], symbol: sympy.Symbol) -> bool:
     return any(expr.has(symbol) for expr in exprs)
 
 
-def _with_infinities(moved: sympy.Expr) -> sympy.Expr:
-    """A shifted expression, of a row whose maximum is infinite as torch has it.
-
-    Where the maximum is taken from the normaliser and cancels, that is NaN; else it is the maximum's to say.
-    """
-    normalised = moved.has(algebra.LOG_SUMEXP, algebra.LOG_SUMEXP_EXTENDED, algebra.log_sumexp_of)
-    if not normalised or moved.has(algebra.MAX):
-        moved = moved.subs({shifted: finite(shifted) for shifted in _MAXIMA_SHIFTED})
-    return moved if normalised else moved.subs(algebra.MAX, MAX_OR_NAN)
-
-
 def _power(log_sumexp: sympy.Expr) -> ops.Row:
     """The row whose logarithm is log_sumexp(k)."""
     return ops.Row(ops.POWER, order=float(log_sumexp.args[0]))
+
+
+def _pick_row(index: int, width: int) -> ops.Row:
+    return ops.Row(ops.PICK, index) if width == 1 else ops.Row(ops.PICKS, index, width=width)
 
 
 def _is_mask(node: Node) -> bool:
@@ -170,11 +104,15 @@ class Statistics:
         self._flat: dict[sympy.Symbol, Node] = {}
         self._known: dict[Any, Node] = {}
         picked = [y for y in self.labels if any(y in algebra.picks_of(e) for e in exprs)]
+        picked.sort(key=lambda y: group.labels[y].width > 1)
+        picks = {y: _pick_row(j, group.labels[y].width) for j, y in enumerate(picked)}
+        several = [row for row in picks.values() if row.statistic == ops.PICKS]
+        self._in_rows = {y: build("t", self.labels[y]) for y in self.labels if group.labels[y].width > 1}
         weights, sums = self._weights(moved)
-        asked = {s for symbol, made in _OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
+        asked = {s for symbol, made in OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
         others = [ops.Row(s) for s in asked if s not in (ops.MAX, ops.SUMEXP)]
         powers = {f: _power(f) for expr in moved for f in expr.atoms(algebra.log_sumexp_of)}
-        self.rows = ops.Rows.of(len(picked), *others, *powers.values(), *sums)
+        self.rows = ops.Rows.of(len(picks) - len(several), *others, *powers.values(), *sums, *several)
         z = self.layout.logits()
         self.is_tapped = (
             verify_key is not None
@@ -186,7 +124,7 @@ class Statistics:
             z = build(TAPPED, z, verify_key, FUSED)
         made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
         self._rows = dict(zip(self.rows, made, strict=True))
-        functions = {algebra.pick(y): ops.Row(ops.PICK, j) for j, y in enumerate(picked)}
+        functions = {algebra.pick(y): row for y, row in picks.items()}
         functions |= {function: row for row, function in sums.items()}
         self._of_function = {function: self._rows[row] for function, row in functions.items()}
 
@@ -240,8 +178,8 @@ class Statistics:
         return self._known[key]
 
     def _made(self, key: sympy.Expr) -> Node:
-        if key in _OF_ROWS:
-            made = _OF_ROWS[key]
+        if key in OF_ROWS:
+            made = OF_ROWS[key]
             return made.by(self.build, *(self._rows[ops.Row(statistic)] for statistic in made.needs))
         if key in self.outside:
             node = self.flat(key)  # as torch has it beside them: what is made of it alone is not rounded
@@ -257,7 +195,7 @@ class Statistics:
         if key.func == finite:
             return build(torch.where, build(torch.isfinite, m), self[key.args[0]], 0.0)
         if key.func == algebra.same:
-            one, other = (self.labels[y] for y in key.args)
+            one, other = map(self._label, key.args)
             return build(torch.where, build(torch.eq, one, other), 1.0, 0.0)
         if key.func == algebra.hit:
             return build(torch.where, self.inside(key.args[0]), 1.0, 0.0)
@@ -273,11 +211,15 @@ class Statistics:
             return self.layout.whole(build(torch.sum, self.product(key.args), -1))
         return self._of_function[key]
 
+    def _label(self, y: sympy.Symbol) -> Node:
+        """Labels that stand beside rows, [N], or [K, N]."""
+        return self._in_rows.get(y, self.labels[y])
+
     def inside(self, y: sympy.Symbol) -> Node:
         """Whether labels name a column."""
         key = ("inside", y)
         if key not in self._known:
-            build, label = self.build, self.labels[y]
+            build, label = self.build, self._label(y)
             above = build(torch.ge, label, 0)
             self._known[key] = build(torch.logical_and, above, build(torch.lt, label, self.vocab_size))
         return self._known[key]
@@ -285,11 +227,15 @@ class Statistics:
     def entry(self, q: sympy.Symbol, y: sympy.Symbol) -> Node:
         """q_y, and that of any class where y names none."""
         build, weight = self.build, self.flat(q)
-        safe = build(torch.where, self.inside(y), self.labels[y], 0)
-        if len(shape_of(weight)) == 1:
+        safe, several = build(torch.where, self.inside(y), self._label(y), 0), y in self._in_rows
+        if len(shape_of(weight)) == 1 and not several:
             return build(torch.index_select, weight, 0, safe)
-        index = build("unsqueeze", build("long", safe), 1)
-        return build("squeeze", build(torch.gather, weight, 1, index), 1)
+        index = build("long", safe)
+        if len(shape_of(weight)) == 1:
+            return build(torch.take, weight, index)
+        index = build("t", index) if several else build("unsqueeze", index, 1)
+        made = build(torch.gather, weight, 1, index)
+        return build("t", made) if several else build("squeeze", made, 1)
 
     def checked(self, y: sympy.Symbol, ignored: int | None) -> Node:
         """1, but NaN for a label that is neither in [0, V) nor ignored: nothing plausible is made of it."""
@@ -297,21 +243,21 @@ class Statistics:
         if key not in self._known:
             build, known = self.build, self.inside(y)
             if ignored is not None:
-                known = build(torch.logical_or, known, build(torch.eq, self.labels[y], ignored))
+                known = build(torch.logical_or, known, build(torch.eq, self._label(y), ignored))
             self._known[key] = build(torch.where, known, 1.0, torch.nan)
         return self._known[key]
 
     # Row expressions
 
-    def row(self, expr: sympy.Expr) -> Node:
-        """A row expression as torch operations, [N]."""
-        moved = with_sums(_with_infinities(algebra.shifted(expr))).subs(algebra.V, self.vocab_size)
+    def row(self, expr: sympy.Expr, width: int = 1) -> Node:
+        """A row expression as torch operations, [N], or [K, N] of several labels."""
+        moved = with_sums(with_infinities(algebra.shifted(expr))).subs(algebra.V, self.vocab_size)
         parts = {masks: self._emit_with_masses(part) for masks, part in by_masks(moved).items()}
         parts |= {masks: self._unless_nothing(masks, part) for masks, part in parts.items() if masks}
         value = functools.reduce(self._add, parts.values())
-        if isinstance(value, Node) and len(shape_of(value)) == 1:
-            return value
-        return self.build(torch.add, self.build(torch.zeros_like, self[algebra.MAX]), value)
+        if not isinstance(value, Node) or not shape_of(value):
+            value = self.build(torch.add, self.build(torch.zeros_like, self[algebra.MAX]), value)
+        return value if width == len(shape_of(value)) == 1 else self.build("expand", value, width, -1)
 
     def _unless_nothing(self, masks: Product, value: Any) -> Node:
         """What is summed over the columns that masks keep, 0 in a row of which they keep none."""
