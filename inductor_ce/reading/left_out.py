@@ -38,7 +38,7 @@ def left_out(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     wanted = _is_zero(context, no)
     arg = yes if wanted else no
     value, example = context.known(arg), tensor_of(context.node)
-    if not isinstance(value, VocabValue) or value.after or not _is_normalised(value.expr):
+    if not isinstance(value, VocabValue) or value.after or not is_normalised(value.expr):
         return None
     if example is None or not same_shape(example.shape, shape_of(arg)) or not _is_mask(mask):
         return None
@@ -56,7 +56,8 @@ def _is_zero(context: Context, arg: Any) -> bool:
     return isinstance(value, Columns) and value.expr == algebra.as_vocab(sympy.Integer(0))
 
 
-def _is_normalised(value: algebra.Vocab) -> bool:
+def is_normalised(value: algebra.Vocab) -> bool:
+    """Whether a value is made of log-probabilities, or of probabilities."""
     return any(b.p or algebra.is_normalised(c) for b, c in value.terms)
 
 
