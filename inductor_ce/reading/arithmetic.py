@@ -97,9 +97,18 @@ reversed_sub = binary(minus, "other", "input")
 mul = binary(times)
 div = binary(over)
 negative = unary(lambda value: -value, lambda row: -row)
-logarithm = unary(algebra.log, row_log)
 xlogy = binary(times_log)
 entropy_terms = unary(entropy_term)
+
+
+def logarithm(context: Context, args: dict[str, Any]) -> Outcome:
+    """The natural logarithm, or that to another base."""
+    unit = 1 / sympy.log(args["base"]) if "base" in args else sympy.Integer(1)
+
+    def scaled(logarithm: Any) -> Any:
+        return None if logarithm is None else logarithm * unit
+
+    return unary(lambda value: scaled(algebra.log(value)), lambda row: scaled(row_log(row)))(context, args)
 
 
 # What may stand between an exponential and the sum that makes it that of logits.

@@ -32,8 +32,8 @@ LEFT = "a mixture is picked from as it was written"
 
 # Functions of each entry, of their arguments with these names.
 OF_EACH = (
-    *("add", "sub", "rsub", "mul", "div", "neg", "log", "exp", "sqrt", "pow", "square", "clamp", "same"),
-    *("logaddexp", "where", "masked_fill"),
+    *("add", "sub", "rsub", "mul", "div", "neg", "log", "log_to", "exp", "sqrt", "pow", "square", "clamp"),
+    *("same", "logaddexp", "where", "masked_fill"),
 )
 OVER_OTHERS = ("sum", "mean", "logsumexp")
 MAX_DEPTH = 12
