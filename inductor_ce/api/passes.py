@@ -156,8 +156,22 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
         forget(reading)
         attempt("chosen rows hide the linear layer", cut_hidden, graph)  # or statistics are of all rows
         reading = recognise(graph)
+    groups = _judge(reading, options)
+    if not reading.taken_back:
+        return reading, groups
+    forget(reading)
+    apart = recognise(graph, apart=True)
+    groups = _judge(apart, options)
+    if len(apart.taken_back) < len(reading.taken_back):
+        return apart, groups
+    forget(apart)
+    reading = recognise(graph)
+    return reading, _judge(reading, options)
+
+
+def _judge(reading: Reading, options: Options) -> list[Group]:
     try:
-        return reading, judge(reading, options)
+        return judge(reading, options)
     except Exception:
         forget(reading)
         raise

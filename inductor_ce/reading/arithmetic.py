@@ -16,7 +16,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
-from .left_out import left_out
+from .left_out import is_zero, left_out
 from .operands import Number, Operands, applied, operands, plain
 from .targets import Function, mask_of
 from .values import Columns, OnLogits, Outcome, RowValue, Value, VocabValue
@@ -257,10 +257,11 @@ def masked_fill(context: Context, args: dict[str, Any]) -> Outcome:
 
 def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """One of two values in the column of a label, the other elsewhere."""
-    if mask_of(context, mask) is None:
+    if mask_of(context, mask) is None or (context.reading.apart and is_zero(context, yes)):
         kept = left_out(context, mask, yes, no)
         if kept is not None:
             return kept
+    if mask_of(context, mask) is None:
         return _chosen_by_row(context, mask, yes, no)
     read = operands(context, mask, yes, no)
     return applied(context, read, lambda *exprs: algebra.select(*map(algebra.as_vocab, exprs)))
