@@ -13,6 +13,7 @@ from .. import algebra
 from ..common.failsafe import attempt
 from ..common.findings import Refusal
 from ..graph.timeline import Timeline
+from ..ops.verified import VERIFIED
 from . import arithmetic, indexing, joining, losses, reductions, spellings, targets
 from .arithmetic import or_afterwards
 from .context import Context
@@ -27,14 +28,28 @@ def recognise(graph: Graph, apart: bool = False) -> Reading:
     With `apart`, targets and masks that are 0 at a label alone are tensors that are brought along.
     """
     reading = Reading(Timeline(graph), apart)
+    reading.originals = _originals(graph, reading.timeline.nodes)
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
-        if step is None or step not in FUNCTIONS:
+        if step is None or step not in FUNCTIONS or node in reading.originals:
             continue
         if step.needs_value and not any(map(reading.has_value, node.all_input_nodes)):
             continue
         _read(reading, node, step)
     return reading
+
+
+def _originals(graph: Graph, nodes: list[Node]) -> set[Node]:
+    """The nodes that are there to be compared with what stands in their place."""
+    found: set[Node] = set()
+    compared = {node.args[1] for node in graph.find_nodes(op="call_function", target=VERIFIED)}
+    for node in reversed(nodes) if compared else ():
+        is_one = all(
+            user in found or (user.target is VERIFIED and user.args[0] is not node) for user in node.users
+        )
+        if node.users and is_one and node.op != "placeholder":
+            found.add(node)
+    return found
 
 
 def _read(reading: Reading, node: Node, step: Step) -> None:

@@ -193,6 +193,7 @@ class Reading:
 
     timeline: Timeline
     apart: bool = False  # classes that are left out have a weight of 0, and are not taken from a sum over all
+    originals: set[Node] = field(default_factory=set)  # what nodes are compared with, under `verify`
     values: dict[Node, Value] = field(default_factory=dict)
     edits: dict[Node, dict[int, Columns]] = field(default_factory=dict)  # by version
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)

@@ -31,6 +31,8 @@ def needed_nodes(reading: Reading, replaced: set[Node], as_read: set[Node] | Non
     wanted = {node for end in (replaced if as_read is None else as_read) for node in _brought(reading, end)}
     for node in reversed(reading.timeline.nodes):
         is_read = node in reading.values or node in reading.looked_through
+        if node in reading.originals:
+            continue
         if node not in replaced and (not is_read or node in wanted):
             needed.add(node)
             wanted.update(read_by(node))
