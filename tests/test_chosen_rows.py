@@ -1,5 +1,6 @@
 """Rows chosen after: of log-probabilities, and of a linear layer, which then is a head of fewer rows."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -97,7 +98,28 @@ def one_of_ranges(h, W, y, rows, lengths):
     return F.cross_entropy(z[1, :, 1:-1].flatten(0, 1), y[B // 2 :, 1:-1].flatten())
 
 
+def rows_of_filled_columns(h, W, y, rows, lengths):
+    z = h.view(-1, D) @ W.t() * 2 + W[:, 0]
+    z[:, 3] = -1.0
+    z = z.masked_fill(torch.arange(V) == 4, -math.inf)[rows]
+    return F.cross_entropy(z.float(), (y.view(-1)[rows] + 5).clamp(min=5) % V)
+
+
+def filled_after_one_place(h, W, y, rows, lengths):
+    z = F.linear(h, W, W[:, 0])[:, -1]
+    z[:, 0] = -1e3
+    return F.cross_entropy(z / 0.7, y[:, -1])
+
+
+def a_bias_edited_between(h, W, y, rows, lengths):
+    bias = W[:, 0].detach().clone()
+    z = h.view(-1, D) @ W.t() + bias
+    bias.zero_()
+    return F.cross_entropy(z[rows], y.view(-1)[rows]) + bias.sum()
+
+
 FUNCTIONS = [
+    *(rows_of_filled_columns, filled_after_one_place),
     *(first_of_the_batch, last_of_each, one_of_ranges),
     *(by_numbers, by_index_select, by_numbers_of_columns, last_under_a_cap, last_by_gather),
     *(with_labels, in_steps, of_logits, entropies, counted),
@@ -147,6 +169,11 @@ def _elements(node: torch.fx.Node) -> int:
 def test_places_that_are_taken_twice_are_of_logits_that_stay_whole():
     compiled, _ = compile_without_codegen(last_by_select, strategy="token_chunks", memory_budget=0.9)
     check(last_by_select, compiled, inputs())
+
+
+def test_what_is_added_is_as_it_was():
+    compiled, _ = compile_without_codegen(a_bias_edited_between)
+    check(a_bias_edited_between, compiled, inputs())
 
 
 def test_one_place_without_a_gradient():

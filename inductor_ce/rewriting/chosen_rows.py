@@ -161,8 +161,14 @@ def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
 def _is_of_each_row(node: Node) -> bool:
     """Whether a node does the same to every row, or only arranges rows otherwise."""
     step = spellings.step_of(node)
-    of_itself = step is not None and step.in_chain and len(node.all_input_nodes) == 1
-    return wide_source(node) is not None and (is_sized_view(node) or of_itself)
+    of_each = step is not None and (step.in_chain or step.name == "masked_fill")
+    of_each = of_each and all(len(example_of(a).shape) < 2 for a in _beside(node) if tensor_of(a) is not None)
+    return wide_source(node) is not None and (is_sized_view(node) or of_each)
+
+
+def _beside(node: Node) -> list[Node]:
+    """What a node reads beside the rows."""
+    return [a for a in node.all_input_nodes if a is not wide_source(node)]
 
 
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
@@ -171,11 +177,12 @@ def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -
     first, here = timeline.position[chain[0]], timeline.position[node]
     modes = [timeline.position[each] for each in chain]
     alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
-    operands = [a for a in layer.args if isinstance(a, Node)]
+    operands = [(a, chain[0]) for a in layer.args if isinstance(a, Node)]
+    operands += [(a, each) for each in chain[1:] for a in _beside(each)]
     return (
         alike
         and timeline.same_autocast(first, here)
-        and all(timeline.unchanged(a, first, here) for a in operands)
+        and all(timeline.unchanged(a, reader, here) for a, reader in operands)
     )
 
 
@@ -199,7 +206,8 @@ def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node]
     made = build(layer.target, *args)
     for build, step in zip(others, reversed(between), strict=True):
         if not is_sized_view(step):
-            made = build.again(step, dict.fromkeys(step.all_input_nodes, made))
+            beside = _beside(step)
+            made = build.again(step, {a: a if a in beside else made for a in step.all_input_nodes})
     if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
         made.meta["example_value"] = build.resized(example_of(made), example_of(node))
     return made
