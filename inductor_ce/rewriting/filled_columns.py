@@ -50,7 +50,7 @@ def _filled_copy(graph: Graph, node: Node) -> Node | None:
     fill = min(fills, key=timeline.position.__getitem__)
     first, last = timeline.position[node], timeline.position[fill]
     early = (user for user in node.users if timeline.position[user] < last)
-    if not all(map(_reads_shapes, early)) or not _is_only_name(timeline, node):
+    if not all(map(_reads_shapes, early)) or not _is_only_name(timeline, node, last):
         return None
     if timeline.grad_mode(first) != timeline.grad_mode(last):  # without a gradient, an edit leaves that of z
         return None
@@ -66,13 +66,15 @@ def _reads_shapes(node: Node) -> bool:
     return step is not None and step.reads_shapes
 
 
-def _is_only_name(timeline: Timeline, node: Node) -> bool:
-    """Whether the memory of a node is read by way of it alone, and is the graph's own."""
-    while (source := _aliased(timeline, node)) is not None:
-        if not all(user is node or _reads_shapes(user) for user in source.users):
+def _is_only_name(timeline: Timeline, node: Node, until: int) -> bool:
+    """Whether the memory of a node is read by way of it alone, from some place on, and is the graph's own."""
+    chain = [node]
+    while (source := _aliased(timeline, chain[-1])) is not None:
+        if not all(user is chain[-1] or _reads_shapes(user) for user in source.users):
             return False
-        node = source
-    return node.op in ("call_function", "call_method")
+        chain.append(source)
+    alike = [each for each in timeline.nodes[:until] if timeline.shares_storage(each, node)]
+    return set(alike) == {*chain} and chain[-1].op in ("call_function", "call_method")
 
 
 def _aliased(timeline: Timeline, node: Node) -> Node | None:
