@@ -1,5 +1,6 @@
 """Rows chosen after: of log-probabilities, and of a linear layer, which then is a head of fewer rows."""
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -77,7 +78,49 @@ def counted(h, W, y, rows, lengths):
     return -logp.gather(-1, y[counts][:, None]).mean()
 
 
+def first_of_the_batch(h, W, y, rows, lengths):
+    return F.cross_entropy(F.linear(h, W)[0].float(), y[0])
+
+
+def last_of_each(h, W, y, rows, lengths):
+    """No label of a loss over the places of a sequence."""
+    return F.cross_entropy((h @ W.t())[:, -1], y[:, -1])
+
+
+def last_by_select(h, W, y, rows, lengths):
+    z = 15 * torch.tanh(F.linear(h, W, W[:, 0]) / 15)
+    return z.select(1, -1).logsumexp(-1).square().mean() + F.cross_entropy(z.select(1, -1), y[:, -1])
+
+
+def one_of_ranges(h, W, y, rows, lengths):
+    """Of a view: rows that are apart, of one of the dimensions before."""
+    z = F.linear(h.flatten(0, 1), W).view(2, B // 2, S, V)
+    return F.cross_entropy(z[1, :, 1:-1].flatten(0, 1), y[B // 2 :, 1:-1].flatten())
+
+
+def rows_of_filled_columns(h, W, y, rows, lengths):
+    z = h.view(-1, D) @ W.t() * 2 + W[:, 0]
+    z[:, 3] = -1.0
+    z = z.masked_fill(torch.arange(V) == 4, -math.inf)[rows]
+    return F.cross_entropy(z.float(), (y.view(-1)[rows] + 5).clamp(min=5) % V)
+
+
+def filled_after_one_place(h, W, y, rows, lengths):
+    z = F.linear(h, W, W[:, 0])[:, -1]
+    z[:, 0] = -1e3
+    return F.cross_entropy(z / 0.7, y[:, -1])
+
+
+def a_bias_edited_between(h, W, y, rows, lengths):
+    bias = W[:, 0].detach().clone()
+    z = h.view(-1, D) @ W.t() + bias
+    bias.zero_()
+    return F.cross_entropy(z[rows], y.view(-1)[rows]) + bias.sum()
+
+
 FUNCTIONS = [
+    *(rows_of_filled_columns, filled_after_one_place),
+    *(first_of_the_batch, last_of_each, one_of_ranges),
     *(by_numbers, by_index_select, by_numbers_of_columns, last_under_a_cap, last_by_gather),
     *(with_labels, in_steps, of_logits, entropies, counted),
 ]
@@ -121,6 +164,38 @@ def _elements(node: torch.fx.Node) -> int:
     if not isinstance(example, Tensor) or not all(isinstance(s, int) for s in example.shape):
         return 0
     return example.numel()
+
+
+def test_places_that_are_taken_twice_are_of_logits_that_stay_whole():
+    compiled, _ = compile_without_codegen(last_by_select, strategy="token_chunks", memory_budget=0.9)
+    check(last_by_select, compiled, inputs())
+
+
+def test_what_is_added_is_as_it_was():
+    compiled, _ = compile_without_codegen(a_bias_edited_between)
+    check(a_bias_edited_between, compiled, inputs())
+
+
+def test_one_place_without_a_gradient():
+    def f(h, W, y, rows, lengths):
+        z = F.linear(h, W)
+        with torch.no_grad():
+            z = z[:, -1]
+        return F.cross_entropy(z, y[:, -1]) + h.square().sum() + W.sum()
+
+    compiled, _ = compile_without_codegen(f)
+    check(f, compiled, inputs())
+
+
+def test_the_place_may_hold_any_number_of_rows():
+    compiled, graphs = compile_without_codegen(
+        first_of_the_batch, dynamic=True, strategy="token_chunks", memory_budget=0.9
+    )
+    for s in (S, S + 3):
+        h, W, *others = inputs()
+        h = torch.randn(B, s, D, requires_grad=True)
+        check(first_of_the_batch, compiled, (h, W, torch.randint(V, (B, s)), *others[1:]))
+    assert graphs.pieces > 1
 
 
 def test_logits_that_something_else_needs_stay_whole():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gallery import check_numbers
-from harness import compile_with_codegen, compile_without_codegen, misses, sites
+from harness import compile_rewritten, compile_with_codegen, compile_without_codegen, misses, sites
 from pairwise import in_turns
 from test_recognise import explained
 from torch import Tensor
@@ -263,6 +263,11 @@ def others_by_difference(z, y):
     return (log_p.sum(-1) - log_p.gather(1, y[:, None])[:, 0]).square().mean()
 
 
+def others_where(z, y):
+    is_other = torch.arange(V) != y[:, None]
+    return -torch.where(is_other, z.log_softmax(-1), 0.0).mean(-1).square().mean()
+
+
 def large_margin(z, y):
     """The cross entropy of all other classes to the mean of their log-probabilities and to themselves."""
     others = 1.0 - F.one_hot(y, V).to(z.dtype)
@@ -298,16 +303,55 @@ def test_a_class_of_weight_0_is_not_taken_away_from_all(f, logit):
     assert sites() == 1
 
 
-@pytest.mark.parametrize("f", [others_by_fill, others_by_difference, large_margin], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("f", [others_by_fill, others_where, large_margin], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("logit", [*MASKED, -math.inf])
-def test_a_class_that_is_taken_away_from_all(f, logit):
-    """Beside a mask's logit nothing would be left of the others."""
+def test_a_class_that_is_0_beside_all(f, logit):
+    """Beside a mask's logit nothing would be left of the others, were it taken away from a sum of all."""
     loss, args = masked(f, logit), (torch.randn(N, V, requires_grad=True), inputs()[3])
-    compiled, _ = compile_without_codegen(loss)
-    if f is others_by_fill or logit != -math.inf:
+    compiled, _ = compile_rewritten(loss)
+    if f is large_margin and logit == -math.inf:
+        assert torch.stack([compiled(*args), loss(*args)]).isnan().all()
+    else:
         check_numbers(gallery.run(compiled, args), loss, args)
+    assert (sites(), misses()) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("f", "strategy"), in_turns([others_by_fill, large_margin], ["token_chunks", "vocab_slabs"])
+)
+def test_a_head_whose_label_is_0_beside_all(f, strategy):
+    """As in large-margin softmax: the label's logit is lowered, and is no part of the sum."""
+
+    def loss(h, W, y):
+        z = F.linear(h, W)
+        return f(z - 1e6 * F.one_hot(y, V).to(z.dtype), y) + F.cross_entropy(z, y)
+
+    h, W, _, y, _ = inputs()
+    compiled, graphs = compile_without_codegen(loss, strategy=strategy, memory_budget=0.9)
+    check_numbers(gallery.run(compiled, (h, W, y)), loss, (h, W, y))
+    assert misses() == 0
+    assert graphs.pieces > 2
+
+
+@pytest.mark.parametrize("logit", [0.0, *MASKED])
+def test_a_class_that_is_taken_away_from_all(logit):
+    loss, args = masked(others_by_difference, logit), (torch.randn(N, V, requires_grad=True), inputs()[3])
+    compiled, _ = compile_rewritten(loss)
+    check_numbers(gallery.run(compiled, args), loss, args)
     (miss,) = explained(loss, *args).misses
     assert "takes it away" in miss.message
+
+
+def test_a_class_that_is_0_beside_one_that_is_taken_away():
+    """The one is read anew, the other is left as it was, and told."""
+
+    def loss(z, y):
+        return others_by_fill(z.tanh(), y) + others_by_difference(z, y)
+
+    args = torch.randn(N, V, requires_grad=True), inputs()[3]
+    compiled, _ = compile_rewritten(loss)
+    check_numbers(gallery.run(compiled, args), loss, args)
+    assert (sites(), misses()) == (1, 1)
 
 
 def test_several_labels_beside_a_sum_over_all():

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import compile_lazily, compile_without_codegen, sites
+from harness import compile_lazily, compile_rewritten, compile_without_codegen, sites
 from head_cases import counts
 from reference import assert_fair
 from torch import Tensor
@@ -73,11 +73,87 @@ def masked(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(F.linear(h, w).masked_fill(torch.arange(PADDED) >= V, -math.inf), y)
 
 
-IN_PIECES = {
+def filled_with_another_number(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    z[..., V:] = -1e4
+    return ce(z, y)
+
+
+def filled_in_the_middle(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    z[..., V:-1] = -math.inf
+    z[..., -1] = torch.finfo(z.dtype).min
+    return ce(z, y)
+
+
+def filled_by_a_product(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """A score for each item, of which the first is the padding."""
+    z = h.flatten(0, 1) @ w.flip(0).t()
+    z[:, 0] = -1e9
+    z[:, 1 : PADDED - V] = -1e9
+    return F.cross_entropy(z, torch.where(y < 0, y, PADDED - 1 - y).flatten())
+
+
+def filled_after_a_temperature(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w, b).view(-1, PADDED) / 0.7
+    z[:, [*range(V, PADDED - 2)]] = -math.inf
+    z[:, (-1, -2)] = -math.inf
+    return F.cross_entropy(z, y.flatten())
+
+
+def filled_by_numbers(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """As many as there are rows."""
+    z = F.linear(h, w)
+    z[:, :, torch.arange(V, V + B * S)] = -math.inf
+    z[..., torch.tensor([-2, -1, -1])] = -math.inf
+    return ce(z, y)
+
+
+def filled_by_truth_values(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z, bad = F.linear(h, w), torch.arange(PADDED) >= V
+    z[..., bad] = -math.inf
+    return ce(z, y)
+
+
+def index_filled(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w).index_fill(2, torch.arange(V, PADDED - 1), -math.inf)
+    return ce(z.index_fill_(-1, torch.tensor(PADDED - 1), -1e4), y)
+
+
+def filled_by_a_view(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w, b).float().view(-1, PADDED)
+    z[:, V:] = -math.inf
+    return F.cross_entropy(30 * torch.tanh(z / 30), y.flatten())
+
+
+def filled_and_sliced(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)[..., :V]
+    z[..., 0] = -1.0
+    return ce(z, y)
+
+
+def filled_over(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """The last number is that which counts; between, the columns are read."""
+    z = F.linear(h, w)
+    z[..., V:] = 1.0
+    before = z.sigmoid().mean()
+    z[..., V:] = -math.inf
+    return ce(z, y) + before
+
+
+FILLED = {
+    f.__name__: f
+    for f in (
+        *(filled, filled_flat, filled_with_another_number, filled_in_the_middle, filled_by_a_product),
+        *(filled_after_a_temperature, filled_by_numbers, filled_by_truth_values, index_filled),
+        filled_by_a_view,
+    )
+}
+IN_PIECES = FILLED | {
     f.__name__: f
     for f in (
         *(sliced, sliced_by_a_negative_number, sliced_in_front, narrowed, flat_and_cast, by_addmm),
-        *(shifted, capped, filled, filled_flat, masked),
+        *(shifted, capped, masked, filled_and_sliced),
     )
 }
 
@@ -110,16 +186,50 @@ def viewed_before(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(view, y)
 
 
-def filled_with_another_number(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+def filled_without_gradient(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """What is written leaves the gradient of the columns as it was."""
     z = F.linear(h, w)
-    z[..., V:] = -1e4
+    with torch.no_grad():
+        z[..., V:] = -math.inf
     return ce(z, y)
 
 
-def filled_in_the_middle(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+def filled_by_another_name(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     z = F.linear(h, w)
-    z[..., V:-1] = -math.inf
+    z.view(-1, PADDED)[:, V:] = -1.0
     return ce(z, y)
+
+
+def seen_by_another_name(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    flat = z.view(-1, PADDED)
+    flat[:, V:] = -1.0
+    return ce(flat, y) + 0.1 * z.logsumexp(-1).mean()
+
+
+def filled_for_some_rows(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    z[0, :, V:] = -1.0
+    return ce(z, y)
+
+
+def filled_with_numbers_of_rows(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    z[..., -1] = h.sum(-1)
+    return ce(z, y)
+
+
+def filled_in_steps(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    z[..., ::2] = -1.0
+    return ce(z, y)
+
+
+def sliced_without_gradient(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w)
+    with torch.no_grad():
+        z = z[..., :V]
+    return ce(z, y) + h.sum() + w.square().sum()
 
 
 def rows_as_well(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -134,8 +244,9 @@ def every_other(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
 LEFT = {
     f.__name__: f
     for f in (
-        *(read_whole, edited, read_before, viewed_before, filled_with_another_number, filled_in_the_middle),
-        *(rows_as_well, every_other),
+        *(read_whole, edited, read_before, viewed_before, filled_without_gradient, filled_by_another_name),
+        *(filled_for_some_rows, filled_with_numbers_of_rows, filled_in_steps, rows_as_well, every_other),
+        sliced_without_gradient,
     )
 }
 
@@ -171,10 +282,18 @@ def test_in_pieces(name: str) -> None:
     assert torch.count_nonzero(of_weight[padding]) == 0
 
 
-def test_in_slabs() -> None:
-    compiled, _ = compile_without_codegen(sliced, strategy="vocab_slabs", memory_budget=0.7)
-    assert_right(compiled, sliced, given())
+@pytest.mark.parametrize("f", [sliced, filled_by_numbers])
+def test_in_slabs(f: Loss) -> None:
+    compiled, _ = compile_without_codegen(f, strategy="vocab_slabs", memory_budget=0.7)
+    assert_right(compiled, f, given())
     assert counts() == {"vocab_slabs": 1}
+
+
+@pytest.mark.parametrize("f", [filled_over, seen_by_another_name])
+def test_what_else_reads_the_columns_reads_them_as_they_are_then(f: Loss) -> None:
+    compiled, _ = compile_rewritten(f)
+    assert_right(compiled, f, given())
+    assert sites() > 0
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -186,11 +305,12 @@ def test_left_as_written(name: str) -> None:
     assert sites() == 1
 
 
-def test_any_number_of_rows() -> None:
-    compiled, _ = compile_without_codegen(sliced, dynamic=True, **CHUNKS)
+@pytest.mark.parametrize("f", [sliced, filled_by_truth_values])
+def test_any_number_of_rows(f: Loss) -> None:
+    compiled, _ = compile_without_codegen(f, dynamic=True, **CHUNKS)
     for s in (4, 7):
         h, y = torch.randn(B, s, D), torch.randint(V, (B, s))
-        assert_right(compiled, sliced, (h, *given()[1:3], y))
+        assert_right(compiled, f, (h, *given()[1:3], y))
     assert sites() == 1
 
 

@@ -5,15 +5,21 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import test_picked_mixtures
+import test_some_classes
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_without_codegen, sites
+from gallery import run
+from harness import Graphs, Rewritten, compile_without_codegen, sites
 from kernels import backwards_at_once
 from torch import Tensor
 
 import inductor_ce
 from inductor_ce import ops
+from inductor_ce.graph.builder import Builder
 from inductor_ce.ops import loops, operators, verified
+from inductor_ce.rewriting import picked_mixtures, some_classes
+from inductor_ce.rewriting.rewrite import beside_original
 
 N, V = 12, 40
 
@@ -188,3 +194,47 @@ def test_heads_stay_whole_and_explain_says_so(strategy: str):
 def test_it_is_true_or_false():
     with pytest.raises(inductor_ce.OptionError, match="verify must be True or False, got 'yes'"):
         inductor_ce.install(verify="yes")
+
+
+# What is written otherwise before it is read
+
+HIDDEN = [
+    *((f, test_some_classes.given) for f in (test_some_classes.filled, test_some_classes.beside_a_loss)),
+    *((f, test_picked_mixtures.given) for f in (test_picked_mixtures.ensemble, test_picked_mixtures.pointer)),
+]
+
+
+@pytest.mark.parametrize(("f", "given"), HIDDEN)
+def test_what_is_written_otherwise_is_beside_the_original(f, given, caplog):
+    backend = Rewritten(verify=True)
+    compiled, args = torch.compile(f, backend=backend, fullgraph=True), given()
+    exact = run(f, args)
+    for _ in range(2):
+        ours = run(compiled, args)
+        for mine, true in zip(ours.results + ours.gradients, exact.results + exact.gradients, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert backend.report.sites
+    assert not backend.report.misses
+    assert backend.count(verified.VERIFIED) > len(backend.report.sites)
+    assert errors(caplog) == failures() == []
+
+
+@pytest.mark.parametrize(
+    ("f", "given", "room"),
+    [
+        (test_some_classes.filled, test_some_classes.given, some_classes),
+        (test_picked_mixtures.ensemble, test_picked_mixtures.given, picked_mixtures),
+    ],
+)
+def test_what_is_written_wrong_gives_way_to_the_original(f, given, room, caplog, monkeypatch):
+    def doubled(graph, node, result):
+        beside_original(graph, node, Builder(graph, node, node)("mul", result, 2.0))
+
+    monkeypatch.setattr(room, "beside_original", doubled)
+    compiled, args = torch.compile(f, backend=Rewritten(verify=True), fullgraph=True), given()
+    exact = run(f, args)
+    for _ in range(2):
+        ours = run(compiled, args)
+        for mine, true in zip(ours.results + ours.gradients, exact.results + exact.gradients, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-10, atol=1e-12, equal_nan=True)
+    assert "the value of the fused loss differs" in errors(caplog)[0]

@@ -188,6 +188,12 @@ def is_weighed(value: Vocab) -> bool:
     return not all(map(is_mask, itertools.chain(*(b.q for b, _ in value.terms))))
 
 
+def is_0_at_a_label(value: Vocab) -> bool:
+    """Whether what is made of numbers and indicators is 0 in the column of a label, and not in others."""
+    number = value.get(ONE)
+    return bool(number != 0) and any(number + c == 0 for b, c in value.terms if len(b.at) == 1)
+
+
 def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
     """`yes` where `mask`, made of indicators, is 1, and `no` where it is 0."""
     return mask * yes + (as_vocab(sympy.Integer(1)) + (-mask)) * no

@@ -104,7 +104,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
-    judged, error = attempt(LEFT, _read_and_judge, graph, options, not options.verify)
+    judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))
         return report
@@ -142,22 +142,38 @@ def read_aten(graph: Graph) -> None:
 
 
 def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tuple[Reading, list[Group]]:
-    """What a graph is and what of it may be replaced; with `between`, divergences have been by then."""
+    """What a graph is and what of it may be replaced; with `between`, what hides losses has been by then."""
     read_aten(graph)
     reading = recognise(graph)
-    for step in (pick_parts, part_normalisers, turn_products) if between else ():
+    heads = between and not options.verify  # beside the originals these are whole
+    steps = (pick_parts, part_normalisers, turn_products) if heads else (pick_parts, part_normalisers)
+    for step in steps if between else ():
         if attempt(LEFT, step, graph, reading, options)[0]:
             forget(reading)
             reading = recognise(graph)
-    while between:
+    while heads:
         fused, _ = attempt(LEFT, fuse_divergences, graph, reading, options)
         if not fused:
             break
         forget(reading)
         attempt("chosen rows hide the linear layer", cut_hidden, graph)  # or statistics are of all rows
         reading = recognise(graph)
+    groups = _judge(reading, options)
+    if not reading.taken_back:
+        return reading, groups
+    forget(reading)
+    apart = recognise(graph, apart=True)
+    groups = _judge(apart, options)
+    if len(apart.taken_back) < len(reading.taken_back):
+        return apart, groups
+    forget(apart)
+    reading = recognise(graph)
+    return reading, _judge(reading, options)
+
+
+def _judge(reading: Reading, options: Options) -> list[Group]:
     try:
-        return reading, judge(reading, options)
+        return judge(reading, options)
     except Exception:
         forget(reading)
         raise

@@ -16,7 +16,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
-from .left_out import left_out
+from .left_out import is_zero, left_out
 from .operands import Number, Operands, applied, operands, plain
 from .targets import Function, mask_of
 from .values import Columns, OnLogits, Outcome, RowValue, Value, VocabValue
@@ -97,9 +97,18 @@ reversed_sub = binary(minus, "other", "input")
 mul = binary(times)
 div = binary(over)
 negative = unary(lambda value: -value, lambda row: -row)
-logarithm = unary(algebra.log, row_log)
 xlogy = binary(times_log)
 entropy_terms = unary(entropy_term)
+
+
+def logarithm(context: Context, args: dict[str, Any]) -> Outcome:
+    """The natural logarithm, or that to another base."""
+    unit = 1 / sympy.log(args["base"]) if "base" in args else sympy.Integer(1)
+
+    def scaled(logarithm: Any) -> Any:
+        return None if logarithm is None else logarithm * unit
+
+    return unary(lambda value: scaled(algebra.log(value)), lambda row: scaled(row_log(row)))(context, args)
 
 
 # What may stand between an exponential and the sum that makes it that of logits.
@@ -248,10 +257,11 @@ def masked_fill(context: Context, args: dict[str, Any]) -> Outcome:
 
 def _chosen(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """One of two values in the column of a label, the other elsewhere."""
-    if mask_of(context, mask) is None:
+    if mask_of(context, mask) is None or (context.reading.apart and is_zero(context, yes)):
         kept = left_out(context, mask, yes, no)
         if kept is not None:
             return kept
+    if mask_of(context, mask) is None:
         return _chosen_by_row(context, mask, yes, no)
     read = operands(context, mask, yes, no)
     return applied(context, read, lambda *exprs: algebra.select(*map(algebra.as_vocab, exprs)))

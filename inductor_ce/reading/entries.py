@@ -280,13 +280,15 @@ class EntryReader:
         made: dict[str, Term | None] = {
             "abs": None if own else ("abs", x),
             "log1p": ("log1p", x),
-            "log2": ("div", ("log", x), math.log(2)),
-            "log10": ("div", ("log", x), math.log(10)),
             "reciprocal": ("div", 1.0, x),
             "relu": None if own else ("where", ("le", x, 0.0), 0.0, x),
             "log_sigmoid": ("neg", ("logaddexp", ("neg", x), 0.0)),
         }
         return made.get(getattr(node.target, "__name__", node.target))  # type: ignore[arg-type]
+
+    def _log_to(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
+        numbers = self._numbers(args, depth, "input")
+        return None if numbers is None else ("div", ("log", *numbers), math.log(args["base"]))
 
     def _softplus(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         numbers = self._numbers({"beta": 1, "threshold": 20, **args}, depth, "input", "beta", "threshold")
@@ -390,6 +392,7 @@ _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("kl_div", *LOSSES), EntryReader._unreduced),
     **dict.fromkeys(("edit_add", "edit_sub", "edit_mul", "edit_div"), EntryReader._edited),
     "elementwise": EntryReader._elsewhere,
+    "log_to": EntryReader._log_to,
     "softplus": EntryReader._softplus,
     "clamp": EntryReader._clamp,
     "same": EntryReader._same,

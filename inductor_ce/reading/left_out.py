@@ -33,12 +33,12 @@ _FINITE = {"isinf": False, "isneginf": False, "isfinite": True, "eq": False, "ne
 
 def left_out(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     """What is made of log-probabilities in the columns where a mask is true, or is not, and 0 elsewhere."""
-    if _is_zero(context, yes) == _is_zero(context, no):
+    if is_zero(context, yes) == is_zero(context, no):
         return None
-    wanted = _is_zero(context, no)
+    wanted = is_zero(context, no)
     arg = yes if wanted else no
     value, example = context.known(arg), tensor_of(context.node)
-    if not isinstance(value, VocabValue) or value.after or not _is_normalised(value.expr):
+    if not isinstance(value, VocabValue) or value.after or not is_normalised(value.expr):
         return None
     if example is None or not same_shape(example.shape, shape_of(arg)) or not _is_mask(mask):
         return None
@@ -51,12 +51,14 @@ def left_out(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     return replace(value, expr=kept, wide=value.wide | {context.node})
 
 
-def _is_zero(context: Context, arg: Any) -> bool:
+def is_zero(context: Context, arg: Any) -> bool:
+    """Whether an argument is 0 everywhere."""
     value = everywhere(arg) or context.known(arg)
     return isinstance(value, Columns) and value.expr == algebra.as_vocab(sympy.Integer(0))
 
 
-def _is_normalised(value: algebra.Vocab) -> bool:
+def is_normalised(value: algebra.Vocab) -> bool:
+    """Whether a value is made of log-probabilities, or of probabilities."""
     return any(b.p or algebra.is_normalised(c) for b, c in value.terms)
 
 

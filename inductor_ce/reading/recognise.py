@@ -9,23 +9,29 @@ from __future__ import annotations
 
 from torch.fx import Graph, Node
 
+from .. import algebra
 from ..common.failsafe import attempt
 from ..common.findings import Refusal
 from ..graph.timeline import Timeline
+from ..ops.verified import VERIFIED
 from . import arithmetic, indexing, joining, losses, reductions, spellings, targets
 from .arithmetic import or_afterwards
 from .context import Context
 from .steps import STEPS, Step
 from .targets import Function, edit
-from .values import Columns, Reading, detached
+from .values import Columns, Outcome, Reading, detached
 
 
-def recognise(graph: Graph) -> Reading:
-    """Read a graph. Nodes without an example tensor are passed over."""
-    reading = Reading(Timeline(graph))
+def recognise(graph: Graph, apart: bool = False) -> Reading:
+    """Read a graph. Nodes without an example tensor are passed over.
+
+    With `apart`, targets and masks that are 0 at a label alone are tensors that are brought along.
+    """
+    reading = Reading(Timeline(graph), apart)
+    reading.originals = _originals(graph, reading.timeline.nodes)
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
-        if step is None or step not in FUNCTIONS:
+        if step is None or step not in FUNCTIONS or node in reading.originals:
             continue
         if step.needs_value and not any(map(reading.has_value, node.all_input_nodes)):
             continue
@@ -33,10 +39,23 @@ def recognise(graph: Graph) -> Reading:
     return reading
 
 
+def _originals(graph: Graph, nodes: list[Node]) -> set[Node]:
+    """The nodes that are there to be compared with what stands in their place."""
+    found: set[Node] = set()
+    compared = {node.args[1] for node in graph.find_nodes(op="call_function", target=VERIFIED)}
+    for node in reversed(nodes) if compared else ():
+        is_one = all(
+            user in found or (user.target is VERIFIED and user.args[0] is not node) for user in node.users
+        )
+        if node.users and is_one and node.op != "placeholder":
+            found.add(node)
+    return found
+
+
 def _read(reading: Reading, node: Node, step: Step) -> None:
     context = Context(reading, node)
     value, _ = attempt("a step is not read", FUNCTIONS[step], context, spellings.arguments(node, step))
-    if value is None:
+    if value is None or (reading.apart and _is_0_at_a_label(value)):
         return
     if isinstance(value, Refusal):
         reading.refusals[node] = value
@@ -44,6 +63,10 @@ def _read(reading: Reading, node: Node, step: Step) -> None:
     if not isinstance(value, Columns) and (value.detached or context.grad_mode is False):
         value = detached(value)
     reading.values[node] = value
+
+
+def _is_0_at_a_label(value: Outcome) -> bool:
+    return isinstance(value, Columns) and algebra.is_0_at_a_label(value.expr)
 
 
 _MODULES = {

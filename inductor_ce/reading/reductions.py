@@ -16,7 +16,8 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from . import indexing, losses, spellings
 from .arithmetic import one_dim, product_of, summed
-from .context import Context
+from .class_ranges import of_range
+from .context import Context, axis_of
 from .operands import operands
 from .targets import Function
 from .values import Outcome, VocabValue
@@ -84,6 +85,23 @@ def _over_vocab(
     return step
 
 
+def _over_classes(how: str, function: Callable[[algebra.Vocab], sympy.Expr | None]) -> Function:
+    """The step of a sum, or a mean, over all classes or a range of them; or over everything."""
+    over_all = _over_vocab(function, partial(losses.over_all, how), reads_logits=False)
+
+    def step(context: Context, args: dict[str, Any]) -> Outcome:
+        some = of_range(context, args.get("input"), how)
+        if some is None or not _dtype_keeps(args):
+            return over_all(context, args)
+        if args.get("dim") is None:
+            return losses.reduced(some, how, None)
+        dim = axis_of(args["input"], one_dim(args["dim"]))
+        expr = function(some.expr) if dim == some.axis else None
+        return None if expr is None else some.reduced_to(expr, dim if args.get("keepdim") else None)
+
+    return step
+
+
 def _why_no_sum(value: algebra.Vocab) -> Refusal | None:
     if algebra.leaves_out_of_several(value):
         return LEFT_OUT_OF_SEVERAL
@@ -104,8 +122,8 @@ def _dtype_keeps(args: dict[str, Any]) -> bool:
 log_softmax = _on_vocab(algebra.log_softmax)
 softmax = _on_vocab(algebra.softmax)
 logsumexp = _over_vocab(algebra.logsumexp)
-sum = _over_vocab(algebra.total, partial(losses.over_all, "sum"), reads_logits=False)
-mean = _over_vocab(_mean, partial(losses.over_all, "mean"), reads_logits=False)
+sum = _over_classes("sum", algebra.total)
+mean = _over_classes("mean", _mean)
 # NOTE Ties. Of columns that share the maximum amax gives each a share of its gradient, max(dim) the first
 # all of it.
 amax = _over_vocab(algebra.peak, reads_logits=False)

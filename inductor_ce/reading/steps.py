@@ -102,9 +102,9 @@ def _row(
 
 # Functions of each element that the algebra does not have.
 _ELSEWHERE = (
-    *(torch.abs, torch.exp2, torch.expm1, torch.log2, torch.log10, torch.log1p, torch.reciprocal, torch.relu),
+    *(torch.abs, torch.exp2, torch.expm1, torch.log1p, torch.reciprocal, torch.relu),
     *(torch.rsqrt, torch.nan_to_num, torch.clamp_max, torch.erf, torch.sign, F.relu, F.logsigmoid),
-    *("abs", "exp2", "expm1", "log2", "log10", "log1p", "reciprocal", "relu", "rsqrt", "nan_to_num"),
+    *("abs", "exp2", "expm1", "log1p", "reciprocal", "relu", "rsqrt", "nan_to_num"),
     *("clamp_max", "erf", "sign"),
 )
 _CROSS_ENTROPY = "input target weight size_average ignore_index reduce reduction label_smoothing"
@@ -163,6 +163,10 @@ _ARITHMETIC = (
     _row("exp", "arithmetic.exponential", "input", torch.exp, "exp", traits="commutes in_chain"),
     _row("log", "arithmetic.logarithm", "input", torch.log, "log",
          traits="needs_value commutes normalises takes_log"),
+    _row("log_to", "arithmetic.logarithm", "input", torch.log2, "log2", given={"base": 2},
+         traits="needs_value commutes normalises takes_log"),
+    _row("log_to", "arithmetic.logarithm", "input", torch.log10, "log10", given={"base": 10},
+         traits="needs_value commutes normalises takes_log"),
     _row("neg", "arithmetic.negative", "input", torch.neg, operator.neg, "neg", "negative",
          traits="needs_value commutes in_chain before_log"),
     _row("tanh", "", "input", torch.tanh, F.tanh, "tanh", traits="in_chain"),
@@ -193,7 +197,8 @@ _ARITHMETIC = (
     _row("softplus", "arithmetic.elementwise", "input beta threshold", F.softplus, traits="needs_value"),
     _row("xlogy", "arithmetic.xlogy", "input other", torch.xlogy, torch.special.xlogy, "xlogy",
          traits="takes_log"),
-    _row("entr", "arithmetic.entropy_terms", "input", torch.special.entr, traits="needs_value"),
+    _row("entr", "arithmetic.entropy_terms", "input", torch.special.entr,
+         traits="needs_value takes_log"),
     _row("clamp", "arithmetic.clamp", "input min max", torch.clamp, torch.clip, torch.clamp_min, "clamp",
          "clip", "clamp_min", traits="needs_value commutes before_log"),
     _row("where", "arithmetic.where", "condition input other", torch.where, traits="needs_value"),

@@ -200,6 +200,8 @@ class Reading:
     """What recognition knows of a graph."""
 
     timeline: Timeline
+    apart: bool = False  # classes that are left out have a weight of 0, and are not taken from a sum over all
+    originals: set[Node] = field(default_factory=set)  # what nodes are compared with, under `verify`
     values: dict[Node, Value] = field(default_factory=dict)
     edits: dict[Node, dict[int, Columns]] = field(default_factory=dict)  # by version
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
@@ -217,6 +219,7 @@ class Reading:
     misses: list[Miss] = field(default_factory=list)
     small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)
+    taken_back: set[Node] = field(default_factory=set)  # refused for what is taken from a sum over all
     kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)  # what is, beside a loss
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict

@@ -21,7 +21,8 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
     column_blocks     losses of which statistics are carried over blocks of columns, as losses of all columns;
                       one_product, their logits as one product
-    padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them
+    padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them;
+                      filled_columns, the filled ones
     joined_columns    likewise columns that are put beside logits
     chosen_rows       likewise where rows are chosen of a linear layer's result
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,

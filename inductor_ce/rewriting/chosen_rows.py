@@ -21,6 +21,7 @@ from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
+from ..reading.row_views import index_per_dimension
 from .find_recipe import is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
@@ -31,7 +32,7 @@ def choose_hidden(graph: Graph) -> None:
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         node = stats.args[0]
         while isinstance(node, Node):
-            if _chooses_rows(node) and _moved_before(graph, node):
+            if (_chooses_rows(node) or _takes_one(node)) and _moved_before(graph, node):
                 break
             node = wide_source(node)
     cut_hidden(graph)
@@ -73,6 +74,21 @@ def _chooses_rows(node: Node) -> bool:
     if step.name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
         return False
     return step.name == "index_select" or is_alike(args["index"], rank - 1)
+
+
+def _takes_one(node: Node) -> bool:
+    """Whether a node takes one place, as x[:, -1] does, of a dimension of rows, and ranges of others."""
+    spelled, source = spellings.read(node), node.args[0] if node.args else None
+    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
+        return False
+    step, args = spelled
+    rank = len(shape_of(source))
+    if step.name == "select":
+        dim, at = args["dim"], args["index"]
+        return isinstance(dim, int) and dim % rank < rank - 1 and isinstance(at, int)
+    index = args["index"] if step.name == "getitem" else ()
+    pieces = index_per_dimension(index, rank)
+    return pieces is not None and pieces[-1] == slice(None) and any(isinstance(i, int) for i in pieces)
 
 
 def _cuts_rows(node: Node) -> bool:
@@ -145,8 +161,14 @@ def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
 def _is_of_each_row(node: Node) -> bool:
     """Whether a node does the same to every row, or only arranges rows otherwise."""
     step = spellings.step_of(node)
-    of_itself = step is not None and step.in_chain and len(node.all_input_nodes) == 1
-    return wide_source(node) is not None and (is_sized_view(node) or of_itself)
+    of_each = step is not None and (step.in_chain or step.name == "masked_fill")
+    of_each = of_each and all(len(example_of(a).shape) < 2 for a in _beside(node) if tensor_of(a) is not None)
+    return wide_source(node) is not None and (is_sized_view(node) or of_each)
+
+
+def _beside(node: Node) -> list[Node]:
+    """What a node reads beside the rows."""
+    return [a for a in node.all_input_nodes if a is not wide_source(node)]
 
 
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
@@ -155,11 +177,12 @@ def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -
     first, here = timeline.position[chain[0]], timeline.position[node]
     modes = [timeline.position[each] for each in chain]
     alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
-    operands = [a for a in layer.args if isinstance(a, Node)]
+    operands = [(a, chain[0]) for a in layer.args if isinstance(a, Node)]
+    operands += [(a, each) for each in chain[1:] for a in _beside(each)]
     return (
         alike
         and timeline.same_autocast(first, here)
-        and all(timeline.unchanged(a, first, here) for a in operands)
+        and all(timeline.unchanged(a, reader, here) for a, reader in operands)
     )
 
 
@@ -183,7 +206,8 @@ def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node]
     made = build(layer.target, *args)
     for build, step in zip(others, reversed(between), strict=True):
         if not is_sized_view(step):
-            made = build.again(step, dict.fromkeys(step.all_input_nodes, made))
+            beside = _beside(step)
+            made = build.again(step, {a: a if a in beside else made for a in step.all_input_nodes})
     if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
         made.meta["example_value"] = build.resized(example_of(made), example_of(node))
     return made
@@ -193,7 +217,7 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     """The rows of the hidden states that a node takes of the logits."""
     (source,) = node.args[:1]
     assert isinstance(source, Node)
-    if _cuts_rows(node):  # of rows that are apart, torch may make a product for each sequence
+    if _cuts_rows(node) or _takes_one(node):  # of rows apart, torch may make a product for each sequence
         known: dict[Node, Node] = {source: hidden}
         own = {n: _known(build, n, known) for n in node.all_input_nodes}
         return build("contiguous", build.again(node, own))

@@ -21,6 +21,7 @@ from .linear_layers import linear_layer
 # elements of several tensors.
 WHOLE = ("matmul", "einsum", "log_softmax", "softmax")
 GLUE = ("cat", "stack")
+PRODUCTS = ("matmul", "einsum")
 
 
 def needed_nodes(reading: Reading, replaced: set[Node], as_read: set[Node] | None = None) -> set[Node]:
@@ -30,6 +31,8 @@ def needed_nodes(reading: Reading, replaced: set[Node], as_read: set[Node] | Non
     wanted = {node for end in (replaced if as_read is None else as_read) for node in _brought(reading, end)}
     for node in reversed(reading.timeline.nodes):
         is_read = node in reading.values or node in reading.looked_through
+        if node in reading.originals:
+            continue
         if node not in replaced and (not is_read or node in wanted):
             needed.add(node)
             wanted.update(read_by(node))
@@ -158,7 +161,14 @@ def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
     step = spellings.step_of(node)
     if step is None:
         return False
-    return spellings.has_log(node) if step.name == "softmax" else step.normalises
+    return _has_log(node) if step.name == "softmax" else step.normalises
+
+
+def _has_log(node: Node) -> bool:
+    """Whether a logarithm is taken of what a node is summed into, or of its product with a matrix."""
+    products = [user for user in node.users if any(spellings.is_step(user, name) for name in PRODUCTS)]
+    weighed = [product for product in products if product.all_input_nodes[0] is node]
+    return spellings.has_log(node) or any(map(spellings.has_log, weighed))
 
 
 def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:
@@ -279,6 +289,8 @@ def _needs_each(reading: Reading, value: OnLogits, user: Node) -> str:
     if _waits(reading, user) or any(_waits(reading, a) for a in user.all_input_nodes):
         return "of which more than picked entries are needed"
     spelled = spellings.read(user)
+    if spelled is not None and spelled[0].name in PRODUCTS:
+        return "which weighs the classes by a matrix"
     if spelled is None or spelled[0].name not in ("sum", "mean"):
         return ""
     dim, source = spelled[1].get("dim"), reading.on_logits(spelled[1].get("input"))

@@ -169,6 +169,8 @@ def _may_split(timeline: Timeline, joined: Joined) -> bool:
         return False
     if not all(map(_may_be_of_parts, joined.stats)):
         return False
+    if len({timeline.grad_mode(position[node]) for node in readers}) > 1:
+        return False
     first = position[joined.links[0]] if joined.links else due
     if not all(timeline.unchanged(part, joined.node, first) for part, _ in joined.parts):
         return False

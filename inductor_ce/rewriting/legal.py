@@ -273,6 +273,7 @@ def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
             allowed.append(group)
         else:
             reading.miss(headline(reading, group.nodes), refusal)
+            reading.taken_back.update(group.nodes if refusal is TAKEN_BACK else ())
     return allowed
 
 

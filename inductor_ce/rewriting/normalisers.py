@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context
 from ..reading.indexing import fixed_pick
@@ -72,12 +72,12 @@ def is_of_product(node: Node) -> bool:
 
 def read_fixed_picks(reading: Reading) -> None:
     """Read the diagonal, or columns, of logits that nobody normalised, where others of their product are."""
-    axes: dict[Node, set[int]] = defaultdict(set)
+    axes: dict[Node, set[tuple[int, Node]]] = defaultdict(set)
     for value in list(reading.values.values()):
         if isinstance(value, (RowValue, LossValue)) and algebra.is_normalised(row_expr(value)):
             product = _product(value.logits.node)
             if product is not None:
-                axes[product].add(value.logits.axis)
+                axes[product].add((value.logits.axis, value.logits.node))
     for node in reading.timeline.nodes if axes else ():
         spelled = spellings.read(node)
         if node in reading.values or spelled is None or not spelled[0].picks:
@@ -85,12 +85,18 @@ def read_fixed_picks(reading: Reading) -> None:
         source = spelled[1].get("input")
         if not isinstance(source, Node) or tensor_of(source) is None:
             continue
-        for axis in axes.get(_product(source), ()):  # type: ignore[arg-type]
+        for axis in {axis for axis, z in axes.get(_product(source), ()) if _are_alike(z, source, axis)}:  # type: ignore[arg-type]
             context = Context(reading, node)
             logits = context.vocab(source, axis)
             picked = None if logits is None else fixed_pick(context, spelled[0].name, spelled[1], logits)
             if picked is not None:
                 reading.values[node] = detached(picked) if context.grad_mode is False else picked
+
+
+def _are_alike(z: Node, source: Node, axis: int) -> bool:
+    """Whether the classes of logits are on an axis of another tensor that is made of the same product."""
+    a, b = shape_of(z), shape_of(source)
+    return len(a) == len(b) and equal(a[axis], b[axis])
 
 
 def picked_beside(

@@ -1,16 +1,14 @@
-"""Padded vocabularies: columns that are cut off logits, or filled with -inf, behind the linear layer.
+"""Padded vocabularies: columns that are cut off logits behind the linear layer, or filled.
 
-    linear(h, W)[..., :V]              = linear(h, W[:V])
-    z = linear(h, W); z[..., V:] = -inf = linear(h, W).masked_fill(arange(V') >= V, -inf)
+    linear(h, W)[..., :V]  = linear(h, W[:V])
 
-The left sides hide the linear layer from the heads, the right sides are a head with fewer classes, and a
-chain of one step. The gradient of the rows of W that are cut off is 0, exactly. Only logits of which
-statistics are taken are looked at, and only where nothing else has those that are cut off.
+The left side hides the linear layer from the heads, the right side is a head with fewer classes. The gradient
+of the rows of W that are cut off is 0, exactly. Only logits of which statistics are taken are looked at, and
+only where nothing else has those that are cut off. What is filled is in `filled_columns`.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -19,10 +17,11 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, example_of, shape_of, tensor_of
+from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.steps import View
+from .filled_columns import fill_columns
 from .find_recipe import is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
@@ -31,11 +30,19 @@ from .rewrite import want_gradients_as
 def unpad(graph: Graph) -> None:
     """Move what pads the logits of `row_stats` to where heads are found with it."""
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
-        node = stats.args[0]
+        node = stats.args[0] if _has_layer(stats.args[0]) else None
         while isinstance(node, Node):
-            if _cut_weight(graph, node) or _fill_copy(graph, node):
+            node = fill_columns(graph, node)
+            if _cut_weight(graph, node):
                 break
             node = _wide_source(node)
+
+
+def _has_layer(node: Any) -> bool:
+    """Whether logits are made by a linear layer."""
+    while isinstance(node, Node) and plain_layer(node) is None:
+        node = _wide_source(node) if _columns_kept(node) is None else node.args[0]
+    return isinstance(node, Node)
 
 
 def _wide_source(node: Node) -> Node | None:
@@ -65,7 +72,7 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
         between.append(source)
         source = source.args[0]
     chain = [source, *between]
-    if any(len(each.users) > 1 for each in chain) or not _is_unedited(graph, [*chain, node]):
+    if any(len(each.users) > 1 for each in chain) or not _is_as_made(graph, [*chain, node]):
         return False
     builds = [Builder(graph, place, like=place) for place in (source, node)]
     try:
@@ -82,10 +89,11 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
     return True
 
 
-def _is_unedited(graph: Graph, nodes: list[Node]) -> bool:
-    """Whether nothing writes to what these nodes make."""
+def _is_as_made(graph: Graph, nodes: list[Node]) -> bool:
+    """Whether nothing writes to what these nodes make, and gradients are on for all of them or for none."""
     timeline = Timeline(graph)
-    return all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    modes = {timeline.grad_mode(timeline.position[node]) for node in nodes}
+    return len(modes) == 1 and all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
 
 
 def _is_copy(node: Node) -> bool:
@@ -176,48 +184,3 @@ def _slices(index: Any, rank: int) -> list[slice]:
     place = items.index(Ellipsis) if Ellipsis in items else len(items)
     items = [item for item in items if item is not Ellipsis]
     return items[:place] + [slice(None)] * (rank - len(items)) + items[place:]
-
-
-# Columns that are filled with -inf
-
-
-def _fill_copy(graph: Graph, node: Node) -> bool:
-    """Fill a copy where columns of a linear layer's result are filled in place. Returns whether it did."""
-    if plain_layer(node) is None:
-        return False
-    fills = [user for user in node.users if user.target is operator.setitem and user.args[0] is node]
-    if len(fills) != 1:
-        return False
-    (fill,) = fills
-    first = _filled_from(node, fill)
-    timeline = Timeline(graph)
-    early = any(timeline.position[user] < timeline.position[fill] for user in node.users)
-    unchanged = timeline.unchanged(node, fill, len(timeline.nodes))
-    if first is None or early or not unchanged or fill.users:
-        return False
-    build = Builder(graph, fill, like=node)
-    try:
-        place = build(torch.arange, _classes(node), device=example_of(node).device)
-        result = build("masked_fill", node, build(operator.ge, place, first), -math.inf)
-    except Exception:
-        build.undo()
-        raise
-    want_gradients_as(node, result)
-    graph.erase_node(fill)
-    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
-    return True
-
-
-def _filled_from(node: Node, fill: Node) -> int | None:
-    """The first of the columns that z[..., V:] = -inf fills, all those behind it too."""
-    _, index, value = fill.args
-    items = _slices(index, len(shape_of(node)))
-    classes = _classes(node)
-    if value != -math.inf or not items or classes is None:
-        return None
-    *rows, last = items
-    bounds = _bounds(last, classes)
-    if any(row != slice(None) for row in rows) or bounds is None:
-        return None
-    start, stop = bounds
-    return start if stop == classes and 0 < start < stop else None

@@ -27,13 +27,14 @@ from ..reading.steps import View
 from ..reading.values import LossValue, Reading, RowValue, VocabValue, row_expr
 from ..reading.views import broadcast_operand
 from .arrange import size_of
+from .rewrite import beside_original
 
 LEFT = "a mixture is picked from as it was written"
 
 # Functions of each entry, of their arguments with these names.
 OF_EACH = (
-    *("add", "sub", "rsub", "mul", "div", "neg", "log", "exp", "sqrt", "pow", "square", "clamp", "same"),
-    *("logaddexp", "where", "masked_fill"),
+    *("add", "sub", "rsub", "mul", "div", "neg", "log", "log_to", "exp", "sqrt", "pow", "square", "clamp"),
+    *("same", "logaddexp", "where", "masked_fill"),
 )
 OVER_OTHERS = ("sum", "mean", "logsumexp")
 MAX_DEPTH = 12
@@ -123,7 +124,7 @@ def pick_parts(graph: Graph, reading: Reading, options: Options) -> bool:
         source = _picked(reading, node)
         if source is None or not _may_be(reading, node, source, options):
             continue
-        done |= attempt(LEFT, _rewrite, graph, reading, node, source)[1] is None
+        done |= attempt(LEFT, _rewrite, graph, reading, node, source, options.verify)[1] is None
     return done
 
 
@@ -188,7 +189,7 @@ def _may_be(reading: Reading, node: Node, source: Node, options: Options) -> boo
     )
 
 
-def _rewrite(graph: Graph, reading: Reading, node: Node, source: Node) -> None:
+def _rewrite(graph: Graph, reading: Reading, node: Node, source: Node, verify: bool) -> None:
     step, args = spellings.read(node)  # type: ignore[misc]
     axis = _axis(reading, node, source)
     assert axis is not None
@@ -208,6 +209,9 @@ def _rewrite(graph: Graph, reading: Reading, node: Node, source: Node) -> None:
     except Exception:
         build.undo()
         raise
+    if verify:
+        beside_original(graph, node, result)
+        return
     node.replace_all_uses_with(result)
     unused = [node]
     while unused:

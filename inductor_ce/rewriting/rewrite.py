@@ -65,6 +65,14 @@ def want_gradients_as(node: Node, result: Node) -> None:
         result.meta["example_value"] = example.detach().requires_grad_(wanted)
 
 
+def beside_original(graph: Graph, node: Node, result: Node) -> None:
+    """Let all who read a node be given a result, which is compared with it when the program runs."""
+    build = Builder(graph, node.next, like=node)
+    chosen = build(VERIFIED, result, node, new_key(user_line(node)[0]), 0)
+    want_gradients_as(node, chosen)
+    node.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
+
+
 def _beside_originals(
     graph: Graph,
     reading: Reading,

@@ -27,6 +27,7 @@ from ..reading.arithmetic import one_dim
 from ..reading.values import Reading, Value, VocabValue
 from ..reading.views import cast_keeps
 from .normalisers import is_of_product, is_read_by_others, needed_beside
+from .rewrite import beside_original
 
 LEFT = "a normaliser of some classes is left as it was"
 
@@ -44,7 +45,9 @@ def part_normalisers(graph: Graph, reading: Reading, options: Options) -> bool:
     """Write those that may be so as differences. Returns whether there are any."""
     found = [each for node in reading.timeline.nodes if (each := _read(reading, node)) is not None]
     found = [each for each in found if _may_be(reading, each, options)]
-    done = [each for each in found if attempt(LEFT, _rewrite, graph, reading, each)[1] is None]
+    done = [
+        each for each in found if attempt(LEFT, _rewrite, graph, reading, each, options.verify)[1] is None
+    ]
     return bool(done)
 
 
@@ -134,7 +137,7 @@ def _may_be(reading: Reading, found: Found, options: Options) -> bool:
     return found.log_p not in needed and not is_read_by_others(reading, z, needed)
 
 
-def _rewrite(graph: Graph, reading: Reading, found: Found) -> None:
+def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None:
     """Where no class is left, the result is -inf, and the normaliser of all has no part in it."""
     value, node = reading.values[found.log_p], found.node
     assert isinstance(value, VocabValue)
@@ -169,6 +172,9 @@ def _rewrite(graph: Graph, reading: Reading, found: Found) -> None:
     except Exception:
         build.undo()
         raise
+    if verify:
+        beside_original(graph, node, result)
+        return
     node.replace_all_uses_with(result)
     for each in (node, *reversed(found.path)):
         graph.erase_node(each)

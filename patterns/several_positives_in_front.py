@@ -1,7 +1,7 @@
 """InfoNCE with several positives in front: a slice of the log-probabilities, summed.
 
 Source: andrewhamara/SOLIS, infoNCE.py
-Family: Look-alikes
+Family: Contrastive
 """
 
 import torch
@@ -22,8 +22,7 @@ def loss(anchor, positives, negatives, temperature=0.5):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of log_softmax goes into getitem (return -log_softmax[:,
-    :P].mean(dim=-1).mean()). No dimension of its result holds the classes of one row. If this is a
-    cross entropy, write this step in one of the spellings that the README lists; if not, it runs as
-    written.
+0.3333333333333333*dot(k) - 0.3333333333333333*lse*mass(k)
+row_stats: max,sumexp,seendot:0
+sharded: all_gather [3, N]
 """
