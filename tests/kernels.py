@@ -75,20 +75,24 @@ class Together:
         return _modules[key]
 
 
-def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> LambdaFuture:
-    return LambdaFuture(CppPythonBindingsCodeCache.load_pybinding_async(argtypes, text))
+class Late(LambdaFuture):
+    """A kernel of a CPU; on a GPU Inductor has futures of its own."""
+
+
+def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> Late:
+    return Late(CppPythonBindingsCodeCache.load_pybinding_async(argtypes, text))
 
 
 def _wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
     """Kernels are not waited for: whichever is called first has all compiled that were asked for by then."""
-    late = {name: kernel for name, kernel in scope.items() if isinstance(kernel, LambdaFuture)}
+    late = {name: kernel for name, kernel in scope.items() if isinstance(kernel, Late)}
     for name in late:
         del scope[name]
     wait_for_others(self, scope)
     scope.update({name: functools.partial(_first, scope, name, kernel) for name, kernel in late.items()})
 
 
-def _first(scope: dict[str, Any], name: str, kernel: LambdaFuture, *args: Any) -> None:
+def _first(scope: dict[str, Any], name: str, kernel: Late, *args: Any) -> None:
     scope[name] = kernel.result()
     scope[name](*args)
 
