@@ -1,9 +1,9 @@
 """The kernels of a forward and its backward are compiled together: g++ reads torch's headers, and links its
 libraries, once for all, half a second each.
 
-Their texts stay the same, each as a module of its own in a library for several. They are not optimised, nor do
-they know their lines, and the linker is the fast one: in half the time. With ALL=1, and in processes that a test
-starts, they are compiled as those of users.
+Their texts stay the same, each as a module of its own in a library for several. They are not optimised, nor
+do they know their lines, and the linker is the fast one: in half the time. With ALL=1 they are compiled as
+those of users.
 """
 
 from __future__ import annotations

@@ -378,21 +378,27 @@ def test_unsupported_torch_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
     assert slots() == [None, None]
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.16.0"])
-def test_install_under_an_unsupported_torch(version: str):
-    """In a process of its own, where a private name is not there either."""
-    program = f"""
-import sys, torch
-torch.__version__ = {version!r}
-sys.modules["torch._inductor.custom_graph_pass"] = None
-import inductor_ce
-try:
-    inductor_ce.install()
-except inductor_ce.UnsupportedTorchError as error:
-    print(error)
+def test_install_under_an_unsupported_torch():
+    """Each in a process of its own, where a private name is not there either."""
+    program = """
+import os, sys, torch
+for version in sys.argv[1:]:
+    if not os.fork():
+        torch.__version__ = version
+        sys.modules["torch._inductor.custom_graph_pass"] = None
+        import inductor_ce
+        try:
+            inductor_ce.install()
+        except inductor_ce.UnsupportedTorchError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
 """
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert f"supports torch>=2.11,<2.16; this is torch {version}. Install one" in said
+    versions = ["2.10.0", "2.16.0"]
+    command = [sys.executable, "-c", program, *versions]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for version in versions:
+        assert f"supports torch>=2.11,<2.16; this is torch {version}. Install one" in said
 
 
 # Caches
@@ -434,6 +440,7 @@ COMPILE = """
     import json, os, sys, torch, torch._dynamo, torch._inductor.compile_fx
     from functorch.compile import make_boxed_func
     from kernels import compiled_together
+    from torch._inductor.codecache import CacheBase, torch_key
     from torch._dynamo.utils import counters
 
     def f(h, W, y):
@@ -445,6 +452,7 @@ COMPILE = """
         backend = lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, inner_compile=graph)
         if not torch.backends.cuda.is_built():
             torch.compile(lambda x: x.softmax(-1), backend=backend)(torch.ones(4, 8))
+            torch_key(), CacheBase.get_system()
 
     def found(min_vocab):
         import inductor_ce
