@@ -1,21 +1,24 @@
-"""What was compiled and saved under an installation, loaded by a process that installs nothing; and what
-another process finds in the caches."""
+"""What was compiled and saved under an installation, loaded by a process that installs nothing; what
+another process finds in the caches; `TORCH_LOGS`."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import clean_slate, known_to_children
+from test_explain import FUSED, SCRIPT
 
 PROGRAM = """
 import json
 import os
+import runpy
 import sys
 import traceback
 from pathlib import Path
@@ -124,6 +127,12 @@ def found(what):
         given = {"cold": cached(2)}
     elif what == "compile again":
         given = {"warm": cached(2), "other": cached(3)}
+    elif what == "log":
+        os.environ["TORCH_LOGS"] = "+inductor_ce"
+        torch._logging._init_logs()  # as the import of torch does
+        os.dup2(os.open(folder / "log", os.O_CREAT | os.O_WRONLY), 2)
+        runpy.run_path(str(folder / "script.py"))
+        given = {"said": (folder / "log").read_text()}
     else:
         from inductor_ce.ops import lowering
         lowering.sources = lambda: "of another version"
@@ -148,7 +157,7 @@ for what in sys.argv[2:]:
 
 
 WHAT = ["save", "load", "load without the package", "load with another version"]
-WHAT += ["save the caches", "load the caches", "compile", "compile again"]
+WHAT += ["save the caches", "load the caches", "compile", "compile again", "log"]
 
 
 class Told(dict[str, dict[str, Any]]):
@@ -168,6 +177,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     path = os.pathsep.join([str(folder), str(here), os.environ.get("PYTHONPATH", "")])
     program = folder / "program.py"
     program.write_text(PROGRAM)
+    (folder / "script.py").write_text(textwrap.dedent(SCRIPT))
     with clean_slate():  # or this process would look anew for what a processor can do
         environment = os.environ | known_to_children() | {"PYTHONPATH": path}
     environment["TORCH_COMPILE_CACHE_KEY_TAG"] = uuid.uuid4().hex  # no graph was stored under it yet
@@ -218,3 +228,7 @@ def test_second_process_hits_the_cache(told: Told):
     assert warm["key"] == cold["key"] != other["key"]
     assert warm["explained"] == cold["explained"]
     assert len(cold["explained"]["sites"]) == 1
+
+
+def test_torch_logs(told: Told):
+    assert FUSED in told["log"]["said"]
