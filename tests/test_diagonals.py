@@ -45,8 +45,16 @@ def of_exponentials_by_ranges(z, y):
     return -torch.log(own / (e.sum(1) - own)).mean()
 
 
+def of_logits_with_classes_in_front(z, y):
+    return (torch.logsumexp(z, 1) - torch.diagonal(z.transpose(0, 1)[y])).mean()
+
+
+def of_columns_of_logits(z, y):
+    return (z[:, y].diag() - z.exp().sum(1).log()).sum()
+
+
 READ = [of_columns, of_columns_from_the_end, of_selected_columns, of_classes_in_front, of_the_trace]
-READ += [of_ranges, of_exponentials_by_ranges]
+READ += [of_ranges, of_exponentials_by_ranges, of_logits_with_classes_in_front, of_columns_of_logits]
 
 
 @pytest.mark.parametrize("f", READ, ids=lambda f: f.__name__)
@@ -103,6 +111,17 @@ def of_the_other_axis(z, y):
     return -F.log_softmax(z, 0)[:, y].diagonal().mean()
 
 
+def of_logits_along_the_other_axis(z, y):
+    return z.logsumexp(0).sum() - z[y % N][:, :N].diag().sum() + z[y % N].diagonal(0, 1, 0).sum()
+
+
+def of_logits_edited_between(z, y):
+    z = z * 1
+    picked = z.t()[y]
+    z.mul_(2)
+    return (z.logsumexp(1) - picked.diagonal()).mean()
+
+
 def of_a_shorter_range(z, y):
     return (F.log_softmax(z, 1)[range(5), range(5)] * y[:5]).sum()
 
@@ -112,6 +131,7 @@ def of_ranges_backwards(z, y):
 
 
 OTHERS = [beside_the_diagonal, of_fewer_labels, labels_edited_between, columns_edited_between]
+OTHERS += [of_logits_along_the_other_axis, of_logits_edited_between]
 OTHERS += [columns_read_as_well, of_chosen_rows, of_the_other_axis, of_a_shorter_range, of_ranges_backwards]
 
 

@@ -244,6 +244,8 @@ def test_what_a_statistic_is_is_not_own() -> None:
     assert not entries.is_own(LOG_P)
     assert entries.is_own(("mul", P, LOG_P))
     assert entries.is_own(("clamp", P, 0.1, 1.0, ENDS))
+    assert entries.is_own(("mul", P, ("pow", ("sub", T, ("n", 0)), 2.0)))
+    assert not entries.is_own(("mul", P, ("pow", ("sub", T, ("c", 0)), 2.0)))
 
 
 def test_squares_of_squares_are_too_long() -> None:
@@ -637,6 +639,19 @@ def a_class_that_learns(z: Tensor, t: Tensor) -> Tensor:
     return (z.softmax(-1).sqrt() * z[0].sigmoid()).sum(-1)
 
 
+def variance_over_bins_that_learn(z: Tensor, t: Tensor) -> Tensor:
+    p, bins = z.softmax(-1), t[0] * z[0].tanh()
+    return (p * (bins - (p * bins).sum(-1, keepdim=True)).square()).sum(-1)
+
+
+def mean_edited_after(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1)
+    mean = (p * t).sum(-1, keepdim=True)
+    variance = (p * (t - mean).square()).sum(-1)
+    mean.mul_(2)
+    return variance + mean[:, 0]
+
+
 def some_classes(z: Tensor, t: Tensor) -> Tensor:
     return (t[:, 1:] * (z.softmax(-1) + 1e-3).log()[:, 1:]).sum(-1)
 
@@ -674,6 +689,8 @@ LEFT = [
         weighed_then_chosen,
         chosen_then_edited,
         a_class_that_learns,
+        variance_over_bins_that_learn,
+        mean_edited_after,
     ),
 ]
 
@@ -740,8 +757,32 @@ def number_of_another_tensor(z: Tensor, t: Tensor) -> Tensor:
     return (torch.exp(p * p * scale) * p * rows).sum(-1)
 
 
+def age_estimation(z: Tensor, t: Tensor) -> Tensor:
+    """Label distributions, with an epsilon, and beside them the mean and the variance over bins."""
+    bins, target, p = t[0] * 10, t.softmax(-1), z.softmax(-1)
+    kl = (target * (torch.log(target + 1e-3) - torch.log(p + 1e-3))).sum(-1)
+    mean = (p * bins).sum(-1)
+    return kl + (mean - 3).abs() + (p * (bins - mean[:, None]) ** 2).sum(-1)
+
+
+def deviations(z: Tensor, t: Tensor) -> Tensor:
+    """Distances from the mean by themselves, of classes of which some have no probability."""
+    z = z.masked_fill(t < 0.3, -torch.inf)
+    p = z.softmax(-1)
+    gap = t - (p * t).sum(-1, keepdim=True)
+    third = (gap.pow(3) * p).mean(-1)
+    return (F.softplus(gap) * gap.square() * p).sum(-1) / (p * gap.square()).sum(-1).sqrt() + third
+
+
+def far_from_a_mean_elsewhere(z: Tensor, t: Tensor) -> Tensor:
+    """The number is of other rows."""
+    p = z.softmax(-1)
+    return (p * (t - (p * t).sum(-1, keepdim=True).flip(0)).square()).sum(-1)
+
+
 NUMBERS = [
     *(against_its_own, margins, bent_at_its_own, squares_from_its_own, renormalised),
+    *(age_estimation, deviations, far_from_a_mean_elsewhere),
     *(
         weighed_by_a_sum_of_entries,
         number_that_is_held,
@@ -1037,11 +1078,16 @@ def margins_of_both(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Te
     return (sm(z) * torch.relu(gap) * sm(q)).sum(-1).mean() + F.cross_entropy(q, y)
 
 
+def variance(z: Tensor, q: Tensor, t: Tensor, y: Tensor, r: Tensor, c: Tensor) -> Tensor:
+    mean = (sm(z) * c).sum(-1)
+    return F.mse_loss(mean, r[:, 0]) + (sm(z) * (c - mean.unsqueeze(1)) ** 2).sum(-1).mean()
+
+
 ROWS, CLASSES, WIDTH = 12, 40, 5
 # Of each, how many heads.
 HEADS = {entropy: 1, entropy_beside_a_loss: 1, mean_teacher: 2, two_students: 2, beside_tensors: 2}
-HEADS |= {mask_of_its_logits: 1, mask_of_both: 2, margins_of_both: 2, from_its_label: 1}
-BRINGS = {beside_tensors}
+HEADS |= {mask_of_its_logits: 1, mask_of_both: 2, margins_of_both: 2, from_its_label: 1, variance: 1}
+BRINGS = {beside_tensors, variance}  # a view of one row
 # Without gradients a side that weighs the other is what the user makes of whole logits.
 WEIGHED = {beside_tensors, mask_of_both, margins_of_both}
 

@@ -316,6 +316,67 @@ def test_a_class_that_is_0_beside_all(f, logit):
     assert (sites(), misses()) == (1, 0)
 
 
+def additive_margin(z, y):
+    """A denominator by hand, of exponentials."""
+    own = torch.diagonal(z.transpose(0, 1)[y]) - 18
+    others = (torch.exp(z) * (1 - F.one_hot(y, V))).sum(1)
+    return (torch.log(own.exp() + others) - own).mean()
+
+
+def additive_margin_where(z, y):
+    own = z.gather(1, y[:, None])[:, 0] - 18
+    others = torch.where(F.one_hot(y, V).bool(), 0.0, torch.exp(z)).sum(1)
+    return (torch.log(own.exp() + others) - own).mean()
+
+
+def probability_of_others(z, y):
+    """Unlike 1 - p, which the user may write as well."""
+    return (z.softmax(-1) * torch.ones_like(z).scatter(1, y[:, None], 0.0)).sum(-1).log().mean()
+
+
+MARGINS = [additive_margin, additive_margin_where, probability_of_others]
+
+
+@pytest.mark.parametrize("f", MARGINS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("logit", [22.0, -math.inf])
+def test_a_probability_of_nearly_1_is_not_taken_away_from_all(f, logit):
+    loss, args = (masked(f, logit), (torch.randn(N, V, requires_grad=True), inputs()[3]))
+    compiled, _ = compile_rewritten(loss)
+    if f is not probability_of_others and logit == -math.inf:
+        assert torch.stack([compiled(*args), loss(*args)]).isinf().all()
+    else:
+        check_numbers(gallery.run(compiled, args), loss, args)
+    assert (sites(), misses()) == (1, 0)
+
+
+def test_one_minus_a_probability_stays_so():
+    """And is no reason to bring the target along."""
+
+    def loss(z, y):
+        return (1 - (z.softmax(-1) * F.one_hot(y, V)).sum(-1)).square().mean()
+
+    compiled, graphs = compile_rewritten(loss)
+    args = torch.randn(N, V, requires_grad=True), inputs()[3]
+    check_numbers(gallery.run(compiled, args), loss, args)
+    assert [site.form for site in graphs.report.sites] == ["1 - exp(pick(y) - lse)"]
+
+
+def test_a_head_with_a_margin():
+    """Cosines that are picked from before they are scaled, and whose exponentials are summed after."""
+
+    def loss(h, W, y):
+        cosines = F.linear(F.normalize(h), F.normalize(W))
+        own = 8 * (torch.diagonal(cosines.transpose(0, 1)[y]) - 0.3)
+        others = torch.exp(8 * cosines) * torch.ones_like(cosines).scatter_(1, y[:, None], 0.0)
+        return (torch.log(own.exp() + others.sum(1)) - own).mean()
+
+    h, W, _, y, _ = inputs()
+    compiled, graphs = compile_without_codegen(loss, strategy="token_chunks", memory_budget=0.9)
+    check_numbers(gallery.run(compiled, (h, W, y)), loss, (h, W, y))
+    assert (sites(), misses()) == (2, 0)
+    assert graphs.pieces > 1
+
+
 @pytest.mark.parametrize(
     ("f", "strategy"), in_turns([others_by_fill, large_margin], ["token_chunks", "vocab_slabs"])
 )

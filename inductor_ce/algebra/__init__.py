@@ -91,6 +91,7 @@ from .vocab import (
     power,
     select,
     softmax,
+    takes_entry_back,
     total,
 )
 
@@ -167,6 +168,7 @@ __all__ = [
     "shifted",
     "softmax",
     "takes_back",
+    "takes_entry_back",
     "total",
     "weighs_logits",
     "weighs_probabilities",

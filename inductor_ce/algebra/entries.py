@@ -255,6 +255,11 @@ def sides_of(term: Term) -> set[int]:
     return set(places_of(term, *OF_SIDES))
 
 
+def moves(term: Term) -> bool:
+    """Whether a gradient may flow through it."""
+    return bool(leaves_of(term, *OF_SIDES, "n"))
+
+
 def has_softmax(term: Term) -> bool:
     """Whether it is made of probabilities, and not of logits alone."""
     return bool(leaves_of(term, "p", "log p"))
@@ -272,9 +277,12 @@ def is_long(term: Term) -> bool:
 
 
 def is_own(term: Term) -> bool:
-    """Whether it is no multiple of a probability or of a logarithm, as statistics are."""
+    """Whether it is no multiple of a probability or of a logarithm by what no gradient flows through.
+
+    Such are statistics.
+    """
     by = (derivative(term, (name, s)) for s in sides_of(term) for name in OF_SIDES)
-    return any(map(sides_of, by))
+    return any(map(moves, by))
 
 
 def replaced(term: Term, leaves: Mapping[Term, Term]) -> Term:

@@ -194,6 +194,16 @@ def is_0_at_a_label(value: Vocab) -> bool:
     return bool(number != 0) and any(number + c == 0 for b, c in value.terms if len(b.at) == 1)
 
 
+def takes_entry_back(value: Vocab) -> bool:
+    """Whether a probability is in every column but that of a label, as p_i (1 - [i = y]) is.
+
+    Where it is nearly 1, nothing is left of the others if it is taken from the sum of all.
+    """
+    whole = {b: c for b, c in value.terms if b.p and not b.at}
+    labelled = ((Monomial(p=b.p, z=b.z, q=b.q), c) for b, c in value.terms if len(b.at) == 1)
+    return any(b in whole and whole[b] + c == 0 for b, c in labelled)
+
+
 def select(mask: Vocab, yes: Vocab, no: Vocab) -> Vocab:
     """`yes` where `mask`, made of indicators, is 1, and `no` where it is 0."""
     return mask * yes + (as_vocab(sympy.Integer(1)) + (-mask)) * no

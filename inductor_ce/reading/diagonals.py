@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from ..graph.shapes import Size, constant, equal, same_shape, shape_of
+from ..graph.shapes import Size, constant, equal, same_shape, shape_of, tensor_of
 from . import spellings
 from .chosen import is_mask
 from .context import Context, is_labels
@@ -34,13 +34,16 @@ def is_range_twice(index: Any, shape: tuple[Size, ...]) -> bool:
 
 
 def of_picks(context: Context, source: Any) -> tuple[VocabValue, Node] | None:
-    """(x, y) of x[:, y], or x[y] with the classes in front, whose diagonal is what y picks of x."""
+    """(x, y) of x[:, y], or x[y] with the classes in front, whose diagonal is what y picks of x.
+
+    So x may be logits, which are read as such for the first time.
+    """
     spelled = spellings.read(source) if isinstance(source, Node) and context.is_as_made(source) else None
     if spelled is None or spelled[0].name not in ("getitem", "index_select"):
         return None
     step, args = spelled
-    value, y = Context(context.reading, source).known(args.get("input")), args.get("index")
-    if not isinstance(value, VocabValue) or len(shape_of(args["input"])) != 2:
+    y = args.get("index")
+    if tensor_of(args.get("input")) is None or len(shape_of(args["input"])) != 2:
         return None
     if step.name == "index_select":
         axis = args["dim"] % 2
@@ -48,7 +51,10 @@ def of_picks(context: Context, source: Any) -> tuple[VocabValue, Node] | None:
         axis, y = 1, y[1]
     else:
         axis = 0
-    if axis != value.axis or not is_labels(y) or is_mask(y):
+    if not is_labels(y) or is_mask(y):
+        return None
+    value = Context(context.reading, source).vocab(args["input"], axis)
+    if value is None:
         return None
     rows_alike = same_shape(shape_of(y), row_shape(args["input"], axis))
     unchanged = context.reading.timeline.unchanged(y, source, context.position)

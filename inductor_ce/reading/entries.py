@@ -69,11 +69,10 @@ class EntryReader:
         if arg not in self._known:
             self._known[arg] = None
             term = self._read(arg, depth)
-            if term is None or not entries.sides_of(term):
+            brought = None if term is not None and entries.sides_of(term) else self._brought(arg)
+            if brought is not None or term is None or not entries.moves(term) or entries.is_long(term):
                 self._wide.pop(arg, None)
-                term = self._brought(arg)
-            elif entries.is_long(term):
-                term = None
+                term = brought
             self._known[arg] = term
         return self._known[arg]
 

@@ -21,7 +21,7 @@ from .arithmetic import or_afterwards
 from .context import Context
 from .steps import STEPS, Step
 from .targets import Function, edit
-from .values import Columns, Outcome, Reading, detached
+from .values import Columns, Outcome, Reading, VocabValue, detached
 
 
 def recognise(graph: Graph, apart: bool = False) -> Reading:
@@ -62,6 +62,8 @@ def _read(reading: Reading, node: Node, step: Step) -> None:
     if isinstance(value, Refusal):
         reading.refusals[node] = value
         return
+    if isinstance(value, VocabValue) and algebra.takes_entry_back(value.expr):
+        reading.taken_back.add(node)
     if not isinstance(value, Columns) and (value.detached or context.grad_mode is False):
         value = detached(value)
     reading.values[node] = value

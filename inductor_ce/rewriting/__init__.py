@@ -17,7 +17,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     divergences       losses between several tensors of logits, before all others
     some_classes      normalisers over some classes' log-probabilities, as differences of two
     turned_products   a product whose rows are the classes, as the transpose of one of which they are columns
-    picked_mixtures   labels picked after probabilities are added, as of each of these
+    picked_mixtures   labels picked after probabilities are added, as of each of these: mixtures
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
     column_blocks     losses of which statistics are carried over blocks of columns, as losses of all columns;
                       one_product, their logits as one product
