@@ -248,6 +248,8 @@ class Context:
             return None
         if kind in ("classes", "columns") and self._wants_gradient(arg):
             return _weighed_by(arg)
+        if value.detached and self._wants_gradient(arg):
+            return Refusal(Reason.NOT_UNDERSTOOD, f"{arg} has a gradient there, and the logits have none.")
         symbol = self._outside_symbol(arg, kind, value, like, made)
         return algebra.columns(symbol) if kind in ("classes", "columns") else algebra.as_vocab(symbol)
 
