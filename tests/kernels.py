@@ -1,7 +1,9 @@
 """The kernels of a forward and its backward are compiled together: g++ reads torch's headers, and links its
 libraries, once for all, half a second each.
 
-Their texts and how they are compiled stay the same, each as a module of its own in a library for several.
+Their texts stay the same, each as a module of its own in a library for several. They are not optimised, nor
+do they know their lines, and the linker is the fast one: in half the time. With ALL=1 they are compiled as
+those of users.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import contextlib
 import functools
 import importlib.util
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
+from pairwise import EVERYTHING
 from torch._functorch import config as functorch_config
+from torch._inductor import cpp_builder
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 
@@ -26,8 +31,22 @@ NAMES += ("_torchinductor_pyobject_tensor_data_ptr",)
 
 load_alone = CppPythonBindingsCodeCache.load_async.__func__
 wait_for_others = AsyncCompile.wait
+users_flags = getattr(cpp_builder, "_get_optimization_cflags", None)
 
 _modules: dict[tuple[str, str], ModuleType] = {}  # by the text, and how it is compiled
+
+
+def quickly() -> contextlib.AbstractContextManager[Any]:
+    """Within the block g++ does not optimise, but with ALL=1."""
+    if EVERYTHING or users_flags is None:
+        return contextlib.nullcontext()
+    return mock.patch.object(cpp_builder, "_get_optimization_cflags", _flags)
+
+
+def _flags(*args: Any) -> tuple[list[str], list[str]]:
+    flags, for_linking = users_flags(*args)
+    gold = ["fuse-ld=gold"] if shutil.which("ld.gold") else []  # the usual one takes a third of the time
+    return ["O0" if flag == "O3" else flag for flag in flags if flag != "g1"], for_linking + gold
 
 
 def joined(texts: Sequence[str]) -> str:
@@ -75,20 +94,24 @@ class Together:
         return _modules[key]
 
 
-def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> LambdaFuture:
-    return LambdaFuture(CppPythonBindingsCodeCache.load_pybinding_async(argtypes, text))
+class Late(LambdaFuture):
+    """A kernel of a CPU; on a GPU Inductor has futures of its own."""
+
+
+def _cpp_pybinding(self: AsyncCompile, argtypes: list[str], text: str) -> Late:
+    return Late(CppPythonBindingsCodeCache.load_pybinding_async(argtypes, text))
 
 
 def _wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
     """Kernels are not waited for: whichever is called first has all compiled that were asked for by then."""
-    late = {name: kernel for name, kernel in scope.items() if isinstance(kernel, LambdaFuture)}
+    late = {name: kernel for name, kernel in scope.items() if isinstance(kernel, Late)}
     for name in late:
         del scope[name]
     wait_for_others(self, scope)
     scope.update({name: functools.partial(_first, scope, name, kernel) for name, kernel in late.items()})
 
 
-def _first(scope: dict[str, Any], name: str, kernel: LambdaFuture, *args: Any) -> None:
+def _first(scope: dict[str, Any], name: str, kernel: Late, *args: Any) -> None:
     scope[name] = kernel.result()
     scope[name](*args)
 
@@ -110,5 +133,6 @@ def compiled_together() -> Iterator[None]:
         mock.patch.object(CppPythonBindingsCodeCache, "load_async", classmethod(load)),
         mock.patch.object(AsyncCompile, "cpp_pybinding", _cpp_pybinding),
         mock.patch.object(AsyncCompile, "wait", _wait),
+        quickly(),
     ):
         yield

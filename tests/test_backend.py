@@ -1,14 +1,8 @@
 """install, uninstall, the backend, options, caches, and what happens when a pass of ours fails."""
 
 import importlib.metadata
-import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
-import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_without_codegen, known_to_children, misses, sites
+from harness import Graphs, compile_without_codegen, misses, sites
 from test_timeline import graph_of
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
@@ -378,23 +372,6 @@ def test_unsupported_torch_is_refused_everywhere(monkeypatch: pytest.MonkeyPatch
     assert slots() == [None, None]
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.16.0"])
-def test_install_under_an_unsupported_torch(version: str):
-    """In a process of its own, where a private name is not there either."""
-    program = f"""
-import sys, torch
-torch.__version__ = {version!r}
-sys.modules["torch._inductor.custom_graph_pass"] = None
-import inductor_ce
-try:
-    inductor_ce.install()
-except inductor_ce.UnsupportedTorchError as error:
-    print(error)
-"""
-    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert f"supports torch>=2.11,<2.16; this is torch {version}. Install one" in said
-
-
 # Caches
 
 
@@ -428,78 +405,6 @@ def test_the_key_is_the_same_wherever_the_package_lies(tmp_path: Path):
     package = tmp_path / "inductor_ce"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     assert sources(package) == sources(PACKAGE)
-
-
-COMPILE = """
-    import json, os, sys, torch, torch._dynamo, torch._inductor.compile_fx
-    from functorch.compile import make_boxed_func
-    from kernels import compiled_together
-    from torch._dynamo.utils import counters
-
-    def f(h, W, y):
-        z = torch.nn.functional.linear(h, W)
-        return torch.nn.functional.cross_entropy(z, y), z
-
-    def warm():  # what torch does in a process's first compilation; a build for GPUs must not be forked then
-        graph = lambda gm, inputs, **kwargs: make_boxed_func(gm.forward)
-        backend = lambda gm, inputs: torch._inductor.compile_fx.compile_fx(gm, inputs, inner_compile=graph)
-        if not torch.backends.cuda.is_built():
-            torch.compile(lambda x: x.softmax(-1), backend=backend)(torch.ones(4, 8))
-
-    def found(min_vocab):
-        import inductor_ce
-        torch.manual_seed(0)
-        args = torch.randn(4, 8), torch.randn(16, 8), torch.arange(4)
-        torch._dynamo.reset()
-        counters.clear()
-        with inductor_ce.install(min_vocab=min_vocab), compiled_together():
-            loss, z = torch.compile(f)(*args)
-            return {
-                "lazy": [hasattr(z, "is_made"), getattr(z, "is_made", True)],
-                "logits": z.tolist(),
-                "eager": f(*args)[1].tolist(),
-                "key": repr(torch._inductor.config.pre_grad_custom_pass.uuid()),
-                "hits": [
-                    counters["aot_autograd"]["autograd_cache_hit"],
-                    counters["inductor"]["fxgraph_cache_hit"],
-                ],
-                "sites": counters["inductor_ce"]["sites"],
-                "explained": inductor_ce.explain(f, *args).to_dict(),
-            }
-
-    warm()
-    for min_vocabs in sys.argv[1:]:  # each in a process of its own
-        if not os.fork():
-            for min_vocab in min_vocabs.split():
-                print("FOUND", json.dumps(found(int(min_vocab))), flush=True)
-            os._exit(0)
-        assert os.wait()[1] == 0
-"""
-
-
-def test_second_process_hits_the_cache(tmp_path: Path):
-    """A changed option misses it; explain says the same on a warm machine."""
-    shutil.copytree(ROOT / "inductor_ce", tmp_path / "inductor_ce")  # so that nobody edits it meanwhile
-    environment = {
-        **os.environ,
-        **known_to_children(),
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(__file__).parent)]),
-        "TORCH_COMPILE_CACHE_KEY_TAG": uuid.uuid4().hex,  # no graph was stored under it yet
-    }
-    command = [sys.executable, "-c", textwrap.dedent(COMPILE), "2", "2 3"]
-    result = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
-    cold, warm, other = (json.loads(line.removeprefix("FOUND ")) for line in lines)
-    assert [p["hits"] for p in (cold, warm, other)] == [[0, 0], [1, 1], [0, 0]]
-    assert [p["sites"] for p in (cold, warm, other)] == [1, 1, 1]
-    assert [p["lazy"] for p in (cold, warm, other)] == [[True, False]] * 3
-    assert warm["logits"] == cold["logits"] == cold["eager"]
-    assert warm["key"] == cold["key"] != other["key"]
-    assert warm["explained"] == cold["explained"]
-    assert len(cold["explained"]["sites"]) == 1
 
 
 # Failures of ours

@@ -24,6 +24,7 @@ from inductor_ce.ops import counted, products
 
 N, V, D = 300, 50, 6
 FOUR = 0.32  # the budget for four chunks
+TWO = 0.75  # for two, of some losses three
 Loss = Callable[..., Tensor]
 
 
@@ -283,7 +284,7 @@ SKIPPING = [
 @pytest.mark.parametrize(("f", "wanted", "options"), SKIPPING)
 def test_rows_are_skipped(f: Loss, wanted: str, options: dict[str, Any], computed: Computed) -> None:
     of = given()
-    check(f, of, wanted, **options)
+    check(f, of, wanted, budget=TWO, **options)
     assert 0.2 * N < int(of["mask"].sum()) <= 0.4 * N
     assert computed.of_logits() <= of["mask"].sum() + counted.ALIGNED
     assert counters["inductor_ce"]["skips_rows"] == 1
@@ -484,7 +485,7 @@ def test_a_loop_over_chunks(computed: Computed) -> None:
 )
 def test_generated_code(f: Loss, computed: Computed) -> None:
     of = given()
-    check(f, of, "h w b" if f is total else "h w", compiled=compile_with_codegen)
+    check(f, of, "h w b" if f is total else "h w", budget=TWO, compiled=compile_with_codegen)
     assert computed.of_logits() <= of["mask"].sum() + counted.ALIGNED
 
 

@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import runpy
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import TestCase
-from harness import compile_without_codegen, known_to_children, misses, sites, without_codegen
+from harness import compile_without_codegen, misses, sites, without_codegen
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -484,10 +481,42 @@ def test_without_torch_logs(script: Path, capfd: pytest.CaptureFixture[str]):
     assert FUSED not in capfd.readouterr().err
 
 
-def test_torch_logs(script: Path):
-    environment = {**os.environ, **known_to_children(), "PYTHONPATH": str(ROOT), "TORCH_LOGS": "+inductor_ce"}
-    run = subprocess.run(
-        [sys.executable, script], env=environment, capture_output=True, text=True, check=False
+def chosen_by_a_mask(z, y, mask):
+    log_p = F.log_softmax(z, -1)
+    return F.nll_loss(log_p[mask], y[mask])
+
+
+def test_where_dynamo_ends_a_graph():
+    """A loss that stands on both sides is missed; the report tells of the cut, and what to do."""
+    z, y = inputs()
+    report = inductor_ce.explain(chosen_by_a_mask, z, y, y > 0)
+    assert [miss.reason for miss in report.misses] == [Reason.NOT_UNDERSTOOD]
+    (cut,) = report.cuts
+    assert (cut.location, cut.code) == (line_of("log_p[mask]"), "return F.nll_loss(log_p[mask], y[mask])")
+    assert cut.message.startswith("Dynamo ends the graph: Dynamic shape operator. Operator `aten.nonzero")
+    assert "capture_dynamic_output_shape_ops = True`" in cut.message
+    assert str(report).endswith(f"  cut     {cut.location}  {cut.code}\n    {cut.message}")
+    assert report.to_dict()["cuts"] == [{"location": cut.location, "code": cut.code, "message": cut.message}]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        report = inductor_ce.explain(chosen_by_a_mask, z, y, y > 0)
+    assert (len(report.sites), report.misses, report.cuts) == (1, [], [])
+
+
+def of_each_group(z, y):
+    total = 0.0
+    for k in range(2):
+        total = total + F.cross_entropy(z[y % 2 == k], y[y % 2 == k])
+    return total
+
+
+def test_what_dynamo_gives_up():
+    """In a loop that it cannot trace nothing is compiled, and no graph is there to tell of it."""
+    z, y = inputs()
+    report = inductor_ce.explain(of_each_group, z, y % V)
+    assert not report.sites
+    assert report.cuts
+    assert all(not cut.location for cut in report.cuts)
+    assert all(
+        cut.message.startswith("Dynamo gives a function up, or ends its graph: ") for cut in report.cuts
     )
-    assert run.returncode == 0, run.stderr
-    assert FUSED in run.stderr
+    assert str(report).splitlines()[1] == "  cut"

@@ -126,6 +126,7 @@ def test_installed_for_every_thread() -> None:
         assert in_a_thread(compiled) == (0, 0)  # under 1024 classes, as nothing is installed
 
 
+@without_codegen()
 def test_another_wrapper_on_top() -> None:
     """It is kept; ours does nothing within it, and comes back where it was."""
     before = compile_fx_module.compile_fx

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from pairwise import in_turns
 from ranks import once, spawn
 from reference import assert_fair
 from test_linear_cross_entropy import Head, by_the_book, measure
@@ -64,13 +65,12 @@ def shard(rank: int, name: str, split: str) -> tuple[Head, Tensor, Tensor, dict[
 
 def losses_and_gradients(rank: int, names: tuple[str, ...], compile_it: bool) -> dict[Any, Any]:
     results = {}
-    for name in names:
-        for split in SPLITS:
-            own, target, upstream, given = shard(rank, name, split)
-            torch._dynamo.reset()
-            f = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
-            f = f if compile_it else linear_cross_entropy
-            results[name, split] = tuple(measure(functools.partial(f, **given), own, target, upstream))
+    for name, split in in_turns(names, [*SPLITS]):
+        own, target, upstream, given = shard(rank, name, split)
+        torch._dynamo.reset()
+        f = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+        f = f if compile_it else linear_cross_entropy
+        results[name, split] = tuple(measure(functools.partial(f, **given), own, target, upstream))
     return results
 
 
@@ -131,14 +131,12 @@ def check(ranks: list[dict[Any, Any]], name: str, split: str) -> None:
         assert_fair(gradient, naive.gradients[i], exact.gradients[i])
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "split"), in_turns([*CASES], [*SPLITS]))
 def test_every_rank_equals_dense(name: str, split: str) -> None:
     check(of_ranks("eager"), name, split)
 
 
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(("name", "split"), in_turns(COMPILED, [*SPLITS]))
 def test_compiled_every_rank_equals_dense(name: str, split: str) -> None:
     check(of_ranks("compiled"), name, split)
 

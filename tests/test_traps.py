@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import ast
 import math
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import defer_cases
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from harness import Graphs, Rewritten, compile_rewritten, compile_without_codegen, sites
 from pairwise import EVERYTHING, in_turns, pairwise
-from ranks import spawn, tagged_caches
 from reference import Measured, Terms, assert_as_fair, assert_fair, measure
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -346,40 +343,7 @@ def test_trap_10_offsets_beyond_32_bits(n: int, smoothing: float) -> None:
         assert_as_fair(ours, measure(loss, *few), exactly(*few, Terms("none", smoothing=smoothing)))
 
 
-# 12
-
-
-def in_a_process(rank: int, tag: str) -> dict[str, Any]:
-    """A loss whose logits are lazy, with what is told of it, and whether it comes from the cache."""
-    torch.manual_seed(0)
-    model = defer_cases.Model()
-    x, y = (torch.arange(12).view(2, 6) % defer_cases.V for _ in range(2))
-    with inductor_ce.install(min_vocab=2), tagged_caches(tag):
-        z = inductor_ce.defer(model.output)(torch.tanh(model.body(model.embed(x))))
-        value = torch.compile(defer_cases.loss_of)(z, y)
-        value.backward()
-        lazy = not z.is_made
-        hits = counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"]
-        report = inductor_ce.explain(defer_cases.loss_of, z, y).to_dict()
-    return {
-        "report": report,
-        "numbers": [value.item(), model.output.weight.grad.tolist()],
-        "hits": hits,
-        "lazy": lazy,
-    }
-
-
-def test_trap_12_explain_is_right_on_a_warm_machine() -> None:
-    """Warm cache: the pass does not run, counters read 0, the user concludes "not applied"."""
-    tag = uuid.uuid4().hex  # no graph was stored under it yet
-    (cold,), (warm,) = (spawn(in_a_process, 1, tag, new=new) for new in (False, True))
-    assert cold["hits"] == 0
-    assert warm["hits"] > 0
-    assert len(cold["report"]["sites"]) == 1
-    assert warm["report"] == cold["report"]
-    assert warm["numbers"] == cold["numbers"]
-    assert cold["lazy"]
-    assert warm["lazy"]
+# 12: test_artefacts.py
 
 
 # 13

@@ -11,7 +11,15 @@ import torch
 from functorch.compile import make_boxed_func  # type: ignore[import-untyped]
 from torch.fx import Graph, GraphModule
 
-from ..common.compat.dynamo import aot_eager, captured_copy, no_recompile_limit, uncompiled
+from ..common.compat.dynamo import (
+    Break,
+    aot_eager,
+    break_of,
+    breaks_told,
+    captured_copy,
+    no_recompile_limit,
+    uncompiled,
+)
 from ..common.compat.inductor import (
     HEAD_PASSES,
     LOSS_PASSES,
@@ -22,7 +30,7 @@ from ..common.compat.inductor import (
 )
 from ..common.compat.versions import check_torch
 from ..common.failsafe import attempt
-from ..common.findings import Miss, Reason, Site
+from ..common.findings import Cut, Miss, Reason, Site, line_of
 from ..common.options import Options
 from ..graph.walk import graphs_within
 from ..heads.fuse import Planned, fuse_heads, sentence
@@ -48,14 +56,17 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
         *args, **kwargs: its arguments.
 
     Returns:
-        A `Report`: `.sites`, `.misses`, `.small`, `.to_dict()`, and `str()` of it to read.
+        A `Report`: `.sites`, `.misses`, `.small`, `.cuts`, `.to_dict()`, and `str()` of it to read.
     """
     check_torch()
     report = Report()
     options, patches = installed_options(), patches_of(f)
     why_whole = "" if is_on(HEAD_PASSES, patches) else f"{SWITCHED_OFF} ({HEAD_PASSES})"
 
+    breaks: list[Break] = []
+
     def read(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        breaks.extend(filter(None, [break_of(gm)]))
         found, planned = _found(gm, example_inputs, options, why_whole)
         sites = with_plans([site for each in found for site in each.sites], planned)
         if is_on(LOSS_PASSES, patches):
@@ -66,9 +77,28 @@ def explain(f: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
         report.small += [miss for each in found for miss in each.small]
         return _runnable(gm, example_inputs, options)
 
-    with no_recompile_limit():
+    with no_recompile_limit(), breaks_told() as told:
         torch.compile(_apart(uncompiled(f)), backend=read)(*args, **kwargs)
+    report.cuts = cuts_of(breaks, told)
     return report
+
+
+def cuts_of(breaks: Sequence[Break], told: Sequence[str]) -> list[Cut]:
+    """Breaks whose place is known, each once, and then what Dynamo has told without one."""
+    placeless = [Break(text, ()) for text in told if all(text != each.text for each in breaks)]
+    return [_cut(each) for each in dict.fromkeys([*breaks, *placeless])]
+
+
+def _cut(where: Break) -> Cut:
+    """What Dynamo says comes with explanations, and hints, of which the first is the one that helps."""
+    first, *rest = map(str.strip, where.text.splitlines())
+    parts = [line.partition(": ") for line in rest]
+    hints = [text for kind, _, text in parts if kind == "Hint"]
+    said = dict.fromkeys([first, *(text for kind, _, text in parts if kind == "Explanation"), *hints[:1]])
+    location, code = line_of(where.frames) if where.frames else ("", "")
+    does = "ends the graph" if where.frames else "gives a function up, or ends its graph"
+    sentences = " ".join(line.rstrip(".") + "." for line in said)
+    return Cut(location, code, f"Dynamo {does}: {sentences}")
 
 
 def _runnable(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import sympy
 
 from ..algebra import notation
-from ..common.findings import Miss, Site
+from ..common.findings import Cut, Miss, Site
 
 
 def form_of_loss(expr: sympy.Expr, how: str, y: sympy.Symbol | None, ignore_index: int) -> str:
@@ -25,23 +25,28 @@ class Report:
     """What `explain` returns: the losses that are rewritten, and those that are not.
 
     Those over fewer classes than `min_vocab`, as of the router of a mixture of experts, are in `small` alone:
-    they are no misses, and nobody else is told of them.
+    they are no misses, and nobody else is told of them. In `cuts` is where Dynamo ended a graph, or gave a
+    function up.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
     misses: list[Miss] = dataclasses.field(default_factory=list)
     small: list[Miss] = dataclasses.field(default_factory=list)
+    cuts: list[Cut] = dataclasses.field(default_factory=list)
 
     def add(self, other: Report) -> None:
         """Take in what is told of another graph."""
         self.sites += other.sites
         self.misses += other.misses
         self.small += other.small
+        self.cuts += other.cuts
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON-serialisable values."""
         sites = [dataclasses.asdict(s) | {"statistics": list(s.statistics)} for s in self.sites]
-        return {"sites": sites, "misses": _as_dicts(self.misses), "small": _as_dicts(self.small)}
+        cuts = [dataclasses.asdict(cut) for cut in self.cuts]
+        misses, small = _as_dicts(self.misses), _as_dicts(self.small)
+        return {"sites": sites, "misses": misses, "small": small, "cuts": cuts}
 
     def __str__(self) -> str:
         fused = f"{len(self.sites)} {'loss' if len(self.sites) == 1 else 'losses'} fused"
@@ -51,6 +56,8 @@ class Report:
             lines += _site_lines(site)
         for miss in self.misses:
             lines += _miss_lines(miss)
+        for cut in self.cuts:
+            lines += [f"  cut     {cut.location}  {cut.code}".rstrip(), f"    {cut.message}"]
         return "\n".join(lines)
 
 

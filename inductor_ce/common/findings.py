@@ -6,6 +6,7 @@ import enum
 import linecache
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,6 +102,21 @@ class Miss:
     message: str
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Where Dynamo ended a graph, or gave up a function: a loss that stands on both sides is read in parts.
+
+    Attributes:
+        location: the user's line, "file.py:41"; "" where Dynamo does not tell it.
+        code: the text of that line.
+        message: what Dynamo says of it, and its hints.
+    """
+
+    location: str
+    code: str
+    message: str
+
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 _PACKAGE = Path(__file__).parents[1]
 _NOT_THE_USERS = tuple(f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, _PACKAGE))
@@ -112,7 +128,11 @@ def user_line(node: Node) -> tuple[str, str]:
 
     Nor is it Python's own, as that of operator.add, which Dynamo of torch 2.15 goes through for a sum.
     """
-    frames = _FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or "")
+    return line_of(_FRAME.findall(node.meta.get("stack_trace") or node.stack_trace or ""))
+
+
+def line_of(frames: Sequence[tuple[str, int | str]]) -> tuple[str, str]:
+    """The same of files and lines, the innermost last."""
     outside = [
         f for f in frames if not f[0].startswith(_NOT_THE_USERS) and os.path.dirname(f[0]) != _PYTHONS_OWN
     ] or frames

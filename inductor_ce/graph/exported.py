@@ -25,6 +25,11 @@ def is_exported(graph: Graph) -> bool:
     return any("val" in node.meta for node in inputs) and not any(KEY in node.meta for node in inputs)
 
 
+def has_guards(graph: Graph) -> bool:
+    """Whether what is made of a graph is called where its guards hold alone, as what Dynamo captured is."""
+    return not any("val" in node.meta for node in graph.nodes if node.op == "placeholder")
+
+
 def make_examples(graph: Graph) -> None:
     """Give each node its example. What calls a module has none, nor has what is made of it."""
     values = [leaf for node in graph.nodes for leaf in tree_leaves(node.meta.get("val"))]

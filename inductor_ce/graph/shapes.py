@@ -44,6 +44,27 @@ def equal(a: Size, b: Size) -> bool:
     return a == b if isinstance(a, int) and isinstance(b, int) else statically_known_true(a == b)
 
 
+def tied(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes are equal, for which a guard is added where they are so in the example alone.
+
+    `x.gather(-1, y)` takes the first rows of x where y has fewer, so torch leaves open whether it has. Where
+    it does, what was compiled is not called.
+    """
+    if same_shape(a, b):
+        return True
+    if len(a) != len(b) or not all(
+        equal(x, y) or _is_equal_in_example(x, y) for x, y in zip(a, b, strict=True)
+    ):
+        return False
+    return all(bool(x == y) and equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _is_equal_in_example(a: Size, b: Size) -> bool:
+    """Of two sizes with symbols, which a guard may make one."""
+    symbols = isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt)
+    return symbols and all(x.node.has_hint() for x in (a, b)) and hint(a) == hint(b)  # type: ignore[union-attr]
+
+
 def same_shape(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(map(equal, a, b))
 

@@ -257,8 +257,9 @@ def _item(node: Node, facts: Facts) -> Fact:
         raise Unknown(f"{_name(source)} may mix rows")
     if fact.rows is None:
         return Fact(fact.factor)
-    parts = fact.rows, *args_of(source)[1:]
-    return Fact(fact.factor, source.target(*parts)[index])
+    args, kwargs = map_arg((source.args, source.kwargs), lambda node: _row_numbers(node, facts))
+    split: Any = source.target
+    return Fact(fact.factor, split(*args, **kwargs)[index])
 
 
 def _reduced(node: Node, facts: Facts) -> Fact:

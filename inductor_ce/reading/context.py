@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of, tied
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
 from .row_views import RowView, arrangement, row_shape
@@ -39,6 +39,10 @@ class Context:
     @property
     def grad_mode(self) -> Mode:
         return self.reading.timeline.grad_mode(self.position)
+
+    def tied(self, a: Sequence[Size], b: Sequence[Size]) -> bool:
+        """Whether two shapes are equal, if need be by a guard."""
+        return tied(a, b) if self.reading.guards else same_shape(a, b)
 
     def known(self, arg: Any) -> Value | None:
         """The value of an argument as it reads here; None if its storage was changed in ways not followed."""

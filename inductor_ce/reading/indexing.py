@@ -248,7 +248,7 @@ def gather(context: Context, args: dict[str, Any], wraps: str = "") -> Outcome:
     value = context.vocab(args.get("input"), args.get("dim"))
     if value is None or not is_labels(index):
         return None
-    if not same_shape(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
+    if not context.tied(row_shape(args["input"], value.axis), row_shape(index, value.axis)):
         return Refusal(Reason.NOT_UNDERSTOOD, "Its index has not the rows of the tensor that it picks from.")
     return _picked_of(context, value, index, wraps)
 
@@ -394,6 +394,6 @@ def label_axis(context: Context, source: Any, index: tuple[Any, ...], behind: in
     rows = [i for i in range(len(shape)) if i != axis]
     for place, i in enumerate(rows):
         dim, length = counts[i]  # type: ignore[misc]
-        if dim != place - len(rows) - behind or not equal(length, shape[i]):
+        if dim != place - len(rows) - behind or not context.tied((length,), (shape[i],)):
             return None
     return axis

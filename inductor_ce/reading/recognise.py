@@ -10,8 +10,10 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from .. import algebra
+from ..common.compat.inductor import is_ahead_of_time
 from ..common.failsafe import attempt
 from ..common.findings import Refusal
+from ..graph.exported import has_guards
 from ..graph.timeline import Timeline
 from ..ops.verified import VERIFIED
 from . import arithmetic, indexing, joining, losses, reductions, spellings, targets
@@ -27,7 +29,7 @@ def recognise(graph: Graph, apart: bool = False) -> Reading:
 
     With `apart`, targets and masks that are 0 at a label alone are tensors that are brought along.
     """
-    reading = Reading(Timeline(graph), apart)
+    reading = Reading(Timeline(graph), has_guards(graph) and not is_ahead_of_time(), apart)
     reading.originals = _originals(graph, reading.timeline.nodes)
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)

@@ -200,6 +200,7 @@ class Reading:
     """What recognition knows of a graph."""
 
     timeline: Timeline
+    guards: bool = False  # whether what is compiled is asked for its guards before it is called
     apart: bool = False  # classes that are left out have a weight of 0, and are not taken from a sum over all
     originals: set[Node] = field(default_factory=set)  # what nodes are compared with, under `verify`
     values: dict[Node, Value] = field(default_factory=dict)

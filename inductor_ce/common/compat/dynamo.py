@@ -7,7 +7,7 @@ import copy
 import itertools
 from collections.abc import Callable, Iterator
 from types import CodeType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -62,6 +62,31 @@ def is_cut(module: torch.nn.Module | None) -> bool:
     """Whether Dynamo ends a captured graph where it could not go on, perhaps with another graph behind it."""
     reason = getattr(module, "compile_subgraph_reason", None)
     return reason is not None and reason.graph_break and returns_to_program(module)
+
+
+class Break(NamedTuple):
+    """What Dynamo says of a place where it could not go on; the frames there, the innermost last."""
+
+    text: str
+    frames: tuple[tuple[str, int], ...]
+
+
+def break_of(module: torch.nn.Module) -> Break | None:
+    """Why Dynamo ended a captured graph before its function did."""
+    if not is_cut(module):
+        return None
+    reason: Any = module.compile_subgraph_reason
+    return Break(reason.reason, tuple((frame.filename, frame.lineno) for frame in reason.user_stack))
+
+
+@contextlib.contextmanager
+def breaks_told() -> Iterator[list[str]]:
+    """What Dynamo says of all such places, and of functions that it gave up, when the block is left."""
+    kinds = "graph_break", "unimplemented"
+    before = {kind: counters[kind].copy() for kind in kinds}
+    told: list[str] = []
+    yield told
+    told += dict.fromkeys(text for kind in kinds for text in counters[kind] - before[kind])
 
 
 _numbers: WeakKeyDictionary[TracingContext, Iterator[int]] = WeakKeyDictionary()
