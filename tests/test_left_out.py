@@ -349,6 +349,19 @@ def test_a_probability_of_nearly_1_is_not_taken_away_from_all(f, logit):
     assert (sites(), misses()) == (1, 0)
 
 
+def test_a_probability_that_is_taken_away_from_each_is_left():
+    """Each difference is exact, but not that of their sums."""
+
+    def loss(z, y):
+        p = z.softmax(-1)
+        return (p - p * F.one_hot(y, V)).sum(-1).log().mean()
+
+    compiled, _ = compile_rewritten(loss)
+    args = torch.randn(N, V).scatter(1, inputs()[3][:, None], 22.0).requires_grad_(), inputs()[3]
+    check_numbers(gallery.run(compiled, args), loss, args)
+    assert (sites(), misses()) == (0, 1)
+
+
 def test_one_minus_a_probability_stays_so():
     """And is no reason to bring the target along."""
 

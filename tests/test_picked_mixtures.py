@@ -285,3 +285,16 @@ def test_other_sizes_are_compiled_once() -> None:
         check(run(compiled, args), f, args)
     assert len(backend.final) == 1
     assert backend.count(ops.ROW_STATS) == 1
+
+
+@pytest.mark.parametrize("f", [copied, words_of_the_source, raised_in_place])
+def test_infinite_logits(f: Callable[..., Tensor]) -> None:
+    """Labels of probability 0, which the source may have all the same, and a row of nothing but -inf."""
+    zs, gates, y, q = given()
+    z = zs.detach().clone()
+    z[torch.arange(N), 0, y] = z[:, 0, 0] = -torch.inf
+    z[4, 0] = -torch.inf
+    args = z.requires_grad_(), gates, y, q
+    ours, exact = run(torch.compile(f, backend=Rewritten()), args), run(f, args)
+    for mine, true in zip(ours.results + ours.gradients, exact.results + exact.gradients, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-12, atol=1e-14, equal_nan=True)

@@ -220,7 +220,7 @@ class Reading:
     misses: list[Miss] = field(default_factory=list)
     small: list[Miss] = field(default_factory=list)  # those over few classes
     refused: set[Node] = field(default_factory=set)
-    taken_back: set[Node] = field(default_factory=set)  # refused for what is taken from a sum over all
+    taken_back: set[Node] = field(default_factory=set)  # of which something is taken from a sum over all
     kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)  # what is, beside a loss
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict

@@ -55,8 +55,8 @@ POWERS_CANCEL = Refusal(
 )
 TAKEN_BACK = Refusal(
     Reason.NOT_UNDERSTOOD,
-    "A class is left out of a sum over all by what takes it away again: where its logit is a mask's -1e9, "
-    "nothing would be left of the others. Multiply by a mask instead.",
+    "A class is left out of a sum over all by what takes it away again: where its logit is a mask's -1e9, or "
+    "its probability is nearly 1, nothing would be left of the others. Multiply by a mask instead.",
 )
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
@@ -282,7 +282,8 @@ def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
         return LOGITS_EDITED
     if _powers_cancel(reading, group):
         return POWERS_CANCEL
-    if any(algebra.takes_back(expr) for node in group.nodes for expr in group.exprs_of(node)):
+    of_entries = any(value_of(reading, node).wide & reading.taken_back for node in group.nodes)
+    if of_entries or any(algebra.takes_back(e) for node in group.nodes for e in group.exprs_of(node)):
         return TAKEN_BACK
     return LABELS_EDITED if _are_labels_edited_later(reading, group) else misplaced(reading, group)
 
