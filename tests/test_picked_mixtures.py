@@ -56,6 +56,13 @@ def pointer(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
     return -p.gather(1, torch.stack([y, y.flip(0)], 1)).log().mean()
 
 
+def steps(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    """Each part of a stack has labels of its own, one part twice, as a decoder's steps."""
+    first, second = z[:, 0].log_softmax(-1), z[:, 1].log_softmax(-1)
+    labels = torch.stack([y, y.flip(0), y.roll(1)], 1)
+    return torch.stack([first, second, first], 1).gather(2, labels.unsqueeze(-1)).sum(1)
+
+
 def stacked(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
     return F.nll_loss(torch.stack([z[:, 0].softmax(-1), z[:, 1].softmax(-1)]).mean(0).log(), y)
 
@@ -124,7 +131,17 @@ def copies_beside(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
 
 
 FUNCTIONS = [
-    *(ensemble, ignoring, gathered_then_log, indexed, of_logarithms, pointer, stacked, mixture_of_softmaxes),
+    *(
+        ensemble,
+        ignoring,
+        gathered_then_log,
+        indexed,
+        of_logarithms,
+        pointer,
+        stacked,
+        steps,
+        mixture_of_softmaxes,
+    ),
     *(raised_in_place, raised_after_half, copied, copied_in_place, words_of_the_source, copies_beside),
 ]
 OF_ONE = {mixture_of_softmaxes, raised_in_place, copied, copied_in_place, words_of_the_source, copies_beside}

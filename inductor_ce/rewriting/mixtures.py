@@ -188,8 +188,11 @@ class Mixture:
             wider = build("expand", build("unsqueeze", index, dim), *sizes)
             return build.again(node, {source: of(source, wider, axis + 1)})
         if kind == "stack":
-            narrower = build("select", index, args.get("dim", 0) % len(shape), 0)
-            return build.again(node, {each: of(each, narrower, axis - 1) for each in args["tensors"]})
+            dim = args.get("dim", 0) % len(shape)
+            own = [build("select", index, dim, k) for k in range(len(args["tensors"]))]
+            return build(
+                torch.stack, [of(*each, axis - 1) for each in zip(args["tensors"], own, strict=True)], dim
+            )
         if kind == "copies":
             picked, v = of(source, index, axis), size_of(build, node, axis)
             return build(torch.add, picked, _copied(build, args["index"], args["src"], index, v))

@@ -1,0 +1,101 @@
+"""To whom gradients flow: where some of a loss is detached of the logits, and numbers beside it learn."""
+
+from __future__ import annotations
+
+import linecache
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import Rewritten
+from pairwise import EVERYTHING
+from torch import Tensor
+
+N, V = 6, 12
+
+
+def given(seed: int = 0) -> tuple[Tensor, ...]:
+    """Logits, a number and one for each row, which learn; weights of all classes, and labels."""
+    torch.manual_seed(seed)
+    leaves = torch.randn(N, V), torch.randn(1 if seed % 2 else ()) / 3, torch.rand(N)
+    return *(x.double().requires_grad_() for x in leaves), torch.rand(N, V).double(), torch.randint(V, (N,))
+
+
+def measured(f: Callable[..., Tensor], seed: int) -> list[Tensor]:
+    """The loss and three gradients, 0 where there is none."""
+    args = given(seed)
+    loss = f(*args).sum()
+    gradients = torch.autograd.grad(loss, args[:3], materialize_grads=True) if loss.requires_grad else ()
+    return [loss.detach(), *gradients]
+
+
+def check(f: Callable[..., Tensor], seed: int = 0) -> Rewritten:
+    backend = Rewritten()
+    ours, eager = measured(torch.compile(f, backend=backend), seed), measured(f, seed)
+    torch.testing.assert_close(ours, eager, rtol=1e-9, atol=1e-10)
+    return backend
+
+
+def sac_temperature(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """Soft actor-critic over discrete actions: the policy is a constant to the temperature's loss."""
+    log_p, p = F.log_softmax(z, 1), F.softmax(z, 1)
+    actor = (p * (a.exp().detach() * log_p - q)).mean()
+    return actor + (p.detach() * (-a.exp() * (log_p + 2.0).detach())).mean()
+
+
+def temperature_of_samples(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    log_p = F.log_softmax(z, 1).gather(1, y[:, None])[:, 0]
+    return -(a * (log_p + 2.0).detach()).mean() + (w * log_p).mean()
+
+
+def under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1) * a
+    return (entropy * w * a).sum() + F.cross_entropy(z, y)
+
+
+@pytest.mark.parametrize("f", [sac_temperature, temperature_of_samples, under_no_grad])
+def test_numbers_beside_what_is_detached_keep_their_gradient(f: Callable[..., Tensor]) -> None:
+    backend = check(f)
+    assert backend.report.sites
+
+
+ROWS = (
+    *("lp.gather(1, y[:, None])[:, 0]", "lp[torch.arange(6), y]", "z.logsumexp(-1)", "-(p * lp).sum(-1)"),
+    *("p.max(-1).values", "(p * q).sum(-1)", "lp.mean(-1)", "(p * (a.detach() * lp - q)).sum(-1)"),
+    *("(p.detach() * lp).sum(-1)", "(p * lp.detach()).sum(-1)", "F.cross_entropy(z, y, reduction='none')"),
+    *("(p.detach() * (-a.exp() * (lp + 1.0).detach())).sum(-1)", "(p * w[:, None]).sum(-1)"),
+    "(lp.detach() * w[:, None] * q).sum(-1)",
+)
+
+
+def rows(draw: random.Random, depth: int) -> str:
+    """The text of numbers of rows: what is told of probabilities, detached, weighed and joined."""
+    if depth <= 0 or draw.random() < 0.35:
+        return draw.choice(ROWS)
+    one = f"({rows(draw, depth - 1)})"
+    alone = (f"{one}.detach()", f"{one} * w", f"{one} * a", f"{one} + w", f"torch.relu({one})")
+    return draw.choice((*alone, *(f"({one} {sign} ({rows(draw, depth - 1)}))" for sign in "+-*")))
+
+
+def program(seed: int) -> Callable[..., Any]:
+    draw = random.Random(seed)
+    block = "torch.no_grad()" if draw.random() < 0.3 else "torch.enable_grad()"
+    text = (
+        "def f(z, a, w, q, y):\n    lp, p = F.log_softmax(z, -1), F.softmax(z, -1)\n"
+        f"    with {block}:\n        c = {rows(draw, 2)}\n"
+        f"    of_a = a * ({rows(draw, 2)}).detach().mean()\n"
+        f"    return ({rows(draw, 3)}).mean() + (c * {rows(draw, 1)}).sum() + of_a\n"
+    )
+    scope, name = {"torch": torch, "F": F}, f"<gradient flow {seed}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(True), name)
+    exec(compile(text, name, "exec"), scope)
+    return scope["f"]
+
+
+@pytest.mark.parametrize("seed", range(120 if EVERYTHING else 20))
+def test_at_random(seed: int) -> None:
+    check(program(seed), seed)
