@@ -135,7 +135,10 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
     kept = {n for node, (_, wide) in reading.kept.items() if node in replaced for n in wide}
     for node in reading.timeline.nodes:
         value = reading.on_logits(node)
-        if value is None or node not in needed or node in kept or not _normalises(reading, node, value):
+        if value is None or node not in needed or node in kept:
+            continue
+        size = hint(shape_of(value.logits.node)[value.logits.axis])
+        if size < min_vocab or not _normalises(reading, node, value):
             continue
         if isinstance(value, RowValue) and value.logits in fused:
             continue  # the statistic of a loss that is fused, needed for something else as well
@@ -144,8 +147,7 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
             continue  # rows of other logits, over which the user normalises
         if brought & {node, *_readers(reading, node, value)}:
             continue  # what another loss is weighed by
-        size = hint(shape_of(value.logits.node)[value.logits.axis])
-        if size >= min_vocab and not _is_told(reading, node, value):
+        if not _is_told(reading, node, value):
             reading.miss(node, everywhere or _why_unread(reading, node, value))
 
 
