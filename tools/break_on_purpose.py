@@ -271,6 +271,29 @@ ENTRIES = in_folder(
         ),
     ],
 )
+READING = in_folder(
+    "inductor_ce/",
+    [
+        (
+            *("reading: what learns beside detached logits is detached with them", "reading/context.py"),
+            "if value.detached and self._wants_gradient(arg):",
+            "if False and self._wants_gradient(arg):",
+            "tests/test_gradient_flow.py",
+        ),
+        (
+            *("reading: as many labels as rows, without a guard", "graph/shapes.py"),
+            "return all(bool(x == y) and equal(x, y) for x, y in pairs)",
+            "return True",
+            "tests/test_tied_rows.py",
+        ),
+        (
+            *("reading: all parts of a stack have the labels of the first", "rewriting/mixtures.py"),
+            'build("select", index, dim, k) for k in',
+            'build("select", index, dim, 0) for k in',
+            "tests/test_picked_mixtures.py -k steps",
+        ),
+    ],
+)
 API = in_folder(
     "inductor_ce/api/",
     [
@@ -300,7 +323,7 @@ API = in_folder(
         ),
     ],
 )
-BREAKS = [*TEMPLATES, *OPERATORS, *HEADS, *REWRITING, *ENTRIES, *API]
+BREAKS = [*TEMPLATES, *OPERATORS, *HEADS, *READING, *REWRITING, *ENTRIES, *API]
 
 
 def broken(text: str, each: Break) -> str:
