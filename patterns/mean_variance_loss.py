@@ -15,7 +15,7 @@ def inputs():
 
 
 def loss(logits, age):
-    years = torch.arange(V, dtype=logits.dtype)
+    years = torch.arange(V, dtype=logits.dtype, device=logits.device)
     target = torch.softmax(-((years[None, :] - age[:, None]) ** 2) / 8, dim=1)
     prob = F.softmax(logits, dim=1)
     kl = (target * (torch.log(target + EPSILON) - torch.log(prob + EPSILON))).sum(1)
