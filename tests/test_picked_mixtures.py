@@ -58,7 +58,7 @@ def pointer(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
 
 def steps(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
     """Each part of a stack has labels of its own, one part twice, as a decoder's steps."""
-    first, second = z[:, 0].log_softmax(-1), z[:, 1].log_softmax(-1)
+    first, second = z[:, 0].log_softmax(-1), z[:, 1].softmax(-1).log()
     labels = torch.stack([y, y.flip(0), y.roll(1)], 1)
     return torch.stack([first, second, first], 1).gather(2, labels.unsqueeze(-1)).sum(1)
 

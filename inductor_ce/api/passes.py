@@ -36,6 +36,7 @@ from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
+from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.picked_mixtures import pick_parts
@@ -104,6 +105,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
+        attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))

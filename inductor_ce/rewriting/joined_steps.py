@@ -1,0 +1,209 @@
+"""Probabilities of a loop's steps that are joined for a loss: those of the joined logits.
+
+    stack([log_softmax(x, -1) for x in xs], 1)                  = log_softmax(stack(xs, 1), -1)
+    cat([linear(h, W).log_softmax(-1)[:, None] for h in hs], 1) = log_softmax(linear(h', W), -1)
+        for h' = cat([h[:, None] for h in hs], 1)
+
+A decoder makes those of each step, and a loss picks of all at once. As many numbers are joined as before; of
+linear layers with one weight, the hidden states, and the head is in pieces.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from ..graph.builder import Builder
+from ..graph.shapes import hint, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from ..reading import spellings
+
+_FUNCTIONS = {"log_softmax": torch.log_softmax, "softmax": torch.softmax}
+_JOINS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
+_PICKS = ("gather", "take_along", "nll_loss", "getitem", "mul", "max", "amax")
+_UNSQUEEZES = (torch.unsqueeze, "unsqueeze")
+_PRODUCTS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
+
+
+class Part(NamedTuple):
+    """One of what is joined: a function of all classes of x, perhaps with a dimension more."""
+
+    function: Node
+    view: Node | None
+    x: Node
+    axis: int  # of the classes, in what is joined
+
+
+def join_steps(graph: Graph, min_vocab: int) -> None:
+    """Join the logits, or hidden states, where probabilities over at least `min_vocab` classes are joined."""
+    for node in [node for node in graph.nodes if node.target in _JOINS]:
+        parts = _parts(node)
+        axis = _axis(node, parts[0]) if parts else None
+        is_wide = axis is not None and hint(shape_of(node)[axis]) >= min_vocab
+        if is_wide and _is_picked_of(node) and _may_move(Timeline(graph), node, parts):
+            _join(graph, node, parts)
+
+
+def _is_picked_of(node: Node) -> bool:
+    """Whether the whole is read class by class, and no part is added to another, as in a mixture."""
+    frontier: list[Node] = [node]
+    readers: list[Node] = []
+    while frontier:
+        for user in frontier.pop().users:
+            step = spellings.step_of(user)
+            through = step is not None and (step.view is not None or step.takes_log)
+            (frontier if through and not spellings.is_step(user, "getitem") else readers).append(user)
+    return bool(readers) and all(any(spellings.is_step(user, name) for name in _PICKS) for user in readers)
+
+
+def _parts(node: Node) -> list[Part]:
+    """The parts of a join, where they are alike and nothing else reads them; else none."""
+    tensors = spellings.read(node)[1].get("tensors")  # type: ignore[index]
+    if tensor_of(node) is None or not isinstance(tensors, (list, tuple)):
+        return []
+    parts = [_part(node, each) for each in tensors]
+    found = [part for part in parts if part is not None]
+    kinds = {(*_kind(part.function), part.axis, tensor_of(part.x).dtype) for part in found}  # type: ignore[union-attr]
+    fits = len(found) == len(parts) > 1 and len(kinds) == 1 and _axis(node, found[0]) is not None
+    return found if fits else []
+
+
+def _part(node: Node, each: Any) -> Part | None:
+    if not isinstance(each, Node) or tensor_of(each) is None or [*each.users] != [node]:
+        return None
+    view = None if spellings.step_of(each) is None or _kind(each)[0] in _FUNCTIONS else each
+    function = each if view is None else each.args[0]
+    if not isinstance(function, Node) or _kind(function)[0] not in _FUNCTIONS:
+        return None
+    args = spellings.read(function)[1]  # type: ignore[index]
+    x, dim = args.get("input"), args.get("dim")
+    if not isinstance(x, Node) or tensor_of(x) is None or not isinstance(dim, int):
+        return None
+    if not all(user is node or [*user.users] == [node] for user in function.users):
+        return None
+    axis = _widened(view, len(shape_of(x)), dim % len(shape_of(x)))
+    return None if axis is None else Part(function, view, x, axis)
+
+
+def _kind(function: Node) -> tuple[str, Any]:
+    """(which function, the dtype that it is asked for)"""
+    spelled = spellings.read(function)
+    return ("", None) if spelled is None else (spelled[0].name, spelled[1].get("dtype"))
+
+
+def _widened(view: Node | None, rank: int, axis: int) -> int | None:
+    """Where a dimension is once a view has put others of size 1 in front of it, or behind."""
+    if view is None:
+        return axis
+    if view.target in _UNSQUEEZES:
+        dim = view.args[1] if len(view.args) > 1 else view.kwargs.get("dim")
+        return axis + (dim % (rank + 1) <= axis) if isinstance(dim, int) else None
+    if view.target is not operator.getitem:
+        return None
+    index = view.args[1]
+    items = index if isinstance(index, tuple) else (index,)
+    if any(not (item is None or item == slice(None)) for item in items) or items.count(None) > 1:
+        return None
+    places = [place for place, item in enumerate(items) if item is not None]
+    places += range(len(items), len(items) + rank - len(places))
+    return places[axis]
+
+
+def _axis(node: Node, part: Part) -> int | None:
+    """The dimension of the classes in the whole; None where it is joined along that."""
+    step, args = spellings.read(node)  # type: ignore[misc]
+    dim, rank = args.get("dim", 0), len(shape_of(node))
+    if not isinstance(dim, int):
+        return None
+    if step.name == "stack":
+        return part.axis + (dim % rank <= part.axis)
+    return None if dim % rank == part.axis else part.axis
+
+
+def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
+    """Whether the functions give the same, and the same gradients, where the whole is made."""
+    end, position = timeline.position[node], timeline.position
+    for part in parts:
+        start = position[part.function]
+        still = all(
+            timeline.unchanged(each, since, end)
+            for each, since in ((part.x, start), (part.function, part.function), (part.view, part.view))
+            if each is not None and since is not None
+        )
+        alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
+        if not still or not alike:
+            return False
+    return True
+
+
+def _join(graph: Graph, node: Node, parts: list[Part]) -> None:
+    timeline, build = Timeline(graph), Builder(graph, node, like=node)
+    axis, (name, dtype) = _axis(node, parts[0]), _kind(parts[0].function)
+    try:
+        joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
+        as_asked = {} if dtype is None else {"dtype": dtype}
+        result = build(_FUNCTIONS[name], joined, axis, **as_asked)
+        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
+    except Exception:
+        build.undo()
+        raise
+    made, own = tensor_of(result), tensor_of(node)
+    if made is None or own is None or made.dtype != own.dtype or not same_shape(made.shape, own.shape):
+        build.undo()
+        return
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    for each in dict.fromkeys(x for part in parts for x in (part.view, part.function, part.x)):
+        if each is not None and not each.users and (spellings.is_repeatable(each) or _is_linear(each, each)):
+            graph.erase_node(each)
+
+
+def _joined(build: Builder, node: Node, parts: list[Part], sources: list[Node]) -> Node:
+    """The same join of other tensors than the parts' functions."""
+    made = {}
+    for part, source in zip(parts, sources, strict=True):
+        wider = source if part.view is None else build.again(part.view, {part.function: source})
+        made[part.view or part.function] = wider
+    return build.again(node, made)
+
+
+def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) -> Node | None:
+    """The linear layer of the joined hidden states, where all parts are of one, the classes last."""
+    first, end = parts[0].x, timeline.position[node]
+    last = len(shape_of(node)) - 1
+    if _axis(node, parts[0]) != last or not all(_is_linear(part.x, first) for part in parts):
+        return None
+    functions = {part.function for part in parts}
+    for part in parts:
+        hidden = part.x.args[0]
+        alone = all(user in functions for user in part.x.users)
+        start = timeline.position[part.x]
+        still = all(timeline.unchanged(each, start, end) for each in part.x.all_input_nodes)
+        alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
+        if not (alone and still and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
+            return None
+    hiddens: list[Any] = [part.x.args[0] for part in parts]
+    target = first.target if first.target is F.linear else torch.matmul
+    return build(target, _joined(build, node, parts, hiddens), *first.args[1:], **first.kwargs)
+
+
+def _is_linear(x: Node, first: Node) -> bool:
+    """Whether a node is the linear layer, or the product with the matrix, that the first is."""
+    if x.target is not first.target or x.target not in (F.linear, *_PRODUCTS) or x.kwargs != first.kwargs:
+        return False
+    if len(x.args) < 2 or not isinstance(x.args[0], Node) or len(x.args) != len(first.args):
+        return False
+    return all(map(_is_same, x.args[1:], first.args[1:]))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """One node, or one view of one: Dynamo has `w.t()` as often as it is written."""
+    if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+        return a is b
+    step = spellings.step_of(a)
+    is_view = step is not None and step.view is not None
+    return is_view and (a.target, a.args, a.kwargs) == (b.target, b.args, b.kwargs)
