@@ -1,4 +1,4 @@
-"""Decoder of a recurrent network: log-probabilities of each step, put side by side and flattened for the loss.
+"""Decoder of a recurrent network: log-probabilities of each step, side by side, flattened for the loss.
 
 Source: none named; the loop that tutorials of translation have
 Family: Several losses

@@ -125,19 +125,24 @@ def _axis(node: Node, part: Part) -> int | None:
 
 
 def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
-    """Whether the functions give the same, and the same gradients, where the whole is made."""
-    end, position = timeline.position[node], timeline.position
+    """Whether the functions give the same, with the same gradients, where the whole is made for good."""
+    if not timeline.unchanged(node, node, len(timeline.nodes)):
+        return False
     for part in parts:
-        start = position[part.function]
-        still = all(
-            timeline.unchanged(each, since, end)
-            for each, since in ((part.x, start), (part.function, part.function), (part.view, part.view))
-            if each is not None and since is not None
-        )
-        alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
-        if not still or not alike:
+        start = timeline.position[part.function]
+        made = [each for each in (part.function, part.view) if each is not None]
+        if not _is_alike(timeline, start, node, [part.x]):
+            return False
+        if not all(timeline.unchanged(each, each, timeline.position[node]) for each in made):
             return False
     return True
+
+
+def _is_alike(timeline: Timeline, start: int, node: Node, sources: list[Node]) -> bool:
+    """Whether what was made of some sources at a position is made alike where the whole is."""
+    end = timeline.position[node]
+    alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
+    return alike and all(timeline.unchanged(each, start, end) for each in sources)
 
 
 def _join(graph: Graph, node: Node, parts: list[Part]) -> None:
@@ -173,18 +178,15 @@ def _joined(build: Builder, node: Node, parts: list[Part], sources: list[Node]) 
 
 def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) -> Node | None:
     """The linear layer of the joined hidden states, where all parts are of one, the classes last."""
-    first, end = parts[0].x, timeline.position[node]
-    last = len(shape_of(node)) - 1
+    first, last = parts[0].x, len(shape_of(node)) - 1
     if _axis(node, parts[0]) != last or not all(_is_linear(part.x, first) for part in parts):
         return None
     functions = {part.function for part in parts}
     for part in parts:
         hidden = part.x.args[0]
         alone = all(user in functions for user in part.x.users)
-        start = timeline.position[part.x]
-        still = all(timeline.unchanged(each, start, end) for each in part.x.all_input_nodes)
-        alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
-        if not (alone and still and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
+        alike = _is_alike(timeline, timeline.position[part.x], node, part.x.all_input_nodes)
+        if not (alone and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
             return None
     hiddens: list[Any] = [part.x.args[0] for part in parts]
     target = first.target if first.target is F.linear else torch.matmul
