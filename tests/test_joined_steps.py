@@ -112,6 +112,19 @@ def edited_afterwards(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> 
     return -log_p.gather(-1, y[..., None]).mean()
 
 
+def under_autocast(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = [F.linear(h[:, t], w, b).log_softmax(-1) for t in range(S)]
+        return F.nll_loss(torch.stack(steps, 1).flatten(0, 1), y.flatten(), reduction="none")
+
+
+def of_several_matrices(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """As many rows as steps: batches of either would fit."""
+    own = w.t() * torch.arange(1.0, 1 + S).to(w.dtype)[:, None, None]
+    steps = [torch.matmul(h[:S, t : t + 1], own).log_softmax(-1) for t in range(S)]
+    return -torch.stack(steps, 1).gather(-1, y[:S, :, None, None]).mean()
+
+
 def some_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     with torch.no_grad():
         first = F.log_softmax(z[:, 0], -1)
@@ -120,7 +133,7 @@ def some_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor)
 
 
 LEFT = [read_at_each_step, of_other_dimensions, along_the_classes, edited_meanwhile, edited_afterwards]
-LEFT += [some_without_gradient]
+LEFT += [under_autocast, of_several_matrices, some_without_gradient]
 
 
 @pytest.mark.parametrize("f", LEFT)

@@ -43,21 +43,28 @@ def join_steps(graph: Graph, min_vocab: int) -> None:
     for node in [node for node in graph.nodes if node.target in _JOINS]:
         parts = _parts(node)
         axis = _axis(node, parts[0]) if parts else None
-        is_wide = axis is not None and hint(shape_of(node)[axis]) >= min_vocab
-        if is_wide and _is_picked_of(node) and _may_move(Timeline(graph), node, parts):
-            _join(graph, node, parts)
+        if axis is None or hint(shape_of(node)[axis]) < min_vocab or not _is_picked_of(node):
+            continue
+        timeline = Timeline(graph)
+        if _may_move(timeline, node, parts):
+            _join(graph, timeline, node, parts)
 
 
 def _is_picked_of(node: Node) -> bool:
     """Whether the whole is read class by class, and no part is added to another, as in a mixture."""
-    frontier: list[Node] = [node]
-    readers: list[Node] = []
+    frontier, is_picked = [node], False
     while frontier:
         for user in frontier.pop().users:
             step = spellings.step_of(user)
-            through = step is not None and (step.view is not None or step.takes_log)
-            (frontier if through and not spellings.is_step(user, "getitem") else readers).append(user)
-    return bool(readers) and all(any(spellings.is_step(user, name) for name in _PICKS) for user in readers)
+            if step is None:
+                return False
+            if step.name in _PICKS:
+                is_picked = True
+            elif step.view is not None or step.takes_log:
+                frontier.append(user)
+            else:
+                return False
+    return is_picked
 
 
 def _parts(node: Node) -> list[Part]:
@@ -145,8 +152,8 @@ def _is_alike(timeline: Timeline, start: int, node: Node, sources: list[Node]) -
     return alike and all(timeline.unchanged(each, start, end) for each in sources)
 
 
-def _join(graph: Graph, node: Node, parts: list[Part]) -> None:
-    timeline, build = Timeline(graph), Builder(graph, node, like=node)
+def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> None:
+    build = Builder(graph, node, like=node)
     axis, (name, dtype) = _axis(node, parts[0]), _kind(parts[0].function)
     try:
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
@@ -179,6 +186,14 @@ def _joined(build: Builder, node: Node, parts: list[Part], sources: list[Node]) 
 def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) -> Node | None:
     """The linear layer of the joined hidden states, where all parts are of one, the classes last."""
     first, last = parts[0].x, len(shape_of(node)) - 1
+    dtypes = {
+        example.dtype
+        for part in parts
+        for each in (part.x, *part.x.all_input_nodes)
+        if (example := tensor_of(each)) is not None
+    }
+    if len(dtypes) > 1:  # under autocast, of which examples do not know
+        return None
     if _axis(node, parts[0]) != last or not all(_is_linear(part.x, first) for part in parts):
         return None
     functions = {part.function for part in parts}
@@ -194,10 +209,16 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
 
 
 def _is_linear(x: Node, first: Node) -> bool:
-    """Whether a node is the linear layer, or the product with the matrix, that the first is."""
+    """Whether a node is the linear layer, or the product with the matrix, that the first is.
+
+    Of several matrices, as `bmm` has them, the rows of a product are not its own alone.
+    """
     if x.target is not first.target or x.target not in (F.linear, *_PRODUCTS) or x.kwargs != first.kwargs:
         return False
     if len(x.args) < 2 or not isinstance(x.args[0], Node) or len(x.args) != len(first.args):
+        return False
+    matrix = tensor_of(x.args[1])
+    if matrix is None or matrix.dim() != 2:
         return False
     return all(map(_is_same, x.args[1:], first.args[1:]))
 

@@ -173,7 +173,7 @@ class Mixture:
             return _row(node, axis)  # type: ignore[return-value]
         if kind == "reshape":
             last = len(shape_of(source)) - 1
-            sizes = [*(size_of(build, source, i) for i in range(last)), shape_of(index)[-1]]
+            sizes = [*(size_of(build, source, i) for i in range(last)), size_of(build, index, axis)]
             picked = of(source, build("reshape", index, sizes), last)
             return build("reshape", picked, [size_of(build, index, i) for i in range(len(shape))])
         if kind == "each":
