@@ -25,7 +25,7 @@ def loss(logits, labels):
 
 EXPECTED = """\
 mean[y != -100](lse - pick(y))
-kept: log_softmax of all classes [12x48], read by exp (spread = log_probs.exp().sqrt().mean(0))
+kept: log_softmax of all classes [12x48], read by mean (spread = log_probs.exp().sqrt().mean(0))
 row_stats: max,sumexp,pick
 sharded: all_gather [3, N]
 """

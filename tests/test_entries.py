@@ -590,11 +590,6 @@ def some_rows(z: Tensor, t: Tensor) -> Tensor:
     return (p - t[: N // 2]).exp().sum(-1)
 
 
-def read_elsewhere(z: Tensor, t: Tensor) -> Tensor:
-    p = z.softmax(-1)
-    return (p * (p + 1e-3).log()).sum(-1) + p.cumsum(-1).square().sum()
-
-
 def truth_in_float32(z: Tensor, t: Tensor) -> Tensor:
     """Eager rounds the number to float32."""
     p = z.softmax(-1)
@@ -678,7 +673,7 @@ def normalised_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
     *(clamped_at_its_maximum, edited_before, tensor_edited_after, logits_edited_after),
-    *(some_rows, read_elsewhere, squares_of_squares, edited_without_gradient, edited_and_read),
+    *(some_rows, squares_of_squares, edited_without_gradient, edited_and_read),
     *(
         bent_at_its_own_held,
         bent_by_logits_held,

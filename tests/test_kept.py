@@ -151,16 +151,82 @@ def half_detached(h, W, y, store):
     return F.nll_loss(logp, y) + 0.1 * spread, spread.detach()
 
 
+def soft_embeddings(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    return F.nll_loss(torch.log(p + 1e-3), y), p @ W
+
+
+def soft_embeddings_detached(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    return -torch.log(p.gather(1, y[:, None]) + 1e-3).mean(), p.detach() @ W
+
+
+def expected_costs(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    costs = (torch.arange(V) - torch.arange(V)[:, None]).abs() / V
+    return F.nll_loss(p.log(), y), (p @ costs).gather(1, y[:, None])
+
+
+def averaged_over_rows(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    average = p.mean(0)
+    return -p[torch.arange(N), y].log().mean() + (average * average.log()).sum()
+
+
+def cumulated(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    gap = p.cumsum(-1) - F.one_hot(y, V).cumsum(-1)
+    return -p.gather(1, y[:, None]).log().mean() + gap.square().sum(-1).mean()
+
+
+def edited_afterwards(h, W, y, store):
+    logp = 2 * F.log_softmax(F.linear(h, W), -1)
+    loss = -logp[torch.arange(N), y].mean()
+    logp[:, 0] = 0
+    return loss, logp @ W
+
+
+def a_copy_edited(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    others = p.clone().scatter_(1, y[:, None], 0)
+    return -torch.log(p.gather(1, y[:, None]) + 1e-3).mean(), others @ W
+
+
+def beside_sums_of_entries(h, W, y, store):
+    p = F.softmax(F.linear(h, W), -1)
+    entropy = -(p * torch.log(p + 1e-3)).sum(-1).mean()
+    return (p - F.one_hot(y, V)).square().sum(-1).mean() - entropy, p @ W
+
+
+def beside_a_divergence(h, W, y, store):
+    p, q = F.softmax(F.linear(h, W), -1), F.softmax(F.linear(h, -W), -1)
+    return (p * (p.log() - q.log())).sum(-1).mean(), p @ W, q.mean(0)
+
+
+WITH_A_GRADIENT = [
+    *(used_elementwise, used_and_returned, half_detached, soft_embeddings, soft_embeddings_detached),
+    *(expected_costs, averaged_over_rows, cumulated, edited_afterwards, a_copy_edited),
+    *(beside_sums_of_entries, beside_a_divergence),
+]
+
+
+@pytest.mark.parametrize("f", WITH_A_GRADIENT, ids=lambda f: f.__name__)
+def test_kept_with_a_gradient(f):
+    compiled, rewritten = compile_rewritten(f)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert misses() == 0
+    assert "of all classes" in rewritten.report.sites[0].kept
+    assert sites() == 1
+
+
 def no_gradient(h, W, y, store):
     logp = F.log_softmax(F.linear(h.detach(), W.detach()), -1)
     return F.nll_loss(logp, y) + 0 * h.sum() + 0 * W.sum(), logp
 
 
-@pytest.mark.parametrize(
-    "f", [used_elementwise, used_and_returned, half_detached, no_gradient], ids=lambda f: f.__name__
-)
-def test_left_where_nothing_is_gained(f):
-    graphs = check(f)
+def test_left_where_nothing_is_gained():
+    graphs = check(no_gradient)
     assert (sites(), misses()) == (0, 1)
     assert graphs.report.misses[0].reason is Reason.LOGITS_ESCAPE
 

@@ -34,6 +34,7 @@ from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden, cut_hidden
 from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
+from ..rewriting.escapes import KEPT
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
 from ..rewriting.joined_steps import join_steps
@@ -204,6 +205,8 @@ def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
         _form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes if FORM not in node.meta
     ]
     forms += [node.meta[FORM] for node in group.nodes if node.meta.get(FORM)]
+    kept = [reading.kept[node][0] for node in group.nodes if node in reading.kept]
+    kept += [node.meta[KEPT] for node in group.nodes if KEPT in node.meta]
     statistics = [name for expr in group.exprs.values() for name in statistics_of(expr)]
     location, code = user_line(headline(reading, group.nodes))
     return Site(
@@ -215,7 +218,7 @@ def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
         sharded=group.sharded,
         strategy=MATERIALISE,
         logits_bytes=bytes_of(group.logits.node),
-        kept="; ".join(dict.fromkeys(reading.kept[node][0] for node in group.nodes if node in reading.kept)),
+        kept="; ".join(dict.fromkeys(kept)),
         id=number,
     )
 

@@ -36,7 +36,8 @@ from ..reading.losses import modernised
 from ..reading.row_views import Index, Permute, Reshape, RowView
 from ..reading.values import Logits, Reading, RowValue, row_expr
 from .arrange import first_size, row_sizes, size_of
-from .escapes import escape, needed_nodes
+from .escapes import KEPT, escape, needed_nodes
+from .kept import for_whom
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
 from .rewrite import want_gradients_as
 
@@ -117,15 +118,33 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         reading.looked_through |= inner
         needed = needed_nodes(reading, ends | losses, losses)
         reading.looked_through -= inner
-        more = [each for each in found if (each.wide - {each.node}) & needed]
+        position = reading.timeline.position
+        stay = {
+            each.node: sorted((each.wide - {each.node}) & needed, key=position.__getitem__) for each in found
+        }
+        facts = {each.node: _kept(reading, each, stay[each.node], needed) for each in found}
+        more = [each for each in found if stay[each.node] and not facts[each.node]]
         if not more:
+            for end, fact in facts.items():
+                for node in (end, *stay[end]) if fact else ():
+                    node.meta[KEPT] = fact
             return escaping
         for each in more:
             found.remove(each)
-            wide = sorted((each.wide - {each.node}) & needed, key=reading.timeline.position.__getitem__)
-            refusal = escape(reading, wide, needed)
+            refusal = escape(reading, stay[each.node], needed)
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
         escaping += more
+
+
+def _kept(reading: Reading, found: Between, wide: list[Node], needed: set[Node]) -> str:
+    """For whom log-probabilities `wide` are kept, "" where there is no backward that would be spared.
+
+    What is brought along and made of them, as their own maximum or sum, would not be the same to the bit.
+    """
+    is_wanted = any(term.divergence.wanted for term in found.terms)
+    brought = reached((*found.tensors, *found.numbers, *found.constants), reading.timeline.sources)
+    is_own = not set(wide).isdisjoint(brought)
+    return for_whom(reading, found.node, wide, needed) if wide and is_wanted and not is_own else ""
 
 
 def _losses_beside(reading: Reading, found: Iterable[Between]) -> set[Node]:
@@ -164,6 +183,8 @@ def _result(build: Builder, found: Between, made: Made) -> Node:
     sides = [_side(build, side, made) for side in found.sides]
     first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
+    if KEPT in found.node.meta:
+        first.meta[KEPT] = found.node.meta[KEPT]
     tensors = [_beside(build, found, tensor, first_size(build, sides[0].m)) for tensor in found.tensors]
     numbers = [_of_rows(build, found, number) for number in found.numbers]
     numbers += [_of_rows(build, found, build("detach", number)) for number in found.constants]

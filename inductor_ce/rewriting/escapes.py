@@ -21,6 +21,9 @@ from .linear_layers import linear_layer
 # elements of several tensors.
 WHOLE = ("matmul", "einsum", "log_softmax", "softmax")
 GLUE = ("cat", "stack")
+
+# In the meta of log-probabilities that are kept beside a divergence, and of its normalisers: for whom.
+KEPT = "inductor_ce_kept"
 PRODUCTS = ("matmul", "einsum")
 
 
@@ -80,18 +83,18 @@ def is_of_losses(reading: Reading, node: Node) -> bool:
 
 def escape(reading: Reading, wide: Sequence[Node], needed: set[Node]) -> Refusal:
     """Why losses whose log-probabilities `wide` somebody else needs are left as they were."""
-    backward = next((user for node in wide for user in _readers_of_copies(node) if is_backward(user)), None)
+    backward = next((user for node in wide for user in readers_of_copies(node) if is_backward(user)), None)
     if backward is None:
         return Refusal(Reason.LOGITS_ESCAPE, _escape_fact(reading, wide[0], needed))
     fact = f"Its backward is in the graph too, as make_fx of a whole step writes it out: {name_of(backward)}."
     return Refusal(Reason.BACKWARD_IN_GRAPH, fact)
 
 
-def _readers_of_copies(node: Node) -> Iterator[Node]:
+def readers_of_copies(node: Node) -> Iterator[Node]:
     for user in node.users:
         yield user
         if spellings.is_step(user, "detach"):
-            yield from _readers_of_copies(user)
+            yield from readers_of_copies(user)
 
 
 def _escape_fact(reading: Reading, wide: Node, needed: set[Node]) -> str:
@@ -135,7 +138,7 @@ def tell_unread(reading: Reading, replaced: set[Node], min_vocab: int, everywher
     kept = {n for node, (_, wide) in reading.kept.items() if node in replaced for n in wide}
     for node in reading.timeline.nodes:
         value = reading.on_logits(node)
-        if value is None or node not in needed or node in kept:
+        if value is None or node not in needed or node in kept or KEPT in node.meta:
             continue
         size = hint(shape_of(value.logits.node)[value.logits.axis])
         if size < min_vocab or not _normalises(reading, node, value):

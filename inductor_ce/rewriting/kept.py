@@ -1,8 +1,7 @@
-"""Kept beside a loss: log-probabilities [N, V] that the user returns, sorts or stores as well.
+"""Kept beside a loss: log-probabilities or probabilities [N, V] that the program uses for more than that.
 
 They are computed as written, by themselves, and the loss from the logits; the gradient of both is the sum
-that autograd makes. Where a gradient flows through all of them into another loss, the user's backward sweeps
-them anyway, and all is left as it was.
+that autograd makes.
 """
 
 from __future__ import annotations
@@ -12,17 +11,14 @@ from collections.abc import Iterator, Sequence
 from torch.fx import Node
 
 from ..common.findings import name_of, where_is
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.aten import is_backward
 from ..reading.values import LossValue, Reading, RowValue
-from .escapes import is_of_each, read_by
+from .escapes import is_of_each, read_by, readers_of_copies
 from .groups import value_of, wants_gradient
-
-# What has results of which few elements of a row have a gradient.
-OF_FEW = {"topk", "sort", "msort", "max", "min", "kthvalue", "mode", "median", "cummax"}
 
 
 def kept(reading: Reading, node: Node, wide: Sequence[Node], needed: set[Node]) -> str:
@@ -30,12 +26,25 @@ def kept(reading: Reading, node: Node, wide: Sequence[Node], needed: set[Node]) 
     value = value_of(reading, node)
     if value.detached or not wants_gradient(value.logits):
         return ""  # there is no backward that would be spared
-    readers = [(made, user) for made in wide for user in _last_readers(reading, made, needed)]
-    if not readers or not all(_keeps(reading, user) for _, user in readers):
+    return for_whom(reading, node, wide, needed)
+
+
+def for_whom(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node]) -> str:
+    """Who needs which of the log-probabilities `wide` of the loss that ends at a node.
+
+    "" where that is their backward, written out, or joins them to the loss of their own row, as what scales
+    entries by their sum: gradients that cancel would be rounded before they meet.
+    """
+    readers = [(made, user) for made in wide for user in _first_readers(reading, made, needed)]
+    if not readers or any(is_backward(user) for made in wide for user in readers_of_copies(made)):
+        return ""
+    beside = {user for made in wide for user in made.users if user in needed and _may_learn(user)}
+    made_of_it = set(reached([end], lambda node: node.users))
+    if beside.difference(wide) & made_of_it:
         return ""
     made, user = readers[0]
     what = f"{name_of(made)} of all classes [{'x'.join(map(str, shape_of(made)))}]"
-    return f"{what}, {_for_whom(user)}"
+    return f"{what}, {_told(user)}"
 
 
 def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
@@ -52,8 +61,8 @@ def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
     return not set(made_of).isdisjoint(wide)
 
 
-def _last_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[Node]:
-    """Who needs log-probabilities, or what is made of them by views, functions of each element, and steps."""
+def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[Node]:
+    """Who needs log-probabilities, or what the algebra makes of them, and is none of its steps."""
     frontier, seen = [made], {made}
     while frontier:
         node = frontier.pop(0)
@@ -61,54 +70,31 @@ def _last_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[N
             if user in seen or user not in needed or node not in read_by(user):
                 continue
             seen.add(user)
-            if (_has_all(user, made) or reading.on_logits(user)) and not _keeps(reading, user):
+            if _is_step(reading, user, made) and any(each in needed for each in user.users):
                 frontier.append(user)
-                if not any(each in needed for each in user.users):
-                    yield user
             else:
                 yield user
 
 
-def _has_all(user: Node, made: Node) -> bool:
-    """Whether a node has a number for each of the log-probabilities."""
-    example = tensor_of(user)
-    if example is None or any(written_by(user)):
-        return False
+def _is_step(reading: Reading, user: Node, made: Node) -> bool:
+    """Whether a node is read as being of the same logits, or is a view."""
+    theirs, own = reading.on_logits(user), reading.on_logits(made)
     step = spellings.step_of(user)
-    viewed = step is not None and step.view is not None
-    return viewed or same_shape(example.shape, shape_of(made))
-
-
-def _keeps(reading: Reading, user: Node) -> bool:
-    """Whether no gradient comes back to all log-probabilities from a node, as far as this graph knows."""
-    if is_backward(user):
+    if any(written_by(user)) or step is None:
         return False
-    if user.op == "output" or name_of(user) in OF_FEW or any(written_by(user)):
-        return True
-    return _has_no_gradient(user) or _is_only_looked_at(user)
+    return step.view is not None or (theirs is not None and own is not None and theirs.logits == own.logits)
 
 
-def _has_no_gradient(node: Node) -> bool:
-    example = tensor_of(node)
-    return example is not None and not (example.is_floating_point() and example.requires_grad)
-
-
-def _is_only_looked_at(node: Node) -> bool:
-    """Whether all that is made of a node is detached in the end, as a metric is that is logged."""
-    frontier, seen = [node], {node}
-    while frontier:
-        made = frontier.pop()
-        if made.op == "output" or not made.users or any(written_by(made)):
-            return False
-        fresh = [user for user in made.users if user not in seen and not _has_no_gradient(user)]
-        seen.update(fresh)
-        frontier += fresh
-    return True
-
-
-def _for_whom(user: Node) -> str:
+def _told(user: Node) -> str:
     while spellings.is_step(user, "detach") and user.users:
         user = next(iter(user.users))
     if user.op == "output":
         return "returned"
     return f"{'stored' if any(written_by(user)) else 'read'} by {name_of(user)} {where_is(user)}"
+
+
+def _may_learn(user: Node) -> bool:
+    """Whether a gradient may come back by a node within the graph."""
+    example = tensor_of(user)
+    has_none = example is not None and not (example.is_floating_point() and example.requires_grad)
+    return user.op != "output" and not has_none

@@ -1,7 +1,7 @@
-"""SHOT: entropy with an epsilon inside the logarithm, and that of the mean prediction.
+"""SHOT: entropy with an epsilon inside the logarithm, and that of the mean prediction, of all rows.
 
 Source: tim-learn/SHOT, object/loss.py and object/image_target.py
-Family: Look-alikes
+Family: Kept beside
 """
 
 import torch
@@ -22,6 +22,8 @@ def loss(outputs, eps=1e-5):
 
 
 EXPECTED = """\
-LOGITS_ESCAPE: The softmax of all classes [16x48] is also used by mean (mean = probs.mean(dim=0)).
-    Compute the loss from the logits, apart from the log-probabilities that you keep.
+sum -p*log(p + 1e-05)
+kept: softmax of all classes [16x48], read by mean (mean = probs.mean(dim=0))
+row_stats: max,sumexp
+sharded: left as written
 """
