@@ -258,6 +258,10 @@ def others_by_zero(z, y):
     return -(z.log_softmax(-1) * others).sum(-1).mean() / (V - 1)
 
 
+def others_by_scatter(z, y):
+    return z.log_softmax(-1).scatter(1, y[:, None], 0.0).sum(-1).mean()
+
+
 def others_by_difference(z, y):
     log_p = z.log_softmax(-1)
     return (log_p.sum(-1) - log_p.gather(1, y[:, None])[:, 0]).square().mean()
@@ -303,7 +307,9 @@ def test_a_class_of_weight_0_is_not_taken_away_from_all(f, logit):
     assert sites() == 1
 
 
-@pytest.mark.parametrize("f", [others_by_fill, others_where, large_margin], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "f", [others_by_fill, others_by_scatter, others_where, large_margin], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize("logit", [*MASKED, -math.inf])
 def test_a_class_that_is_0_beside_all(f, logit):
     """Beside a mask's logit nothing would be left of the others, were it taken away from a sum of all."""
@@ -329,12 +335,27 @@ def additive_margin_where(z, y):
     return (torch.log(own.exp() + others) - own).mean()
 
 
+def additive_margin_scattered(z, y):
+    own = z.gather(1, y[:, None])[:, 0] - 18
+    others = torch.exp(z).scatter(1, y[:, None], 0).sum(1)
+    return (torch.log(own.exp() + others) - own).mean()
+
+
+def additive_margin_of_pixels(z, y):
+    """The classes in the middle."""
+    z, y = z.view(4, 4, V).transpose(1, 2), y.view(4, 1, 4)
+    own = z.gather(1, y)[:, 0] - 18
+    others = torch.exp(z).scatter(1, y, 0).sum(1)
+    return (torch.log(own.exp() + others) - own).mean()
+
+
 def probability_of_others(z, y):
     """Unlike 1 - p, which the user may write as well."""
     return (z.softmax(-1) * torch.ones_like(z).scatter(1, y[:, None], 0.0)).sum(-1).log().mean()
 
 
-MARGINS = [additive_margin, additive_margin_where, probability_of_others]
+MARGINS = [additive_margin, additive_margin_where, additive_margin_scattered, additive_margin_of_pixels]
+MARGINS += [probability_of_others]
 
 
 @pytest.mark.parametrize("f", MARGINS, ids=lambda f: f.__name__)

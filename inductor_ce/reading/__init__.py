@@ -24,5 +24,5 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
                  operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),
-                 left_out (entries that masks leave out), class_ranges (ranges of the classes)
+                 left_out (entries that masks leave out), replaced (by scatter), class_ranges
 """

@@ -112,7 +112,7 @@ def logarithm(context: Context, args: dict[str, Any]) -> Outcome:
 
 
 # What may stand between an exponential and the sum that makes it that of logits.
-_SUMMED = ("mul", "masked_fill", "where")
+_SUMMED = ("mul", "masked_fill", "where", "scatter")
 
 
 def exponential(context: Context, args: dict[str, Any]) -> Outcome:

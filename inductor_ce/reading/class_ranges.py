@@ -7,6 +7,7 @@ nobody comes to use it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.fx import Node
 from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
-from ..graph.shapes import constant, example_of, shape_of, tensor_of
+from ..graph.shapes import constant, example_of, hint, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .context import Context
@@ -35,9 +36,8 @@ def of_range(context: Context, arg: Any, how: str) -> VocabValue | None:
     if found is None:
         return None
     value, source, (start, stop) = found
-    classes = constant(shape_of(source)[value.axis])
     mask = _mask(context, value, source, start, stop)
-    if mask is None or classes is None:
+    if mask is None:
         return None
     kept = algebra.kept(value.expr, algebra.Vocab.of({algebra.Monomial(q=(mask,)): sympy.Integer(1)}))
     if kept is None or kept.degree > algebra.MAX_DEGREE:
@@ -79,8 +79,8 @@ def _narrowed(source: Node, args: dict[str, Any]) -> Any:
 
 def _bounds(index: Any, shape: tuple[Any, ...], axis: int) -> tuple[int, int] | None:
     """(first, behind the last) of the classes that x[index] takes, where it takes them of all rows."""
-    pieces, size = index_per_dimension(index, len(shape)), constant(shape[axis])
-    if pieces is None or size is None or not isinstance(pieces[axis], slice):
+    pieces, size = index_per_dimension(index, len(shape)), hint(shape[axis])  # which a fused loss settles
+    if pieces is None or not isinstance(pieces[axis], slice):
         return None
     if any(piece != slice(None) for i, piece in enumerate(pieces) if i != axis):
         return None
@@ -92,20 +92,34 @@ def _bounds(index: Any, shape: tuple[Any, ...], axis: int) -> tuple[int, int] | 
 
 
 def _mask(context: Context, value: VocabValue, source: Node, start: int, stop: int) -> sympy.Symbol | None:
-    """The symbol of a mask that keeps a range of the classes, with one node for all that keep it."""
+    """The symbol of a mask that keeps a range of the classes."""
+    axis, kind = value.axis, (len(shape_of(source)) - 1 - value.axis, start, stop, example_of(source).device)
+
+    def made(build: Builder) -> Node:
+        place = places(build, source, axis)
+        mask = build(operator.lt, place, stop)
+        return build(torch.logical_and, build(operator.ge, place, start), mask) if start else mask
+
+    mask = added(context, ("classes", str(shape_of(source)[axis]), *kind), made)
+    return context.mask(mask, value, source, "where")
+
+
+def places(build: Builder, source: Node, axis: int) -> Node:
+    """The numbers of the classes, which broadcast along a dimension of `source`."""
+    number, behind = constant(shape_of(source)[axis]), len(shape_of(source)) - 1 - axis
+    classes = build("size", source, axis) if number is None else number
+    place = build(torch.arange, classes, device=example_of(source).device)
+    return build("reshape", place, -1, *[1] * behind) if behind else place
+
+
+def added(context: Context, kind: Hashable, make: Callable[[Builder], Node]) -> Node:
+    """A mask that is added to the graph beside a step, one node for all of a kind."""
     reading, node = context.reading, context.node
-    classes, behind = constant(shape_of(source)[value.axis]), len(shape_of(source)) - 1 - value.axis
-    device = example_of(source).device
-    known = reading.chosen.setdefault(("classes", classes, behind, start, stop, device), [])
+    known = reading.chosen.setdefault(kind, [])
     if not known:
         build = Builder(node.graph, node, like=node)
         try:
-            place = build(torch.arange, classes, device=device)
-            mask = build(operator.lt, place, stop)
-            if start:
-                mask = build(torch.logical_and, build(operator.ge, place, start), mask)
-            if behind:
-                mask = build("reshape", mask, -1, *[1] * behind)
+            mask = make(build)
         except Exception:
             build.undo()
             raise
@@ -113,4 +127,4 @@ def _mask(context: Context, value: VocabValue, source: Node, start: int, stop: i
             reading.added[made] = node
             reading.timeline.position[made] = context.position
         known.append(mask)
-    return context.mask(known[0], value, source, "where")
+    return known[0]

@@ -273,14 +273,14 @@ _TARGETS = (
     _row("full", "targets.full", "input value", torch.full, torch.full_like, traits="reads_shapes"),
     _row("full", "targets.full", "value", torch.tensor, traits="reads_shapes"),
     _row("full", "targets.full", "input size value", "new_full", traits="reads_shapes"),
-    _row("scatter", "targets.scatter", "input dim index src", torch.scatter, "scatter"),
+    _row("scatter", "replaced.scatter", "input dim index src", torch.scatter, "scatter"),
     _row("scatter_add", "", "input dim index src", torch.scatter_add, "scatter_add", traits="before_log"),
 )
 
 _EDITS = (
     _row("edit_fill", "targets.full", "input value", "fill_", traits="edits"),
     _row("edit_zero", "targets.zeros", "input", "zero_", traits="edits"),
-    _row("edit_scatter", "targets.scatter", "input dim index src", "scatter_", traits="edits"),
+    _row("edit_scatter", "replaced.scatter", "input dim index src", "scatter_", traits="edits"),
     _row("edit_scatter_add", "", "input dim index src", "scatter_add_", traits="edits before_log"),
     _row("edit_setitem", "targets.setitem", "input index value", operator.setitem, traits="edits"),
     _row("edit_masked_fill", "arithmetic.masked_fill", "input mask value", "masked_fill_", traits="edits"),
