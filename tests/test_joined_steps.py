@@ -18,10 +18,10 @@ from inductor_ce import ops
 N, S, V, D = 5, 3, 12, 4
 
 
-def given(dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+def given(dtype: torch.dtype = torch.float32, n: int = N, v: int = V, d: int = D) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    leaves = (torch.randn(size).to(dtype).requires_grad_() for size in ((N, S, V), (N, S, D), (V, D), (V,)))
-    return *leaves, torch.randint(V, (N, S))
+    leaves = (torch.randn(size).to(dtype).requires_grad_() for size in ((n, S, v), (n, S, d), (v, d), (v,)))
+    return *leaves, torch.randint(v, (n, S))
 
 
 def stacked(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
@@ -81,6 +81,51 @@ def test_heads_in_pieces(f: Callable[..., Tensor]) -> None:
     assert graphs.pieces >= 2
 
 
+def under_autocast(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = [F.linear(h[:, t], w, b).log_softmax(-1) for t in range(S)]
+        return F.nll_loss(torch.stack(steps, 1).flatten(0, 1), y.flatten(), reduction="none")
+
+
+def joined_behind_autocast(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Outside the joined layer would not be cast."""
+    with torch.autocast("cpu", torch.bfloat16):
+        steps = [F.linear(h[:, t], w, b).log_softmax(-1) for t in range(S)]
+    return F.nll_loss(torch.stack(steps, 1).flatten(0, 1), y.flatten(), reduction="none")
+
+
+@pytest.mark.parametrize(("f", "n"), [(under_autocast, 1), (joined_behind_autocast, S)])
+def test_autocast(f: Callable[..., Tensor], n: int) -> None:
+    """Numbers as near as eager's under it; one layer for all steps where it is in the same region."""
+    backend = Rewritten()
+    args = given(n=64, v=200, d=16)
+    check_numbers(run(torch.compile(f, backend=backend, fullgraph=True), args), f, args)
+    (graph,) = backend.final
+    assert sum(node.target is F.linear for node in graph.graph.nodes) == n
+
+
+def with_the_likeliest(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
+    """Others need the log-probabilities of each step, which are kept beside the picks of these."""
+    steps = [F.linear(h[:, t], w, b).log_softmax(-1) for t in range(S)]
+    log_p = torch.cat([step.unsqueeze(1) for step in steps], 1)
+    return F.nll_loss(log_p.flatten(0, 1), y.flatten()), [step.topk(2).indices for step in steps]
+
+
+def behind_each_other(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
+    first, rest = z[:, 0].log_softmax(-1), z[:, 1:].flatten(0, 1).log_softmax(-1)
+    picked = torch.cat([first, rest]).gather(1, torch.cat([y[:, 0], y[:, 1:].flatten()])[:, None])
+    return picked.sum(), first @ w, rest.exp().mean(0)
+
+
+@pytest.mark.parametrize(("f", "n"), [(with_the_likeliest, S), (behind_each_other, 2)])
+def test_steps_that_others_read(f: Callable[..., Any], n: int) -> None:
+    backend = Rewritten()
+    args = given()
+    check_numbers(run(torch.compile(f, backend=backend, fullgraph=True), args), f, args)
+    assert [bool(site.kept) for site in backend.report.sites] == [True] * n
+    assert not backend.report.misses
+
+
 def read_at_each_step(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
     steps = [F.log_softmax(z[:, t], -1) for t in range(S)]
     return -torch.cat(steps).gather(1, y.t().reshape(-1, 1)).mean(), [
@@ -112,12 +157,6 @@ def edited_afterwards(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> 
     return -log_p.gather(-1, y[..., None]).mean()
 
 
-def under_autocast(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        steps = [F.linear(h[:, t], w, b).log_softmax(-1) for t in range(S)]
-        return F.nll_loss(torch.stack(steps, 1).flatten(0, 1), y.flatten(), reduction="none")
-
-
 def of_several_matrices(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     """As many rows as steps: batches of either would fit."""
     own = w.t() * torch.arange(1.0, 1 + S).to(w.dtype)[:, None, None]
@@ -133,7 +172,7 @@ def some_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor)
 
 
 LEFT = [read_at_each_step, of_other_dimensions, along_the_classes, edited_meanwhile, edited_afterwards]
-LEFT += [under_autocast, of_several_matrices, some_without_gradient]
+LEFT += [of_several_matrices, some_without_gradient]
 
 
 @pytest.mark.parametrize("f", LEFT)

@@ -191,6 +191,10 @@ class Timeline:
         ]
         return max(before, default=0)
 
+    def has_autocast(self, position: int) -> bool:
+        """Whether an autocast region may hold a position."""
+        return bool(self._autocasts) and self._autocasts[0] < position
+
     def same_autocast(self, a: int, b: int) -> bool:
         """Whether no autocast region begins or ends between two positions."""
         return bisect_left(self._autocasts, a) == bisect_left(self._autocasts, b)

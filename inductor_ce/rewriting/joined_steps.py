@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from ..graph.builder import Builder
-from ..graph.shapes import hint, same_shape, shape_of, tensor_of
+from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 
@@ -158,7 +158,7 @@ def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> No
     try:
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
         as_asked = {} if dtype is None else {"dtype": dtype}
-        result = build(_FUNCTIONS[name], joined, axis, **as_asked)
+        result = _cast(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
     except Exception:
         build.undo()
@@ -186,14 +186,6 @@ def _joined(build: Builder, node: Node, parts: list[Part], sources: list[Node]) 
 def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) -> Node | None:
     """The linear layer of the joined hidden states, where all parts are of one, the classes last."""
     first, last = parts[0].x, len(shape_of(node)) - 1
-    dtypes = {
-        example.dtype
-        for part in parts
-        for each in (part.x, *part.x.all_input_nodes)
-        if (example := tensor_of(each)) is not None
-    }
-    if len(dtypes) > 1:  # under autocast, of which examples do not know
-        return None
     if _axis(node, parts[0]) != last or not all(_is_linear(part.x, first) for part in parts):
         return None
     functions = {part.function for part in parts}
@@ -204,8 +196,19 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
         if not (alone and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
             return None
     hiddens: list[Any] = [part.x.args[0] for part in parts]
+    if len({example_of(hidden).dtype for hidden in hiddens}) > 1:
+        return None
     target = first.target if first.target is F.linear else torch.matmul
-    return build(target, _joined(build, node, parts, hiddens), *first.args[1:], **first.kwargs)
+    result = build(target, _joined(build, node, parts, hiddens), *first.args[1:], **first.kwargs)
+    return _cast(timeline, result, first)
+
+
+def _cast(timeline: Timeline, made: Node, like: Node) -> Node:
+    """A node whose example has the dtype of another one: of what autocast casts examples do not know."""
+    own, example = example_of(like), example_of(made)
+    if timeline.has_autocast(timeline.position[like]) and example.dtype != own.dtype:
+        made.meta["example_value"] = example.to(own.dtype)
+    return made
 
 
 def _is_linear(x: Node, first: Node) -> bool:

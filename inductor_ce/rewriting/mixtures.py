@@ -1,8 +1,8 @@
 """Sums of several probabilities, entry by entry, and what one class of a row is of such a sum.
 
 Between the parts that are picked and a pick may be functions of each entry, sums over the parts of a batch,
-views, edits in place of what only the mixture knows, classes put beside others, and what is added at some
-classes of each row, as the attention that a pointer network gives to the words of its source.
+views, edits in place of what only the mixture knows, rows or classes put beside others, and what is added at
+some classes of each row, as the attention that a pointer network gives to the words of its source.
 """
 
 from __future__ import annotations
@@ -83,6 +83,8 @@ class Mixture:
         if kind == "copies":
             kept = self._stays(args["index"], position) and self._stays(args["src"], position)
             return kept and self.covers(args["input"], axis, position, depth)
+        if kind == "rows":
+            return all(self.covers(each, axis, position, depth) for each in args["tensors"])
         if kind == "cat":
             return all(self._is_beside(each, made, axis, depth) for each in args["tensors"])
         return kind == "zeros"
@@ -123,7 +125,9 @@ class Mixture:
             return "others" if dim % (rank + 1) <= axis else ""
         if step.name == "stack":
             return "stack" if dim % rank < axis else ""
-        return "cat" if step.name == "cat" and dim % rank == axis else ""
+        if step.name == "cat":
+            return "cat" if dim % rank == axis else "rows"
+        return ""
 
     def _is_operand(self, node: Node, reader: Node, axis: int, depth: int) -> bool:
         """Whether it has the shape of what it is an argument of, or broadcasts to it along the classes."""
@@ -196,6 +200,11 @@ class Mixture:
         if kind == "copies":
             picked, v = of(source, index, axis), size_of(build, node, axis)
             return build(torch.add, picked, _copied(build, args["index"], args["src"], index, v))
+        if kind == "rows":
+            parts, dim = args["tensors"], args.get("dim", 0) % len(shape)
+            cut = build(torch.split, index, [size_of(build, part, dim) for part in parts], dim)
+            pieces = [build(operator.getitem, cut, k) for k in range(len(parts))]
+            return build(torch.cat, [of(*each, axis) for each in zip(parts, pieces, strict=True)], dim)
         if kind == "cat":
             return self._of_ranges(build, args["tensors"], index, axis, at)
         return build(torch.zeros_like, index, dtype=example_of(node).dtype)
