@@ -192,6 +192,13 @@ def a_copy_edited(h, W, y, store):
     return -torch.log(p.gather(1, y[:, None]) + 1e-3).mean(), others @ W
 
 
+def straight_through(h, W, y, store):
+    """The likeliest class is taken of what stays, and its gradient is that of all."""
+    p = F.softmax(F.linear(h, W), -1)
+    hard = F.one_hot(p.argmax(-1), V).to(p.dtype)
+    return F.nll_loss(torch.log(p + 1e-3), y), (hard - p.detach() + p) @ W
+
+
 def beside_sums_of_entries(h, W, y, store):
     p = F.softmax(F.linear(h, W), -1)
     entropy = -(p * torch.log(p + 1e-3)).sum(-1).mean()
@@ -206,7 +213,7 @@ def beside_a_divergence(h, W, y, store):
 WITH_A_GRADIENT = [
     *(used_elementwise, used_and_returned, half_detached, soft_embeddings, soft_embeddings_detached),
     *(expected_costs, averaged_over_rows, cumulated, edited_afterwards, a_copy_edited),
-    *(beside_sums_of_entries, beside_a_divergence),
+    *(straight_through, beside_sums_of_entries, beside_a_divergence),
 ]
 
 

@@ -166,14 +166,26 @@ def _normalises(reading: Reading, node: Node, value: OnLogits) -> bool:
     step = spellings.step_of(node)
     if step is None:
         return False
-    return _has_log(node) if step.name == "softmax" else step.normalises
+    is_softmax = step.name == "softmax" or (step.name == "div" and _divides_exponentials(reading, node))
+    return _has_log(node) if is_softmax else step.normalises
+
+
+def _divides_exponentials(reading: Reading, node: Node) -> bool:
+    """Whether probabilities are made of exponentials by their sum."""
+    values = [reading.values.get(each) for each in (node, *node.all_input_nodes[:1])]
+    of_each = [value.expr.terms for value in values if isinstance(value, VocabValue)]
+    has_lse = [any(b.p and c.has(algebra.LSE) for b, c in terms) for terms in of_each]
+    return has_lse == [False, True]
 
 
 def _has_log(node: Node) -> bool:
     """Whether a logarithm is taken of what a node is summed into, or of its product with a matrix."""
-    products = [user for user in node.users if any(spellings.is_step(user, name) for name in PRODUCTS)]
-    weighed = [product for product in products if product.all_input_nodes[0] is node]
-    return spellings.has_log(node) or any(map(spellings.has_log, weighed))
+    frontier, weighed = [node], [node]
+    for made in frontier:
+        users = [(user, step) for user in made.users if (step := spellings.step_of(user)) is not None]
+        frontier += [user for user, step in users if step.view is not None and user not in frontier]
+        weighed += [u for u, step in users if step.name in PRODUCTS and u.all_input_nodes[0] is made]
+    return any(map(spellings.has_log, weighed))
 
 
 def _readers(reading: Reading, node: Node, value: OnLogits) -> Iterator[Node]:

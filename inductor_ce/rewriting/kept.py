@@ -6,7 +6,7 @@ that autograd makes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch.fx import Node
 
@@ -21,12 +21,10 @@ from .escapes import is_of_each, read_by, readers_of_copies
 from .groups import value_of, wants_gradient
 
 
-def kept(reading: Reading, node: Node, wide: Sequence[Node], needed: set[Node]) -> str:
-    """What is kept of the log-probabilities `wide` of a loss, and for whom; "" where it is better left."""
-    value = value_of(reading, node)
-    if value.detached or not wants_gradient(value.logits):
-        return ""  # there is no backward that would be spared
-    return for_whom(reading, node, wide, needed)
+def may_keep(reading: Reading, nodes: Iterable[Node]) -> bool:
+    """Whether there is a backward of some logits that losses are spared, whose log-probabilities stay."""
+    values = [value_of(reading, node) for node in nodes]
+    return any(not value.detached and wants_gradient(value.logits) for value in values)
 
 
 def for_whom(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node]) -> str:
@@ -39,7 +37,7 @@ def for_whom(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node
     if not readers or any(is_backward(user) for made in wide for user in readers_of_copies(made)):
         return ""
     beside = {user for made in wide for user in made.users if user in needed and _may_learn(user)}
-    made_of_it = set(reached([end], lambda node: node.users))
+    made_of_it = set(reached(filter(_may_learn, [end]), lambda node: filter(_may_learn, node.users)))
     if beside.difference(wide) & made_of_it:
         return ""
     made, user = readers[0]

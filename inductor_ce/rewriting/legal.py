@@ -28,7 +28,7 @@ from .beside import misplaced
 from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
-from .kept import is_target, kept
+from .kept import for_whom, is_target, may_keep
 from .normalisers import is_normaliser_alone, picked_beside, read_fixed_picks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -222,16 +222,16 @@ def refusal_of_logits(logits: Logits) -> Refusal | None:
 
 
 def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
-    """Leave out the nodes whose log-probabilities [N, V] something else takes a gradient of as well.
+    """Leave out the nodes whose log-probabilities [N, V] something else needs, unless these are kept beside.
 
-    They would have to be computed in any case, forward and backward, and the statistics would be one more
-    sweep.
+    Where there is no backward the statistics would be one more sweep.
     """
     allowed = list(nodes)
     while True:
         needed = needed_nodes(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
-        found = {n: kept(reading, n, wide, needed) for n, wide in escaped.items()}
+        may = may_keep(reading, allowed)
+        found = {n: for_whom(reading, n, wide, needed) if may else "" for n, wide in escaped.items()}
         if all(found.values()):
             for n, fact in found.items():
                 reading.kept[n] = fact, frozenset(escaped[n])
