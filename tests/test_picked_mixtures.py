@@ -173,6 +173,39 @@ def copied_and_returned(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple
     return -p.gather(1, y[:, None]).log().mean(), p
 
 
+def edited_between_picks(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
+    p = averaged(z)
+    first = p[torch.arange(N), y]
+    p.add_(0.5)
+    return (first / p[torch.arange(N), y]).log().mean()
+
+
+def cumulated(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    p = averaged(z)
+    return F.nll_loss(p.log(), y), p.cumsum(-1)
+
+
+@pytest.mark.parametrize(
+    ("f", "kept"),
+    [
+        *((read_whole, [False, False]), (edited_between_picks, [False, False])),
+        *((copied_and_returned, [True]), (cumulated, [True, True])),
+    ],
+)
+def test_a_mixture_that_something_else_reads(f: Callable[..., Any], kept: list[bool]) -> None:
+    """It is a sum of entries as well, or is picked twice, or is kept."""
+    ours = rewritten(f, given())
+    assert [bool(site.kept) for site in ours.report.sites] == kept
+    assert not ours.report.misses
+
+
+def test_a_mixture_without_a_gradient_is_left() -> None:
+    def f(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
+        return read_whole(z.detach(), gates, y, q) + z.sum()
+
+    assert not rewritten(f, given()).changed
+
+
 def copied_to_some_rows(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
     p = (0.5 * z[:, 0].softmax(-1)).scatter_add(1, sources(z)[:4], q[:, :4])
     return -p.gather(1, y[:, None]).log().mean()
@@ -196,13 +229,6 @@ def edited_by_another_name(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Te
     p = averaged(z)
     p.view(-1).add_(0.1)
     return -p.gather(1, y[:, None]).log().mean()
-
-
-def edited_between_picks(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
-    p = averaged(z)
-    first = p[torch.arange(N), y]
-    p.add_(0.5)
-    return (first / p[torch.arange(N), y]).log().mean()
 
 
 def raised_without_gradient(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
@@ -232,9 +258,9 @@ def weighed_classes(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tensor:
 
 
 LEFT = [
-    *(read_whole, edited, weighed_by_what_learns, of_some_rows, weighed_classes, copied_and_returned),
+    *(edited, weighed_by_what_learns, of_some_rows, weighed_classes),
     *(copied_to_some_rows, copied_from_what_is_edited, gates_edited_after, edited_by_another_name),
-    *(edited_between_picks, raised_without_gradient),
+    raised_without_gradient,
 ]
 
 

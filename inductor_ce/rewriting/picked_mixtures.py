@@ -1,7 +1,7 @@
 """Labels picked after probabilities are added or averaged: a pick of a sum is the sum of picks.
 
 An ensemble, a mixture of softmaxes, or a pointer network takes log(softmax(a) + softmax(b)), and of it one
-class a row. Where picks are all that reads the mixture, they are taken of its parts, which are losses.
+class a row. Picks are taken of the parts, which are losses; the mixture stays where something else reads it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..reading.indexing import label_axis
 from ..reading.losses import REDUCTIONS, modernised
 from ..reading.values import LossValue, Reading, RowValue, VocabValue, row_expr
 from .arrange import size_of
+from .groups import wants_gradient
 from .mixtures import Mixture
 from .rewrite import beside_original
 
@@ -85,7 +86,7 @@ def _axis(reading: Reading, node: Node, source: Node) -> int | None:
 
 
 def _mixture(reading: Reading, node: Node, source: Node, options: Options) -> Mixture | None:
-    """What is picked of, if nothing but picks reads it."""
+    """What is picked of, if nothing but picks reads it or there is a backward."""
     axis, timeline = _axis(reading, node, source), reading.timeline
     assert axis is not None
     mixture, position = Mixture(reading), timeline.position
@@ -97,7 +98,15 @@ def _mixture(reading: Reading, node: Node, source: Node, options: Options) -> Mi
     made = mixture.made(source, position[node])
     picks = {pick for pick in picks if mixture.made(source, position[pick]) is made}
     fits = len(modes) == 1 and same_autocast and mixture.parts and source in mixture.inner
-    return mixture if fits and mixture.is_closed(picks) else None
+    if not fits or not (mixture.is_closed(picks) or _learns(reading, mixture)):
+        return None
+    return mixture
+
+
+def _learns(reading: Reading, mixture: Mixture) -> bool:
+    """Whether picks spare the mixture a backward, where it is kept for others."""
+    values = [reading.on_logits(part) for part in mixture.parts]
+    return any(v is not None and not v.detached and wants_gradient(v.logits) for v in values)
 
 
 def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: bool) -> None:

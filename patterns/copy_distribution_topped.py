@@ -1,7 +1,7 @@
 """A pointer network: a final distribution of which more than the picked words is needed.
 
 Source: none named; a metric of the three best, as beam search has them
-Family: Look-alikes
+Family: Kept beside
 """
 
 import torch
@@ -21,7 +21,9 @@ def loss(logits, attention, source, target):
 
 
 EXPECTED = """\
-NOT_UNDERSTOOD: The result of softmax goes into scatter_add (p = (0.5 * F.softmax(logits,
-    1)).scatter_add(1, source, 0.5 * F.softmax(attention, 1))). If this is a cross entropy, write this
-    step in one of the spellings that the README lists; if not, it runs as written.
+0.5*exp(pick(y) - lse)
+kept: mul of all classes [12x48], read by scatter_add (p = (0.5 * F.softmax(logits,
+    1)).scatter_add(1, source, 0.5 * F.softmax(attention, 1)))
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
 """
