@@ -76,6 +76,50 @@ def test_edit_of_a_row_value_is_seen_by_its_views(f: Callable[..., Tensor]):
 # The backward of a loss reads logits and labels after it
 
 
+def logarithm_in_place(z, y, w):
+    return F.nll_loss(z.softmax(-1).clone().add_(1e-3).log_(), y)
+
+
+def clamped_in_place(z, y, w):
+    return -z.softmax(-1).mul(0.5).clamp_(min=1e-2).gather(1, y[:, None]).log().mean()
+
+
+def exponential_in_place(z, y, w):
+    top = z.max(1, keepdim=True).values.detach()
+    return (z - top).exp_().sum(1).log().mean() + (top[:, 0] - z.gather(1, y[:, None])[:, 0]).mean()
+
+
+def one_edit_after_another(z, y, w):
+    nll = (z.log_softmax(-1) * 1.0).neg_().clamp_(max=3.0).square_()
+    return (nll.gather(1, y[:, None])[:, 0] * w).sum()
+
+
+def edited_without_gradient(z, y, w):
+    """The values are twice as large, and the gradient is not."""
+    lp = z.log_softmax(-1) * 1.0
+    with torch.no_grad():
+        lp = lp.mul_(2)
+    return -lp.gather(1, y[:, None]).mean()
+
+
+def exponential_without_gradient(z, y, w):
+    lp = z.log_softmax(-1) * 1.0
+    with torch.no_grad():
+        lp = lp.exp_()
+    return -lp.gather(1, y[:, None]).mean()
+
+
+@pytest.mark.parametrize(
+    ("f", "n_sites"),
+    [
+        *((logarithm_in_place, 1), (clamped_in_place, 1), (exponential_in_place, 1)),
+        *((one_edit_after_another, 1), (edited_without_gradient, 0), (exponential_without_gradient, 0)),
+    ],
+)
+def test_log_probabilities_edited_in_place(f: Callable[..., Tensor], n_sites: int):
+    check(f, n_sites)
+
+
 def test_logits_edited_after_the_loss():
     def f(z, y, w):
         x = z * 1

@@ -83,9 +83,8 @@ def _function(step: Step) -> Function:
     """What reads a step, which its row names."""
     module, _, name = step.function.partition(".")
     function: Function = getattr(_MODULES[module], name)
-    if step.edits:
-        return edit(function)
-    return or_afterwards(function) if step.commutes else function
+    function = or_afterwards(function) if step.commutes else function
+    return edit(function) if step.edits else function
 
 
 FUNCTIONS = {step: _function(step) for step in STEPS if step.function}

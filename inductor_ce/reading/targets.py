@@ -13,6 +13,7 @@ from torch.fx import Node
 from .. import algebra
 from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
+from ..graph.timeline import written_by
 from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
@@ -174,10 +175,16 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
 
 
 def edit(step: Function) -> Function:
-    """The step of an operation in place, of labels and numbers, or of what nobody else sees."""
+    """The step of an operation in place, of labels and numbers, or of what nobody else sees.
+
+    Under no_grad a tensor keeps the gradient that it had before the edit, which is none of what it is then.
+    """
 
     def edited(context: Context, args: dict[str, Any]) -> Outcome:
         target = args.get("input")
+        example = tensor_of(target)
+        if example is not None and example.requires_grad and context.grad_mode is not True:
+            return None
         value = step(context, args)
         if isinstance(value, VocabValue) and isinstance(target, Node) and _is_alone(context, target):
             context.reading.own_edits.add(context.node)
@@ -192,8 +199,13 @@ def edit(step: Function) -> Function:
 
 
 def _is_alone(context: Context, target: Node) -> bool:
-    """Whether a tensor that is edited was made for that: nothing else has its storage, or reads it later."""
+    """Whether a tensor that is edited was made for that: but for one edit after another nothing has its
+    storage, or reads it before the last."""
     timeline = context.reading.timeline
-    made = isinstance(context.reading.values.get(target), VocabValue) and viewed(target) is None
-    sharing = [node for node in timeline.nodes if timeline.shares_storage(node, target)]
-    return made and sharing == [target, context.node] and list(target.users) == [context.node]
+    if not isinstance(context.reading.values.get(target), VocabValue):
+        return False
+    first, *edits = [node for node in timeline.nodes if timeline.shares_storage(node, target)]
+    chain = zip([first, *edits], edits, strict=False)
+    source = viewed(first)
+    is_copy = source is None or not timeline.shares_storage(first, source)
+    return is_copy and all([*made.users] == [edit] and made in written_by(edit) for made, edit in chain)

@@ -150,6 +150,9 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
 def _done(build: Builder, step: Afterwards, result: Node) -> Node:
     """What was to be done to each element, done to those that were picked."""
     if isinstance(step, Node):
+        edit = spellings.out_of_place(step)
+        if edit is not None:
+            return build(edit[0], result, **edit[1])
         return build.again(step, {step.all_input_nodes[0]: result})
     if not isinstance(step, torch.dtype):
         return build(step, result)
