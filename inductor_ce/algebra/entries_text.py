@@ -84,6 +84,8 @@ class _Words:
             low_high = zip(("min", "max"), args[1:3], strict=True)
             ends = [f"{end}={x:g}" for end, x in low_high if math.isfinite(x)]
             return f"clamp({', '.join([self.text(args[0], depth + 1)[0], *ends])})", _CLOSED
+        if name == "mul" and isinstance(args[1], float):
+            args = args[::-1]  # as within a default device the same program has them
         if name in _INFIX:
             own = _BINDING.get(name, 2)
             space = "" if name in ("mul", "div", "pow") else " "
