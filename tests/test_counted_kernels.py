@@ -202,6 +202,7 @@ def divided(parts: Tensor, *arguments: Any) -> None:
         return parts if size == parts.shape else new_empty(x, size, **how)
 
     with (
+        mock.patch.dict(counted_kernels._known, clear=True),
         mock.patch.multiple(counted_kernels, LONG=64, RATES=[(WIDE, 1.0)]),
         mock.patch.object(counted_kernels, "parts_bytes", lambda factor: parts.nbytes),
         mock.patch.object(Tensor, "new_empty", given),
@@ -252,13 +253,13 @@ def test_sums_of_rows(left: int) -> None:
     [
         (
             product_kernels._fill_order,
-            {"counts": "*u8", "order": "*i64", "place": "*i64", "count": "*i32"},
+            {"counts": "*i1", "order": "*i64", "place": "*i64", "count": "*i32"},
             {"BLOCK": product_kernels.COUNTED_AT_ONCE},
         ),
         *(
             (
                 product_kernels._fill_rows,
-                {"x": "*bf16", "rows": "*i64", "counted": "*u8", "taken": "*bf16"} | left,
+                {"x": "*bf16", "rows": "*i64", "counted": "*i1", "taken": "*bf16"} | left,
                 {"ON_DEVICE": int(bool(left)), "WIDTH": 1024},
             )
             for left in ({"left": "*i32"}, {})

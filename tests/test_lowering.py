@@ -376,10 +376,28 @@ def test_gradient_is_written_over_logits_of_the_same_graph() -> None:
     assert wrapper.allocations.count((512, V)) == 1
 
 
-@pytest.mark.parametrize("f", [head_loss_and_logits, head_loss_and_penalty])
-def test_logits_that_somebody_else_reads_are_kept(f: Callable[..., object]) -> None:
-    _, backward = generate(f, *head_arguments())
+def test_logits_that_somebody_else_reads_are_kept() -> None:
+    _, backward = generate(head_loss_and_logits, *head_arguments())
     assert (512, V) in backward.allocations
+
+
+def test_gradient_is_written_over_logits_by_the_loop_that_reads_them_last() -> None:
+    _, backward = generate(head_loss_and_penalty, *head_arguments())
+    assert not any(name.startswith("triton_tem") for name in backward.launches)
+    assert (512, V) not in backward.allocations
+
+
+def test_gradient_is_summed_with_anothers_in_one_loop() -> None:
+    """Over what the other one's product has made: the sum takes no memory of its own."""
+
+    def both(z: Tensor, y: Tensor, weight: Tensor, embedding: Tensor) -> Tensor:
+        mean = z.float().softmax(-1).to(z.dtype) @ embedding
+        return loss(z, y, weight) + mean.float().square().mean()
+
+    embedding = torch.empty(V, 64, dtype=torch.bfloat16, device="meta")
+    _, backward = generate(both, *gpu_arguments(), embedding)
+    assert not any(name.startswith("triton_tem") for name in backward.launches)
+    assert backward.allocations.count((N, V)) == 1
 
 
 @pytest.mark.usefixtures("much")

@@ -1,5 +1,6 @@
 """What the distribution promises, and that its commands run."""
 
+import ast
 import os
 import re
 import runpy
@@ -32,6 +33,14 @@ def test_distribution_facts():
     assert set(PROJECT["optional-dependencies"]) == {"test", "examples", "bench", "lint", "integrations"}
     assert PROJECT["dynamic"] == ["version"]
     assert (ROOT / "LICENSE").read_text().startswith("BSD 3-Clause License")
+
+
+def test_named_tuples_have_no_other_base():
+    """Python 3.10 refuses them, and so the whole package; neither ruff nor mypy tells."""
+    for path in (ROOT / "inductor_ce").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            bases = [ast.unparse(base) for base in node.bases] if isinstance(node, ast.ClassDef) else []
+            assert "NamedTuple" not in bases or len(bases) == 1, f"{path}:{node.lineno}"
 
 
 def test_triton_is_required_nowhere():

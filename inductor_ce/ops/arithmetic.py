@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class Arithmetic(Protocol[T]):
         """The sum over the classes."""
 
 
-class Normalised(NamedTuple, Generic[T]):
+@dataclass(frozen=True)
+class Normalised(Generic[T]):
     """The logits of a side, and of each row their maximum, log d and 1 / d."""
 
     z: T
@@ -49,6 +51,15 @@ class Normalised(NamedTuple, Generic[T]):
         gap = do.sub(self.z, do.over_classes(self.m))
         log_p = do.sub(gap, do.over_classes(self.logd))
         return log_p, do.mul(do.exp(gap), do.over_classes(self.scale))
+
+
+@dataclass(frozen=True)
+class Operands(Generic[T]):
+    """The sides, and what `algebra.entries` reads beside them: tensors [N, V], and numbers of rows [N]."""
+
+    sides: Sequence[Normalised[T]]
+    tensors: Sequence[T] = ()
+    numbers: Sequence[T] = ()
 
 
 class Tensors:

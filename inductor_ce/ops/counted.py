@@ -121,7 +121,7 @@ OF_ALL_ROWS, BEFORE_A_RECORDING = "of all rows", "before a recording"
 
 def is_being_recorded(x: Tensor) -> bool:
     """Whether what reads x becomes part of a CUDA graph."""
-    return x.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @recorded.register_fake
@@ -130,14 +130,14 @@ def _(left: Tensor, n: int, head: int) -> Tensor:
 
 
 def role_of(left: Tensor | None) -> str | None:
-    return getattr(left, "_role", None)
+    return None if left is None else left.__dict__.get("_role")
 
 
 def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> int | None:
     """How many of its `most` rows a piece computes; None where the device alone may look."""
     if left is None or role_of(left) == OF_ALL_ROWS:
         return most
-    if left.device.type == "cpu":
+    if left.is_cpu:
         n = int(left[piece])
     elif host is None or is_being_recorded(left):
         return None
@@ -158,11 +158,12 @@ def is_to_load(left: Tensor | None, out: Tensor, a: Tensor, b: Tensor) -> bool:
 
     A library may not begin, nor load a kernel, while a graph is recorded.
     """
-    which = (out.shape, out.dtype, out.device, *(x.stride() for x in (out, a, b)))
-    if role_of(left) != BEFORE_A_RECORDING or which in _loaded:
+    if role_of(left) != BEFORE_A_RECORDING:
         return False
+    which = (out.shape, out.dtype, out.device, *(x.stride() for x in (out, a, b)))
+    is_new = which not in _loaded
     _loaded.add(which)
-    return True
+    return is_new
 
 
 _loaded: set[tuple[Any, ...]] = set()
@@ -204,7 +205,7 @@ def take_rows(
     """
     taken = _empty_rows(x, rows, dtype=dtype)
     (fill,) = by_device(x, _fill_rows)
-    fill(x, rows, counted, limit_of_piece(left, host, piece, len(rows)), taken)
+    fill(x, rows, counted, limit_of_piece(left, host, piece, rows.shape[0]), taken)
     return taken
 
 
@@ -223,13 +224,14 @@ def product_to_rows(
     out: Tensor, a: Tensor, b: Tensor, start: int, left: Tensor, host: Tensor | None, piece: int
 ) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
-    n = rows_of_piece(left, host, piece, len(a))
-    if n is None and counted_kernels.has_product(rows := out.narrow(0, start, len(a)), a, b):
+    most = a.shape[0]
+    n = rows_of_piece(left, host, piece, most)
+    if n is None and counted_kernels.has_product(rows := out.narrow(0, start, most), a, b):
         if is_to_load(left, rows, a, b):
             gemm.product(rows, a, b, False)
         counted_kernels.product_of_rows(rows, a, b, left[piece])
-    elif n is None or n == len(a):
-        gemm.product(out.narrow(0, start, len(a)), a, b, False)
+    elif n is None or n == most:
+        gemm.product(out.narrow(0, start, most), a, b, False)
     elif n:
         gemm.product(out.narrow(0, start, n), a[:n], b, False)
 

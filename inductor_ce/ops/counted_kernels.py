@@ -9,8 +9,9 @@ tiles; sums are float32.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import Kernel
+from .launch import MOST, VECTOR, Kernel, cdiv, kind_of
 
 ROWS = 64  # rows that are summed at once
 GROUP = 16  # rows of tiles that are gone through column by column: those of a chunk of 2048 rows
@@ -49,7 +50,7 @@ def reads_tiles(device: torch.device) -> bool:
 def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether there is one here that makes `out` of these factors."""
     (row, column), aligned = out.stride(), 16 // out.itemsize
-    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0
+    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0 and out.data_ptr() % VECTOR == 0
     return fits and has_tiles(a) and has_tiles(b) and reads_tiles(out.device)
 
 
@@ -70,44 +71,93 @@ def parts_bytes(factor: int) -> int:
     return factor // 16
 
 
+class _How(NamedTuple):
+    """How a product of factors of some shapes is made.
+
+    Attributes:
+        number: of these shapes, strides, dtypes, device and uses, which no other has.
+        grid: how many programs make it.
+        tiles: of `out`, a and b, as Triton has them, but for their bases.
+        numbers: the last arguments of `_multiply`.
+        options: with which it is compiled.
+        parts: the shape of the parts of sums, where they are divided.
+        added: the grid of `_add_parts`, and the last of its arguments.
+    """
+
+    number: int
+    grid: tuple[int]
+    tiles: tuple[dict[str, Any], ...]
+    numbers: tuple[int, ...]
+    options: dict[str, int]
+    parts: tuple[int, int, int] | None
+    added: tuple[tuple[int, int], tuple[int, ...]]
+
+
+_known: dict[tuple[Any, ...], _How] = {}  # of MOST at most
+_numbers = itertools.count()
+
+
 def _product(
     out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None, accumulate: bool, over: bool
 ) -> None:
-    (m, k), n = a.shape, b.shape[1]
-    if not m or not n:
+    if not out.numel():
         return
-    processors = _processors(out.device)
-    divided = not over and bias is None and k >= LONG and isinstance(left, Tensor)
-    tile, programs = _tile(m, n, out.itemsize, processors, divided)
+    a, b = _aligned(a), _aligned(b)
+    uses = isinstance(left, Tensor), bias is not None, accumulate, over
+    which = (out.device, *((x.shape, x.stride(), x.dtype) for x in (out, a, b)), uses)
+    how = _known.get(which)
+    if how is None:
+        how = _how(out, a, b, *uses)
+        if len(_known) < MOST:
+            _known[which] = how
+    tiles = [_with_base(known, x) for known, x in zip(how.tiles, (out, a, b), strict=True)]
+    parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
+    beside = tiles[1] if bias is None else bias, left if parts is None else parts, left
+    kinds = (kind_of(x) if isinstance(x, Tensor) else x for x in (bias, parts, left))
+    _multiply[how.grid](*tiles, *beside, *how.numbers, kind=(how.number, *kinds), **how.options)
+    if parts is not None:
+        grid, numbers = how.added
+        _add_parts[grid](out, parts, left, *numbers)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x.clone() if x.data_ptr() % VECTOR else x
+
+
+def _with_base(known: dict[str, Any], x: Tensor) -> TensorDescriptor:
+    """What reads tiles of x, of which others of its kind have been checked."""
+    made = object.__new__(TensorDescriptor)
+    made.__dict__.update(known)
+    made.base = x
+    return made
+
+
+def _how(
+    out: Tensor, a: Tensor, b: Tensor, on_device: bool, has_bias: bool, accumulate: bool, over: bool
+) -> _How:
+    (m, k), n = a.shape, b.shape[1]
+    divided = not over and not has_bias and k >= LONG and on_device
+    tile, programs = _tile(m, n, out.itemsize, _processors(out.device), divided)
     height, width = tile["M"], tile["N"]
     a_tiles, a_is_transposed = _tiles(a, height, tile["K"])
     b_tiles, b_is_transposed = _tiles(b, tile["K"], width)
     most = min(parts_bytes(a.numel() * a.itemsize) // (height * width * 4), MOST_ROUNDS * programs)
-    parts = out.new_empty((most, height, width), dtype=torch.float32) if divided and most > 1 else None
-    _multiply[(programs,)](
-        TensorDescriptor.from_tensor(out, [height, width]),
-        a_tiles,
-        b_tiles,
-        a_tiles if bias is None else bias,
-        left if parts is None else parts,
-        left,
-        *(m, n, k),
-        0 if parts is None else most,
-        isinstance(left, Tensor),
-        a_is_transposed,
-        b_is_transposed,
-        bias is not None,
-        accumulate,
-        over,
-        parts is not None,
-        *(tile[size] for size in ("M", "N", "K", "GROUP")),
-        num_warps=tile["num_warps"],
-        num_stages=tile["num_stages"],
+    divided = divided and most > 1
+    flags = on_device, a_is_transposed, b_is_transposed, has_bias, accumulate, over, divided
+    sizes = m, n, k, most if divided else 0
+    made = TensorDescriptor.from_tensor(out, [height, width]), a_tiles, b_tiles
+    return _How(
+        next(_numbers),
+        (programs,),
+        tuple({**vars(tiles), "base": None} for tiles in made),
+        (*sizes, *flags, *(tile[size] for size in ("M", "N", "K", "GROUP"))),
+        {name: tile[name] for name in ("num_warps", "num_stages")},
+        (most, height, width) if divided else None,
+        (
+            (most // 2, height // ROWS_ADDED),
+            (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, GROUP),
+        ),
     )
-    if parts is not None:
-        grid = (most // 2, height // ROWS_ADDED)
-        given = parts, left, m, n, most, out.stride(0), programs
-        _add_parts[grid](out, *given, height, width, ROWS_ADDED, GROUP)
 
 
 @functools.lru_cache(1024)
@@ -118,7 +168,7 @@ def _tile(m: int, n: int, itemsize: int, processors: int, divided: bool) -> tupl
     """
 
     def tiles(tile: dict[str, Any]) -> int:
-        return triton.cdiv(m, tile["M"]) * triton.cdiv(n, tile["N"])
+        return cdiv(m, tile["M"]) * cdiv(n, tile["N"])
 
     def time(rated: tuple[dict[str, Any], float]) -> float:
         tile, rate = rated
@@ -136,8 +186,6 @@ def _processors(device: torch.device) -> int:
 
 def _tiles(x: Tensor, height: int, width: int) -> tuple[TensorDescriptor, bool]:
     """(what reads tiles of x, or of its transpose; whether of its transpose)"""
-    if x.data_ptr() % 16:
-        x = x.clone()
     if x.stride(1) == 1:
         return TensorDescriptor.from_tensor(x, [height, width]), False
     return TensorDescriptor.from_tensor(x.t(), [width, height]), True
@@ -278,7 +326,7 @@ def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
     """`parts` [P, V] become sums that add up to that over the first `left` rows of dz [n, V]."""
     n, v = dz.shape
     if v:
-        grid = (triton.cdiv(v, COLUMNS), len(parts))
+        grid = (cdiv(v, COLUMNS), len(parts))
         on_device = isinstance(left, Tensor)
         _sum_rows[grid](parts, dz, left, n, v, *dz.stride(), on_device, len(parts), COLUMNS, ROWS_OF_SUMS)
 

@@ -35,7 +35,7 @@ from ..algebra.divergences import Divergence
 from ..algebra.entries import Entries
 from ..common.errors import DerivativeError
 from . import entries
-from .arithmetic import Arithmetic, Normalised, Tensors
+from .arithmetic import Arithmetic, Normalised, Operands, Tensors
 
 T = TypeVar("T")
 
@@ -138,19 +138,13 @@ def _gradients(
     return [weighed.gradient(u, of_side.get(u)) for u in which.wanted]
 
 
-def sums(
-    do: Arithmetic[T],
-    which: Divergence | Entries,
-    sides: Sequence[Normalised[T]],
-    tensors: Sequence[T],
-    numbers: Sequence[T],
-) -> list[T]:
+def sums(do: Arithmetic[T], which: Divergence | Entries, given: Operands[T]) -> list[T]:
     """The rows that `divergence` packs."""
     if isinstance(which, Entries):
-        totals = entries.sums(do, which, sides, tensors, numbers)
+        totals = entries.sums(do, which, given)
     else:
-        totals = _sums(do, which, sides)
-    return [*totals, *(row for side in sides for row in (side.logd, side.scale)), *numbers]
+        totals = _sums(do, which, given.sides)
+    return [*totals, *(row for side in given.sides for row in (side.logd, side.scale)), *given.numbers]
 
 
 def gradients(
@@ -169,7 +163,7 @@ def gradients(
     logds, scales = of_sides[::2], of_sides[1::2]
     sides = [Normalised(*rows) for rows in zip(logits, ms, logds, scales, strict=True)]
     if isinstance(which, Entries):
-        made = entries.gradients(do, which, sides, tensors, numbers, packed[1:first])
+        made = entries.gradients(do, which, Operands(sides, tensors, numbers), packed[1:first])
     else:
         made = _gradients(do, which, sides, packed[1:first])
     up = do.over_classes(upstream)
@@ -235,7 +229,7 @@ def divergence(zs: list[Tensor], ms: list[Tensor], ds: list[Tensor], which: str)
     checked = _check(zs, which, ms, ds)
     wide, m, d = (_wide(each, zs, ds[len(ms) :]) for each in (zs, ms, ds))
     sides = [Normalised(z, m, d.log(), 1 / d) for z, m, d in zip(wide, m, d, strict=False)]
-    return torch.stack(sums(Tensors, checked, sides, wide[len(ms) :], d[len(ms) :]))
+    return torch.stack(sums(Tensors, checked, Operands(sides, wide[len(ms) :], d[len(ms) :])))
 
 
 @divergence.register_fake

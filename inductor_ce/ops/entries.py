@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Generic, TypeVar
 
 from ..algebra.entries import Entries, Term, derivative, slope
-from .arithmetic import Arithmetic, Normalised
+from .arithmetic import Arithmetic, Operands
 
 T = TypeVar("T")
 
@@ -19,22 +19,15 @@ T = TypeVar("T")
 class _Terms(Generic[T]):
     """Terms of the entries of some sides and tensors, and of numbers of rows, each made once."""
 
-    def __init__(
-        self,
-        do: Arithmetic[T],
-        which: Entries,
-        sides: Sequence[Normalised[T]],
-        tensors: Sequence[T],
-        numbers: Sequence[T],
-    ):
+    def __init__(self, do: Arithmetic[T], which: Entries, given: Operands[T]):
         self._do = do
-        self._known: dict[Term, T] = {("t", k): tensor for k, tensor in enumerate(tensors)}
-        for u, side in enumerate(sides):
+        self._known: dict[Term, T] = {("t", k): tensor for k, tensor in enumerate(given.tensors)}
+        for u, side in enumerate(given.sides):
             self._known["z", u] = side.z
             self._known["log p", u], self._known["p", u] = side.logarithm_and_probability(do)
-        for k, number in enumerate(numbers):
+        for k, number in enumerate(given.numbers):
             leaf = ("n", k) if k < which.n_moving else ("c", k - which.n_moving)
-            self._known[leaf] = do.as_entries(number, sides[0].z)
+            self._known[leaf] = do.as_entries(number, given.sides[0].z)
 
     def __call__(self, term: Term) -> T | float:
         if isinstance(term, float):
@@ -50,30 +43,17 @@ class _Terms(Generic[T]):
         return self._do.add(self._do.mul(self._known["p", 0], 0.0), made) if isinstance(made, float) else made
 
 
-def sums(
-    do: Arithmetic[T],
-    which: Entries,
-    sides: Sequence[Normalised[T]],
-    tensors: Sequence[T],
-    numbers: Sequence[T],
-) -> list[T]:
+def sums(do: Arithmetic[T], which: Entries, given: Operands[T]) -> list[T]:
     """The sum of the term, those of the slopes of sides that need one, and of the derivatives by numbers."""
-    terms = _Terms(do, which, sides, tensors, numbers)
+    terms = _Terms(do, which, given)
     slopes = [slope(which.term, u) for u in which.summed]
     slopes += [derivative(which.term, ("n", k)) for k in range(which.n_moving)]
     return [do.total(terms.of_entries(term)) for term in (which.term, *slopes)]
 
 
-def gradients(
-    do: Arithmetic[T],
-    which: Entries,
-    sides: Sequence[Normalised[T]],
-    tensors: Sequence[T],
-    numbers: Sequence[T],
-    totals: Sequence[T],
-) -> list[T]:
+def gradients(do: Arithmetic[T], which: Entries, given: Operands[T], totals: Sequence[T]) -> list[T]:
     """Those of the sides that are wanted, for an upstream gradient of 1."""
-    terms, of_side = _Terms(do, which, sides, tensors, numbers), dict(zip(which.summed, totals, strict=True))
+    terms, of_side = _Terms(do, which, given), dict(zip(which.summed, totals, strict=True))
     made = []
     for u in which.wanted:
         p, own = terms.of_entries(("p", u)), slope(which.term, u)

@@ -13,6 +13,7 @@ of a product. So what a vocabulary has beyond such a multiple is a product of it
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
@@ -61,8 +62,11 @@ def aligned_strides(v: int, device: torch.device) -> tuple[int, int]:
 
 def by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     """The functions, or the kernels of the same names where there is a GPU."""
-    if like.device.type != "cuda":  # HIP calls itself cuda
-        return functions
+    return _kernels_of(functions) if like.is_cuda else functions  # HIP calls itself cuda
+
+
+@functools.cache
+def _kernels_of(functions: tuple[Callable[..., None], ...]) -> tuple[Callable[..., None], ...]:
     return tuple(getattr(product_kernels, function.__name__.lstrip("_")) for function in functions)
 
 

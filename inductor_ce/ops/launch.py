@@ -8,7 +8,7 @@ every step; so what fits is kept here by the numbers that are given, and by dtyp
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -27,13 +27,17 @@ class Kernel:
 
     def __init__(self, function: Any):
         self.function = function
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._compiled: dict[Hashable, Any] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, **options: int) -> None:
-        kind = _kind(arguments, options)
+    def _launch(
+        self, grid: tuple[int, ...], *arguments: Any, kind: Hashable | None = None, **options: int
+    ) -> None:
+        """Launch; `kind` is what a compilation depends on, from who knows it without looking."""
+        if kind is None:
+            kind = _kind(arguments, options)
         compiled = self._compiled.get(kind)
         if compiled is not None:
             compiled[grid + (1,) * (3 - len(grid))](*arguments)
@@ -46,14 +50,28 @@ class Kernel:
 
 def _kind(arguments: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...]:
     """What a compilation depends on: Triton looks at nothing else of an argument."""
-    first = arguments[0]
-    kind: list[Any] = [(first if isinstance(first, Tensor) else first.base).get_device(), *options.items()]
+    kind: list[Any] = [_tensor(arguments[0]).get_device(), *options.items()]
     for argument in arguments:
-        if isinstance(argument, Tensor):
-            kind += argument.dtype, argument.data_ptr() % VECTOR == 0
-        elif isinstance(argument, (int, float)):
+        which = argument.__class__
+        if which is int or which is bool or which is float:
             kind.append(argument)
+        elif isinstance(argument, Tensor):
+            kind.append(kind_of(argument))
         else:  # a TensorDescriptor, whose base is aligned
             shapes = argument.shape, argument.strides, argument.block_shape
             kind.append((argument.base.dtype, *map(tuple, shapes)))
     return tuple(kind)
+
+
+def kind_of(x: Tensor) -> tuple[torch.dtype, bool]:
+    """What a compilation depends on of a tensor."""
+    return x.dtype, x.data_ptr() % VECTOR == 0
+
+
+def cdiv(size: int, block: int) -> int:
+    """How many blocks there are; Triton's own function takes a few microseconds."""
+    return -(-size // block)
+
+
+def _tensor(argument: Any) -> Tensor:
+    return argument if isinstance(argument, Tensor) else argument.base

@@ -9,7 +9,7 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
 from . import divergences, operators
-from .arithmetic import Normalised
+from .arithmetic import Normalised, Operands
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
 
@@ -128,8 +128,8 @@ def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str)
         for row in (logd, scale):
             row.realize()  # once a row, and not for each of its entries
         sides.append(Normalised(z, m, logd, scale))
-    beside = wide[len(ms) :], rows[len(ms) :]
-    return _stack(divergences.sums(_Loops(), divergences.decode(which), sides, *beside))
+    given = Operands(sides, wide[len(ms) :], rows[len(ms) :])
+    return _stack(divergences.sums(_Loops(), divergences.decode(which), given))
 
 
 def divergence_grad(

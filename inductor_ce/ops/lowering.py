@@ -19,7 +19,7 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
-from ..common.compat.loops import in_one_loop, read_by_one_loop
+from ..common.compat.loops import in_one_loop, is_added_to_others, read_by_one_loop
 from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
 from ..common.sources import sources
@@ -47,6 +47,7 @@ MATRIX_READERS = {
     *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_TO_ROWS, PRODUCT_BUT, COLUMN_SUMS),
 }
 PIECES = (LOGITS,)
+GRADIENTS = (operators.ROW_GRAD, operators.ROW_GRAD_AGAIN)
 DIRECT = (
     *(counted.row_order, counted.host_copy, counted.recorded, counted.take_rows, counted.product_to_rows),
     counted.frequent_rows,
@@ -169,7 +170,7 @@ def _row_grad(
 ) -> IRNode:
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
-    if left is None and any(map(_is_made_for_each, weights)):
+    if left is None and (any(map(_is_made_for_each, weights)) or is_added_to_others(GRADIENTS)):
         dz = loops.row_grad(z, labels, weights, m, coefficients, rows)
         return dz if rows.several else _in_place_of(z, dz)
     template = functools.partial(_grad_template, Limit(left, piece))

@@ -6,12 +6,11 @@ that is none of 0..V - 1 stands for nothing.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import Kernel
+from .launch import Kernel, cdiv
 
 LABELS_AT_ONCE = 32
 COLUMNS_AT_ONCE = 128
@@ -28,9 +27,9 @@ def take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: in
     """
     n, v = dz.shape
     if n:
-        grid = (triton.cdiv(n, LABELS_AT_ONCE),)
+        grid = (cdiv(n, LABELS_AT_ONCE),)
         strides = *dz.stride(), label.stride(0), kept.stride(0)
-        given = dz, label, columns, kept, place, n, v, len(columns)
+        given = dz, label, columns, kept, place, n, v, columns.shape[0]
         _take_out[grid](*given, *strides, LABELS_AT_ONCE, COLUMNS_AT_ONCE)
 
 
@@ -71,7 +70,7 @@ def put_back(dz: Tensor, label: Tensor, kept: Tensor, place: int) -> None:
     """The entry of row i of dz [n, V] at the label [n] becomes what `kept` [n, W] has at `place` of row i."""
     n, v = dz.shape
     if n:
-        grid = (triton.cdiv(n, LABELS_AT_ONCE),)
+        grid = (cdiv(n, LABELS_AT_ONCE),)
         strides = *dz.stride(), label.stride(0), kept.stride(0)
         _put_back[grid](dz, label, kept, place, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
 
@@ -96,10 +95,10 @@ def _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS: t
 
 def count_labels(label: Tensor, counts: Tensor) -> None:
     """counts [V] (int32) gain 1 at each label."""
-    n = len(label)
+    n = label.shape[0]
     if n:
-        grid = (triton.cdiv(n, WIDTH),)
-        _count_labels[grid](label, counts, n, len(counts), label.stride(0), WIDTH)
+        grid = (cdiv(n, WIDTH),)
+        _count_labels[grid](label, counts, n, counts.shape[0], label.stride(0), WIDTH)
 
 
 @Kernel
@@ -113,9 +112,10 @@ def _count_labels(label, counts, n, v, stride, WIDTH: tl.constexpr):
 
 def fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
     """key[i] becomes label[i] where that is one of V, and none of the columns; else V, as the last is."""
-    grid = (triton.cdiv(len(key), KEYS_AT_ONCE),)
-    block = triton.next_power_of_2(max(len(columns), 1))
-    _fill_keys[grid](label, columns, v, key, len(label), len(columns), label.stride(0), KEYS_AT_ONCE, block)
+    n, r = label.shape[0], columns.shape[0]
+    grid = (cdiv(n + 1, KEYS_AT_ONCE),)
+    block = triton.next_power_of_2(max(r, 1))
+    _fill_keys[grid](label, columns, v, key, n, r, label.stride(0), KEYS_AT_ONCE, block)
 
 
 @Kernel
@@ -137,10 +137,11 @@ def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tens
     is summed in the order of i, and the row is rounded once.
     """
     v, m = out.shape
-    if len(order):
-        grid = (len(order), triton.cdiv(m, WIDTH))
-        strides = out.stride(0), out.stride(1), rows.stride(0), rows.stride(1)
-        _add_rows[grid](out, key, order, factor, rows, v, m, len(rows), *strides, WIDTH)
+    if count := order.shape[0]:
+        grid = (count, cdiv(m, WIDTH))
+        _add_rows[grid](
+            out, key, order, factor, rows, v, m, rows.shape[0], *out.stride(), *rows.stride(), WIDTH
+        )
 
 
 @Kernel
@@ -183,7 +184,7 @@ def scale(x: Tensor, factor: Tensor) -> None:
     """Multiply x [N, M] by factor [], unless that is 1; in float32, so neither may be float64."""
     n, m = x.shape
     if x.numel():
-        grid = (triton.cdiv(n, ROWS_AT_ONCE), triton.cdiv(m, WIDTH))
+        grid = (cdiv(n, ROWS_AT_ONCE), cdiv(m, WIDTH))
         _scale[grid](x, factor, n, m, *x.stride(), ROWS_AT_ONCE, WIDTH)
 
 
@@ -207,7 +208,7 @@ def split(x: Tensor, terms: Tensor) -> None:
     What is infinite, or none, is so in the first of them alone.
     """
     n, k = x.shape
-    grid = (n, triton.cdiv(k, WIDTH))
+    grid = (n, cdiv(k, WIDTH))
     _split[grid](x, terms, n, k, *x.stride(), *terms.stride(), len(terms) // n, WIDTH)
 
 
@@ -238,12 +239,12 @@ def _split(
 
 def fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
     """What `counted.row_order` returns, from counts [N], which is bool."""
-    n = len(counts)
+    n = counts.shape[0]
     if not n:
         count.zero_()
     else:
-        grid = (triton.cdiv(n, COUNTED_AT_ONCE),)
-        _fill_order[grid](counts.view(torch.uint8), order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
+        grid = (cdiv(n, COUNTED_AT_ONCE),)
+        _fill_order[grid](counts, order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
 
 
 @Kernel
@@ -272,10 +273,10 @@ def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
 def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, taken: Tensor) -> None:
     """The first `left` rows of `taken` [n, D] become the rows `rows` [n] of x, 0 where not `counted`."""
     on_device = isinstance(left, Tensor)
-    n, d = len(rows) if isinstance(left, Tensor) else left, x.shape[1]
+    n, d = rows.shape[0] if isinstance(left, Tensor) else left, x.shape[1]
     if n and d:
-        grid = (n, triton.cdiv(d, WIDTH))
-        _fill_rows[grid](x, rows, counted.view(torch.uint8), left, taken, d, *x.stride(), on_device, WIDTH)
+        grid = (n, cdiv(d, WIDTH))
+        _fill_rows[grid](x, rows, counted, left, taken, d, *x.stride(), on_device, WIDTH)
 
 
 @Kernel

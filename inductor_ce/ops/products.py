@@ -69,13 +69,13 @@ def logits(
 ) -> Tensor:
     """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
     ones. What is in `after` is not read; it is made before."""
-    z = _empty_logits(a, b, dtype)
-    n = rows_of_piece(left, host, piece, len(a))
+    z, most = _empty_logits(a, b, dtype), a.shape[0]
+    n = rows_of_piece(left, host, piece, most)
     if n is None and left is not None and counted_kernels.has_product(z, a, b):
         if is_to_load(left, z, a, b):
             _fill_logits(z, a, b, bias)
         counted_kernels.product_of_rows(z, a, b, left[piece], bias)
-    elif n == len(a):
+    elif n == most:
         _fill_logits(z, a, b, bias)
     elif n:
         _fill_logits(z[:n], a[:n], b, bias)
@@ -143,8 +143,9 @@ def _add_terms(
     out: Tensor, a: Tensor, b: Tensor, accumulate: bool, left: Tensor | None, host: Tensor | None, piece: int
 ) -> None:
     """`out` becomes, or gains, a [M, n] b [n, N], summed over those of the n rows that are computed."""
-    n = rows_of_piece(left, host, piece, len(b))
-    if n == len(b):
+    most = b.shape[0]
+    n = rows_of_piece(left, host, piece, most)
+    if n == most:
         gemm.product(out, a, b, accumulate)
         return
     if n is not None:
@@ -188,14 +189,15 @@ def product_but(
     the V columns. For the product the entries at the labels become 0 in dz, and with `restore` what they were
     thereafter.
     """
-    n = rows_of_piece(left, host, piece, len(dz))
+    most = dz.shape[0]
+    n = rows_of_piece(left, host, piece, most)
     if n == 0 and accumulate:
         return
-    rows = kept.narrow(0, start, len(dz))
-    if n is not None and n < len(dz):
+    rows = kept.narrow(0, start, most)
+    if n is not None and n < most:
         dz, b, rows, labels = dz[:n], b[:n], rows[:n], [label[:n] for label in labels]
     take_out, put_back = by_device(dz, _take_out, _put_back)
-    first = len(columns)
+    first = columns.shape[0]
     for k, label in enumerate(labels):
         take_out(dz, label, columns[:0] if k else columns, rows, first + k)
     _add_terms(out, dz.t(), b, accumulate, left if n is None else None, host, piece)

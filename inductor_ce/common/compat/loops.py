@@ -65,6 +65,36 @@ def read_by_one_loop() -> bool:
     return False
 
 
+def is_added_to_others(ours: Container[Any]) -> bool:
+    """Whether the result of the operator that is being lowered is added to what is none of `ours`.
+
+    One loop then makes the sum, and may write it over what it reads. A template's result would lie beside it.
+    """
+    node = virtualized.graph.current_node
+    while len(node.users) == 1:
+        source, (node,) = node, node.users
+        if node.target is aten.add.Tensor:
+            return any(_is_another(other, source, ours) for other in node.args)
+        if not _is_seen_through(node.target):
+            return False
+    return False
+
+
+def _is_another(x: Any, source: Any, ours: Container[Any]) -> bool:
+    while isinstance(x, torch.fx.Node) and x is not source and _is_seen_through(x.target):
+        x = x.args[0]
+    return isinstance(x, torch.fx.Node) and x is not source and x.target not in ours
+
+
+def _is_seen_through(target: Any) -> bool:
+    return target in SEEN_THROUGH or _is_cast(target)
+
+
+def _is_cast(target: Any) -> bool:
+    return target is torch.ops.prims.convert_element_type.default
+
+
 def _is_loop(target: Any) -> bool:
-    cast = target is torch.ops.prims.convert_element_type.default
-    return cast or (isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags)
+    return _is_cast(target) or (
+        isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+    )
