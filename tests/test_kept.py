@@ -211,9 +211,12 @@ def beside_a_divergence(h, W, y, store):
 
 
 WITH_A_GRADIENT = [
-    *(used_elementwise, used_and_returned, half_detached, soft_embeddings, soft_embeddings_detached),
-    *(expected_costs, averaged_over_rows, cumulated, edited_afterwards, a_copy_edited),
-    *(straight_through, beside_sums_of_entries, beside_a_divergence),
+    *(soft_embeddings, soft_embeddings_detached, expected_costs, a_copy_edited),
+    *(beside_sums_of_entries, beside_a_divergence),
+]
+# Whose backward sweeps all of what the loss is picked of in any case.
+NOTHING_SPARED = [
+    *(used_elementwise, used_and_returned, half_detached, averaged_over_rows, cumulated, edited_afterwards),
 ]
 
 
@@ -225,6 +228,23 @@ def test_kept_with_a_gradient(f):
     assert misses() == 0
     assert "of all classes" in rewritten.report.sites[0].kept
     assert sites() == 1
+
+
+@pytest.mark.parametrize("f", NOTHING_SPARED, ids=lambda f: f.__name__)
+def test_left_where_no_sweep_is_spared(f):
+    compiled, rewritten = compile_rewritten(f)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), f, args)
+    assert sites() == 0
+    assert rewritten.report.misses[0].reason is Reason.LOGITS_ESCAPE
+
+
+def test_kept_beside_a_class_that_is_chosen():
+    """The likeliest class is taken of what stays, and the loss has a logarithm of its own."""
+    compiled, rewritten = compile_rewritten(straight_through)
+    args = inputs()
+    check_numbers(gallery.run(compiled, args), straight_through, args)
+    assert "of all classes" in rewritten.report.sites[0].kept
 
 
 def no_gradient(h, W, y, store):

@@ -1,7 +1,8 @@
 """Kept beside a loss: log-probabilities or probabilities [N, V] that the program uses for more than that.
 
 They are computed as written, by themselves, and the loss from the logits; the gradient of both is the sum
-that autograd makes.
+that autograd makes. Where it is the gradient of all classes, and the loss is made of nothing else that is as
+large, the statistics would be one more sweep, and nothing is spared: all is left as it was.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from ..reading.values import LossValue, Reading, RowValue
 from .escapes import is_of_each, read_by, readers_of_copies
 from .groups import value_of, wants_gradient
 
+# What has results of which few elements of a row have a gradient.
+OF_FEW = {"topk", "sort", "msort", "max", "min", "kthvalue", "mode", "median", "cummax"}
+
 
 def may_keep(reading: Reading, nodes: Iterable[Node]) -> bool:
     """Whether there is a backward of some logits that losses are spared, whose log-probabilities stay."""
@@ -33,7 +37,7 @@ def for_whom(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node
     "" where that is their backward, written out, or joins them to the loss of their own row, as what scales
     entries by their sum: gradients that cancel would be rounded before they meet.
     """
-    readers = [(made, user) for made in wide for user in _first_readers(reading, made, needed)]
+    readers = [(made, user) for made in wide for _, user in _first_readers(reading, made, needed)]
     if not readers or any(is_backward(user) for made in wide for user in readers_of_copies(made)):
         return ""
     beside = {user for made in wide for user in made.users if user in needed and _may_learn(user)}
@@ -43,6 +47,15 @@ def for_whom(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node
     made, user = readers[0]
     what = f"{name_of(made)} of all classes [{'x'.join(map(str, shape_of(made)))}]"
     return f"{what}, {_told(user)}"
+
+
+def is_spared(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Node]) -> bool:
+    """Whether a loss that leaves the log-probabilities `wide` to others is spared a sweep of their size."""
+    own = value_of(reading, end).wide - needed
+    if any((step := spellings.step_of(node)) is None or step.view is None for node in own):
+        return True
+    readers = (reader for made in wide for reader in _first_readers(reading, made, needed))
+    return not any(_gives_all_a_gradient(*reader) for reader in readers)
 
 
 def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
@@ -59,8 +72,8 @@ def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
     return not set(made_of).isdisjoint(wide)
 
 
-def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[Node]:
-    """Who needs log-probabilities, or what the algebra makes of them, and is none of its steps."""
+def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[tuple[Node, Node]]:
+    """Log-probabilities, or what the algebra makes of them, and who needs them and is none of its steps."""
     frontier, seen = [made], {made}
     while frontier:
         node = frontier.pop(0)
@@ -71,7 +84,7 @@ def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[
             if _is_step(reading, user, made) and any(each in needed for each in user.users):
                 frontier.append(user)
             else:
-                yield user
+                yield node, user
 
 
 def _is_step(reading: Reading, user: Node, made: Node) -> bool:
@@ -81,6 +94,26 @@ def _is_step(reading: Reading, user: Node, made: Node) -> bool:
     if any(written_by(user)) or step is None:
         return False
     return step.view is not None or (theirs is not None and own is not None and theirs.logits == own.logits)
+
+
+def _gives_all_a_gradient(made: Node, user: Node) -> bool:
+    """Whether a gradient of all log-probabilities comes back from a reader, as far as this graph knows."""
+    if _has_no_gradient(made) or not _may_learn(user) or name_of(user) in OF_FEW or any(written_by(user)):
+        return False
+    return not _is_only_looked_at(user)
+
+
+def _is_only_looked_at(node: Node) -> bool:
+    """Whether all that is made of a node is detached in the end, as a metric is that is logged."""
+    frontier, seen = [node], {node}
+    while frontier:
+        made = frontier.pop()
+        if made.op == "output" or not made.users or any(written_by(made)):
+            return False
+        fresh = [user for user in made.users if user not in seen and not _has_no_gradient(user)]
+        seen.update(fresh)
+        frontier += fresh
+    return True
 
 
 def _told(user: Node) -> str:
@@ -93,6 +126,9 @@ def _told(user: Node) -> str:
 
 def _may_learn(user: Node) -> bool:
     """Whether a gradient may come back by a node within the graph."""
-    example = tensor_of(user)
-    has_none = example is not None and not (example.is_floating_point() and example.requires_grad)
-    return user.op != "output" and not has_none
+    return user.op != "output" and not _has_no_gradient(user)
+
+
+def _has_no_gradient(node: Node) -> bool:
+    example = tensor_of(node)
+    return example is not None and not (example.is_floating_point() and example.requires_grad)

@@ -28,7 +28,7 @@ from .beside import misplaced
 from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
-from .kept import for_whom, is_target, may_keep
+from .kept import for_whom, is_spared, is_target, may_keep
 from .normalisers import is_normaliser_alone, picked_beside, read_fixed_picks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -226,12 +226,16 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
 
     Where there is no backward the statistics would be one more sweep.
     """
+
+    def kept(node: Node, wide: list[Node]) -> str:
+        is_better = may_keep(reading, allowed) and is_spared(reading, node, wide, needed)
+        return for_whom(reading, node, wide, needed) if is_better else ""
+
     allowed = list(nodes)
     while True:
         needed = needed_nodes(reading, set(allowed))
         escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
-        may = may_keep(reading, allowed)
-        found = {n: for_whom(reading, n, wide, needed) if may else "" for n, wide in escaped.items()}
+        found = {n: kept(n, wide) for n, wide in escaped.items()}
         if all(found.values()):
             for n, fact in found.items():
                 reading.kept[n] = fact, frozenset(escaped[n])
