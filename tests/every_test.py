@@ -1,7 +1,5 @@
 """Round every test, where tests run: their order, the gpu marker, a clean slate; a plugin of pytest."""
 
-import logging
-
 import pytest
 import ranks
 import torch
@@ -10,9 +8,6 @@ from pairwise import left_to_others
 from releases import skip_if_limit
 
 from inductor_ce.heads import plan
-
-# To a log of which pytest does not know, or torch would make JSON of each step for it.
-torch._logging._internal.trace_log = logging.Logger("torch.__trace")
 
 
 def pytest_unconfigure():
@@ -76,7 +71,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    with clean_slate(), ranks.guards_unmeasured():
+    with clean_slate():
         yield
 
 
