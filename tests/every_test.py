@@ -14,10 +14,12 @@ def pytest_unconfigure():
     ranks.close_groups()
 
 
-# What takes long goes first, so that both workers have something to do until the end.
+# What takes long goes first, so that both workers have something to do until the end; and `docs`, whose lines
+# of README.md take a gigabyte, while a worker has little else.
 LONG = (
     *(
         "dtensor_ranks",
+        "docs",
         "templates",
         "traps",
         "lowering",

@@ -29,7 +29,7 @@ from inductor_ce.api.passes import fuse_losses, publish
 from inductor_ce.ops.operators import ROW_STATS, SOME_ROW_STATS
 
 # Where a process has had as much memory (KiB), what tests left is collected.
-ENOUGH = 5 << 19
+ENOUGH = 11 << 18
 
 # NOTE: classes of graph modules
 # Each graph module has a class of its own, and for each trace FX sets these two of nn.Module, upon which
