@@ -1,7 +1,5 @@
 """Round every test, where tests run: their order, the gpu marker, a clean slate; a plugin of pytest."""
 
-import logging
-
 import pytest
 import ranks
 import torch
@@ -11,18 +9,17 @@ from releases import skip_if_limit
 
 from inductor_ce.heads import plan
 
-# To a log of which pytest does not know, or torch would make JSON of each step for it.
-torch._logging._internal.trace_log = logging.Logger("torch.__trace")
-
 
 def pytest_unconfigure():
     ranks.close_groups()
 
 
-# What takes long goes first, so that both workers have something to do until the end.
+# What takes long goes first, so that both workers have something to do until the end; and `docs`, whose lines
+# of README.md take a gigabyte, while a worker has little else.
 LONG = (
     *(
         "dtensor_ranks",
+        "docs",
         "templates",
         "traps",
         "lowering",
@@ -76,7 +73,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True)
 def _clean_slate():
-    with clean_slate(), ranks.guards_unmeasured():
+    with clean_slate():
         yield
 
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import gc
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
@@ -12,13 +13,12 @@ import torch
 from functorch.compile import make_boxed_func
 from kernels import backwards_at_once, compiled_together
 from pairwise import EVERYTHING
+from spared import spare
 from torch._dispatch.python import enable_python_dispatcher
 from torch._dynamo.utils import counters
-from torch._functorch._aot_autograd import graph_compile
-from torch._inductor import cpu_vec_isa
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx import GraphModule
-from torch.utils import _pytree
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 import inductor_ce
 import inductor_ce.api.backend
@@ -28,14 +28,42 @@ from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
 from inductor_ce.ops.operators import ROW_STATS, SOME_ROW_STATS
 
+# Where a process has had as much memory (KiB), what tests left is collected.
+ENOUGH = 11 << 18
+
+# NOTE: classes of graph modules
+# Each graph module has a class of its own, and for each trace FX sets these two of nn.Module, upon which
+# Python goes through all classes below but those that have their own. Here go the classes of earlier tests.
+SET_BY_TRACES = ("__call__", "__getattr__")
+ASIDE = {
+    kind: type("Aside", (kind,), {name: getattr(torch.nn.Module, name) for name in SET_BY_TRACES})
+    for kind in (GraphModule, _LazyGraphModule)
+}
+
 
 def collect_seldom() -> None:
-    """What is there now stays, so that no garbage collection need look at it; and there is time for one, as
-    what a compilation leaves is small."""
+    """No garbage collection looks at what is there now, which stays; nor, but where one test makes very much,
+    at what tests leave: see `set_aside`. Looking at all of it takes a tenth of a run."""
     gc.collect()
     gc.freeze()
     gc.enable()
-    gc.set_threshold(50_000, 20, 20)
+    gc.set_threshold(500_000, 20, 20)
+
+
+def set_aside() -> None:
+    """What a test left is collected once memory is short, and until then by none of the collections that
+    tests ask for, which take the less for it."""
+    global ENOUGH
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if peak > ENOUGH:
+        gc.unfreeze()
+        gc.collect()
+        ENOUGH = peak + (1 << 19)
+    gc.freeze()
+    for kind, aside in ASIDE.items():
+        for own in kind.__subclasses__():
+            if own.__qualname__.endswith(".GraphModuleImpl"):
+                own.__bases__ = (aside,)
 
 
 @contextlib.contextmanager
@@ -43,13 +71,9 @@ def clean_slate():
     """Nothing compiled, nothing installed, no counts; graphs are not cached, so passes run in every test.
 
     Kernels are: the same text gives the same machine code, whichever test or rank asks for it first. Dynamo
-    neither collects garbage after each compilation, nor measures how long guards take, for which it would
-    flush the processor's caches, nor keeps a record of it with all options: 10, 25 and 2 ms. AOTAutograd
-    makes no text of its graphs for a log that nobody reads: 3 ms of 150. That a library made for this
-    processor can be loaded is not seen in a process of its own, for every process that asks: 1 s. And of its
-    kinds of vectors those are not looked for that nobody asks for, 6 s where no library was made yet. Whether
-    a class is a named tuple is asked ten thousand times a compilation, and answered once: 3 %.
+    does not collect garbage after each compilation, 10 ms, nor do more for it than is compiled: see `spared`.
     """
+    spare()
     torch._dynamo.reset()
     counters.clear()
     torch.manual_seed(0)
@@ -57,40 +81,11 @@ def clean_slate():
         torch._inductor.config.patch(fx_graph_cache=False, fx_graph_remote_cache=False),
         torch._functorch.config.patch(enable_autograd_cache=False),
         torch._dynamo.config.patch(run_gc_after_compile=False),
-        mock.patch("torch._dynamo.guards.profile_guard_manager", lambda *_: 0.0),
-        mock.patch("torch._dynamo.utils.record_compilation_metrics", lambda *_, **__: None),
-        mock.patch.object(graph_compile, "_log_joint_graph", lambda *_: None, create=True),
-        mock.patch.object(graph_compile, "_log_fw_bw_graphs", lambda *_: (None, None), create=True),
-        mock.patch.object(cpu_vec_isa.VecISA, "_probe_load", lambda *_: True, create=True),
-        mock.patch.object(cpu_vec_isa, "valid_vec_isa_list", best_vectors),
-        mock.patch.object(_pytree, "is_namedtuple_class", is_namedtuple_class, create=True),
         compiled_together(),
     ):
         yield
     inductor_ce.uninstall()
-
-
-is_namedtuple_class = functools.lru_cache(1000)(_pytree.is_namedtuple_class)
-every_kind_of_vectors = cpu_vec_isa.valid_vec_isa_list.__wrapped__
-
-
-@functools.cache
-def best_vectors() -> list[cpu_vec_isa.VecISA]:
-    """The first of the kinds of vectors for which libraries can be made here, which is that one uses."""
-    for kind in cpu_vec_isa.supported_vec_isa_list:
-        with mock.patch.object(cpu_vec_isa, "supported_vec_isa_list", [kind]):
-            found = every_kind_of_vectors()
-        if found:
-            return found
-    return []
-
-
-def known_to_children() -> dict[str, str]:
-    """What of the environment spares a process of its own to look, 1 s each, whether libraries made for this
-    processor can be loaded; nothing where some cannot be made."""
-    with torch._inductor.config.patch({"cpp.vec_isa_ok": True}):
-        named = every_kind_of_vectors()
-    return {"TORCHINDUCTOR_VEC_ISA_OK": "1"} if named[:1] == best_vectors() else {}
+    set_aside()
 
 
 @contextlib.contextmanager

@@ -47,14 +47,6 @@ def mesh_there(mesh: tuple[int, ...], device: str) -> tuple[int, ...]:
     return (*mesh[:-1], mesh[-1] // 2)
 
 
-@contextlib.contextmanager
-def guards_unmeasured() -> Iterator[None]:
-    """Within the block, torch does not time guards for its debug log: a tenth of a small compilation, for it
-    first writes over all that the processor has cached."""
-    with mock.patch.object(torch._dynamo.guards, "profile_guard_manager", lambda *_: 0.0, create=True):
-        yield
-
-
 def _worker(pipe: connection.Connection, rank: int, size: int, folder: str, device: str) -> None:
     torch.set_num_threads(1)
     if device == "cuda":
@@ -80,7 +72,7 @@ def _outcome(rank: int, asked: bytes) -> tuple[bytes, str]:
         os.environ.update(environment)
         sys.path[:] = path
         what, args = pickle.loads(call)  # which imports modules on that path
-        with clean_slate(), guards_unmeasured():
+        with clean_slate():
             saved = io.BytesIO()
             torch.save(what(rank, *args), saved)
         return saved.getvalue(), ""

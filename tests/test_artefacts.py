@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import clean_slate, known_to_children
+from harness import clean_slate
+from spared import known_to_children
 from test_explain import FUSED, SCRIPT
 
 PROGRAM = """
+import gc
 import json
 import os
 import runpy
@@ -28,8 +30,11 @@ import torch._inductor.compile_fx
 import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from kernels import backwards_at_once, compiled_together
+from spared import spare
 from torch._dynamo.utils import counters
 
+gc.disable()  # as what is forked ends soon
+spare()
 torch._dynamo.config.enable_aot_compile = True  # as from 2.12 on
 folder = Path(sys.argv[1])
 torch.manual_seed(0)

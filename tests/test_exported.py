@@ -14,9 +14,10 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from harness import Graphs, compile_lazily, compile_without_codegen, known_to_children, misses, sites
+from harness import Graphs, compile_lazily, compile_without_codegen, misses, sites
 from pairwise import pairwise
 from reference import Terms, assert_fair
+from spared import known_to_children
 from torch import Tensor, nn
 from torch._inductor.codecache import AotCodeCompiler
 from torch._inductor.compile_fx import compile_fx

@@ -15,6 +15,7 @@ import pytest
 import torch
 from harness import clean_slate, without_codegen
 from reference import assert_all_fair, assert_fair
+from spared import users_record
 from torch import Tensor
 from torch._dynamo import utils as dynamo_utils
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
@@ -27,7 +28,6 @@ from inductor_ce.heads.fuse import fuse_heads, sentence
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/integrations.md"
 STEPS = 5
-RECORD = dynamo_utils.record_compilation_metrics
 
 EAGER, PLAIN, OURS = "eager", "plain torch.compile", "inductor_ce"
 
@@ -116,7 +116,9 @@ def run(heading: str, names: dict[str, Any], how: str) -> Run:
         scaled(),
         without_codegen(),
         as_told(how),
-        mock.patch.object(dynamo_utils, "record_compilation_metrics", RECORD),  # which other tests do without
+        mock.patch.object(
+            dynamo_utils, "record_compilation_metrics", users_record
+        ),  # which other tests do without
         mock.patch.object(passes, "fuse_heads", planned),
         mock.patch.dict(os.environ),  # where Trainer tells accelerate to compile
     ):
