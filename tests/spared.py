@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import traceback
-from collections import namedtuple
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -38,7 +35,6 @@ def spare() -> None:
     _vectors()
     _random_numbers()
     _asked_once()
-    _trees()
     _cuts()
 
 
@@ -85,51 +81,6 @@ def _asked_once() -> None:
     make = functools.cache(lambda handler, *counts: users_rules(handler))
     rules = utils.op_dtype_propagation_rules, common.pointwise_overrides_data
     DtypePropagationOpsHandler.__init__ = lambda handler: make(handler, *map(len, rules))
-
-
-def _trees() -> None:
-    """Trees of values are flattened by functions that call themselves, not by one that is made for each tree
-    and keeps itself, for the garbage collector: half of all that it found."""
-    theirs = _pytree.tree_flatten, _pytree.tree_leaves
-    for module in [*sys.modules.values()]:
-        for old, new in zip(theirs, (tree_flatten, tree_leaves), strict=True):
-            if getattr(module, "__dict__", {}).get(old.__name__) is old:
-                setattr(module, old.__name__, new)
-
-
-def tree_flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], Any]:
-    leaves: list[Any] = []
-    return leaves, _flattened(tree, leaves, is_leaf)
-
-
-def _flattened(tree: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | None) -> Any:
-    kind = _kind(type(tree))
-    node = _pytree.SUPPORTED_NODES.get(kind)
-    if node is None or (is_leaf is not None and is_leaf(tree)):
-        leaves.append(tree)
-        return _pytree._LEAF_SPEC
-    children, context = node.flatten_fn(tree)
-    return _pytree.TreeSpec(kind, context, [_flattened(child, leaves, is_leaf) for child in children])
-
-
-def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
-    leaves: list[Any] = []
-    _collected(tree, leaves, is_leaf)
-    return leaves
-
-
-def _collected(tree: Any, leaves: list[Any], is_leaf: Callable[[Any], bool] | None) -> None:
-    node = _pytree.SUPPORTED_NODES.get(_kind(type(tree)))
-    if node is None or (is_leaf is not None and is_leaf(tree)):
-        leaves.append(tree)
-        return
-    for child in node.flatten_fn(tree)[0]:
-        _collected(child, leaves, is_leaf)
-
-
-@functools.lru_cache(1000)
-def _kind(of: type) -> Any:
-    return namedtuple if _pytree.is_namedtuple_class(of) else of
 
 
 def _cuts() -> None:
