@@ -29,14 +29,14 @@ def loss(student_output, teacher_output, center, student_temp=0.1, teacher_temp=
 
 
 EXPECTED = """\
-dot(q) - lse*mass(q)
-row_stats: max,sumexp,dot:0,mass:0
-sharded: all_gather [4, N]
-dot(q) - lse*mass(q)
-dot(q2) - lse*mass(q2)
-row_stats: max,sumexp,dot:0,mass:0,dot:1,mass:1
-sharded: all_gather [6, N]
-dot(q) - lse*mass(q)
-row_stats: max,sumexp,dot:0,mass:0
-sharded: all_gather [4, N]
+sum -q*log p, targets constant
+row_stats: max,sumexp
+sharded: as a loss of one side
+sum -p*log q, targets constant
+sum -q*log p, targets constant
+row_stats: max,sumexp
+sharded: as a loss of one side
+sum -q*log p, targets constant
+row_stats: max,sumexp
+sharded: as a loss of one side
 """

@@ -24,7 +24,10 @@ def loss(logits, frozen_logits, actions, advantages):
 
 EXPECTED = """\
 pick(y) - lse
-0.2*lse*mass(q2) + 0.2*mass(q, q2) - 0.2*dot(q2)
-row_stats: max,sumexp,pick,dot:0,mass:0
-sharded: all_gather [5, N]
+sum q*(log q - log p), targets constant
+row_stats: max,sumexp,pick
+sharded: as a loss of one side
+pick(y) - lse
+row_stats: max,sumexp,pick
+sharded: all_gather [3, N]
 """

@@ -30,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import inductor_ce
+from inductor_ce.rewriting.divergences import CONSTANT
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "patterns"
@@ -343,6 +344,7 @@ def rendered(report: inductor_ce.Report) -> str:
         lines += [f"kept: {_without_locations(site.kept)}"] if site.kept else []
         sums_entries = any(re.search(r"\bsum ", form) for form in site.form.split("; "))
         exchange = "left as written" if sums_entries else f"all_gather [{_width(site.which)}, N]"
+        exchange = "as a loss of one side" if CONSTANT in site.form else exchange
         lines += [f"row_stats: {site.which}", f"sharded: {exchange}"]
     left = [*report.misses, *report.small]
     told = [f"{miss.reason.name}: {_without_locations(miss.message)}" for miss in left]

@@ -27,6 +27,9 @@ class Arithmetic(Protocol[T]):
     def unless_zero(self, p: T, x: T) -> T:
         """x, but 0 where p is 0."""
 
+    def once(self, row: T) -> T:
+        """A number of each row, made once and not for each of its entries."""
+
     def over_classes(self, row: T) -> T:
         """A number of each row beside all of its entries."""
 
@@ -48,9 +51,18 @@ class Normalised(Generic[T]):
 
     def logarithm_and_probability(self, do: Arithmetic[T]) -> tuple[T, T]:
         """log p, and p as exp(z - m) / d: not as the exponential of its logarithm, which has been rounded."""
-        gap = do.sub(self.z, do.over_classes(self.m))
+        gap = self.gap(do)
         log_p = do.sub(gap, do.over_classes(self.logd))
         return log_p, do.mul(do.exp(gap), do.over_classes(self.scale))
+
+    def gap(self, do: Arithmetic[T]) -> T:
+        """z - m"""
+        return do.sub(self.z, do.over_classes(self.m))
+
+    def log_ratio(self, do: Arithmetic[T], other: Normalised[T]) -> T:
+        """log p - log p' of another side. log(d / d') is a small number, and so is its rounding."""
+        ratio = do.once(do.log(do.div(self.scale, other.scale)))
+        return do.add(do.sub(self.gap(do), other.gap(do)), do.over_classes(ratio))
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,10 @@ class Tensors:
     @staticmethod
     def unless_zero(p: Tensor, x: Tensor) -> Tensor:
         return torch.where(p == 0, 0.0, x)
+
+    @staticmethod
+    def once(row: Tensor) -> Tensor:
+        return row
 
     @staticmethod
     def over_classes(row: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class _Weighed(Generic[T]):
     """What an entry of each side has: its probability p, and L, the sum of the logarithms that it weighs."""
 
     def __init__(self, do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]):
-        self.do, self.which = do, which
+        self.do, self.which, self._sides = do, which, sides
         self.a, self.p = zip(*(side.logarithm_and_probability(do) for side in sides), strict=True)
         self.m = [self._sum(zip(w, self.p, strict=True)) for w in which.mixtures]
         self.logs = [do.log(m) for m in self.m]
@@ -82,6 +82,9 @@ class _Weighed(Generic[T]):
         """L_u; None for 0."""
         which = self.which
         pairs = [*zip(which.logs[u], self.a, strict=True), *zip(which.mixed[u], self.logs, strict=True)]
+        if not any(which.mixed[u]) and (between := _difference(which.logs[u])) is not None:
+            c, s, t = between
+            pairs = [(c, self._sides[s].log_ratio(self.do, self._sides[t]))]
         return self._sum(pairs, which.constants[u]) if which.has_terms(u) else None
 
     def value(self, u: int) -> T | None:
@@ -114,6 +117,15 @@ class _Weighed(Generic[T]):
             if s != u and which.logs[s][u]
         ]
         return _added(do, parts) if parts else do.mul(self.p[u], 0.0)
+
+
+def _difference(logs: Sequence[float]) -> tuple[float, int, int] | None:
+    """(c, s, t) where a sum of logarithms is c log p_s - c log p_t."""
+    weighed = sorted((-c, s) for s, c in enumerate(logs) if c)
+    if len(weighed) != 2 or weighed[0][0] != -weighed[1][0]:
+        return None
+    (c, s), (_, t) = weighed
+    return -c, s, t
 
 
 def _sums(do: Arithmetic[T], which: Divergence, sides: Sequence[Normalised[T]]) -> list[T]:

@@ -202,6 +202,10 @@ class _Loops:
     def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:
         return _where(call_lowering(aten.eq.Scalar, p, 0), 0.0, x)
 
+    def once(self, row: IRNode) -> IRNode:
+        row.realize()
+        return row
+
     def over_classes(self, row: IRNode) -> IRNode:
         return _unsqueeze(row, 1)
 

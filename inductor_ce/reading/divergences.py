@@ -7,7 +7,7 @@ tensor of logits. Where a sum, or a loss of torch, has none, what it sums is rea
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Between:
         terms: what is added up; none where that is not a sum of logarithms under probabilities.
         tensors: what is brought along for each entry, row or class.
         numbers, constants: those of rows of which gradients are wanted, or are not.
+        is_of_one: whether it is a loss of one side too, whose weights the others make; see `_is_of_given`.
     """
 
     node: Node
@@ -63,28 +64,36 @@ class Between:
     tensors: tuple[Node, ...] = ()
     numbers: tuple[Node, ...] = ()
     constants: tuple[Node, ...] = ()
+    is_of_one: bool = False
 
 
 def read_divergences(reading: Reading) -> Iterator[Between]:
     """Those of a graph that has been read."""
     reader = JointReader(reading)
-    found, others = [], []
+    found, others, taught = [], [], []
     for node in reading.timeline.nodes:
         step = spellings.step_of(node)
         if step is None or step.name not in _ENDS:
             continue
         of_one = is_loss_of_one(reading, node)
-        if of_one and _learns(reading, node):
-            if algebra.powers_cancel(row_expr(reading.values[node])):  # type: ignore[arg-type]
-                others.append(node)
+        is_learnt = of_one and _learns(reading, node)
+        if is_learnt and algebra.powers_cancel(row_expr(reading.values[node])):  # type: ignore[arg-type]
+            others.append(node)
+        if is_learnt and not _is_of_given(reading, node):
             continue
         summed = _summed(reader, node, step.name)
+        if is_learnt:
+            taught += [] if summed is None else [summed]
+            continue
         # As a loss of one side reads it, the logarithm of a mixture is a weight of all classes.
         if summed is not None and (not of_one or summed.expr.has_mixture):
             found.append(summed)
         elif not of_one:
             others.append(node)
     between = {summed.node: _between(reader, summed) for summed in added_up(reading, found)}
+    for summed in taught:
+        if (of_both := _between(reader, summed)) is not None and of_both.terms:
+            between[summed.node] = replace(of_both, is_of_one=True)
     others += [node for node, each in between.items() if each is None or not each.terms]
     places = _places_of_classes(reading) if others else []
     for node in others:
@@ -124,6 +133,21 @@ def _learns(reading: Reading, node: Node) -> bool:
     example = None if value is None else tensor_of(value.logits.node)
     on = timeline.grad_mode(timeline.position[node]) is True
     return on and example is not None and example.requires_grad
+
+
+def _is_of_given(reading: Reading, node: Node) -> bool:
+    """Whether the logits of a loss of one side are given to the graph, or made of such by steps alone.
+
+    NOTE Teachers. A loss that is weighed by a softmax in the same graph is a loss of one side, whose weights
+    would be made in memory, and read by each of its sums. As a divergence it reads the teacher's logits. With
+    a linear layer before the logits the weights are made for each piece of the head.
+    """
+    source: Any = reading.on_logits(node).logits.node  # type: ignore[union-attr]
+    while source.op != "placeholder":
+        if spellings.step_of(source) is None or len(source.all_input_nodes) != 1:
+            return False
+        (source,) = source.all_input_nodes
+    return True
 
 
 def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:

@@ -46,6 +46,9 @@ LEFT = "a divergence is left as it was"
 # In the meta of normalisers: the divergence that they are for, as text, once, and "" elsewhere.
 FORM = "inductor_ce_divergence"
 
+# Of a loss that is one of one side as well, as it is where the logits are DTensors.
+CONSTANT = "targets constant"
+
 OF_RANKS = Refusal(
     Reason.UNSUPPORTED_TENSOR, "It is a divergence between several sets of logits, which are DTensors."
 )
@@ -71,7 +74,7 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
     for each in _escaping(reading, allowed):
         allowed.remove(each)
     for each in found:
-        refusal = refused[each.node]
+        refusal = None if each.is_of_one else refused[each.node]
         if refusal is not None and refusal.reason is Reason.SMALL_VOCAB:
             reading.miss(each.node, refusal)
         elif refusal is not None:
@@ -131,8 +134,9 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
             return escaping
         for each in more:
             found.remove(each)
-            refusal = escape(reading, stay[each.node], needed)
-            reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
+            if not each.is_of_one:
+                refusal = escape(reading, stay[each.node], needed)
+                reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
         escaping += more
 
 
@@ -342,6 +346,7 @@ def _form(found: Between) -> str:
     if how == "sum" and not is_loss and args.get("dim") is not None:
         how = ""
     rendered = " + ".join(_rendered(term.divergence) for term in found.terms)
+    rendered += f", {CONSTANT}" if found.is_of_one else ""
     return f"{how}({rendered})" if how else rendered
 
 
