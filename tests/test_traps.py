@@ -865,6 +865,22 @@ def test_trap_28_only_the_raw_logits_are_saved(
     torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2)
 
 
+def test_trap_28_targets_made_of_labels_are_not_saved() -> None:
+    """As smoothing by scatter has them, with a column and rows that are emptied."""
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        target = torch.full_like(z, 0.1 / (V - 2)).scatter_(1, y.clamp(min=0).unsqueeze(1), 0.9)
+        target[:, 0] = 0
+        target.masked_fill_((y < 1).unsqueeze(1), 0.0)
+        return F.kl_div(F.log_softmax(z, -1), target, reduction="sum")
+
+    run, graphs = compile_without_codegen(loss)
+    z, y = logits(), labels()
+    torch.testing.assert_close(measure(run, z, y), measure(loss, z, y), rtol=1e-5, atol=1e-6)
+    assert sites() == 1
+    assert [node.op for node in saved(graphs.final[0])] == ["placeholder"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("chain", ["plain", "float", "soft-cap"])
 @pytest.mark.parametrize("f", [cross_entropy, rich])

@@ -22,7 +22,13 @@ from .kinds import VIEWS, is_pointwise
 
 aten = torch.ops.aten
 
-_LINKS = {*VIEWS, aten.slice.Tensor, aten.expand.default}
+_LINKS = {
+    *VIEWS,
+    aten.slice.Tensor,
+    aten.expand.default,
+    aten.select_scatter.default,
+    aten.slice_scatter.default,
+}
 _NEUTRAL: dict[Any, int] = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
 
 
@@ -124,6 +130,8 @@ def _branches(node: Node, returned: set[Node]) -> list[Node]:
 
 
 def _is_link(node: Node) -> bool:
+    if node.target == aten.scatter.value:  # over a constant, which Inductor makes pointwise
+        return args_of(node)[0].target == aten.full.default
     return node.op == "call_function" and (node.target in _LINKS or is_pointwise(node))
 
 
