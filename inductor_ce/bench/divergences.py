@@ -24,6 +24,7 @@ SHAPES = ((4096, 128256), (8192, 32000))
 ROWS = 256  # in float64 at a time
 BETA = 0.5
 EPSILON = 1e-8
+TEMPERATURE = 2.0
 OF_TIME = 0.6
 
 METHOD = {
@@ -56,6 +57,18 @@ def symmetric_kl(z: Tensor, t: Tensor) -> Tensor:
     return 0.5 * (one + F.kl_div(log_q, log_p.exp(), reduction="batchmean"))
 
 
+def distillation(z: Tensor, t: Tensor) -> Tensor:
+    """From a teacher at a temperature, beside labels, as Hinton et al. have it."""
+    log_p, q = F.log_softmax(z.float() / TEMPERATURE, -1), F.softmax(t.float() / TEMPERATURE, -1)
+    soft = F.kl_div(log_p, q, reduction="batchmean") * TEMPERATURE**2
+    return 0.5 * soft + 0.5 * F.cross_entropy(z.float(), labels(z))
+
+
+def labels(z: Tensor) -> Tensor:
+    """Any that are not the teacher's choice, one a row."""
+    return torch.arange(len(z), device=z.device) * 7919 % z.shape[1]
+
+
 def entropy(z: Tensor, t: Tensor) -> Tensor:
     """With an epsilon in the logarithm, as in actor-critics."""
     p = F.softmax(z.float(), -1)
@@ -73,6 +86,7 @@ LOSSES: dict[str, Loss] = {
     "generalised JSD": generalised_jsd,
     "JSD": jsd,
     "symmetric KL": symmetric_kl,
+    "distillation": distillation,
     "entropy + eps": entropy,
     "squared distance": squared_distance,
 }
@@ -81,6 +95,7 @@ CASES = (
     ("JSD", STUDENT),
     ("JSD", BOTH),
     ("symmetric KL", BOTH),
+    ("distillation", STUDENT),
     ("entropy + eps", STUDENT),
     ("squared distance", STUDENT),
 )
@@ -132,7 +147,7 @@ def exactly(name: str, z: Tensor, t: Tensor) -> dict[str, Tensor]:
     total = torch.zeros((), dtype=torch.float64, device=z.device)
     for rows in torch.arange(len(z), device=z.device).split(ROWS):
         pair = [x.detach()[rows].double().requires_grad_(x.requires_grad) for x in (z, t)]
-        loss = _formula(name, *pair) / len(z)
+        loss = _formula(name, pair[0], pair[1], labels(z)[rows]) / len(z)
         wanted = [x for x in pair if x.requires_grad]
         for key, gradient in zip(found, torch.autograd.grad(loss, wanted), strict=True):
             found[key][rows] = gradient
@@ -140,16 +155,25 @@ def exactly(name: str, z: Tensor, t: Tensor) -> dict[str, Tensor]:
     return {"loss": total, **found}
 
 
-def _formula(name: str, z: Tensor, t: Tensor) -> Tensor:
+def _formula(name: str, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
     """sum_i p_i log(p_i / x_i), of p from the mixture or from the other, weighed; or what the loss sums."""
-    p, q = ((x - x.detach().amax(-1, keepdim=True)).exp() for x in (z, t))
-    p, q = p / p.sum(-1, keepdim=True), q / q.sum(-1, keepdim=True)
+    if name == "distillation":
+        (p, q), (own, _) = _probabilities(z / TEMPERATURE, t / TEMPERATURE), _probabilities(z, t)
+        soft = TEMPERATURE**2 * (q * (q / p).log()).sum()
+        return 0.5 * soft - 0.5 * own[torch.arange(len(y), device=y.device), y].log().sum()
+    p, q = _probabilities(z, t)
     if name == "entropy + eps":
         return -(p * (p + EPSILON).log()).sum()
     if name == "squared distance":
         return (p - q).square().sum()
     x, y = (q, p) if name == "symmetric KL" else ((p + q) / 2,) * 2
     return 0.5 * (p * (p / x).log() + q * (q / y).log()).sum()
+
+
+def _probabilities(*sides: Tensor) -> Iterator[Tensor]:
+    for x in sides:
+        exp = (x - x.detach().amax(-1, keepdim=True)).exp()
+        yield exp / exp.sum(-1, keepdim=True)
 
 
 def table(result: dict[str, Any]) -> str:
