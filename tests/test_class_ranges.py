@@ -119,7 +119,7 @@ def test_any_number_of_classes():
 def test_a_range_is_kept():
     def f(z, y):
         some = z.log_softmax(-1)[:, 1:]
-        return some.mean() + some.sin().sum()
+        return some.mean() + some.topk(2).values.sum()
 
     backend = rewritten(f, torch.randn(B * S, V, requires_grad=True), torch.randint(V, (B * S,)))
     assert "log_softmax of all classes" in backend.report.sites[0].kept

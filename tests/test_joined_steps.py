@@ -114,7 +114,7 @@ def with_the_likeliest(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) ->
 def behind_each_other(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Any:
     first, rest = z[:, 0].log_softmax(-1), z[:, 1:].flatten(0, 1).log_softmax(-1)
     picked = torch.cat([first, rest]).gather(1, torch.cat([y[:, 0], y[:, 1:].flatten()])[:, None])
-    return picked.sum(), first @ w, rest.exp().mean(0)
+    return picked.sum(), first.topk(2).values, rest.exp()
 
 
 @pytest.mark.parametrize(("f", "n"), [(with_the_likeliest, S), (behind_each_other, 2)])

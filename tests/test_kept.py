@@ -211,12 +211,13 @@ def beside_a_divergence(h, W, y, store):
 
 
 WITH_A_GRADIENT = [
-    *(soft_embeddings, soft_embeddings_detached, expected_costs, a_copy_edited),
+    *(soft_embeddings, soft_embeddings_detached, expected_costs),
     *(beside_sums_of_entries, beside_a_divergence),
 ]
 # Whose backward sweeps all of what the loss is picked of in any case.
 NOTHING_SPARED = [
     *(used_elementwise, used_and_returned, half_detached, averaged_over_rows, cumulated, edited_afterwards),
+    a_copy_edited,
 ]
 
 

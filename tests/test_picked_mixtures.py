@@ -180,16 +180,16 @@ def edited_between_picks(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> Tens
     return (first / p[torch.arange(N), y]).log().mean()
 
 
-def cumulated(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+def topped(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     p = averaged(z)
-    return F.nll_loss(p.log(), y), p.cumsum(-1)
+    return F.nll_loss(p.log(), y), p.detach().topk(2).values
 
 
 @pytest.mark.parametrize(
     ("f", "kept"),
     [
         *((read_whole, [False, False]), (edited_between_picks, [False, False])),
-        *((copied_and_returned, [True]), (cumulated, [True, True])),
+        *((copied_and_returned, [True]), (topped, [True, True])),
     ],
 )
 def test_a_mixture_that_something_else_reads(f: Callable[..., Any], kept: list[bool]) -> None:

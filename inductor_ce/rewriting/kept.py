@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch.fx import Node
 
 from ..common.findings import name_of, where_is
-from ..graph.shapes import shape_of, tensor_of
+from ..graph.shapes import same_shape, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..reading import spellings
@@ -55,7 +55,7 @@ def is_spared(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Nod
     if any((step := spellings.step_of(node)) is None or step.view is None for node in own):
         return True
     readers = (reader for made in wide for reader in _first_readers(reading, made, needed))
-    return not any(_gives_all_a_gradient(*reader) for reader in readers)
+    return not any(_gives_all_a_gradient(*reader, needed) for reader in readers)
 
 
 def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
@@ -96,21 +96,43 @@ def _is_step(reading: Reading, user: Node, made: Node) -> bool:
     return step.view is not None or (theirs is not None and own is not None and theirs.logits == own.logits)
 
 
-def _gives_all_a_gradient(made: Node, user: Node) -> bool:
+def _gives_all_a_gradient(made: Node, user: Node, needed: set[Node]) -> bool:
     """Whether a gradient of all log-probabilities comes back from a reader, as far as this graph knows."""
-    if _has_no_gradient(made) or not _may_learn(user) or name_of(user) in OF_FEW or any(written_by(user)):
-        return False
-    return not _is_only_looked_at(user)
+    frontier, seen = [(made, user)], {user}
+    while frontier:
+        source, node = frontier.pop()
+        is_stored = any(written_by(node)) and source not in written_by(node)
+        if is_stored or _has_no_gradient(source) or not _may_learn(node) or name_of(node) in OF_FEW:
+            continue
+        if not _is_of_each(node, source):
+            if not _is_only_looked_at(node, needed):
+                return True
+            continue
+        fresh = [each for each in node.users if each in needed and each not in seen]
+        seen.update(fresh)
+        frontier += [(node, each) for each in fresh]
+    return False
 
 
-def _is_only_looked_at(node: Node) -> bool:
-    """Whether all that is made of a node is detached in the end, as a metric is that is logged."""
+def _is_of_each(node: Node, source: Node) -> bool:
+    """Whether a node is a view, or has a number for each one of another."""
+    step, example = spellings.step_of(node), tensor_of(node)
+    is_view = step is not None and step.view is not None
+    return is_view or (example is not None and same_shape(example.shape, shape_of(source)))
+
+
+def _is_only_looked_at(node: Node, needed: set[Node]) -> bool:
+    """Whether all that is made of a node is detached in the end, as a metric is that is logged, or is edited
+    and never read."""
     frontier, seen = [node], {node}
     while frontier:
         made = frontier.pop()
-        if made.op == "output" or not made.users or any(written_by(made)):
+        if made.op == "output" or not seen.issuperset(written_by(made)):
             return False
-        fresh = [user for user in made.users if user not in seen and not _has_no_gradient(user)]
+        users = [user for user in made.users if user in needed]
+        if not users and not any(written_by(made)):
+            return False
+        fresh = [user for user in users if user not in seen and not _has_no_gradient(user)]
         seen.update(fresh)
         frontier += fresh
     return True
