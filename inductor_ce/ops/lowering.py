@@ -170,7 +170,8 @@ def _row_grad(
 ) -> IRNode:
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
-    if left is None and (any(map(_is_made_for_each, weights)) or is_added_to_others(GRADIENTS)):
+    is_one_loop = is_added_to_others(GRADIENTS) and not rows.several
+    if left is None and (is_one_loop or any(map(_is_made_for_each, weights))):
         dz = loops.row_grad(z, labels, weights, m, coefficients, rows)
         return dz if rows.several else _in_place_of(z, dz)
     template = functools.partial(_grad_template, Limit(left, piece))
