@@ -63,6 +63,34 @@ def test_numbers_beside_what_is_detached_keep_their_gradient(f: Callable[..., Te
     assert backend.report.sites
 
 
+CONSTANT: dict[str, Callable[[Tensor], Tensor]] = {
+    "of a row": lambda p: p.sum(-1),
+    "of all": lambda p: p.sum(-1).mean(),
+    "twice": lambda p: 2 * p.sum(-1),
+}
+BESIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "the largest": lambda p: p.detach().amax(-1),
+    "one": lambda p: p.detach()[:, 0],
+    "the entropy": lambda p: (p.detach() * p.detach().log()).sum(-1),
+}
+
+
+@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize("constant", CONSTANT)
+def test_what_is_constant_has_a_gradient_of_0(constant: str, beside: str) -> None:
+    """Probabilities' sum, beside what is detached: who asks for the gradient, as of eager's, gets one."""
+
+    def f(z: Tensor) -> Tensor:
+        p = F.softmax(z, -1)
+        return CONSTANT[constant](p) + BESIDE[beside](p)
+
+    z = given()[0]
+    loss = torch.compile(f, backend=Rewritten())(z)
+    torch.testing.assert_close(loss, f(z), rtol=1e-9, atol=1e-10)
+    (gradient,) = torch.autograd.grad(loss.sum(), z)
+    torch.testing.assert_close(gradient, torch.zeros_like(z), rtol=0, atol=1e-10)
+
+
 ROWS = (
     *("lp.gather(1, y[:, None])[:, 0]", "lp[torch.arange(6), y]", "z.logsumexp(-1)", "-(p * lp).sum(-1)"),
     *("p.max(-1).values", "(p * q).sum(-1)", "lp.mean(-1)", "(p * (a.detach() * lp - q)).sum(-1)"),

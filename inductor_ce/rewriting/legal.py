@@ -19,7 +19,7 @@ from ..common.compat.graphs import (
 from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..distributed.placements import layout_fact
-from ..graph.shapes import hint, shape_of, tensor_of
+from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.losses import class_dimension
@@ -125,7 +125,7 @@ def _ends(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
     ends: dict[Logits, list[Node]] = defaultdict(list)
     for node, value in reading.values.items():
         if isinstance(value, LossValue):
-            is_end = not _keeps_maximum(reading, node) and not _is_joined(reading, node)
+            is_end = not _needs_own_gradient(reading, node) and not _is_joined(reading, node)
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
@@ -137,7 +137,7 @@ def _ends(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
 
 
 def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
-    if _keeps_maximum(reading, node):
+    if _needs_own_gradient(reading, node):
         return False
     return any(
         _is_strange(reading, node, user, value.logits) or _is_label_of(reading, node, user)
@@ -148,6 +148,12 @@ def _is_end(reading: Reading, node: Node, value: RowValue) -> bool:
 def _is_joined(reading: Reading, node: Node) -> bool:
     """Whether nothing but what joins it to the losses of other rows uses a loss."""
     return bool(node.users) and all(user in reading.joined for user in node.users)
+
+
+def _needs_own_gradient(reading: Reading, node: Node) -> bool:
+    """Whether the user's nodes have a gradient, be it of 0 as a sum of probabilities has, and ours none."""
+    is_number = expr_of(reading, node).is_number
+    return _keeps_maximum(reading, node) or (is_number and example_of(node).requires_grad)
 
 
 def _keeps_maximum(reading: Reading, node: Node) -> bool:
@@ -228,14 +234,13 @@ def _without_escapes(reading: Reading, nodes: list[Node]) -> list[Node]:
     """
 
     def kept(node: Node, wide: list[Node]) -> str:
-        is_better = may_keep(reading, allowed) and is_spared(reading, node, wide, needed)
-        return for_whom(reading, node, wide, needed) if is_better else ""
+        return for_whom(reading, node, wide, needed) if is_spared(reading, node, wide, needed) else ""
 
     allowed = list(nodes)
     while True:
-        needed = needed_nodes(reading, set(allowed))
+        needed, may = needed_nodes(reading, set(allowed)), may_keep(reading, allowed)
         escaped = {n: w for n in allowed if (w := sorted(value_of(reading, n).wide & needed, key=str))}
-        found = {n: kept(n, wide) for n, wide in escaped.items()}
+        found = {n: kept(n, wide) if may else "" for n, wide in escaped.items()}
         if all(found.values()):
             for n, fact in found.items():
                 reading.kept[n] = fact, frozenset(escaped[n])
