@@ -122,14 +122,13 @@ def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str)
     """[1 + K + C + 2 S + R, N], as `divergences.divergence`."""
     of_rows = ds[len(ms) :]
     wide, m_wide, rows = (_wide(each, zs, of_rows) for each in (zs, ms, ds))
-    sides = []
-    for z, m, d in zip(wide, m_wide, rows, strict=False):
-        logd, scale = call_lowering(aten.log.default, d), call_lowering(aten.reciprocal.default, d)
-        for row in (logd, scale):
-            row.realize()  # once a row, and not for each of its entries
-        sides.append(Normalised(z, m, logd, scale))
+    do = _Loops()
+    sides = [
+        Normalised(z, m, do.once(do.log(d)), do.once(call_lowering(aten.reciprocal.default, d)))
+        for z, m, d in zip(wide, m_wide, rows, strict=False)
+    ]
     given = Operands(sides, wide[len(ms) :], rows[len(ms) :])
-    return _stack(divergences.sums(_Loops(), divergences.decode(which), given))
+    return _stack(divergences.sums(do, divergences.decode(which), given))
 
 
 def divergence_grad(

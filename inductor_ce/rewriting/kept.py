@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch.fx import Node
 
 from ..common.findings import name_of, where_is
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..reading import spellings
@@ -104,27 +104,19 @@ def _gives_all_a_gradient(made: Node, user: Node, needed: set[Node]) -> bool:
         is_stored = any(written_by(node)) and source not in written_by(node)
         if is_stored or _has_no_gradient(source) or not _may_learn(node) or name_of(node) in OF_FEW:
             continue
-        if not _is_of_each(node, source):
-            if not _is_only_looked_at(node, needed):
-                return True
-            continue
-        fresh = [each for each in node.users if each in needed and each not in seen]
-        seen.update(fresh)
-        frontier += [(node, each) for each in fresh]
+        if is_of_each(node, source):
+            fresh = [each for each in node.users if each in needed and each not in seen]
+            seen.update(fresh)
+            frontier += [(node, each) for each in fresh]
+        elif not _is_only_looked_at(source, node, needed):
+            return True
     return False
 
 
-def _is_of_each(node: Node, source: Node) -> bool:
-    """Whether a node is a view, or has a number for each one of another."""
-    step, example = spellings.step_of(node), tensor_of(node)
-    is_view = step is not None and step.view is not None
-    return is_view or (example is not None and same_shape(example.shape, shape_of(source)))
-
-
-def _is_only_looked_at(node: Node, needed: set[Node]) -> bool:
-    """Whether all that is made of a node is detached in the end, as a metric is that is logged, or is edited
-    and never read."""
-    frontier, seen = [node], {node}
+def _is_only_looked_at(source: Node, node: Node, needed: set[Node]) -> bool:
+    """Whether all that a node makes of a source is detached in the end, as a metric is that is logged, or is
+    edited and never read."""
+    frontier, seen = [node], {source, node}
     while frontier:
         made = frontier.pop()
         if made.op == "output" or not seen.issuperset(written_by(made)):
