@@ -11,8 +11,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import os
 import re
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -45,8 +48,16 @@ def quickly() -> contextlib.AbstractContextManager[Any]:
 
 def _flags(*args: Any) -> tuple[list[str], list[str]]:
     flags, for_linking = users_flags(*args)
-    gold = ["fuse-ld=gold"] if shutil.which("ld.gold") else []  # the usual one takes a third of the time
-    return ["O0" if flag == "O3" else flag for flag in flags if flag != "g1"], for_linking + gold
+    return ["O0" if flag == "O3" else flag for flag in flags if flag != "g1"], for_linking + _linker()
+
+
+@functools.cache
+def _linker() -> list[str]:
+    """gold, which takes a third of the time of the usual one, where it finds the compiler's libraries."""
+    with tempfile.NamedTemporaryFile(suffix=".so") as made:
+        given = ["g++", "-shared", "-fuse-ld=gold", "-xc++", os.devnull, "-o", made.name]
+        links = shutil.which("g++") and not subprocess.run(given, capture_output=True, check=False).returncode
+    return ["fuse-ld=gold"] if links else []
 
 
 def joined(texts: Sequence[str]) -> str:

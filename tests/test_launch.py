@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+from triton.backends.nvidia import driver
 
+from inductor_ce.common.compat import launches
 from inductor_ce.ops import launch
 
 
@@ -98,3 +101,93 @@ def test_what_is_kept_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     for i in (0, 1, 2, 2, 0):
         kernel[(1,)](X, i)
     assert [arguments[1] for _, arguments, _ in function.launched] == [0, 1, 2, 2]
+
+
+# Past Triton's own way
+
+
+class InC:
+    """The function in C, with what it is called with."""
+
+    def __init__(self) -> None:
+        self.called: list[tuple[Any, ...]] = []
+
+    def __call__(self, *arguments: Any) -> None:
+        self.called.append(arguments)
+
+
+class Compiled(Compilation):
+    """A compilation for NVIDIA's GPUs whose first arguments are tiles, or none."""
+
+    function, packed_metadata = 7, ("metadata",)
+
+    def __init__(self, log: list[Any], tiles: int, scratch: int = 0):
+        super().__init__(log)
+        launch = InC()
+        self.called = launch.called
+        signature = {i: "tensordesc<fp16[16]>" if i < tiles else "i32" for i in range(tiles + 1)}
+        meta = [{"number": i} for i in range(tiles)]
+        run = self.run = object.__new__(driver.CudaLauncher)
+        run.launch = driver.wrap_handle_tensordesc(launch, signature, meta)
+        run.global_scratch_size, run.profile_scratch_size = scratch, 0
+        run.launch_cooperative_grid, run.launch_pdl = False, True
+
+
+BEFORE = (5, 1, 1, "stream", 7, False, True, None, None, ("metadata",), None, None, None)
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """What is encoded, as it is."""
+
+    def encode(tiles: Tiles, metadata: dict[str, int]) -> list[Any]:
+        made.append(tiles.base)
+        return [metadata["number"], *tiles.shape]
+
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    monkeypatch.setattr(launches, "_current_stream", lambda device: "stream")
+    monkeypatch.setattr(launches, "SEEN", triton.__version__)
+    return made
+
+
+def test_tiles_are_encoded_once_for_where_they_are(encoded: list[torch.Tensor]) -> None:
+    compiled = Compiled([], 2)
+    launcher, other = launches.Launcher(compiled, 0), torch.ones(64)
+    for x in (X, X, other, X):
+        launcher((5, 1, 1), (tiles(X, 16), tiles(x, 16), 9))
+    assert [args[: len(BEFORE)] for args in compiled.called] == [BEFORE] * 4
+    assert [args[len(BEFORE) :] for args in compiled.called] == [(0, 64, 1, 64, 9)] * 4
+    assert [x.data_ptr() for x in encoded] == [X.data_ptr(), X.data_ptr(), other.data_ptr()]
+
+
+def test_encodings_that_are_kept_have_an_end(
+    encoded: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launches, "MOST_TILES", 1)
+    launcher, other = launches.Launcher(compiled := Compiled([], 1), 0), torch.ones(64)
+    for x in (X, other, other, X):
+        launcher((5, 1, 1), (tiles(x, 16), 9))
+    assert len(compiled.called) == 4
+    assert [x.data_ptr() for x in encoded] == [x.data_ptr() for x in (X, other, other)]
+
+
+@pytest.mark.usefixtures("encoded")
+def test_what_reads_no_tiles() -> None:
+    launches.Launcher(compiled := Compiled(log := [], 0), 0)((5, 1, 1), (X, 9))
+    assert compiled.called == [(*BEFORE, X, 9)]
+    assert not log
+
+
+@pytest.mark.usefixtures("encoded")
+@pytest.mark.parametrize("why", ["release", "scratch", "hook", "other"])
+def test_what_is_not_known_is_launched_as_triton_does(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[Any] = []
+    compiled: Any = Compilation(log) if why == "other" else Compiled(log, 1, scratch=64 * (why == "scratch"))
+    if why == "release":
+        monkeypatch.setattr(launches, "SEEN", "0.")
+    if why == "hook":
+        monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    given = tiles(X, 16), 9
+    launches.Launcher(compiled, 0)((5, 1, 1), given)
+    assert log == [(compiled, (5, 1, 1), given)]

@@ -75,7 +75,11 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (replace(R_DROP, n=16384), "auto", None, (TOKEN_CHUNKS, 8, True)),  # sixteen would add
     # Many rows: no more chunks than may add in 16 bits.
     (HeadNumbers(65536, 128256, 4096), "auto", None, (TOKEN_CHUNKS, 8, False)),
-    (HeadNumbers(65536, 32000, 256), "auto", None, (TOKEN_CHUNKS, 8, True)),
+    (HeadNumbers(65536, 128000, 256), "auto", None, (TOKEN_CHUNKS, 8, True)),
+    # Of little work, four: launching more would take the host longer than they take the GPU.
+    (HeadNumbers(65536, 32000, 256), "auto", None, (TOKEN_CHUNKS, 4, True)),
+    (HeadNumbers(16384, 50304, 768), "auto", None, (TOKEN_CHUNKS, 5, False)),
+    (HeadNumbers(8192, 50304, 1024), "auto", None, (TOKEN_CHUNKS, 4, False)),
     # Nothing stands out that could be left out of a 16-bit sum.
     (replace(QWEN, labelled=False), "auto", None, (TOKEN_CHUNKS, 8, True)),
     (replace(LLAMA, labelled=False), "auto", None, (MATERIALISE, 1, False)),
@@ -110,9 +114,7 @@ TABLE: list[tuple[HeadNumbers, str, int | float | None, tuple[str, int, bool]]] 
     (HeadNumbers(1023, 32768, 2048, skips=True), "auto", None, (MATERIALISE, 1, False)),
     (HeadNumbers(1024, 32768, 2048, skips=True, varies="so it is"), "auto", None, (MATERIALISE, 1, False)),
     (HeadNumbers(1024, 32768, 2048, skips=True), "materialise", None, (MATERIALISE, 1, False)),
-    # Chunks of which some may be empty are no smaller than is worth it, and four at least.
     (HeadNumbers(16384, 32768, 512, skips=True), "auto", None, (TOKEN_CHUNKS, 4, True)),
-    (HeadNumbers(16384, 32768, 512), "auto", None, (TOKEN_CHUNKS, 8, True)),
     (HeadNumbers(16384, 131072, 2048, skips=True), "auto", None, (TOKEN_CHUNKS, 8, False)),
     # Their hidden states are brought together, which takes memory.
     (HeadNumbers(64, 64, 16, 4, 4, skips=True), "token_chunks", 0.5, (TOKEN_CHUNKS, 4, False)),

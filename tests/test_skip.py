@@ -15,6 +15,7 @@ from inductor_ce.common.compat.distributed import ALL_GATHER
 from inductor_ce.heads import skip
 from inductor_ce.heads.counted_rows import AllCount
 from inductor_ce.heads.packing import DEVICE, HOST, RECORDING, counted_first
+from inductor_ce.heads.plan import LOOKED_WORK
 from inductor_ce.ops import counted_kernels
 from inductor_ce.ops.counted import HOST_COPY, ROW_ORDER
 
@@ -71,27 +72,42 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "has_16_bit_factors", lambda head: False)
 
 
+def looks(head: Any, counts: Node, work: int = LOOKED_WORK) -> str:
+    return skip._who_looks(head, counts, work)
+
+
 @pytest.mark.parametrize("body", ["none", "loops", "products", "attention"])
 def test_the_host_looks_where_a_body_hides_it(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "BODY", 2 * N * D * D)
-    assert skip._who_looks(*head_of(body)) == (DEVICE if body in ("none", "loops") else HOST)
+    assert looks(*head_of(body)) == (DEVICE if body in ("none", "loops") else HOST)
 
 
 def test_a_body_that_is_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "BODY", 2 * N * D * D + 1)
-    assert skip._who_looks(*head_of("products")) == DEVICE
+    assert looks(*head_of("products")) == DEVICE
 
 
 def test_the_host_would_wait_for_a_mask_of_the_body(monkeypatch: pytest.MonkeyPatch) -> None:
     head, counts = head_of("attention")
     (y,) = counts.all_input_nodes
     counts.replace_input_with(y, head.product)
-    assert skip._who_looks(head, counts) == DEVICE
+    assert looks(head, counts) == DEVICE
+
+
+def test_the_device_looks_where_it_saves_more_than_it_costs_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(AllCount, match="costs the host more"):
+        looks(*head_of("none"), LOOKED_WORK - 1)
+    assert looks(*head_of("attention"), LOOKED_WORK - 1) == HOST
+    assert looks(*head_of("none", sharded=True), LOOKED_WORK - 1) == DEVICE  # of any rank's work
+    monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
+    assert looks(*head_of("none"), LOOKED_WORK - 1) == RECORDING
 
 
 def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
-    assert skip._who_looks(*head_of("attention")) == RECORDING
+    assert looks(*head_of("attention")) == RECORDING
 
 
 @pytest.mark.parametrize(
@@ -105,22 +121,22 @@ def test_what_products_need_beside_is_planned(looks: str, bytes_: int) -> None:
 
 def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: False)
-    assert skip._who_looks(*head_of("attention")) == HOST
+    assert looks(*head_of("attention")) == HOST
     with pytest.raises(AllCount, match="since Hopper"):
-        skip._who_looks(*head_of("none"))
+        looks(*head_of("none"))
 
 
 @pytest.mark.parametrize("v", [40, 41])
 def test_ranks_that_share_classes_leave_out_rows_alike(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever classes each has: how much work its body is, and whether rows of its weight are aligned."""
-    assert skip._who_looks(*head_of("none", v, sharded=True, weight_is_rows=False)) == HOST
-    assert skip._who_looks(*head_of("none", v, sharded=True)) == DEVICE
+    assert looks(*head_of("none", v, sharded=True, weight_is_rows=False)) == HOST
+    assert looks(*head_of("none", v, sharded=True)) == DEVICE
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
-    assert skip._who_looks(*head_of("none", v, sharded=True)) == RECORDING
+    assert looks(*head_of("none", v, sharded=True)) == RECORDING
     with pytest.raises(AllCount):
-        skip._who_looks(*head_of("none", v, sharded=True, weight_is_rows=False))
+        looks(*head_of("none", v, sharded=True, weight_is_rows=False))
     if v == 40:
-        assert skip._who_looks(*head_of("none", v, weight_is_rows=False)) == RECORDING
+        assert looks(*head_of("none", v, weight_is_rows=False)) == RECORDING
 
 
 def test_rows_that_count_by_those_of_another_head_are_counted_first() -> None:

@@ -118,16 +118,19 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
     # Without a gradient nothing but a divergence is made of what must be of a chunk's own rows.
     alone = proof.why_not if head.divergences and not head.gradients() else ""
 
+    def numbers(skips: bool) -> plan.HeadNumbers:
+        return numbers_of(head, proof.why_not, alone, skips)
+
     def planned(skips: bool) -> Plan:
-        numbers = numbers_of(head, proof.why_not, alone, skips)
-        return plan.plan(numbers, options.strategy, options.memory_budget)
+        return plan.plan(numbers(skips), options.strategy, options.memory_budget)
 
     wanted = planned(not head.divergences)
     if wanted.strategy == MATERIALISE:
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        computed = rows_to_compute(build, head, proof)
+        work = plan.work_of_piece(numbers(True), wanted.pieces)
+        computed = rows_to_compute(build, head, proof, work)
         if computed.rows is None:
             wanted = planned(False)
         if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
@@ -204,7 +207,8 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     state = Loop(len(loop))
     try:
         for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
-            computed = rows_to_compute(build, head, proof)
+            work = plan.work_of_piece(numbers[i], plans[i].pieces)
+            computed = rows_to_compute(build, head, proof, work)
             plans[i] = _telling(plans[i], computed, head, why_whole[i])
             made |= token_chunks(build, head, proof, plans[i], state, computed)
         order = _ordered(graph, made)

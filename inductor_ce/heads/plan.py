@@ -22,7 +22,10 @@ from ..ops.gemm import TERMS_BYTES
 MIB = 2**20
 
 SMALL = 128 * MIB  # logits that are not worth dividing
-CHUNK_WORK = 2**37  # N V D of a chunk that may be empty: what it costs the host is not made up for
+CHUNK_WORK = 2**37  # N V D of a chunk: of less, its launches may take the host longer than they take the GPU
+LOOKED_WORK = (
+    2**38
+)  # N V D of a chunk of which the device alone knows how many rows count, for the same reason
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # over fewer, products run more slowly, and each chunk reads and writes all of the sum
@@ -236,10 +239,8 @@ def _is_small(head: HeadNumbers, budget: int | None) -> bool:
 
 
 def _usual_chunks(head: HeadNumbers) -> int:
-    """As many chunks as leave products fast, and no more than pay."""
-    rows = CHUNK_ROWS
-    if head.skips:
-        rows = max(rows, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
+    """As many chunks as leave products fast, and no more than pay; four of what is a little work."""
+    rows = max(CHUNK_ROWS, min(CHUNK_WORK // max(head.v * head.d, 1), head.n // 4))
     return min(max((head.n + rows // 2) // rows, 1), NARROW_CHUNKS)
 
 
@@ -365,6 +366,11 @@ def _terms(head: HeadNumbers, piece: int) -> int:
 
 
 # Pieces
+
+
+def work_of_piece(head: HeadNumbers, pieces: int) -> int:
+    """The N V D of a piece."""
+    return piece_size(head.n, pieces) * head.v * head.d
 
 
 def _candidates(size: int) -> list[int]:

@@ -20,6 +20,7 @@ from .find import Head, NoHead
 from .kinds import VIEWS
 from .packing import DEVICE, HOST, RECORDING, is_light
 from .pieces import CAST
+from .plan import LOOKED_WORK
 from .proof import Proof
 
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
@@ -53,6 +54,10 @@ NOT_ON_DEVICE = (
     "in CUDA graphs, or where little before the head keeps a GPU busy while the host looks, rows are left "
     "out of 16-bit products alone, on GPUs since Hopper"
 )
+NOT_WORTH_IT = (
+    "where little before the head keeps a GPU busy while the host looks, leaving out rows of so small a head "
+    "costs the host more than it saves"
+)
 OF_WEIGHTS = "a weight for each row and class would have to be copied"
 OF_TEACHER = "targets are made of the teacher's logits of all rows"
 OF_SIDES = "a divergence is made of all rows"
@@ -76,11 +81,12 @@ class ToCompute(NamedTuple):
 ALL = ToCompute("")
 
 
-def rows_to_compute(build: Builder, head: Head, proof: Proof) -> ToCompute:
+def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int) -> ToCompute:
+    """Which rows are computed by pieces of which each is so much work, N V D."""
     try:
         _check(head)
         counted = counted_rows(build, head, proof)
-        looks = _who_looks(head, counted.rows)
+        looks = _who_looks(head, counted.rows, work)
     except (AllCount, NoHead) as why:
         return ToCompute(str(why))
     texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
@@ -96,23 +102,26 @@ def bytes_beside(head: Head, computed: ToCompute, rows: int) -> int:
     return counted_kernels.parts_bytes(rows * hint(head.v) * example_of(head.product).itemsize)
 
 
-def _who_looks(head: Head, counts: Node) -> str:
+def _who_looks(head: Head, counts: Node, work: int) -> str:
     """Who looks at how many rows count.
 
     The host may where it is told before a body begins that keeps the device busy meanwhile. Whether rows are
     left out at all is the same on all ranks that share the classes, whatever these have of their own.
 
     Raises:
-        AllCount: the device would have to, and cannot.
+        AllCount: the device would have to, and cannot, or it would not pay.
     """
     if example_of(head.product).device.type != "cuda":
         return HOST
     in_graphs = uses_cudagraphs({})
     if not in_graphs and is_light(reached([counts], sources_of), head.n) and _has_body(head):
         return HOST
+    is_of_ranks = bool(exchanges(head.stats))
     if _has_products_on_device(head):
+        if not in_graphs and not is_of_ranks and work < LOOKED_WORK:
+            raise AllCount(NOT_WORTH_IT)
         return RECORDING if in_graphs else DEVICE
-    if exchanges(head.stats) and not in_graphs:
+    if is_of_ranks and not in_graphs:
         return HOST
     raise AllCount(NOT_ON_DEVICE)
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.compat.launches import Launcher
+
 VECTOR = 16  # bytes to which Triton asks whether a pointer is aligned
 MOST = 1024  # compilations that are kept of a kernel: sizes may be dynamic
 
@@ -27,7 +29,7 @@ class Kernel:
 
     def __init__(self, function: Any):
         self.function = function
-        self._compiled: dict[Hashable, Any] = {}
+        self._launchers: dict[Hashable, Launcher] = {}
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return functools.partial(self._launch, grid)
@@ -38,14 +40,14 @@ class Kernel:
         """Launch; `kind` is what a compilation depends on, from who knows it without looking."""
         if kind is None:
             kind = _kind(arguments, options)
-        compiled = self._compiled.get(kind)
-        if compiled is not None:
-            compiled[grid + (1,) * (3 - len(grid))](*arguments)
+        launcher = self._launchers.get(kind)
+        if launcher is not None:
+            launcher(grid + (1,) * (3 - len(grid)), arguments)  # type: ignore[arg-type]
             return
         compiled = self.function[grid](*arguments, **options)
         # An interpreter compiles nothing, and for HIP the size of a tensor's storage matters too.
-        if compiled is not None and torch.version.hip is None and len(self._compiled) < MOST:
-            self._compiled[kind] = compiled
+        if compiled is not None and torch.version.hip is None and len(self._launchers) < MOST:
+            self._launchers[kind] = Launcher(compiled, _tensor(arguments[0]).get_device())
 
 
 def _kind(arguments: tuple[Any, ...], options: dict[str, int]) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ probing for the capability where one can, so that no other file knows which torc
     symbols       symbolic sizes
     dynamo        what Dynamo compiles
     inductor      Inductor's configuration, passes, lowerings and templates
+    launches      how compiled Triton kernels are launched
     loops         what Inductor computes in one loop
     distributed   process groups
 """
