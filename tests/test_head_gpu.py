@@ -273,7 +273,7 @@ def test_memory_is_as_planned(name: str, budget: float, strategy: str, plans: li
     given = on_gpu(4096).leaves()
     used = extra_bytes(compiled(CASES[name].loss, strategy, budget), given)
     assert counts() == {strategy: 1}
-    (made,) = plans
+    made = plans[-1]  # once it is known whether rows are left out
     assert used <= 1.05 * made.extra_bytes + 4 * MIB
     assert made.extra_bytes <= max(budget, float(strategy == "materialise")) * 4096 * V * 2
 
@@ -284,14 +284,14 @@ def test_memory_of_a_chain_is_as_planned(name: str, strategy: str, plans: list[P
     given = on_gpu(4096).leaves()
     used = extra_bytes(compiled(CASES[name].loss, strategy, 0.6), given)
     assert counts() == {strategy: 1}
-    assert used <= 1.05 * plans[0].extra_bytes + 4 * MIB
+    assert used <= 1.05 * plans[-1].extra_bytes + 4 * MIB
 
 
 def test_memory_of_a_forward_is_as_planned(plans: list[Plan]) -> None:
     given = on_gpu(4096)
     used = extra_bytes(compiled(cases.plain, "token_chunks", 0.3), given, backward=False)
     assert counts() == {"forward_only": 1}
-    assert used <= 1.05 * plans[0].extra_bytes + 4 * MIB
+    assert used <= 1.05 * plans[-1].extra_bytes + 4 * MIB
 
 
 # Modes
