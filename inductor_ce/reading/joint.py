@@ -78,7 +78,7 @@ class JointReader:
         if example is None or not example.is_floating_point() or depth > MAX_DEPTH:
             return None
         if not self._is_unedited(node):
-            return self._set_where_zero(node, depth)
+            return None
         value = self._of_one(self.reading.values.get(node), tuple(example.shape))
         if value is not None:
             return value
@@ -134,15 +134,17 @@ class JointReader:
 
     def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
         """p (log p - log q) with its limits where p or q is 0."""
-        zeroed, timeline = set_where_zero(self.reading, node), self.reading.timeline
-        if zeroed is None or timeline.grad_mode(timeline.position[node]) is not True:
+        zeroed, timeline = set_where_zero(node), self.reading.timeline
+        if zeroed is None or not all(map(self._is_unedited, zeroed.made)):
+            return None
+        if not all(timeline.grad_mode(timeline.position[each]) is True for each in (node, *zeroed.made)):
             return None
         value, p, q = self._product(node, zeroed.factors, depth), self.of(zeroed.p), self.of(zeroed.q)
         log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
         limit = self._combined(p, self._combined(log_p, log_q, joint.minus), joint.times)
         if value is None or limit is None or value.expr != limit.expr:
             return None
-        return replace(value, wide=value.wide | limit.wide | zeroed.edits | {node})
+        return replace(value, wide=value.wide | limit.wide | zeroed.made)
 
     def detached(self, side: int) -> int:
         """The side of the same rows to which no gradient flows."""
@@ -237,7 +239,8 @@ class JointReader:
         return self._kept(node, args.get("condition"), args.get("input"), args.get("other"), depth)
 
     def _masked_fill(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        return self._kept(node, args.get("mask"), args.get("value"), args.get("input"), depth)
+        made = self._kept(node, args.get("mask"), args.get("value"), args.get("input"), depth)
+        return self._set_where_zero(node, depth) if made is None else made
 
     def _kept(self, node: Node, mask: Any, yes: Any, no: Any, depth: int) -> JointValue | None:
         """A value in the rows where a mask is true, or is not, and 0 in the others."""

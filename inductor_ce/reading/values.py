@@ -208,7 +208,6 @@ class Reading:
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
-    own_edits: set[Node] = field(default_factory=set)  # in place, of what nobody else sees
     joined: set[Node] = field(default_factory=set)
     looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
     chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken

@@ -32,6 +32,7 @@ from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
 from ..reading.arithmetic import one_dim
+from .filled_columns import is_number_of
 from .linear_layers import linear_layer
 
 LEFT = "edits in place stay as they are"
@@ -59,16 +60,8 @@ _FUNCTIONS: dict[Any, Any] = {
 _FILLS = ("fill_", "zero_", operator.setitem)
 _ASKED = (F.relu, F.leaky_relu, F.elu, F.threshold)  # with inplace=True
 # What reads all classes of its input, on the dimension that it names, or on the last or the second.
-_OVER_CLASSES = (
-    "log_softmax",
-    "softmax",
-    "logsumexp",
-    "cross_entropy",
-    "nll_loss",
-    "kl_div",
-    "exp",
-    "edit_exp",
-)
+_OVER_CLASSES = ("log_softmax", "softmax", "logsumexp", "exp", "cross_entropy", "nll_loss", "kl_div")
+_EXPONENTIALS = ("exp_", torch.exp_)
 
 
 def make_functional(graph: Graph) -> None:
@@ -106,7 +99,9 @@ def _class_counts(graph: Graph) -> list[Size]:
     """How many classes there are in what is normalised, or a loss."""
     sizes: list[Size] = []
     for node in graph.nodes:
-        spelled = spellings.read(node)
+        spelled, edited = spellings.read(node), tensor_of(_edited(node))
+        if node.target in _EXPONENTIALS and edited is not None:
+            sizes += edited.shape[-1:]
         if spelled is None or spelled[0].name not in _OVER_CLASSES:
             continue
         (step, args), example = spelled, tensor_of(spelled[1].get("input"))
@@ -250,7 +245,7 @@ def _filled(build: Builder, x: Node, index: Any, value: Any) -> Node:
     mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     example, shape = tensor_of(mask), shape_of(x)
     is_mask = example is not None and example.dtype == torch.bool and example.dim() > 0
-    if not is_mask or not isinstance(value, (int, float)):
+    if not is_mask or not is_number_of(value, example_of(x).dtype):
         raise _NoFunctionError
     own = shape_of(mask)
     if not same_shape(own, shape[: len(own)]):
