@@ -24,6 +24,7 @@ from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
 from .sides import Side, piece_of
+from .twins import Twins
 from .values import Reading, VocabValue
 from .views import cast_keeps
 from .zeroed import set_where_zero
@@ -63,6 +64,9 @@ class JointReader:
     sides: list[Side] = field(default_factory=list)
     factors: list[RowFactor] = field(default_factory=list)
     known: dict[Node, JointValue | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.twins = Twins(self.reading.timeline)
 
     def of(self, node: Any, depth: int = 0) -> JointValue | None:
         """What a node is; None for what is read as nothing that could be a part of a divergence."""
@@ -166,14 +170,15 @@ class JointReader:
         """The place among the factors of a tensor with a number for each row of what its reader makes."""
         if axis is None or not isinstance(arg, Node) or kind_of(arg, reader, axis) not in ("row", "scalar"):
             return None
-        return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg, reader) else None
+        return self._numbered(arg, how) if self._is_unedited(arg, reader) else None
 
     def _is_unedited(self, node: Node, since: Node | None = None) -> bool:
         """Whether a node reads everywhere as when it was made, or from where another has read it."""
         timeline = self.reading.timeline
         return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
 
-    def _numbered(self, factor: RowFactor) -> int:
+    def _numbered(self, node: Node, how: str) -> int:
+        factor = RowFactor(self.twins.of(node), how)
         if factor not in self.factors:
             self.factors.append(factor)
         return self.factors.index(factor)
@@ -278,7 +283,7 @@ class JointReader:
             return None
         if not same_shape(shape_of(mask), rows) or not self._is_unedited(mask, node):
             return None
-        factor = self._numbered(RowFactor(mask, "chosen"))
+        factor = self._numbered(mask, "chosen")
         expr = value.expr.weighed(factor)
         return replace(value, expr=expr, axis=1, shape=tuple(made.shape), like=source)
 
