@@ -382,7 +382,7 @@ def test_pieces_that_are_taken_out_after_an_edit_stay_views():
     gm = GraphModule(torch.nn.Module(), graph)
     with FakeTensorMode() as mode:
         make_examples_by(mode, gm)
-    make_functional(graph)
+    make_functional(graph, 2)
     gm.recompile()
     z = torch.randn(4, V)
     torch.testing.assert_close(gm(z)[0], 3 * z[:2].softmax(-1))

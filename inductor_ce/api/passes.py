@@ -107,7 +107,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
     attempt(LEFT, read_aten, graph)
-    attempt("edits in place stay as they are", make_functional, graph)
+    attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)
     if not options.verify:
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)

@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import is_function_transform, is_higher_order, is_plain_tensor, tree_leaves
 from ..common.failsafe import attempt
 from ..graph.builder import Builder
-from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
 from ..reading.arithmetic import one_dim
@@ -64,19 +64,19 @@ _OVER_CLASSES = ("log_softmax", "softmax", "logsumexp", "exp", "cross_entropy", 
 _EXPONENTIALS = ("exp_", torch.exp_)
 
 
-def make_functional(graph: Graph) -> None:
-    """Let edits of what has classes be functions, where that is the same."""
+def make_functional(graph: Graph, min_vocab: int) -> None:
+    """Let edits of what has at least as many classes be functions, where that is the same."""
     edits = [node for node in graph.nodes if _may_have_function(node)]
-    sizes = _class_counts(graph) if edits else []
-    edits = [edit for edit in edits if _has_classes(_edited(edit), sizes)]
+    places = _places_of_classes(graph, min_vocab) if edits else []
+    edits = [edit for edit in edits if _has_classes(_edited(edit), places)]
     if not edits or any(is_function_transform(node.target) for node in graph.nodes):
         return
     timeline = Timeline(graph)
     position = dict(timeline.position)
     names = _names(timeline)
-    for place in dict.fromkeys(timeline.storage(_edited(edit)) for edit in edits):
-        memory = Memory(timeline, position, names[place])
-        if _has_classes(memory.names[0], sizes) and memory.may_be_functional():
+    for storage in dict.fromkeys(timeline.storage(_edited(edit)) for edit in edits):
+        memory = Memory(timeline, position, names[storage])
+        if _has_classes(memory.names[0], places) and memory.may_be_functional():
             attempt(LEFT, _as_functions, graph, memory)
 
 
@@ -95,28 +95,38 @@ def _edited(edit: Node) -> Any:
     return edit.args[0] if edit.args else None
 
 
-def _class_counts(graph: Graph) -> list[Size]:
-    """How many classes there are in what is normalised, or a loss."""
-    sizes: list[Size] = []
+def _places_of_classes(graph: Graph, min_vocab: int) -> list[tuple[int, Size]]:
+    """(which dimension, from the last, and its size) of what is normalised, or a loss."""
+    places: list[tuple[int, Size]] = []
     for node in graph.nodes:
-        spelled, edited = spellings.read(node), tensor_of(_edited(node))
-        if node.target in _EXPONENTIALS and edited is not None:
-            sizes += edited.shape[-1:]
-        if spelled is None or spelled[0].name not in _OVER_CLASSES:
+        place = _place_of_classes(node)
+        if place is None or hint(place[1]) < min_vocab:
             continue
-        (step, args), example = spelled, tensor_of(spelled[1].get("input"))
-        rank = 0 if example is None else example.dim()
-        for dim in (1, -1) if step.is_loss else (one_dim(args.get("dim", -1)),):
-            if isinstance(dim, int) and -rank <= dim < rank:
-                sizes.append(example.shape[dim])  # type: ignore[union-attr]
-    return [size for i, size in enumerate(sizes) if not any(equal(size, other) for other in (1, *sizes[:i]))]
+        if not any(place[0] == dim and equal(place[1], size) for dim, size in places):
+            places.append(place)
+    return places
 
 
-def _has_classes(node: Node, sizes: list[Size]) -> bool:
+def _place_of_classes(node: Node) -> tuple[int, Size] | None:
+    if node.target in _EXPONENTIALS:
+        example, dim = tensor_of(_edited(node)), -1
+    else:
+        spelled = spellings.read(node)
+        if spelled is None or spelled[0].name not in _OVER_CLASSES:
+            return None
+        step, args = spelled
+        example, dim = tensor_of(args.get("input")), 1 if step.is_loss else one_dim(args.get("dim", -1))
+    rank = 0 if example is None else example.dim()
+    if rank < 2 or not isinstance(dim, int) or not -rank <= dim < rank:
+        return None
+    return dim % rank - rank, example.shape[dim]  # type: ignore[union-attr]
+
+
+def _has_classes(node: Node, places: list[tuple[int, Size]]) -> bool:
     example = tensor_of(node)
     if example is None or example.dim() < 2 or not example.is_floating_point():
         return False
-    return any(equal(own, size) for own in example.shape for size in sizes)
+    return any(-dim <= example.dim() and equal(example.shape[dim], size) for dim, size in places)
 
 
 def _names(timeline: Timeline) -> dict[Any, list[Node]]:
