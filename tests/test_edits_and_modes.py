@@ -547,6 +547,16 @@ def test_a_maximum_that_does_not_cancel_has_its_gradient(how):
     check(f, n_sites=0)
 
 
+@pytest.mark.parametrize("is_read", [False, True])
+def test_the_largest_probability_is_no_loss_where_it_is_returned(is_read):
+    def f(z, y, w):
+        confidence = z.softmax(-1).amax(-1)
+        return F.cross_entropy(z, y), confidence.mean() if is_read else confidence
+
+    check(f, n_sites=1)
+    assert misses() == is_read
+
+
 @pytest.mark.parametrize("label", [-1, 0, V - 1, V])
 def test_take_along_dim_counts_round(label):
     def f(z, y, w):

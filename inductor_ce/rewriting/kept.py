@@ -63,6 +63,7 @@ def is_spared(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Nod
 def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
     """Whether log-probabilities without a gradient are what another loss is weighed by, as a teacher's are.
 
+    So are those that are projected to other bins, the targets of a distribution.
     They are made for that, and what is picked of them costs no sweep.
     """
     value = value_of(reading, node)
@@ -70,8 +71,7 @@ def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
         return False
     others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
     brought = {node for v in others if v.logits != value.logits for node in reading.brought(v)}
-    made_of = reached(brought, lambda node: [s for s in node.all_input_nodes if is_of_each(node, s)])
-    return not set(made_of).isdisjoint(wide)
+    return not set(reached(brought, reading.timeline.sources)).isdisjoint(wide)
 
 
 def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[tuple[Node, Node]]:

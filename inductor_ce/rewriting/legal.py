@@ -129,8 +129,9 @@ def _ends(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            few = few_classes(value.logits.node, value.logits.axis, options)
-            reading.miss(node, few or _maximum_fact(reading, node))
+            fact = _maximum_fact(reading, node)
+            if fact is not TIES_SHARE or any(user.op != "output" for user in node.users):
+                reading.miss(node, few_classes(value.logits.node, value.logits.axis, options) or fact)
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return ends
