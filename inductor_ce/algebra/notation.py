@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import sympy
@@ -39,8 +38,9 @@ class _Printer(StrPrinter):
 def _by_name(value: sympy.Expr) -> str:
     """As text in the order of labels, of which y2 is before y10, however often their logits are counted."""
     count, term = value.as_coeff_Mul()
-    text = str(term if term.func == pick and count.is_Integer else value)
-    return re.sub(r"(?<=y)\d+", lambda digits: digits[0].zfill(4), text)
+    numbered = [y for y in value.free_symbols if y.name[1:].isdigit()]
+    names = {y: sympy.Symbol(y.name[0] + y.name[1:].zfill(4)) for y in numbered}
+    return str((term if term.func == pick and count.is_Integer else value).xreplace(names))
 
 
 def _decimal(value: sympy.Rational) -> sympy.Expr:

@@ -195,7 +195,7 @@ class EntryReader:
         kind = kind_of(node, self.summand, axis)
         if kind is None or example.device != like.device:
             return None
-        node = self.joint.twins.of(node)
+        node = self.joint.reading.twins.of(node)
         moves = any(example_of(each).requires_grad for each in timeline.as_edited(node))
         if kind in ("row", "scalar") and example.is_floating_point():
             return ("n", _place(self.numbers, node)) if moves else ("c", _place(self.constants, node))

@@ -24,7 +24,6 @@ from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
 from .sides import Side, piece_of
-from .twins import Twins
 from .values import Reading, VocabValue
 from .views import cast_keeps
 from .zeroed import set_where_zero
@@ -64,9 +63,6 @@ class JointReader:
     sides: list[Side] = field(default_factory=list)
     factors: list[RowFactor] = field(default_factory=list)
     known: dict[Node, JointValue | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.twins = Twins(self.reading.timeline)
 
     def of(self, node: Any, depth: int = 0) -> JointValue | None:
         """What a node is; None for what is read as nothing that could be a part of a divergence."""
@@ -138,17 +134,14 @@ class JointReader:
 
     def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
         """p (log p - log q) with its limits where p or q is 0."""
-        zeroed, timeline = set_where_zero(node), self.reading.timeline
-        if zeroed is None or not all(map(self._is_unedited, zeroed.made)):
+        zeroed = set_where_zero(self.reading.timeline, node)
+        if zeroed is None:
             return None
-        if not all(timeline.grad_mode(timeline.position[each]) is True for each in (node, *zeroed.made)):
-            return None
-        value, p, q = self._product(node, zeroed.factors, depth), self.of(zeroed.p), self.of(zeroed.q)
+        p, q, value = self.of(zeroed.p), self.of(zeroed.q), self._product(node, zeroed.factors, depth)
         log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
         limit = self._combined(p, self._combined(log_p, log_q, joint.minus), joint.times)
-        if value is None or limit is None or value.expr != limit.expr:
-            return None
-        return replace(value, wide=value.wide | limit.wide | zeroed.made)
+        alike = value is not None and limit is not None and value.expr == limit.expr
+        return replace(value, wide=value.wide | limit.wide | zeroed.made) if alike else None  # type: ignore[union-attr, type-var]
 
     def detached(self, side: int) -> int:
         """The side of the same rows to which no gradient flows."""
@@ -178,9 +171,8 @@ class JointReader:
         return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
 
     def _numbered(self, node: Node, how: str) -> int:
-        factor = RowFactor(self.twins.of(node), how)
-        if factor not in self.factors:
-            self.factors.append(factor)
+        factor = RowFactor(self.reading.twins.of(node), how)
+        self.factors += [factor] if factor not in self.factors else []
         return self.factors.index(factor)
 
     # Steps

@@ -14,6 +14,7 @@ from .. import algebra
 from ..common.findings import Miss, Reason, Refusal, make_miss
 from ..graph.timeline import Timeline
 from .row_views import RowView
+from .twins import Twins
 
 
 @dataclass(frozen=True)
@@ -224,6 +225,9 @@ class Reading:
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
     )  # what nodes were replaced by, and where
+
+    def __post_init__(self) -> None:
+        self.twins = Twins(self.timeline)
 
     def miss(self, node: Node, refusal: Refusal) -> None:
         """Tell why the loss at `node` is left as it was."""

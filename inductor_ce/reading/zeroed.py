@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from ..graph.timeline import Timeline
 from . import spellings
 
 
@@ -29,8 +30,8 @@ class Zeroed(NamedTuple):
     made: frozenset[Node]
 
 
-def set_where_zero(node: Node) -> Zeroed | None:
-    """A product that is 0 where p is 0, and infinite where q is 0 and p is not."""
+def set_where_zero(timeline: Timeline, node: Node) -> Zeroed | None:
+    """A product that is 0 where p is 0, and infinite where q is 0 and p is not, where gradients are on."""
     by_p, by_q = _set(node, 0), None
     if by_p is not None:
         by_q = _set(by_p[0], math.inf)
@@ -40,7 +41,10 @@ def set_where_zero(node: Node) -> Zeroed | None:
     spelled = spellings.read(product)
     if spelled is None or spelled[0].name != "mul":
         return None
-    return Zeroed(spelled[1], p, q, frozenset({inner, product, *made, *also_made}))
+    between = frozenset({inner, product, *made, *also_made})
+    on = all(timeline.grad_mode(timeline.position[each]) is True for each in (node, *between))
+    edited = any(timeline.edits(each) for each in between)
+    return Zeroed(spelled[1], p, q, between) if on and not edited else None
 
 
 def _set(node: Any, number: float) -> tuple[Any, Node, list[Node]] | None:
