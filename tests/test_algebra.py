@@ -310,6 +310,7 @@ def test_a_function_in_each_column_of_two_indicators() -> None:
         (-LSE, "-lse"),
         (2 * LSE - number(1.5), "2*lse - 1.5"),
         (LSE - MAX, "lse - max"),
+        (10 * pick(algebra.label("y10")) + 2 * pick(Y2) + pick(Y), "pick(y) + 2*pick(y2) + 10*pick(y10)"),
     ],
 )
 def test_rendering(value: sympy.Expr, text: str) -> None:

@@ -549,12 +549,6 @@ def tensor_that_learns(z: Tensor, t: Tensor) -> Tensor:
     return (t.requires_grad_() * (p + 1e-3).log()).sum(-1)
 
 
-def edited_before(z: Tensor, t: Tensor) -> Tensor:
-    p = z.softmax(-1) + 0
-    p.add_(1e-3)
-    return (p * p.log()).sum(-1)
-
-
 def edited_without_gradient(z: Tensor, t: Tensor) -> Tensor:
     e = z.softmax(-1).sqrt() * t
     with torch.no_grad():
@@ -578,10 +572,11 @@ def tensor_edited_after(z: Tensor, t: Tensor) -> Tensor:
 
 def logits_edited_after(z: Tensor, t: Tensor) -> Tensor:
     z = z * 1
+    whole = z.view(-1)
     p = z.softmax(-1)
     e = (p * (p + 1e-3).log()).sum(-1)
     z.mul_(2)
-    return e + z.sum(-1)
+    return e + z.sum(-1) + whole[0]
 
 
 def some_rows(z: Tensor, t: Tensor) -> Tensor:
@@ -672,7 +667,7 @@ def normalised_by_a_sum_of_entries(z: Tensor, t: Tensor) -> Tensor:
 
 LEFT = [
     *(its_maximum, maximum_without_gradient, far_from_its_maximum, above_its_second, from_its_rows),
-    *(clamped_at_its_maximum, edited_before, tensor_edited_after, logits_edited_after),
+    *(clamped_at_its_maximum, tensor_edited_after, logits_edited_after),
     *(some_rows, squares_of_squares, edited_without_gradient, edited_and_read),
     *(
         bent_at_its_own_held,
@@ -860,10 +855,16 @@ def edited_beside_no_gradient(z: Tensor, t: Tensor) -> Tensor:
     return e.sum(-1)
 
 
-@pytest.mark.parametrize("f", [subtracted_in_place, edited_twice, edited_beside_no_gradient])
+def edited_before(z: Tensor, t: Tensor) -> Tensor:
+    p = z.softmax(-1) + 0
+    p.add_(1e-3)
+    return (p * p.log()).sum(-1)
+
+
+@pytest.mark.parametrize("f", [subtracted_in_place, edited_twice, edited_beside_no_gradient, edited_before])
 def test_edits_that_nothing_else_sees(f: Callable[..., Tensor]) -> None:
     z, t = torch.randn(N, V).double().requires_grad_(), torch.rand(N, V).double()
-    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == (f is not edited_twice)
+    assert rewritten(f, (z, t)).count(ops.DIVERGENCE) == 1
 
 
 def negatives_edited_twice(z: Tensor, t: Tensor) -> Tensor:

@@ -266,6 +266,28 @@ def test_left_where_nothing_is_gained():
     assert graphs.report.misses[0].reason is Reason.LOGITS_ESCAPE
 
 
+def test_what_chooses_among_targets_is_no_miss():
+    """Expected values of a distribution over bins, whose softmax is projected to other bins: C51."""
+
+    def f(z: Tensor, t: Tensor, rewards: Tensor) -> Tensor:
+        bins = torch.linspace(-1, 1, V)
+        p = t.softmax(-1).detach()
+        best = (p * bins).sum(-1).argmax(1)
+        p = p[torch.arange(N), best]
+        places = ((rewards[:, None] + 0.9 * bins).clamp(-1, 1) + 1) * (V - 1) / 2
+        low, up, row = places.floor().long(), places.ceil().long(), torch.arange(N)[:, None] * V
+        target = torch.zeros(N, V)
+        target.view(-1).index_add_(0, (low + row).view(-1), (p * (up - places)).view(-1))
+        target.view(-1).index_add_(0, (up + row).view(-1), (p * (places - low)).view(-1))
+        return -(target * z.log_softmax(-1)).sum(-1).mean()
+
+    args = torch.randn(N, V, requires_grad=True), torch.randn(N, 3, V, requires_grad=True), torch.randn(N)
+    compiled, backend = compile_rewritten(f)
+    actual, expected = (torch.autograd.grad(g(*args), args[0]) for g in (compiled, f))
+    torch.testing.assert_close(actual, expected)
+    assert (len(backend.report.sites), backend.report.misses) == (1, [])
+
+
 def teacher(h, W, y, store):
     """A student's loss, and what is picked of the teacher's log-probabilities, which are its target."""
     target, logp = F.log_softmax(store, -1), F.log_softmax(F.linear(h, W), -1)

@@ -191,9 +191,9 @@ def log_probabilities_edited(z, y):
     return logp.gather(-1, y[:, None]).squeeze(-1)
 
 
-def log_probabilities_scaled_in_place(z, y):
+def log_probabilities_scaled_by_another_name(z, y):
     logp = z.log_softmax(-1)  # here
-    logp.div_(2)
+    logp.view(-1).div_(2)
     return logp.gather(-1, y[:, None]).squeeze(-1)
 
 
@@ -201,7 +201,7 @@ def log_probabilities_scaled_in_place(z, y):
     "f",
     [
         *(logits_edited, logits_edited_through_a_view),
-        *(log_probabilities_edited, log_probabilities_scaled_in_place),
+        *(log_probabilities_edited, log_probabilities_scaled_by_another_name),
     ],
 )
 def test_edited_in_between(f: Callable[..., Tensor]):

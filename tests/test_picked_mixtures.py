@@ -185,9 +185,20 @@ def topped(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tens
     return F.nll_loss(p.log(), y), p.detach().topk(2).values
 
 
+def experts_returned(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    p = (z.softmax(-1) * gates.softmax(-1).unsqueeze(2)).sum(1)
+    return F.nll_loss(p.log(), y), p
+
+
+def experts_averaged(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = z.softmax(-1).mean(1).add_(1e-3).log()
+    return F.nll_loss(log_p, y), log_p
+
+
 @pytest.mark.parametrize(
     ("f", "kept"),
     [
+        *((experts_returned, [True]), (experts_averaged, [True])),
         *((read_whole, [False, False]), (edited_between_picks, [False, False])),
         *((copied_and_returned, [True]), (topped, [True, True])),
     ],
@@ -197,6 +208,16 @@ def test_a_mixture_that_something_else_reads(f: Callable[..., Any], kept: list[b
     ours = rewritten(f, given())
     assert [bool(site.kept) for site in ours.report.sites] == kept
     assert not ours.report.misses
+
+
+def test_a_mixture_whose_gradient_is_of_all_classes_is_left() -> None:
+    """Each expert's classes have a gradient of the sum over experts: nothing would be spared."""
+
+    def f(z: Tensor, gates: Tensor, y: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        loss, p = experts_returned(z, gates, y, q)
+        return loss, (p * q).cumsum(-1).square().sum()
+
+    assert rewritten(f, given()).report.misses
 
 
 def test_a_mixture_without_a_gradient_is_left() -> None:

@@ -135,9 +135,10 @@ def a_mask_edited_between(z: Tensor, m: Tensor) -> Tensor:
 def logits_edited_between(z: Tensor, m: Tensor) -> Tensor:
     with torch.no_grad():
         x = z + 0
+        whole = x.view(-1)
         log_p = x.log_softmax(-1).masked_fill(~m, -math.inf)
         x.mul_(2)
-        told = log_p.logsumexp(-1)
+        told = log_p.logsumexp(-1) + 0 * whole[0]
     return told + z.logsumexp(-1)
 
 

@@ -228,6 +228,18 @@ REWRITING = in_folder(
             "kept = per_row",
             "tests/test_recognise.py -k test_cross_entropy_function",
         ),
+        (
+            *("edits: what is edited without a gradient is a function with one", "edits.py"),
+            "and self._keeps_gradient(edit)",
+            "and True",
+            "tests/test_edits.py -k test_edits_that_others_may_see_stay",
+        ),
+        (
+            *("edits: a view from before an edit keeps what it had", "edits.py"),
+            "and self._is_seen_alone(edit)",
+            "and True",
+            "tests/test_edits.py -k test_edits_that_others_may_see_stay",
+        ),
     ],
 )
 ENTRIES = in_folder(
@@ -262,12 +274,6 @@ ENTRIES = in_folder(
             "return term if mode is True else self.held(term)",
             "return term",
             "tests/test_entries.py",
-        ),
-        (
-            *("entries: what nobody may edit is edited without a gradient", "reading/entries.py"),
-            "if not isinstance(x, Node) or timeline.grad_mode(position) is not True:",
-            "if not isinstance(x, Node):",
-            "tests/test_entries.py -k test_what_is_left",
         ),
     ],
 )

@@ -34,6 +34,7 @@ from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden, cut_hidden
 from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
+from ..rewriting.edits import make_functional
 from ..rewriting.escapes import KEPT
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
@@ -105,6 +106,9 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
+    attempt(LEFT, read_aten, graph)
+    attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)
+    if not options.verify:
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)

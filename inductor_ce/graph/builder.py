@@ -22,13 +22,14 @@ class Builder:
 
     Args:
         graph, before: where.
-        like: a node whose place in the user's code the new ones share.
+        like: a node whose place in the user's code the new ones share; it is a tensor, or is given one.
         key: under which `meta` has the example values.
     """
 
     def __init__(self, graph: Graph, before: Node, like: Node, key: str = "example_value"):
         self._graph, self._before, self._like, self._key = graph, before, like, key
-        self._fake_mode = fake_mode_of(tensor_of(like))
+        examples = filter(lambda x: x is not None, map(tensor_of, (like, *like.all_input_nodes)))
+        self._fake_mode = fake_mode_of(next(examples, None))
         self._examples = Examples(self._fake_mode)
         self.created: list[Node] = []
 

@@ -143,8 +143,13 @@ class Timeline:
     def storage(node: Node) -> Hashable:
         """What tells the storage of a node from others."""
         value = tensor_of(node)
+        return node if value is None else Timeline.storage_of(value, node)
+
+    @staticmethod
+    def storage_of(value: torch.Tensor, node: Node) -> Hashable:
+        """The same of a tensor that a node has."""
         try:
-            return node if value is None else local_of(value).untyped_storage()._cdata
+            return local_of(value).untyped_storage()._cdata
         except (NotImplementedError, RuntimeError):  # a tensor without storage aliases nothing that we follow
             return node
 
@@ -162,7 +167,11 @@ class Timeline:
 
     def sources(self, node: Node) -> list[Node]:
         """What a node is given, and what edits its storage, at any time."""
-        return [*node.all_input_nodes, *(self.nodes[i] for i in self._writes.get(self.storage(node), ()))]
+        return [*node.all_input_nodes, *self.edits(node)]
+
+    def edits(self, node: Node) -> list[Node]:
+        """What edits the storage of a node, at any time."""
+        return [self.nodes[i] for i in self._writes.get(self.storage(node), ())]
 
     def as_edited(self, node: Node) -> list[Node]:
         """A node, and what shares its storage where that is edited: an edit may bring a gradient."""

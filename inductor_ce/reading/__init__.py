@@ -14,6 +14,7 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
     divergences  sums over several tensors of logits beside each other: the `sides`; joint, what the nodes
                  between log-probabilities and such a sum are; constants, numbers among them;
                  tails, what adds such sums up; zeroed, entries set where probabilities are 0;
+                 twins, tensors that are made twice;
                  entries, sums of what each entry makes by itself; own, comparisons with what is
                  made of the same logits; moved, entries of chosen rows, or seen by views
     parts        losses whose ranks know themselves that each has some of the classes: the steps;

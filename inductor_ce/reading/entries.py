@@ -85,13 +85,13 @@ class EntryReader:
         made = [node for node in ends if node in self._wide]
         return frozenset(reached(made, before))
 
-    def _read(self, node: Node, depth: int, until: int | None = None) -> Term | None:
-        """What is made of sides, and is not edited before a position, or the end."""
+    def _read(self, node: Node, depth: int) -> Term | None:
+        """What is made of sides, and is not edited."""
         reading = self.joint.reading
         timeline = reading.timeline
         if not same_shape(shape_of(node), shape_of(self.summand)):
             return None
-        if not timeline.unchanged(node, node, len(timeline.nodes) if until is None else until):
+        if not timeline.unchanged(node, node, len(timeline.nodes)):
             return None
         value = self.joint.of(node)
         if value is None or value.axis is None or value.like is not None:
@@ -195,6 +195,7 @@ class EntryReader:
         kind = kind_of(node, self.summand, axis)
         if kind is None or example.device != like.device:
             return None
+        node = self.joint.reading.twins.of(node)
         moves = any(example_of(each).requires_grad for each in timeline.as_edited(node))
         if kind in ("row", "scalar") and example.is_floating_point():
             return ("n", _place(self.numbers, node)) if moves else ("c", _place(self.constants, node))
@@ -252,22 +253,6 @@ class EntryReader:
         if (bends or name in _COMPARISONS) and self._compares_with_own(*numbers, bends=bends):
             return None
         return entries.exp(*numbers) if name == "exp" else ("sub" if name == "rsub" else name, *numbers)
-
-    def _edited(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
-        """x += y and the like, of an x that nothing else sees. Under no_grad x would keep its gradient."""
-        x, timeline = args.get("input"), self.joint.reading.timeline
-        position = timeline.position[node]
-        if not isinstance(x, Node) or timeline.grad_mode(position) is not True:
-            return None
-        if args.get("alpha", 1) != 1 or args.get("rounding_mode") is not None:
-            return None
-        same = [each for each in timeline.nodes if timeline.shares_storage(each, x)]
-        if any(each not in (x, node) and not spellings.is_arithmetic_edit(each) for each in same):
-            return None
-        own, other = self._read(x, depth, position), self._numbers(args, depth, "other")
-        if own is None or other is None:
-            return None
-        return name.removeprefix("edit_"), self._as_number(own), *other
 
     def _elsewhere(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         """A function for which the table of steps has no row of its own."""
@@ -389,7 +374,6 @@ _STEPS: dict[str, _Step] = {
     **dict.fromkeys(("where", "masked_fill"), EntryReader._where),
     **dict.fromkeys(("and", "or", "not"), EntryReader._truth),
     **dict.fromkeys(("kl_div", *LOSSES), EntryReader._unreduced),
-    **dict.fromkeys(("edit_add", "edit_sub", "edit_mul", "edit_div"), EntryReader._edited),
     "elementwise": EntryReader._elsewhere,
     "log_to": EntryReader._log_to,
     "softplus": EntryReader._softplus,

@@ -78,7 +78,7 @@ class JointReader:
         if example is None or not example.is_floating_point() or depth > MAX_DEPTH:
             return None
         if not self._is_unedited(node):
-            return self._set_where_zero(node, depth)
+            return None
         value = self._of_one(self.reading.values.get(node), tuple(example.shape))
         if value is not None:
             return value
@@ -134,15 +134,14 @@ class JointReader:
 
     def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
         """p (log p - log q) with its limits where p or q is 0."""
-        zeroed, timeline = set_where_zero(self.reading, node), self.reading.timeline
-        if zeroed is None or timeline.grad_mode(timeline.position[node]) is not True:
+        zeroed = set_where_zero(self.reading.timeline, node)
+        if zeroed is None:
             return None
-        value, p, q = self._product(node, zeroed.factors, depth), self.of(zeroed.p), self.of(zeroed.q)
+        p, q, value = self.of(zeroed.p), self.of(zeroed.q), self._product(node, zeroed.factors, depth)
         log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
         limit = self._combined(p, self._combined(log_p, log_q, joint.minus), joint.times)
-        if value is None or limit is None or value.expr != limit.expr:
-            return None
-        return replace(value, wide=value.wide | limit.wide | zeroed.edits | {node})
+        alike = value is not None and limit is not None and value.expr == limit.expr
+        return replace(value, wide=value.wide | limit.wide | zeroed.made) if alike else None  # type: ignore[union-attr, type-var]
 
     def detached(self, side: int) -> int:
         """The side of the same rows to which no gradient flows."""
@@ -164,16 +163,16 @@ class JointReader:
         """The place among the factors of a tensor with a number for each row of what its reader makes."""
         if axis is None or not isinstance(arg, Node) or kind_of(arg, reader, axis) not in ("row", "scalar"):
             return None
-        return self._numbered(RowFactor(arg, how)) if self._is_unedited(arg, reader) else None
+        return self._numbered(arg, how) if self._is_unedited(arg, reader) else None
 
     def _is_unedited(self, node: Node, since: Node | None = None) -> bool:
         """Whether a node reads everywhere as when it was made, or from where another has read it."""
         timeline = self.reading.timeline
         return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
 
-    def _numbered(self, factor: RowFactor) -> int:
-        if factor not in self.factors:
-            self.factors.append(factor)
+    def _numbered(self, node: Node, how: str) -> int:
+        factor = RowFactor(self.reading.twins.of(node), how)
+        self.factors += [factor] if factor not in self.factors else []
         return self.factors.index(factor)
 
     # Steps
@@ -237,7 +236,8 @@ class JointReader:
         return self._kept(node, args.get("condition"), args.get("input"), args.get("other"), depth)
 
     def _masked_fill(self, node: Node, args: dict[str, Any], depth: int) -> JointValue | None:
-        return self._kept(node, args.get("mask"), args.get("value"), args.get("input"), depth)
+        made = self._kept(node, args.get("mask"), args.get("value"), args.get("input"), depth)
+        return self._set_where_zero(node, depth) if made is None else made
 
     def _kept(self, node: Node, mask: Any, yes: Any, no: Any, depth: int) -> JointValue | None:
         """A value in the rows where a mask is true, or is not, and 0 in the others."""
@@ -275,7 +275,7 @@ class JointReader:
             return None
         if not same_shape(shape_of(mask), rows) or not self._is_unedited(mask, node):
             return None
-        factor = self._numbered(RowFactor(mask, "chosen"))
+        factor = self._numbered(mask, "chosen")
         expr = value.expr.weighed(factor)
         return replace(value, expr=expr, axis=1, shape=tuple(made.shape), like=source)
 

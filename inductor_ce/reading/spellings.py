@@ -112,16 +112,6 @@ def is_arithmetic_edit(node: Node) -> bool:
     return step is not None and step.keeps_strides
 
 
-def out_of_place(node: Node) -> tuple[Any, dict[str, Any]] | None:
-    """(what makes what an edit in place makes, and nothing else; its arguments but the first)."""
-    step = step_of(node)
-    if step is None or not step.edits:
-        return None
-    given = arguments(node, step)
-    function = next(row.targets[0] for row in STEPS if f"edit_{row.name}" == step.name)
-    return function, {name: value for name, value in given.items() if name != "input"}
-
-
 def has_log(node: Node) -> bool:
     """Whether a logarithm is taken of what a node is summed, clamped, raised by an epsilon or mixed into."""
     frontier, seen = [node], {node}

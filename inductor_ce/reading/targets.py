@@ -13,12 +13,10 @@ from torch.fx import Node
 from .. import algebra
 from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
-from ..graph.timeline import written_by
 from .context import Context, is_labels
 from .indexing import label_axis
 from .row_views import index_per_dimension, row_shape
-from .values import Columns, Outcome, Value, VocabValue
-from .views import viewed
+from .values import Columns, Outcome, Value
 
 # What reads a step: its node, and its arguments by name.
 Function = Callable[[Context, dict[str, Any]], Outcome]
@@ -175,7 +173,7 @@ def _number_of(context: Context, arg: Any) -> sympy.Expr | None:
 
 
 def edit(step: Function) -> Function:
-    """The step of an operation in place, of labels and numbers, or of what nobody else sees.
+    """The step of an operation in place, of labels and numbers.
 
     Under no_grad a tensor keeps the gradient that it had before the edit, which is none of what it is then.
     """
@@ -186,9 +184,6 @@ def edit(step: Function) -> Function:
         if example is not None and example.requires_grad and context.grad_mode is not True:
             return None
         value = step(context, args)
-        if isinstance(value, VocabValue) and isinstance(target, Node) and _is_alone(context, target):
-            context.reading.own_edits.add(context.node)
-            return value
         if not isinstance(value, Columns) or not isinstance(target, Node):
             return value if isinstance(value, Refusal) else None
         version = context.reading.timeline.version(target, context.position + 1)
@@ -196,16 +191,3 @@ def edit(step: Function) -> Function:
         return value
 
     return edited
-
-
-def _is_alone(context: Context, target: Node) -> bool:
-    """Whether a tensor that is edited was made for that: but for one edit after another nothing has its
-    storage, or reads it before the last."""
-    timeline = context.reading.timeline
-    if not isinstance(context.reading.values.get(target), VocabValue):
-        return False
-    first, *edits = [node for node in timeline.nodes if timeline.shares_storage(node, target)]
-    chain = zip([first, *edits], edits, strict=False)
-    source = viewed(first)
-    is_copy = source is None or not timeline.shares_storage(first, source)
-    return is_copy and all([*made.users] == [edit] and made in written_by(edit) for made, edit in chain)

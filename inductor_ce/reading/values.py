@@ -14,6 +14,7 @@ from .. import algebra
 from ..common.findings import Miss, Reason, Refusal, make_miss
 from ..graph.timeline import Timeline
 from .row_views import RowView
+from .twins import Twins
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,6 @@ class Reading:
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
-    own_edits: set[Node] = field(default_factory=set)  # in place, of what nobody else sees
     joined: set[Node] = field(default_factory=set)
     looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
     chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken
@@ -225,6 +225,9 @@ class Reading:
     results: dict[Node, tuple[Node, int]] = field(
         default_factory=dict
     )  # what nodes were replaced by, and where
+
+    def __post_init__(self) -> None:
+        self.twins = Twins(self.timeline)
 
     def miss(self, node: Node, refusal: Refusal) -> None:
         """Tell why the loss at `node` is left as it was."""

@@ -2,6 +2,8 @@
 
     t = p * (log p - log q); t[q == 0] = inf; t[p == 0] = 0; t.sum(-1)
 
+Edits are functions by then: a `masked_fill` of another.
+
 NOTE Probabilities that underflow
 A softmax is 0 where the logit is -inf, and there this is what p (log p - log q) has as its limit, which the
 operators compute. It is also 0 where a finite logit lies so far below the maximum that the exponential has
@@ -15,56 +17,49 @@ from typing import Any, NamedTuple
 
 from torch.fx import Node
 
+from ..graph.timeline import Timeline
 from . import spellings
-from .values import Reading
 
 
 class Zeroed(NamedTuple):
-    """The factors of a product, the p and q of which it is set where they are 0, and what sets it."""
+    """The factors of a product, the p and q of which it is set where they are 0, and the nodes between."""
 
     factors: dict[str, Any]
     p: Node
     q: Node
-    edits: frozenset[Node]
+    made: frozenset[Node]
 
 
-def set_where_zero(reading: Reading, node: Node) -> Zeroed | None:
-    """A product that is edited so before the one node that reads it."""
-    position, spelled = reading.timeline.position, spellings.read(node)
-    edits = [user for user in node.users if spellings.is_step(user, "edit_setitem")]
-    edits.sort(key=position.__getitem__)
-    if spelled is None or spelled[0].name != "mul" or len(edits) != 2:
+def set_where_zero(timeline: Timeline, node: Node) -> Zeroed | None:
+    """A product that is 0 where p is 0, and infinite where q is 0 and p is not, where gradients are on."""
+    by_p, by_q = _set(node, 0), None
+    if by_p is not None:
+        by_q = _set(by_p[0], math.inf)
+    if by_p is None or by_q is None:
         return None
-    sets = [found for edit in edits if (found := _set(node, edit)) is not None]
-    if [number for number, _, _ in sets] != [math.inf, 0] or not _is_read_after(node, edits[-1], position):
+    (inner, p, made), (product, q, also_made) = by_p, by_q
+    spelled = spellings.read(product)
+    if spelled is None or spelled[0].name != "mul":
         return None
-    (_, q, by_q), (_, p, by_p) = sets
-    return Zeroed(spelled[1], p, q, frozenset({*edits, *by_q, *by_p}))
+    between = frozenset({inner, product, *made, *also_made})
+    on = all(timeline.grad_mode(timeline.position[each]) is True for each in (node, *between))
+    edited = any(timeline.edits(each) for each in between)
+    return Zeroed(spelled[1], p, q, between) if on and not edited else None
 
 
-def _is_read_after(node: Node, last: Node, position: dict[Node, int]) -> bool:
-    """Whether all that reads elements of a node, but for its edits, is one node behind the last of them."""
-    readers = [
-        user
-        for user in node.users
-        if not spellings.is_step(user, "edit_setitem")
-        and not (spellings.is_step(user, "expand") and node not in user.args[:1])
-    ]
-    return len(readers) == 1 and position[readers[0]] > position[last]
-
-
-def _set(node: Node, edit: Node) -> tuple[float, Node, list[Node]] | None:
-    """The number, the probabilities, and the nodes of `node[probabilities == 0] = number`."""
-    args: dict[str, Any] = spellings.arguments(edit, spellings.step_of(edit))  # type: ignore[arg-type]
-    made, mask = [], args.get("index")
-    while isinstance(mask, Node) and (spelled := spellings.read(mask)) is not None:
+def _set(node: Any, number: float) -> tuple[Any, Node, list[Node]] | None:
+    """x, the probabilities, and the nodes of the mask of x.masked_fill(probabilities == 0, number)."""
+    spelled = spellings.read(node) if isinstance(node, Node) else None
+    if spelled is None or spelled[0].name != "masked_fill" or spelled[1].get("value") != number:
+        return None
+    source, mask, made = spelled[1].get("input"), spelled[1].get("mask"), []
+    while isinstance(mask, Node) and isinstance(source, Node) and (read := spellings.read(mask)) is not None:
         made.append(mask)
-        step, inner = spelled
+        step, args = read
         if step.name == "eq":
-            is_zero = isinstance(inner.get("other"), (int, float)) and inner["other"] == 0
-            known = is_zero and args["input"] is node and isinstance(args.get("value"), (int, float))
-            return (args["value"], inner["input"], made) if known else None
+            is_zero = isinstance(args.get("other"), (int, float)) and args["other"] == 0
+            return (source, args["input"], made) if is_zero else None
         if step.name != "expand":
             return None
-        mask = inner.get("input")
+        mask = args.get("input")
     return None

@@ -14,6 +14,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     arrange           brings tensors to [N, V] and back; `rematerialise`, to the place where they are needed
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
+    edits             edits in place of what has classes, as functions, before all else
     divergences       losses between several tensors of logits, before all others
     some_classes      normalisers over some classes' log-probabilities, as differences of two
     turned_products   a product whose rows are the classes, as the transpose of one of which they are columns

@@ -358,14 +358,10 @@ def _erase(found: Between) -> None:
     """Erase what made a divergence and is not used any more, with the views of logits that it read."""
     graph = found.node.graph
     order = {node: i for i, node in enumerate(graph.nodes)}
-    # What edits a product of its own, and what has its shape: neither reads it, see `reading.zeroed`.
-    beside = {n for n in found.wide if any(spellings.is_step(n, s) for s in ("edit_setitem", "expand"))}
-    beside |= {n for n in found.wide if spellings.is_arithmetic_edit(n)}
     left = {node for node in found.wide | {found.node} if node in order}
     while left:
         node = max(left, key=order.__getitem__)
         left.remove(node)
-        edited = all(each in found.wide and set(each.users) <= beside for each in written_by(node))
-        if not node.users and edited and spellings.is_repeatable(node):
+        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
             left.update(node.all_input_nodes)
             graph.erase_node(node)

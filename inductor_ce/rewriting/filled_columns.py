@@ -87,7 +87,7 @@ def _replaced(graph: Graph, node: Node, fill: Node) -> Node | None:
     if example is None or given is None or not is_plain_tensor(example):
         return None
     item, value = given
-    if not _is_number_of(value, example.dtype):
+    if not is_number_of(value, example.dtype):
         return None
     build = Builder(graph, fill, like=node)
     try:
@@ -131,7 +131,7 @@ def _last_item(index: Any, rank: int) -> Any:
     return last if len(items) == rank and whole else None
 
 
-def _is_number_of(value: Any, dtype: torch.dtype) -> bool:
+def is_number_of(value: Any, dtype: torch.dtype) -> bool:
     """Whether a value is a Python number that a dtype has."""
     if not isinstance(value, (int, float)) or not dtype.is_floating_point:
         return False

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch.fx import Node
 
 from ..common.findings import name_of, where_is
-from ..graph.shapes import shape_of, tensor_of
+from ..graph.shapes import Size, equal, shape_of, tensor_of
 from ..graph.timeline import written_by
 from ..graph.walk import reached
 from ..reading import spellings
@@ -54,13 +54,16 @@ def is_spared(reading: Reading, end: Node, wide: Sequence[Node], needed: set[Nod
     own = value_of(reading, end).wide - needed
     if any((step := spellings.step_of(node)) is None or step.view is None for node in own):
         return True
+    logits = value_of(reading, end).logits
+    classes = shape_of(logits.node)[logits.axis]
     readers = (reader for made in wide for reader in _first_readers(reading, made, needed))
-    return not any(_gives_all_a_gradient(*reader, needed) for reader in readers)
+    return not any(_gives_all_a_gradient(*reader, needed, classes) for reader in readers)
 
 
 def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
     """Whether log-probabilities without a gradient are what another loss is weighed by, as a teacher's are.
 
+    So are those that are projected to other bins, the targets of a distribution.
     They are made for that, and what is picked of them costs no sweep.
     """
     value = value_of(reading, node)
@@ -68,8 +71,7 @@ def is_target(reading: Reading, node: Node, wide: Sequence[Node]) -> bool:
         return False
     others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
     brought = {node for v in others if v.logits != value.logits for node in reading.brought(v)}
-    made_of = reached(brought, lambda node: [s for s in node.all_input_nodes if is_of_each(node, s)])
-    return not set(made_of).isdisjoint(wide)
+    return not set(reached(brought, reading.timeline.sources)).isdisjoint(wide)
 
 
 def _first_readers(reading: Reading, made: Node, needed: set[Node]) -> Iterator[tuple[Node, Node]]:
@@ -96,7 +98,7 @@ def _is_step(reading: Reading, user: Node, made: Node) -> bool:
     return step.view is not None or (theirs is not None and own is not None and theirs.logits == own.logits)
 
 
-def _gives_all_a_gradient(made: Node, user: Node, needed: set[Node]) -> bool:
+def _gives_all_a_gradient(made: Node, user: Node, needed: set[Node], classes: Size) -> bool:
     """Whether a gradient of all log-probabilities comes back from a reader, as far as this graph knows."""
     frontier, seen = [(made, user)], {user}
     while frontier:
@@ -104,13 +106,25 @@ def _gives_all_a_gradient(made: Node, user: Node, needed: set[Node]) -> bool:
         is_stored = any(written_by(node)) and source not in written_by(node)
         if is_stored or _has_no_gradient(source) or not _may_learn(node) or name_of(node) in OF_FEW:
             continue
-        if is_of_each(node, source):
+        if is_of_each(node, source) or _is_sum_of_parts(node, source, classes):
             fresh = [each for each in node.users if each in needed and each not in seen]
             seen.update(fresh)
             frontier += [(node, each) for each in fresh]
         elif not _is_only_looked_at(source, node, needed):
             return True
     return False
+
+
+def _is_sum_of_parts(node: Node, source: Node, classes: Size) -> bool:
+    """Whether probabilities are summed over dimensions that are not of the classes, as over experts."""
+    spelled = spellings.read(node)
+    if spelled is None or spelled[0].name not in ("sum", "mean") or spelled[1].get("input") is not source:
+        return False
+    shape, dims = shape_of(source), spelled[1].get("dim")
+    given = [dims] if isinstance(dims, int) else dims
+    if not isinstance(given, (list, tuple)) or not given:
+        return False
+    return not any(equal(shape[dim], classes) for dim in given)
 
 
 def _is_only_looked_at(source: Node, node: Node, needed: set[Node]) -> bool:

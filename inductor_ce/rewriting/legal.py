@@ -129,8 +129,9 @@ def _ends(reading: Reading, options: Options) -> dict[Logits, list[Node]]:
         else:
             is_end = isinstance(value, RowValue) and _is_end(reading, node, value)
         if isinstance(value, (RowValue, LossValue)) and not is_end and _lacks_maximum(reading, node):
-            few = few_classes(value.logits.node, value.logits.axis, options)
-            reading.miss(node, few or _maximum_fact(reading, node))
+            fact, logits = _maximum_fact(reading, node), value.logits
+            if fact is MAXIMUM_KEPT or not _is_told_beside_a_loss(reading, node, logits):
+                reading.miss(node, few_classes(logits.node, logits.axis, options) or fact)
         if is_end:
             ends[value.logits].append(node)  # type: ignore[union-attr]
     return ends
@@ -177,6 +178,13 @@ def _maximum_fact(reading: Reading, node: Node) -> Refusal:
     """Why a maximum is kept: it is missing from the normaliser, or is itself what the loss is of."""
     moved = algebra.shifted(expr_of(reading, node))
     return MAXIMUM_KEPT if moved.has(algebra.MAX) else TIES_SHARE
+
+
+def _is_told_beside_a_loss(reading: Reading, node: Node, logits: Logits) -> bool:
+    """Whether a number of each row, as the largest probability, is returned beside a loss of these logits."""
+    others = (reading.on_logits(other) for other in reading.values if other is not node)
+    is_beside = any(isinstance(other, LossValue) and other.logits == logits for other in others)
+    return is_beside and all(user.op == "output" for user in node.users)
 
 
 def _is_label_of(reading: Reading, node: Node, user: Node) -> bool:

@@ -1,8 +1,8 @@
 """Sums of several probabilities, entry by entry, and what one class of a row is of such a sum.
 
 Between the parts that are picked and a pick may be functions of each entry, sums over the parts of a batch,
-views, edits in place of what only the mixture knows, rows or classes put beside others, and what is added at
-some classes of each row, as the attention that a pointer network gives to the words of its source.
+views, rows or classes put beside others, and what is added at some classes of each row, as the attention that
+a pointer network gives to the words of its source.
 """
 
 from __future__ import annotations
@@ -34,9 +34,6 @@ OF_EACH = (
     *("add", "sub", "rsub", "mul", "div", "neg", "log", "log_to", "exp", "sqrt", "pow", "square", "clamp"),
     *("same", "logaddexp", "where", "masked_fill"),
 )
-# What edits in place, and what it makes of each entry.
-EDITS = {"edit_add": torch.add, "edit_sub": torch.sub, "edit_mul": torch.mul, "edit_div": torch.div}
-COPIES = ("scatter_add", "edit_scatter_add")
 OVER_OTHERS = ("sum", "mean", "logsumexp")
 MAX_DEPTH = 12
 
@@ -56,49 +53,40 @@ class Mixture:
     parts: set[Node] = field(default_factory=set)
     leaves: set[Node] = field(default_factory=set)
 
-    def covers(self, node: Node, axis: int, at: int, depth: int = 0) -> bool:
-        """Whether what a node is at a position is made, entry by entry, of parts and of numbers of rows."""
-        made = self.made(node, at)
-        if made is None or tensor_of(made) is None or depth > MAX_DEPTH:
+    def covers(self, node: Node, axis: int, depth: int = 0) -> bool:
+        """Whether a node is made, entry by entry, of parts and of numbers of rows."""
+        if tensor_of(node) is None or self.reading.timeline.edits(node) or depth > MAX_DEPTH:
             return False
-        value, kind = self.reading.values.get(made), self._kind(made, axis)
+        value, kind = self.reading.values.get(node), self._kind(node, axis)
         if isinstance(value, VocabValue) and value.axis == axis and not value.after:
-            self.parts.add(made)
-            return self._is_leaf(made)
+            self.parts.add(node)
+            return self._is_leaf(node)
         if kind == "":
-            return not example_of(made).requires_grad and self._is_leaf(made)
-        self.inner.add(made)
-        args = spellings.read(made)[1]  # type: ignore[index]
-        position, depth = self.position(made), depth + 1
+            return not example_of(node).requires_grad and self._is_leaf(node)
+        self.inner.add(node)
+        args = spellings.read(node)[1]  # type: ignore[index]
+        position, depth = self.position(node), depth + 1
         if kind == "row":
-            return self._stays(_row(made, axis), position)  # type: ignore[arg-type]
+            return self._stays(_row(node, axis), position)  # type: ignore[arg-type]
         if kind == "reshape":
-            return self.covers(args["input"], len(shape_of(args["input"])) - 1, position, depth)
+            return self.covers(args["input"], len(shape_of(args["input"])) - 1, depth)
         if kind == "each":
-            return all(self._is_operand(each, made, axis, depth) for each in made.all_input_nodes)
+            return all(self._is_operand(each, node, axis, depth) for each in node.all_input_nodes)
         if kind == "others":
-            return self.covers(args["input"], axis + 1, position, depth)
+            return self.covers(args["input"], axis + 1, depth)
         if kind == "stack":
-            return all(self.covers(each, axis - 1, position, depth) for each in args["tensors"])
+            return all(self.covers(each, axis - 1, depth) for each in args["tensors"])
         if kind == "copies":
             kept = self._stays(args["index"], position) and self._stays(args["src"], position)
-            return kept and self.covers(args["input"], axis, position, depth)
+            return kept and self.covers(args["input"], axis, depth)
         if kind == "rows":
-            return all(self.covers(each, axis, position, depth) for each in args["tensors"])
+            return all(self.covers(each, axis, depth) for each in args["tensors"])
         if kind == "cat":
-            return all(self._is_beside(each, made, axis, depth) for each in args["tensors"])
+            return all(self._is_beside(each, node, axis, depth) for each in args["tensors"])
         return kind == "zeros"
 
     def position(self, node: Node) -> int:
         return self.reading.timeline.position[node]
-
-    def made(self, node: Node, at: int) -> Node | None:
-        """What makes a node what it is at a position: itself, or an edit. None where others may edit it."""
-        first, *edits = self.reading.timeline.as_edited(node)
-        steps = [spellings.step_of(each) for each in edits]
-        if any(step is None or step.name not in (*EDITS, *COPIES) for step in steps):
-            return None
-        return max((each for each in (first, *edits) if self.position(each) < at), key=self.position)
 
     def _kind(self, node: Node, axis: int) -> str:
         """How a node is made of others, "" where it is not read."""
@@ -113,9 +101,9 @@ class Mixture:
         if step.view is View.RESHAPE:
             flat = axis == rank - 1 and equal(shape[axis], shape_of(source)[-1])
             return "reshape" if flat else ""
-        if step.name in OF_EACH or step.name in EDITS:
+        if step.name in OF_EACH:
             return "each"
-        if step.name in COPIES:
+        if step.name == "scatter_add":
             return "copies" if _copies(args, shape) and axis == rank - 1 else ""
         if step.name == "zeros":
             return "zeros"
@@ -135,7 +123,7 @@ class Mixture:
             return False
         own, shape, position = shape_of(node), shape_of(reader), self.position(reader)
         if same_shape(own, shape):
-            return self.covers(node, axis, position, depth)
+            return self.covers(node, axis, depth)
         alone = not own or (len(own) == len(shape) and equal(own[axis], 1) and not equal(shape[axis], 1))
         return alone and self._stays(node, position)
 
@@ -144,7 +132,7 @@ class Mixture:
         size, whole = hint(shape_of(node)[axis]), hint(shape_of(cat)[axis])
         if 0 < 2 * size <= whole:
             return self._is_leaf(node)
-        return size > 0 and self.covers(node, axis, self.position(cat), depth)
+        return size > 0 and self.covers(node, axis, depth)
 
     def _is_leaf(self, node: Node) -> bool:
         self.leaves.add(node)
@@ -158,20 +146,18 @@ class Mixture:
         """Whether nothing but picks reads what stands between them and the parts."""
         return all(user in self.inner or user in picks for node in self.inner for user in node.users)
 
-    def pick(self, build: Builder, node: Node, index: Node, axis: int, at: int) -> Node:
-        """torch.gather(node, axis, index), as the node is at a position, of what it is made of."""
-        made = self.made(node, at)
-        assert made is not None
-        if made in self.leaves:
-            return build(torch.gather, made, axis, index)
-        picked = self._pick(build, made, index, axis)
-        dtype = example_of(made).dtype
+    def pick(self, build: Builder, node: Node, index: Node, axis: int) -> Node:
+        """torch.gather(node, axis, index), of what the node is made of."""
+        if node in self.leaves:
+            return build(torch.gather, node, axis, index)
+        picked = self._pick(build, node, index, axis)
+        dtype = example_of(node).dtype
         return picked if example_of(picked).dtype == dtype else build("to", picked, dtype)
 
     def _pick(self, build: Builder, node: Node, index: Node, axis: int) -> Node:
-        kind, at, shape = self._kind(node, axis), self.position(node), shape_of(node)
-        step, args = spellings.read(node)  # type: ignore[misc]
-        of = functools.partial(self.pick, build, at=at)
+        kind, shape = self._kind(node, axis), shape_of(node)
+        args = spellings.read(node)[1]  # type: ignore[index]
+        of = functools.partial(self.pick, build)
         source: Any = args.get("input")
         if kind == "row":
             return _row(node, axis)  # type: ignore[return-value]
@@ -184,7 +170,7 @@ class Mixture:
             whole = {each: same_shape(shape_of(each), shape) for each in node.all_input_nodes}
             sources = {each: of(each, index, axis) if own else each for each, own in whole.items()}
             args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)
-            return build(EDITS.get(step.name, node.target), *args, **kwargs)
+            return build(node.target, *args, **kwargs)
         if kind == "others":
             dim = one_dim(args["dim"]) % len(shape_of(source))
             sizes = [-1] * len(shape_of(source))
@@ -206,10 +192,10 @@ class Mixture:
             pieces = [build(operator.getitem, cut, k) for k in range(len(parts))]
             return build(torch.cat, [of(*each, axis) for each in zip(parts, pieces, strict=True)], dim)
         if kind == "cat":
-            return self._of_ranges(build, args["tensors"], index, axis, at)
+            return self._of_ranges(build, args["tensors"], index, axis)
         return build(torch.zeros_like, index, dtype=example_of(node).dtype)
 
-    def _of_ranges(self, build: Builder, parts: Sequence[Node], index: Node, axis: int, at: int) -> Node:
+    def _of_ranges(self, build: Builder, parts: Sequence[Node], index: Node, axis: int) -> Node:
         """Of the tensor that has the class, whose own classes begin behind those of all before it.
 
         A label outside is outside the first or the last.
@@ -224,7 +210,7 @@ class Mixture:
             if k < len(parts) - 1:
                 local = build(torch.where, build(torch.lt, own, size), local, 0)
                 start = build(operator.add, start, size) if isinstance(size, Node) else start + size
-            here = self.pick(build, part, local, axis, at)
+            here = self.pick(build, part, local, axis)
             picked = build(torch.where, reached, here, picked) if k else here
         return picked
 

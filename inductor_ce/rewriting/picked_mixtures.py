@@ -90,13 +90,11 @@ def _mixture(reading: Reading, node: Node, source: Node, options: Options) -> Mi
     axis, timeline = _axis(reading, node, source), reading.timeline
     assert axis is not None
     mixture, position = Mixture(reading), timeline.position
-    if hint(shape_of(source)[axis]) < options.min_vocab or not mixture.covers(source, axis, position[node]):
+    if hint(shape_of(source)[axis]) < options.min_vocab or not mixture.covers(source, axis):
         return None
     modes = {timeline.grad_mode(position[each]) for each in (node, *mixture.inner)}
     same_autocast = all(timeline.same_autocast(position[n], position[node]) for n in mixture.inner)
     picks = {user for user in source.users if _picked(reading, user) is source}
-    made = mixture.made(source, position[node])
-    picks = {pick for pick in picks if mixture.made(source, position[pick]) is made}
     fits = len(modes) == 1 and same_autocast and mixture.parts and source in mixture.inner
     if not fits or not (mixture.is_closed(picks) or _learns(reading, mixture)):
         return None
@@ -115,7 +113,7 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
     axis = _axis(reading, node, source)
     assert axis is not None
     build = Builder(graph, node, like=node)
-    pick = functools.partial(mixture.pick, build, source, axis=axis, at=reading.timeline.position[node])
+    pick = functools.partial(mixture.pick, build, source, axis=axis)
     try:
         if step.name == "gather":
             result = pick(index=args["index"])
@@ -139,17 +137,13 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
 
 
 def _erase(graph: Graph, node: Node) -> None:
-    """Erase a node, what nobody uses then, and edits of what nobody reads."""
+    """Erase a node, and what nobody uses then."""
     unused = [node]
     while unused:
         gone = unused.pop()
-        users = [*gone.users]
-        if any(user.users or gone not in written_by(user) for user in users):
-            continue
-        if gone is node or spellings.is_repeatable(gone):
-            for each in (*users[::-1], gone):
-                unused += each.all_input_nodes
-                graph.erase_node(each)
+        if not gone.users and (gone is node or (spellings.is_repeatable(gone) and not any(written_by(gone)))):
+            unused += gone.all_input_nodes
+            graph.erase_node(gone)
 
 
 def _nll_loss(build: Builder, pick: Callable[..., Node], args: dict[str, Any]) -> Node:

@@ -120,8 +120,7 @@ def _erase_unused(graph: Graph, reading: Reading, nodes: list[Node]) -> list[Nod
     """Erase what nobody uses of some nodes. Returns the others."""
     left = []
     for node in reversed(nodes):
-        is_pure = not any(written_by(node)) or node in reading.own_edits
-        if not node.users and spellings.is_repeatable(node) and is_pure:
+        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
             graph.erase_node(node)
         else:
             left.append(node)
@@ -150,9 +149,6 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
 def _done(build: Builder, step: Afterwards, result: Node) -> Node:
     """What was to be done to each element, done to those that were picked."""
     if isinstance(step, Node):
-        edit = spellings.out_of_place(step)
-        if edit is not None:
-            return build(edit[0], result, **edit[1])
         return build.again(step, {step.all_input_nodes[0]: result})
     if not isinstance(step, torch.dtype):
         return build(step, result)

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .. import algebra, ops
 from ..graph.builder import Builder
-from ..graph.shapes import is_promoted, shape_of, tensor_of
+from ..graph.shapes import example_of, is_promoted, shape_of, tensor_of
 from ..ops.verified import FUSED, TAPPED
 from ..reading.values import Label, Outside, Reading
 from .arrange import flat_labels, flat_outside
@@ -308,18 +308,33 @@ class Statistics:
         dtype = tensor_of(self[algebra.MAX]).dtype  # type: ignore[union-attr]
         return node if tensor_of(node).dtype == dtype else self.build("to", node, dtype)  # type: ignore[union-attr]
 
+    def _mask_in(self, factor: sympy.Expr) -> sympy.Symbol | None:
+        """The mask that a factor is, or is a power of, which is the mask itself."""
+        mask, power = factor.as_base_exp()
+        is_mask = mask in self.outside and self.outside[mask].is_mask
+        return mask if is_mask and power.is_Integer and power.is_positive else None
+
+    def _zero(self) -> Any:
+        """0 beside a number, in the dtype of statistics: of two numbers torch makes float32."""
+        wide = example_of(self[algebra.MAX]).dtype == torch.float64
+        return self.build("new_zeros", self[algebra.MAX], []) if wide else 0.0
+
     def _emit(self, expr: sympy.Expr) -> Any:
         if expr.is_number:
             return int(expr) if expr.is_Integer and abs(expr) < EXACT else float(expr)
         if expr.is_Add:
             return self._folded(expr.args, self._add)
         if expr.is_Mul:
-            masks = [a for a in expr.args if a in self.outside and self.outside[a].is_mask]
+            masks = {a: mask for a in expr.args if (mask := self._mask_in(a)) is not None}
             rest = self._folded([a for a in expr.args if a not in masks] or [sympy.Integer(1)], self._mul)
-            for mask in masks:
-                rest = self.build(torch.where, self[mask], rest, 0.0)
+            for mask in masks.values():
+                other = 0.0 if isinstance(rest, Node) else self._zero()
+                rest = self.build(torch.where, self[mask], rest, other)
             return rest
         if expr.is_Pow:
+            mask = self._mask_in(expr)
+            if mask is not None:
+                return self[mask]
             return self.build(torch.pow, self._emit(expr.base), self._emit(expr.exp))
         if isinstance(expr, (sympy.exp, sympy.log)):
             return self.build(getattr(torch, expr.func.__name__), self._emit(expr.args[0]))
