@@ -32,7 +32,8 @@ def choose_hidden(graph: Graph) -> None:
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         node = stats.args[0]
         while isinstance(node, Node):
-            if (_chooses_rows(node) or _takes_one(node)) and _moved_before(graph, node):
+            chooses = _chooses_rows(node) or _takes_one(node) or _cuts_rows(node)
+            if chooses and _moved_before(graph, node):
                 break
             node = wide_source(node)
     cut_hidden(graph)
