@@ -118,7 +118,19 @@ def a_bias_edited_between(h, W, y, rows, lengths):
     return F.cross_entropy(z[rows], y.view(-1)[rows]) + bias.sum()
 
 
+def shifted_under_a_temperature(h, W, y, rows, lengths):
+    z = F.linear(h, W)[:, :-1, :] / 0.7
+    return -z.log_softmax(-1).gather(-1, y[:, 1:].clamp(min=0).unsqueeze(-1)).mean()
+
+
+def shifted_and_capped_sequence_by_sequence(h, W, y, rows, lengths):
+    z = 5 * torch.tanh((F.linear(h, W, W[:, 0])[:, 1:-1].float()) / 5)
+    picked = torch.gather(z, -1, y[:, 2:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (torch.stack([torch.logsumexp(each, -1) for each in z]) - picked).mean()
+
+
 FUNCTIONS = [
+    *(shifted_under_a_temperature, shifted_and_capped_sequence_by_sequence),
     *(rows_of_filled_columns, filled_after_one_place),
     *(first_of_the_batch, last_of_each, one_of_ranges),
     *(by_numbers, by_index_select, by_numbers_of_columns, last_under_a_cap, last_by_gather),

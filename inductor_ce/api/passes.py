@@ -38,6 +38,7 @@ from ..rewriting.edits import make_functional
 from ..rewriting.escapes import KEPT
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
+from ..rewriting.joined_rows import join_rows
 from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
@@ -130,12 +131,16 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     attempt("unused nodes are left in the graph", forget, reading)
     if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
+        became: dict[int, int] | None = None
+        if not options.verify:
+            became, _ = attempt("losses of parts of rows stay apart", join_rows, graph)
         gone, _ = attempt("a concatenation hides the linear layer", split_columns, graph)
         heads, _ = attempt(
             "returned logits are kept", settle_logits, graph, reading, fused, options, gone or {}
         )
         own = report.sites[-len(fused) :]
         own = [replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)]
+        own = [replace(s, id=(became or {}).get(s.id, s.id)) for s in own]
         report.sites[-len(fused) :] = [site for site in own if site.form]
         attempt("a padded vocabulary hides the linear layer", unpad, graph)
         attempt("chosen rows hide the linear layer", choose_hidden, graph)

@@ -25,6 +25,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them;
                       filled_columns, the filled ones
     joined_columns    likewise columns that are put beside logits
+    joined_rows       losses of parts of a linear layer's rows, by one operator
     joined_steps      probabilities of steps, as those of joined logits
     chosen_rows       likewise where rows are chosen of a linear layer's result
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,

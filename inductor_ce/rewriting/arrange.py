@@ -20,6 +20,8 @@ from .rematerialise import made_before
 
 # The label of rows that a slice cut off. Any column will do: nothing is made of what is picked there.
 ANY_LABEL = 0
+# In the `meta` of what fills rows up that were cut off: nobody reads anything of these.
+PADS_ROWS = "inductor_ce_pads_rows"
 
 
 def flat_logits(build: Builder, reading: Reading, logits: Logits, place: int, vocab_size: int) -> Node:
@@ -152,7 +154,9 @@ def _undo_step(build: Builder, node: Node, step: RowView, classes: tuple[int, ..
 
 
 def _padded(build: Builder, node: Node, pads: list[int]) -> Node:
-    return build(padded if is_dtensor(tensor_of(node)) else F.pad, node, pads, value=ANY_LABEL)
+    made = build(padded if is_dtensor(tensor_of(node)) else F.pad, node, pads, value=ANY_LABEL)
+    made.meta[PADS_ROWS] = True
+    return made
 
 
 def arranged(build: Builder, flat: Node, logits: Logits, steps: tuple[RowView, ...]) -> Node:

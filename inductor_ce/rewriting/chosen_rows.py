@@ -2,8 +2,8 @@
 
 The left side has all logits in memory, and hides the linear layer from the heads; the right side is a head
 with fewer rows. Only logits of which statistics are taken are looked at, and only where nothing else has
-those that are not chosen. Rows that are cut off are cut off statistics, but where a divergence reads what is
-left: of all sides it has the same rows.
+those that are not chosen. Rows that are cut off are cut off statistics, but before a temperature or the like,
+or where a divergence reads what is left: of all sides it has the same rows.
 """
 
 from __future__ import annotations

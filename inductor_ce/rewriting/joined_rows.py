@@ -1,0 +1,333 @@
+"""Losses of parts of one linear layer's rows: one operator for all of them.
+
+    row_stats(z[0], [y_0]), row_stats(z[1], [y_1]), ...   =   s[:, 0], s[:, 1], ...
+        for s = row_stats(z, [cat([y_0, y_1, ...])])
+
+Where a loss is written sequence by sequence, position by position or half by half, each has logits of its
+own. One operator that reads them all leaves the linear layer that makes them a head, in pieces.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from .. import ops
+from ..common.compat.graphs import unset_fake_temporarily
+from ..graph.builder import Builder
+from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline, written_by
+from ..reading import spellings
+from .arrange import ANY_LABEL, PADS_ROWS
+from .find_recipe import is_sized_view, with_width
+from .linear_layers import plain_layer
+from .recipe_search import called
+
+_VIEWS = {"getitem", "select", "narrow", "unsqueeze", "squeeze", "contiguous", "flatten"}
+_SEVERAL = {"unbind", "chunk", "split", "tensor_split"}
+_MOST_STEPS = 16
+_LEAST_SHARE = 2  # all rows are computed: no fewer than one of so many is to be wanted
+
+Box = tuple[tuple[int, int], ...]  # (first, end) along each dimension of rows
+
+
+class Part(NamedTuple):
+    """Statistics of some rows of a linear layer.
+
+    Attributes:
+        stats: the `row_stats`.
+        layer: the linear layer, [..., V].
+        lead: the sizes of the dimensions that its rows have where the first are cut off.
+        links: what is done to each logit between the layer and the statistics, first to last.
+        box: which rows.
+        labels: of these.
+        has_all: whether the statistics are of all rows, of which nobody reads others.
+    """
+
+    stats: Node
+    layer: Node
+    lead: tuple[int, ...]
+    links: tuple[Node, ...]
+    box: Box
+    labels: tuple[Node, ...]
+    has_all: bool
+
+
+class _NotHere(Exception):
+    """A node cannot be made where it is needed."""
+
+
+def join_rows(graph: Graph) -> dict[int, int]:
+    """Let one operator read the parts of each linear layer's rows. Returns which sites became which."""
+    timeline = Timeline(graph)
+    groups: dict[Hashable, list[Part]] = {}
+    for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
+        part = _part(stats)
+        if part is not None:
+            groups.setdefault(_kind(timeline, part), []).append(part)
+    became: dict[int, int] = {}
+    for parts in groups.values():
+        along = _along(parts)
+        if along is not None and _may_move(timeline, parts):
+            became |= _join(graph, timeline, parts, along)
+    return became
+
+
+# Which rows
+
+
+def _part(stats: Node) -> Part | None:
+    """None where the statistics are of no part that is known, or have weights for each row."""
+    z, labels, weights, _ = stats.args
+    if any(len(shape_of(weight)) > 1 for weight in weights):  # type: ignore[union-attr, arg-type]
+        return None
+    path: list[Node] = []
+    node: Any = z
+    while isinstance(node, Node) and plain_layer(node) is None and len(path) < _MOST_STEPS:
+        path.insert(0, node)
+        node = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
+    if not isinstance(node, Node):
+        return None
+    whole = [node, *itertools.takewhile(lambda each: _is_link(each) or is_sized_view(each), path)]
+    *lead, classes = map(constant, shape_of(whole[-1]))
+    views = [each for each in path[len(whole) - 1 :] if not _is_link(each)]
+    if classes is None or None in lead or any(constant(shape_of(each)[-1]) != classes for each in whole):
+        return None
+    with unset_fake_temporarily():
+        box = _box(views, lead, classes)  # type: ignore[arg-type]
+    if box is None:
+        return None
+    links = tuple(each for each in path if _is_link(each))
+    part = Part(stats, node, tuple(lead), links, box, tuple(labels), False)  # type: ignore[arg-type]
+    return _without_padding(part) or part
+
+
+def _is_link(node: Node) -> bool:
+    """Whether a node is a function of each logit alone."""
+    step = spellings.step_of(node)
+    if step is None or not step.in_chain or len(node.all_input_nodes) != 1:
+        return False
+    source, made = tensor_of(node.all_input_nodes[0]), tensor_of(node)
+    return source is not None and made is not None and same_shape(source.shape, made.shape)
+
+
+def _box(views: list[Node], lead: list[int], classes: int) -> Box | None:
+    """The rows [*lead] that views of them leave, if they are ranges in their order.
+
+    The views are made of the numbers of the rows.
+    """
+    rows = torch.arange(math.prod(lead)).view(lead)
+    numbers: Any = rows.unsqueeze(-1)
+    for view in views:
+        numbers = _viewed(view, numbers, classes)
+    if not isinstance(numbers, Tensor) or not numbers.numel():
+        return None
+    ends = (torch.unravel_index(end, lead) for end in (numbers.min(), numbers.max()))
+    box = tuple((int(first), int(last) + 1) for first, last in zip(*ends, strict=True))
+    inside = rows[tuple(slice(*each) for each in box)]
+    return box if torch.equal(inside.flatten(), numbers.flatten()) else None
+
+
+def _viewed(view: Node, numbers: Any, classes: int) -> Any:
+    """A view of the numbers of rows, which stand for all classes of them; None where it is no such view."""
+    name, args = called(view), view.args[1:]
+    if numbers is None or any(isinstance(each, Node) for each in pytree.tree_leaves((args, view.kwargs))):
+        return None
+    if isinstance(numbers, (list, tuple)):
+        return numbers[args[0]] if name == "getitem" and isinstance(args[0], int) else None
+    if name not in _VIEWS | _SEVERAL and not is_sized_view(view):
+        return None
+    if args and is_sized_view(view) and name != "flatten":
+        args = with_width(args, classes, 1)
+    call = getattr(torch.Tensor, view.target) if isinstance(view.target, str) else view.target
+    made = call(numbers, *args, **view.kwargs)
+    example = tensor_of(view)
+    if example is None:
+        return made if name in _SEVERAL else None
+    return made if tuple(made.shape) == (*example.shape[:-1], 1) else None
+
+
+def _without_padding(part: Part) -> Part | None:
+    """A part of all rows as one of those whose labels are not filled up; None where they are not alike."""
+    padded = [_padding(label) for label in part.labels]
+    found = {(_inner(pad), None if pad is None else tuple(map(constant, shape_of(pad)))) for pad in padded}
+    if len(found) != 1 or part.box != tuple((0, size) for size in part.lead):
+        return None
+    ((box, lead),) = found
+    if box is None or lead is None or math.prod(lead) != math.prod(part.lead):  # type: ignore[arg-type]
+        return None
+    labels = tuple(pad.args[0] for pad in padded if pad is not None)
+    return part._replace(box=box, lead=lead, labels=labels, has_all=True)  # type: ignore[arg-type]
+
+
+def _padding(label: Node) -> Node | None:
+    """What filled labels of one a row up where rows had been cut off."""
+    while not label.meta.get(PADS_ROWS):
+        if called(label) not in ("reshape", "long") or not isinstance(label.args[0], Node):
+            return None
+        label = label.args[0]
+    return label if isinstance(label.args[0], Node) and not label.args[0].meta.get(PADS_ROWS) else None
+
+
+def _inner(pad: Node | None) -> Box | None:
+    """Where, of what was filled up, it has what it had."""
+    if pad is None or not isinstance(pad.args[1], (list, tuple)):
+        return None
+    sizes = [*map(constant, shape_of(pad))]
+    amounts = [*pad.args[1], *[0] * (2 * len(sizes) - len(pad.args[1]))]
+    if any(not isinstance(number, int) for number in (*sizes, *amounts)):
+        return None
+    ends = zip(reversed(amounts[::2]), reversed(amounts[1::2]), sizes, strict=True)
+    return tuple((before, size - behind) for before, behind, size in ends)
+
+
+# Which parts are joined
+
+
+def _kind(timeline: Timeline, part: Part) -> Hashable:
+    """What parts that are joined have in common."""
+    _, _, weights, which = part.stats.args
+    behind = tuple(tuple(_behind(label, part)) for label in part.labels)
+    mode, example = timeline.grad_mode(timeline.position[part.stats]), example_of(part.stats)
+    links = tuple((link.target, *_beside(link)) for link in part.links)
+    return part.layer, part.lead, which, tuple(weights), behind, links, mode, example.requires_grad  # type: ignore[arg-type]
+
+
+def _beside(link: Node) -> tuple[Hashable, ...]:
+    """What a link is given beside the logits."""
+    (source,) = link.all_input_nodes
+    given = [*enumerate(link.args), *sorted(link.kwargs.items())]
+    return tuple((place, "logits" if each is source else repr(each)) for place, each in given)
+
+
+def _along(parts: list[Part]) -> int | None:
+    """The dimension along which two or more parts stand one behind another; None where they do not."""
+    rows = sum(math.prod(end - first for first, end in part.box) for part in parts)
+    if len(parts) < 2 or rows * _LEAST_SHARE < math.prod(parts[0].lead):
+        return None
+    for dim in range(len(parts[0].lead)):
+        ranges = sorted(part.box[dim] for part in parts)
+        if all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)):
+            return dim
+    return None
+
+
+def _may_move(timeline: Timeline, parts: list[Part]) -> bool:
+    """Whether the logits are the same for all parts, wherever they are read."""
+    layer, places = parts[0].layer, [timeline.position[part.stats] for part in parts]
+    if not timeline.unchanged(layer, layer, max(places)):
+        return False
+    for part, at in zip(parts, places, strict=True):
+        modes = {timeline.grad_mode(timeline.position[each]) for each in (*part.links, part.stats)}
+        as_made = all(timeline.unchanged(link, link, at) for link in part.links)
+        if not as_made or len(modes) > 1 or not timeline.same_autocast(timeline.position[layer], at):
+            return False
+    return True
+
+
+# Joined
+
+
+def _join(graph: Graph, timeline: Timeline, parts: list[Part], along: int) -> dict[int, int]:
+    """Which sites became which; none where the labels are not known where the first statistics are made."""
+    first = min((part.stats for part in parts), key=timeline.position.__getitem__)
+    build = Builder(graph, first, like=first)
+    parts = sorted(parts, key=lambda part: part.box[along])
+    try:
+        joined = _joined(build, timeline, first, parts, along)
+        own = [joined if part.has_all else _rows_of(build, joined, part) for part in parts]
+    except _NotHere:
+        build.undo()
+        return {}
+    except Exception:
+        build.undo()
+        raise
+    build.tell_gradients(timeline.grad_mode(timeline.position[first]) is True)
+    for part, rows in zip(parts, own, strict=True):
+        part.stats.replace_all_uses_with(rows)
+    sites = {part.stats.kwargs["site"]: first.kwargs["site"] for part in parts}
+    for part in parts:
+        _forget(graph, part.stats)
+    return sites  # type: ignore[return-value]
+
+
+def _joined(build: Builder, timeline: Timeline, first: Node, parts: list[Part], along: int) -> Node:
+    """The statistics of all rows of the layer. The parts are in their order along a dimension."""
+    part, (_, _, weights, which) = parts[0], first.args
+    flat = part.layer
+    if len(shape_of(flat)) != 2:
+        flat = build("reshape", flat, -1, shape_of(flat)[-1])
+    for link in part.links:
+        flat = build.again(link, dict.fromkeys(link.all_input_nodes, flat))
+    labels = [_label(build, timeline, first, parts, along, k) for k in range(len(part.labels))]
+    given = [_made_at(build, timeline, first, weight) for weight in weights]  # type: ignore[union-attr, arg-type]
+    return build(ops.ROW_STATS, flat, labels, given, which, **first.kwargs)
+
+
+def _label(build: Builder, timeline: Timeline, first: Node, parts: list[Part], along: int, k: int) -> Node:
+    """The labels [N], or [N, K], of all rows; any in rows of no part."""
+    lead, pieces = parts[0].lead, []
+    begins = [part.box[along][0] for part in parts[1:]] + [lead[along]]
+    for i, (part, next_begins) in enumerate(zip(parts, begins, strict=True)):
+        label = _made_at(build, timeline, first, part.labels[k])
+        if example_of(label).dtype != torch.int64:
+            label = build("long", label)
+        sizes = [end - begin for begin, end in part.box]
+        label = build("reshape", label, [*sizes, *_behind(label, part)])
+        pads = [(begin, size - end) for (begin, end), size in zip(part.box, lead, strict=True)]
+        pads[along] = (0 if i else part.box[along][0], next_begins - part.box[along][1])
+        amounts = [0, 0] * (len(shape_of(label)) - len(lead))
+        amounts += [amount for pair in reversed(pads) for amount in pair]
+        pieces.append(build(F.pad, label, amounts, value=ANY_LABEL) if any(amounts) else label)
+    whole = build(torch.cat, pieces, along)
+    return build("reshape", whole, [-1, *shape_of(whole)[len(lead) :]]) if len(lead) > 1 else whole
+
+
+def _behind(label: Node, part: Part) -> list[Any]:
+    """The number of labels of a row, where these are several."""
+    return [] if part.has_all else list(shape_of(label)[1:])
+
+
+def _made_at(build: Builder, timeline: Timeline, place: Node, node: Node) -> Node:
+    """A node, or the same made again before a place.
+
+    Raises:
+        _NotHere: it reads otherwise there.
+    """
+    here, at = timeline.position[place], timeline.position[node]
+    if at < here:
+        if timeline.unchanged(node, node, here):
+            return node
+        raise _NotHere
+    may = spellings.is_repeatable(node) and not any(written_by(node)) and timeline.calm_since(at) <= here
+    if not may or not all(timeline.unchanged(source, here, at) for source in node.all_input_nodes):
+        raise _NotHere
+    return build.again(node, {s: _made_at(build, timeline, place, s) for s in node.all_input_nodes})
+
+
+def _rows_of(build: Builder, joined: Node, part: Part) -> Node:
+    """The statistics [K, n] of a part, of those of all rows [K, N]."""
+    ranges = (slice(None), *(slice(*each) for each in part.box))
+    if len(part.lead) == 1:
+        return build(operator.getitem, joined, ranges)
+    own = build(operator.getitem, build("reshape", joined, [-1, *part.lead]), ranges)
+    return build("reshape", own, [shape_of(own)[0], -1])
+
+
+def _forget(graph: Graph, stats: Node) -> None:
+    """Erase statistics, and what was made for them alone."""
+    stack = [stats]
+    while stack:
+        node = stack.pop()
+        if not node.users and (node is stats or spellings.is_repeatable(node)):
+            stack += node.all_input_nodes
+            graph.erase_node(node)
