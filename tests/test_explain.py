@@ -149,6 +149,16 @@ def test_dictionary_survives_json():
     assert miss["reason"] == "SOFT_TARGETS"
 
 
+def test_what_is_told_alike_of_a_line_is_told_once():
+    def f(z, y):
+        return sum(F.cross_entropy(each, t) for each, t in zip(z, y, strict=True))
+
+    report = inductor_ce.explain(f, torch.randn(3, 5, V, requires_grad=True), torch.randint(V, (3, 5)))
+    text = str(report)
+    assert len(report.sites) == 3
+    assert text.count("  fused   ") == text.count("    (3 times)") == text.count("    operator") == 1
+
+
 def test_every_reason_has_a_remedy():
     assert all(reason.value.endswith(".") for reason in Reason)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import sympy
@@ -52,12 +53,9 @@ class Report:
         fused = f"{len(self.sites)} {'loss' if len(self.sites) == 1 else 'losses'} fused"
         few = f", {len(self.small)} of few classes (.small)" if self.small else ""
         lines = [f"inductor_ce: {fused}, {len(self.misses)} left as written{few}"]
-        for site in self.sites:
-            lines += _site_lines(site)
-        for miss in self.misses:
-            lines += _miss_lines(miss)
-        for cut in self.cuts:
-            lines += [f"  cut     {cut.location}  {cut.code}".rstrip(), f"    {cut.message}"]
+        told = [*map(_site_lines, self.sites), *map(_miss_lines, self.misses), *map(_cut_lines, self.cuts)]
+        for (first, *others), count in Counter(map(tuple, told)).items():  # in a loop a line is told as often
+            lines += [first + (f"    ({count} times)" if count > 1 else ""), *others]
         return "\n".join(lines)
 
 
@@ -95,3 +93,7 @@ def _site_lines(site: Site) -> list[str]:
 
 def _miss_lines(miss: Miss) -> list[str]:
     return [f"  missed  {miss.location}  {miss.code}", f"    {miss.reason.name}: {miss.message}"]
+
+
+def _cut_lines(cut: Cut) -> list[str]:
+    return [f"  cut     {cut.location}  {cut.code}".rstrip(), f"    {cut.message}"]
