@@ -202,6 +202,14 @@ def labels_edited_between(h, W, y):
     return loss + sum(F.cross_entropy(z[i], y[i]) for i in range(1, B))
 
 
+def labels_edited_by_another_name(h, W, y):
+    z, y = F.linear(h, W), y.clone()
+    labels = [y[i] for i in range(B)]
+    loss = F.cross_entropy(z[0], labels[0].clone())
+    y.clamp_(min=0).sub_(V - 1).neg_()
+    return loss + sum(F.cross_entropy(z[i], labels[i]) for i in range(1, B))
+
+
 def temperatures_of_their_own(h, W, y):
     z = F.linear(h, W)
     return sum(F.cross_entropy(z[i] / (i + 1), y[i]) for i in range(B))
@@ -228,6 +236,7 @@ def backwards(h, W, y):
 
 APART = [
     *(overlapping, other_reductions, edited_between, labels_of_the_other_part, labels_edited_between),
+    labels_edited_by_another_name,
     *(temperatures_of_their_own, one_without_a_gradient, rows_that_the_user_fills_up, backwards),
     log_probabilities_of_each,
 ]

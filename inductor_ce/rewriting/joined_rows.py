@@ -222,14 +222,19 @@ def _along(parts: list[Part]) -> int | None:
 
 
 def _may_move(timeline: Timeline, parts: list[Part]) -> bool:
-    """Whether the logits are the same for all parts, wherever they are read."""
+    """Whether all that is read is the same for all parts, wherever it is read."""
     layer, places = parts[0].layer, [timeline.position[part.stats] for part in parts]
+    first = min(places)
     if not timeline.unchanged(layer, layer, max(places)):
         return False
     for part, at in zip(parts, places, strict=True):
         modes = {timeline.grad_mode(timeline.position[each]) for each in (*part.links, part.stats)}
+        given = [*part.labels, *part.stats.args[2]]  # type: ignore[misc]
         as_made = all(timeline.unchanged(link, link, at) for link in part.links)
-        if not as_made or len(modes) > 1 or not timeline.same_autocast(timeline.position[layer], at):
+        as_read = all(timeline.unchanged(each, max(first, timeline.position[each]), at) for each in given)
+        if not as_made or not as_read or len(modes) > 1:
+            return False
+        if not timeline.same_autocast(timeline.position[layer], at):
             return False
     return True
 
