@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.fx import Graph, Node
 
@@ -140,7 +139,7 @@ def _box(views: list[Node], lead: list[int], classes: int) -> Box | None:
 def _viewed(view: Node, numbers: Any, classes: int) -> Any:
     """A view of the numbers of rows, which stand for all classes of them; None where it is no such view."""
     name, args = called(view), view.args[1:]
-    if numbers is None or any(isinstance(each, Node) for each in pytree.tree_leaves((args, view.kwargs))):
+    if numbers is None or view.args[:1] != tuple(view.all_input_nodes):
         return None
     if isinstance(numbers, (list, tuple)):
         return numbers[args[0]] if name == "getitem" and isinstance(args[0], int) else None
