@@ -129,7 +129,21 @@ def shifted_and_capped_sequence_by_sequence(h, W, y, rows, lengths):
     return (torch.stack([torch.logsumexp(each, -1) for each in z]) - picked).mean()
 
 
+def shifted_and_cut_again(h, W, y, rows, lengths):
+    z = (h @ W.t())[:, :-1]
+    z = z[:, -4:] / 0.7
+    picked = torch.gather(z, -1, y[:, -4:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (z.logsumexp(-1) - picked).mean()
+
+
+def shifted_and_divided_in_place(h, W, y, rows, lengths):
+    z = F.linear(h, W)[:, 1:-1]
+    z /= 0.7
+    return -z.log_softmax(-1).gather(-1, y[:, 2:].clamp(min=0).unsqueeze(-1)).mean()
+
+
 FUNCTIONS = [
+    *(shifted_and_cut_again, shifted_and_divided_in_place),
     *(shifted_under_a_temperature, shifted_and_capped_sequence_by_sequence),
     *(rows_of_filled_columns, filled_after_one_place),
     *(first_of_the_batch, last_of_each, one_of_ranges),
@@ -186,6 +200,36 @@ def test_places_that_are_taken_twice_are_of_logits_that_stay_whole():
 def test_what_is_added_is_as_it_was():
     compiled, _ = compile_without_codegen(a_bias_edited_between)
     check(a_bias_edited_between, compiled, inputs())
+
+
+def divided_beside_the_whole(h, W, y, rows, lengths):
+    z = F.linear(h, W)
+    some = z[:, 1:-1]
+    some /= 0.7
+    return F.cross_entropy(some.flatten(0, 1), y[:, 2:].flatten()) + z.square().mean()
+
+
+def divided_and_returned_beside(h, W, y, rows, lengths):
+    some = F.linear(h, W)[:, 1:-1]
+    some /= 0.7
+    return F.cross_entropy(some.flatten(0, 1), y[:, 2:].flatten()) + some.square().mean()
+
+
+def divided_under_no_grad(h, W, y, rows, lengths):
+    some = F.linear(h, W)[:, 1:-1]
+    with torch.no_grad():
+        some /= 0.7
+    return F.cross_entropy(some.flatten(0, 1), y[:, 2:].flatten())
+
+
+@pytest.mark.parametrize(
+    "f",
+    [divided_beside_the_whole, divided_and_returned_beside, divided_under_no_grad],
+    ids=lambda f: f.__name__,
+)
+def test_parts_that_are_edited_where_something_else_sees_it(f):
+    compiled, _ = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.9)
+    check(f, compiled, inputs())
 
 
 def test_one_place_without_a_gradient():

@@ -249,6 +249,14 @@ def shifted(h, w, ignored):
     return F.cross_entropy(z.transpose(1, 2), ignored.view(5, -1)[:, 1:])
 
 
+def shifted_accuracy(h, w, ignored):
+    """Of logits that are cut off, which nobody sees a gradient of."""
+    z, y = z_of(h.view(5, -1, D), w)[:, :-1], ignored.view(5, -1)[:, 1:]
+    with torch.no_grad():
+        hits = ((z.argmax(-1) == y) & (y != -100)).sum()
+    return F.cross_entropy(z.reshape(-1, V), y.reshape(-1)) + hits
+
+
 def shifted_losses(h, w, ignored):
     """The loss of each token, of whose sequence the first are not seen."""
     losses = F.cross_entropy(z_of(h, w), ignored, reduction="none").view(5, -1)
@@ -288,6 +296,13 @@ def test_rows_are_skipped(f: Loss, wanted: str, options: dict[str, Any], compute
     assert 0.2 * N < int(of["mask"].sum()) <= 0.4 * N
     assert computed.of_logits() <= of["mask"].sum() + counted.ALIGNED
     assert counters["inductor_ce"]["skips_rows"] == 1
+
+
+def test_rows_are_skipped_beside_the_accuracy_of_what_is_cut_off(computed: Computed) -> None:
+    of = given()
+    check(shifted_accuracy, of, budget=TWO)
+    assert computed.of_logits() <= of["mask"].sum() + counted.ALIGNED
+    assert counters["inductor_ce"]["skips_rows"] > 0
 
 
 # Losses of which all rows count, as others can be seen

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_rewritten, compile_without_codegen, misses, sites
+from pairwise import in_turns
 from torch import Tensor
 
 import inductor_ce
@@ -118,6 +119,39 @@ def exponential_without_gradient(z, y, w):
 )
 def test_log_probabilities_edited_in_place(f: Callable[..., Tensor], n_sites: int):
     check(f, n_sites)
+
+
+EDITS = [
+    lambda z: z.div_(0.7),
+    lambda z: operator.itruediv(z, 0.7),
+    lambda z: operator.setitem(z, (..., 0), -9.0),
+    lambda z: z.masked_fill_(torch.arange(V) == 3, -5.0),
+    lambda z: z.tanh_(),
+    lambda z: z.sub_(z.amax(-1, keepdim=True)),
+]
+LOGITS = [
+    lambda z, w: z * 1.5,
+    lambda z, w: (z * 1.5)[1:-1],
+    lambda z, w: z @ torch.diag(w.repeat(3)[:V]),
+]
+LOSSES = [
+    F.cross_entropy,
+    lambda z, y: -z.log_softmax(-1).gather(-1, y[:, None]).mean(),
+    lambda z, y: z.logsumexp(-1).mean() - z.gather(-1, y[:, None]).mean(),
+]
+
+
+@pytest.mark.parametrize(("make", "edit", "loss"), in_turns(LOGITS, EDITS, LOSSES))
+def test_logits_that_are_edited_without_grad_keep_their_gradient(make, edit, loss):
+    """That of what they were made of: an edit under no_grad is not recorded, and cuts nothing."""
+
+    def f(z, y, w):
+        z = make(z, w)
+        with torch.no_grad():
+            edit(z)
+        return loss(z, y[: len(z)])
+
+    check(f, n_sites=1)
 
 
 def test_logits_edited_after_the_loss():

@@ -51,7 +51,8 @@ class RowNumbers:
             return self.of(source)
         if is_reduced(node):
             return build(aten.amax.default, self.of(source), *args_of(node)[1:])
-        assert is_pointwise(node), "all else is refused when facts are found"
+        of_each = is_pointwise(node) or node.target == aten.alias.default
+        assert of_each, "all else is refused when facts are found"
         return build(aten.expand.default, self.of(source), self._places.shape(node))
 
     def _all(self, stats: Node) -> Node:

@@ -95,6 +95,8 @@ class Context:
     def _is_detached(self, arg: Node) -> bool:
         """Whether the node cuts the gradient between a tensor and the same tensor seen otherwise."""
         step, timeline = spellings.step_of(arg), self.reading.timeline
+        if any(written_by(arg)):  # which is the tensor itself, with the gradient that it had
+            return False
         cut = step is not None and step.name == "detach"
         return cut or timeline.grad_mode(timeline.position[arg]) is False
 

@@ -30,13 +30,19 @@ from .rewrite import want_gradients_as
 def choose_hidden(graph: Graph) -> None:
     """Choose rows of the hidden states where rows are chosen of the logits of `row_stats`."""
     for stats in graph.find_nodes(op="call_function", target=ops.ROW_STATS):
-        node = stats.args[0]
-        while isinstance(node, Node):
-            chooses = _chooses_rows(node) or _takes_one(node) or _cuts_rows(node)
-            if chooses and _moved_before(graph, node):
-                break
-            node = wide_source(node)
+        while _choose_one(graph, stats.args[0]):  # what was chosen of them may be chosen of now
+            pass
     cut_hidden(graph)
+
+
+def _choose_one(graph: Graph, node: Any) -> bool:
+    """Whether rows were chosen of some logits, and are of hidden states now."""
+    while isinstance(node, Node):
+        chooses = _chooses_rows(node) or _takes_one(node) or _cuts_rows(node)
+        if chooses and _moved_before(graph, node):
+            return True
+        node = wide_source(node)
+    return False
 
 
 def cut_hidden(graph: Graph) -> None:

@@ -8,10 +8,11 @@ AOTAutograd would do the same later, so no number and no gradient changes.
 
 NOTE What is proved of a memory
 All edits of a memory become functions, or none. It is made in the graph, and by no linear layer, whose logits
-others make again as they were written. Who reads it after an edit does so by the tensor that is edited, or by
-what is made of that afterwards: a view from before would have to change with it. Under no_grad an edit leaves
-a tensor the gradient that it had, so nothing there may have one. The function gives the dtype and the strides
-of what is edited.
+others make again as they were written, but where nobody sees more than parts of them. Who reads it after an
+edit does so by the tensor that is edited, or by what is made of that afterwards: a view from before would
+have to change with it. Under no_grad an edit leaves a tensor the gradient that it had, so nothing there may
+have one. The function gives the dtype and the strides of what is edited; of a part that is not contiguous,
+and is not returned, contiguous ones.
 """
 
 from __future__ import annotations
@@ -178,7 +179,14 @@ class Memory:
             return False
         if any(written_by(first)) or not all(e is None or is_plain_tensor(e) for e in examples):
             return False
-        return linear_layer(first, spellings.read(first)) is None
+        return linear_layer(first, spellings.read(first)) is None or self._is_seen_in_parts(first)
+
+    def _is_seen_in_parts(self, first: Node) -> bool:
+        """Whether the first that sees the memory is read for views of parts of it alone."""
+        views = [tensor_of(user) for user in first.users if user in self.names and user not in self.edits]
+        whole = hint(example_of(first).numel())
+        are_parts = all(view is not None and hint(view.numel()) < whole for view in views)
+        return are_parts and len(views) == len(first.users)
 
     def _keeps_gradient(self, edit: Node) -> bool:
         """Whether what is edited has, where it is edited, the gradient that a function gives."""
@@ -274,4 +282,7 @@ def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
     is_cast = any(e.is_floating_point() and e.dtype != torch.float32 for e in examples)
     if is_cast and timeline.has_autocast(timeline.position[edit]):
         return False
-    return all(map(equal, a.stride(), b.stride()))
+    if all(map(equal, a.stride(), b.stride())):
+        return True
+    is_part = not b.is_contiguous() and a.is_contiguous() and b._is_view()
+    return is_part and not any(user.op == "output" for user in (*edit.users, *_edited(edit).users))

@@ -312,7 +312,8 @@ def _made_at(build: Builder, timeline: Timeline, place: Node, node: Node) -> Nod
         if timeline.unchanged(node, node, here):
             return node
         raise _NotHere
-    may = spellings.is_repeatable(node) and not any(written_by(node)) and timeline.calm_since(at) <= here
+    repeatable = spellings.is_repeatable(node) or PADS_ROWS in node.meta
+    may = repeatable and not any(written_by(node)) and timeline.calm_since(at) <= here
     if not may or not all(timeline.unchanged(source, here, at) for source in node.all_input_nodes):
         raise _NotHere
     return build.again(node, {s: _made_at(build, timeline, place, s) for s in node.all_input_nodes})
