@@ -101,7 +101,22 @@ def rows_cut_under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor
     return F.kl_div(other[:, :-1].log_softmax(-1), z[:, :-1].softmax(-1), reduction="sum") + first
 
 
+def cast_to_itself(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """Where the dtype is that already, a cast under no_grad is the tensor itself, and has its gradient."""
+    with torch.no_grad():
+        same, copied = z.double(), z.float()
+    return F.cross_entropy(same, y) + F.cross_entropy(copied.double(), y)
+
+
+def rows_cast_to_themselves(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    lse = z.logsumexp(-1)
+    with torch.no_grad():
+        lse = lse.to(z.dtype)
+    return (lse - z.gather(-1, y[:, None])[:, 0]).sum()
+
+
 CUT = [
+    *(cast_to_itself, rows_cast_to_themselves),
     *(target_under_no_grad, target_detached, target_edited_under_no_grad, entries_detached),
     *(rows_of_entries_detached, first_under_no_grad, rows_cut_under_no_grad),
 ]
