@@ -417,3 +417,36 @@ def test_explain_tells_of_rows_that_are_chosen():
     inductor_ce.install(min_vocab=2)
     (site,) = inductor_ce.explain(by_numbers, *inputs()).sites
     assert site.form == "mean[y != -100](lse - pick(y))"
+
+
+def test_rows_that_are_cut_off_under_no_grad_keep_having_no_gradient():
+    """The layer before has one: rows that are cut off hidden states there would have it."""
+
+    def f(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, W)
+        with torch.no_grad():
+            cut = z[:, :-1]
+        return F.cross_entropy((cut / 2).reshape(-1, V), y[:, 1:].reshape(-1)) + h.sum()
+
+    h, W, y, *_ = inputs()
+    compiled = torch.compile(f, backend=Rewritten())
+    gradients = torch.autograd.grad(compiled(h, W, y), [h, W], allow_unused=True)
+    torch.testing.assert_close(gradients[0], torch.ones_like(h))
+    assert gradients[1] is None
+
+
+def test_what_is_made_of_rows_that_are_cut_off_may_be_viewed():
+    """It is where torch has it, one element behind another."""
+
+    def f(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        cut = z[:, :-1]
+        nll = cut.logsumexp(-1) - cut.gather(-1, y[:, 1:, None]).squeeze(-1)
+        return nll.view(-1), nll
+
+    z, y = torch.randn(B, S, V, requires_grad=True), torch.randint(V, (B, S))
+    backend = Rewritten()
+    flat, nll = torch.compile(f, backend=backend, fullgraph=True)(z, y)
+    assert backend.count(ops.ROW_STATS) == 1
+    assert nll.is_contiguous()
+    expected = F.cross_entropy(z[:, :-1].reshape(-1, V).double(), y[:, 1:].reshape(-1), reduction="none")
+    torch.testing.assert_close(flat.double(), expected, rtol=1e-5, atol=1e-5)

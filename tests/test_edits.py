@@ -133,7 +133,7 @@ def by_itself_written_out(a, b, y):
 
 
 def filled(a, b, y):
-    target = b.softmax(-1) * 1.0
+    target = b.detach().softmax(-1) * 1.0
     target.fill_(0.1 / (V - 1))
     target.scatter_(-1, y.unsqueeze(-1), 0.9)
     return -(target * a.log_softmax(-1)).sum(-1)
@@ -281,6 +281,64 @@ def of_the_data(a, b, y):
     return x.sum()
 
 
+def under_no_grad_by_its_name(a, b, y):
+    """What is left has the name of the edit, and the gradient of the tensor."""
+    x = a * 1.0
+    with torch.no_grad():
+        x *= 0.5
+    return F.cross_entropy(x.view(-1, V), y.view(-1))
+
+
+def under_no_grad_by_its_name_written_out(a, b, y):
+    return F.cross_entropy((a - 0.5 * a.detach()).view(-1, V), y.view(-1))
+
+
+def under_no_grad_of_a_linear_layer(a, b, y):
+    x = a @ torch.eye(V, dtype=a.dtype)
+    with torch.no_grad():
+        x *= 0.5
+    return F.cross_entropy(x.view(-1, V), y.view(-1))
+
+
+def detached_and_scaled(a, b, y):
+    """As a temperature is learnt: the logits have no gradient, and what they are divided by has one."""
+    x = (a @ torch.eye(V, dtype=a.dtype)).detach()
+    x /= 1 + b.exp().mean(-1, keepdim=True)
+    return F.cross_entropy(x.view(-1, V), y.view(-1))
+
+
+def detached_and_scaled_written_out(a, b, y):
+    return F.cross_entropy((a.detach() / (1 + b.exp().mean(-1, keepdim=True))).view(-1, V), y.view(-1))
+
+
+def filled_again(a, b, y):
+    x = b.softmax(-1) * 1.0
+    entropy = -(x * x.detach().log()).sum(-1)
+    x.fill_(0.5)
+    return entropy.detach() - (x * a.log_softmax(-1)).sum(-1)
+
+
+def filled_again_written_out(a, b, y):
+    p = b.detach().softmax(-1)
+    return -(p * p.log()).sum(-1) - 0.5 * a.log_softmax(-1).sum(-1)
+
+
+def weights_edited_later(a, b, y):
+    """A loss that no gradient is wanted of, whose weights become others, beside one that has a gradient."""
+    x = F.one_hot(y, V).to(a.dtype)
+    x.copy_(2 * x)
+    with torch.no_grad():
+        nll = -(x * b.log_softmax(-1)).sum(-1)
+    x *= a
+    return nll - (b.softmax(-1) * b.log_softmax(-1)).sum(-1) + x.sum(-1)
+
+
+def weights_edited_later_written_out(a, b, y):
+    weight = 2 * F.one_hot(y, V)
+    nll = -(weight * b.detach().log_softmax(-1)).sum(-1)
+    return nll - (b.softmax(-1) * b.log_softmax(-1)).sum(-1) + (weight * a).sum(-1)
+
+
 def one_edit_of_two(a, b, y):
     x = kl(a, b)
     x.mul_(3)
@@ -308,6 +366,10 @@ STAY: list[tuple[Program, Program]] = [
     *((by_a_half, by_a_half_written_out), (seen_detached, seen_detached_written_out)),
     *((under_no_grad, under_no_grad_written_out), (of_the_data, under_no_grad_written_out)),
     *((one_edit_of_two, one_edit_of_two_written_out), (copied_into, copied_into_written_out)),
+    (under_no_grad_by_its_name, under_no_grad_by_its_name_written_out),
+    (under_no_grad_of_a_linear_layer, under_no_grad_by_its_name_written_out),
+    (detached_and_scaled, detached_and_scaled_written_out),
+    *((filled_again, filled_again_written_out), (weights_edited_later, weights_edited_later_written_out)),
 ]
 
 
@@ -342,6 +404,21 @@ def test_edits_that_nobody_else_sees_are_functions(of: tuple[Program, Program], 
 @pytest.mark.parametrize(("of", "dtype"), in_turns(STAY, [torch.float64, torch.float32]))
 def test_edits_that_others_may_see_stay(of: tuple[Program, Program], dtype: torch.dtype):
     assert edits_of(check(*of, dtype))
+
+
+def test_what_is_filled_keeps_a_gradient_of_0():
+    """It is returned, and its gradient is 0 and not missing."""
+
+    def f(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        x = b.softmax(-1) * 1.0
+        x.fill_(0.5)
+        return -(x * a.log_softmax(-1)).sum(-1), x
+
+    a, b, _ = given().again(torch.float64)
+    _, x = torch.compile(f, backend=Rewritten(), fullgraph=True)(a, b)
+    assert x.requires_grad
+    (gradient,) = torch.autograd.grad(x.sum(), b)
+    assert not gradient.any()
 
 
 def test_masks_that_are_made_twice_are_one():

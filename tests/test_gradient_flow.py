@@ -57,6 +57,84 @@ def under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tens
     return (entropy * w * a).sum() + F.cross_entropy(z, y)
 
 
+def target_under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        target = F.one_hot(y, V) * a
+    return -(target * z.log_softmax(-1)).sum()
+
+
+def target_detached(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    return -((F.one_hot(y, V) * w[:, None]).detach() * z.log_softmax(-1)).sum()
+
+
+def target_edited_under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    target = F.one_hot(y, V).double()
+    with torch.no_grad():
+        target *= a
+    return -(target * z.log_softmax(-1)).sum()
+
+
+def entries_detached(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    return -((z.log_softmax(-1) * a).detach() * z.detach().log_softmax(-1)).sum()
+
+
+def rows_of_entries_detached(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    p = (q.softmax(-1) * w[:, None]).detach()
+    return (p * z.log_softmax(-1).square()).sum()
+
+
+def first_under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """The same logits are read under no_grad, and then where gradients are on."""
+    other, z = z.view(2, 3, V) * w.view(2, 3, 1), z.view(2, 3, V) * 2.0
+    p, log_p = z.softmax(-1) * 1.0, other.log_softmax(-1)
+    kl = F.kl_div(log_p, p.softmax(-1), reduction="none").sum(-1)
+    with torch.no_grad():
+        entropy = -(p.detach() * p.log_softmax(-1)).sum(-1)
+    return kl.sum() - (z * log_p.log_softmax(-1)).sum() + entropy.sum()
+
+
+def rows_cut_under_no_grad(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    other, z = z.view(2, 3, V) * w.view(2, 3, 1), z.view(2, 3, V) * 2.0
+    with torch.no_grad():
+        cut = z[:, :-1]
+        first = F.kl_div(other[:, :-1].log_softmax(-1), cut.softmax(-1), reduction="sum")
+    return F.kl_div(other[:, :-1].log_softmax(-1), z[:, :-1].softmax(-1), reduction="sum") + first
+
+
+def cast_to_itself(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    """Where the dtype is that already, a cast under no_grad is the tensor itself, and has its gradient."""
+    with torch.no_grad():
+        same, copied = z.double(), z.float()
+    return F.cross_entropy(same, y) + F.cross_entropy(copied.double(), y)
+
+
+def rows_cast_to_themselves(z: Tensor, a: Tensor, w: Tensor, q: Tensor, y: Tensor) -> Tensor:
+    lse = z.logsumexp(-1)
+    with torch.no_grad():
+        lse = lse.to(z.dtype)
+    return (lse - z.gather(-1, y[:, None])[:, 0]).sum()
+
+
+CUT = [
+    *(cast_to_itself, rows_cast_to_themselves),
+    *(target_under_no_grad, target_detached, target_edited_under_no_grad, entries_detached),
+    *(rows_of_entries_detached, first_under_no_grad, rows_cut_under_no_grad),
+]
+
+
+@pytest.mark.parametrize("f", CUT)
+def test_where_a_gradient_is_cut_it_stays_cut(f: Callable[..., Tensor]) -> None:
+    """And nowhere else. What has none is not 0."""
+    ours, eager = given(), given()
+    losses = torch.compile(f, backend=Rewritten())(*ours), f(*eager)
+    assert losses[0].requires_grad == losses[1].requires_grad
+    for loss in losses if losses[1].requires_grad else ():
+        loss.backward()
+    for mine, exact in zip(ours[:3], eager[:3], strict=True):
+        assert (mine.grad is None) == (exact.grad is None)
+    check(f)
+
+
 @pytest.mark.parametrize("f", [sac_temperature, temperature_of_samples, under_no_grad])
 def test_numbers_beside_what_is_detached_keep_their_gradient(f: Callable[..., Tensor]) -> None:
     backend = check(f)

@@ -1011,3 +1011,24 @@ def test_labels_on_the_host_that_index_logits_elsewhere() -> None:
     assert len(backend.report.sites) == 1
     (labels,) = (node.args[1][0] for node in backend.final[0].graph.nodes if node.target == ops.ROW_STATS)
     assert labels.meta["example_value"].device.type == "meta"
+
+
+@pytest.mark.parametrize("function", [torch.abs, torch.relu, torch.erf])
+def test_a_loss_of_a_function_of_log_probabilities(function: Callable[[Tensor], Tensor]):
+    """They are logits in their own right to a loss that normalises them again."""
+
+    def f(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(function(z.log_softmax(-1) + 1), y)
+
+    check(f, logits(), labels(), forms=MEAN)
+
+
+def test_a_divergence_of_itself_is_0():
+    def f(z: Tensor, y: Tensor) -> Tensor:
+        kl = F.kl_div(z.log_softmax(-1), z.softmax(-1), reduction="none").sum(-1)
+        return kl.masked_fill(y == -100, 0).sum() + F.cross_entropy(z, y)
+
+    z, y = logits(), labels()
+    compiled, backend = compile_rewritten(f)
+    torch.testing.assert_close(step(compiled, z, y), step(f, z, y), rtol=1e-4, atol=1e-5)
+    assert not backend.report.misses

@@ -30,6 +30,7 @@ from ..reading.aten import to_torch
 from ..reading.chosen import forget
 from ..reading.recognise import recognise
 from ..reading.values import LossValue, Reading
+from ..reading.views import forget_no_copies
 from ..rewriting.by_hand import rewrite_by_hand
 from ..rewriting.chosen_rows import choose_hidden, cut_hidden
 from ..rewriting.column_blocks import join_blocks
@@ -108,6 +109,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
         report.sites += by_hand or []
     attempt(LEFT, read_aten, graph)
+    attempt(LEFT, forget_no_copies, graph)
     attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)
     if not options.verify:
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)

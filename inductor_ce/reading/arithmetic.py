@@ -272,8 +272,8 @@ def _chosen_by_row(context: Context, mask: Any, yes: Any, no: Any) -> Outcome:
     example, read = tensor_of(mask), operands(context, yes, no)
     if example is None or example.dtype != torch.bool or tensor_of(context.node) is None:
         return None
-    if not isinstance(read, Operands):
-        return read
+    if not isinstance(read, Operands) or not isinstance(read.frame, (VocabValue, Columns)):
+        return read if isinstance(read, Refusal) else None
     result = algebra.as_vocab(sympy.Integer(0))
     for expr, made in zip(map(algebra.as_vocab, read.exprs), ("where", "where not"), strict=True):
         if expr.terms:

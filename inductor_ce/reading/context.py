@@ -93,10 +93,13 @@ class Context:
         return replace(inner, steps=inner.steps + steps, axis=axis, detached=detached)
 
     def _is_detached(self, arg: Node) -> bool:
-        """Whether the node cuts the gradient between a tensor and the same tensor seen otherwise."""
-        step, timeline = spellings.step_of(arg), self.reading.timeline
-        if any(written_by(arg)):  # which is the tensor itself, with the gradient that it had
+        """Whether the node cuts the gradient between a tensor and the same tensor seen otherwise.
+
+        An edit cuts none, even under no_grad: what it gives back is the tensor that it edits.
+        """
+        if any(written_by(arg)):
             return False
+        step, timeline = spellings.step_of(arg), self.reading.timeline
         cut = step is not None and step.name == "detach"
         return cut or timeline.grad_mode(timeline.position[arg]) is False
 
@@ -109,8 +112,9 @@ class Context:
         if written is not None:  # z.div_(t) is z itself
             return (written, axis, ()) if timeline.shares_storage(arg, written) else None
         spelled = spellings.read(arg)
-        if spelled is not None and spelled[0].name == "detach":
-            return spelled[1]["input"], axis, ()
+        if spelled is not None and spelled[0].name == "detach":  # an edit since may bring a gradient to one
+            unchanged = timeline.unchanged(arg, arg, self.position)
+            return (spelled[1]["input"], axis, ()) if unchanged else None
         source = viewed(arg)
         if source is None or not self.still_alike(arg, source):
             return None

@@ -164,9 +164,10 @@ def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
     value = reader.divergence(node, args) if is_loss else reader.of(summand)
     if value is None or value.axis is None:
         return None
-    if mode is not True:
-        value = reader.held(value)
-    axis = value.axis
+    held = value if mode is True else reader.held(value)
+    if held is None:
+        return None
+    value, axis = held, value.axis
     assert axis is not None
     if not is_loss and not _sums(args, axis, len(shape_of(summand))):
         return None

@@ -106,7 +106,7 @@ def detach(context: Context, args: dict[str, Any]) -> Value | None:
     source = args.get("input")
     value = context.known(source)
     if value is None or isinstance(value, Columns):
-        return value
+        return None if value is None or context.reading.has_gradient(value) else value
     if not isinstance(value, VocabValue) and context.is_edited_view(source):  # type: ignore[arg-type]
         return None
     return detached(value)

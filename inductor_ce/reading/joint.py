@@ -16,7 +16,7 @@ from torch.fx import Node
 from .. import algebra
 from ..algebra import divergences as joint
 from ..algebra.divergences import Joint
-from ..graph.shapes import Size, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .arithmetic import one_dim
@@ -128,14 +128,12 @@ class JointReader:
 
     def side(self, side: Side) -> int:
         """The place of a side among those of which values are made."""
-        if side not in self.sides:
-            self.sides.append(side)
+        self.sides += [] if side in self.sides else [side]
         return self.sides.index(side)
 
     def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
         """p (log p - log q) with its limits where p or q is 0."""
-        zeroed = set_where_zero(self.reading.timeline, node)
-        if zeroed is None:
+        if (zeroed := set_where_zero(self.reading.timeline, node)) is None:
             return None
         p, q, value = self.of(zeroed.p), self.of(zeroed.q), self._product(node, zeroed.factors, depth)
         log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
@@ -147,10 +145,12 @@ class JointReader:
         """The side of the same rows to which no gradient flows."""
         return self.side(replace(self.sides[side], detached=True))
 
-    def held(self, value: JointValue) -> JointValue:
-        """The same where no gradient flows through it."""
-        names = {s: self.detached(s) for s in value.expr.sides}
-        return replace(value, expr=value.expr.renamed(names))
+    def held(self, value: JointValue) -> JointValue | None:
+        """The same where no gradient flows through it, nor to what its rows are multiplied by."""
+        places = {place for entry, _ in value.expr.terms for place in entry.rows}
+        if any(example_of(self.factors[place].node).requires_grad for place in places):
+            return None
+        return replace(value, expr=value.expr.renamed({s: self.detached(s) for s in value.expr.sides}))
 
     # Operands
 

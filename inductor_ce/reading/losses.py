@@ -46,7 +46,7 @@ def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
         return None if value is None else refusal
     if not isinstance(smoothing, (int, float)):
         return _not_understood("The label smoothing is not a number that is fixed in the graph.")
-    if algebra.log_softmax(value.expr) is None:
+    if value.after or algebra.log_softmax(value.expr) is None:
         value = context.opaque(args["input"], value.axis)
     log_probs = algebra.log_softmax(value.expr)
     assert log_probs is not None

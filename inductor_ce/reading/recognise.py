@@ -62,6 +62,8 @@ def _read(reading: Reading, node: Node, step: Step) -> None:
     if isinstance(value, Refusal):
         reading.refusals[node] = value
         return
+    if isinstance(value, Columns) and context.grad_mode is not True and reading.has_gradient(value):
+        return
     if isinstance(value, VocabValue) and algebra.takes_entry_back(value.expr):
         reading.taken_back.add(node)
     if not isinstance(value, Columns) and (value.detached or context.grad_mode is False):

@@ -186,6 +186,8 @@ def edit(step: Function) -> Function:
         value = step(context, args)
         if not isinstance(value, Columns) or not isinstance(target, Node):
             return value if isinstance(value, Refusal) else None
+        if context.grad_mode is not True and context.reading.has_gradient(value):
+            return None
         version = context.reading.timeline.version(target, context.position + 1)
         context.reading.edits.setdefault(target, {})[version] = value
         return value

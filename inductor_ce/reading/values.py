@@ -12,6 +12,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Miss, Reason, Refusal, make_miss
+from ..graph.shapes import example_of
 from ..graph.timeline import Timeline
 from .row_views import RowView
 from .twins import Twins
@@ -240,6 +241,11 @@ class Reading:
     def has_value(self, node: Node) -> bool:
         """Whether a node has a value, or has had one since it was edited."""
         return node in self.values or node in self.edits
+
+    def has_gradient(self, columns: Columns) -> bool:
+        """Whether what is made of labels and numbers has the gradient of a number."""
+        held = (self.loose[symbol] for symbol in columns.expr.symbols & self.loose.keys())
+        return any(h.node is not None and example_of(h.node).requires_grad for h in held)
 
     def on_logits(self, node: Any) -> OnLogits | None:
         """The value of a node, if it is made of logits."""

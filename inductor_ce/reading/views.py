@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from ..graph.shapes import Size, equal, same_count, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline
 from . import spellings
 from .row_views import Permute, Reshape, RowView, Slice, follow_axis, row_shape, slice_steps
 from .steps import View
@@ -55,6 +56,22 @@ def viewed(node: Node) -> Node | None:
     if a is None or b is None or a.device != b.device or type(a) is not type(b):
         return None
     return source if cast_keeps(b.dtype, a.dtype) else None
+
+
+def forget_no_copies(graph: Graph) -> None:
+    """Let the users of a cast or copy that is its source itself, where gradients are off, read the source.
+
+    x.float() is x where that is float32, and has its gradient under no_grad as well.
+    """
+    timeline = Timeline(graph)
+    for node, position in timeline.position.items():
+        if viewing(node) is not View.SAME or timeline.grad_mode(position) is True:
+            continue
+        source = viewed(node)
+        if source is not None and timeline.shares_storage(node, source):
+            node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
+            if not node.users:
+                graph.erase_node(node)
 
 
 def cast_keeps(source: torch.dtype, result: torch.dtype) -> bool:

@@ -130,6 +130,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     chain = [source, *between]
     stays = _cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
     stays = stays and _are_known(graph, [n for n in node.all_input_nodes if n is not node.args[0]], source)
+    stays = stays and _keeps_gradient(graph, node, source)
     if not _is_alone(graph, chain) or not (stays or _may_move(graph, layer, chain, node)):
         return False
     places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
@@ -145,6 +146,13 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     for each in (node, *between, source):
         graph.erase_node(each)
     return True
+
+
+def _keeps_gradient(graph: Graph, node: Node, place: Node) -> bool:
+    """Whether what a node makes has at a place the gradient, or none, that it has where it stands."""
+    timeline = Timeline(graph)
+    here, there = (timeline.grad_mode(timeline.position[each]) for each in (node, place))
+    return here is True or here == there
 
 
 def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -24,8 +25,8 @@ from ..common.failsafe import attempt
 from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..graph.builder import Builder
-from ..graph.shapes import shape_of, tensor_of
-from ..graph.timeline import written_by
+from ..graph.shapes import example_of, shape_of, tensor_of
+from ..graph.timeline import Mode, Timeline, written_by
 from ..graph.walk import reached
 from ..ops.divergences import encode
 from ..reading import spellings
@@ -79,9 +80,14 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
             reading.miss(each.node, refusal)
         elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
-    made: Made = {}
+    made: dict[Mode, Made] = defaultdict(dict)  # a side made under no_grad has no gradient
+    modes = {f.node: reading.timeline.grad_mode(reading.timeline.position[f.node]) for f in allowed}
     now: dict[Node, Node] = {}
-    done = [each for each in allowed if attempt(LEFT, _rewrite, graph, each, made, now)[1] is None]
+    done = [
+        each
+        for each in allowed
+        if attempt(LEFT, _rewrite, graph, each, made[modes[each.node]], now)[1] is None
+    ]
     for each in done:
         _erase(each)
     return bool(done)
@@ -299,10 +305,16 @@ def _flat(build: Builder, side: Side) -> Node:
 
 
 def _cut(build: Builder, node: Node, index: tuple[slice, ...]) -> Node:
-    """node[index], the user's own where there is one: so a layer's rows are cut once for all losses."""
+    """node[index], the user's own where there is one: so a layer's rows are cut once for all losses.
+
+    One that is cut under no_grad has no gradient.
+    """
+    timeline = Timeline(node.graph)
     for user in node.users:
         same = user.target is operator.getitem and isinstance(user.args[1], tuple)
-        if same and _without_whole(user.args[1]) == _without_whole(index) and build.comes_after(user):
+        same = same and _without_whole(user.args[1]) == _without_whole(index) and build.comes_after(user)
+        has_gradient = timeline.grad_mode(timeline.position[user]) is True
+        if same and (has_gradient or not example_of(node).requires_grad):
             return user
     return build(operator.getitem, node, index)
 

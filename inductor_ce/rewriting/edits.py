@@ -245,6 +245,8 @@ def _replace(memory: Memory, edit: Node, result: Node) -> None:
 
 
 def _function_of(build: Builder, edit: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+    if edit.target in ("fill_", "zero_") and example_of(args[0]).requires_grad:
+        raise _NoFunctionError  # what is filled keeps a gradient, of 0
     if edit.target == "zero_":
         return build(torch.zeros_like, args[0])
     if edit.target == "fill_" and all(isinstance(v, (int, float)) for v in (*args[1:], *kwargs.values())):

@@ -61,6 +61,10 @@ TAKEN_BACK = Refusal(
 LOGITS_EDITED = Refusal(
     Reason.MUTATED, "The logits are changed in place after this loss, whose backward reads them."
 )
+WEIGHTS_EDITED = Refusal(
+    Reason.MUTATED,
+    "What weighs the classes is changed in place after this loss, or one beside it, whose backward reads it.",
+)
 LABELS_EDITED = Refusal(
     Reason.MUTATED,
     "The labels are an argument that is changed in place after this loss, whose backward reads them.",
@@ -295,8 +299,11 @@ def _not_refused(reading: Reading, groups: list[Group]) -> list[Group]:
 
 
 def _refusal_of_group(reading: Reading, group: Group) -> Refusal | None:
-    if _is_edited_later(reading, group):
+    if _is_edited_later(reading, group, group.logits.node):
         return LOGITS_EDITED
+    weights = [held.node for held in group.outside.values() if held.kind in ("classes", "columns")]
+    if any(_is_edited_later(reading, group, weight) for weight in weights):
+        return WEIGHTS_EDITED
     if _powers_cancel(reading, group):
         return POWERS_CANCEL
     of_entries = any(value_of(reading, node).wide & reading.taken_back for node in group.nodes)
@@ -316,9 +323,9 @@ def _powers_cancel(reading: Reading, group: Group) -> bool:
     return algebra.powers_cancel(*exprs)
 
 
-def _is_edited_later(reading: Reading, group: Group) -> bool:
-    """Whether the logits are written after the loss, while its backward has to read them."""
-    timeline, node = reading.timeline, group.logits.node
+def _is_edited_later(reading: Reading, group: Group, node: Node) -> bool:
+    """Whether a tensor is written after the loss, while its backward has to read it."""
+    timeline = reading.timeline
     if not group.attached or not wants_gradient(group.logits):
         return False
     return not timeline.unchanged(node, group.place, len(timeline.nodes))

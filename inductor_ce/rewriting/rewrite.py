@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import sympy
@@ -9,9 +10,10 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import algebra
+from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import user_line
 from ..graph.builder import Builder
-from ..graph.shapes import same_shape, shape_of, tensor_of
+from ..graph.shapes import equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..ops.verified import ORIGINAL, TAPPED, VERIFIED, new_key
 from ..reading import spellings
@@ -142,8 +144,20 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
     result = stats.layout.as_made(_done(build, tensor_of(node).dtype, result), node)  # type: ignore[union-attr]
     if value.detached and reading.timeline.grad_mode(group.place) is True:
         result = build("detach", result)
+    if _is_contiguous(node) and not _is_contiguous(result):  # as where rows are cut off
+        result = build("contiguous", result)
     edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
     return build("clone", result) if edited else result
+
+
+def _is_contiguous(node: Node) -> bool:
+    """Whether an ordinary tensor is known to have its elements one behind another."""
+    example = example_of(node)
+    if not is_plain_tensor(example):
+        return False
+    sizes = example.shape
+    behind = (math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+    return all(equal(s, 1) or equal(*of) for s, *of in zip(sizes, example.stride(), behind, strict=True))
 
 
 def _done(build: Builder, step: Afterwards, result: Node) -> Node:
