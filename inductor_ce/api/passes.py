@@ -45,6 +45,7 @@ from ..rewriting.picked_mixtures import pick_parts
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from ..rewriting.some_classes import part_normalisers
+from ..rewriting.stacked_parts import take_parts
 from ..rewriting.turned_products import turn_products
 from .report import Report, form_of_loss, miss_line, site_line
 from .telling import is_told
@@ -111,6 +112,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
+        attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))

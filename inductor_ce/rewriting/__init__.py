@@ -26,6 +26,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
                       filled_columns, the filled ones
     joined_columns    likewise columns that are put beside logits
     joined_steps      probabilities of steps, as those of joined logits
+    stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,
                       how they are made again: recipes
