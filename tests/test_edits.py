@@ -418,7 +418,7 @@ def test_of_log_probabilities_whose_shape_is_read_nothing_is_told():
         return F.cross_entropy(z, y), z.sigmoid().cumsum(-1)
 
     h, W, y = torch.randn(12, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.arange(12)
-    with inductor_ce.install(memory_budget=0.5):
+    with inductor_ce.install(min_vocab=2, memory_budget=0.5):
         heads = [inductor_ce.explain(each, h, W, y).sites[0].head for each in (f, read)]
     assert heads[0] == ""
     assert "also used by sigmoid" in heads[1]
