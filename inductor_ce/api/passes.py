@@ -42,6 +42,7 @@ from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.picked_mixtures import pick_parts
+from ..rewriting.ranges_beside import part_ranges
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from ..rewriting.some_classes import part_normalisers
@@ -155,7 +156,11 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
     read_aten(graph)
     reading = recognise(graph)
     heads = between and not options.verify  # beside the originals these are whole
-    steps = (pick_parts, part_normalisers, turn_products) if heads else (pick_parts, part_normalisers)
+    steps = (
+        (pick_parts, part_normalisers, part_ranges, turn_products)
+        if heads
+        else (pick_parts, part_normalisers)
+    )
     for step in steps if between else ():
         if attempt(LEFT, step, graph, reading, options)[0]:
             forget(reading)
