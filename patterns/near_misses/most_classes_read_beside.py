@@ -18,3 +18,10 @@ def loss(logits, labels, scores):
     log_probs = F.log_softmax(logits, dim=-1)
     words = torch.tanh(log_probs[:, 1:] * scores).amax(-1)
     return F.nll_loss(log_probs, labels) - words.mean()
+
+
+EXPECTED = """\
+LOGITS_ESCAPE: The log_softmax of all classes [16x48] is also used by getitem (words =
+    torch.tanh(log_probs[:, 1:] * scores).amax(-1)). Compute the loss from the logits, apart from the
+    log-probabilities that you keep.
+"""
