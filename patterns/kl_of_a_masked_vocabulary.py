@@ -24,7 +24,7 @@ def loss(logits, teacher_logits, shared):
 
 
 EXPECTED = """\
-dot(k, q) - lse*mass(k, q)
-row_stats: max,sumexp,mass:0,seendot:1
-sharded: all_gather [4, N]
+sum where(t, 0, q*log p), targets constant
+row_stats: max,sumexp
+sharded: as a loss of one side
 """

@@ -425,6 +425,80 @@ def test_pieces_of_one_tensor(f):
     assert ours.count(ops.ROW_STATS) == {thirds: 3, halves_with_losses: 2}.get(f, 1)
 
 
+def standardised(z, t):
+    a, b = ((x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-7) for x in (z.float(), t.float()))
+    return F.kl_div(F.log_softmax(a / 2, -1), F.softmax(b / 2, -1), reduction="none").sum(-1)
+
+
+def without_a_class(z, t):
+    hidden = 1000.0 * F.one_hot(torch.arange(N) % V, V)
+    a, b = (x.float() / 4 - hidden for x in (z, t))
+    return F.kl_div(F.log_softmax(a, -1), F.softmax(b, -1), reduction="batchmean")
+
+
+def masked_forward(z, t):
+    products = t.softmax(-1, dtype=torch.float32) * z.log_softmax(-1, dtype=torch.float32)
+    return -products.masked_fill(torch.isinf(t) | (t > 3), 0).sum(-1).mean()
+
+
+def masked_reverse(z, t):
+    p, a, b = z.float().softmax(-1), z.float().log_softmax(-1), t.float().log_softmax(-1)
+    return (p * (a - b)).masked_fill(torch.isinf(t), 0).sum(-1).mean()
+
+
+def of_teacher_with_an_epsilon(z, t):
+    q = t.float().softmax(-1)
+    return (q * ((q + 1e-6).log() - z.float().log_softmax(-1))).sum(-1)
+
+
+OF_GIVEN = [standardised, without_a_class, masked_forward, masked_reverse, of_teacher_with_an_epsilon]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("f", OF_GIVEN)
+def test_a_teacher_of_given_logits_is_a_side(f, dtype):
+    """However the logits are made of what is given, nothing of the teacher's is a weight in memory."""
+    args = sides(dtype, "first")
+    args[1].data[::3, :4] = -20
+    ours = rewritten(f, args)
+    assert ours.count(ops.DIVERGENCE) == 1
+    assert [site.which for site in ours.report.sites] == ["max,sumexp"]
+    assert "targets constant" in ours.report.sites[0].form
+    compiled, graphs = compile_without_codegen(f)
+    check_numbers(run(compiled, args), f, args)
+    assert not [n for n in graphs.nodes if n.target == torch.ops.aten.exp.default and is_wide(n)]
+
+
+def by_einsum(h, w):
+    return torch.einsum("nd,vd->nv", h, w)
+
+
+@pytest.mark.parametrize("product", [F.linear, lambda h, w: h @ w.t(), by_einsum])
+def test_of_a_linear_layer_the_teacher_is_a_weight(product):
+    """So the student's head is in pieces, for each of which the weights are made."""
+
+    def f(h, w, t):
+        z = product(h, w)
+        return without_a_class(z, t)
+
+    h, w = torch.randn(N, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    ours = rewritten(f, (h, w, torch.randn(N, V)))
+    assert ours.count(ops.DIVERGENCE) == 0
+    assert len(ours.report.sites) == 1
+
+
+def test_a_weight_of_the_same_logits_is_no_other_side():
+    """Of one set of logits, its own probabilities are statistics, detached or not."""
+
+    def f(z, t):
+        log_p = z.log_softmax(-1)
+        kept = (log_p.detach().exp() * log_p).masked_fill(t > 1, 0)
+        return -kept.sum(-1).mean()
+
+    ours = rewritten(f, sides(torch.float32, "first"))
+    assert ours.count(ops.DIVERGENCE) == 0
+
+
 def test_a_cross_entropy_has_the_normalisers_of_a_divergence():
     def loss(z, t, y):
         return F.cross_entropy(z, y) + F.cross_entropy(t, y, label_smoothing=0.1) + r_drop(z, t)

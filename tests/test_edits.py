@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule
 
+import inductor_ce
 from inductor_ce import ops
 from inductor_ce.graph.timeline import written_by
 from inductor_ce.rewriting.edits import make_functional
@@ -428,6 +429,76 @@ def test_masks_that_are_made_twice_are_one():
         assert backend.count(ops.DIVERGENCE) == 1
         (form,) = {site.form for site in backend.report.sites}
         assert form.count("sum") == 2, form  # over rows, and over classes
+
+
+def filled_copy(how: str) -> Program:
+    def f(a: Tensor, b: Tensor, y: Tensor) -> Any:
+        log_p = a.view(-1, V).log_softmax(-1)
+        q = log_p.data.clone()
+        seen = q.exp() if how == "read before" else 0.0
+        q.zero_() if how == "zeros" else q.fill_(0.1 / V)
+        q.scatter_(1, y.view(-1, 1), 0.9)
+        q[:, PAD] = 0  # has no function
+        return (
+            F.kl_div(log_p, q, reduction="sum")
+            + (b * seen.view(b.shape) if how == "read before" else b).sum()
+        )
+
+    return f
+
+
+def filled_copy_written_out(how: str) -> Program:
+    def f(a: Tensor, b: Tensor, y: Tensor) -> Any:
+        log_p = a.view(-1, V).log_softmax(-1)
+        q = torch.full_like(log_p, 0.0 if how == "zeros" else 0.1 / V).scatter(1, y.view(-1, 1), 0.9)
+        q = torch.where(torch.arange(V) == PAD, 0.0, q)
+        seen = log_p.detach().exp().view(b.shape) if how == "read before" else 1.0
+        return (torch.xlogy(q, q) - q * log_p).sum() + (b * seen).sum()
+
+    return f
+
+
+@pytest.mark.parametrize("how", ["fill", "zeros", "read before"])
+def test_a_copy_that_is_filled_needs_nothing_of_what_is_copied(how: str):
+    backend = check(filled_copy(how), filled_copy_written_out(how), torch.float64)
+    (site,) = backend.report.sites
+    assert bool(site.kept) == (how == "read before")
+    copies = [n for gm in backend.final for n in gm.graph.nodes if n.target == "clone"]
+    assert len(copies) == (how == "read before")
+
+
+def test_a_copy_with_a_gradient_that_is_filled_gives_one_of_zeros():
+    def f(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        q = (b * 1.0).clone()
+        q.fill_(1 / V)
+        q[0] = 0  # has no function
+        return -(q * a.log_softmax(-1)).sum()
+
+    def written_out(a: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        return -a[1].log_softmax(-1).sum() / V
+
+    args, backend = given().again(torch.float32), Rewritten()
+    torch.compile(f, backend=backend, fullgraph=True)(*args).backward()
+    assert args.b.grad is not None
+    check(f, written_out, torch.float64)
+
+
+def test_of_log_probabilities_whose_shape_is_read_nothing_is_told():
+    def f(h: Tensor, W: Tensor, y: Tensor) -> Tensor:
+        log_p = F.linear(h, W).log_softmax(-1)
+        q = torch.zeros_like(log_p).scatter_(1, y[:, None], 0.9)
+        q[:, PAD] = 0
+        return F.kl_div(log_p, q, reduction="sum")
+
+    def read(h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, W)
+        return F.cross_entropy(z, y), z.sigmoid().cumsum(-1)
+
+    h, W, y = torch.randn(12, D, requires_grad=True), torch.randn(V, D, requires_grad=True), torch.arange(12)
+    with inductor_ce.install(min_vocab=2, memory_budget=0.5):
+        heads = [inductor_ce.explain(each, h, W, y).sites[0].head for each in (f, read)]
+    assert heads[0] == ""
+    assert "also used by sigmoid" in heads[1]
 
 
 def test_an_input_that_is_edited_is_edited():

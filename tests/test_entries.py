@@ -442,6 +442,88 @@ def test_under_autocast() -> None:
     assert backend.count(ops.DIVERGENCE) == 2
 
 
+# Binary cross entropies
+
+
+def to_the_label(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(sm(z), F.one_hot(y, V).to(z.dtype))
+
+
+def of_weighed_rows(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    target = F.one_hot(y, V).to(z.dtype)
+    return F.binary_cross_entropy(sm(z), target, weight=(w * target).sum(-1, keepdim=True).repeat(1, V))
+
+
+def of_weighed_classes(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(sm(z), sm(t), w, reduction="sum")
+
+
+def each_summed(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    each = torch.nn.BCELoss(weight=t.sigmoid(), reduction="none")(sm(z), sm(t))
+    return (each * w).sum(-1)
+
+
+def of_bounded(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(sm(z).clamp(1e-4, 0.5), sm(t).round(), size_average=False)
+
+
+def to_a_held_side(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return torch.nn.BCELoss()(sm(z), sm(z / 2).detach())
+
+
+BINARY = [to_the_label, of_weighed_rows, of_weighed_classes, each_summed, of_bounded, to_a_held_side]
+
+
+def for_binary(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, ...]:
+    torch.manual_seed(seed)
+    z, t, w = 2 * torch.randn(N, V), torch.randn(N, V), torch.rand(V)
+    return z.to(dtype).requires_grad_(), t.to(dtype), w.to(dtype), torch.randint(V, (N,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("f", BINARY)
+def test_binary_cross_entropy(f: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    backend = Rewritten()
+    compiled = torch.compile(f, backend=backend, fullgraph=True)
+    if dtype == torch.float64:
+        check(run(compiled, for_binary(dtype)), f, for_binary(dtype))
+    else:
+        check_draws(compiled, f, (for_binary(dtype, seed=draw) for draw in range(3)))
+    assert backend.count(ops.DIVERGENCE) == 1
+    assert "binary_cross_entropy(" in backend.report.sites[0].form
+
+
+@pytest.mark.parametrize("f", [to_the_label, of_weighed_classes])
+def test_binary_cross_entropy_of_small_probabilities(f: Callable[..., Tensor]) -> None:
+    """Torch's gradient below 1e-12 is not that of its value, whose logarithms end at -100."""
+    z, *others = for_binary(torch.float64)
+    z.data[:, ::3] -= 40
+    z.data[:, 1::4] -= 150
+    others[-1][:] = torch.arange(N)
+    assert (sm(z) < 1e-12).any()
+    assert (z.log_softmax(-1) < -100).any()
+    backend = Rewritten()
+    check(run(torch.compile(f, backend=backend), (z, *others)), f, (z, *others))
+    assert backend.count(ops.DIVERGENCE) == 1
+
+
+def to_a_side_that_learns(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(sm(z), sm(z / 2))
+
+
+def of_sigmoids(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(z.sigmoid(), sm(t))
+
+
+def of_one_class(z: Tensor, t: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.binary_cross_entropy(sm(z)[:, 1], sm(t)[:, 1])
+
+
+@pytest.mark.parametrize("f", [to_a_side_that_learns, of_sigmoids, of_one_class])
+def test_binary_cross_entropies_that_are_left(f: Callable[..., Tensor]) -> None:
+    assert rewritten(f, for_binary(torch.float32)).count(ops.DIVERGENCE) == 0
+
+
 # Numbers that are none
 
 

@@ -224,6 +224,18 @@ def softplus(x: Term, beta: float, threshold: float) -> Term:
     return "where", ("gt", scaled, threshold), x, bent if beta == 1 else ("div", bent, beta)
 
 
+def binary_cross_entropy(x: Term, t: Term, held: Term) -> Term:
+    """That of a probability to a target, as torch has it, given the same through which no gradient flows.
+
+    Its logarithms are -100 at the least, but its gradient is that of none below 1e-12.
+    """
+    log_x: Term = ("log p", held[1]) if isinstance(held, tuple) and held[0] == "p" else ("log", held)
+    log_rest: Term = ("maximum", ("log1p", ("neg", held)), -100.0)
+    value = "sub", ("mul", ("sub", t, 1.0), log_rest), ("mul", t, ("maximum", log_x, -100.0))
+    spread = "maximum", ("mul", ("sub", 1.0, held), held), 1e-12
+    return "add", value, ("mul", ("div", ("sub", held, t), spread), ("sub", x, held))
+
+
 # What holds of terms
 
 

@@ -40,7 +40,7 @@ def _leaf(name: str, k: int) -> str:
     return f"{name}{k + 1 if k else ''}"
 
 
-def _known(term: tuple[Any, ...]) -> tuple[str, Term] | None:
+def _known(term: tuple[Any, ...]) -> tuple[Any, ...] | None:
     """(the name of a function that torch has by itself, of what it is)"""
     match term:
         case ("where", ("le", x, 0.0), 0.0, y) if x == y:
@@ -49,6 +49,8 @@ def _known(term: tuple[Any, ...]) -> tuple[str, Term] | None:
             return "softplus", x
         case ("neg", ("logaddexp", ("neg", x), 0.0)):
             return "logsigmoid", x
+        case ("add", ("sub", _, ("mul", t, _)), ("mul", ("div", _, ("maximum", _, 1e-12)), ("sub", x, _))):
+            return "binary_cross_entropy", x, t
     return None
 
 
@@ -77,7 +79,7 @@ class _Words:
             return whole if len(whole[0]) <= SHORT else (self._name(term), _CLOSED)
         known = _known(term)
         if known is not None:
-            return f"{known[0]}({self.text(known[1], depth + 1)[0]})", _CLOSED
+            return f"{known[0]}({', '.join(self.text(arg, depth + 1)[0] for arg in known[1:])})", _CLOSED
         if name == "neg":
             return f"-{self._within(args[0], 4, depth + 1)}", 4
         if name == "clamp":

@@ -44,9 +44,11 @@ from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.picked_mixtures import pick_parts
+from ..rewriting.ranges_beside import part_ranges
 from ..rewriting.returned_logits import settle_logits
 from ..rewriting.rewrite import rewrite, sweep
 from ..rewriting.some_classes import part_normalisers
+from ..rewriting.stacked_parts import take_parts
 from ..rewriting.turned_products import turn_products
 from .report import Report, form_of_loss, miss_line, site_line
 from .telling import is_told
@@ -114,6 +116,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
+        attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))
@@ -160,7 +163,11 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
     read_aten(graph)
     reading = recognise(graph)
     heads = between and not options.verify  # beside the originals these are whole
-    steps = (pick_parts, part_normalisers, turn_products) if heads else (pick_parts, part_normalisers)
+    steps = (
+        (pick_parts, part_normalisers, part_ranges, turn_products)
+        if heads
+        else (pick_parts, part_normalisers)
+    )
     for step in steps if between else ():
         if attempt(LEFT, step, graph, reading, options)[0]:
             forget(reading)

@@ -20,6 +20,7 @@ from ..algebra.divergences import Divergence
 from ..algebra.entries import Entries
 from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
+from ..graph.walk import reached
 from . import spellings
 from .context import kind_of
 from .entries import KINDS, LOSSES, EntryReader
@@ -31,6 +32,8 @@ from .tails import Summed, added_up
 from .values import LossValue, Reading, RowValue, VocabValue, row_expr
 
 _ENDS = ("sum", "mean", "kl_div", *LOSSES)
+
+PRODUCTS = ("matmul", "einsum", "vecdot")  # steps that may be linear layers
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
             continue
         summed = _summed(reader, node, step.name)
         if is_learnt:
-            taught += [] if summed is None else [summed]
+            taught += [node if summed is None else summed]
             continue
         # As a loss of one side reads it, the logarithm of a mixture is a weight of all classes.
         if summed is not None and (not of_one or summed.expr.has_mixture):
@@ -91,9 +94,10 @@ def read_divergences(reading: Reading) -> Iterator[Between]:
         elif not of_one:
             others.append(node)
     between = {summed.node: _between(reader, summed) for summed in added_up(reading, found)}
-    for summed in taught:
-        if (of_both := _between(reader, summed)) is not None and of_both.terms:
-            between[summed.node] = replace(of_both, is_of_one=True)
+    for each in taught:
+        of_both = _of_others_too(reader, each) if isinstance(each, Node) else _between(reader, each)
+        if of_both is not None and of_both.terms:
+            between[of_both.node] = replace(of_both, is_of_one=True)
     others += [node for node, each in between.items() if each is None or not each.terms]
     places = _places_of_classes(reading) if others else []
     for node in others:
@@ -139,15 +143,22 @@ def _is_of_given(reading: Reading, node: Node) -> bool:
     """Whether the logits of a loss of one side are given to the graph, or made of such by steps alone.
 
     NOTE Teachers. A loss that is weighed by a softmax in the same graph is a loss of one side, whose weights
-    would be made in memory, and read by each of its sums. As a divergence it reads the teacher's logits. With
-    a linear layer before the logits the weights are made for each piece of the head.
+    would be made in memory, and read by each of its sums. As a divergence, or a sum of entries, it reads the
+    teacher's logits. With a linear layer before the logits the weights are made for each piece of the head.
     """
-    source: Any = reading.on_logits(node).logits.node  # type: ignore[union-attr]
-    while source.op != "placeholder":
-        if spellings.step_of(source) is None or len(source.all_input_nodes) != 1:
-            return False
-        (source,) = source.all_input_nodes
-    return True
+    logits = reading.on_logits(node).logits  # type: ignore[union-attr]
+    v = shape_of(logits.node)[logits.axis]
+
+    def of_classes(made: Node) -> Iterator[Node]:
+        """What has the classes, and is an operand."""
+        for each in made.all_input_nodes:
+            example = tensor_of(each)
+            if example is not None and any(equal(size, v) for size in example.shape):
+                yield each
+
+    made = [each for each in reached([logits.node], of_classes) if each.op != "placeholder"]
+    steps = [spellings.step_of(each) for each in made]
+    return all(step is not None and step.name not in PRODUCTS for step in steps)
 
 
 def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
@@ -223,6 +234,13 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     if mode is not True:
         term = entry.held(term)
     return _summed_up(reader, entry, node, term, wide | {node})
+
+
+def _of_others_too(reader: JointReader, node: Node) -> Between | None:
+    """What a node is if it sums entries of several tensors of logits."""
+    summed_up = _of_entries(reader, node)
+    several = summed_up is not None and len({side.logits for side in summed_up.sides}) > 1
+    return summed_up if several else None
 
 
 def _is_normalised(reader: JointReader, entry: EntryReader, term: entries.Term) -> bool:

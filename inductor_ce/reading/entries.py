@@ -31,14 +31,14 @@ from .joint import MAX_DEPTH, JointReader
 from .losses import modernised
 from .moved import before_move, moved
 from .own import compares_with_own
-from .sides import Side
+from .sides import Side, moves
 from .values import VocabValue
 from .views import cast_keeps
 
 # Of leaves: those of sides, of tensors, of numbers.
 KINDS = {"p": entries.OF_SIDES, "t": ("t",), "n": ("n",), "c": ("c",)}
 
-LOSSES = ("mse_loss", "l1_loss")  # of torch, of two tensors entry by entry
+LOSSES = ("mse_loss", "l1_loss", "binary_cross_entropy")  # of torch, of two tensors entry by entry
 
 
 class EntryReader:
@@ -338,6 +338,8 @@ class EntryReader:
 
     def loss(self, name: str, args: dict[str, Any], depth: int = 0) -> Term | None:
         """An entry of a loss of two tensors."""
+        if name == "binary_cross_entropy":
+            return self._binary(args, depth)
         x = self._numbers(args, depth, "input", "target")
         if x is None or args.get("weight") is not None:
             return None
@@ -349,6 +351,20 @@ class EntryReader:
         if name == "mse_loss":
             return "pow", gap, 2.0
         return None if self._compares_with_own(gap, bends=True) else ("abs", gap)
+
+    def _binary(self, args: dict[str, Any], depth: int) -> Term | None:
+        """An entry's binary cross entropy, with a target and a weight of which no gradient is wanted."""
+        x = self._numbers({"weight": 1.0, **_given(args)}, depth, "input", "target", "weight")
+        if x is None or any(moves(self.joint.sides[s]) for s in entries.sides_of(x[1])):
+            return None
+        if entries.leaves_of(x[1], "n"):
+            return None
+        own = entries.binary_cross_entropy(x[0], x[1], self.held(x[0]))
+        return own if x[2] == 1 else ("mul", own, x[2])
+
+
+def _given(args: dict[str, Any]) -> dict[str, Any]:
+    return {name: arg for name, arg in args.items() if arg is not None}
 
 
 def _place(nodes: list[Node], node: Node) -> int:

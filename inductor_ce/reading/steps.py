@@ -118,6 +118,8 @@ _LOSSES = (
     _row("kl_div", "losses.kl_div", "input target size_average reduce reduction log_target", F.kl_div),
     _row("mse_loss", "", "input target size_average reduce reduction weight", F.mse_loss),
     _row("l1_loss", "", "input target size_average reduce reduction weight", F.l1_loss),
+    _row("binary_cross_entropy", "", "input target weight size_average reduce reduction",
+         F.binary_cross_entropy),
 )
 
 _ALONG_THE_VOCABULARY = (

@@ -17,6 +17,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     edits             edits in place of what has classes, as functions, before all else
     divergences       losses between several tensors of logits, before all others
     some_classes      normalisers over some classes' log-probabilities, as differences of two
+    ranges_beside     ranges of the classes of log-probabilities that are read beside their loss
     turned_products   a product whose rows are the classes, as the transpose of one of which they are columns
     picked_mixtures   labels picked after probabilities are added, as of each of these: mixtures
     by_hand           losses that ranks make together by their own collectives, of one all-gather: part_rows
@@ -27,6 +28,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     joined_columns    likewise columns that are put beside logits
     joined_rows       losses of parts of a linear layer's rows, by one operator
     joined_steps      probabilities of steps, as those of joined logits
+    stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,
                       how they are made again: recipes

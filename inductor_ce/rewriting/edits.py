@@ -79,6 +79,32 @@ def make_functional(graph: Graph, min_vocab: int) -> None:
         memory = Memory(timeline, position, names[storage])
         if _has_classes(memory.names[0], places) and memory.may_be_functional():
             attempt(LEFT, _as_functions, graph, memory)
+    left = set(graph.nodes)
+    for edit in [edit for edit in edits if edit in left]:
+        attempt(LEFT, _made_full, graph, edit)
+
+
+def _made_full(graph: Graph, edit: Node) -> None:
+    """Let a copy that is filled before anybody reads it be no copy: nothing of what is copied is needed."""
+    copy, timeline = _edited(edit), Timeline(graph)
+    if edit.target not in ("fill_", "zero_") or copy.target not in ("clone", torch.clone):
+        return
+    names = [n for n in timeline.nodes if tensor_of(n) is not None and timeline.shares_storage(n, copy)]
+    alone = names[:2] == [copy, edit] and timeline.edits(copy)[0] is edit and len(copy.all_input_nodes) == 1
+    if (
+        not alone
+        or example_of(copy).requires_grad
+        or min(copy.users, key=timeline.position.__getitem__) is not edit
+    ):
+        return
+    build = Builder(graph, copy, like=copy)
+    full = _function_of(build, edit, (copy.args[0], *edit.args[1:]), edit.kwargs)
+    if not _is_alike(timeline, full, edit):
+        build.undo()
+        return
+    for node in (edit, copy):
+        node.replace_all_uses_with(full)
+        graph.erase_node(node)
 
 
 def _may_have_function(node: Node) -> bool:

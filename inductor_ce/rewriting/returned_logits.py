@@ -18,6 +18,8 @@ from ..common.findings import name_of, where_is
 from ..common.options import NAN, Options
 from ..graph.builder import Builder
 from ..graph.shapes import tensor_of
+from ..graph.timeline import written_by
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.steps import View
 from ..reading.values import Reading
@@ -115,7 +117,15 @@ def _reader(copies: list[Node]) -> str | None:
     """Who else reads the logits, beside the statistics and whoever is given what the graph returns."""
     users = (user for node in copies for user in node.users if node in read_by(user))
     others = (user for user in users if user not in copies and user.op != "output" and reads_elements(user))
-    return next((f"{name_of(u)} {where_is(u)}" for u in others if not _is_for_losses(u)), None)
+    return next(
+        (f"{name_of(u)} {where_is(u)}" for u in others if not (_is_for_losses(u) or _is_unread(u))), None
+    )
+
+
+def _is_unread(node: Node) -> bool:
+    """Whether only the shape of a node is asked for, and of what is made of it."""
+    made = reached([node], lambda each: [user for user in each.users if each in read_by(user)])
+    return all(spellings.is_repeatable(each) and not any(written_by(each)) for each in made)
 
 
 def _is_for_losses(node: Node) -> bool:

@@ -58,7 +58,7 @@ def _read(reading: Reading, node: Node) -> Found | None:
     source, dim = args.get("input"), one_dim(args.get("dim"))
     path: list[Node] = []
     while isinstance(source, Node):
-        added = _added(reading.values.get(source))
+        added = added_to_log_probabilities(reading.values.get(source))
         if added is not None:
             on_classes = isinstance(dim, int) and dim % len(shape_of(source)) == reading.values[source].axis  # type: ignore[union-attr]
             return Found(node, source, tuple(path), added) if path and on_classes else None
@@ -67,7 +67,7 @@ def _read(reading: Reading, node: Node) -> Found | None:
     return None
 
 
-def _added(value: Value | None) -> float | None:
+def added_to_log_probabilities(value: Value | None) -> float | None:
     """What is added to log-probabilities, if that is what a value is."""
     if not isinstance(value, VocabValue) or value.after:
         return None
