@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from ..common.compat.graphs import set_grad_enabled
 from ..graph.shapes import Size, equal, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
@@ -63,9 +64,11 @@ def forget_no_copies(graph: Graph) -> None:
 
     x.float() is x where that is float32, and has its gradient under no_grad as well.
     """
+    if not any(node.target is set_grad_enabled for node in graph.nodes):
+        return
     timeline = Timeline(graph)
     for node, position in timeline.position.items():
-        if viewing(node) is not View.SAME or timeline.grad_mode(position) is True:
+        if timeline.grad_mode(position) is True or viewing(node) is not View.SAME:
             continue
         source = viewed(node)
         if source is not None and timeline.shares_storage(node, source):

@@ -109,13 +109,13 @@ def _made_full(graph: Graph, edit: Node) -> None:
 
 def _may_have_function(node: Node) -> bool:
     target: Any = node.target
-    if node.op not in ("call_function", "call_method") or tensor_of(_edited(node)) is None:
+    if node.op not in ("call_function", "call_method"):
         return False
     try:
         known = target in _FUNCTIONS or target in _FILLS or (target in _ASKED and "inplace" in node.kwargs)
     except TypeError:  # an unhashable callable is none of these
         return False
-    return known and any(written_by(node))
+    return known and tensor_of(_edited(node)) is not None and any(written_by(node))
 
 
 def _edited(edit: Node) -> Any:

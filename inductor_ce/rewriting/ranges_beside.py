@@ -50,10 +50,12 @@ def part_ranges(graph: Graph, reading: Reading, options: Options) -> bool:
 
 def _log_probabilities(reading: Reading, node: Node) -> Node | None:
     """Of what a node takes a range of at most half of the classes, of all rows, which no sum is read of."""
-    if not any(spellings.is_step(node, name) for name in ("getitem", "narrow")) or tensor_of(node) is None:
-        return None
-    source = node.args[0]
+    source = node.args[0] if node.args else None
     value = reading.values.get(source) if isinstance(source, Node) else None
+    if value is None or tensor_of(node) is None:
+        return None
+    if not any(spellings.is_step(node, name) for name in ("getitem", "narrow")):
+        return None
     if node in reading.values or node in reading.looked_through or added_to_log_probabilities(value) is None:
         return None
     assert isinstance(source, Node)
