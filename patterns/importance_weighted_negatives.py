@@ -27,7 +27,7 @@ def loss(users, items, frequency, bought):
 
 
 EXPECTED = """\
-mean_p(w)*exp(lse)
+log(mean_p(w)) + lse
 row_stats: max,sumexp,expdot:0
 sharded: all_gather [3, N]
 """

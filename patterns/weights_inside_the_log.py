@@ -19,8 +19,7 @@ def loss(logits, labels, prior):
 
 
 EXPECTED = """\
-mean_p(w)*exp(lse)
-pick(y)
+log(mean_p(w)) + lse - pick(y)
 row_stats: max,sumexp,pick,expdot:0
 sharded: all_gather [4, N]
 """

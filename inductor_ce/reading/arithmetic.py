@@ -87,8 +87,17 @@ def entropy_term(a: algebra.Vocab) -> Any:
 
 
 def row_log(expr: sympy.Expr) -> sympy.Expr | None:
-    """log where it undoes an exponential; any other logarithm of a row stays the user's own operation."""
-    return algebra.row_log(expr) if expr.has(sympy.exp) else None
+    """log where it undoes an exponential; any other logarithm of a row stays the user's own operation.
+
+    Of exponentials that are weighed, as by a mask, log sum_i q_i exp(z_i) = lse + log sum_i q_i p_i.
+    """
+    if not expr.has(sympy.exp):
+        return None
+    weighed = [factor for factor in sympy.Mul.make_args(expr) if isinstance(factor, algebra.mean_p_of)]
+    if len(weighed) != 1:
+        return algebra.row_log(expr)
+    logarithm = algebra.row_log(expr / weighed[0])
+    return None if logarithm is None else logarithm + sympy.log(weighed[0])
 
 
 add = binary(plus)
