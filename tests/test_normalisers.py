@@ -88,7 +88,22 @@ def margin_and_queue(h, W, w, y):
     return (torch.cat([own - 0.3, F.linear(h, W)], -1).logsumexp(-1) - own.squeeze(-1)).mean()
 
 
+def of_all_but_one(h, W, w, y):
+    """SupCon's: positives less the logarithm of a sum that leaves the row itself out."""
+    z, others = F.linear(h, W), 1 - F.one_hot(y, V).float()
+    z = z - z.amax(-1, keepdim=True).detach()
+    log_p = z - torch.log((z.exp() * others).sum(-1, keepdim=True))
+    positives = others * (w > w.median())
+    return -((positives * log_p).sum(-1) / positives.sum(-1)).mean()
+
+
+def of_all_but_one_as_it_is(h, W, w, y):
+    z, others = h @ W.t(), 1 - F.one_hot(y, V).float()
+    return ((z.exp() * others).sum(-1).log() - (z * others * w).sum(-1)).mean()
+
+
 FUNCTIONS = [
+    *(of_all_but_one, of_all_but_one_as_it_is),
     *(energy, squared, with_temperature, apart, apart_of_sequences, biased_by_logarithms),
     *(summed_exponentials, weighed_exponentials, weighed_by_rows, reweighted, joined_by_logaddexp),
     *(two_thresholds, margin_and_queue),
