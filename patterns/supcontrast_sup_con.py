@@ -1,4 +1,4 @@
-"""SupContrast: similarities less their maximum, and less the log of a sum without the row's own, of positives.
+"""SupContrast: similarities less their maximum and the log of a sum without the row's own, of positives.
 
 Source: HobbitLong/SupContrast, losses.py
 Family: Contrastive

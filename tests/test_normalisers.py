@@ -97,13 +97,8 @@ def of_all_but_one(h, W, w, y):
     return -((positives * log_p).sum(-1) / positives.sum(-1)).mean()
 
 
-def of_all_but_one_as_it_is(h, W, w, y):
-    z, others = h @ W.t(), 1 - F.one_hot(y, V).float()
-    return ((z.exp() * others).sum(-1).log() - (z * others * w).sum(-1)).mean()
-
-
 FUNCTIONS = [
-    *(of_all_but_one, of_all_but_one_as_it_is),
+    of_all_but_one,
     *(energy, squared, with_temperature, apart, apart_of_sequences, biased_by_logarithms),
     *(summed_exponentials, weighed_exponentials, weighed_by_rows, reweighted, joined_by_logaddexp),
     *(two_thresholds, margin_and_queue),
