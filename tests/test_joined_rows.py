@@ -257,6 +257,22 @@ def labels_of_what_was_replaced(h, W, y):
     return losses[0] + 2 * losses[1] + 3 * losses[2]
 
 
+def classes_that_are_cut_off(h, W, y):
+    z, n = F.linear(h, W), V - 100
+    return sum(F.cross_entropy(z[i, :, :n], y[i].clamp(-100, n - 1)) for i in range(B))
+
+
+def a_half_of_the_classes(h, W, y):
+    z, n = F.linear(h, W), V // 2
+    return sum(F.cross_entropy(z[i].chunk(2, -1)[i % 2], y[i].clamp(-100, n - 1)) for i in range(B))
+
+
+def a_range_of_the_classes(h, W, y):
+    z, n = F.linear(h, W), V - 100
+    parts = [z[:, i].narrow(1, 100, n) for i in range(S)]
+    return sum(F.cross_entropy(part, y[:, i].clamp(-100, n - 1)) for i, part in enumerate(parts))
+
+
 def rows_that_the_user_fills_up(h, W, y):
     """Labels of 0 that count, where another loss has labels of its own."""
     z = F.linear(h, W)
@@ -273,6 +289,7 @@ APART = [
     *(overlapping, other_reductions, edited_between, labels_of_the_other_part, labels_edited_between),
     labels_edited_by_another_name,
     *(one_seen_without_a_gradient, labels_of_parts_that_were_joined, labels_of_what_was_replaced),
+    *(classes_that_are_cut_off, a_half_of_the_classes, a_range_of_the_classes),
     *(temperatures_of_their_own, one_without_a_gradient, rows_that_the_user_fills_up, backwards),
     log_probabilities_of_each,
 ]

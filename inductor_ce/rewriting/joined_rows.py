@@ -147,7 +147,7 @@ def _viewed(view: Node, numbers: Any, classes: int) -> Any:
         return None
     if isinstance(numbers, (list, tuple)):
         return numbers[args[0]] if name == "getitem" and isinstance(args[0], int) else None
-    if name not in _VIEWS | _SEVERAL and not is_sized_view(view):
+    if (name not in _VIEWS | _SEVERAL and not is_sized_view(view)) or not _keeps_classes(view, classes):
         return None
     if args and is_sized_view(view) and name != "flatten":
         args = with_width(args, classes, 1)
@@ -157,6 +157,13 @@ def _viewed(view: Node, numbers: Any, classes: int) -> Any:
     if example is None:
         return made if name in _SEVERAL else None
     return made if tuple(made.shape) == (*example.shape[:-1], 1) else None
+
+
+def _keeps_classes(view: Node, classes: int) -> bool:
+    """Whether all that a view gives has as many classes, which no number of a row tells."""
+    examples = view.meta.get("example_value")
+    each = examples if isinstance(examples, (list, tuple)) else [examples]
+    return all(isinstance(e, Tensor) and e.dim() > 0 and constant(e.shape[-1]) == classes for e in each)
 
 
 def _without_padding(part: Part) -> Part | None:
