@@ -149,6 +149,14 @@ def detached_in_part(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return (h.sum() + ce(z[0], y[0]) + ce(z[1], y[1])) * ce(z[2], y[2])
 
 
+def detached_where_taken(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    parts = heads(h, w)
+    with torch.no_grad():
+        z = torch.stack(parts)
+        first, second, third = z[0], z[1], z[2]
+    return h.sum() * (ce(first, y[0]) + ce(second, y[1])) + ce(third, y[2])
+
+
 def given_parts(h: Tensor, w: Tensor, y: Tensor) -> Any:
     """What is returned is no alias of what was given."""
     z = torch.stack([w[0], w[1], w[2]])
@@ -163,7 +171,7 @@ def by_tensor(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
 
 LEFT = [
     *(read_whole, returned, some_unread, some_without_a_gradient, some_held_without_a_gradient, edited),
-    *(part_edited, detached_in_part, given_parts, by_tensor),
+    *(part_edited, detached_in_part, detached_where_taken, given_parts, by_tensor),
 ]
 
 

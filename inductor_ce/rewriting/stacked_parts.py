@@ -141,7 +141,9 @@ def _may_be(timeline: Timeline, node: Node, parts: list[Node], taken: list[Taken
     A part of which nothing that has a gradient is taken has one of zeros by the stack, and none without it.
     """
     start, end = timeline.position[node], len(timeline.nodes)
-    if _wants_gradient(node):
+    if any(map(_wants_gradient, parts)):
+        if not _wants_gradient(node):  # without which the parts themselves would have one
+            return False
         needed = {each.place for each in taken if _is_differentiated(timeline, each.node)}
         if len(needed) < len(parts) or not all(map(_wants_gradient, parts)):
             return False
