@@ -231,6 +231,48 @@ def one_without_a_gradient(h, W, y):
     return sum(F.cross_entropy(z[i], y[i]) for i in range(1, B)) * scale
 
 
+def one_seen_without_a_gradient(h, W, y):
+    """The loss has none of the first rows, though it is made where gradients are on."""
+    z = F.linear(h, W)
+    with torch.no_grad():
+        first = z[0]
+    return F.cross_entropy(first, y[0]) + sum(F.cross_entropy(z[i], y[i]) for i in range(1, B)).square()
+
+
+def labels_of_parts_that_were_joined(h, W, y):
+    """By statistics of the classes, which are joined before the losses are."""
+    z = F.linear(h, W)
+    first, second = z[1], z[2]
+    loss = F.cross_entropy(first, first.argmax(-1))
+    return loss - second.log_softmax(-1).gather(-1, second.argmax(-1).unsqueeze(-1)).squeeze(-1).mean()
+
+
+def labels_of_what_was_replaced(h, W, y):
+    """Of all rows, made again where the statistics of parts of them are made."""
+    z = F.linear(h, W)
+    first, others, last = z[:, :3], z[:, 3:], z[2:]
+    losses = [F.cross_entropy(first.reshape(-1, V), first.argmax(-1).reshape(-1))]
+    losses.append(F.cross_entropy(others.reshape(-1, V), others.argmax(-1).reshape(-1)))
+    losses.append(F.cross_entropy(last.reshape(-1, V), last.argmax(-1).reshape(-1)))
+    return losses[0] + 2 * losses[1] + 3 * losses[2]
+
+
+def classes_that_are_cut_off(h, W, y):
+    z, n = F.linear(h, W), V - 100
+    return sum(F.cross_entropy(z[i, :, :n], y[i].clamp(-100, n - 1)) for i in range(B))
+
+
+def a_half_of_the_classes(h, W, y):
+    z, n = F.linear(h, W), V // 2
+    return sum(F.cross_entropy(z[i].chunk(2, -1)[i % 2], y[i].clamp(-100, n - 1)) for i in range(B))
+
+
+def a_range_of_the_classes(h, W, y):
+    z, n = F.linear(h, W), V - 100
+    parts = [z[:, i].narrow(1, 100, n) for i in range(S)]
+    return sum(F.cross_entropy(part, y[:, i].clamp(-100, n - 1)) for i, part in enumerate(parts))
+
+
 def rows_that_the_user_fills_up(h, W, y):
     """Labels of 0 that count, where another loss has labels of its own."""
     z = F.linear(h, W)
@@ -246,16 +288,19 @@ def backwards(h, W, y):
 APART = [
     *(overlapping, other_reductions, edited_between, labels_of_the_other_part, labels_edited_between),
     labels_edited_by_another_name,
+    *(one_seen_without_a_gradient, labels_of_parts_that_were_joined, labels_of_what_was_replaced),
+    *(classes_that_are_cut_off, a_half_of_the_classes, a_range_of_the_classes),
     *(temperatures_of_their_own, one_without_a_gradient, rows_that_the_user_fills_up, backwards),
     log_probabilities_of_each,
 ]
 
 
 @pytest.mark.parametrize(("f", "strategy"), in_turns(APART, ["token_chunks", "materialise"]))
-def test_numbers(f: Loss, strategy: str):
+def test_numbers(f: Loss, strategy: str, caplog: pytest.LogCaptureFixture):
     compiled, _ = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
     check(f, compiled, inputs())
     assert sites() > 0
+    assert not caplog.records, "something failed"
 
 
 def test_few_rows_of_many_are_no_matter():

@@ -113,6 +113,21 @@ def some_unread(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return ce(z[0], y[0]) + ce(z[1], y[1])
 
 
+def some_without_a_gradient(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    """The last is read, for how often it is right."""
+    z = torch.stack([*heads(h, w), F.linear(h, w[0].clone())])
+    right = (z[3].argmax(-1) == y[0]).float().mean()
+    return ce(z[0], y[0]) + ce(z[1], y[1]) + ce(z[2], y[2]) * right
+
+
+def some_held_without_a_gradient(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    z = torch.stack(heads(h, w))
+    second = z[1]
+    with torch.no_grad():
+        scale = ce(second, y[1])
+    return ce(z[0], y[0]) * scale + ce(z[2], y[2])
+
+
 def edited(h: Tensor, w: Tensor, y: Tensor) -> Any:
     parts = heads(h, w)
     z = torch.stack(parts)
@@ -134,6 +149,14 @@ def detached_in_part(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return (h.sum() + ce(z[0], y[0]) + ce(z[1], y[1])) * ce(z[2], y[2])
 
 
+def detached_where_taken(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    parts = heads(h, w)
+    with torch.no_grad():
+        z = torch.stack(parts)
+        first, second, third = z[0], z[1], z[2]
+    return h.sum() * (ce(first, y[0]) + ce(second, y[1])) + ce(third, y[2])
+
+
 def given_parts(h: Tensor, w: Tensor, y: Tensor) -> Any:
     """What is returned is no alias of what was given."""
     z = torch.stack([w[0], w[1], w[2]])
@@ -146,7 +169,10 @@ def by_tensor(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
     return ce(z[rows[:, 0], 0, rows[:, 1]], y[0, :, 0]) + ce(z[:, 1], y[1]) + ce(z[:, 2], y[2])
 
 
-LEFT = [read_whole, returned, some_unread, edited, part_edited, detached_in_part, given_parts, by_tensor]
+LEFT = [
+    *(read_whole, returned, some_unread, some_without_a_gradient, some_held_without_a_gradient, edited),
+    *(part_edited, detached_in_part, detached_where_taken, given_parts, by_tensor),
+]
 
 
 @pytest.mark.parametrize("f", LEFT)
@@ -155,6 +181,33 @@ def test_what_is_left_is_right(f: Callable[..., Any]) -> None:
     args = given()
     check_numbers(run(torch.compile(f, backend=backend, fullgraph=True), args), f, args)
     assert joins(backend) >= 1
+
+
+def of_one_without_grad(z: Tensor, y: Tensor) -> Tensor:
+    second = z[1]
+    with torch.no_grad():
+        scale = ce(second, y[1])
+    return ce(z[0], y[0]) * scale
+
+
+def of_a_teacher(z: Tensor, y: Tensor) -> Tensor:
+    """Of which the loss needs a gradient, of zeros for what it is stacked with."""
+    return ce(z[1], z[0].argmax(-1))
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("f", [of_one_without_grad, of_a_teacher])
+def test_gradients_of_zeros_are_not_none(f: Callable[..., Tensor], detached: bool) -> None:
+    def loss(h: Tensor, v: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return f(torch.stack([F.linear(h, v), F.linear(h, w).detach() if detached else F.linear(h, w)]), y)
+
+    h, w, y = given()
+    leaves = [x.detach().clone().requires_grad_() for x in (h, w[0], w[1])]
+    ways = (loss, torch.compile(loss, backend=Rewritten(), fullgraph=True))
+    grads = [torch.autograd.grad(way(*leaves, y), leaves, allow_unused=True) for way in ways]
+    assert [g is None for g in grads[1]] == [g is None for g in grads[0]]
+    for ours, theirs in zip(*grads, strict=True):
+        assert ours is None or torch.allclose(ours, theirs, atol=1e-6)
 
 
 def test_other_sizes_are_compiled_once() -> None:

@@ -47,6 +47,7 @@ class Part(NamedTuple):
         layer: the linear layer, [..., V].
         lead: the sizes of the dimensions that its rows have where the first are cut off.
         links: what is done to each logit between the layer and the statistics, first to last.
+        views: what else there is between the two.
         box: which rows.
         labels: of these.
         has_all: whether the statistics are of all rows, of which nobody reads others.
@@ -56,6 +57,7 @@ class Part(NamedTuple):
     layer: Node
     lead: tuple[int, ...]
     links: tuple[Node, ...]
+    views: tuple[Node, ...]
     box: Box
     labels: tuple[Node, ...]
     has_all: bool
@@ -78,6 +80,7 @@ def join_rows(graph: Graph) -> dict[int, int]:
         along = _along(parts)
         if along is not None and _may_move(timeline, parts):
             became |= _join(graph, timeline, parts, along)
+            timeline = Timeline(graph)  # labels may be made of what was joined
     return became
 
 
@@ -106,7 +109,8 @@ def _part(stats: Node) -> Part | None:
     if box is None:
         return None
     links = tuple(each for each in path if _is_link(each))
-    part = Part(stats, node, tuple(lead), links, box, tuple(labels), False)  # type: ignore[arg-type]
+    others = tuple(each for each in path if each not in links)
+    part = Part(stats, node, tuple(lead), links, others, box, tuple(labels), False)  # type: ignore[arg-type]
     return _without_padding(part) or part
 
 
@@ -143,7 +147,7 @@ def _viewed(view: Node, numbers: Any, classes: int) -> Any:
         return None
     if isinstance(numbers, (list, tuple)):
         return numbers[args[0]] if name == "getitem" and isinstance(args[0], int) else None
-    if name not in _VIEWS | _SEVERAL and not is_sized_view(view):
+    if (name not in _VIEWS | _SEVERAL and not is_sized_view(view)) or not _keeps_classes(view, classes):
         return None
     if args and is_sized_view(view) and name != "flatten":
         args = with_width(args, classes, 1)
@@ -153,6 +157,13 @@ def _viewed(view: Node, numbers: Any, classes: int) -> Any:
     if example is None:
         return made if name in _SEVERAL else None
     return made if tuple(made.shape) == (*example.shape[:-1], 1) else None
+
+
+def _keeps_classes(view: Node, classes: int) -> bool:
+    """Whether all that a view gives has as many classes, which no number of a row tells."""
+    examples = view.meta.get("example_value")
+    each = examples if isinstance(examples, (list, tuple)) else [examples]
+    return all(isinstance(e, Tensor) and e.dim() > 0 and constant(e.shape[-1]) == classes for e in each)
 
 
 def _without_padding(part: Part) -> Part | None:
@@ -231,7 +242,8 @@ def _may_move(timeline: Timeline, parts: list[Part]) -> bool:
         given = [*part.labels, *part.stats.args[2]]  # type: ignore[misc]
         as_made = all(timeline.unchanged(link, link, at) for link in part.links)
         as_read = all(timeline.unchanged(each, max(first, timeline.position[each]), at) for each in given)
-        if not as_made or not as_read or len(modes) > 1:
+        seen = {timeline.grad_mode(timeline.position[each]) for each in part.views}
+        if not as_made or not as_read or len(modes) > 1 or not seen <= modes | {True}:
             return False
         if not timeline.same_autocast(timeline.position[layer], at):
             return False

@@ -40,6 +40,8 @@ def _can_be_made_again(reading: Reading, node: Node, position: int) -> bool:
 
 def made_before(build: Builder, reading: Reading, node: Node, place: int) -> Node:
     """`node`, by what took its place, or made again where it comes only after `place`."""
+    if node not in reading.timeline.position:  # a view has been given what took the place of its source
+        node = next(each for each, (result, _) in reading.results.items() if result is node)
     result, ready = reading.results.get(node, (node, 0))
     if reading.timeline.position[node] < place:
         return result if ready <= place else node

@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 from ..graph.builder import Builder
 from ..graph.shapes import equal, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.row_views import index_per_dimension
 from ..reading.steps import View
@@ -137,18 +138,39 @@ def _may_be(timeline: Timeline, node: Node, parts: list[Node], taken: list[Taken
     """Whether the parts give what is taken, with the same gradients.
 
     NOTE Gradients
-    A part of which nothing is taken has a gradient of zeros by the stack, and none without it.
+    A part of which nothing that has a gradient is taken has one of zeros by the stack, and none without it.
     """
     start, end = timeline.position[node], len(timeline.nodes)
-    unread = [part for i, part in enumerate(parts) if all(each.place != i for each in taken)]
-    if any(tensor_of(part).requires_grad for part in unread):  # type: ignore[union-attr]
-        return False
+    if any(map(_wants_gradient, parts)):
+        if not _wants_gradient(node):  # without which the parts themselves would have one
+            return False
+        needed = {each.place for each in taken if _is_differentiated(timeline, each.node)}
+        if len(needed) < len(parts) or not all(map(_wants_gradient, parts)):
+            return False
     if any(node.target in ("as_strided", torch.as_strided) for node in timeline.nodes):
         return False
     read = {each for t in taken for each in (*t.chain, t.node)}
     modes = {timeline.grad_mode(timeline.position[each]) for each in (node, *read)}
     unedited = all(timeline.unchanged(each, each, end) for each in (node, *read))
     return len(modes) == 1 and unedited and all(timeline.unchanged(part, start, end) for part in parts)
+
+
+def _wants_gradient(node: Node) -> bool:
+    example = tensor_of(node)
+    return example is not None and example.requires_grad
+
+
+def _is_differentiated(timeline: Timeline, node: Node) -> bool:
+    """Whether what a graph returns has a gradient by a node, for all that examples and modes tell."""
+
+    def carriers(node: Node) -> list[Node]:
+        return [user for user in node.users if user.op == "output" or carries(user)]
+
+    def carries(user: Node) -> bool:
+        is_on = timeline.grad_mode(timeline.position[user]) is True
+        return is_on and (tensor_of(user) is None or _wants_gradient(user))
+
+    return any(each.op == "output" for each in reached([node], carriers))
 
 
 def _take(graph: Graph, node: Node, dim: int, parts: list[Node], taken: list[Taken]) -> None:
