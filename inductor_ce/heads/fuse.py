@@ -118,21 +118,16 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
     # Without a gradient nothing but a divergence is made of what must be of a chunk's own rows.
     alone = proof.why_not if head.divergences and not head.gradients() else ""
 
-    def numbers(skips: bool) -> plan.HeadNumbers:
-        return numbers_of(head, proof.why_not, alone, skips)
-
-    def planned(skips: bool) -> Plan:
-        return plan.plan(numbers(skips), options.strategy, options.memory_budget)
-
-    wanted = planned(not head.divergences)
+    numbers = numbers_of(head, proof.why_not, alone, not head.divergences)
+    asked = options.strategy, options.memory_budget
+    wanted = plan.plan(numbers, *asked)
     if wanted.strategy == MATERIALISE:
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        work = plan.work_of_piece(numbers(True), wanted.pieces)
-        computed = rows_to_compute(build, head, proof, work)
+        computed = rows_to_compute(build, head, proof, plan.work_of_piece(numbers, wanted.pieces))
         if computed.rows is None:
-            wanted = planned(False)
+            wanted = plan.plan(replace_fields(numbers, skips=False), *asked)
         if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
             build.undo()
         if wanted.strategy == MATERIALISE:

@@ -31,7 +31,7 @@ from .joint import MAX_DEPTH, JointReader
 from .losses import modernised
 from .moved import before_move, moved
 from .own import compares_with_own
-from .sides import Side, moves
+from .sides import Side, moves, place_in
 from .values import VocabValue
 from .views import cast_keeps
 
@@ -198,8 +198,8 @@ class EntryReader:
         node = self.joint.reading.twins.of(node)
         moves = any(example_of(each).requires_grad for each in timeline.as_edited(node))
         if kind in ("row", "scalar") and example.is_floating_point():
-            return ("n", _place(self.numbers, node)) if moves else ("c", _place(self.constants, node))
-        return None if moves else ("t", _place(self.tensors, node))
+            return ("n", place_in(self.numbers, node)) if moves else ("c", place_in(self.constants, node))
+        return None if moves else ("t", place_in(self.tensors, node))
 
     def is_settled(self, readers: frozenset[Node]) -> bool:
         """Whether nothing edits what is brought along once it has been read."""
@@ -218,7 +218,7 @@ class EntryReader:
             held = self.joint.detached(side)
             leaves |= {(name, side): (name, held) for name in entries.OF_SIDES}
         for k in entries.places_of(term, "n"):
-            leaves["n", k] = "c", _place(self.constants, self.numbers[k])
+            leaves["n", k] = "c", place_in(self.constants, self.numbers[k])
         return entries.replaced(term, leaves)
 
     def _as_number(self, term: Term) -> Term:
@@ -365,13 +365,6 @@ class EntryReader:
 
 def _given(args: dict[str, Any]) -> dict[str, Any]:
     return {name: arg for name, arg in args.items() if arg is not None}
-
-
-def _place(nodes: list[Node], node: Node) -> int:
-    """The place of a node among others, to which it is added."""
-    if node not in nodes:
-        nodes.append(node)
-    return nodes.index(node)
 
 
 _ONE, _TWO = ("input",), ("input", "other")

@@ -23,7 +23,7 @@ from .arithmetic import one_dim
 from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
-from .sides import Side, piece_of
+from .sides import Side, piece_of, place_in
 from .values import Reading, VocabValue
 from .views import cast_keeps
 from .zeroed import set_where_zero
@@ -128,18 +128,19 @@ class JointReader:
 
     def side(self, side: Side) -> int:
         """The place of a side among those of which values are made."""
-        self.sides += [] if side in self.sides else [side]
-        return self.sides.index(side)
+        return place_in(self.sides, side)
 
     def _set_where_zero(self, node: Node, depth: int) -> JointValue | None:
         """p (log p - log q) with its limits where p or q is 0."""
-        if (zeroed := set_where_zero(self.reading.timeline, node)) is None:
+        zeroed = set_where_zero(self.reading.timeline, node)
+        if zeroed is None:
             return None
         p, q, value = self.of(zeroed.p), self.of(zeroed.q), self._product(node, zeroed.factors, depth)
         log_p, log_q = (self._applied(x, joint.log) for x in (p, q))
         limit = self._combined(p, self._combined(log_p, log_q, joint.minus), joint.times)
-        alike = value is not None and limit is not None and value.expr == limit.expr
-        return replace(value, wide=value.wide | limit.wide | zeroed.made) if alike else None  # type: ignore[union-attr, type-var]
+        if value is None or limit is None or value.expr != limit.expr:
+            return None
+        return replace(value, wide=value.wide | limit.wide | zeroed.made)
 
     def detached(self, side: int) -> int:
         """The side of the same rows to which no gradient flows."""
@@ -171,9 +172,7 @@ class JointReader:
         return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
 
     def _numbered(self, node: Node, how: str) -> int:
-        factor = RowFactor(self.reading.twins.of(node), how)
-        self.factors += [factor] if factor not in self.factors else []
-        return self.factors.index(factor)
+        return place_in(self.factors, RowFactor(self.reading.twins.of(node), how))
 
     # Steps
 

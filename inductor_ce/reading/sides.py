@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.fx import Node
 
@@ -20,6 +20,13 @@ class Side:
     logits: Logits
     steps: tuple[RowView, ...]
     detached: bool
+
+
+def place_in(known: list[Any], each: Any) -> int:
+    """The place of something among others of its kind, to which it is added."""
+    if each not in known:
+        known.append(each)
+    return known.index(each)
 
 
 def moves(side: Side) -> bool:

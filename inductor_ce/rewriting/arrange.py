@@ -49,7 +49,7 @@ def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
     """The elementwise nodes of one tensor and numbers that lead to `node`, first to last."""
     links: list[Node] = []
     read_at, mode = place, timeline.grad_mode(place)
-    while (source := _elementwise_source(node)) is not None:
+    while (source := elementwise_source(node)) is not None:
         at = timeline.position[node]
         same_modes = timeline.grad_mode(at) == mode and timeline.same_autocast(at, place)
         as_made = timeline.unchanged(node, node, read_at)
@@ -60,7 +60,8 @@ def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:
     return links
 
 
-def _elementwise_source(node: Node) -> Node | None:
+def elementwise_source(node: Node) -> Node | None:
+    """The floating tensor of which a node is a function of each element, beside numbers, on its device."""
     step = spellings.step_of(node)
     if step is None or not step.in_chain or len(node.all_input_nodes) != 1:
         return None

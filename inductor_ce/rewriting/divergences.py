@@ -26,7 +26,7 @@ from ..common.findings import Reason, Refusal
 from ..common.options import Options
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of, tensor_of
-from ..graph.timeline import Mode, Timeline, written_by
+from ..graph.timeline import Mode, Timeline
 from ..graph.walk import reached
 from ..ops.divergences import encode
 from ..reading import spellings
@@ -40,7 +40,7 @@ from .arrange import first_size, row_sizes, size_of
 from .escapes import KEPT, escape, needed_nodes
 from .kept import for_whom
 from .legal import few_classes, refusal_of_edit, refusal_of_graph, refusal_of_logits
-from .rewrite import want_gradients_as
+from .rewrite import erase_with_sources, want_gradients_as
 
 LEFT = "a divergence is left as it was"
 
@@ -309,14 +309,18 @@ def _cut(build: Builder, node: Node, index: tuple[slice, ...]) -> Node:
 
     One that is cut under no_grad has no gradient.
     """
-    timeline = Timeline(node.graph)
     for user in node.users:
         same = user.target is operator.getitem and isinstance(user.args[1], tuple)
         same = same and _without_whole(user.args[1]) == _without_whole(index) and build.comes_after(user)
-        has_gradient = timeline.grad_mode(timeline.position[user]) is True
-        if same and (has_gradient or not example_of(node).requires_grad):
+        if same and (not example_of(node).requires_grad or _is_recorded(user)):
             return user
     return build(operator.getitem, node, index)
+
+
+def _is_recorded(node: Node) -> bool:
+    """Whether gradients are on where a node stands."""
+    timeline = Timeline(node.graph)
+    return timeline.grad_mode(timeline.position[node]) is True
 
 
 def _without_whole(index: Any) -> tuple[Any, ...]:
@@ -368,12 +372,5 @@ def _rendered(formula: divergences.Divergence | Entries) -> str:
 
 def _erase(found: Between) -> None:
     """Erase what made a divergence and is not used any more, with the views of logits that it read."""
-    graph = found.node.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    left = {node for node in found.wide | {found.node} if node in order}
-    while left:
-        node = max(left, key=order.__getitem__)
-        left.remove(node)
-        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
-            left.update(node.all_input_nodes)
-            graph.erase_node(node)
+    there = set(found.node.graph.nodes)
+    erase_with_sources(node for node in found.wide | {found.node} if node in there)

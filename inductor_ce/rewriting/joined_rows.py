@@ -23,13 +23,14 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.builder import Builder
-from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
+from ..graph.shapes import constant, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from .arrange import ANY_LABEL, PADS_ROWS
+from .arrange import ANY_LABEL, PADS_ROWS, elementwise_source
 from .find_recipe import is_sized_view, with_width
 from .linear_layers import plain_layer
 from .recipe_search import called
+from .rewrite import erase_with_sources
 
 _VIEWS = {"getitem", "select", "narrow", "unsqueeze", "squeeze", "contiguous", "flatten"}
 _SEVERAL = {"unbind", "chunk", "split", "tensor_split"}
@@ -99,28 +100,19 @@ def _part(stats: Node) -> Part | None:
         node = node.all_input_nodes[0] if len(node.all_input_nodes) == 1 else None
     if not isinstance(node, Node):
         return None
-    whole = [node, *itertools.takewhile(lambda each: _is_link(each) or is_sized_view(each), path)]
+    links = [each for each in path if elementwise_source(each) is not None]
+    others = [each for each in path if each not in links]
+    whole = [node, *itertools.takewhile(lambda each: each in links or is_sized_view(each), path)]
     *lead, classes = map(constant, shape_of(whole[-1]))
-    views = [each for each in path[len(whole) - 1 :] if not _is_link(each)]
     if classes is None or None in lead or any(constant(shape_of(each)[-1]) != classes for each in whole):
         return None
     with unset_fake_temporarily():
-        box = _box(views, lead, classes)  # type: ignore[arg-type]
+        box = _box([each for each in others if each not in whole], lead, classes)  # type: ignore[arg-type]
     if box is None:
         return None
-    links = tuple(each for each in path if _is_link(each))
-    others = tuple(each for each in path if each not in links)
-    part = Part(stats, node, tuple(lead), links, others, box, tuple(labels), False)  # type: ignore[arg-type]
+    rows = tuple(lead), tuple(links), tuple(others), box
+    part = Part(stats, node, *rows, tuple(labels), has_all=False)  # type: ignore[arg-type]
     return _without_padding(part) or part
-
-
-def _is_link(node: Node) -> bool:
-    """Whether a node is a function of each logit alone."""
-    step = spellings.step_of(node)
-    if step is None or not step.in_chain or len(node.all_input_nodes) != 1:
-        return False
-    source, made = tensor_of(node.all_input_nodes[0]), tensor_of(node)
-    return source is not None and made is not None and same_shape(source.shape, made.shape)
 
 
 def _box(views: list[Node], lead: list[int], classes: int) -> Box | None:
@@ -272,7 +264,9 @@ def _join(graph: Graph, timeline: Timeline, parts: list[Part], along: int) -> di
         part.stats.replace_all_uses_with(rows)
     sites = {part.stats.kwargs["site"]: first.kwargs["site"] for part in parts}
     for part in parts:
-        _forget(graph, part.stats)
+        sources = part.stats.all_input_nodes
+        graph.erase_node(part.stats)
+        erase_with_sources(sources)
     return sites  # type: ignore[return-value]
 
 
@@ -338,13 +332,3 @@ def _rows_of(build: Builder, joined: Node, part: Part) -> Node:
         return build(operator.getitem, joined, ranges)
     own = build(operator.getitem, build("reshape", joined, [-1, *part.lead]), ranges)
     return build("reshape", own, [shape_of(own)[0], -1])
-
-
-def _forget(graph: Graph, stats: Node) -> None:
-    """Erase statistics, and what was made for them alone."""
-    stack = [stats]
-    while stack:
-        node = stack.pop()
-        if not node.users and (node is stats or spellings.is_repeatable(node)):
-            stack += node.all_input_nodes
-            graph.erase_node(node)

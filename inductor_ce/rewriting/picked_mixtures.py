@@ -18,7 +18,6 @@ from ..common.failsafe import attempt
 from ..common.options import Options
 from ..graph.builder import Builder
 from ..graph.shapes import hint, same_shape, shape_of, tensor_of
-from ..graph.timeline import written_by
 from ..reading import spellings
 from ..reading.context import Context, is_labels
 from ..reading.indexing import label_axis
@@ -27,7 +26,7 @@ from ..reading.values import LossValue, Reading, RowValue, VocabValue, row_expr
 from .arrange import size_of
 from .groups import wants_gradient
 from .mixtures import Mixture
-from .rewrite import beside_original
+from .rewrite import beside_original, erase_with_sources
 
 LEFT = "a mixture is picked from as it was written"
 
@@ -133,17 +132,9 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
         beside_original(graph, node, result)
         return
     node.replace_all_uses_with(result)
-    _erase(graph, node)
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """Erase a node, and what nobody uses then."""
-    unused = [node]
-    while unused:
-        gone = unused.pop()
-        if not gone.users and (gone is node or (spellings.is_repeatable(gone) and not any(written_by(gone)))):
-            unused += gone.all_input_nodes
-            graph.erase_node(gone)
+    sources = node.all_input_nodes
+    graph.erase_node(node)
+    erase_with_sources(sources)
 
 
 def _nll_loss(build: Builder, pick: Callable[..., Node], args: dict[str, Any]) -> Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import sympy
@@ -109,24 +110,39 @@ SIZES = ("size", torch.ops.aten.sym_size.int)
 
 def sweep(graph: Graph, reading: Reading) -> None:
     """Erase the steps of losses and chains that nobody uses any more; once, after all rewrites."""
-    left = _erase_unused(graph, reading, reading.timeline.nodes)
+    left = _erase_unused(graph, reading.timeline.nodes)
     if reading.added:
         for z, node in reading.added.items():
             asks = all(user.target in SIZES for user in node.users)
             if z.users and asks and same_shape(shape_of(z), shape_of(node)):
                 node.replace_all_uses_with(z)
-        _erase_unused(graph, reading, left)
+        _erase_unused(graph, left)
 
 
-def _erase_unused(graph: Graph, reading: Reading, nodes: list[Node]) -> list[Node]:
+def _erase_unused(graph: Graph, nodes: list[Node]) -> list[Node]:
     """Erase what nobody uses of some nodes. Returns the others."""
     left = []
     for node in reversed(nodes):
-        if not node.users and spellings.is_repeatable(node) and not any(written_by(node)):
+        if _is_unused(node):
             graph.erase_node(node)
         else:
             left.append(node)
     return left[::-1]
+
+
+def erase_with_sources(nodes: Iterable[Node]) -> None:
+    """Erase the steps that nobody uses, of some nodes of a graph and of what they are made of."""
+    waiting, gone = [*nodes], set[Node]()
+    while waiting:
+        node = waiting.pop()
+        if node not in gone and _is_unused(node):
+            gone.add(node)
+            waiting += node.all_input_nodes
+            node.graph.erase_node(node)
+
+
+def _is_unused(node: Node) -> bool:
+    return not node.users and spellings.is_repeatable(node) and not any(written_by(node))
 
 
 def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, node: Node) -> Node:

@@ -21,6 +21,7 @@ from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.row_views import index_per_dimension
 from ..reading.steps import View
+from .rewrite import erase_with_sources
 
 _STACKS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
 
@@ -181,13 +182,9 @@ def _take(graph: Graph, node: Node, dim: int, parts: list[Node], taken: list[Tak
         for build in builds:
             build.undo()
         raise
-    gone = {node, *node.all_input_nodes}
     for each, result in zip(taken, results, strict=True):
         each.node.replace_all_uses_with(result)
-        gone |= {each.node, *each.node.all_input_nodes, *each.chain}
-    for each in [each for each in reversed(graph.nodes) if each in gone]:
-        if not each.users and spellings.is_repeatable(each):
-            graph.erase_node(each)
+    erase_with_sources(each.node for each in taken)
 
 
 def _of_part(build: Builder, taken: Taken, parts: list[Node], dim: int) -> Node:
