@@ -87,7 +87,15 @@ def _run(source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Te
 
 
 def _call(module: str, name: str, arguments: list[Any]) -> list[Any]:
-    with _only_in([a for a in arguments if isinstance(a, torch.Tensor)]):
+    known = [a for a in arguments if isinstance(a, torch.Tensor)]
+    new_empty = torch.Tensor.new_empty
+
+    def room(*like: Any, **options: Any) -> torch.Tensor:
+        made = new_empty(*like, **options).fill_(77)
+        known.append(made)
+        return made
+
+    with _only_in(known), mock.patch.object(torch.Tensor, "new_empty", room):
         getattr(importlib.import_module(module), name)(*arguments)
     return arguments
 
@@ -101,9 +109,10 @@ def _range(*bounds: Any) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
-    """Refuse to read or write anything but the storages of `arguments`, which a GPU might not notice."""
-    storages = [a.untyped_storage() for a in arguments]
-    bounds = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
+    """Refuse to read or write anything but the storages of `arguments`, which a GPU might not notice.
+
+    More may be added to them meanwhile.
+    """
     builder = triton.runtime.interpreter.interpreter_builder
 
     def checked(access: Callable[..., Any], mask_at: int) -> Callable[..., Any]:
@@ -112,6 +121,8 @@ def _only_in(arguments: list[torch.Tensor]) -> Iterator[None]:
             if not isinstance(mask, np.ndarray):
                 mask.data = mask.data.astype(bool)  # the only ones that Triton 3.9 takes
             used = pointers.data[(mask if isinstance(mask, np.ndarray) else mask.data).astype(bool)]
+            storages = [a.untyped_storage() for a in arguments]
+            bounds = [(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages]
             inside = [(used >= first) & (used < end) for first, end in bounds]
             assert np.logical_or.reduce(inside).all(), "out of bounds"
             return access(pointers, *args, **how)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce.ops import counted, gemm, product_kernels, products
+from inductor_ce.ops import counted, gemm, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -62,18 +63,19 @@ def product_but(
 
 @pytest.mark.in_turns
 @pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("way", ["loops", "kernels"], indirect=True)
 @pytest.mark.parametrize("restore", [False, True])
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("labels", LABELS)
 def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool, restore: bool) -> None:
     dz, h = factors()
-    before, columns = dz.clone(), torch.tensor([4, 0])
+    before, columns = dz.clone(), torch.tensor([4, 0, -1])  # of which the last is none
     expected, rest = entries_by_hand(dz, labels)
     out = torch.ones(V, D, dtype=torch.float64)
     entries, often = product_but(out, dz, h, labels, columns, accumulate, restore)
     assert torch.equal(entries.T, expected)
     torch.testing.assert_close(out, accumulate + rest.T @ h)
-    torch.testing.assert_close(often.double(), (before.T @ h)[columns], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(often[:2].double(), (before.T @ h)[columns[:2]], rtol=1e-5, atol=1e-5)
     assert torch.equal(dz, before if restore else rest)
 
 
@@ -99,14 +101,34 @@ def test_rows_of_frequent_columns(share: float, block: int, monkeypatch: pytest.
 @pytest.mark.parametrize("labels", LABELS)
 def test_what_was_left_out_is_added(labels: list[Tensor]) -> None:
     dz, h = factors(torch.float32)
-    out, columns = torch.empty(V, D), OPS.most_frequent(labels, V, 1)
+    out, (columns, runs) = torch.empty(V, D), OPS.most_frequent(labels, V, 1)
     entries, often = product_but(out, dz, h, labels, columns)
     right = dz.T @ h
-    OPS.complete(out, labels, entries, h, columns, often)
+    OPS.complete(out, runs, entries, h, often)
     torch.testing.assert_close(out, right)
-    out.fill_(torch.nan)[0] = right[0]
-    OPS.complete(out, labels, 0 * entries, h, torch.arange(1, V), right[1:])
+    columns, runs = OPS.most_frequent(labels, V, V)
+    there = columns[columns >= 0]
+    out[there] = torch.nan
+    OPS.complete(out, runs, 0 * entries, h, right[columns])
     torch.testing.assert_close(out, right)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("labels", LABELS)
+def test_what_was_left_out_of_two_products(labels: list[Tensor]) -> None:
+    """Of one weight, whose rows have the same labels."""
+    k, out = len(labels), torch.zeros(V, D)
+    columns, runs = OPS.most_frequent(labels, V, 1)
+    entries, h = torch.randn(k, 2 * N).t(), torch.randn(D, 2 * N).t()
+    right = torch.zeros(V, D, dtype=torch.float64)
+    for i in range(2 * N):
+        for label, entry in zip(labels, entries[i].double(), strict=True):
+            if 0 <= int(label[i % N]) < V:
+                right[int(label[i % N])] += entry * h[i].double()
+    often = torch.randn(D, 1).t()
+    right[columns[columns >= 0]] = often.double()
+    OPS.complete(out, runs, entries, h, often)
+    torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture(params=["loops", "kernels"])
@@ -119,9 +141,8 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None
 
 def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[..., None], ...]:
     def kernel(name: str, *arguments: Tensor) -> None:
-        for argument, made in zip(
-            arguments, interpreter.call("inductor_ce.ops.product_kernels", name, *arguments), strict=True
-        ):
+        made_by = gemm._kernel(name).__module__
+        for argument, made in zip(arguments, interpreter.call(made_by, name, *arguments), strict=True):
             if isinstance(argument, Tensor):
                 argument.copy_(made)
 
@@ -131,11 +152,13 @@ def interpreted(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable
 @pytest.mark.usefixtures("way")
 def test_a_row_is_rounded_once() -> None:
     """1 + 256 halves of its last place, each of which alone would be lost."""
-    out, none = torch.ones(2, 1, dtype=torch.bfloat16), torch.empty(0, dtype=torch.int64)
+    out = torch.ones(3, 1, dtype=torch.bfloat16)
     n, half = 256, torch.finfo(torch.bfloat16).eps / 2
-    entries, label = torch.full((1, n), half), torch.ones(n, dtype=torch.int64)
-    OPS.complete(out, [label], entries.T, torch.ones(n, 1).bfloat16(), none, torch.empty(0, 1))
-    assert out.flatten().tolist() == [1, 2]
+    label = torch.cat((torch.ones(n, dtype=torch.int64), torch.full((n + 1,), 2)))
+    _, runs = OPS.most_frequent([label], 3, 1)
+    entries, rows = torch.full((2 * n + 1, 1), half), torch.ones(2 * n + 1, 1).bfloat16()
+    OPS.complete(out, runs, entries, rows, torch.full((1, 1), 7.0))
+    assert out.flatten().tolist() == [1, 2, 7]
 
 
 @pytest.mark.usefixtures("way")
@@ -152,20 +175,32 @@ def test_times_in_place(dtype: torch.dtype) -> None:
 
 POINTERS = {
     "take_out": {"dz": "*bf16", "label": "*i32", "columns": "*i64", "kept": "*bf16"},
-    "count_labels": {"label": "*i64", "counts": "*i32"},
-    "fill_keys": {"label": "*i32", "columns": "*i64", "key": "*i32"},
+    "sort_tiles": {"label": "*i64", "room": "*i32"},
+    "merge_tiles": {"room": "*i32", "runs": "*i32"},
+    "take_frequent": {"room": "*i32", "runs": "*i32", "columns": "*i64"},
     "put_back": {"dz": "*bf16", "label": "*i64", "kept": "*bf16"},
-    "add_rows": {"out": "*bf16", "key": "*i32", "order": "*i64", "factor": "*fp32", "rows": "*bf16"},
+    "add_rows": {"out": "*bf16", "runs": "*i32", "entries": "*fp32", "rows": "*bf16", "often": "*fp32"},
     "scale": {"x": "*bf16", "factor": "*fp32"},
     "split": {"x": "*fp32", "terms": "*bf16"},
 }
-CONSTANTS = {"ROWS": 32, "COLUMNS": 128, "KEYS": 16, "WIDTH": 1024, "COUNT": 3}
+CONSTANTS = {
+    "ROWS": 32,
+    "COLUMNS": 128,
+    "KEYS": 16,
+    "WIDTH": 1024,
+    "COUNT": 3,
+    "BITS": 10,
+    "TILE": 1024,
+    "TILES": 16,
+    "BLOCK": 2048,
+    "BINS": 256,
+}
 
 
 @pytest.mark.parametrize("name", POINTERS)
 def test_kernels_compile(name: str) -> None:
     """What an interpreter takes, a compiler need not."""
-    kernel = getattr(product_kernels, f"_{name}").function
+    kernel = gemm._kernel(f"_{name}").function
     constants = {n: value for n, value in CONSTANTS.items() if n in kernel.arg_names}
     assert interpreter.compiles(kernel, POINTERS[name], **constants)
 
@@ -173,29 +208,84 @@ def test_kernels_compile(name: str) -> None:
 @pytest.mark.usefixtures("way")
 def test_most_frequent() -> None:
     labels = labels_of([3, 1, 3, -100, 1, V, 3], [4, 4, 3, 1, -1, 0, 2])
-    assert OPS.most_frequent(labels, V, 4).tolist() == [3, 1, 4, 0]
-    assert OPS.most_frequent(labels, V, 2 * V).tolist() == [3, 1, 4, 0, 2]
-    assert OPS.most_frequent([labels[0][:0]], V, 2).tolist() == [0, 1]
+    # 3 four times, 1 three times, 4 twice, 0 and 2 once, five that are none
+    columns, runs = OPS.most_frequent(labels, V, 4)
+    assert columns.tolist() == [0, 1, 3, 4]
+    assert runs[0].tolist() == [0, 1, 1, 1, 2, 3, 3, 3, 3, 4, 4, *[V] * 3]
+    assert runs[1, :11].tolist() == [12, 1, 4, 10, 13, 0, 2, 6, 9, 7, 8]
+    assert runs[2, :11].tolist() == [0, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1]
+    assert OPS.most_frequent(labels, V, 2)[0].tolist() == [1, 3]
+    assert OPS.most_frequent(labels, V + 9, V + 3)[0].tolist() == [0, 1, 2, 3, 4, 5, -1, -1]
+    assert OPS.most_frequent([labels[0][:0]], V, 2)[0].tolist() == [-1, -1]
+    # Five are as frequent as 11 / 4, rounded, or more so
+    assert OPS.most_frequent(labels_of([9, 9, 3, 3, 4, 4, 1, 1, 9, 2, 2]), 10, 4)[0].tolist() == [1, 2, 3, 9]
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize(
+    ("n", "v", "power", "r"),
+    [
+        (4097, 5000, 3, 128),  # more tiles than are looked through at once
+        (1024, 999, 1, 1),  # whole tiles, and many that are equally frequent
+        (1500, 2**20, 8, 16),  # a few that are very frequent
+        (700, 20, 3, 128),  # as many columns as classes
+        (100, 4000, 1, 256),  # fewer classes than columns
+    ],
+)
+def test_most_frequent_of_many(n: int, v: int, power: int, r: int) -> None:
+    """Found by hand: over several tiles, of two labels of which some are none."""
+    labels = [(torch.rand(2 * n) ** power * v * 1.1).long()[::2], (torch.rand(n) ** power * v).int()]
+    columns, (key, place, column) = OPS.most_frequent(labels, v, r)
+    every = [y if 0 <= y < v else v for label in labels for y in label.tolist()]
+    count = collections.Counter(y for y in every if y < v)
+    right = sorted(sorted(count, key=lambda y: (-count[y], y))[:r])
+    assert columns.tolist() == right + [-1] * (min(r, v) - len(right))
+    assert place.tolist() == sorted(range(2 * n), key=lambda q: (every[q], q))
+    assert key.tolist() == sorted(every)
+    first = {y: i for i, y in reversed([*enumerate(key.tolist())])}
+    flags = [-1] * (2 * n)
+    for i, y in enumerate(right):
+        flags[first[y]] = i
+    assert column.tolist() == flags
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "v"), [(1000, 50257), (16384, 151936), (70000, 128256)])
+def test_labels_on_a_gpu(n: int, v: int) -> None:
+    """As on a CPU, and the same bits twice."""
+    labels = [(torch.rand(n) ** 4 * v * 1.1).long(), (torch.rand(n) ** 20 * v).long()]
+    entries, rows, often = torch.randn(n, 2), torch.randn(n, 1100).bfloat16(), torch.randn(128, 1100)
+    made = []
+    for device in ("cuda", "cuda", "cpu"):
+        out = torch.ones(v, 1100, dtype=torch.bfloat16, device=device)
+        columns, runs = OPS.most_frequent([label.to(device) for label in labels], v, 128)
+        OPS.complete(out, runs, *(x.to(device) for x in (entries, rows, often)))
+        made.append([x.cpu() for x in (columns, runs, out)])
+    for once, again in zip(*made[:2], strict=True):
+        assert torch.equal(once, again)
+    for ours, right in zip(made[0][:2], made[2][:2], strict=True):
+        assert torch.equal(ours, right)
+    torch.testing.assert_close(made[0][2].float(), made[2][2].float(), rtol=2**-7, atol=1e-4)
 
 
 @pytest.mark.usefixtures("way")
 def test_no_rows() -> None:
     out = torch.ones(V, D)
     nothing = torch.empty(0, dtype=torch.int64)
-    columns = OPS.most_frequent([nothing], V, 1)
+    columns, runs = OPS.most_frequent([nothing], V, 1)
     entries, often = product_but(out, torch.empty(0, V), torch.empty(0, D), [nothing], columns, True)
-    OPS.complete(out, [nothing], entries, torch.empty(0, D), columns, often)
-    assert bool((out[1:] == 1).all())
-    assert bool((out[columns] == 0).all())  # the whole of them is what is kept
+    OPS.complete(out, runs, entries, torch.empty(0, D), often)
+    assert bool((out == 1).all())
 
 
 @pytest.mark.parametrize("labels", LABELS)
 def test_operators_of_labels_are_registered_as_they_are(labels: list[Tensor]) -> None:
     dz, h = factors(torch.float32)
     out, kept, columns = torch.zeros(V, D), torch.zeros(N + 1, 2 + len(labels)), torch.tensor([4, 0])
+    _, runs = OPS.most_frequent(labels, V, 2)
     for op, args in (
         (products.PRODUCT_BUT, (out, kept, dz, h, labels, columns, 1, True, True)),
-        (products.COMPLETE, (out, labels, torch.randn(N, len(labels)), h, columns, torch.zeros(2, D))),
+        (products.COMPLETE, (out, runs, torch.randn(N, len(labels)), h, torch.zeros(2, D))),
         (products.MOST_FREQUENT, (labels, V, 2)),
     ):
         torch.library.opcheck(op, args)

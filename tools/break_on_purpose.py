@@ -130,8 +130,8 @@ OPERATORS = in_folder(
         ),
         (
             *("head: the columns of the rarest labels taken for the most frequent", "products.py"),
-            "counts.sort(descending=True,",
-            "counts.sort(descending=False,",
+            "count.sort(descending=True,",
+            "count.sort(descending=False,",
             "tests/test_products.py -k test_most_frequent",
         ),
         (
@@ -142,7 +142,7 @@ OPERATORS = in_folder(
         ),
         (
             *("head: the frequent rows not completed", "products.py"),
-            "    out.index_copy_(0, columns, often.to(out.dtype))",
+            "    out[key[column >= 0]] = often[column[column >= 0]].to(out.dtype)",
             "    pass",
             "tests/test_products.py -k test_what_was_left_out_is_added",
         ),

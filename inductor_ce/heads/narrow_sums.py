@@ -36,7 +36,8 @@ class NarrowSum:
             label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
         ]
         self._often = min(OFTEN, pieces.head.v)
-        self._columns = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
+        frequent = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
+        self._columns, self._runs = (self._build(operator.getitem, frequent, i) for i in range(2))
         self._rows: dict[Node, Node] = {}
         self._kept: dict[Node, Node] = {}
 
@@ -79,10 +80,9 @@ class NarrowSum:
             build,
             COMPLETE,
             {"out": out},
-            labels=[self._joined([label] * len(self._kept)) for label in self._labels],
+            runs=self._runs,
             entries=scaled(self._joined([*map(self._entries, self._kept)])),
             rows=self._joined([*self._rows.values()]),
-            columns=self._columns,
             often=scaled(functools.reduce(self._sum, map(self._frequent_rows, self._kept))),
         )
         return build(operator.getitem, made, 1)

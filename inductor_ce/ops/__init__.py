@@ -12,8 +12,9 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     combine         the law by which blocks of columns make a row
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
-    products        the matrix products of heads, in order and in place; `product_kernels` beside them, and
-                    `counted_kernels`, where the device alone knows how many rows count
+    products        the matrix products of heads, in order and in place; `product_kernels` and
+                    `label_kernels` beside them, and `counted_kernels`, where the device alone knows how
+                    many rows count
     gemm            one matrix product, by a library
     launch          launches a Triton kernel again
     verified        both ways side by side, for the option `verify`

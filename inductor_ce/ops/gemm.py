@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
-    from . import product_kernels
+    from . import label_kernels, product_kernels
+
+    KERNELS = product_kernels, label_kernels
 
 # Inductor would copy to the strides that the traced gradient has what is written over aligned logits.
 ANY_STRIDES = (torch.Tag.flexible_layout,)
@@ -67,7 +69,11 @@ def by_device(like: Tensor, *functions: Callable[..., None]) -> tuple[Callable[.
 
 @functools.cache
 def _kernels_of(functions: tuple[Callable[..., None], ...]) -> tuple[Callable[..., None], ...]:
-    return tuple(getattr(product_kernels, function.__name__.lstrip("_")) for function in functions)
+    return tuple(_kernel(function.__name__.lstrip("_")) for function in functions)
+
+
+def _kernel(name: str) -> Callable[..., None]:
+    return next(getattr(module, name) for module in KERNELS if hasattr(module, name))
 
 
 def _product(out: Tensor, a: Tensor, b: Tensor, accumulate: bool, **wide: Any) -> None:

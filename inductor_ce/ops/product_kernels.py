@@ -14,7 +14,6 @@ from .launch import Kernel, cdiv
 
 LABELS_AT_ONCE = 32
 COLUMNS_AT_ONCE = 128
-KEYS_AT_ONCE = 16
 WIDTH = 1024
 ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
@@ -55,8 +54,9 @@ def _take_out(
     for first in range(0, r, COLUMNS):
         i = (first + tl.arange(0, COLUMNS))[None, :]
         inside = (rows < n) & (i < r)
-        column = tl.load(columns + i, mask=i < r, other=0)
-        entry = tl.load(dz + rows.to(tl.int64) * row_stride + column * column_stride, mask=inside, other=0.0)
+        column = tl.load(columns + i, mask=i < r, other=-1)
+        place = dz + rows.to(tl.int64) * row_stride + column * column_stride
+        entry = tl.load(place, mask=inside & (column >= 0), other=0.0)
         tl.store(kept + rows * kept_stride + i, entry, mask=inside)
     tl.debug_barrier()  # no thread may write what another is about to read
     row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
@@ -91,93 +91,6 @@ def _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS: t
     y = tl.load(label + row * label_stride, mask=row < n, other=-1).to(tl.int64)
     there = (y >= 0) & (y < v) & (row < n)
     return row, dz + row.to(tl.int64) * row_stride + y * column_stride, there
-
-
-def count_labels(label: Tensor, counts: Tensor) -> None:
-    """counts [V] (int32) gain 1 at each label."""
-    n = label.shape[0]
-    if n:
-        grid = (cdiv(n, WIDTH),)
-        _count_labels[grid](label, counts, n, counts.shape[0], label.stride(0), WIDTH)
-
-
-@Kernel
-@triton.jit
-def _count_labels(label, counts, n, v, stride, WIDTH: tl.constexpr):
-    i = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
-    y = tl.load(label + i * stride, mask=i < n, other=-1).to(tl.int64)
-    there = (y >= 0) & (y < v)
-    tl.atomic_add(counts + tl.where(there, y, 0), 1, mask=there, sem="relaxed")
-
-
-def fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
-    """key[i] becomes label[i] where that is one of V, and none of the columns; else V, as the last is."""
-    n, r = label.shape[0], columns.shape[0]
-    grid = (cdiv(n + 1, KEYS_AT_ONCE),)
-    block = triton.next_power_of_2(max(r, 1))
-    _fill_keys[grid](label, columns, v, key, n, r, label.stride(0), KEYS_AT_ONCE, block)
-
-
-@Kernel
-@triton.jit
-def _fill_keys(label, columns, v, key, n, r, stride, KEYS: tl.constexpr, COLUMNS: tl.constexpr):
-    i = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    y = tl.load(label + i * stride, mask=i < n, other=-1).to(tl.int64)
-    j = tl.arange(0, COLUMNS)
-    column = tl.load(columns + j, mask=j < r, other=-1)
-    is_apart = tl.max((y[:, None] == column[None, :]).to(tl.int32), 1) != 0
-    there = (y >= 0) & (y < v) & ~is_apart
-    tl.store(key + i, tl.where(there, y, v).to(tl.int32), mask=i <= n)
-
-
-def add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
-    """Row key[i] of `out` [V, M] gains factor[order[i]] (float32) times rows[order[i] % N] [N, M].
-
-    `key` is ascending, and has one element more than `order`, which is not smaller than V. What a row gains
-    is summed in the order of i, and the row is rounded once.
-    """
-    v, m = out.shape
-    if count := order.shape[0]:
-        grid = (count, cdiv(m, WIDTH))
-        _add_rows[grid](
-            out, key, order, factor, rows, v, m, rows.shape[0], *out.stride(), *rows.stride(), WIDTH
-        )
-
-
-@Kernel
-@triton.jit
-def _add_rows(
-    out,
-    key,
-    order,
-    factor,
-    rows,
-    v,
-    m,
-    n,
-    out_row_stride,
-    out_stride,
-    row_stride,
-    stride,
-    WIDTH: tl.constexpr,
-):
-    i = tl.program_id(0)
-    own = tl.load(key + i)
-    before = tl.load(key + i - 1, mask=i > 0, other=-1)
-    if (own < v) & (own != before):
-        column = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
-        inside = column < m
-        gain = tl.zeros([WIDTH], tl.float32)
-        following = own
-        while following == own:
-            place = tl.load(order + i)
-            row = rows + (place % n).to(tl.int64) * row_stride + column * stride
-            gain += tl.load(factor + place) * tl.load(row, mask=inside, other=0.0).to(tl.float32)
-            i += 1
-            following = tl.load(key + i)
-        place_out = out + own.to(tl.int64) * out_row_stride + column * out_stride
-        total = tl.load(place_out, mask=inside, other=0.0).to(tl.float32) + gain
-        tl.store(place_out, total.to(out.dtype.element_ty), mask=inside)
 
 
 def scale(x: Tensor, factor: Tensor) -> None:

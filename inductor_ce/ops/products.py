@@ -4,9 +4,9 @@
     product_into   (out [N, M], a [n, K], b [K, M], start, accumulate)  rows of `out` become, or gain, a b
     product_but    (out [V, M], kept [N, W], dz [n, V], b [n, M], labels, columns, start, accumulate, restore)
                                                                         the same of dz' b, but for labels
-    complete       (out [V, M], labels, entries [N, K], rows [N, M], columns, often)
-                                                                        what was left out, added at last
     most_frequent  (labels, v, count)                                   the classes that most labels are
+    complete       (out [V, M], runs, entries [N, K], rows [N, M], often)
+                                                                        what was left out, added at last
     times          (x [N, M], factor [])                                x times factor, in x's dtype
     times_in_place (x, factor)                                          the same; nothing, if factor is 1
     column_sums    (dz [n, V])                                          [V]
@@ -184,10 +184,10 @@ def product_but(
 ) -> None:
     """`out` [V, M] becomes, or gains, dz' [V, n] times b [n, M], but for the entries of dz at the labels.
 
-    Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, and then those at
-    the labels. Where two labels of a row are equal the second entry is 0, as it is where a label is none of
-    the V columns. For the product the entries at the labels become 0 in dz, and with `restore` what they were
-    thereafter.
+    Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, or any number
+    where -1 stands for none, and then those at the labels. Where two labels of a row are equal the second
+    entry is 0, as it is where a label is none of the V columns. For the product the entries at the labels
+    become 0 in dz, and with `restore` what they were thereafter.
     """
     most = dz.shape[0]
     n = rows_of_piece(left, host, piece, most)
@@ -246,68 +246,71 @@ def _(
     torch._check(kept.shape[1] >= len(columns) + len(labels), lambda: "there is no room for the entries")
 
 
-@torch.library.custom_op("inductor_ce::complete", mutates_args=("out",))
-def complete(
-    out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
-) -> None:
-    """Row labels[k][i] of `out` [V, M] gains entries[i, k] (float32) times rows[i] [N, M], for all k and i.
-
-    What a row gains is summed in float32, always in the same order, and the row is rounded once. Labels that
-    are none of the V rows are left out. The rows `columns` become those of `often` instead.
-    """
-    label = labels[0] if len(labels) == 1 else torch.cat(labels)
-    key = torch.empty(len(label) + 1, dtype=torch.int32, device=out.device)
-    fill_keys, add_rows = by_device(out, _fill_keys, _add_rows)
-    fill_keys(label, columns, out.shape[0], key)
-    key, order = key.sort(stable=True)
-    add_rows(out, key, order[:-1], entries.t().reshape(-1).contiguous(), rows)
-    out.index_copy_(0, columns, often.to(out.dtype))
-
-
-def _fill_keys(label: Tensor, columns: Tensor, v: int, key: Tensor) -> None:
-    """key[i] becomes label[i] where that is one of V, and none of the columns; else V, as the last is."""
-    is_apart = torch.zeros(v, dtype=torch.bool, device=label.device).index_fill_(0, columns, True)
-    there = (label >= 0) & (label < v)
-    there &= ~is_apart[label.masked_fill(~there, 0).long()]
-    key.fill_(v)[:-1] = label.masked_fill(~there, v)
-
-
-def _add_rows(out: Tensor, key: Tensor, order: Tensor, factor: Tensor, rows: Tensor) -> None:
-    """Row key[i] of `out` gains factor[order[i]] times rows[order[i] % N], for all i but the last."""
-    count = int((key < out.shape[0]).sum())
-    label, place = key[:count].unique_consecutive(return_inverse=True)
-    order = order[:count]
-    gains = torch.zeros(len(label), out.shape[1], dtype=factor.dtype, device=out.device)
-    gains.index_add_(0, place, factor[order, None] * rows[order % max(len(rows), 1)])
-    out[label.long()] = (out[label.long()] + gains).to(out.dtype)
-
-
-@complete.register_fake
-def _(
-    out: Tensor, labels: list[Tensor], entries: Tensor, rows: Tensor, columns: Tensor, often: Tensor
-) -> None:
-    torch._check(out.shape[1] == rows.shape[1], lambda: "the rows do not fit")
-
-
 @torch.library.custom_op("inductor_ce::most_frequent", mutates_args=())
-def most_frequent(labels: list[Tensor], v: int, count: int) -> Tensor:
-    """The classes of 0..v - 1 that are labels most often, `count` of them, the lowest of equals."""
-    counts = torch.zeros(v, dtype=torch.int32, device=labels[0].device)
-    (count_labels,) = by_device(counts, _count_labels)
-    for label in labels:
-        count_labels(label, counts)
-    return counts.sort(descending=True, stable=True).indices[:count].clone()
+def most_frequent(labels: list[Tensor], v: int, count: int) -> tuple[Tensor, Tensor]:
+    """(the R classes of 0..v - 1 that are labels most often, where all labels are)
+
+    The classes are ascending, [R] in int64. Of equally frequent ones the lowest are taken, and -1 stands for
+    none where fewer classes are labels. R is `count`, or v if that is less.
+
+    Where labels are, [3, K N] in int32, is told of each in turn, the lowest first, in order of equal ones:
+    the label, but v for all that are none of the classes; k N + i, where it is labels[k][i]; and which of the
+    R classes it is, if it is the first such label, else -1.
+    """
+    columns, runs = _empty_runs(labels, v, count)
+    (find_runs,) = by_device(columns, _find_runs)
+    find_runs(columns, runs, v, *labels)
+    return columns, runs
 
 
-def _count_labels(label: Tensor, counts: Tensor) -> None:
-    """counts[j] gains the number of labels that are j."""
-    there = (label >= 0) & (label < len(counts))
-    counts.scatter_add_(0, label.masked_fill(~there, 0).long(), there.int())
+def _find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
+    """What `most_frequent` returns."""
+    label = torch.cat(labels).long()
+    key, place = label.masked_fill((label < 0) | (label >= v), v).sort(stable=True)
+    classes, count = key[key < v].unique_consecutive(return_counts=True)
+    often = count.sort(descending=True, stable=True).indices[: len(columns)].sort().values
+    columns.fill_(-1)[: len(often)] = classes[often]
+    column = torch.full_like(key, -1)
+    column[(count.cumsum(0) - count)[often]] = torch.arange(len(often), device=key.device)
+    runs.copy_(torch.stack((key, place, column)))
 
 
 @most_frequent.register_fake
-def _(labels: list[Tensor], v: int, count: int) -> Tensor:
-    return labels[0].new_empty((min(count, v),), dtype=torch.int64)
+def _empty_runs(labels: list[Tensor], v: int, count: int) -> tuple[Tensor, Tensor]:
+    n = labels[0].shape[0] * len(labels)
+    columns = labels[0].new_empty((min(count, v),), dtype=torch.int64)
+    return columns, labels[0].new_empty((3, n), dtype=torch.int32)
+
+
+@torch.library.custom_op("inductor_ce::complete", mutates_args=("out",))
+def complete(out: Tensor, runs: Tensor, entries: Tensor, rows: Tensor, often: Tensor) -> None:
+    """Row labels[k][i] of `out` [V, M] gains entries[i, k] (float32) times rows[i] [N, M], for all k and i.
+
+    `runs` is what `most_frequent` returns of the labels. If there are S N rows and entries, the labels are
+    those of each N. What a row gains is summed in float32, always in the same order, and the row is rounded
+    once. The rows of the most frequent classes become those of `often` [R, M] instead.
+    """
+    (add_rows,) = by_device(out, _add_rows)
+    add_rows(out, runs, entries, rows, often)
+
+
+def _add_rows(out: Tensor, runs: Tensor, entries: Tensor, rows: Tensor, often: Tensor) -> None:
+    """What `complete` does."""
+    key, place, column = runs[:, runs[0] < out.shape[0]].long()
+    n = max(runs.shape[1] // entries.shape[1], 1)
+    k, i = place // n, place[:, None] % n + torch.arange(0, len(rows), n, device=out.device)  # [, S]
+    label, which = key.unique_consecutive(return_inverse=True)
+    gains = torch.zeros(len(label), out.shape[1], dtype=entries.dtype, device=out.device)
+    for rows_of_side in i.T:
+        gains.index_add_(0, which, entries[rows_of_side, k, None] * rows[rows_of_side])
+    out[label] = (out[label] + gains).to(out.dtype)
+    out[key[column >= 0]] = often[column[column >= 0]].to(out.dtype)
+
+
+@complete.register_fake
+def _(out: Tensor, runs: Tensor, entries: Tensor, rows: Tensor, often: Tensor) -> None:
+    torch._check(out.shape[1] == rows.shape[1], lambda: "the rows do not fit")
+    torch._check(entries.shape[0] == rows.shape[0], lambda: "the entries are not those of the rows")
 
 
 @torch.library.custom_op("inductor_ce::times", mutates_args=())
