@@ -21,8 +21,9 @@ from torch.fx import Graph, Node
 from inductor_ce import ops
 from inductor_ce.ops.products import LOGITS
 
-STATS, GRADS = (ops.ROW_STATS, ops.SOME_ROW_STATS), (ops.ROW_GRAD, ops.SOME_ROW_GRAD)
-KERNELS = STATS + GRADS
+BOTH = (ops.ROW_STATS_GRAD, ops.SOME_ROW_STATS_GRAD)
+STATS, GRADS = (ops.ROW_STATS, ops.SOME_ROW_STATS, *BOTH), (ops.ROW_GRAD, ops.SOME_ROW_GRAD, *BOTH)
+KERNELS = tuple(dict.fromkeys(STATS + GRADS))
 # Those of several sets of logits.
 BETWEEN = (ops.DIVERGENCE, ops.DIVERGENCE_GRAD)
 

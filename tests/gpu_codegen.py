@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import interpreter
@@ -97,16 +97,37 @@ class Wrapper:
         return [tuple(int(size) if size.isdigit() else -1 for size in shape) for shape in sizes]
 
 
-def interpret(wrapper: Wrapper, inputs: Sequence[torch.Tensor], output: torch.Tensor) -> None:
-    """Run the only kernel of `wrapper` on CPU tensors, by Triton's interpreter, into `output`."""
+class Launch(NamedTuple):
+    """How the only kernel of a wrapper is launched, and which of its arguments it has to write."""
+
+    name: str
+    source: str
+    grid: tuple[int, int, int]
+    arguments: list[torch.Tensor]
+    written: list[torch.Tensor]
+
+
+def launch_of(wrapper: Wrapper, inputs: Sequence[torch.Tensor], *outputs: torch.Tensor) -> Launch:
+    """That on tensors of the caller's, and zeroed memory where it wants some for itself."""
     ((name, source),) = wrapper.kernels.items()
     names = re.search(r"^\s*(.*\S) = args$", wrapper.text, re.MULTILINE)
     launch = re.search(rf"{name}\.run\((.*), stream=", wrapper.text)
     assert names is not None
     assert launch is not None
     given = dict(zip(re.findall(r"\w+", names[1]), inputs, strict=True))
+    for workspace, size in re.findall(r"(workspace_\d+) = empty_strided_cuda\(\((\d+)", wrapper.text):
+        given[workspace] = torch.zeros(int(size), dtype=torch.uint8, device=inputs[0].device)
     *arguments, x, y, z = launch[1].split(", ")
-    interpreter.run(source, name, (int(x), int(y), int(z)), [given.get(a, output) for a in arguments], output)
+    waiting = iter(outputs)
+    written = {a: next(waiting) for a in dict.fromkeys(arguments) if a not in given}
+    values = [(given | written)[a] for a in arguments]
+    return Launch(name, source, (int(x), int(y), int(z)), values, [*written.values()])
+
+
+def interpret(wrapper: Wrapper, inputs: Sequence[torch.Tensor], *outputs: torch.Tensor) -> None:
+    """Run the only kernel of `wrapper` on CPU tensors, by Triton's interpreter, into what it has to write."""
+    launch = launch_of(wrapper, inputs, *outputs)
+    interpreter.run(launch.source, launch.name, launch.grid, launch.arguments, *launch.written)
 
 
 @contextlib.contextmanager
@@ -240,6 +261,6 @@ def _copy(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _fake(mode: FakeTensorMode, like: torch.Tensor, dynamic: bool) -> torch.Tensor:
     stand_in = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
     first = DimDynamic.DYNAMIC if dynamic else DimDynamic.STATIC
-    sizes = [first] + [DimDynamic.STATIC] * (like.dim() - 1)
+    sizes = ([first] + [DimDynamic.STATIC] * (like.dim() - 1))[: like.dim()]
     context = StatelessSymbolicContext(dynamic_sizes=sizes)
     return mode.from_tensor(stand_in.requires_grad_(like.requires_grad), symbolic_context=context)

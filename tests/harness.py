@@ -26,7 +26,10 @@ import inductor_ce.api.passes
 from inductor_ce import Options, Report
 from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
-from inductor_ce.ops.operators import ROW_STATS, SOME_ROW_STATS
+from inductor_ce.ops import ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS, SOME_ROW_STATS_GRAD
+
+# The operators that make statistics, of all rows or of those that count.
+STATISTICS = ROW_STATS, SOME_ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS_GRAD
 
 # Where a process has had as much memory (KiB), what tests left is collected.
 ENOUGH = 11 << 18
@@ -144,7 +147,7 @@ class Graphs:
     @property
     def pieces(self) -> int:
         """How often statistics are made, of all rows or of those that count."""
-        return self.count(ROW_STATS) + self.count(SOME_ROW_STATS)
+        return sum(self.count(op) for op in STATISTICS)
 
 
 class Rewritten:

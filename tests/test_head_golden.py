@@ -13,6 +13,7 @@ from test_golden import show
 from torch import Tensor
 
 from inductor_ce.api import passes
+from inductor_ce.ops import row_program
 
 N, V, D = 6, 8, 4
 
@@ -24,11 +25,16 @@ _PRODUCT = re.compile(
 )
 
 
+def _with_program_below(call: re.Match[str]) -> str:
+    return "\n    ".join([f"{call[1]}, program", *row_program.decode(call[2]).lines])
+
+
 def short(graph: str) -> str:
     """With products as `product = product_into(out, a, b, ...)`, and what follows them renamed alike.
 
-    What a divergence is, as text, is left out.
+    What a divergence is, as text, is left out, and the program of a row follows in lines as Triton has it.
     """
+    graph = re.sub(r"(row_stats_grad\(.*), '(\[\d+, \d+, .*\])'", _with_program_below, graph)
     graph = re.sub(r"(divergence.*), '\[\[.*\]\]'\)", r"\1, ...)", graph)
     products = r"\g<name> = product_into(\g<out>, \g<a>, \g<b>, \g<start>, \g<accumulate>)"
     return re.sub(r"auto_functionalized_v2(\d*)", r"product\1", _PRODUCT.sub(products, graph))
@@ -155,10 +161,6 @@ view = view(unsqueeze, [-1])
 slice = slice.Tensor(primals_2, 0, 0, 3)
 logits = logits(slice, permute, None, [])
 slice2 = slice.Tensor(view, 0, 0, 3)
-row_stats = row_stats(logits, [slice2], [], 'max,sumexp,pick')
-slice3 = slice.Tensor(primals_2, 0, 3, 6)
-slice4 = slice.Tensor(view, 0, 0, 3)
-select = select.int(row_stats, 0, 0)
 full = full([], 1.0, dtype=float32, device=device(type='cpu'), pin_memory=False)
 expand = expand(full, [6])
 div = div.Scalar(expand, 6)
@@ -169,72 +171,65 @@ scalar_tensor = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=d
 scalar_tensor2 = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
 where = where.self(logical_and, scalar_tensor, scalar_tensor2)
 mul = mul.Tensor(div, where)
-neg = neg(mul)
-neg2 = neg(neg)
-constant_pad_nd = constant_pad_nd(row_stats, [0, 3], 0.0)
-unbind = unbind.int(constant_pad_nd)
-getitem = unbind[0]
-eq = eq.Scalar(getitem, inf)
-scalar_tensor3 = scalar_tensor(0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-scalar_tensor4 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
-getitem2 = unbind[1]
-where2 = where.self(eq, scalar_tensor4, getitem2)
-div2 = div.Tensor(mul, where2)
-where3 = where.self(eq, scalar_tensor3, div2)
-cat = cat([neg2, where3, neg])
-reshape = reshape(cat, [3, 6])
-slice5 = slice.Tensor(reshape, 1, 0, 3)
-row_grad = row_grad(logits, [slice4], [], select, slice5, 'max,sumexp,pick')
-permute2 = permute(row_grad, [1, 0])
-slice6 = slice.Tensor(primals_2, 0, 0, 3)
+reshape = reshape(mul, [6])
+slice3 = slice.Tensor(reshape, 0, 0, 3)
+row_stats_grad = row_stats_grad(logits, [slice2], [], 'max,sumexp,pick', [slice3], program
+    v_4 = s_0 == float("inf")
+    v_5 = tl.where(v_4, 1.0, s_1)
+    v_6 = g_0 / v_5
+    v_7 = tl.where(v_4, 0.0, v_6)
+    v_8 = -g_0
+    v_9 = -v_8
+    c_0 = v_9
+    c_1 = v_7
+    c_2 = v_8)
+getitem = row_stats_grad[0]
+slice4 = slice.Tensor(primals_2, 0, 3, 6)
+getitem2 = row_stats_grad[1]
+permute2 = permute(getitem2, [1, 0])
+slice5 = slice.Tensor(primals_2, 0, 0, 3)
 empty = empty.memory_format([8, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product = product_into(empty, permute2, slice6, 0, False)
+product = product_into(empty, permute2, slice5, 0, False)
 getitem3 = product[1]
 permute3 = permute(permute, [1, 0])
 empty2 = empty.memory_format([6, 4], dtype=float32, device=device(type='cpu'), pin_memory=False)
-product2 = product_into(empty2, row_grad, permute3, 0, False)
+product2 = product_into(empty2, getitem2, permute3, 0, False)
 getitem4 = product2[1]
-logits2 = logits(slice3, permute, None, [getitem3, getitem4])
-slice7 = slice.Tensor(view, 0, 3, 6)
-row_stats2 = row_stats(logits2, [slice7], [], 'max,sumexp,pick')
-cat2 = cat([row_stats, row_stats2], 1)
-slice8 = slice.Tensor(view, 0, 3, 6)
-select2 = select.int(row_stats2, 0, 0)
-expand2 = expand(full, [6])
-div3 = div.Scalar(expand2, 6)
-mul2 = mul.Tensor(div3, where)
-neg3 = neg(mul2)
-neg4 = neg(neg3)
-constant_pad_nd2 = constant_pad_nd(row_stats2, [3, 0], 0.0)
-unbind2 = unbind.int(constant_pad_nd2)
-getitem5 = unbind2[0]
-eq2 = eq.Scalar(getitem5, inf)
-getitem6 = unbind2[1]
-where4 = where.self(eq2, scalar_tensor4, getitem6)
-div4 = div.Tensor(mul2, where4)
-where5 = where.self(eq2, scalar_tensor3, div4)
-cat3 = cat([neg4, where5, neg3])
-reshape2 = reshape(cat3, [3, 6])
-slice9 = slice.Tensor(reshape2, 1, 3, 6)
-row_grad2 = row_grad(logits2, [slice8], [], select2, slice9, 'max,sumexp,pick')
-permute4 = permute(row_grad2, [1, 0])
-slice10 = slice.Tensor(primals_2, 0, 3, 6)
-product3 = product_into(getitem3, permute4, slice10, 0, True)
+logits2 = logits(slice4, permute, None, [getitem3, getitem4])
+slice6 = slice.Tensor(view, 0, 3, 6)
+slice7 = slice.Tensor(reshape, 0, 3, 6)
+row_stats_grad2 = row_stats_grad(logits2, [slice6], [], 'max,sumexp,pick', [slice7], program
+    v_4 = s_0 == float("inf")
+    v_5 = tl.where(v_4, 1.0, s_1)
+    v_6 = g_0 / v_5
+    v_7 = tl.where(v_4, 0.0, v_6)
+    v_8 = -g_0
+    v_9 = -v_8
+    c_0 = v_9
+    c_1 = v_7
+    c_2 = v_8)
+getitem5 = row_stats_grad2[0]
+cat = cat([getitem, getitem5], 1)
+getitem6 = row_stats_grad2[1]
+permute4 = permute(getitem6, [1, 0])
+slice8 = slice.Tensor(primals_2, 0, 3, 6)
+product3 = product_into(getitem3, permute4, slice8, 0, True)
 getitem7 = product3[1]
-product4 = product_into(getitem4, row_grad2, permute3, 3, False)
+product4 = product_into(getitem4, getitem6, permute3, 3, False)
 getitem8 = product4[1]
-once_made = once_made(cat2, float32, [getitem7, getitem8])
-unbind3 = unbind.int(once_made)
-getitem9 = unbind3[0]
-getitem10 = unbind3[1]
-getitem11 = unbind3[2]
-eq3 = eq.Scalar(getitem9, inf)
-where6 = where.self(eq3, scalar_tensor4, getitem10)
-log = log(where6)
+once_made = once_made(cat, float32, [getitem7, getitem8])
+unbind = unbind.int(once_made)
+getitem9 = unbind[0]
+getitem10 = unbind[1]
+getitem11 = unbind[2]
+eq = eq.Scalar(getitem9, inf)
+scalar_tensor3 = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=device(type='cpu'))
+where2 = where.self(eq, scalar_tensor3, getitem10)
+log = log(where2)
 sub = sub.Tensor(getitem11, getitem9)
 sub2 = sub.Tensor(log, sub)
-mul3 = mul.Tensor(sub2, where)
-mean = mean(mul3)
+mul2 = mul.Tensor(sub2, where)
+mean = mean(mul2)
 times = times(getitem7, tangents_1)
 permute5 = permute(times, [1, 0])
 permute6 = permute(permute5, [1, 0])

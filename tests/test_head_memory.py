@@ -100,8 +100,9 @@ def sizes(code: str) -> dict[str, int]:
 
 
 def most_at_once(code: str, piece: int) -> int:
-    """How many buffers of the size of a piece are there at once."""
-    wide = {name for name, size in sizes(code).items() if size >= piece}
+    """How many buffers of the size of a piece are there at once, but for the words of a template for itself,
+    which are 8 bytes for each block of a row."""
+    wide = {name for name, size in sizes(code).items() if size >= piece and "workspace" not in name}
     live: set[str] = set()
     most = 0
     for line in code[code.index("def call(") :].splitlines():

@@ -41,12 +41,12 @@ def in_folder(folder: str, breaks: list[tuple[str, str, str, str, str]]) -> list
     return [Break(name, folder + file, old, new, tests) for name, file, old, new, tests in breaks]
 
 
-STATS, GRAD = "row_stats.py.jinja", "row_grad.py.jinja"
+STATS, GRAD, LAW, BOTH = (f"{name}.py.jinja" for name in ("row_stats", "row_grad", "law", "row_stats_grad"))
 TEMPLATES = in_folder(
     "inductor_ce/ops/templates/",
     [
         (
-            *("`row_stats` template: no guard for -inf", STATS),
+            *("`row_stats` template: no guard for -inf", LAW),
             'return tl.where(m == float("-inf"), 0.0, m)',
             "return m",
             "tests/test_templates.py -k test_one_finite_column",
@@ -58,7 +58,7 @@ TEMPLATES = in_folder(
             "tests/test_templates.py -k 'test_stats_at_every_vocabulary and (0-257 or 0-1000)'",
         ),
         (
-            *("`row_stats` template: the sum not lowered with the maximum", STATS),
+            *("`row_stats` template: the sum not lowered with the maximum", LAW),
             "return s + seen * (inductor_ce_shift(m) - inductor_ce_shift(m_new))",
             "return s",
             "tests/test_templates.py -k 'test_stats_at_every_vocabulary and 4097'",
@@ -68,6 +68,30 @@ TEMPLATES = in_folder(
             "packed = tl.where(named, z_y.to(SUM_TYPE), 0.0)",
             "packed = z_y.to(SUM_TYPE)",
             "tests/test_templates.py -k 'test_stats_at_every_vocabulary and 257'",
+        ),
+        (
+            *("`row_stats_grad` template: who helps publishes what is there already", BOTH),
+            "tl.atomic_cas(place, tl.zeros([], tl.int64), word, sem=SEM)",
+            "tl.atomic_xchg(place, word, sem=SEM)",
+            "tests/test_one_read.py -k 'published_stays'",
+        ),
+        (
+            *("`row_stats_grad` template: columns of the last block counted twice", BOTH),
+            "if first > V - BLOCK:",
+            "if first > V:",
+            "tests/test_one_read.py -k 'every_vocabulary and 257'",
+        ),
+        (
+            *("`row_stats_grad` template: nobody helps", BOTH),
+            "    while lost < C:\n",
+            "    while lost > C:\n",
+            "tests/test_one_read.py -k 'every_vocabulary and 600'",
+        ),
+        (
+            *("`row_stats_grad` template: columns before the last block stored over the gradient", BOTH),
+            '"i_col >= i_block * BLOCK" if OVER else',
+            '"tl.full([BLOCK], True, tl.int1)" if OVER else',
+            "tests/test_one_read.py -k 'over_the_logits and 600'",
         ),
         (
             *("`row_grad` template: the maximum left out", GRAD),

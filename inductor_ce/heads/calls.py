@@ -104,6 +104,13 @@ def is_side_gradient(node: Node) -> bool:
     return node.target == operator.getitem and args_of(node)[0].target == ops.DIVERGENCE_GRAD
 
 
+def is_row_gradient(node: Node) -> bool:
+    """Whether a node is what one of the operators makes of one set of logits, which may lie over these."""
+    if node.target == operator.getitem:
+        return args_of(node)[0].target in (ops.ROW_STATS_GRAD, ops.SOME_ROW_STATS_GRAD)
+    return node.target in (ops.ROW_GRAD, ops.SOME_ROW_GRAD)
+
+
 def exchanges(stats: list[Node]) -> list[Node]:
     """The nodes by which ranks exchange statistics."""
     return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]

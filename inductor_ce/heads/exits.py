@@ -49,6 +49,11 @@ class Exits:
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
 
+    @property
+    def read_products_alone(self) -> bool:
+        """Whether products alone read the gradient of the logits of a piece, of which there are some."""
+        return bool(self._others) and not self._sums
+
     def go_on(self, nodes: list[Node], out: Node) -> None:
         """Let one gradient, that of the only exit in `nodes`, add to a sum begun for another head."""
         self._only(nodes).goes_on(out)

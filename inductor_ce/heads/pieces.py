@@ -17,13 +17,21 @@ from ..graph.walk import args_of
 from ..ops.gemm import ALIGNED
 from ..ops.products import ALIGN_ROWS, LOGITS, ONCE_MADE
 from . import sizes
-from .calls import divergence_call, divergence_grad_call, grad_call, is_side_gradient, stats_call
+from .calls import (
+    divergence_call,
+    divergence_grad_call,
+    grad_call,
+    is_row_gradient,
+    is_side_gradient,
+    stats_call,
+)
 from .factors import has_16_bit_factors, in_16_bits
 from .find import Head, NoHead, Product
 from .kinds import CAST, is_pointwise, vocab_axis
 from .nodes import on
 from .packing import Packing
 from .ranges import Range
+from .row_programs import OfRows
 
 aten = torch.ops.aten
 
@@ -152,6 +160,8 @@ class Pieces:
         if self.head.divergences:  # one loop makes, and adds, what several operators do
             op = ops.ROW_GRAD_AGAIN
         for node in self.head.wide:
+            if node in made:
+                continue
             if node.target == ops.ROW_GRAD:
                 made[node] = self.grad(op, node, made[grad_call(node).z], piece, *narrow[node])
             elif is_side_gradient(node):
@@ -159,7 +169,7 @@ class Pieces:
                 if grad not in of_sides:
                     of_sides[grad] = self._side_gradients(grad, made, piece, narrow[grad])
                 made[node] = self.build(operator.getitem, of_sides[grad], side)
-            elif node not in made:
+            else:
                 made[node] = self._made(node, made, piece)
         return made
 
@@ -168,7 +178,7 @@ class Pieces:
 
         One of the products reads it transposed. Inductor would give that one a copy.
         """
-        if dz.target not in (ops.ROW_GRAD, ops.SOME_ROW_GRAD) and self.head.v % ALIGNED:
+        if not is_row_gradient(dz) and self.head.v % ALIGNED:
             dz = self.build(ALIGN_ROWS, dz)
         dz.meta[IN_MEMORY] = True
         return dz
@@ -236,6 +246,21 @@ class Pieces:
         if self.packing is not None:
             return self.build(ops.SOME_ROW_STATS, *given, self.packing.left, piece.index)
         return self.build(ops.ROW_STATS, *given, **node.kwargs)
+
+    def stats_and_gradient(self, made: dict[Node, Node], piece: Range, program: OfRows) -> dict[Node, Node]:
+        """The only statistics of a piece, and, into `made`, the only gradient of the logits."""
+        (node,), (grad,) = self.head.stats, self.head.grads
+        given = [self.cut(x, piece) if shape_of(x) else x for x in program.given]
+        text, more = program.program, []
+        if self.packing is not None:
+            given.append(self.cut(self.packing.counts, piece))
+            text, more = text.where_given(), [self.packing.left, piece.index]
+        call = stats_call(node)
+        op = ops.SOME_ROW_STATS_GRAD if more else ops.ROW_STATS_GRAD
+        constants = *self._constants(node, piece), call.which
+        both = self.build(op, made[call.z], *constants, given, text.encode(), *more)
+        made[grad] = self.build(operator.getitem, both, 1)
+        return {node: self.build(operator.getitem, both, 0)}
 
     def divergence(self, node: Node, made: dict[Node, Node], piece: Range, *rows: list[Node]) -> Node:
         """The `divergence` of a piece, of whose sides the maxima and the sums are given."""

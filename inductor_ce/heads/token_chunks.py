@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..common.compat.graphs import IN_MEMORY, is_tangent
 from ..graph.builder import Builder
-from ..graph.shapes import example_of, shape_of
+from ..graph.shapes import equal, example_of, shape_of
 from ..graph.walk import args_of
 from ..ops import DIVERGENCE
 from ..ops.products import ONCE_MADE
@@ -33,6 +33,7 @@ from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
+from .row_programs import OfRows, row_program
 from .skip import ALL, ToCompute
 from .taught import Taught
 
@@ -62,6 +63,7 @@ class Coefficients:
         wanted += pieces.head.divergences
         self._nodes = self._depending([*wanted, *(taught.teacher.feeds if taught else [])])
         self._ones: dict[Node, Node] = {}
+        self._early: dict[Node, Node] = {}
         self._cuts: dict[Node, Node] = {}
         self.gathered: dict[Node, list[Node]] = {}
         self.divergences: dict[Node, list[Node]] = {node: [] for node in pieces.head.divergences}
@@ -86,6 +88,24 @@ class Coefficients:
         if self.taught is not None:
             found |= self.taught.late
         return [node for node in self.pieces.head.product.graph.nodes if node in found]
+
+    def program(self) -> OfRows | None:
+        """What makes the only coefficients of the only statistics, if it is known for each row."""
+        head = self.pieces.head
+        if len(head.stats) != 1 or len(self._gradients) != 1 or self.taught is not None or head.divergences:
+            return None
+        return row_program(head.stats[0], head.grads[0], self._nodes, self.proof.facts)
+
+    def early(self, node: Node) -> Node:
+        """A node that no statistics are needed for, a factor being 1 in it."""
+        if node not in self._nodes:
+            return node
+        if node not in self._early:
+            if _is_atom(node, self.proof.facts[node]):
+                self._early[node] = self._one(node)
+            else:
+                self._early[node] = self._again(node, {s: self.early(s) for s in node.all_input_nodes})
+        return self._early[node]
 
     def of(
         self, stats: dict[Node, Node], forward: dict[Node, Node], piece: Range
@@ -117,10 +137,13 @@ class Coefficients:
                 self.gathered.setdefault(node, []).append(waited)
                 made[node] = self._in_all_rows(waited, piece)
             else:
-                args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
-                target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
-                made[node] = build(target, *args, **kwargs)
+                made[node] = self._again(node, made)
         return {node: tuple(self._narrow(node, stats, made, piece)) for node in self._gradients}
+
+    def _again(self, node: Node, made: dict[Node, Node]) -> Node:
+        args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
+        target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
+        return self.build(target, *args, **kwargs)
 
     def _narrow(
         self, node: Node, stats: dict[Node, Node], made: dict[Node, Node], piece: Range
@@ -229,17 +252,23 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
+    program = _given(coefficients, coefficients.program()) if exits.read_products_alone else None
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
         made = pieces.forward(piece, pieces.waited(after) if head.divergences else after)
-        stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
+        if program is not None:
+            stats = pieces.stats_and_gradient(made, piece, program)
+        else:
+            stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
         for node, part in stats.items():
             parts[node].append(part)
         after = list(stats.values())
-        known = coefficients.of(stats, made, piece) if exits or taught or head.divergences else {}
+        known = {}
+        if program is None and (exits or taught or head.divergences):
+            known = coefficients.of(stats, made, piece)
         after += [so_far[-1] for so_far in coefficients.divergences.values()]
         if exits:
             after = exits.add(made, piece, known)
@@ -258,6 +287,18 @@ def token_chunks(
             loop.out = exits.leave(nodes)
         loop.after, loop.left = after, loop.left - 1
     return whole | exits.finish(scale, of_rows)
+
+
+def _given(coefficients: Coefficients, program: OfRows | None) -> OfRows | None:
+    """The same, given nodes as the forward has them, [N] or []."""
+    if program is None:
+        return None
+    pieces = coefficients.pieces
+    given = []
+    for node in map(coefficients.early, program.given):
+        size = [] if equal(example_of(node).numel(), 1) else [pieces.n]
+        given.append(pieces.build(aten.reshape.default, node, size))
+    return program._replace(given=tuple(given))
 
 
 def _scalar(build: Builder, factor: Factor) -> Node | None:

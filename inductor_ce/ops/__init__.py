@@ -6,6 +6,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     rows            the statistics, each one entry of a table, and which of them a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
+    one_read        both as one operator, where nothing but a `row_program` lies between
     divergences     the operators of losses between several sets of logits, and of sums of entries, of which
                     `entries` has the formulas; `arithmetic`, what these are computed with
     law             how statistics of blocks combine, as plain values
@@ -18,10 +19,12 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     gemm            one matrix product, by a library
     launch          launches a Triton kernel again
     verified        both ways side by side, for the option `verify`
-    lowering        to `templates/`, or to `loops`
+    lowering        to `templates/`, or to `loops`; `one_read_lowering`, what is read once, and
+                    `with_templates`, what both share
 """
 
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
+from .one_read import ROW_STATS_GRAD, SOME_ROW_STATS_GRAD
 from .operators import (
     MAX_COLUMNS,
     NO_SITE,
@@ -78,10 +81,12 @@ __all__ = [
     "ROW_GRAD",
     "ROW_GRAD_AGAIN",
     "ROW_STATS",
+    "ROW_STATS_GRAD",
     "SEEN_DOT",
     "SEEN_MASS",
     "SOME_ROW_GRAD",
     "SOME_ROW_STATS",
+    "SOME_ROW_STATS_GRAD",
     "SUM",
     "SUMEXP",
     "SUMEXPZ",

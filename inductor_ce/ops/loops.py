@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
-from . import divergences, operators
+from . import divergences, operators, row_program
 from .arithmetic import Normalised, Operands
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
@@ -116,6 +116,20 @@ def _gathered(x: IRNode, index: IRNode) -> IRNode:
 
 def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
     return call_lowering(aten.clone.default, cast(dz, dtype), memory_format=torch.contiguous_format)
+
+
+def coefficients(program: str, packed: IRNode, given: list[IRNode]) -> IRNode:
+    """[K, N] of statistics [K, N], as `row_program.coefficients`."""
+    k, n = packed.get_size()
+    statistics = [call_lowering(aten.select.int, packed, 0, i) for i in range(k)]
+
+    def number(x: row_program.Number) -> IRNode:
+        dtype = torch.bool if isinstance(x, bool) else packed.get_dtype()
+        return call_lowering(aten.full.default, [], x, dtype=dtype, device=packed.get_device())
+
+    of = row_program.decode(program)
+    made = of.run(statistics, given, lambda op, args: call_lowering(op, *args), number)
+    return _stack([call_lowering(aten.expand.default, cast(row, packed.get_dtype()), [n]) for row in made])
 
 
 def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:

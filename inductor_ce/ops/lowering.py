@@ -11,8 +11,6 @@ and it holds for whatever buffer the fused chains read, which need not be as lar
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,30 +21,31 @@ from ..common.compat.loops import in_one_loop, is_added_to_others, read_by_one_l
 from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
 from ..common.sources import sources
-from . import counted, group_rank, loops, operators, products, verified
-from .counted import PRODUCT_TO_ROWS
+from . import counted, group_rank, loops, one_read, one_read_lowering, operators, products, verified
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
 from .products import (
     ALIGN_ROWS,
-    COLUMN_SUMS,
     COMPLETE,
-    LOGITS,
     ONCE_MADE,
-    PRODUCT_BUT,
-    PRODUCT_INTO,
     TIMES,
     TIMES_IN_PLACE,
 )
 from .rows import ARGMAX, Rows
+from .with_templates import (
+    GPUS,
+    MATRIX_READERS,
+    PIECES,
+    Limit,
+    before_rounding,
+    distinct,
+    is_made_for_each,
+    lowered,
+    readable_weights,
+    template_named,
+    triton_type,
+)
 
-TEMPLATES = Path(__file__).parent / "templates"
-GPUS = ("cuda",)  # HIP calls itself cuda
-MATRIX_READERS = {
-    *(torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default),
-    *(torch.ops.aten.baddbmm.default, PRODUCT_INTO, PRODUCT_TO_ROWS, PRODUCT_BUT, COLUMN_SUMS),
-}
-PIECES = (LOGITS,)
 GRADIENTS = (operators.ROW_GRAD, operators.ROW_GRAD_AGAIN)
 DIRECT = (
     *(counted.row_order, counted.host_copy, counted.recorded, counted.take_rows, counted.product_to_rows),
@@ -94,6 +93,7 @@ def register() -> None:
         *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),
         *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
         (_row_grad_again, operators.ROW_GRAD_AGAIN),
+        *((_row_stats_grad, one_read.ROW_STATS_GRAD), (_row_stats_grad, one_read.SOME_ROW_STATS_GRAD)),
         *((loops.divergence, DIVERGENCE), (loops.divergence_grad, DIVERGENCE_GRAD)),
     ):
         inductor.lower_by(lowering, op, first)
@@ -130,16 +130,6 @@ def _align_rows(dz: IRNode) -> IRNode:
     return inductor.laid_out(dz, aligned_strides(v, dz.get_device()))
 
 
-class Limit(NamedTuple):
-    """Where the rows of a piece end that are computed: at left[piece], or nowhere. See `counted.py`."""
-
-    left: IRNode | None
-    piece: int
-
-    def inputs(self) -> list[IRNode]:
-        return [] if self.left is None else [inductor.readable(self.left)]
-
-
 def _row_stats(
     z: IRNode,
     labels: list[IRNode],
@@ -153,7 +143,7 @@ def _row_stats(
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights))
     template = functools.partial(_stats_template, Limit(left, piece))
-    return _lowered(template, loops.row_stats, z, labels, weights, rows)
+    return lowered(template, loops.row_stats, z, labels, weights, rows)
 
 
 def _row_grad(
@@ -171,11 +161,34 @@ def _row_grad(
     """Of all rows, or of some."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
     is_one_loop = is_added_to_others(GRADIENTS) and not rows.several
-    if left is None and (is_one_loop or any(map(_is_made_for_each, weights))):
+    if left is None and (is_one_loop or any(map(is_made_for_each, weights))):
         dz = loops.row_grad(z, labels, weights, m, coefficients, rows)
         return dz if rows.several else _in_place_of(z, dz)
     template = functools.partial(_grad_template, Limit(left, piece))
-    return _lowered(template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+    return lowered(template, loops.row_grad, z, labels, weights, m, coefficients, rows)
+
+
+def _row_stats_grad(
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    which: str,
+    given: list[IRNode],
+    program: str,
+    left: IRNode | None = None,
+    piece: int = -1,
+) -> tuple[IRNode, IRNode]:
+    """By one template, or by what makes statistics and what makes gradients."""
+    rows = Rows.decode(which, len(labels), len(weights))
+    if one_read_lowering.is_known(z, weights, rows) and not is_added_to_others(GRADIENTS, result=1):
+        args = Limit(left, piece), z, labels, weights, rows, given, program
+        both, _ = attempt("the logits are read twice, more slowly", one_read_lowering.by_template, *args)
+        if both is not None:
+            return both
+    packed = _row_stats(z, labels, weights, which, left, piece)
+    m = inductor.call_lowering(torch.ops.aten.select.int, packed, 0, 0)
+    coefficients = loops.coefficients(program, packed, given)
+    return packed, _row_grad(z, labels, weights, m, coefficients, which, left, piece)
 
 
 def _row_grad_again(
@@ -185,37 +198,9 @@ def _row_grad_again(
     return loops.row_grad(z, labels, weights, m, coefficients, rows)
 
 
-def _lowered(
-    template: Callable[..., IRNode],
-    by_loops: Callable[..., IRNode],
-    z: IRNode,
-    labels: list[IRNode],
-    weights: list[IRNode],
-    *others: Any,
-) -> IRNode:
-    """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
-    args = (z, labels, weights, *others)
-    result = None
-    # A constant that a template absorbs would not have the shape of its tile.
-    constant = any(map(inductor.is_constant, [z, *(q for q in weights if len(q.get_size()) == 2)]))
-    if z.get_device().type in GPUS and not _is_empty(z) and not constant:
-        result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
-    return by_loops(*args) if result is None else result
-
-
 def _in_place_of(z: IRNode, dz: IRNode) -> IRNode:
     """The result of a loop, laid out as z where it may then be written over it, as Inductor decides."""
     return inductor.laid_out(dz, z.get_stride()) if inductor.may_overwrite(z, MATRIX_READERS, PIECES) else dz
-
-
-def _is_made_for_each(q: IRNode) -> bool:
-    """Whether a chain that is yet to be computed makes a weight for each row and class of something."""
-    return len(q.get_size()) == 2 and not inductor.is_buffer(q) and not inductor.is_constant(q)
-
-
-def _is_empty(z: IRNode) -> bool:
-    """Nothing to read. A symbolic N is taken to be positive; where it is 0 the template's grid is empty."""
-    return any(size == 0 for size in z.get_size())
 
 
 # Templates
@@ -232,13 +217,13 @@ def stats_configurations(
             "V": v,
             "K_PAD": 1 << (len(rows) - 1).bit_length(),
             "ROWS": rows,
-            "ACC_TYPE": _triton_type(operators.stats_dtype_of(dtype)),
-            "SUM_TYPE": _triton_type(operators.packed_dtype_of(dtype, rows)),
+            "ACC_TYPE": triton_type(operators.stats_dtype_of(dtype)),
+            "SUM_TYPE": triton_type(operators.packed_dtype_of(dtype, rows)),
             "num_stages": 1,
         }
         for tried in (STATS_OF_A_CHAIN if chained else STATS_OF_MORE if rows.has_more else usual)
     ]
-    return _distinct(configurations)
+    return distinct(configurations)
 
 
 def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
@@ -266,20 +251,12 @@ def grad_configurations(
             "V": v,
             "ROWS": rows,
             "OVER": int(over),
-            "ACC_TYPE": _triton_type(operators.stats_dtype_of(dtype)),
+            "ACC_TYPE": triton_type(operators.stats_dtype_of(dtype)),
             "num_stages": 1,
         }
         for tried in (GRAD_OF_SOME if some else GRAD)
     ]
-    return _distinct(configurations)
-
-
-def _distinct(configurations: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [c for i, c in enumerate(configurations) if c not in configurations[:i]]
-
-
-def _triton_type(dtype: torch.dtype) -> str:
-    return f"tl.{str(dtype).removeprefix('torch.')}"
+    return distinct(configurations)
 
 
 def _one_program_a_row(n: Any, v: Any, meta: dict[str, Any]) -> tuple[Any, int, int]:
@@ -291,23 +268,19 @@ def _one_program_a_block(n: Any, v: Any, meta: dict[str, Any], *, cdiv: Any) -> 
     return n * cdiv(v, meta["BLOCK"]), 1, 1
 
 
-def _template(name: str, grid: Any) -> Any:
-    return inductor.template(f"inductor_ce_{name}", (TEMPLATES / f"{name}.py.jinja").read_text(), grid)
-
-
 def _stats_template(
     limit: Limit, z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
 ) -> IRNode:
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     chained = not all(map(inductor.is_buffer, [z, *weights]))
-    if any(map(_is_made_for_each, weights)):
+    if any(map(is_made_for_each, weights)):
         in_one_loop([operators.ROW_GRAD])
-    q = _readable_weights(weights, z, inductor.names_read(z))
+    q = readable_weights(weights, z, inductor.names_read(z))
     others = [*map(inductor.readable, labels), *q, *q, *limit.inputs()]
     piece = inductor.made_by(z, PIECES)
-    z = inductor.readable(_unrounded(z), absorb=True)
+    z = inductor.readable(before_rounding(z), absorb=True)
     return inductor.choose(
-        _template("row_stats", _one_program_a_row),
+        template_named("row_stats", _one_program_a_row),
         inputs=[z] * (4 if ARGMAX in rows else 3) + others,
         layout=inductor.contiguous_layout(z, operators.packed_dtype_of(z.get_dtype(), rows), [len(rows), n]),
         call_sizes=[n, v],
@@ -328,20 +301,20 @@ def _grad_template(
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     numbers = [*map(inductor.readable, (m, coefficients))]
     known = {x.get_name() for x in numbers}
-    others = [*numbers, *map(inductor.readable, labels), *_readable_weights(weights, z, known)]
+    others = [*numbers, *map(inductor.readable, labels), *readable_weights(weights, z, known)]
     others += limit.inputs()
     # NOTE after
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
     dtype = z.get_dtype()
     unrounded = not inductor.is_buffer(z) and read_by_one_loop()
-    z = inductor.readable(_unrounded(z), absorb=True, after=known)
+    z = inductor.readable(before_rounding(z), absorb=True, after=known)
     over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and not any(
         inductor.reads(other, z) for other in others
     )
     configurations = grad_configurations(v, dtype, rows, over, some=limit.left is not None)
     dz = inductor.choose(
-        _template("row_grad", _one_program_a_block),
+        template_named("row_grad", _one_program_a_block),
         inputs=[z, *others],
         layout=inductor.contiguous_layout(z, z.get_dtype() if unrounded else dtype, [n, v]),
         call_sizes=[n, v],
@@ -352,30 +325,6 @@ def _grad_template(
     return loops.cast(dz, dtype) if unrounded else dz
 
 
-def _unrounded(z: IRNode) -> IRNode:
-    """A chain of 16-bit operations that ends in z, or a weight, in the float32 in which Inductor computes it.
-
-    NOTE Where 16-bit chains are rounded. Inductor computes a chain of 16-bit operations in float32, and what
-    it fuses into a loop is not rounded in between. A template would round at its borders, a prologue to the
-    dtype of the buffer that it stands for, an epilogue first to that of the template's result. So both are
-    float32 where there is a chain; only what is stored at the end is rounded.
-    """
-    return z if inductor.is_buffer(z) else loops.cast(z, loops.stats_dtype(z))
-
-
 def _tried(configurations: list[dict[str, Any]], piece: bool) -> list[dict[str, Any]]:
     """All, but the first alone for a piece of the logits: each of many would be timed anew."""
     return configurations[:1] if piece else configurations
-
-
-def _readable_weights(weights: list[IRNode], z: IRNode, after: set[str]) -> list[IRNode]:
-    """Each as [N, V], a chain that makes it for rows and classes absorbed.
-
-    One that is [V] is in memory, and read with a stride of 0: there is little of it.
-    """
-    return [
-        inductor.readable(_unrounded(q), absorb=True, after=after)
-        if _is_made_for_each(q)
-        else inductor.readable(loops.over_rows(q, z))
-        for q in weights
-    ]

@@ -9,14 +9,16 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
+from sympy import sympify
 
-from .loops import SEEN_THROUGH
+from .loops import SEEN_THROUGH, result_node
 from .versions import of_supported_torch
 
 with of_supported_torch():
     import torch._inductor.compile_fx as compile_fx_module
     from torch._inductor import config as inductor_config
     from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
+    from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.decomposition import select_decomp_table as decompositions
@@ -222,12 +224,21 @@ def specialised(size: Any) -> int:
     return virtualized.graph.sizevars.guard_int(size)
 
 
+def empty(like: IRNode, dtype: torch.dtype, size: Sequence[Any]) -> IRNode:
+    """Memory that a template writes, as one of its inputs."""
+    x = call_lowering(aten.empty.memory_format, size, dtype=dtype, device=like.get_device())
+    x.realize()
+    return x
+
+
 def contiguous_layout(like: IRNode, dtype: torch.dtype, size: Sequence[Any]) -> ir.Layout:
     return ir.FixedLayout(device=like.get_device_or_error(), dtype=dtype, size=list(size))
 
 
-def may_overwrite(z: IRNode, products: Container[Any], fillers: Container[Any] = ()) -> bool:
-    """Whether the operator being lowered may write its result over `z`, and gains by it.
+def may_overwrite(
+    z: IRNode, products: Container[Any], fillers: Container[Any] = (), result: int | None = None
+) -> bool:
+    """Whether the operator being lowered may write its result, or this one, over `z`, and gains by it.
 
     It may where it is the last to read `z` and autograd or Inductor owns the storage, which is then a
     donated activation, the output of a library's kernel, or that of one of `fillers`; not where the
@@ -256,7 +267,7 @@ def may_overwrite(z: IRNode, products: Container[Any], fillers: Container[Any] =
         for node, value in virtualized.graph.env.items()
         if any(_buffer(leaf) is buffer for leaf in tree_leaves(value))
     )
-    return not read_later and _only_read_by(products, current)
+    return not read_later and _only_read_by(products, result_node(current, result))
 
 
 def made_by(z: IRNode, targets: Container[Any]) -> bool:
@@ -298,24 +309,31 @@ def choose(
     call_sizes: Sequence[Any],
     configurations: Sequence[dict[str, Any]],
     over: IRNode | None = None,
+    written: Sequence[IRNode] = (),
+    zeroed_bytes: Any = None,
     **constants: Any,
 ) -> IRNode:
     """The output of `source` under the fastest of `configurations`, or the first where none can be timed.
 
     All have the `constants` beside.
 
-    It is written over `over`, where that is given: a value that it `may_overwrite`.
+    It is written over `over`, where that is given: a value that it `may_overwrite`. Of the inputs those in
+    `written` are results too. The template has so many `zeroed_bytes` for itself, at `ws_ptr`.
     """
     if over is not None:
         # What has been lowered but not realised may read it: realise that first, as it was lowered first.
         virtualized.graph.mark_buffer_mutated(over.get_name())
     choices: list[Any] = []
+    more: dict[str, Any] = {"mutated_inputs": list(written)} if written else {}
+    if zeroed_bytes is not None:
+        more["workspace_arg"] = _zeroed(zeroed_bytes, inputs[0].get_device_or_error())
     for configuration in configurations:
         refused = source.maybe_append_choice(
             choices,
             input_nodes=tuple(inputs),
             layout=layout,
             call_sizes=list(call_sizes),
+            **more,
             **configuration,
             **constants,
         )
@@ -335,6 +353,12 @@ def choose(
         return node
     _buffer(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
     return ir.TensorBox(over)
+
+
+def _zeroed(count: Any, device: torch.device) -> WorkspaceArg:
+    """So many bytes of memory, zeroed before each launch."""
+    mode, name = WorkspaceZeroMode.ZERO_ON_CALL, WorkspaceArg.unique_name()
+    return WorkspaceArg(count=sympify(count), zero_mode=mode, device=device, outer_name=name)
 
 
 # Passes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container
 from typing import Any
 
@@ -52,6 +53,14 @@ def _follows(node: Any, firsts: Container[Any]) -> bool:
     return _is_loop(node.target) and any(_follows(source, firsts) for source in before)
 
 
+def result_node(node: Any, result: int | None) -> Any:
+    """What stands for this one of several results of an operator in a graph, or for the only one."""
+    if result is None:
+        return node
+    parts = (user for user in node.users if user.target is operator.getitem and user.args[1] == result)
+    return next(parts, node)
+
+
 def read_by_one_loop() -> bool:
     """Whether one pointwise operation alone reads the result of the operator that is being lowered.
 
@@ -65,12 +74,12 @@ def read_by_one_loop() -> bool:
     return False
 
 
-def is_added_to_others(ours: Container[Any]) -> bool:
-    """Whether the result of the operator that is being lowered is added to what is none of `ours`.
+def is_added_to_others(ours: Container[Any], result: int | None = None) -> bool:
+    """Whether the result of what is being lowered, or this one, is added to what is none of `ours`.
 
     One loop then makes the sum, and may write it over what it reads. A template's result would lie beside it.
     """
-    node = virtualized.graph.current_node
+    node = result_node(virtualized.graph.current_node, result)
     while len(node.users) == 1:
         source, (node,) = node, node.users
         if node.target is aten.add.Tensor:

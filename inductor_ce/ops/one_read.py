@@ -1,0 +1,186 @@
+"""Statistics and gradient of logits that are read once: for heads in pieces, where nothing lies between.
+
+    row_stats_grad(z [N, V], labels, weights, which, given, program)   -> ([K, N], dz [N, V])
+
+It is `row_stats`, the coefficients that a `RowProgram` makes of each row's statistics and of what is given,
+and `row_grad`. `some_row_stats_grad` is the same for the rows that count in a piece: see `counted.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import row_program
+from .operators import row_grad, row_stats
+from .row_program import RowProgram
+from .rows import SUMEXP, Row, Rows
+
+
+@torch.library.custom_op("inductor_ce::row_stats_grad", mutates_args=())
+def row_stats_grad(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
+) -> tuple[Tensor, Tensor]:
+    """The statistics of `z`, and a gradient with respect to it that depends on them alone.
+
+    Args:
+        z, labels, weights, which: as for `row_stats`, of one label a row, and without `argmax`.
+        given: numbers that the program reads, [N] or [].
+        program: what makes the coefficients, a `RowProgram` as text.
+
+    Returns:
+        [K, N] in the dtype of the statistics, and [N, V] in that of z.
+
+    Raises:
+        ValueError: wrong rank or dtype, unknown rows.
+    """
+    return _both(z, labels, weights, which, given, program)
+
+
+def _both(
+    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
+) -> tuple[Tensor, Tensor]:
+    packed = row_stats(z, labels, weights, which)
+    coefficients = row_program.coefficients(row_program.decode(program), packed, given)
+    return packed, row_grad(z, labels, weights, packed[0], coefficients, which)
+
+
+@torch.library.custom_op("inductor_ce::some_row_stats_grad", mutates_args=())
+def some_row_stats_grad(
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    which: str,
+    given: list[Tensor],
+    program: str,
+    left: Tensor,
+    piece: int,
+) -> tuple[Tensor, Tensor]:
+    """As `row_stats_grad`; rows from left[piece] on need not be computed, and hold anything."""
+    return _both(z, labels, weights, which, given, program)
+
+
+@row_stats_grad.register_fake
+@some_row_stats_grad.register_fake
+def _(
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    which: str,
+    given: list[Tensor],
+    *_: Any,
+    **__: Any,
+) -> tuple[Tensor, Tensor]:
+    return row_stats(z, labels, weights, which), z.new_empty(z.shape)
+
+
+# The form in which graphs hold them.
+ROW_STATS_GRAD = torch.ops.inductor_ce.row_stats_grad.default
+SOME_ROW_STATS_GRAD = torch.ops.inductor_ce.some_row_stats_grad.default
+
+
+class Given(NamedTuple):
+    """A number that a program is given: its name, whether each row has its own, and what makes it a value."""
+
+    name: str
+    has_rows: bool
+    cast: str
+
+    @classmethod
+    def of(cls, k: int, dtype: torch.dtype, has_rows: bool) -> Given:
+        cast = " != 0" if dtype == torch.bool else ".to(tl.float32)" if dtype.is_floating_point else ""
+        return cls(f"given_{k}", has_rows, cast)
+
+
+@dataclass(frozen=True, repr=False)
+class OneRead:
+    """What the template is given beside the rows.
+
+    Args:
+        rows: the statistics.
+        program: what makes the coefficients.
+        given: the numbers that it is given.
+    """
+
+    rows: Rows
+    program: RowProgram
+    given: tuple[Given, ...]
+
+    def __repr__(self) -> str:
+        """A literal: what a template is given is a constant of its code too."""
+        return repr((self.rows.encode(), self.program.encode(), [tuple(x) for x in self.given]))
+
+    @property
+    def sums(self) -> list[Row]:
+        """Those that are published beside the first, with all that combine with them."""
+        return self.rows.closed().sums_after_sumexp
+
+    @property
+    def counts(self) -> bool:
+        return any(row.is_beside_count for row in self.sums)
+
+    @property
+    def words(self) -> list[str]:
+        return [f"word_{k}" for k in range(1 + len(self.sums))]
+
+    def words_of_row(self, blocks: int) -> int:
+        return len(self.words) * blocks + self.rows.labels
+
+    @property
+    def variables(self) -> list[str]:
+        return [row.variable for row in self.sums]
+
+    @property
+    def statistics(self) -> list[str]:
+        """Of the row, those in no place of the packed result by the names of their sums."""
+        places = {row: f"s_{k}" for k, row in enumerate(self.rows)}
+        picks = [f"s_{k}" for k, _ in self.rows.hits]
+        return [places[Row(SUMEXP)], *(places.get(row, f"{row.variable}_row") for row in self.sums), *picks]
+
+    @property
+    def moved(self) -> list[str]:
+        picks = [f"pick_{j}" for j in range(self.rows.labels)]
+        return ["moved_d", *(f"moved_{name}" for name in self.variables), *picks]
+
+    # A load is written once per input name, so what is loaded in several places has as many.
+
+    @property
+    def picks(self) -> list[str]:
+        return [f"z_pick_{j}" for j in range(self.rows.labels)]
+
+    @property
+    def logits_of_sums(self) -> list[str]:
+        return [f"z_sum_{j}" for j in range(len(self.sums))]
+
+    @property
+    def logits_again(self) -> list[str]:
+        return _twice([*self.picks, *self.logits_of_sums])
+
+    @property
+    def weights_of_sums(self) -> list[str]:
+        return [f"weights_{row.index}_of_{k}" for k, row in enumerate(self.sums)]
+
+    @property
+    def weights_again(self) -> list[str]:
+        return [f"{name}_again" for name in self.rows.weight_names]
+
+    @property
+    def weights(self) -> list[str]:
+        of_sums = [
+            name for name, row in zip(self.weights_of_sums, self.sums, strict=True) if row.index is not None
+        ]
+        return [*_twice(of_sums), *self.weights_again]
+
+    @property
+    def weights_read(self) -> list[int]:
+        """Which weight each of these is."""
+        of_sums = [row.index for row in self.sums if row.index is not None]
+        return [*of_sums, *of_sums, *range(len(self.weights_again))]
+
+
+def _twice(names: list[str]) -> list[str]:
+    """Those of what each program reads, and of what it reads in the place of others."""
+    return [*names, *(f"{name}_help" for name in names)]

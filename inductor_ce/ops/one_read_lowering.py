@@ -1,0 +1,115 @@
+"""Lower `row_stats_grad` to its template, where a GPU has one."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from ..common.compat import inductor
+from ..common.compat.inductor import IRNode
+from . import operators
+from .one_read import Given, OneRead
+from .row_program import decode
+from .rows import Rows
+from .with_templates import (
+    GPUS,
+    MATRIX_READERS,
+    PIECES,
+    Limit,
+    is_made_for_each,
+    readable_weights,
+    template_named,
+    triton_type,
+)
+
+WARP, LANE = 32, 8  # threads, and columns of one of them in one vector of 16-bit numbers
+WORD_BYTES = 8
+
+
+class Once(NamedTuple):
+    """A configuration: warps, columns of a block, blocks between sums and gradient, and looks before help."""
+
+    warps: int
+    block: int
+    delay: int
+    spin: int
+
+
+ONCE = Once(2, 2048, 640, 1024)
+
+
+def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
+    """Whether the template can make it: see what is published in `templates/row_stats_grad.py.jinja`."""
+    on_gpu = z.get_device().type in GPUS and torch.version.hip is None
+    if not on_gpu or any(size == 0 for size in z.get_size()) or not inductor.is_buffer(z):
+        return False  # Inductor lets no template absorb a chain that writes more than one result
+    narrow = operators.packed_dtype_of(z.get_dtype(), rows) == torch.float32
+    made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
+    return narrow and not made and not rows.has_first and not rows.told and not rows.several
+
+
+def configuration(v: int, rows: Rows) -> dict[str, Any]:
+    """What the template is given at V = v."""
+    largest = 1 << (v.bit_length() - 1)
+    block = min(ONCE.block, largest)
+    warps = max(1, min(ONCE.warps, block // (WARP * LANE)))
+    blocks = -(-v // block)
+    lanes = max(blocks + rows.labels, warps * WARP)  # each thread has a word: all find out alike
+    return {
+        "BLOCK": block,
+        "num_warps": warps,
+        "ALIGN": min(16, v & -v, largest),
+        "V": v,
+        "T": 1 << (lanes - 1).bit_length(),
+        "DELAY": max(ONCE.delay, blocks + blocks // 2) if ONCE.delay else 0,
+        "SPIN": ONCE.spin,
+        "ACC_TYPE": triton_type(torch.float32),
+        "num_stages": 1,
+    }
+
+
+def _one_program_a_block_and_some(n: Any, v: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
+    return n * cdiv(v, meta["BLOCK"]) + meta["DELAY"], 1, 1
+
+
+def by_template(
+    limit: Limit,
+    z: IRNode,
+    labels: list[IRNode],
+    weights: list[IRNode],
+    rows: Rows,
+    given: list[IRNode],
+    program: str,
+) -> tuple[IRNode, IRNode]:
+    """The statistics [K, N] and the gradient [N, V], which may lie over the logits."""
+    n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
+    numbers = (Given.of(k, x.get_dtype(), len(x.get_size()) > 0) for k, x in enumerate(given))
+    one = OneRead(rows, decode(program), tuple(numbers))
+    own = [*map(inductor.readable, labels)]
+    q = readable_weights(weights, z, inductor.names_read(z))
+    weighed = [q[j] for j in one.weights_read]
+    others = [*own, *weighed, *map(inductor.readable, given), *limit.inputs()]
+    z = inductor.readable(z)
+    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result=1) and not any(
+        inductor.reads(other, z) for other in others
+    )
+    stats = inductor.empty(z, torch.float32, [len(rows), n])
+    chosen = configuration(v, rows)
+    words = one.words_of_row(-(-v // chosen["BLOCK"]))
+    dz = inductor.choose(
+        template_named("row_stats_grad", _one_program_a_block_and_some),
+        inputs=[z, z, z, inductor.readable(stats), *[z] * len(one.logits_again), *others],
+        layout=inductor.contiguous_layout(z, z.get_dtype(), [n, v]),
+        call_sizes=[n, v],
+        configurations=[chosen],
+        over=z if over else None,
+        written=[inductor.readable(stats)],
+        zeroed_bytes=n * words * WORD_BYTES,
+        ROWS=rows,
+        ONE=one,
+        WORDS=words,
+        OVER=int(over),
+        PIECE=limit.piece,
+    )
+    return stats, dz
