@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import inductor_ce
-from inductor_ce.bench import cli, distil, divergences, recognise
+from inductor_ce.bench import cli, distil, divergences, recognise, rows
 from inductor_ce.bench.ce import check, command, render, run, systems
 from inductor_ce.bench.ce.inputs import Inputs
 from inductor_ce.bench.shared import compilers, losses, measure, options, peers, record
@@ -341,6 +341,36 @@ def test_divergences_are_compared_with_their_formulas(name: str, moving: str):
     assert all(error(found[part], right[part]) < 1e-2 for part in right)
     other = "JSD" if name == "symmetric KL" else "symmetric KL"
     assert error(found["dz"], divergences.exactly(other, z, t)["dz"]) > 0.1
+
+
+@pytest.mark.parametrize("name", rows.LOSSES)
+def test_rows_are_compared_with_their_definitions(name: str):
+    given, loss = rows.drawn(70, 200, "cpu"), rows.LOSSES[name]
+    other = next(each for each in rows.LOSSES.values() if each is not loss and each.which == loss.which)
+    for way in (rows.by_one, rows.by_two):
+        errors = rows.errors_of(rows.bound(way, loss, 200), loss, *given)
+        assert errors["statistics"] < (2e-2 if loss.capped else 1e-5)  # eager rounds a chain
+        assert errors["gradient"] < 1e-2
+        assert max(rows.errors_of(rows.bound(way, other, 200), loss, *given).values()) > 2e-5
+
+
+@pytest.mark.parametrize("name", rows.LOSSES)
+def test_the_gradient_of_rows_is_that_of_the_loss(name: str):
+    z, y, g = rows.drawn(70, 200, "cpu")
+    z = z.double().requires_grad_()
+    x = rows.before(rows.LOSSES[name], z)
+    smoothing = rows.SMOOTHING if "smoothing" in name else 0.0
+    lse, picked = torch.logsumexp(x, 1), x.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)
+    losses = lse - (1 - smoothing) * picked - smoothing * x.mean(1)
+    losses = losses + rows.Z_LOSS * lse**2 * ("z-loss" in name)
+    (wanted,) = torch.autograd.grad((losses * g).sum(), z)
+    _, dz = rows.exactly(rows.LOSSES[name], z.detach(), y, g)
+    torch.testing.assert_close(dz, wanted)
+
+
+def test_rows_need_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["rows", "--shapes", "64x1024"]) == 2
 
 
 def test_divergences_need_a_gpu(monkeypatch: pytest.MonkeyPatch):

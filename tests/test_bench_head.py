@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
+import sys
+import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from harness import without_codegen
+from torch import Tensor
 
 from inductor_ce.bench import cli
 from inductor_ce.bench.head import bars, check, command, inputs, reference, render, run, systems, trained
@@ -224,6 +229,34 @@ def test_absent_peers_say_so():
     reasons = {name: SYSTEMS[name].build(Case(TINY)) for name in ("liger_kernel", "cce", "cce_exact")}
     for name, built in reasons.items():
         assert isinstance(built, (NotOffered, Built)), name
+
+
+def test_quack_is_called_in_chunks(monkeypatch: pytest.MonkeyPatch):
+    """A bias it has not; and its loggers have a key once it is found, and not before."""
+    called: list[dict[str, object]] = []
+
+    def chunked(h: Tensor, W: Tensor, y: Tensor, **options: object) -> Tensor:
+        called.append(options)
+        return F.cross_entropy(h @ W.t(), y)
+
+    module = types.ModuleType("quack.linear_cross_entropy")
+    module.chunked_linear_cross_entropy = chunked
+    monkeypatch.delattr(logging.Logger, "__quack_semantic_key__", raising=False)
+    assert isinstance(SYSTEMS["quack@2048"].build(Case(TINY)), NotOffered)
+    assert not hasattr(logging.Logger, "__quack_semantic_key__")
+    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
+    monkeypatch.setitem(sys.modules, "quack.linear_cross_entropy", module)
+    h, W, y = torch.randn(4, 8), torch.randn(9, 8), torch.arange(4)
+    each = [("quack@2048", 2048, False), ("quack@4096", 4096, False), ("quack_scaled_exp", 2048, True)]
+    for name, rows, scaled in each:
+        built = SYSTEMS[name].build(Case(TINY))
+        assert isinstance(built, Built)
+        assert torch.equal(built.function(h, W, y), F.cross_entropy(h @ W.t(), y))
+        expected = {"chunk_size": rows, "ignore_index": -100, "tuned": False, "use_scaled_exp": scaled}
+        assert called.pop() == expected
+        assert isinstance(SYSTEMS[name].build(Case(replace(TINY, bias=True))), NotOffered)
+    assert logging.getLogger("one").__quack_semantic_key__() == "one"
+    monkeypatch.delattr(logging.Logger, "__quack_semantic_key__")
 
 
 def test_what_the_compiler_wrapped_is_the_reason():

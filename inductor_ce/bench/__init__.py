@@ -1,5 +1,5 @@
 """Timings, on GPUs but for `recognise`: `python -m inductor_ce.bench` with `ce`, `head`, `distil`,
-`divergences`, `tp`, `train` or `recognise`.
+`divergences`, `rows`, `tp`, `train` or `recognise`.
 
 In:   the command line.
 Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
@@ -9,6 +9,7 @@ Out:  tables, and records with pictures in `results/`; `tp` runs under torchrun.
     head/        the linear layer with its loss
     distil       distillation from two heads, and R-Drop of two passes through one
     divergences  divergences between two sets of given logits
+    rows         statistics and gradient of given logits, by one template and by two
     tp/          the same over ranks that share the vocabulary
     train/       a training step of a whole model
     recognise    what recognition costs

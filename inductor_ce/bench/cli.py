@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from . import distil, divergences, recognise
+from . import distil, divergences, recognise, rows
 from .ce import command as ce
 from .head import command as head
 from .tp import command as tp
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "head": head,
     "distil": distil,
     "divergences": divergences,
+    "rows": rows,
     "tp": tp,
     "train": train,
     "recognise": recognise,

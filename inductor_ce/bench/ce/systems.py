@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
-from ..shared import compilers
+from ..shared import compilers, peers
 from ..shared.compilers import BASELINE, OURS
 from ..shared.losses import IGNORED, Loss, LossFunction
 from ..shared.peers import NotOffered, find
@@ -39,7 +39,7 @@ def liger_kernel(loss: Loss) -> LossFunction | NotOffered:
 
 
 def quack(loss: Loss) -> LossFunction | NotOffered:
-    function = find("quack.cross_entropy", "cross_entropy")
+    function = peers.quack("cross_entropy", "cross_entropy")
     if isinstance(function, NotOffered):
         return function
     if not loss.is_plain:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..shared import compilers
+from ..shared import compilers, peers
 from ..shared.compilers import BASELINE, DEFAULT, GRAPHS, MODES, OURS
 from ..shared.losses import IGNORED
 from ..shared.peers import NotOffered, find
@@ -24,6 +24,10 @@ AUTO_CHUNKER, LIGER = "auto_chunker", "liger_kernel"
 CCE, CCE_EXACT = "cce", "cce_exact"
 CCE_BUDGET = f"{OURS}@cce+30%"
 CCE_ROOM = 1.3
+QUACK_ROWS = (
+    2048,
+    4096,
+)  # of a chunk; by scaled exponentials it fails where there are as many as the hidden size
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,22 @@ def liger_kernel(case: Case) -> Built | NotOffered:
     return Built(lambda h, W, y, b=None: loss(W, h, y, b))
 
 
+def quack(case: Case, rows: int, scaled: bool = False) -> Built | NotOffered:
+    """In chunks of so many rows, its kernels as they are without minutes of tuning.
+
+    `scaled` is its path by scaled exponentials, which rounds more.
+    """
+    function = peers.quack("linear_cross_entropy", "chunked_linear_cross_entropy")
+    if isinstance(function, NotOffered):
+        return function
+    if case.shape.bias:
+        return NotOffered("quack has no bias")
+    chunked = functools.partial(
+        function, chunk_size=rows, ignore_index=IGNORED, tuned=False, use_scaled_exp=scaled
+    )
+    return Built(lambda h, W, y, b=None: chunked(h, W, y))
+
+
 def cut_cross_entropy(case: Case, **options: Any) -> Built | NotOffered:
     function = find("cut_cross_entropy", "linear_cross_entropy")
     if isinstance(function, NotOffered):
@@ -168,13 +188,15 @@ def _with_bias(function: HeadFunction, name: str, **options: Any) -> HeadFunctio
 
 def _all() -> list[System]:
     peer = functools.partial(System, kind="peer")
-    peers = [
+    others = [
         peer(AUTO_CHUNKER, build=auto_chunker),
         peer(LIGER, build=liger_kernel),
         peer(CCE, build=functools.partial(cut_cross_entropy, impl="cce")),
         peer(CCE_EXACT, build=cce_exact),
         peer("cce_torch_compile", build=functools.partial(cut_cross_entropy, impl="torch_compile")),
         peer("linear_cross_entropy", build=linear_cross_entropy),
+        *(peer(f"quack@{rows}", build=functools.partial(quack, rows=rows)) for rows in QUACK_ROWS),
+        peer("quack_scaled_exp", build=functools.partial(quack, rows=QUACK_ROWS[0], scaled=True)),
     ]
     forced = [System(f"{OURS}:{name}", "ours", functools.partial(ours, strategy=name)) for name in STRATEGIES]
     curve = [
@@ -183,7 +205,7 @@ def _all() -> list[System]:
     ]
     return [
         System(BASELINE, "baseline", compiled, modes=MODES),
-        *peers,
+        *others,
         System(OURS, "ours", ours, modes=MODES),
         *forced,
         *curve,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,18 @@ def find(module: str, name: str) -> Any:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
             return NotOffered(f"{package} is not installed")
         return NotOffered(f"{module} cannot be imported: {type(error).__name__}: {error}")
+
+
+def quack(module: str, name: str) -> Any:
+    """The same of quack, which builds its kernels when they are first called.
+
+    It caches them by keys of all that they read, and refuses what has none; nvidia-cutlass-dsl 4.7 has a
+    logger there, which is therefore given its name for a key.
+    """
+    found = find(f"quack.{module}", name)
+    if not isinstance(found, NotOffered):
+        logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
+    return found
 
 
 def versions() -> dict[str, str | None]:
