@@ -16,7 +16,7 @@ from test_templates import MINUS_INFINITY, RELATIVE, Like, labels_for, logits, w
 from torch import Tensor
 
 from inductor_ce import ops
-from inductor_ce.ops import lowering, one_read_lowering
+from inductor_ce.ops import lowering, one_read, one_read_lowering
 from inductor_ce.ops.row_program import FUNCTIONS, RowProgram, Step, coefficients, decode
 
 N, BLOCK = 3, 256
@@ -34,6 +34,7 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """As short as may be, and small blocks: an interpreter has one program at a time."""
     once = one_read_lowering.ONCE._replace(block=BLOCK, delay=getattr(request, "param", 1), spin=1)
     monkeypatch.setattr(one_read_lowering, "ONCE", once)
+    monkeypatch.setattr(one_read, "MOST_SUMS", len(SUMS) + 2)
 
 
 # Without a delay a program waits for the blocks behind its own, which in an interpreter never come.
@@ -329,6 +330,20 @@ def test_0_where_another_number_is_not_true() -> None:
 
 
 # Where there is no such template
+
+
+def test_many_sums_have_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    inputs = [logits(300, torch.bfloat16), *labels_for(300, 1), torch.rand(N)]
+    for others, templates in ((["sum"], 1), (["sum", "sumexpz"], 2)):
+        which = reference.rows(1, *others)
+        program = of_cross_entropy(1, *[0.1] * len(others)).encode()
+
+        def f(z: Tensor, y: Tensor, g: Tensor, which: str = which, program: str = program) -> Any:
+            return ops.ROW_STATS_GRAD(z.view(z.shape), [y], [], which, [g], program)
+
+        (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
+        assert len([name for name in wrapper.launches if "tem" in name]) == templates
 
 
 def test_a_chain_before_has_two() -> None:

@@ -59,8 +59,6 @@ def row_program(stats: Node, grad: Node, between: Iterable[Node], facts: Facts) 
     own, its = stats_call(stats), grad_call(grad)
     if (own.z, own.labels, own.weights, own.which) != (its.z, its.labels, its.weights, its.which):
         return None
-    if own.rows.cancel or own.rows.several or own.rows.told:
-        return None
     reader = _Reader(stats, len(own.rows), facts)
     with unset_fake_temporarily():
         for node in between:

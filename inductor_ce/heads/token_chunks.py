@@ -21,11 +21,13 @@ from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, shape_of
 from ..graph.walk import args_of
 from ..ops import DIVERGENCE
+from ..ops.one_read import is_offered
 from ..ops.products import ONCE_MADE
 from .calls import narrow_args, normalisers_of, stats_call
 from .exits import Exits
 from .facts import Fact, Factor
 from .find import Head
+from .kinds import is_ordered_view
 from .loops import Loop, weight_exits
 from .nodes import on
 from .packing import Packing
@@ -92,7 +94,8 @@ class Coefficients:
     def program(self) -> OfRows | None:
         """What makes the only coefficients of the only statistics, if it is known for each row."""
         head = self.pieces.head
-        if len(head.stats) != 1 or len(self._gradients) != 1 or self.taught is not None or head.divergences:
+        alone = len(head.stats) == len(self._gradients) == 1 and not head.divergences and self.taught is None
+        if not alone or not _may_be_read_once(head):
             return None
         return row_program(head.stats[0], head.grads[0], self._nodes, self.proof.facts)
 
@@ -212,6 +215,17 @@ class Coefficients:
             size = list(example.shape)
             self._ones[node] = self.build(aten.full.default, size, 1.0, dtype=example.dtype, **on(node))
         return self._ones[node]
+
+
+def _may_be_read_once(head: Head) -> bool:
+    """Whether logits and statistics are such as one kernel makes a gradient of: no chain lies between."""
+    call = stats_call(head.stats[0])
+    z = call.z
+    while is_ordered_view(z):
+        z = args_of(z)[0]
+    straight = any(z is product.node for product in head.products)
+    of_classes = all(example_of(q).dim() == 1 for q in call.weights)
+    return straight and of_classes and is_offered(example_of(z).dtype, call.rows)
 
 
 def _unaliased(node: Node) -> Node:

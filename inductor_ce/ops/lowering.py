@@ -157,14 +157,15 @@ def _row_grad(
     piece: int = -1,
     *,
     site: int = operators.NO_SITE,
+    result: int | None = None,
 ) -> IRNode:
-    """Of all rows, or of some."""
+    """Of all rows, or of some; `result` is which it is of the operator's results, if there are several."""
     rows = Rows.decode(which, len(labels), len(weights), of_gradient=True)
-    is_one_loop = is_added_to_others(GRADIENTS) and not rows.several
+    is_one_loop = is_added_to_others(GRADIENTS, result) and not rows.several
     if left is None and (is_one_loop or any(map(is_made_for_each, weights))):
         dz = loops.row_grad(z, labels, weights, m, coefficients, rows)
-        return dz if rows.several else _in_place_of(z, dz)
-    template = functools.partial(_grad_template, Limit(left, piece))
+        return dz if rows.several else _in_place_of(z, dz, result)
+    template = functools.partial(_grad_template, Limit(left, piece), result)
     return lowered(template, loops.row_grad, z, labels, weights, m, coefficients, rows)
 
 
@@ -180,7 +181,8 @@ def _row_stats_grad(
 ) -> tuple[IRNode, IRNode]:
     """By one template, or by what makes statistics and what makes gradients."""
     rows = Rows.decode(which, len(labels), len(weights))
-    if one_read_lowering.is_known(z, weights, rows) and not is_added_to_others(GRADIENTS, result=1):
+    added = is_added_to_others(GRADIENTS, one_read.GRADIENT)
+    if one_read_lowering.is_known(z, weights, rows) and not added:
         args = Limit(left, piece), z, labels, weights, rows, given, program
         both, _ = attempt("the logits are read twice, more slowly", one_read_lowering.by_template, *args)
         if both is not None:
@@ -188,7 +190,8 @@ def _row_stats_grad(
     packed = _row_stats(z, labels, weights, which, left, piece)
     m = inductor.call_lowering(torch.ops.aten.select.int, packed, 0, 0)
     coefficients = loops.coefficients(program, packed, given)
-    return packed, _row_grad(z, labels, weights, m, coefficients, which, left, piece)
+    gradient = functools.partial(_row_grad, left=left, piece=piece, result=one_read.GRADIENT)
+    return packed, gradient(z, labels, weights, m, coefficients, which)
 
 
 def _row_grad_again(
@@ -198,9 +201,10 @@ def _row_grad_again(
     return loops.row_grad(z, labels, weights, m, coefficients, rows)
 
 
-def _in_place_of(z: IRNode, dz: IRNode) -> IRNode:
+def _in_place_of(z: IRNode, dz: IRNode, result: int | None) -> IRNode:
     """The result of a loop, laid out as z where it may then be written over it, as Inductor decides."""
-    return inductor.laid_out(dz, z.get_stride()) if inductor.may_overwrite(z, MATRIX_READERS, PIECES) else dz
+    may = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result)
+    return inductor.laid_out(dz, z.get_stride()) if may else dz
 
 
 # Templates
@@ -291,6 +295,7 @@ def _stats_template(
 
 def _grad_template(
     limit: Limit,
+    result: int | None,
     z: IRNode,
     labels: list[IRNode],
     weights: list[IRNode],
@@ -307,9 +312,9 @@ def _grad_template(
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
     dtype = z.get_dtype()
-    unrounded = not inductor.is_buffer(z) and read_by_one_loop()
+    unrounded = not inductor.is_buffer(z) and read_by_one_loop(result)
     z = inductor.readable(before_rounding(z), absorb=True, after=known)
-    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES) and not any(
+    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result) and not any(
         inductor.reads(other, z) for other in others
     )
     configurations = grad_configurations(v, dtype, rows, over, some=limit.left is not None)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import row_program
-from .operators import row_grad, row_stats
+from .operators import packed_dtype_of, row_grad, row_stats
 from .row_program import RowProgram
 from .rows import SUMEXP, Row, Rows
 
@@ -75,6 +75,20 @@ def _(
     **__: Any,
 ) -> tuple[Tensor, Tensor]:
     return row_stats(z, labels, weights, which), z.new_empty(z.shape)
+
+
+GRADIENT = 1  # which of both results it is
+
+# Sums beside the first. Each costs a load and an exponential of its own, which `row_stats` has in common:
+# with one it is level with two templates, 1.5 times a copy of the logits on an H200.
+MOST_SUMS = 1
+
+
+def is_offered(dtype: torch.dtype, rows: Rows) -> bool:
+    """Whether the template makes these statistics of logits of this dtype, and is not slower than two."""
+    narrow = packed_dtype_of(dtype, rows) == torch.float32
+    few = len(rows.closed().sums_after_sumexp) <= MOST_SUMS
+    return narrow and few and not (rows.has_first or rows.told or rows.several)
 
 
 # The form in which graphs hold them.

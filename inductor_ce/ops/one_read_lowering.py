@@ -8,8 +8,7 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
-from . import operators
-from .one_read import Given, OneRead
+from .one_read import GRADIENT, Given, OneRead, is_offered
 from .row_program import decode
 from .rows import Rows
 from .with_templates import (
@@ -44,9 +43,8 @@ def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
     on_gpu = z.get_device().type in GPUS and torch.version.hip is None
     if not on_gpu or any(size == 0 for size in z.get_size()) or not inductor.is_buffer(z):
         return False  # Inductor lets no template absorb a chain that writes more than one result
-    narrow = operators.packed_dtype_of(z.get_dtype(), rows) == torch.float32
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
-    return narrow and not made and not rows.has_first and not rows.told and not rows.several
+    return is_offered(z.get_dtype(), rows) and not made
 
 
 def configuration(v: int, rows: Rows) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def by_template(
     weighed = [q[j] for j in one.weights_read]
     others = [*own, *weighed, *map(inductor.readable, given), *limit.inputs()]
     z = inductor.readable(z)
-    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result=1) and not any(
+    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result=GRADIENT) and not any(
         inductor.reads(other, z) for other in others
     )
     stats = inductor.empty(z, torch.float32, [len(rows), n])

@@ -61,12 +61,12 @@ def result_node(node: Any, result: int | None) -> Any:
     return next(parts, node)
 
 
-def read_by_one_loop() -> bool:
-    """Whether one pointwise operation alone reads the result of the operator that is being lowered.
+def read_by_one_loop(result: int | None = None) -> bool:
+    """Whether one pointwise operation alone reads the result, or this one, of what is being lowered.
 
     The scheduler then fuses it into a template, so that the result itself is nowhere in memory.
     """
-    node = virtualized.graph.current_node
+    node = result_node(virtualized.graph.current_node, result)
     while len(node.users) == 1:
         (node,) = node.users
         if node.target not in SEEN_THROUGH:
