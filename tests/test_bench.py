@@ -345,23 +345,28 @@ def test_divergences_are_compared_with_their_formulas(name: str, moving: str):
 
 @pytest.mark.parametrize("name", rows.LOSSES)
 def test_rows_are_compared_with_their_definitions(name: str):
-    given, loss = rows.drawn(70, 200, "cpu"), rows.LOSSES[name]
-    other = next(each for each in rows.LOSSES.values() if each is not loss and each.which == loss.which)
+    (z, *given), loss = rows.drawn(70, 200, "cpu"), rows.LOSSES[name]
+    given = [z.float(), *given]
+    others = [each for each in rows.LOSSES.values() if each is not loss and each.which == loss.which]
     for way in (rows.by_one, rows.by_two):
         errors = rows.errors_of(rows.bound(way, loss, 200), loss, *given)
-        assert errors["statistics"] < (2e-2 if loss.capped else 1e-5)  # eager rounds a chain
+        assert errors["statistics"] < 1e-5
         assert errors["gradient"] < 1e-2
-        assert max(rows.errors_of(rows.bound(way, other, 200), loss, *given).values()) > 2e-5
+        for other in others:
+            assert (
+                rows.errors_of(rows.bound(way, other, 200), loss, *given)["gradient"]
+                > 4 * errors["gradient"]
+                > 0
+            )
 
 
 @pytest.mark.parametrize("name", rows.LOSSES)
 def test_the_gradient_of_rows_is_that_of_the_loss(name: str):
     z, y, g = rows.drawn(70, 200, "cpu")
     z = z.double().requires_grad_()
-    x = rows.before(rows.LOSSES[name], z)
     smoothing = rows.SMOOTHING if "smoothing" in name else 0.0
-    lse, picked = torch.logsumexp(x, 1), x.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)
-    losses = lse - (1 - smoothing) * picked - smoothing * x.mean(1)
+    lse, picked = torch.logsumexp(z, 1), z.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)
+    losses = lse - (1 - smoothing) * picked - smoothing * z.mean(1)
     losses = losses + rows.Z_LOSS * lse**2 * ("z-loss" in name)
     (wanted,) = torch.autograd.grad((losses * g).sum(), z)
     _, dz = rows.exactly(rows.LOSSES[name], z.detach(), y, g)

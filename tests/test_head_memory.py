@@ -221,9 +221,11 @@ def test_chain_of_a_piece_is_absorbed(chain: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
-    """A cast is no chain."""
+    """A cast is no chain. Beside the logits are the words of the template, one for each block and label."""
+    words = {"token_chunks": 8 * N // 2 * (-(-V // 64) + 1), "vocab_slabs": 0}[strategy]  # blocks of 64
     for wrapper in gpu_code(cast, strategy):
         assert most_at_once(wrapper.code, NARROW + 1) == 0
+        assert all(size == words for name, size in sizes(wrapper.code).items() if "workspace" in name)
 
 
 @pytest.mark.in_turns

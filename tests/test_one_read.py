@@ -329,6 +329,18 @@ def test_0_where_another_number_is_not_true() -> None:
     assert torch.equal(dz, torch.where(counts[:, None], expected, 0.0))
 
 
+def test_a_program_of_something_else() -> None:
+    z, labels, g = logits(300), labels_for(300, 1), torch.rand(N)
+    program = of_cross_entropy(1).encode()
+    for which, given in (
+        (reference.rows(1, "sum"), [g]),
+        (reference.rows(1), []),
+        (reference.rows(1), [g[None]]),
+    ):
+        with pytest.raises(ValueError, match="is no program of"):
+            ops.ROW_STATS_GRAD(z, labels, [], which, given, program)
+
+
 # Where there is no such template
 
 

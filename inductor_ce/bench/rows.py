@@ -26,28 +26,24 @@ HELP = "statistics and gradient of given logits, by one template and by two"
 SHAPES = ((8192, 32000), (8192, 128256), (16384, 151936), (4096, 256000))
 ROWS = 64  # that are compared with float64
 IGNORED = 17  # every so many labels is
-SMOOTHING, Z_LOSS, CAP = 0.1, 1e-4, 30.0
+SMOOTHING, Z_LOSS = 0.1, 1e-4
 COPY, TWO, ONE, PEER = "copy", "two templates", "one template", "quack, one read"
 QUACK = "cross_entropy", "cross_entropy_fwd_out"  # whose gradient has a factor of 1 for each row
-OF_COPY, OF_PLAIN = 1.30, 1.15
 
 METHOD = {
     "step": "statistics, coefficients and gradient of bfloat16 logits, of a factor for each row",
     "time": "the median of do_bench, which empties the L2 cache before each call, in rounds by turns",
     "errors": f"norm of what is off from float64 over the norm of that, of the first {ROWS} rows",
-    "bars": f"a cross entropy at most {OF_COPY} of a copy, each other loss at most {OF_PLAIN} of that",
 }
 
 Both = tuple[Tensor, Tensor]
-Chain = Callable[[Tensor], Tensor]
 
 
 class Loss(NamedTuple):
-    """Its statistics, what makes their coefficients of a factor g of each row, and the chain before it."""
+    """Its statistics, and what makes their coefficients of a factor g of each row."""
 
     which: str
     program: Callable[[int], RowProgram]
-    capped: bool = False
 
 
 def of_cross_entropy(v: int) -> RowProgram:
@@ -71,43 +67,30 @@ LOSSES = {
     "cross entropy": Loss("max,sumexp,pick", of_cross_entropy),
     "+ smoothing": Loss("max,sumexp,pick,sum", smoothed),
     "+ smoothing, z-loss": Loss("max,sumexp,pick,sum", with_z_loss),
-    "+ soft-cap": Loss("max,sumexp,pick", of_cross_entropy, capped=True),
 }
 
 
-def before(loss: Loss, z: Tensor) -> Tensor:
-    return CAP * torch.tanh(z / CAP) if loss.capped else z
-
-
-def after(loss: Loss, dz: Tensor, z: Tensor) -> Tensor:
-    return dz * (1 - torch.tanh(z / CAP) ** 2) if loss.capped else dz
-
-
 def by_one(loss: Loss, program: RowProgram, text: str, z: Tensor, y: Tensor, g: Tensor) -> Both:
-    packed, dz = ops.ROW_STATS_GRAD(before(loss, z), [y], [], loss.which, [g], text)
-    return packed, after(loss, dz, z)
+    return ops.ROW_STATS_GRAD(z, [y], [], loss.which, [g], text)
 
 
 def by_two(loss: Loss, program: RowProgram, text: str, z: Tensor, y: Tensor, g: Tensor) -> Both:
-    x = before(loss, z)
-    packed = ops.ROW_STATS(x, [y], [], loss.which)
+    packed = ops.ROW_STATS(z, [y], [], loss.which)
     c = coefficients(program, packed, [g])
-    return packed, after(loss, ops.ROW_GRAD(x, [y], [], packed[0], c, loss.which), z)
+    return packed, ops.ROW_GRAD(z, [y], [], packed[0], c, loss.which)
 
 
 def exactly(loss: Loss, z: Tensor, y: Tensor, g: Tensor) -> Both:
     """In float64, by their definitions."""
     z, v = z.double(), z.shape[1]
-    x = before(loss, z)
-    m = x.amax(1)
-    gap = x - m[:, None]
+    m = z.amax(1)
+    gap = z - m[:, None]
     exp = gap.exp()
     hits = torch.nn.functional.one_hot(y.clamp(min=0), v) * (y >= 0)[:, None]
-    values = {"max": m, "sumexp": exp.sum(1), "pick": (hits * x).sum(1), "sum": gap.sum(1)}
+    values = {"max": m, "sumexp": exp.sum(1), "pick": (hits * z).sum(1), "sum": gap.sum(1)}
     packed = torch.stack([values[name] for name in loss.which.split(",")])
     _, a, b, *rest = coefficients(loss.program(v), packed, [g.double()])
-    dz = a[:, None] * exp + b[:, None] * hits + sum(c[:, None] for c in rest)
-    return packed, after(loss, dz, z)
+    return packed, a[:, None] * exp + b[:, None] * hits + sum(c[:, None] for c in rest)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +127,7 @@ def measured(n: int, v: int, budget: Budget) -> Iterator[dict[str, Any]]:
         target = torch.empty_like(z)
         steps: dict[str, Callable[[], Any]] = {COPY: functools.partial(target.copy_, z)}
         steps |= {way: functools.partial(f, z, y, g) for way, f in made.items()}
-        if loss.program is of_cross_entropy and not loss.capped:
+        if loss.program is of_cross_entropy:
             steps |= by_peers(z, y, target)
         times = timed(steps, budget)
         rows = [

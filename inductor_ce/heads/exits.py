@@ -50,8 +50,8 @@ class Exits:
         return bool(self._sums or self._others)
 
     @property
-    def read_products_alone(self) -> bool:
-        """Whether products alone read the gradient of the logits of a piece, of which there are some."""
+    def sums_nothing_apart(self) -> bool:
+        """Whether there are gradients, and each is of what a product reads: no sum is made beside these."""
         return bool(self._others) and not self._sums
 
     def go_on(self, nodes: list[Node], out: Node) -> None:

@@ -247,8 +247,10 @@ class Pieces:
             return self.build(ops.SOME_ROW_STATS, *given, self.packing.left, piece.index)
         return self.build(ops.ROW_STATS, *given, **node.kwargs)
 
-    def stats_and_gradient(self, made: dict[Node, Node], piece: Range, program: OfRows) -> dict[Node, Node]:
-        """The only statistics of a piece, and, into `made`, the only gradient of the logits."""
+    def stats_and_gradient(
+        self, made: dict[Node, Node], piece: Range, program: OfRows
+    ) -> tuple[dict[Node, Node], dict[Node, Node]]:
+        """The only statistics of a piece, and the only gradient of its logits, each by its node."""
         (node,), (grad,) = self.head.stats, self.head.grads
         given = [self.cut(x, piece) if shape_of(x) else x for x in program.given]
         text, more = program.program, []
@@ -259,8 +261,8 @@ class Pieces:
         op = ops.SOME_ROW_STATS_GRAD if more else ops.ROW_STATS_GRAD
         constants = *self._constants(node, piece), call.which
         both = self.build(op, made[call.z], *constants, given, text.encode(), *more)
-        made[grad] = self.build(operator.getitem, both, 1)
-        return {node: self.build(operator.getitem, both, 0)}
+        packed, dz = (self.build(operator.getitem, both, i) for i in range(2))
+        return {node: packed}, {grad: dz}
 
     def divergence(self, node: Node, made: dict[Node, Node], piece: Range, *rows: list[Node]) -> Node:
         """The `divergence` of a piece, of whose sides the maxima and the sums are given."""

@@ -32,7 +32,9 @@ _SAME = {
 }
 _SPREAD = {aten.expand.default}
 _LITERALS = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # the place of the number
-_OF_NUMBERS = (torch.float32, torch.bool)
+# Those of 16 bits are as Inductor computes them, in float32 and not rounded in between.
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_OF_NUMBERS = (*_FLOATS, torch.bool)
 
 Values = list[Argument]
 
@@ -73,10 +75,9 @@ def row_program(stats: Node, grad: Node, between: Iterable[Node], facts: Facts) 
 
 
 def _as(dtype: torch.dtype, number: float) -> Number:
-    """What a tensor of a dtype has for a number, such as 0."""
-    if dtype == torch.bool:
-        return bool(number)
-    return float(number) if dtype.is_floating_point else number
+    """What a tensor of a dtype has for a number."""
+    with unset_fake_temporarily():
+        return torch.full((), number, dtype=dtype).item()
 
 
 def _is_of_floats(node: Node) -> bool:
@@ -97,6 +98,7 @@ class _Reader:
         self._rows, self._n = shape_of(stats)[1], facts.shape_of(stats)[1]
         self._values: dict[Node, Values] = {stats: [[i] for i in range(k)]}
         self._steps: list[tuple[str, tuple[Argument, ...]]] = []
+        self._places: dict[str, Argument] = {}
         self.given: list[Node] = []
 
     def read(self, node: Node) -> None:
@@ -151,7 +153,7 @@ class _Reader:
             if dtype not in _OF_NUMBERS:
                 raise Unreadable
             values = self.values(args[0], node)
-            if dtype == example_of(node).dtype:
+            if (dtype == torch.bool) == (example_of(node).dtype == torch.bool):
                 return values
             return self._each("float", [values]) if dtype == torch.bool else self._each("ne", [values, [0]])
         if node.target == aten.pow.Tensor_Scalar and args[1] in (1, 2):
@@ -174,9 +176,11 @@ class _Reader:
         return [self._step(name, tuple(v[i % len(v)] for v in operands)) for i in range(count)]
 
     def _step(self, name: str, args: tuple[Argument, ...]) -> Argument:
-        if (name, args) not in self._steps:
+        key = repr((name, args))  # as numbers True, 1 and 1.0 are equal
+        if key not in self._places:
+            self._places[key] = [self._k + len(self._steps)]
             self._steps.append((name, args))
-        return [self._k + self._steps.index((name, args))]
+        return self._places[key]
 
     def values(self, arg: Any, user: Node) -> Values:
         """Of an argument that `user` has."""
@@ -198,7 +202,8 @@ class _Reader:
             return seen
         count = example_of(arg).numel()
         is_of_rows = equal(count, self._rows) and equal(example_of(user).numel(), self._rows)
-        if not (is_of_rows or equal(count, 1)):
+        is_wide = is_of_rows and example_of(arg).dtype == torch.float64
+        if is_wide or not (is_of_rows or equal(count, 1)):
             raise Unreadable
         if arg not in self.given:
             self.given.append(arg)

@@ -266,23 +266,24 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
-    program = _given(coefficients, coefficients.program()) if exits.read_products_alone else None
+    program = _given(coefficients, coefficients.program()) if exits.sums_nothing_apart else None
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
         made = pieces.forward(piece, pieces.waited(after) if head.divergences else after)
+        known: dict[Node, tuple[Node, ...]] = {}
         if program is not None:
-            stats = pieces.stats_and_gradient(made, piece, program)
+            stats, gradients = pieces.stats_and_gradient(made, piece, program)
+            made |= gradients
         else:
             stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
+            if exits or taught or head.divergences:
+                known = coefficients.of(stats, made, piece)
         for node, part in stats.items():
             parts[node].append(part)
         after = list(stats.values())
-        known = {}
-        if program is None and (exits or taught or head.divergences):
-            known = coefficients.of(stats, made, piece)
         after += [so_far[-1] for so_far in coefficients.divergences.values()]
         if exits:
             after = exits.add(made, piece, known)

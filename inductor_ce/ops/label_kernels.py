@@ -25,7 +25,8 @@ def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
 
     NOTE Sort. A library's sort takes the host longer than all of this. Here tiles of the labels are sorted,
     by counting for each label those of its tile that come before it. How many of each other tile do is then
-    found by bisection, and so where it comes among all, and how many are equal.
+    found by bisection, and so where it comes among all, and how many are equal. That is quadratic in their
+    number, and small beside a head of as many rows.
 
     NOTE Frequencies. Fewer than R classes are more frequent than the K N labels over R. So it is enough to
     count how many classes have each of the frequencies up to that, and how many have greater ones.

@@ -35,7 +35,7 @@ def row_stats_grad(
         [K, N] in the dtype of the statistics, and [N, V] in that of z.
 
     Raises:
-        ValueError: wrong rank or dtype, unknown rows.
+        ValueError: wrong rank or dtype, unknown rows, or a program of other statistics or given numbers.
     """
     return _both(z, labels, weights, which, given, program)
 
@@ -43,9 +43,19 @@ def row_stats_grad(
 def _both(
     z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
 ) -> tuple[Tensor, Tensor]:
+    _check(labels, weights, which, given, program)
     packed = row_stats(z, labels, weights, which)
     coefficients = row_program.coefficients(row_program.decode(program), packed, given)
     return packed, row_grad(z, labels, weights, packed[0], coefficients, which)
+
+
+def _check(
+    labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
+) -> None:
+    rows, of = Rows.decode(which, len(labels), len(weights)), row_program.decode(program)
+    sizes = of.n_statistics, len(of.results), of.n_given
+    if sizes != (len(rows), len(rows), len(given)) or any(x.dim() > 1 for x in given) or rows.told:
+        raise ValueError(f"{program} is no program of {which!r} and {len(given)} numbers [N] or []")
 
 
 @torch.library.custom_op("inductor_ce::some_row_stats_grad", mutates_args=())
