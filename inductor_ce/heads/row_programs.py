@@ -30,7 +30,6 @@ _SAME = {
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default),
     *(aten.alias.default, aten.detach.default, aten.clone.default),
 }
-_SPREAD = {aten.expand.default}
 _LITERALS = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # the place of the number
 # Those of 16 bits are as Inductor computes them, in float32 and not rounded in between.
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -61,8 +60,8 @@ def row_program(stats: Node, grad: Node, between: Iterable[Node], facts: Facts) 
     own, its = stats_call(stats), grad_call(grad)
     if (own.z, own.labels, own.weights, own.which) != (its.z, its.labels, its.weights, its.which):
         return None
-    reader = _Reader(stats, len(own.rows), facts)
     with unset_fake_temporarily():
+        reader = _Reader(stats, len(own.rows), facts)
         for node in between:
             reader.read(node)
     try:
@@ -95,7 +94,7 @@ class _Reader:
 
     def __init__(self, stats: Node, k: int, facts: Facts):
         self._facts, self._k = facts, k
-        self._rows, self._n = shape_of(stats)[1], facts.shape_of(stats)[1]
+        self._rows, self._own = shape_of(stats)[1], torch.arange(facts.shape_of(stats)[1])
         self._values: dict[Node, Values] = {stats: [[i] for i in range(k)]}
         self._steps: list[tuple[str, tuple[Argument, ...]]] = []
         self._places: dict[str, Argument] = {}
@@ -116,10 +115,11 @@ class _Reader:
         values = self._rule(node)
         rows = self._facts[node].rows
         assert rows is not None
-        if rows.numel() != len(values) * self._n:
+        n = len(self._own)
+        if rows.numel() != len(values) * n:
             raise Unreadable
-        rows, own = rows.reshape(len(values), self._n), torch.arange(self._n)
-        if not bool(((rows == own) | (rows == NO_ROW)).all()):
+        rows = rows.reshape(len(values), n)
+        if not bool(((rows == self._own) | (rows == NO_ROW)).all()):
             raise Unreadable
         return values
 
@@ -218,7 +218,7 @@ class _Reader:
         own = tensor_of(source)
         if own is None or own.dtype != torch.float32 or self._facts.get(source, EARLY).why_not:
             return None
-        if not equal(own.numel(), example_of(node).numel()) and node.target not in _SPREAD:
+        if not equal(own.numel(), example_of(node).numel()) and node.target != aten.expand.default:
             return None
         if node.target in _SAME:
             return self.values(source, user)

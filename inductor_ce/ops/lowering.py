@@ -24,13 +24,7 @@ from ..common.sources import sources
 from . import counted, group_rank, loops, one_read, one_read_lowering, operators, products, verified
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
-from .products import (
-    ALIGN_ROWS,
-    COMPLETE,
-    ONCE_MADE,
-    TIMES,
-    TIMES_IN_PLACE,
-)
+from .products import ALIGN_ROWS, COMPLETE, ONCE_MADE, TIMES, TIMES_IN_PLACE
 from .rows import ARGMAX, Rows
 from .with_templates import (
     GPUS,

@@ -12,10 +12,10 @@ from .one_read import GRADIENT, Given, OneRead, is_offered
 from .row_program import decode
 from .rows import Rows
 from .with_templates import (
-    GPUS,
     MATRIX_READERS,
     PIECES,
     Limit,
+    has_templates,
     is_made_for_each,
     readable_weights,
     template_named,
@@ -40,8 +40,7 @@ ONCE = Once(2, 2048, 640, 1024)
 
 def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
     """Whether the template can make it: see what is published in `templates/row_stats_grad.py.jinja`."""
-    on_gpu = z.get_device().type in GPUS and torch.version.hip is None
-    if not on_gpu or any(size == 0 for size in z.get_size()) or not inductor.is_buffer(z):
+    if not has_templates(z, weights) or torch.version.hip is not None or not inductor.is_buffer(z):
         return False  # Inductor lets no template absorb a chain that writes more than one result
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
     return is_offered(z.get_dtype(), rows) and not made

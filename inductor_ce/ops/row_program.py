@@ -129,15 +129,16 @@ class RowProgram(NamedTuple):
         values = [*statistics, *given]
 
         def of(argument: Argument) -> Any:
-            return values[argument[0]] if isinstance(argument, list) else argument
+            return values[argument[0]] if isinstance(argument, list) else number(argument)
 
         for name, args in self.steps:
             function = FUNCTIONS[name]
-            op, made = function.op, [of(arg) if isinstance(arg, list) else number(arg) for arg in args]
             if function.of_number is not None and not isinstance(args[1], list):
-                op, made = function.of_number, [made[0], args[1]]
-            values.append(call(op, (*made, torch.float32) if name == "float" else tuple(made)))
-        return [of(r) if isinstance(r, list) else number(r) for r in self.results]
+                values.append(call(function.of_number, (of(args[0]), args[1])))
+            else:
+                more = (torch.float32,) if name == "float" else ()
+                values.append(call(function.op, (*map(of, args), *more)))
+        return [*map(of, self.results)]
 
     # In the templates
 

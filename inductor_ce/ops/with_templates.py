@@ -51,11 +51,16 @@ def lowered(
     """By the template on a GPU, and by Inductor's loops elsewhere or if the template cannot be had."""
     args = (z, labels, weights, *others)
     result = None
-    # A constant that a template absorbs would not have the shape of its tile.
-    constant = any(map(inductor.is_constant, [z, *(q for q in weights if len(q.get_size()) == 2)]))
-    if z.get_device().type in GPUS and not _is_empty(z) and not constant:
+    if has_templates(z, weights):
         result, _ = attempt("the loss runs on Inductor's own loops, more slowly", template, *args)
     return by_loops(*args) if result is None else result
+
+
+def has_templates(z: IRNode, weights: list[IRNode]) -> bool:
+    """Whether a template may read these: on a GPU, and where there is something to read."""
+    # A constant that a template absorbs would not have the shape of its tile.
+    constant = any(map(inductor.is_constant, [z, *(q for q in weights if len(q.get_size()) == 2)]))
+    return z.get_device().type in GPUS and not _is_empty(z) and not constant
 
 
 def is_made_for_each(q: IRNode) -> bool:
