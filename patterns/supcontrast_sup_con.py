@@ -19,7 +19,7 @@ def loss(features, labels, temperature=0.2):
     similarities = torch.div(torch.matmul(features, features.T), temperature)
     top, _ = torch.max(similarities, dim=1, keepdim=True)
     logits = similarities - top.detach()
-    others = torch.scatter(torch.ones_like(mask), 1, torch.arange(N).view(-1, 1), 0)
+    others = torch.scatter(torch.ones_like(mask), 1, torch.arange(N, device=mask.device).view(-1, 1), 0)
     mask = mask * others
     exponentials = torch.exp(logits) * others
     log_prob = logits - torch.log(exponentials.sum(1, keepdim=True))

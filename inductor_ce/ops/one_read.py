@@ -166,8 +166,11 @@ class OneRead:
 
     @property
     def moved(self) -> list[str]:
-        picks = [f"pick_{j}" for j in range(self.rows.labels)]
-        return ["moved_d", *(f"moved_{name}" for name in self.variables), *picks]
+        return ["moved_d", *(f"moved_{name}" for name in self.variables)]
+
+    @property
+    def picked(self) -> list[str]:
+        return [f"pick_{j}" for j in range(self.rows.labels)]
 
     # A load is written once per input name, so what is loaded in several places has as many.
 
@@ -176,16 +179,14 @@ class OneRead:
         return [f"z_pick_{j}" for j in range(self.rows.labels)]
 
     @property
-    def logits_of_sums(self) -> list[str]:
-        return [f"z_sum_{j}" for j in range(len(self.sums))]
-
-    @property
     def logits_again(self) -> list[str]:
-        return _twice([*self.picks, *self.logits_of_sums])
+        return _twice(self.picks)
 
     @property
-    def weights_of_sums(self) -> list[str]:
-        return [f"weights_{row.index}_of_{k}" for k, row in enumerate(self.sums)]
+    def weights_of_sums(self) -> dict[int, str]:
+        """The names of those that sums read, by which they are."""
+        names = self.rows.weight_names
+        return {row.index: names[row.index] for row in self.sums if row.index is not None}
 
     @property
     def weights_again(self) -> list[str]:
@@ -193,15 +194,12 @@ class OneRead:
 
     @property
     def weights(self) -> list[str]:
-        of_sums = [
-            name for name, row in zip(self.weights_of_sums, self.sums, strict=True) if row.index is not None
-        ]
-        return [*_twice(of_sums), *self.weights_again]
+        return [*_twice([*self.weights_of_sums.values()]), *self.weights_again]
 
     @property
     def weights_read(self) -> list[int]:
         """Which weight each of these is."""
-        of_sums = [row.index for row in self.sums if row.index is not None]
+        of_sums = [*self.weights_of_sums]
         return [*of_sums, *of_sums, *range(len(self.weights_again))]
 
 

@@ -22,7 +22,8 @@ from .with_templates import (
     triton_type,
 )
 
-WARP, LANE = 32, 8  # threads, and columns of one of them in one vector of 16-bit numbers
+WARP = 32
+VECTOR_BYTES = 16  # what a thread loads at a time
 WORD_BYTES = 8
 
 
@@ -46,19 +47,25 @@ def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
     return is_offered(z.get_dtype(), rows) and not made
 
 
-def configuration(v: int, rows: Rows) -> dict[str, Any]:
-    """What the template is given at V = v."""
+def configuration(v: int, itemsize: int, rows: Rows) -> dict[str, Any]:
+    """What the template is given at V = v, of logits of so many bytes each."""
     largest = 1 << (v.bit_length() - 1)
     block = min(ONCE.block, largest)
-    warps = max(1, min(ONCE.warps, block // (WARP * LANE)))
+    align = min(16, v & -v, largest)
+    columns = min(VECTOR_BYTES // itemsize, align, block)
+    warps = max(1, min(ONCE.warps, block // (WARP * columns)))
+    lanes = min(warps * WARP, block // columns)
     blocks = -(-v // block)
-    lanes = max(blocks + rows.labels, warps * WARP)  # each thread has a word: all find out alike
+    words = max(blocks + rows.labels, warps * WARP)  # each thread has one: all find out alike
     return {
         "BLOCK": block,
+        "REPS": block // (lanes * columns),
+        "LANES": lanes,
+        "COLS": columns,
         "num_warps": warps,
-        "ALIGN": min(16, v & -v, largest),
+        "ALIGN": align,
         "V": v,
-        "T": 1 << (lanes - 1).bit_length(),
+        "T": 1 << (words - 1).bit_length(),
         "DELAY": max(ONCE.delay, blocks + blocks // 2) if ONCE.delay else 0,
         "SPIN": ONCE.spin,
         "ACC_TYPE": triton_type(torch.float32),
@@ -92,7 +99,7 @@ def by_template(
         inductor.reads(other, z) for other in others
     )
     stats = inductor.empty(z, torch.float32, [len(rows), n])
-    chosen = configuration(v, rows)
+    chosen = configuration(v, z.get_dtype().itemsize, rows)
     words = one.words_of_row(-(-v // chosen["BLOCK"]))
     dz = inductor.choose(
         template_named("row_stats_grad", _one_program_a_block_and_some),
