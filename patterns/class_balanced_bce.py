@@ -11,7 +11,7 @@ N, V = 16, 48
 
 
 def inputs():
-    samples = torch.randint(500, 5000, (V,)).float()  # of a few, 1 - beta^n is all rounding
+    samples = torch.randint(500, 5000, (V,)).float()  # of few, 1 - beta^n is all rounding
     return torch.randn(N, V, requires_grad=True), torch.randint(V, (N,)), samples
 
 
