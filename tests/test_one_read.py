@@ -34,7 +34,7 @@ def delay(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """As short as may be, and small blocks: an interpreter has one program at a time."""
     once = one_read_lowering.ONCE._replace(block=BLOCK, delay=getattr(request, "param", 1), spin=1)
     monkeypatch.setattr(one_read_lowering, "ONCE", once)
-    monkeypatch.setattr(one_read, "MOST_SUMS", len(SUMS) + 2)
+    monkeypatch.setattr(one_read, "is_faster", lambda *_: True)
 
 
 # Without a delay a program waits for the blocks behind its own, which in an interpreter never come.
@@ -344,18 +344,23 @@ def test_a_program_of_something_else() -> None:
 # Where there is no such template
 
 
-def test_many_sums_have_two(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("v", "others", "templates"),
+    [(304, [], 1), (304, ["sum"], 1), (304, ["sumexpz"], 2), (304, ["dot:0"], 2), (300, [], 2)],
+)
+def test_where_two_are_no_slower(
+    v: int, others: list[str], templates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    inputs = [logits(300, torch.bfloat16), *labels_for(300, 1), torch.rand(N)]
-    for others, templates in ((["sum"], 1), (["sum", "sumexpz"], 2)):
-        which = reference.rows(1, *others)
-        program = of_cross_entropy(1, *[0.1] * len(others)).encode()
+    weights = weights_for(v, 1) if "dot:0" in others else []
+    inputs = [logits(v, torch.bfloat16), *labels_for(v, 1), torch.rand(N), *weights]
+    which, program = reference.rows(1, *others), of_cross_entropy(1, *[0.1] * len(others)).encode()
 
-        def f(z: Tensor, y: Tensor, g: Tensor, which: str = which, program: str = program) -> Any:
-            return ops.ROW_STATS_GRAD(z.view(z.shape), [y], [], which, [g], program)
+    def f(z: Tensor, y: Tensor, g: Tensor, *weights: Tensor) -> Any:
+        return ops.ROW_STATS_GRAD(z.view(z.shape), [y], [*weights], which, [g], program)
 
-        (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
-        assert len([name for name in wrapper.launches if "tem" in name]) == templates
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
+    assert len([name for name in wrapper.launches if "tem" in name]) == templates
 
 
 def test_a_chain_before_has_two() -> None:

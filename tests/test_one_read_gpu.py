@@ -28,7 +28,8 @@ ALONE = {"delay": 0, "spin": 0}  # who is not there yet is helped at once
 
 
 @pytest.fixture(autouse=True)
-def nothing_cached() -> Iterator[None]:
+def nothing_cached(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(one_read, "is_faster", lambda *_: True)
     lowering.register()
     torch._dynamo.reset()
     with torch._inductor.config.patch(force_disable_caches=True):
@@ -79,8 +80,7 @@ def test_any_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("v", [50, 9000])
-def test_every_sum(v: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(one_read, "MOST_SUMS", len(SUMS) + 2)
+def test_every_sum(v: int) -> None:
     weights = torch.randn(v, device="cuda"), torch.randn(70, v, device="cuda").bfloat16()
     check(70, v, torch.bfloat16, "sum", "sumexpz", *SUMS, weights=weights)
 

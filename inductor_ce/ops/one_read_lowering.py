@@ -8,7 +8,7 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
-from .one_read import GRADIENT, Given, OneRead, is_offered
+from .one_read import GRADIENT, VECTOR_BYTES, Given, OneRead, is_offered
 from .row_program import decode
 from .rows import Rows
 from .with_templates import (
@@ -23,7 +23,6 @@ from .with_templates import (
 )
 
 WARP = 32
-VECTOR_BYTES = 16  # what a thread loads at a time
 WORD_BYTES = 8
 
 
@@ -44,7 +43,7 @@ def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
     if not has_templates(z, weights) or torch.version.hip is not None or not inductor.is_buffer(z):
         return False  # Inductor lets no template absorb a chain that writes more than one result
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
-    return is_offered(z.get_dtype(), rows) and not made
+    return is_offered(z.get_dtype(), inductor.specialised(z.get_size()[1]), rows) and not made
 
 
 def configuration(v: int, itemsize: int, rows: Rows) -> dict[str, Any]:
