@@ -116,6 +116,17 @@ def test_the_empty_block_is_the_identity(seed: int) -> None:
         torch.testing.assert_close(combined_, whole, rtol=0, atol=0, equal_nan=True)
 
 
+def test_a_block_of_the_lowest_numbers() -> None:
+    """As a mask has them: its exponentials are 1 beside its own maximum, and nothing beside the row's."""
+    torch.manual_seed(0)
+    z, q, lowest = torch.randn(N, 40), 3 * torch.rand(40), torch.finfo(torch.float32).min
+    z[:, 20:] = lowest
+    which = "max,sumexp,sumexpz,expdot:0,expzdot:0,keptexpdot:0"
+    parts = [ops.row_stats(z[:, i], [], [q[i]], which) for i in (slice(20), slice(20, 40))]
+    actual = combined(ops.Rows.decode(which, 0, 1).law(), torch.stack(parts), torch.full((2, 1), 20.0))
+    torch.testing.assert_close(actual, parts[0])
+
+
 @laws
 @given(st.integers(0, 2**31))
 def test_known_masses_stand_for_rows(seed: int) -> None:

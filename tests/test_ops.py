@@ -329,11 +329,12 @@ def test_16_bit_ties_are_ties() -> None:
 
 @pytest.mark.parametrize("outside", [-torch.inf, -1e30, -3e38, -5000.0])
 def test_a_logit_of_minus_infinity_is_the_limit(outside: float) -> None:
-    """In sumexpz and expdot it counts 0, and so it does in their gradients."""
+    """In what has exp it counts 0, whatever its weight is, and so it does in the gradients."""
     z, q = logits(), torch.randn(V)
+    q[[0, 4, V - 1]] = 3.0
     z[:, [0, 4, V - 1]] = outside
     keep = [i for i in range(V) if i not in (0, 4, V - 1)]
-    which = "max,sumexp,sumexpz,expdot:0"
+    which = "max,sumexp,sumexpz,expdot:0,expzdot:0,keptexpdot:0"
     z.requires_grad_()
     actual = ops.row_stats(z, [], [q], which)
     torch.testing.assert_close(actual, ops.row_stats(z[:, keep], [], [q[keep]], which))

@@ -85,11 +85,12 @@ def _beside(
 
 def _moved(block: Tensor, move: Move, rise: Tensor, scale: Tensor, beside: Tensor | None) -> Tensor:
     """The sum of each block with its differences taken from the maximum of the whole row."""
-    if beside is not None:
-        block = block + beside * rise
     if move.order is None:
-        return block
-    return block * (scale if move.order == 1 else (move.order * rise).exp())
+        return block if beside is None else block + beside * rise
+    factor = scale if move.order == 1 else (move.order * rise).exp()
+    moved = block * factor
+    # Where the rise is such that its exp vanishes, that comes first: times what is beside it may be infinite.
+    return moved if beside is None else moved + beside * (rise * factor)
 
 
 def _first_largest(peaks: Tensor, sums: Tensor, columns: Tensor) -> Tensor:

@@ -94,8 +94,8 @@ KEPT_MASS = Statistic("keptmass", Per.WEIGHT, term="limit(q)")
 EXPZDOT = Statistic(
     "expzdot",
     Per.WEIGHT,
-    term="limit(q * gap * exp)",
-    slope="c * limit(q * (gap + 1) * exp)",
+    term="limit(q * (gap * exp))",
+    slope="c * limit(q * ((gap + 1) * exp))",
     beside="keptexpdot",
     has_exp=True,
 )
