@@ -6,6 +6,7 @@ import functools
 import re
 from typing import Any
 
+import gpu_codegen
 import interpreter
 import kernel_reference as reference
 import pytest
@@ -370,6 +371,29 @@ def test_a_chain_before_has_two() -> None:
     def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         capped = 30 * torch.tanh(z / 30)
         return ops.ROW_STATS_GRAD(capped, [y], [], reference.rows(1), [g], of_cross_entropy(1).encode())
+
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
+    assert [name for name in wrapper.launches if "tem" in name] == wrapper.launches[::2]
+    assert len(wrapper.launches) == 3
+
+
+def test_a_number_of_the_cpu_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes it beside tensors of a GPU, and so does a loop; a template would be given no pointer."""
+    move = gpu_codegen.move_to_gpu
+
+    def moved(graph: torch.fx.GraphModule) -> list[Any]:
+        places = [node for node in graph.graph.nodes if node.op == "placeholder"]
+        numbers = {node: node.meta["val"] for node in places if not node.meta["val"].dim()}
+        move(graph)
+        for node, number in numbers.items():
+            node.meta["val"] = number
+        return [node.meta["val"] for node in places]
+
+    monkeypatch.setattr(gpu_codegen, "move_to_gpu", moved)
+    inputs = [logits(300), *labels_for(300, 1), torch.tensor(0.5)]
+
+    def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.ROW_STATS_GRAD(z, [y], [], reference.rows(1), [g], of_cross_entropy(1).encode())
 
     (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
     assert [name for name in wrapper.launches if "tem" in name] == wrapper.launches[::2]

@@ -176,7 +176,7 @@ def _row_stats_grad(
     """By one template, or by what makes statistics and what makes gradients."""
     rows = Rows.decode(which, len(labels), len(weights))
     added = is_added_to_others(GRADIENTS, one_read.GRADIENT)
-    if one_read_lowering.is_known(z, weights, rows) and not added:
+    if one_read_lowering.is_known(z, weights, rows, given) and not added:
         args = Limit(left, piece), z, labels, weights, rows, given, program
         both, _ = attempt("the logits are read twice, more slowly", one_read_lowering.by_template, *args)
         if both is not None:

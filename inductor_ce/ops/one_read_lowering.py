@@ -38,10 +38,14 @@ class Once(NamedTuple):
 ONCE = Once(2, 2048, 640, 1024)
 
 
-def is_known(z: IRNode, weights: list[IRNode], rows: Rows) -> bool:
+def is_known(z: IRNode, weights: list[IRNode], rows: Rows, given: list[IRNode]) -> bool:
     """Whether the template can make it: see what is published in `templates/row_stats_grad.py.jinja`."""
     if not has_templates(z, weights) or torch.version.hip is not None or not inductor.is_buffer(z):
         return False  # Inductor lets no template absorb a chain that writes more than one result
+    if any(x.get_device() != z.get_device() for x in given):
+        return (
+            False  # a number of the CPU, which torch takes beside tensors of a GPU, and a template does not
+        )
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
     return is_offered(z.get_dtype(), inductor.specialised(z.get_size()[1]), rows) and not made
 
