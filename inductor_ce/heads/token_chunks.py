@@ -225,8 +225,7 @@ def _may_be_read_once(head: Head) -> bool:
         z = args_of(z)[0]
     straight = any(z is product.node for product in head.products)
     of_classes = all(example_of(q).dim() == 1 for q in call.weights)
-    logits = example_of(z)
-    return straight and of_classes and is_offered(logits.dtype, logits.shape[1], call.rows)
+    return straight and of_classes and is_offered(example_of(z).dtype, head.v, call.rows)
 
 
 def _unaliased(node: Node) -> Node:
