@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from pairwise import EVERYTHING
 from torch import Tensor
 
 from inductor_ce import ops
-from inductor_ce.ops import counted, counted_kernels, lowering, operators, product_kernels
+from inductor_ce.ops import counted, counted_kernels, gemm, lowering, operators, product_kernels, products
 
 KERNELS = "inductor_ce.ops.product_kernels"
 SHARED = 227 * 1024  # bytes of shared memory that a program of an H200 may have
@@ -193,6 +194,47 @@ def test_product_of_rows(left: int, biased: bool) -> None:
     right = a.double() @ w.t().double() + biased * bias.double()
     torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
     assert (made[-(-left // 128) * 128 :] == 7).all()
+
+
+BIASES: dict[str, Callable[[int], Tensor]] = {
+    "a column": lambda v: torch.randn(v, 3).half()[:, 1],
+    "one for all": lambda v: torch.randn(1).half(),
+    "one that is expanded": lambda v: torch.randn(1).half().expand(v),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+@pytest.mark.parametrize(("by", "v"), [("the host", 200), ("the device", 200), ("a library", 203)])
+def test_a_bias_of_any_stride(name: str, by: str, v: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a library's product of unaligned columns each part is one of its own."""
+
+    def product(out: Tensor, *arguments: Any) -> None:
+        out.copy_(interpreted("product_of_rows", out, *arguments)[0])
+
+    monkeypatch.setattr(counted_kernels, "product_of_rows", product)
+    monkeypatch.setattr(counted_kernels, "has_product", lambda *factors: by != "a library")
+    monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8)
+    monkeypatch.setattr(products, "rows_of_piece", lambda *given: None if by == "the device" else 128)
+    a, w, bias = torch.randn(128, 72).half(), torch.randn(v, 72).half(), BIASES[name](v)
+    left = torch.tensor([128], dtype=torch.int32) if by == "the device" else None
+    z = torch.ops.inductor_ce.logits(a, w.t(), bias, [], None, left)
+    right = a.double() @ w.t().double() + bias.double()
+    torch.testing.assert_close(z.double(), right, rtol=2e-3, atol=2e-2)
+
+
+FACTORS = torch.randn(16, 304).half()
+
+
+def test_factors_from_any_address_on() -> None:
+    """What is copied to an aligned address can be read in tiles as before."""
+    for x in (FACTORS[:, 4:104], FACTORS[:, 4:104].t(), FACTORS[1:, :104]):
+        assert counted_kernels.has_tiles(x)
+        made = counted_kernels._aligned(x)
+        assert torch.equal(made, x)
+        assert made.data_ptr() % 16 == 0
+        counted_kernels._tiles(made, 64, 64)
+    for x in (FACTORS[0].expand(16, -1), FACTORS.t()[:, :1].expand(-1, 16), FACTORS.float()):
+        assert not counted_kernels.has_tiles(x)
 
 
 def divided(parts: Tensor, *arguments: Any) -> None:

@@ -35,9 +35,10 @@ COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
 def has_tiles(x: Tensor) -> bool:
-    """Whether a factor can be read in tiles: 16 bits, and aligned rows of itself or of its transpose."""
-    row, column = x.stride()
-    return x.itemsize == 2 and ((column == 1 and row % 8 == 0) or (row == 1 and column % 8 == 0))
+    """Whether a factor can be read in tiles: 16 bits, and of it or its transpose aligned rows, each apart."""
+    (n, k), (row, column) = x.shape, x.stride()
+    has_rows = column == 1 and row % 8 == 0 and row >= k
+    return x.itemsize == 2 and (has_rows or (row == 1 and column % 8 == 0 and column >= n))
 
 
 @functools.cache
@@ -57,7 +58,10 @@ def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
 def product_of_rows(
     out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None = None
 ) -> None:
-    """Row i of `out` [n, M] becomes a [n, K] b [K, M], plus bias [M], for i < left. Some more are written."""
+    """Row i of `out` [n, M] becomes a [n, K] b [K, M], plus bias [M], for i < left. Some more are written.
+
+    The bias is contiguous.
+    """
     _product(out, a, b, left, bias, accumulate=False, over=False)
 
 
@@ -121,7 +125,8 @@ def _product(
 
 
 def _aligned(x: Tensor) -> Tensor:
-    return x.clone() if x.data_ptr() % VECTOR else x
+    """The same from an aligned address on. A clone would have its rows next to each other."""
+    return x.new_empty_strided(x.shape, x.stride()).copy_(x) if x.data_ptr() % VECTOR else x
 
 
 def _with_base(known: dict[str, Any], x: Tensor) -> TensorDescriptor:

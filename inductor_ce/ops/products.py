@@ -67,9 +67,11 @@ def logits(
     host: Tensor | None = None,
     piece: int = 0,
 ) -> Tensor:
-    """a [n, D] times b [D, V], plus `bias`, in `dtype`, which is that of the factors or float32 beside 16-bit
-    ones. What is in `after` is not read; it is made before."""
+    """a [n, D] times b [D, V], plus `bias` [V] or [1], in `dtype`, which is that of the factors or float32
+    beside 16-bit ones. What is in `after` is not read; it is made before."""
     z, most = _empty_logits(a, b, dtype), a.shape[0]
+    if bias is not None:
+        bias = bias.expand(b.shape[1]).contiguous()  # as the kernel, and who takes a part of it, has it
     n = rows_of_piece(left, host, piece, most)
     if n is None and left is not None and counted_kernels.has_product(z, a, b):
         if is_to_load(left, z, a, b):
