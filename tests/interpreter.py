@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 from unittest import mock
@@ -58,12 +58,20 @@ def compiles(kernel: Any, types: dict[str, str], **constants: int) -> bool:
 
 
 def run(
-    source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Tensor], *outputs: torch.Tensor
+    source: str,
+    name: str,
+    grid: tuple[int, ...],
+    arguments: list[torch.Tensor],
+    *outputs: torch.Tensor,
+    order: Sequence[int] | None = None,
 ) -> None:
-    """Launch kernel `name`; each of `outputs` is one of its arguments."""
+    """Launch kernel `name`; each of `outputs` is one of its arguments.
+
+    Its programs run one after another, by their numbers, or in an `order` of these.
+    """
     places = [next(i for i, a in enumerate(arguments) if a is output) for output in outputs]
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
-        results = _process().submit(_run, source, name, grid, arguments, places).result()
+        results = _process().submit(_run, source, name, grid, arguments, places, order).result()
     for output, result in zip(outputs, results, strict=True):
         output.copy_(result)
 
@@ -80,9 +88,14 @@ def _process() -> ProcessPoolExecutor:
 
 
 def _run(
-    source: str, name: str, grid: tuple[int, ...], arguments: list[torch.Tensor], places: list[int]
+    source: str,
+    name: str,
+    grid: tuple[int, ...],
+    arguments: list[torch.Tensor],
+    places: list[int],
+    order: Sequence[int] | None,
 ) -> Any:
-    with _only_in(arguments):
+    with _only_in(arguments), _in_order(order):
         kernel = load_kernel(source.replace("libdevice.fast_expf(", "tl.exp("), name)  # it has no libdevice
         kernel.fn.__globals__["range"] = _range
         kernel[grid](*arguments)
@@ -108,6 +121,19 @@ def _range(*bounds: Any) -> Iterator[Any]:
     for i in range(*bounds):
         handle = triton.runtime.interpreter.TensorHandle(np.array([i], dtype=np.int32), tl.int32)
         yield tl.core.tensor(handle, tl.int32)
+
+
+@contextlib.contextmanager
+def _in_order(order: Sequence[int] | None) -> Iterator[None]:
+    """The n-th program of a grid of one dimension is order[n]."""
+    builder = triton.runtime.interpreter.interpreter_builder
+    begin = builder.set_grid_idx
+
+    def begin_another(x: int, *others: int) -> None:
+        begin(x if order is None else order[x], *others)
+
+    with mock.patch.object(builder, "set_grid_idx", begin_another):
+        yield
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import re
 from typing import Any
 
@@ -147,6 +148,13 @@ def test_what_is_not_finite() -> None:
     check(z, [labels], [], reference.rows(1), of_cross_entropy(1), [torch.full((len(z),), 0.5)])
 
 
+def test_the_lowest_numbers() -> None:
+    """As masks have them, in a block of nothing else and among others: exp of them is 0 before all else."""
+    z, q, others = logits(600), torch.full((600,), 3.0), ["sumexpz", "expdot:0", "expzdot:0", "keptexpdot:0"]
+    z[:, 200:520] = torch.finfo(z.dtype).min
+    check(z, labels_for(600, 1), [q], reference.rows(1, *others), of_cross_entropy(1, *[0.1] * len(others)))
+
+
 @pytest.mark.parametrize("left", [0, 2, 16])
 def test_rows_that_do_not_count_are_not_written(left: int) -> None:
     z, (y,), g, program = logits(600), labels_for(600, 1), torch.rand(N), of_cross_entropy(1)
@@ -179,26 +187,53 @@ def test_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert packed.numel() == dz.numel() == 0
 
 
+@functools.cache
+def kernel_over(v: int, dtype: torch.dtype, n_labels: int, which: str, program: str, delay: int) -> Wrapper:
+    """Of logits that a product makes, and that are overwritten."""
+
+    def f(h: Tensor, w: Tensor, g: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.ops.inductor_ce.logits(h, w, None, [])
+        packed, dz = ops.ROW_STATS_GRAD(z, [*labels], [], which, [g], program)
+        return packed, dz @ w.t()
+
+    inputs = [torch.empty(N, 8, dtype=dtype), torch.empty(8, v, dtype=dtype), torch.empty(N)]
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of([*inputs, *labels_for(v, n_labels)])))
+    name = str(dtype).removeprefix("torch.")
+    assert (N, v) not in wrapper.allocations_of(name), "the gradient has memory of its own"
+    return wrapper
+
+
 @pytest.mark.parametrize("v", [256, 304, 600])
 @in_time_and_by_help
 def test_over_the_logits(v: int) -> None:
     """Who helps reads what others have overwritten, and so does the last block, of the one before it."""
-    h, w = torch.randn(N, 8, dtype=torch.bfloat16), torch.randn(8, v, dtype=torch.bfloat16)
-    (y,), g, program = labels_for(v, 1), torch.rand(N), of_cross_entropy(1)
-
-    def f(h: Tensor, w: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        z = torch.ops.inductor_ce.logits(h, w, None, [])
-        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], reference.rows(1), [g], program.encode())
-        return packed, dz @ w.t()
-
-    (wrapper,) = generate(f, *(like.meta() for like in Like.of([h, w, y, g])))
-    assert wrapper.allocations_of("bfloat16") == [(N, 8)], "the gradient has memory of its own"
-    z = (h @ w).contiguous()
-    expected = run(z, [y], [], [g], reference.rows(1), program)
-    packed = torch.full((3, N), torch.nan)
-    interpret(wrapper, [h, w, y, g], z, packed)
+    z, (y,), g, program = logits(v, torch.bfloat16), labels_for(v, 1), torch.rand(N), of_cross_entropy(1)
+    which, delay = reference.rows(1), one_read_lowering.ONCE.delay
+    wrapper = kernel_over(v, z.dtype, 1, which, program.encode(), delay)
+    expected = run(z, [y], [], [g], which, program)
+    packed, h, w = torch.full((3, N), torch.nan), z.new_empty(N, 8), z.new_empty(8, v)
+    interpret(wrapper, [h, w, g, y], z, packed)
     assert torch.equal(packed, expected[0])
     assert torch.equal(z, expected[1])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("v", "dtype"), [(600, torch.bfloat16), (1300, torch.float16), (300, torch.float32)])
+def test_over_the_logits_in_any_order(v: int, dtype: torch.dtype, seed: int) -> None:
+    """Blocks whose sums others have made, and have overwritten, before their own programs begin."""
+    rows, labels, g = -(-v // 8) * 8, labels_for(v, 2), torch.rand(N)
+    memory = torch.full((N, rows), 7.0, dtype=dtype)
+    z = memory[:, :v].copy_(logits(v, dtype))
+    which, program = reference.rows(2, "sum"), of_cross_entropy(2, 0.1)
+    wrapper = kernel_over(v, dtype, 2, which, program.encode(), one_read_lowering.ONCE.delay)
+    expected = run(z.contiguous(), labels, [], [g], which, program)
+    packed, h, w = torch.full((5, N), torch.nan), z.new_empty(N, 8), z.new_empty(8, v)
+    launch = launch_of(wrapper, [h, w, g, *labels], z, packed)
+    order = random.Random(seed).sample(range(launch.grid[0]), launch.grid[0])
+    interpreter.run(launch.source, launch.name, launch.grid, launch.arguments, *launch.written, order=order)
+    assert torch.equal(packed, expected[0])
+    assert torch.equal(z, expected[1])
+    assert (memory[:, v:] == 7).all()
 
 
 @in_time_and_by_help
