@@ -322,6 +322,20 @@ def test_a_class_that_is_0_beside_all(f, logit):
     assert (sites(), misses()) == (1, 0)
 
 
+@pytest.mark.parametrize("logit", MASKED)
+def test_an_entropy_whose_weights_are_above_1(logit):
+    """A probability of 0 times the lowest logarithm is 0, whatever a weight would make of that alone."""
+
+    def loss(z, y):
+        z, weights = z.scatter(1, y[:, None], logit), torch.linspace(3, 0.5, V)
+        return -(z.softmax(1) * z.log_softmax(1) * weights).sum(1).mean()
+
+    args = (torch.randn(N, V, requires_grad=True), inputs()[3])
+    compiled, _ = compile_rewritten(loss)
+    check_numbers(gallery.run(compiled, args), loss, args)
+    assert (sites(), misses()) == (1, 0)
+
+
 def additive_margin(z, y):
     """A denominator by hand, of exponentials."""
     own = torch.diagonal(z.transpose(0, 1)[y]) - 18
