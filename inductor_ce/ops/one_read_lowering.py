@@ -22,6 +22,7 @@ from .with_templates import (
     triton_type,
 )
 
+READERS = {*MATRIX_READERS, "output"}  # who, if nobody else, lets the gradient lie over the logits
 WARP = 32
 WORD_BYTES = 8
 
@@ -94,7 +95,7 @@ def by_template(
     weighed = [q[j] for j in one.weights_read]
     others = [*own, *weighed, *map(inductor.readable, given), *limit.inputs()]
     z = inductor.readable(z)
-    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result=GRADIENT) and not any(
+    over = inductor.may_overwrite(z, READERS, PIECES, result=GRADIENT) and not any(
         inductor.reads(other, z) for other in others
     )
     stats = inductor.empty(z, torch.float32, [len(rows), n])
