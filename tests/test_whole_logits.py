@@ -152,6 +152,10 @@ def twice(z: Tensor, y: Tensor) -> Tensor:
     return mean(z, y) + torch.logsumexp(z, -1).square().mean() * mean(z, y.flip(1))
 
 
+def checkpointed(z: Tensor, y: Tensor) -> Tensor:
+    return torch.utils.checkpoint.checkpoint(mean, z, y, use_reentrant=False)
+
+
 LEFT: dict[str, tuple[Loss, torch.dtype, int, str]] = {
     "a chain": (unfused, torch.float32, V, "a chain before the logits"),
     "other sums": (entropy, torch.float32, V, "one kernel for both is not faster than two"),
@@ -163,6 +167,7 @@ LEFT: dict[str, tuple[Loss, torch.dtype, int, str]] = {
     ),
     "each row": (of_each_row, torch.float32, V, "the upstream gradient differs from row to row"),
     "float16": (mean, torch.float16, V, OUT_OF_RANGE),
+    "a checkpoint": (checkpointed, torch.float32, V, "a checkpoint makes the logits again"),
 }
 
 

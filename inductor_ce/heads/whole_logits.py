@@ -50,6 +50,8 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
     """
     call = stats_call(stats)
     grad = _only_gradient(readers_of(call.z), stats)
+    if "recompute" in stats.meta:
+        raise NoHead("a checkpoint makes the logits again in the backward, and holds nothing of their size")
     if is_pointwise(_base_of(call.z)):
         raise NoHead("a chain before the logits would be in memory for it")
     v = shape_of(call.z)[1]
