@@ -148,16 +148,16 @@ def of_each_row(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z.view(-1, V), y.view(-1), reduction="none")
 
 
-def twice(z: Tensor, y: Tensor) -> Tensor:
-    return mean(z, y) + torch.logsumexp(z, -1).square().mean() * mean(z, y.flip(1))
-
-
 def checkpointed(z: Tensor, y: Tensor) -> Tensor:
     return torch.utils.checkpoint.checkpoint(mean, z, y, use_reentrant=False)
 
 
+def of_half_the_classes(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.view(-1, V)[:, : V // 2], y.view(-1).clamp(max=V // 2 - 1))
+
+
 LEFT: dict[str, tuple[Loss, torch.dtype, int, str]] = {
-    "a chain": (unfused, torch.float32, V, "a chain before the logits"),
+    "a chain": (unfused, torch.float32, V, "the logits are not in memory as they are"),
     "other sums": (entropy, torch.float32, V, "one kernel for both is not faster than two"),
     "unaligned rows": (
         lambda z, y: F.cross_entropy(z.flatten(0, 1), y.view(-1)),
@@ -167,6 +167,7 @@ LEFT: dict[str, tuple[Loss, torch.dtype, int, str]] = {
     ),
     "each row": (of_each_row, torch.float32, V, "the upstream gradient differs from row to row"),
     "float16": (mean, torch.float16, V, OUT_OF_RANGE),
+    "a part": (of_half_the_classes, torch.float32, V, "the logits are not in memory as they are"),
     "a checkpoint": (checkpointed, torch.float32, V, "a checkpoint makes the logits again"),
 }
 
@@ -228,6 +229,19 @@ def test_at_once_where_no_factor_comes_from_above() -> None:
     z, y = torch.randn(N, V), torch.randint(0, V, (N,))
     for ours, expected in zip(graph(z, y), _loss_and_gradient(z, y), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+def test_each_of_two_losses_would_hold_a_gradient() -> None:
+    """Though they read the logits by views of their own."""
+
+    def both(z: Tensor, y: Tensor) -> Tensor:
+        return _loss_and_gradient(z, y)[1] + _loss_and_gradient(z.view(1, N, V).view(N, V), y.flip(0))[1]
+
+    graph = torch.fx.experimental.proxy_tensor.make_fx(both, tracing_mode="fake")(
+        torch.randn(N, V), torch.randint(0, V, (N,))
+    )
+    assert all("with the statistics" not in each.plan.reason for each in fuse_heads(graph.graph, Options()))
+    assert not graph.graph.find_nodes(op="call_function", target=ops.ROW_STATS_GRAD)
 
 
 def _loss_and_gradient(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,22 +19,21 @@ from .. import ops
 from ..common.compat.graphs import is_tangent
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
-from ..graph.walk import args_of
+from ..graph.walk import args_of, reached
 from ..ops.one_read import is_offered
 from ..ops.products import TIMES
 from .between import Early, between, scalar_of
 from .calls import narrow_args, stats_call
 from .find import Head, NoHead, Product
 from .gradients import scaled
-from .kinds import is_ordered_view, is_pointwise
+from .kinds import PERMUTATIONS, is_ordered_view, is_pointwise
 from .plan import OUT_OF_RANGE
 from .proof import Proof
 from .row_programs import row_program
 
+aten = torch.ops.aten
 
-def readers_of(z: Node) -> list[Node]:
-    """What reads logits for a loss, or for its gradient."""
-    return [node for node in z.users if node.target in (ops.ROW_STATS, ops.ROW_GRAD)]
+_NO_MEMORY = {aten.slice.Tensor, aten.select.int, aten.expand.default, *PERMUTATIONS}
 
 
 def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, Node]:
@@ -49,11 +48,12 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
         NoHead: the gradient is made apart; why.
     """
     call = stats_call(stats)
-    grad = _only_gradient(readers_of(call.z), stats)
+    base = _base_of(call.z)
+    grad = _only_gradient(base, stats)
     if "recompute" in stats.meta:
         raise NoHead("a checkpoint makes the logits again in the backward, and holds nothing of their size")
-    if is_pointwise(_base_of(call.z)):
-        raise NoHead("a chain before the logits would be in memory for it")
+    if is_pointwise(base) or base.target in _NO_MEMORY:
+        raise NoHead("the logits are not in memory as they are, but behind a chain or within others")
     v = shape_of(call.z)[1]
     if not isinstance(v, int) or not is_offered(example_of(call.z).dtype, v, call.rows):
         raise NoHead("one kernel for both is not faster than two")
@@ -73,8 +73,14 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
     return {stats: packed, grad: scaled(build, dz, scale, of_rows=True)}
 
 
-def _only_gradient(readers: Iterable[Node], stats: Node) -> Node:
-    others = [node for node in readers if node is not stats]
+def _only_gradient(base: Node, stats: Node) -> Node:
+    """The `row_grad` of the only loss of the logits, which others may read for something else."""
+
+    def readers(node: Node) -> Iterable[Node]:
+        return node.users if node is base or is_ordered_view(node) else ()
+
+    found = [node for node in reached([base], readers) if node.target in (ops.ROW_STATS, ops.ROW_GRAD)]
+    others = [node for node in found if node is not stats]
     if not others:
         raise NoHead("no gradient is wanted")
     if len(others) > 1 or others[0].target != ops.ROW_GRAD:
