@@ -20,6 +20,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops import DIVERGENCE
+from ..ops.gemm import aligned_strides
 from ..ops.one_read import is_offered
 from ..ops.products import ONCE_MADE
 from .between import Early, again, between, is_atom, scalar_of
@@ -182,7 +183,8 @@ def _may_be_read_once(head: Head) -> bool:
     straight = any(z is product.node for product in head.products)
     of_classes = all(example_of(q).dim() == 1 for q in call.weights)
     logits = example_of(z)
-    return straight and of_classes and is_offered(logits.dtype, logits.shape[1], call.rows)
+    row, _ = aligned_strides(logits.shape[-1], logits.device)
+    return straight and of_classes and is_offered(logits.dtype, row, call.rows)
 
 
 def _unaliased(node: Node) -> Node:
