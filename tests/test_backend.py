@@ -82,7 +82,7 @@ def test_install_and_uninstall():
     assert handle.options == Options(min_vocab=2)
     options = (
         "Options(min_vocab=2, strategy='auto', memory_budget=None, on_miss='ignore', verify=False, "
-        "returned_logits='lazy')"
+        "returned_logits='lazy', gradient='backward')"
     )
     assert repr(handle) == f"<inductor_ce installed with {options}>"
     inductor_ce.uninstall()
@@ -300,7 +300,7 @@ def test_backend_keeps_foreign_passes(patches: list[dict[str, Any]]):
 # Options
 
 
-VALID = "min_vocab, strategy, memory_budget, on_miss, verify, returned_logits"
+VALID = "min_vocab, strategy, memory_budget, on_miss, verify, returned_logits, gradient"
 
 
 @pytest.mark.parametrize(
@@ -313,6 +313,7 @@ VALID = "min_vocab, strategy, memory_budget, on_miss, verify, returned_logits"
         ({"min_vocab": True}, "min_vocab must be an int of at least 2, got True"),
         ({"min_vocab": 2.5}, "min_vocab must be an int of at least 2, got 2.5"),
         ({"on_miss": "shout"}, "on_miss must be one of 'ignore', 'warn', 'raise', got 'shout'"),
+        ({"gradient": "now"}, "gradient must be one of 'backward', 'forward', got 'now'"),
         ({"on_miss": None}, "on_miss must be one of 'ignore', 'warn', 'raise', got None"),
         (
             {"strategy": "chunks"},

@@ -292,6 +292,23 @@ def test_figures_stand_in_committed_records(document: Path):
             assert [cells[c] for c in columns] == [expected(found, cells, c) for c in columns]
 
 
+@every_document
+def test_figures_of_row_kernels(document: Path):
+    """Each cell is the time, and the multiple of a copy's, that a record has."""
+    ways = "copy", "two templates", "one template"
+    found = [(before, table) for before, table in tables(document) if ways[-1] in table[0]]
+    for before, (heading, *rows) in found:
+        (link,) = re.findall(r"\]\((\S+\.json)\)", before)
+        cases = json.loads((document.parent / link).read_text())["cases"]
+        known = {(f"{case['N']} x {case['V']}", case["loss"]): case["rows"] for case in cases}
+        for row in rows:
+            cells = dict(zip(heading, row, strict=True))
+            measured = {each["way"]: each for each in known[cells["N x V"], cells["loss"]]}
+            texts = [f"{measured[way]['ms']:.3f} / {measured[way]['of_copy']:.2f}x" for way in ways]
+            assert [cells[way] for way in ways] == [texts[0].split()[0], texts[1], f"**{texts[2]}**"]
+    assert len(found) == (document.name == "benchmarks.md")
+
+
 HEADS = [
     {
         "N": 2,
@@ -328,4 +345,4 @@ def test_figures_of_modes_and_labels(tmp_path: Path):
 def test_there_are_figures_of_each_kind():
     assert [len(rows) for _, _, rows in figures(README)] == [4, 3, 4]
     found = [len(rows) for _, _, rows in figures(ROOT / "docs/benchmarks.md")]
-    assert found == [12, 6, 4, 3, 4, 15, 12, 5, 12, 2, 5, 1, 1, 16]
+    assert found == [12, 6, 4, 3, 4, 4, 15, 12, 5, 12, 2, 5, 1, 1, 16]

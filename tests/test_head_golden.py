@@ -171,7 +171,7 @@ scalar_tensor = scalar_tensor(1.0, dtype=float32, layout=torch.strided, device=d
 scalar_tensor2 = scalar_tensor(nan, dtype=float32, layout=torch.strided, device=device(type='cpu'))
 where = where.self(logical_and, scalar_tensor, scalar_tensor2)
 mul = mul.Tensor(div, where)
-reshape = reshape(mul, [6])
+reshape = reshape(mul, [-1])
 slice3 = slice.Tensor(reshape, 0, 0, 3)
 row_stats_grad = row_stats_grad(logits, [slice2], [], 'max,sumexp,pick', [slice3], program
     v_4 = s_0 == float("inf")

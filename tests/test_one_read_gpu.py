@@ -85,6 +85,28 @@ def test_every_sum(v: int) -> None:
     check(70, v, torch.bfloat16, "sum", "sumexpz", *SUMS, weights=weights)
 
 
+def test_over_logits_whose_rows_are_longer() -> None:
+    """As of a head of GPT-2: what is beyond the classes is read, written and of no account."""
+    n, v, which = 600, 50257, reference.rows(1, "sum")
+    h, w = torch.randn(n, 64, device="cuda").bfloat16(), torch.randn(v, 64, device="cuda").bfloat16() / 2
+    y, g, program = labels_for(n, v), torch.rand(n, device="cuda"), of_cross_entropy(1, 0.01)
+
+    def f(h: Tensor, w: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.ops.inductor_ce.logits(h, w.t(), None, [])
+        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], which, [g], program.encode())
+        return packed, dz @ w
+
+    compiled = torch.compile(f, dynamic=False, fullgraph=True)
+    (packed, dh), (code,) = run_and_get_code(compiled, h, w, y, g)
+    assert "W : tl.constexpr = 50264" in code
+    z = h @ w.t()
+    expected = reference.stats(z, [y], [], which)
+    torch.testing.assert_close(packed.double(), expected, rtol=1e-5, atol=1e-5 * v)
+    wanted = reference.grad(z, [y], [], expected[0], coefficients(program, expected, [g.double()]), which)
+    error = (dh.double() - wanted @ w.double()).norm() / (wanted @ w.double()).norm()
+    assert error < 2**-7
+
+
 def set_once(monkeypatch: pytest.MonkeyPatch, **fields: int) -> None:
     monkeypatch.setattr(one_read_lowering, "ONCE", one_read_lowering.ONCE._replace(**fields))
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from inductor_ce import ops
 from inductor_ce.ops import lowering
+from inductor_ce.ops.gemm import aligned_strides
 
 N = 3
 VOCABULARIES = [1, 2, 7, 128, 257, 1000, 4096, 4097, 5000, 20000]
@@ -170,6 +171,28 @@ def stats_of(rows: ops.Rows) -> Callable[[int], list[dict[str, Any]]]:
 
 def grad_of(rows: ops.Rows) -> Callable[[int], list[dict[str, Any]]]:
     return lambda v: lowering.grad_configurations(v, torch.float32, rows)
+
+
+@pytest.mark.parametrize("v", [255, 256, 600, 4099, 9000])
+def test_gradient_over_the_logits(v: int) -> None:
+    """Rows that `logits` made are written to their end, where they begin at multiples of eight."""
+    h, w = torch.randn(N, 8, dtype=torch.bfloat16), torch.randn(8, v, dtype=torch.bfloat16)
+    (y,), (m, *c) = labels_for(v, 1), torch.randn(5, N)
+
+    def f(h: Tensor, w: Tensor, m: Tensor, c: Tensor, y: Tensor) -> Tensor:
+        z = torch.ops.inductor_ce.logits(h, w, None, [])
+        return ops.row_grad(z, [y], [], m, c, PLAIN) @ w.t()
+
+    inputs = [h, w, m, torch.stack(c), y]
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
+    assert wrapper.allocations_of("bfloat16") == [(N, 8)], "the gradient has memory of its own"
+    z = h @ w
+    expected = run_grad(z, [y], [], m, torch.stack(c), PLAIN)
+    row, _ = aligned_strides(v, torch.device("cuda"))
+    z = z.new_full((N, row), 1e4).narrow(1, 0, v).copy_(z)
+    interpret(wrapper, inputs, z)
+    assert f"W : tl.constexpr = {row}\n" in wrapper.text
+    assert torch.equal(z, expected)
 
 
 @pytest.mark.parametrize(("configuration", "v"), configured(VOCABULARIES, stats_of(PLAIN_ROWS)))

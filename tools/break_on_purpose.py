@@ -77,7 +77,7 @@ TEMPLATES = in_folder(
         ),
         (
             *("`row_stats_grad` template: columns of the last block counted twice", BOTH),
-            "if first > V - BLOCK:",
+            "if first + BLOCK > V:",
             "if first > V:",
             "tests/test_one_read.py -k 'every_vocabulary and 257'",
         ),
@@ -92,6 +92,12 @@ TEMPLATES = in_folder(
             '"i_col >= i_block * BLOCK" if OVER else',
             '"tl.full([BLOCK], True, tl.int1)" if OVER else',
             "tests/test_one_read.py -k 'over_the_logits and 600'",
+        ),
+        (
+            *("`row_stats_grad` template: what threads have merged as it is", BOTH),
+            "moved_d = d * tl.exp(m - {{shift}})",
+            "moved_d = d",
+            "tests/test_one_read.py -k 'every_vocabulary and 600'",
         ),
         (
             *("`row_grad` template: the maximum left out", GRAD),
@@ -186,6 +192,12 @@ HEADS = in_folder(
             "if scale is None:\n                return x",
             "return x",
             "tests/test_head_programs.py -k 'test_trap_02 and token_chunks'",
+        ),
+        (
+            *("whole logits: the scalar from above not applied", "whole_logits.py"),
+            "grad: build(TIMES, dz, scale)",
+            "grad: dz",
+            "tests/test_whole_logits.py -k 'test_numbers and masked'",
         ),
         (
             *("head: a piece does not wait for the one before it", "pieces.py"),

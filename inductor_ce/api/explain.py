@@ -31,7 +31,7 @@ from ..common.compat.inductor import (
 from ..common.compat.versions import check_torch
 from ..common.failsafe import attempt
 from ..common.findings import Cut, Miss, Reason, Site, line_of
-from ..common.options import Options
+from ..common.options import FORWARD, Options
 from ..graph.walk import graphs_within
 from ..heads.fuse import Planned, fuse_heads, sentence
 from ..heads.plan import Plan
@@ -140,7 +140,7 @@ def _found(
 ) -> tuple[list[Report], list[Planned]]:
     """(what is found in a torch-level graph, then in those inside it, the plans of the heads)"""
     module, inputs, _ = taken_apart(gm, example_inputs)
-    if has_products(module):
+    if has_products(module) or options.gradient == FORWARD:
         given = captured_copy(module), inputs, options, why_whole
         compiled, _ = attempt("the plans are not told", _compiled, *given)
         if compiled is not None:

@@ -11,6 +11,7 @@ from .strategies import MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 
 ON_MISS = ("ignore", "warn", "raise")
 RETURNED = LAZY, EAGER, NAN = "lazy", "eager", "nan"
+MADE_IN = BACKWARD, FORWARD = "backward", "forward"
 WANTED = ("auto", MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS)
 
 
@@ -36,6 +37,12 @@ class Options:
             that nothing else needs. "lazy": a tensor that makes them when somebody reads it, from the hidden
             states and the weight, which it keeps; "eager": the logits, all of which are then in memory;
             "nan": NaN of the same shape, dtype and device, one element expanded, without a gradient.
+        gradient: where the gradient of logits that are whole is made. "backward": from the logits, read again
+            there: three passes over memory. "forward": with the statistics, by one kernel that reads them
+            once for both, where all rows share one scalar from above: two passes. The backward multiplies by
+            that scalar, for which it does nothing if it is 1; else it reads and writes the gradient once
+            more, four passes in all, and rounds it once more. From the forward on the gradient takes the
+            memory of the logits. Heads in pieces make theirs in the forward in any case.
     """
 
     min_vocab: int = 1024
@@ -44,6 +51,7 @@ class Options:
     on_miss: str = "ignore"
     verify: bool = False
     returned_logits: str = LAZY
+    gradient: str = BACKWARD
 
     def __post_init__(self) -> None:
         if self.strategy not in WANTED:
@@ -63,6 +71,10 @@ class Options:
             raise OptionError(
                 f"returned_logits must be one of {', '.join(map(repr, RETURNED))}, "
                 f"got {self.returned_logits!r}"
+            )
+        if self.gradient not in MADE_IN:
+            raise OptionError(
+                f"gradient must be one of {', '.join(map(repr, MADE_IN))}, got {self.gradient!r}"
             )
         if self.on_miss not in ON_MISS:
             raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")

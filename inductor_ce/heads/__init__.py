@@ -17,8 +17,10 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     teachers        another head, which makes weights for rows and classes; `taught`, for some of its rows,
                     of which `cut_rows` may be none
     sides           what is counted, and told, of the sides of a divergence, each with a linear layer
-    token_chunks    some rows at a time; vocab_slabs, some columns; `row_programs`, what lies between the
-                    statistics and the coefficients of a row, read as a program of it alone
+    token_chunks    some rows at a time; vocab_slabs, some columns
+    whole_logits    logits in memory, whose gradient is made with their statistics
+    between         what lies between statistics and coefficients, made anew; `row_programs`, read as a
+                    program of a row alone
     loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
                     `narrow_sums`, of pieces in 16 bits

@@ -14,7 +14,7 @@ from ..common.compat.distributed import WAIT
 from ..common.compat.graphs import AS_TRACED, is_tangent
 from ..common.failsafe import attempt
 from ..common.findings import user_line
-from ..common.options import Options
+from ..common.options import FORWARD, Options
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
@@ -37,10 +37,13 @@ from .skip import ToCompute, bytes_beside, rows_to_compute
 from .teachers import TAUGHT, WHOLE, taught_bytes, teacher_of
 from .token_chunks import token_chunks
 from .vocab_slabs import vocab_slabs
+from .whole_logits import with_statistics
 
 aten = torch.ops.aten
 
 BY_ROWS = (TOKEN_CHUNKS, FORWARD_ONLY)
+TOGETHER = "their gradient is made with the statistics"
+APART = "their gradient is not made with the statistics: "
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,9 @@ def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Plan
             taught |= dict.fromkeys(head.teacher.sums, made)
         why = why_not or why_whole or "it failed, see the log"
         plans.append(made or taught.get(stats[0]) or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why))
+    for i, (_, stats, _) in enumerate(heads):
+        if plans[i].strategy == MATERIALISE and stats[0] not in taught and not why_whole:
+            plans[i] = _whole_with_gradient(graph, stats, plans[i], options.gradient)
     for plan_, (_, stats, _), told in zip(plans, heads, tellers, strict=True):
         done += [Planned(*site_and_line, taught.get(stats[0], plan_)) for site_and_line in told]
     forget_sites(graph)
@@ -171,6 +177,32 @@ def _telling(plan: Plan, computed: ToCompute, head: find.Head, why_whole: str) -
     extra = plan.extra_bytes + bytes_beside(head, computed, piece_size(hint(head.n), plan.pieces))
     skips = computed.rows is not None
     return replace_fields(plan, extra_bytes=extra, reason=reason, rows=computed.told, skips=skips)
+
+
+def _whole_with_gradient(graph: Graph, stats: list[Node], plan: Plan, gradient: str) -> Plan:
+    """Make the gradient of whole logits with their statistics, where that can be and is wanted or is free."""
+    told, _ = attempt("a gradient is made in the backward", _with_statistics, graph, stats[0], gradient)
+    return plan if not told else replace_fields(plan, reason=f"{plan.reason}; {told}")
+
+
+def _with_statistics(graph: Graph, stats: Node, gradient: str) -> str:
+    """What is told of it."""
+    is_wanted = gradient == FORWARD
+    if not is_wanted and any(map(is_tangent, graph.find_nodes(op="placeholder"))):
+        return ""
+    build = Builder(graph, graph.output_node(), stats, key="val")
+    try:
+        made = with_statistics(build, stats, is_wanted)
+        order = _ordered(graph, made)
+    except NoHead as why:
+        build.undo()
+        return f"{APART}{why}" if is_wanted else ""
+    except Exception:
+        build.undo()
+        raise
+    _put(graph, made, order)
+    graph.eliminate_dead_code()
+    return TOGETHER
 
 
 def _kept_whole(graph: Graph, head: find.Head, wanted: Plan) -> Plan:

@@ -27,6 +27,7 @@ LOOKED_WORK = (
     2**38
 )  # N V D of a chunk of which the device alone knows how many rows count, for the same reason
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
+OUT_OF_RANGE = "float16 gradients without their upstream gradient may leave its range"
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # over fewer, products run more slowly, and each chunk reads and writes all of the sum
 ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest

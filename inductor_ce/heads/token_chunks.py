@@ -13,23 +13,22 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..common.compat.graphs import IN_MEMORY, is_tangent
 from ..graph.builder import Builder
-from ..graph.shapes import equal, example_of, shape_of
+from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops import DIVERGENCE
+from ..ops.gemm import aligned_strides
 from ..ops.one_read import is_offered
 from ..ops.products import ONCE_MADE
-from .calls import narrow_args, normalisers_of, stats_call
+from .between import Early, again, between, is_atom, scalar_of
+from .calls import narrow_args, stats_call
 from .exits import Exits
-from .facts import Fact, Factor
 from .find import Head
 from .kinds import is_ordered_view
 from .loops import Loop, weight_exits
-from .nodes import on
 from .packing import Packing
 from .pieces import ROWS, Pieces
 from .plan import Plan
@@ -40,8 +39,6 @@ from .skip import ALL, ToCompute
 from .taught import Taught
 
 aten = torch.ops.aten
-
-_OF_OLD_STRIDES = (aten.view.default, aten._unsafe_view.default)  # of what may have other strides now
 
 
 class Coefficients:
@@ -63,33 +60,16 @@ class Coefficients:
         self._gradients = [*pieces.head.grads, *pieces.head.divergence_grads]
         wanted = [part for node in self._gradients for part in narrow_args(node)]
         wanted += pieces.head.divergences
-        self._nodes = self._depending([*wanted, *(taught.teacher.feeds if taught else [])])
-        self._ones: dict[Node, Node] = {}
-        self._early: dict[Node, Node] = {}
+        statistics, late = set(pieces.head.stats), set()
+        if taught is not None:
+            statistics, late = statistics | taught.teacher.sums, taught.late
+            wanted += taught.teacher.feeds
+        found = between(statistics, wanted, proof.facts) | late  # all that must be made anew
+        self._nodes = [node for node in pieces.head.product.graph.nodes if node in found]
+        self.early = Early(self.build, self._nodes, proof.facts)
         self._cuts: dict[Node, Node] = {}
         self.gathered: dict[Node, list[Node]] = {}
         self.divergences: dict[Node, list[Node]] = {node: [] for node in pieces.head.divergences}
-
-    def _depending(self, wanted: list[Node]) -> list[Node]:
-        """What must be made anew: all between the statistics, or a factor, and the coefficients."""
-        facts, stats = self.proof.facts, set(self.pieces.head.stats)
-        found: set[Node] = set()
-        if self.taught is not None:
-            stats |= self.taught.teacher.sums
-        stack = list(wanted)
-        while stack:
-            node = stack.pop()
-            fact = facts[node]
-            if node in found or node in stats or (fact.rows is None and not fact.factor):
-                continue
-            found.add(node)
-            if node.target == DIVERGENCE:
-                stack += normalisers_of(node)
-            elif not _is_atom(node, fact):
-                stack += node.all_input_nodes
-        if self.taught is not None:
-            found |= self.taught.late
-        return [node for node in self.pieces.head.product.graph.nodes if node in found]
 
     def program(self) -> OfRows | None:
         """What makes the only coefficients of the only statistics, if it is known for each row."""
@@ -97,18 +77,8 @@ class Coefficients:
         alone = len(head.stats) == len(self._gradients) == 1 and not head.divergences and self.taught is None
         if not alone or not _may_be_read_once(head):
             return None
-        return row_program(head.stats[0], head.grads[0], self._nodes, self.proof.facts)
-
-    def early(self, node: Node) -> Node:
-        """A node that no statistics are needed for, a factor being 1 in it."""
-        if node not in self._nodes:
-            return node
-        if node not in self._early:
-            if _is_atom(node, self.proof.facts[node]):
-                self._early[node] = self._one(node)
-            else:
-                self._early[node] = self._again(node, {s: self.early(s) for s in node.all_input_nodes})
-        return self._early[node]
+        found = row_program(head.stats[0], head.grads[0], self._nodes, self.proof.facts)
+        return None if found is None else self.early.given(found)
 
     def of(
         self, stats: dict[Node, Node], forward: dict[Node, Node], piece: Range
@@ -129,8 +99,8 @@ class Coefficients:
                 part = self.taught.make(node, piece, made)
                 if node in self.taught.teacher.sums:
                     made[node] = self._sum(node, part, piece)
-            elif _is_atom(node, self.proof.facts[node]):
-                made[node] = self._one(node)
+            elif is_atom(node, self.proof.facts[node]):
+                made[node] = self.early.one(node)
             elif node.target == DIVERGENCE:
                 made[node] = self._in_all_rows(self._divergence(node, forward, made, piece), piece)
             elif node.target == ALL_GATHER:
@@ -140,13 +110,8 @@ class Coefficients:
                 self.gathered.setdefault(node, []).append(waited)
                 made[node] = self._in_all_rows(waited, piece)
             else:
-                made[node] = self._again(node, made)
+                made[node] = again(build, node, made)
         return {node: tuple(self._narrow(node, stats, made, piece)) for node in self._gradients}
-
-    def _again(self, node: Node, made: dict[Node, Node]) -> Node:
-        args, kwargs = map_arg((node.args, node.kwargs), lambda s: made.get(s, s))
-        target = aten.reshape.default if node.target in _OF_OLD_STRIDES else node.target
-        return self.build(target, *args, **kwargs)
 
     def _narrow(
         self, node: Node, stats: dict[Node, Node], made: dict[Node, Node], piece: Range
@@ -208,14 +173,6 @@ class Coefficients:
             return n - piece.end
         return self.build(operator.sub, n, piece.end)
 
-    def _one(self, node: Node) -> Node:
-        """1 in the place of a factor."""
-        if node not in self._ones:
-            example = example_of(node)
-            size = list(example.shape)
-            self._ones[node] = self.build(aten.full.default, size, 1.0, dtype=example.dtype, **on(node))
-        return self._ones[node]
-
 
 def _may_be_read_once(head: Head) -> bool:
     """Whether logits and statistics are such as one kernel makes a gradient of: no chain lies between."""
@@ -225,17 +182,15 @@ def _may_be_read_once(head: Head) -> bool:
         z = args_of(z)[0]
     straight = any(z is product.node for product in head.products)
     of_classes = all(example_of(q).dim() == 1 for q in call.weights)
-    return straight and of_classes and is_offered(example_of(z).dtype, head.v, call.rows)
+    logits = example_of(z)
+    row, _ = aligned_strides(head.v, logits.device)
+    return straight and of_classes and is_offered(logits.dtype, row, call.rows)
 
 
 def _unaliased(node: Node) -> Node:
     while node.target in (aten.alias.default, aten.detach.default):
         (node,) = args_of(node)
     return node
-
-
-def _is_atom(node: Node, fact: Fact) -> bool:
-    return fact.factor == ((node, 1),)
 
 
 def token_chunks(
@@ -266,7 +221,7 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
-    program = _given(coefficients, coefficients.program()) if exits.sums_nothing_apart else None
+    program = coefficients.program() if exits.sums_nothing_apart else None
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for piece in chunks:
@@ -295,38 +250,10 @@ def token_chunks(
         whole = {
             node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()
         }
-    scale = _scalar(build, proof.factor)
+    scale = scalar_of(build, proof.factor)
     of_rows = any(not is_tangent(node) for node, _ in proof.factor)
     if not loop.is_last:
         if nodes := weight_exits(head):
             loop.out = exits.leave(nodes)
         loop.after, loop.left = after, loop.left - 1
     return whole | exits.finish(scale, of_rows)
-
-
-def _given(coefficients: Coefficients, program: OfRows | None) -> OfRows | None:
-    """The same, given nodes as the forward has them, [N] or []."""
-    if program is None:
-        return None
-    pieces = coefficients.pieces
-    given = []
-    for node in map(coefficients.early, program.given):
-        size = [] if equal(example_of(node).numel(), 1) else [pieces.n]
-        given.append(pieces.build(aten.reshape.default, node, size))
-    return program._replace(given=tuple(given))
-
-
-def _scalar(build: Builder, factor: Factor) -> Node | None:
-    """The value of a factor, []."""
-    result = None
-    for node, power in factor:
-        if example_of(node).dim():
-            node = build(aten.reshape.default, node, [])
-        for _ in range(abs(power)):
-            if result is None and power < 0:
-                result = build(aten.reciprocal.default, node)
-            elif result is None:
-                result = node
-            else:
-                result = build(aten.mul.Tensor if power > 0 else aten.div.Tensor, result, node)
-    return result

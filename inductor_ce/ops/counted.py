@@ -39,7 +39,7 @@ if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
     from . import counted_kernels
 
 ALIGNED = 64  # rows
-TAKEN_BYTES = 32 * 2**20  # of the rows that are taken at once where all are read
+TAKEN_BYTES = 16 * 2**20  # of the rows that are taken at once where all are read
 PENDING = -(2**31)
 ALL = 2**30  # more than all rows
 NEARLY_ALL = 31 / 32  # of the rows: what is left out does not pay for the slower products

@@ -32,6 +32,7 @@ from .with_templates import (
     PIECES,
     Limit,
     before_rounding,
+    columns_in_memory,
     distinct,
     is_made_for_each,
     lowered,
@@ -237,16 +238,18 @@ def _tile(v: int, tried: Stats, dtype: torch.dtype) -> dict[str, int]:
 
 
 def grad_configurations(
-    v: int, dtype: torch.dtype, rows: Rows, over: bool = False, some: bool = False
+    v: int, dtype: torch.dtype, rows: Rows, over: bool = False, some: bool = False, row: int | None = None
 ) -> list[dict[str, Any]]:
-    """What to try for row_grad at V = v, without repetition."""
-    largest = 1 << (v.bit_length() - 1)
+    """What to try for row_grad at V = v, of rows that have more in memory if `row` says so; each once."""
+    w = v if row is None else row
+    largest = 1 << (w.bit_length() - 1)
     configurations = [
         {
             "BLOCK": min(tried.block, largest),
             "num_warps": max(1, min(tried.warps, largest // (32 * LANE))),
-            "ALIGN": min(16, v & -v, largest),
+            "ALIGN": min(16, w & -w, largest),
             "V": v,
+            "W": w,
             "ROWS": rows,
             "OVER": int(over),
             "ACC_TYPE": triton_type(operators.stats_dtype_of(dtype)),
@@ -263,7 +266,7 @@ def _one_program_a_row(n: Any, v: Any, meta: dict[str, Any]) -> tuple[Any, int, 
 
 def _one_program_a_block(n: Any, v: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
     # NOTE N is never in a second grid dimension, which ends at 65535.
-    return n * cdiv(v, meta["BLOCK"]), 1, 1
+    return n * cdiv(meta["W"], meta["BLOCK"]), 1, 1
 
 
 def _stats_template(
@@ -306,12 +309,14 @@ def _grad_template(
     # Where statistics and gradient are made in one graph, the gradient's chain waits for the coefficients,
     # which are made of the statistics. The template that absorbs it waits for them in any case.
     dtype = z.get_dtype()
-    unrounded = not inductor.is_buffer(z) and read_by_one_loop(result)
+    in_memory = inductor.is_buffer(z)
+    unrounded = not in_memory and read_by_one_loop(result)
     z = inductor.readable(before_rounding(z), absorb=True, after=known)
     over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result) and not any(
         inductor.reads(other, z) for other in others
     )
-    configurations = grad_configurations(v, dtype, rows, over, some=limit.left is not None)
+    row = columns_in_memory(z) if over and in_memory and not weights else v
+    configurations = grad_configurations(v, dtype, rows, over, limit.left is not None, row)
     dz = inductor.choose(
         template_named("row_grad", _one_program_a_block),
         inputs=[z, *others],

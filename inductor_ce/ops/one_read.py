@@ -92,20 +92,23 @@ GRADIENT = 1  # which of both results it is
 VECTOR_BYTES = 16  # what a thread loads at a time
 
 
-def is_offered(dtype: torch.dtype, v: int, rows: Rows) -> bool:
-    """Whether the template makes these statistics of V logits a row of this dtype, and faster than two."""
+def is_offered(dtype: torch.dtype, row: int, rows: Rows) -> bool:
+    """Whether the template makes these statistics of logits of this dtype, and faster than two.
+
+    `row` is V, or how many elements lie between the first logits of two rows, if it may write them all.
+    """
     narrow = packed_dtype_of(dtype, rows) == torch.float32
-    return narrow and not (rows.has_first or rows.told or rows.several) and is_faster(dtype, v, rows)
+    return narrow and not (rows.has_first or rows.told or rows.several) and is_faster(dtype, row, rows)
 
 
-def is_faster(dtype: torch.dtype, v: int, rows: Rows) -> bool:
+def is_faster(dtype: torch.dtype, row: int, rows: Rows) -> bool:
     """Whether it was measured to be: with no sum but that of all, and rows that are whole vectors.
 
     On an H200, as a multiple of a copy of the logits, by one and by two: 1.2 and 1.5; with the sum 1.3 and
-    1.6; with `sumexpz` 2.3 and 1.7, with `dot` 1.8 and 1.8; where V is 50257, 2.8 and 1.8.
+    1.6; with `sumexpz` 2.3 and 1.7, with `dot` 1.8 and 1.8; where a row has 50257, 2.8 and 1.8.
     """
     others = {row.statistic for row in rows.closed().sums_after_sumexp}
-    return others <= {SUM} and v * dtype.itemsize % VECTOR_BYTES == 0
+    return others <= {SUM} and row * dtype.itemsize % VECTOR_BYTES == 0
 
 
 # The form in which graphs hold them.

@@ -15,6 +15,7 @@ from .with_templates import (
     MATRIX_READERS,
     PIECES,
     Limit,
+    columns_in_memory,
     has_templates,
     is_made_for_each,
     readable_weights,
@@ -22,6 +23,7 @@ from .with_templates import (
     triton_type,
 )
 
+READERS = {*MATRIX_READERS, "output"}  # who, if nobody else, lets the gradient lie over the logits
 WARP = 32
 WORD_BYTES = 8
 
@@ -47,18 +49,30 @@ def is_known(z: IRNode, weights: list[IRNode], rows: Rows, given: list[IRNode]) 
             False  # a number of the CPU, which torch takes beside tensors of a GPU, and a template does not
         )
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
-    return is_offered(z.get_dtype(), inductor.specialised(z.get_size()[1]), rows) and not made
+    return is_offered(z.get_dtype(), _columns(z, weights, _may_overwrite(z)), rows) and not made
 
 
-def configuration(v: int, itemsize: int, rows: Rows) -> dict[str, Any]:
-    """What the template is given at V = v, of logits of so many bytes each."""
-    largest = 1 << (v.bit_length() - 1)
+def _may_overwrite(z: IRNode) -> bool:
+    return inductor.may_overwrite(z, READERS, PIECES, result=GRADIENT)
+
+
+def _columns(z: IRNode, weights: list[IRNode], over: bool) -> int:
+    """How many columns of a row are read, and written: those in memory, where the gradient lies over them.
+
+    A weight of the classes has none beyond V.
+    """
+    return columns_in_memory(z) if over and not weights else inductor.specialised(z.get_size()[1])
+
+
+def configuration(v: int, w: int, itemsize: int, rows: Rows) -> dict[str, Any]:
+    """What the template is given at V = v, of rows of w logits of so many bytes each."""
+    largest = 1 << (w.bit_length() - 1)
     block = min(ONCE.block, largest)
-    align = min(16, v & -v, largest)
+    align = min(16, w & -w, largest)
     columns = min(VECTOR_BYTES // itemsize, align, block)
     warps = max(1, min(ONCE.warps, block // (WARP * columns)))
     lanes = min(warps * WARP, block // columns)
-    blocks = -(-v // block)
+    blocks = -(-w // block)
     words = max(blocks + rows.labels, warps * WARP)  # each thread has one: all find out alike
     return {
         "BLOCK": block,
@@ -68,6 +82,7 @@ def configuration(v: int, itemsize: int, rows: Rows) -> dict[str, Any]:
         "num_warps": warps,
         "ALIGN": align,
         "V": v,
+        "W": w,
         "T": 1 << (words - 1).bit_length(),
         "DELAY": max(ONCE.delay, blocks + blocks // 2) if ONCE.delay else 0,
         "SPIN": ONCE.spin,
@@ -77,7 +92,7 @@ def configuration(v: int, itemsize: int, rows: Rows) -> dict[str, Any]:
 
 
 def _one_program_a_block_and_some(n: Any, v: Any, meta: dict[str, Any], *, cdiv: Any) -> tuple[Any, int, int]:
-    return n * cdiv(v, meta["BLOCK"]) + meta["DELAY"], 1, 1
+    return n * cdiv(meta["W"], meta["BLOCK"]) + meta["DELAY"], 1, 1
 
 
 def by_template(
@@ -98,12 +113,10 @@ def by_template(
     weighed = [q[j] for j in one.weights_read]
     others = [*own, *weighed, *map(inductor.readable, given), *limit.inputs()]
     z = inductor.readable(z)
-    over = inductor.may_overwrite(z, MATRIX_READERS, PIECES, result=GRADIENT) and not any(
-        inductor.reads(other, z) for other in others
-    )
+    over = _may_overwrite(z) and not any(inductor.reads(other, z) for other in others)
     stats = inductor.empty(z, torch.float32, [len(rows), n])
-    chosen = configuration(v, z.get_dtype().itemsize, rows)
-    words = one.words_of_row(-(-v // chosen["BLOCK"]))
+    chosen = configuration(v, _columns(z, weights, over), z.get_dtype().itemsize, rows)
+    words = one.words_of_row(-(-chosen["W"] // chosen["BLOCK"]))
     dz = inductor.choose(
         template_named("row_stats_grad", _one_program_a_block_and_some),
         inputs=[z, z, z, inductor.readable(stats), *[z] * len(one.logits_again), *others],

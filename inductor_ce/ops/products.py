@@ -102,11 +102,14 @@ def _is_better_by_tiles(z: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time.
+    """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time, and ends there.
 
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
+    What a row has beyond V is memory of this tensor, which a kernel may read and write.
     """
-    return a.new_empty_strided((a.shape[0], b.shape[1]), aligned_strides(b.shape[1], a.device), dtype=dtype)
+    v = b.shape[1]
+    row, _ = aligned_strides(v, a.device)
+    return a.new_empty((a.shape[0], row), dtype=dtype).narrow(1, 0, v)
 
 
 @logits.register_fake

@@ -13,6 +13,7 @@ from ..common.compat.inductor import IRNode
 from ..common.failsafe import attempt
 from . import loops
 from .counted import PRODUCT_TO_ROWS
+from .gemm import aligned_strides
 from .products import COLUMN_SUMS, LOGITS, PRODUCT_BUT, PRODUCT_INTO
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -66,6 +67,13 @@ def has_templates(z: IRNode, weights: list[IRNode]) -> bool:
 def is_made_for_each(q: IRNode) -> bool:
     """Whether a chain that is yet to be computed makes a weight for each row and class of something."""
     return len(q.get_size()) == 2 and not inductor.is_buffer(q) and not inductor.is_constant(q)
+
+
+def columns_in_memory(z: IRNode) -> int:
+    """How many elements a row of [N, V] has to itself: V, or in what `logits` made the next multiple of 8."""
+    v = inductor.specialised(z.get_size()[1])
+    row, _ = aligned_strides(v, z.get_device_or_error())
+    return row if inductor.made_by(z, PIECES) and z.get_stride()[0] == row else v
 
 
 def _is_empty(z: IRNode) -> bool:
