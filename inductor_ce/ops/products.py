@@ -107,9 +107,8 @@ def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
     What a row has beyond V is memory of this tensor, which a kernel may read and write.
     """
-    v = b.shape[1]
-    row, _ = aligned_strides(v, a.device)
-    return a.new_empty((a.shape[0], row), dtype=dtype).narrow(1, 0, v)
+    row, _ = aligned_strides(b.shape[1], a.device)
+    return a.new_empty((a.shape[0], row), dtype=dtype).narrow(1, 0, b.shape[1])
 
 
 @logits.register_fake
