@@ -45,9 +45,7 @@ def is_known(z: IRNode, weights: list[IRNode], rows: Rows, given: list[IRNode]) 
     if not has_templates(z, weights) or torch.version.hip is not None or not inductor.is_buffer(z):
         return False  # Inductor lets no template absorb a chain that writes more than one result
     if any(x.get_device() != z.get_device() for x in given):
-        return (
-            False  # a number of the CPU, which torch takes beside tensors of a GPU, and a template does not
-        )
+        return False  # torch takes a number of the CPU beside tensors of a GPU, a template does not
     made = any(is_made_for_each(q) or inductor.is_constant(q) for q in weights)
     return is_offered(z.get_dtype(), _columns(z, weights, _may_overwrite(z)), rows) and not made
 
