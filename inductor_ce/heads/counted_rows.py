@@ -310,9 +310,13 @@ class _Live:
 
     def _of_product(self, node: Node) -> Where:
         places, factors = self._places, args_of(node)
-        live = places.all(map(self.of, factors))
-        infinite = [] if live is True else map(self._is_infinite, factors)
-        return places.over(node, places.any([live, *infinite]))
+        live = [*map(self.of, factors)]  # what is infinite is other than 0
+        infinite = [
+            self._is_infinite(factor)
+            for factor, other in zip(factors, reversed(live), strict=True)
+            if other is not True
+        ]
+        return places.over(node, places.any([places.all(live), *infinite]))
 
     def _of_quotient(self, node: Node) -> Where:
         dividend, divisor = args_of(node)
