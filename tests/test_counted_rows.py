@@ -271,6 +271,19 @@ def multiplied_twice(h, w, y, mask, weights):
     return ((nll(z_of(h, w), y) - 3) * weights * mask).sum() / mask.sum()
 
 
+def multiplied_before(h, w, y, mask):
+    return ((nll(z_of(h, w), y) * mask) * (1 / mask.sum())).view(2, -1).sum(1).mean()
+
+
+def multiplied_by_sequences(h, w, y, mask):
+    losses, mask = (x.view(5, -1) for x in (nll(z_of(h, w), y), mask))
+    return ((losses * mask).sum(1) / mask.sum(1)).mean()
+
+
+def multiplied_by_classes(h, w, y, mask):
+    return F.cross_entropy(z_of(h, w), y, weight=mask[:V].to(h.dtype))
+
+
 def hits_multiplied(h, w, y, mask):
     z = z_of(h, w)
     return (nll(z, y) * mask).sum() + ((z.argmax(-1) == y).float() * mask).sum()
@@ -551,6 +564,23 @@ def test_a_mask_that_multiplies_lets_nan_through(f: Loss, bad: float, computed: 
     check(f, of)
     assert measured(f, names_of(f), of, "")[0].isnan()
     assert computed.of_logits() < N
+
+
+@pytest.mark.parametrize("f", [multiplied, multiplied_before, multiplied_by_classes])
+def test_a_mask_of_zeros_over_its_sum_is_nan(f: Loss) -> None:
+    """0 times 1 / 0 for each row, as in eager: not a gradient of 0 beside a loss that is NaN."""
+    of = given(share=0)
+    check(f, of)
+    assert measured(f, names_of(f), of, "h")[1].isnan().all()
+
+
+def test_one_sequence_of_zeros_over_its_sum_is_nan() -> None:
+    of = given()
+    of["mask"][: N // 5] = False
+    check(multiplied_by_sequences, of)
+    assert (
+        measured(multiplied_by_sequences, ["h", "w", "y", "mask"], of, "h")[1].isnan().any(1).sum() == N // 5
+    )
 
 
 @pytest.mark.parametrize(("size", "weight"), [(3e38, 1.0), (1e10, 1e30), (1e10, 1.0)])

@@ -13,7 +13,7 @@ NOTE 0 times NaN. A mask that multiplies a loss leaves NaN where a row's logits 
 is seen unless it is known that its logits are finite, and what is made of them: see `finite_rows.py`. A
 gradient that `where` has made 0 is taken to stay 0 when statistics multiply it: a row that is not chosen
 gives nothing to any gradient, though its logits be NaN. What is known before the backward and is infinite, or
-none, makes a row count.
+NaN, makes a row count, and so does what is divided by a 0, as a mean over a mask that is 0 everywhere.
 """
 
 from __future__ import annotations
@@ -269,6 +269,7 @@ class _Live:
     def __init__(self, places: Places, facts: dict[Node, Fact]):
         self._places, self._facts = places, facts
         self._known: dict[Node, Where] = {}
+        self._infinite: dict[Node, Where] = {}
 
     def of(self, node: Any) -> Where:
         if not isinstance(node, Node):
@@ -309,13 +310,49 @@ class _Live:
 
     def _of_product(self, node: Node) -> Where:
         places, factors = self._places, args_of(node)
-        infinite = [places.not_finite(factor) for factor in factors if self._is_early(factor)]
-        return places.over(node, places.any([places.all(map(self.of, factors)), *infinite]))
+        live = [*map(self.of, factors)]  # what is infinite is other than 0
+        infinite = [
+            self._is_infinite(factor)
+            for factor, other in zip(factors, reversed(live), strict=True)
+            if other is not True
+        ]
+        return places.over(node, places.any([places.all(live), *infinite]))
 
     def _of_quotient(self, node: Node) -> Where:
         dividend, divisor = args_of(node)
         not_divisor = [self._places.not_divisor(divisor)] if self._is_early(divisor) else []
         return self._places.over(node, self._places.any([self.of(dividend), *not_divisor]))
+
+    def _is_infinite(self, value: Any) -> Where:
+        """Where a value is infinite, or NaN, by what is known before the backward."""
+        if self._is_early(value):
+            return self._places.not_finite(value)
+        if value not in self._infinite:
+            self._infinite[value] = self._found_infinite(value)
+        return self._infinite[value]
+
+    def _found_infinite(self, node: Node) -> Where:
+        fact = self._facts.get(node, EARLY)
+        if fact.why_not or fact.factor == ((node, 1),) or tensor_of(node) is None:
+            return False
+        if node.target == aten.where.self:
+            condition, *choices = args_of(node)
+            yes, no = map(self._is_infinite, choices)
+            early = self._is_early(condition)
+            return self._places.chosen(node, condition, yes, no) if early else self._over_any(node, [yes, no])
+        if is_moved(node):
+            return self._places.moved(node, {s: self._is_infinite(s) for s in node.all_input_nodes})
+        if is_reduced(node):
+            return self._places.reduced(node, self._is_infinite(args_of(node)[0]))
+        if node.kwargs or node.target not in (*PRODUCTS, *_QUOTIENTS, *SUMS, *COPIES, aten.alias.default):
+            return False
+        parts = [self._is_infinite(arg) for arg in node.args if isinstance(arg, (Node, int, float))]
+        if node.target in _QUOTIENTS and self._is_early(args_of(node)[1]):
+            parts.append(self._places.not_divisor(args_of(node)[1]))
+        return self._over_any(node, parts)
+
+    def _over_any(self, node: Node, parts: list[Where]) -> Where:
+        return self._places.over(node, self._places.any(parts))
 
     def _is_early(self, value: Any) -> bool:
         return not isinstance(value, Node) or self._facts.get(value, EARLY).is_early
