@@ -142,8 +142,8 @@ OPERATORS = in_folder(
         ),
         (
             *("combine: a block's sum not lowered to the common maximum", "combine.py"),
-            "block = block + beside * rise",
-            "pass",
+            "return block if beside is None else block + beside * rise",
+            "return block",
             "tests/test_head.py -k 'test_loss and smoothing and vocab_slabs'",
         ),
         (
