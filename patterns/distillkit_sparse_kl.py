@@ -6,7 +6,7 @@ Family: KL divergence
 
 import torch
 
-B, S, V, K, T = 2, 6, 64, 32, 2.0
+B, S, V, K, T = 2, 6, 128, 32, 2.0
 OPTIONS = {"min_vocab": 33}  # no loss of V classes is what normalises the teacher's k
 
 

@@ -9,6 +9,7 @@ product for example, is the user's model and not looked at.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from inductor_ce import ops
+from inductor_ce.graph.shapes import hint
 from inductor_ce.ops.products import LOGITS
 
 BOTH = (ops.ROW_STATS_GRAD, ops.SOME_ROW_STATS_GRAD)
@@ -63,6 +65,7 @@ RESHAPES = frozenset(
 
 # Logits of so few columns are no measure of what is large: their rows are as many as they are.
 FEW_COLUMNS = 8
+ROWS_BY_DATA = 16
 
 
 def check_graphs(graphs: Graphs, kept: bool = False) -> None:
@@ -73,7 +76,7 @@ def check_graphs(graphs: Graphs, kept: bool = False) -> None:
     every = [node for gm in graphs.final for node in _kernels(gm.graph)]
     assert any(node.target in STATS for node in every), "no row_stats in the final graphs"
     logits = [_example(z) for node in every for z in _logits(node)]
-    size = min(z.numel() for z in [z for z in logits if z.shape[1] >= FEW_COLUMNS] or logits)
+    size = min(_count(z) for z in [z for z in logits if z.shape[1] >= FEW_COLUMNS] or logits)
     in_pieces = graphs.count(LOGITS) > 0  # `test_head_memory.py` looks at these
     for gm in graphs.final:
         more = [] if kept or in_pieces else _more_than_allowed(gm.graph, size)
@@ -165,7 +168,12 @@ def _rows(node: Node) -> tuple[Any, ...]:
 
 
 def _is_large(node: Node, size: int) -> bool:
-    return _is_floating(node) and 2 * sum(part.numel() for part in _parts(node)) > size
+    return _is_floating(node) and 2 * sum(map(_count, _parts(node))) > size
+
+
+def _count(x: Tensor) -> int:
+    """How many elements it has, of rows that data choose as many as there may be."""
+    return math.prod(hint(size) or ROWS_BY_DATA for size in x.shape)
 
 
 def _is_floating(node: Node) -> bool:

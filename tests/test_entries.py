@@ -1167,7 +1167,7 @@ HEADS = {entropy: 1, entropy_beside_a_loss: 1, mean_teacher: 2, two_students: 2,
 HEADS |= {mask_of_its_logits: 1, mask_of_both: 2, margins_of_both: 2, from_its_label: 1, variance: 1}
 BRINGS = {beside_tensors, variance}  # a view of one row
 # Without gradients a side that weighs the other is what the user makes of whole logits.
-WEIGHED = {beside_tensors, mask_of_both, margins_of_both}
+WEIGHED = {beside_tensors, mask_of_both, margins_of_both, variance}
 
 
 def of_heads(dtype: torch.dtype, grad: bool) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
