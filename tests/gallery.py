@@ -331,7 +331,9 @@ def told(graphs: Graphs, module: ModuleType) -> inductor_ce.Report:
     counted = (sites(), misses())
     report = graphs.report
     if EVERYTHING:
-        report = inductor_ce.explain(module.loss, *map(_copied, inputs(module, 0)))
+        # As the compilation without breaks did.
+        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+            report = inductor_ce.explain(module.loss, *map(_copied, inputs(module, 0)))
     assert counted == (len(report.sites), len(report.misses)), f"counted {counted}, told\n{report}"
     return report
 
