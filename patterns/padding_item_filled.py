@@ -7,7 +7,7 @@ Family: Heads
 import torch
 import torch.nn.functional as F
 
-B, S, D, ITEMS = 4, 6, 8, 64
+B, S, D, ITEMS = 12, 6, 8, 64
 
 
 def inputs():

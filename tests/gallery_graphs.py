@@ -91,6 +91,8 @@ def _more_than_allowed(graph: Graph, size: int) -> list[Node]:
     kernels = _kernels(graph)
     chains = _up([z for n in kernels for z in _logits(n)], size, _is_chain)
     weights = [w for n in kernels for w in n.all_input_nodes if w not in _logits(n) and _is_large(w, size)]
+    masks = [w for n in (*kernels, *chains) for w in n.all_input_nodes if not _is_floating(w)]
+    weights += [source for mask in masks for source in mask.all_input_nodes]
     outside = _up(weights, size, lambda node: True)
     logits = {n for n in chains if n.op != "placeholder" and not _is_chain(n)}
     assert not logits & outside, "weights are made of the logits"

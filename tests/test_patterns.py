@@ -35,6 +35,7 @@ def settle_fused(path: Path, report: inductor_ce.Report):
 ITS_OWN = {
     "circle_loss_pairs": "the gradient of normalised proxies",
     "gumbel_codes": "a softmax with noise, of which codes are chosen",
+    "class_balanced_bce": "the weights of the classes, once for each row, times what the labels are",
     "pygcn_train_rows": "the chosen rows of the adjacency matrix",
 }
 
