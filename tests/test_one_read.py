@@ -14,12 +14,19 @@ import pytest
 import torch
 from gpu_codegen import Wrapper, generate, interpret, launch_of
 from interpreter import triton_ir
-from test_templates import MINUS_INFINITY, RELATIVE, Like, labels_for, logits, weights_for
+from test_templates import (
+    MINUS_INFINITY,
+    RELATIVE,
+    Like,
+    labels_for,
+    logits,
+    weights_for,
+    with_more_in_memory,
+)
 from torch import Tensor
 
 from inductor_ce import ops
 from inductor_ce.ops import lowering, one_read, one_read_lowering
-from inductor_ce.ops.gemm import aligned_strides
 from inductor_ce.ops.row_program import FUNCTIONS, RowProgram, Step, coefficients, decode
 
 N, BLOCK = 3, 256
@@ -186,13 +193,6 @@ def test_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         of_cross_entropy(1),
     )
     assert packed.numel() == dz.numel() == 0
-
-
-def with_more_in_memory(z: Tensor) -> Tensor:
-    """Rows as `logits` makes them on a GPU. What is beyond V is anything, as numbers that would be seen."""
-    n, v = z.shape
-    row, _ = aligned_strides(v, torch.device("cuda"))
-    return z.new_full((n, row), 1e4).narrow(1, 0, v).copy_(z)
 
 
 @functools.cache

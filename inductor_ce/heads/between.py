@@ -12,7 +12,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of
 from ..ops import DIVERGENCE
 from .calls import normalisers_of
-from .facts import Fact, Factor, Facts
+from .facts import Factor, Facts
 from .nodes import on
 from .row_programs import OfRows
 
@@ -34,14 +34,9 @@ def between(statistics: Iterable[Node], wanted: Iterable[Node], facts: Facts) ->
         found.add(node)
         if node.target == DIVERGENCE:
             stack += normalisers_of(node)
-        elif not is_atom(node, fact):
+        elif not fact.is_factor(node):
             stack += node.all_input_nodes
     return found
-
-
-def is_atom(node: Node, fact: Fact) -> bool:
-    """Whether a node is a factor itself."""
-    return fact.factor == ((node, 1),)
 
 
 def again(build: Builder, node: Node, made: Mapping[Node, Node]) -> Node:
@@ -69,7 +64,7 @@ class Early:
         if node not in self._nodes:
             return node
         if node not in self._made:
-            if is_atom(node, self._facts[node]):
+            if self._facts[node].is_factor(node):
                 self._made[node] = self.one(node)
             else:
                 self._made[node] = again(self._build, node, {s: self.of(s) for s in node.all_input_nodes})

@@ -282,7 +282,7 @@ class _Live:
         fact = self._facts.get(node, EARLY)
         if fact.is_zero:
             return False
-        if fact.why_not or fact.factor == ((node, 1),) or tensor_of(node) is None:
+        if fact.why_not or fact.is_factor(node) or tensor_of(node) is None:
             return True
         if fact.is_early and node.target != aten.where.self and shape_of(node):
             return self._places.not_zero(node)
@@ -333,7 +333,7 @@ class _Live:
 
     def _found_infinite(self, node: Node) -> Where:
         fact = self._facts.get(node, EARLY)
-        if fact.why_not or fact.factor == ((node, 1),) or tensor_of(node) is None:
+        if fact.why_not or fact.is_factor(node) or tensor_of(node) is None:
             return False
         if node.target == aten.where.self:
             condition, *choices = args_of(node)

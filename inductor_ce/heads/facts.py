@@ -37,6 +37,10 @@ class Fact:
         """Whether it can be made before any statistics."""
         return self.rows is None and not self.factor and not self.why_not
 
+    def is_factor(self, node: Node) -> bool:
+        """Whether `node`, which it is about, is a factor itself."""
+        return self.factor == ((node, 1),)
+
 
 EARLY = Fact()
 

@@ -53,6 +53,13 @@ def is_ordered_view(node: Node) -> bool:
     return node.target in PERMUTATIONS and _moves_ones_only(node)
 
 
+def unviewed(node: Node) -> Node:
+    """What a node is a view of, with all elements in their order."""
+    while is_ordered_view(node):
+        node = args_of(node)[0]
+    return node
+
+
 def _moves_ones_only(node: Node) -> bool:
     kept = [dim for dim in permutation(node) if not equal(shape_of(args_of(node)[0])[dim], 1)]
     return kept == sorted(kept)

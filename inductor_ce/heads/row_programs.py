@@ -193,7 +193,7 @@ class _Reader:
         fact = self._facts.get(arg, EARLY)
         if fact.rows is not None or tensor_of(arg) is None:  # a size that is symbolic is no tensor
             raise Unreadable
-        if fact.factor == ((arg, 1),):
+        if fact.is_factor(arg):
             return [1.0]
         number = args_of(arg)[_LITERALS[arg.target]] if arg.target in _LITERALS else None
         if isinstance(number, (int, float)):

@@ -23,11 +23,11 @@ from ..ops import DIVERGENCE
 from ..ops.gemm import aligned_strides
 from ..ops.one_read import is_offered
 from ..ops.products import ONCE_MADE
-from .between import Early, again, between, is_atom, scalar_of
+from .between import Early, again, between, scalar_of
 from .calls import narrow_args, stats_call
 from .exits import Exits
 from .find import Head
-from .kinds import is_ordered_view
+from .kinds import unviewed
 from .loops import Loop, weight_exits
 from .packing import Packing
 from .pieces import ROWS, Pieces
@@ -99,7 +99,7 @@ class Coefficients:
                 part = self.taught.make(node, piece, made)
                 if node in self.taught.teacher.sums:
                     made[node] = self._sum(node, part, piece)
-            elif is_atom(node, self.proof.facts[node]):
+            elif self.proof.facts[node].is_factor(node):
                 made[node] = self.early.one(node)
             elif node.target == DIVERGENCE:
                 made[node] = self._in_all_rows(self._divergence(node, forward, made, piece), piece)
@@ -177,9 +177,7 @@ class Coefficients:
 def _may_be_read_once(head: Head) -> bool:
     """Whether logits and statistics are such as one kernel makes a gradient of: no chain lies between."""
     call = stats_call(head.stats[0])
-    z = call.z
-    while is_ordered_view(z):
-        z = args_of(z)[0]
+    z = unviewed(call.z)
     straight = any(z is product.node for product in head.products)
     of_classes = all(example_of(q).dim() == 1 for q in call.weights)
     logits = example_of(z)

@@ -19,14 +19,14 @@ from .. import ops
 from ..common.compat.graphs import is_tangent
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
-from ..graph.walk import args_of, reached
+from ..graph.walk import reached
 from ..ops.one_read import is_offered
 from ..ops.products import TIMES
 from .between import Early, between, scalar_of
 from .calls import narrow_args, stats_call
 from .find import Head, NoHead, Product
 from .gradients import scaled
-from .kinds import PERMUTATIONS, is_ordered_view, is_pointwise
+from .kinds import PERMUTATIONS, is_ordered_view, is_pointwise, unviewed
 from .plan import OUT_OF_RANGE
 from .proof import Proof
 from .row_programs import row_program
@@ -48,7 +48,7 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
         NoHead: the gradient is made apart; why.
     """
     call = stats_call(stats)
-    base = _base_of(call.z)
+    base = unviewed(call.z)
     grad = _only_gradient(base, stats)
     if "recompute" in stats.meta:
         raise NoHead("a checkpoint makes the logits again in the backward, and holds nothing of their size")
@@ -86,12 +86,6 @@ def _only_gradient(base: Node, stats: Node) -> Node:
     if len(others) > 1 or others[0].target != ops.ROW_GRAD:
         raise NoHead("several losses read the logits, each of which would hold a gradient")
     return others[0]
-
-
-def _base_of(z: Node) -> Node:
-    while is_ordered_view(z):
-        z = args_of(z)[0]
-    return z
 
 
 def _both(build: Builder, stats: Node, grad: Node, proof: Proof) -> tuple[Node, Node]:

@@ -1,4 +1,4 @@
-"""Statistics and gradient of logits that are read once: for heads in pieces, where nothing lies between.
+"""Statistics and gradient of logits that are read once, where nothing but numbers of each row lies between.
 
     row_stats_grad(z [N, V], labels, weights, which, given, program)   -> ([K, N], dz [N, V])
 
