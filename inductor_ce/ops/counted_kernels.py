@@ -9,17 +9,17 @@ tiles; sums are float32.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .launch import MOST, VECTOR, Kernel, cdiv, kind_of
+from ..common.compat.launches import Grid, Launcher, Tiles
+from .launch import MOST, VECTOR, Kernel, cdiv
 
 ROWS = 64  # rows that are summed at once
 GROUP = 16  # rows of tiles that are gone through column by column: those of a chunk of 2048 rows
@@ -75,30 +75,30 @@ def parts_bytes(factor: int) -> int:
     return factor // 16
 
 
-class _How(NamedTuple):
+@dataclass(slots=True)
+class _How:
     """How a product of factors of some shapes is made.
 
     Attributes:
-        number: of these shapes, strides, dtypes, device and uses, which no other has.
         grid: how many programs make it.
-        tiles: of `out`, a and b, as Triton has them, but for their bases.
+        tiles: of `out`, a and b.
         numbers: the last arguments of `_multiply`.
         options: with which it is compiled.
         parts: the shape of the parts of sums, where they are divided.
         added: the grid of `_add_parts`, and the last of its arguments.
+        launch: `_multiply`, when it has been compiled.
     """
 
-    number: int
-    grid: tuple[int]
-    tiles: tuple[dict[str, Any], ...]
+    grid: Grid
+    tiles: tuple[Tiles, Tiles, Tiles]
     numbers: tuple[int, ...]
     options: dict[str, int]
     parts: tuple[int, int, int] | None
-    added: tuple[tuple[int, int], tuple[int, ...]]
+    added: tuple[Grid, tuple[int, ...]]
+    launch: Launcher | None = None
 
 
 _known: dict[tuple[Any, ...], _How] = {}  # of MOST at most
-_numbers = itertools.count()
 
 
 def _product(
@@ -107,21 +107,26 @@ def _product(
     if not out.numel():
         return
     a, b = _aligned(a), _aligned(b)
-    uses = isinstance(left, Tensor), bias is not None, accumulate, over
-    which = (out.device, *((x.shape, x.stride(), x.dtype) for x in (out, a, b)), uses)
+    uses = left.__class__ is not int, None if bias is None else bias.dtype, accumulate, over
+    which = (out.get_device(), *((x.shape, x.stride(), x.dtype) for x in (out, a, b)), uses)
     how = _known.get(which)
     if how is None:
         how = _how(out, a, b, *uses)
         if len(_known) < MOST:
             _known[which] = how
-    tiles = [_with_base(known, x) for known, x in zip(how.tiles, (out, a, b), strict=True)]
     parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
-    beside = tiles[1] if bias is None else bias, left if parts is None else parts, left
-    kinds = (kind_of(x) if isinstance(x, Tensor) else x for x in (bias, parts, left))
-    _multiply[how.grid](*tiles, *beside, *how.numbers, kind=(how.number, *kinds), **how.options)
+    beside = 0 if bias is None else bias, 0 if parts is None else parts, left
+    if how.launch is None:
+        how.launch = _multiply.first(how.grid, beside, how.numbers, how.options, how.tiles, (out, a, b))
+    else:
+        how.launch(how.grid, (*map(_address, beside), *how.numbers), (out, a, b))
     if parts is not None:
         grid, numbers = how.added
-        _add_parts[grid](out, parts, left, *numbers)
+        _add_parts(grid, (out, parts, left), *numbers)
+
+
+def _address(x: Tensor | int) -> int:
+    return x if isinstance(x, int) else x.data_ptr()
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -129,18 +134,11 @@ def _aligned(x: Tensor) -> Tensor:
     return x.new_empty_strided(x.shape, x.stride()).copy_(x) if x.data_ptr() % VECTOR else x
 
 
-def _with_base(known: dict[str, Any], x: Tensor) -> TensorDescriptor:
-    """What reads tiles of x, of which others of its kind have been checked."""
-    made = object.__new__(TensorDescriptor)
-    made.__dict__.update(known)
-    made.base = x
-    return made
-
-
 def _how(
-    out: Tensor, a: Tensor, b: Tensor, on_device: bool, has_bias: bool, accumulate: bool, over: bool
+    out: Tensor, a: Tensor, b: Tensor, on_device: bool, bias: torch.dtype | None, accumulate: bool, over: bool
 ) -> _How:
     (m, k), n = a.shape, b.shape[1]
+    has_bias = bias is not None
     divided = not over and not has_bias and k >= LONG and on_device
     tile, programs = _tile(m, n, out.itemsize, _processors(out.device), divided)
     height, width = tile["M"], tile["N"]
@@ -150,16 +148,14 @@ def _how(
     divided = divided and most > 1
     flags = on_device, a_is_transposed, b_is_transposed, has_bias, accumulate, over, divided
     sizes = m, n, k, most if divided else 0
-    made = TensorDescriptor.from_tensor(out, [height, width]), a_tiles, b_tiles
     return _How(
-        next(_numbers),
-        (programs,),
-        tuple({**vars(tiles), "base": None} for tiles in made),
+        (programs, 1, 1),
+        (Tiles(out, [height, width]), a_tiles, b_tiles),
         (*sizes, *flags, *(tile[size] for size in ("M", "N", "K", "GROUP"))),
         {name: tile[name] for name in ("num_warps", "num_stages")},
         (most, height, width) if divided else None,
         (
-            (most // 2, height // ROWS_ADDED),
+            (most // 2, height // ROWS_ADDED, 1),
             (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, GROUP),
         ),
     )
@@ -189,11 +185,11 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _tiles(x: Tensor, height: int, width: int) -> tuple[TensorDescriptor, bool]:
+def _tiles(x: Tensor, height: int, width: int) -> tuple[Tiles, bool]:
     """(what reads tiles of x, or of its transpose; whether of its transpose)"""
     if x.stride(1) == 1:
-        return TensorDescriptor.from_tensor(x, [height, width]), False
-    return TensorDescriptor.from_tensor(x.t(), [width, height]), True
+        return Tiles(x, [height, width]), False
+    return Tiles(x.t(), [width, height]), True
 
 
 @triton.jit
@@ -207,7 +203,7 @@ def _tile_of(pid, rows, columns, GROUP: tl.constexpr):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["bias", "left"])
 def _multiply(
     out,
     a,
@@ -294,7 +290,7 @@ def _among(tiles, programs, most):
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["left"])
 def _add_parts(
     out,
     parts,
@@ -331,13 +327,13 @@ def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
     """`parts` [P, V] become sums that add up to that over the first `left` rows of dz [n, V]."""
     n, v = dz.shape
     if v:
-        grid = (cdiv(v, COLUMNS), len(parts))
-        on_device = isinstance(left, Tensor)
-        _sum_rows[grid](parts, dz, left, n, v, *dz.stride(), on_device, len(parts), COLUMNS, ROWS_OF_SUMS)
+        grid, on_device = (cdiv(v, COLUMNS), len(parts), 1), isinstance(left, Tensor)
+        sizes = len(parts), COLUMNS, ROWS_OF_SUMS
+        _sum_rows(grid, (parts, dz, left), n, v, *dz.stride(), on_device, *sizes)
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["left"])
 def _sum_rows(
     parts,
     dz,

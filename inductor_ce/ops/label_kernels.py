@@ -41,12 +41,13 @@ def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
     room = runs.new_empty(2 * size + count + bins)
     block = _power_of_2(bins)
     for k, label in enumerate(labels):
-        given = label, room, k * tiles * TILE, k * n, n, v, size, count, bins, label.stride(0)
-        _sort_tiles[(tiles * TILE // KEYS_AT_ONCE,)](*given, TILE, KEYS_AT_ONCE, block)
-    sizes = BITS, MERGED_AT_ONCE, TILES_AT_ONCE
-    _merge_tiles[(size // MERGED_AT_ONCE,)](room, runs, count, v, size, bins, *sizes)
-    sizes = COUNTED_AT_ONCE, block, _power_of_2(r)
-    _take_frequent[(cdiv(count, COUNTED_AT_ONCE),)](room, runs, columns, count, r, size, bins, *sizes)
+        numbers = k * tiles * TILE, k * n, n, v, size, count, bins, label.stride(0)
+        grid = (tiles * TILE // KEYS_AT_ONCE, 1, 1)
+        _sort_tiles(grid, (label, room), *numbers, TILE, KEYS_AT_ONCE, block)
+    grid, sizes = (size // MERGED_AT_ONCE, 1, 1), (BITS, MERGED_AT_ONCE, TILES_AT_ONCE)
+    _merge_tiles(grid, (room, runs), count, v, size, bins, *sizes)
+    grid, sizes = (cdiv(count, COUNTED_AT_ONCE), 1, 1), (COUNTED_AT_ONCE, block, _power_of_2(r))
+    _take_frequent(grid, (room, runs, columns), count, r, size, bins, *sizes)
 
 
 def _power_of_2(size: int) -> int:
@@ -185,8 +186,8 @@ def add_rows(out: Tensor, runs: Tensor, entries: Tensor, rows: Tensor, often: Te
     if count:
         n = count // entries.shape[1]
         strides = *out.stride(), *entries.stride(), *rows.stride(), *often.stride()
-        given = out, runs, entries, rows, often, v, m, n, count, rows.shape[0]
-        _add_rows[(count, cdiv(m, WIDTH))](*given, *strides, WIDTH)
+        grid, given = (count, cdiv(m, WIDTH), 1), (out, runs, entries, rows, often)
+        _add_rows(grid, given, v, m, n, count, rows.shape[0], *strides, WIDTH)
 
 
 @Kernel

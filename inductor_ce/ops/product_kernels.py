@@ -26,10 +26,10 @@ def take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: in
     """
     n, v = dz.shape
     if n:
-        grid = (cdiv(n, LABELS_AT_ONCE),)
+        grid, given = (cdiv(n, LABELS_AT_ONCE), 1, 1), (dz, label, columns, kept)
         strides = *dz.stride(), label.stride(0), kept.stride(0)
-        given = dz, label, columns, kept, place, n, v, columns.shape[0]
-        _take_out[grid](*given, *strides, LABELS_AT_ONCE, COLUMNS_AT_ONCE)
+        sizes = LABELS_AT_ONCE, COLUMNS_AT_ONCE
+        _take_out(grid, given, place, n, v, columns.shape[0], *strides, *sizes)
 
 
 @Kernel
@@ -70,9 +70,9 @@ def put_back(dz: Tensor, label: Tensor, kept: Tensor, place: int) -> None:
     """The entry of row i of dz [n, V] at the label [n] becomes what `kept` [n, W] has at `place` of row i."""
     n, v = dz.shape
     if n:
-        grid = (cdiv(n, LABELS_AT_ONCE),)
+        grid, given = (cdiv(n, LABELS_AT_ONCE), 1, 1), (dz, label, kept)
         strides = *dz.stride(), label.stride(0), kept.stride(0)
-        _put_back[grid](dz, label, kept, place, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
+        _put_back(grid, given, place, n, v, *strides, LABELS_AT_ONCE, num_warps=1)
 
 
 @Kernel
@@ -97,8 +97,8 @@ def scale(x: Tensor, factor: Tensor) -> None:
     """Multiply x [N, M] by factor [], unless that is 1; in float32, so neither may be float64."""
     n, m = x.shape
     if x.numel():
-        grid = (cdiv(n, ROWS_AT_ONCE), cdiv(m, WIDTH))
-        _scale[grid](x, factor, n, m, *x.stride(), ROWS_AT_ONCE, WIDTH)
+        grid = (cdiv(n, ROWS_AT_ONCE), cdiv(m, WIDTH), 1)
+        _scale(grid, (x, factor), n, m, *x.stride(), ROWS_AT_ONCE, WIDTH)
 
 
 @Kernel
@@ -121,8 +121,8 @@ def split(x: Tensor, terms: Tensor) -> None:
     What is infinite, or none, is so in the first of them alone.
     """
     n, k = x.shape
-    grid = (n, cdiv(k, WIDTH))
-    _split[grid](x, terms, n, k, *x.stride(), *terms.stride(), len(terms) // n, WIDTH)
+    strides = *x.stride(), *terms.stride()
+    _split((n, cdiv(k, WIDTH), 1), (x, terms), n, k, *strides, len(terms) // n, WIDTH)
 
 
 @Kernel
@@ -156,8 +156,8 @@ def fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> N
     if not n:
         count.zero_()
     else:
-        grid = (cdiv(n, COUNTED_AT_ONCE),)
-        _fill_order[grid](counts, order, place, count, n, counts.stride(0), COUNTED_AT_ONCE)
+        grid, given = (cdiv(n, COUNTED_AT_ONCE), 1, 1), (counts, order, place, count)
+        _fill_order(grid, given, n, counts.stride(0), COUNTED_AT_ONCE)
 
 
 @Kernel
@@ -188,12 +188,12 @@ def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, take
     on_device = isinstance(left, Tensor)
     n, d = rows.shape[0] if isinstance(left, Tensor) else left, x.shape[1]
     if n and d:
-        grid = (n, cdiv(d, WIDTH))
-        _fill_rows[grid](x, rows, counted, left, taken, d, *x.stride(), on_device, WIDTH)
+        given = x, rows, counted, left, taken
+        _fill_rows((n, cdiv(d, WIDTH), 1), given, d, *x.stride(), on_device, WIDTH)
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["left"])  # each piece has its own place in memory
 def _fill_rows(
     x, rows, counted, left, taken, d, row_stride, stride, ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr
 ):

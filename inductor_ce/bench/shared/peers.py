@@ -41,15 +41,13 @@ def find(module: str, name: str) -> Any:
 
 
 def quack(module: str, name: str) -> Any:
-    """The same of quack, which builds its kernels when they are first called.
+    """The same of quack, which keeps its kernels by keys of all that they read, and refuses what has none.
 
-    It caches them by keys of all that they read, and refuses what has none; nvidia-cutlass-dsl 4.7 has a
-    logger there, which is therefore given its name for a key.
+    nvidia-cutlass-dsl 4.7 has a logger there, which is therefore given its name for a key, before quack is
+    imported, as it asks then.
     """
-    found = find(f"quack.{module}", name)
-    if not isinstance(found, NotOffered):
-        logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
-    return found
+    logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
+    return find(f"quack.{module}", name)
 
 
 def versions() -> dict[str, str | None]:

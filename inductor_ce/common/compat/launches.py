@@ -15,12 +15,35 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SEEN = "3.6."
-MOST_TILES = 256  # encodings that are kept of one compilation
+MOST_TILES = 256  # encodings that are kept of the tiles of one argument
 
 Grid = tuple[int, int, int]
+
+
+class Tiles:
+    """What reads tiles of a tensor, without the tensor: of others of its shape and strides it is the same.
+
+    Args:
+        x: any of them.
+        block: the shape of a tile.
+
+    Raises:
+        AssertionError: no tiles of x can be read, as Triton checks it.
+    """
+
+    def __init__(self, x: Tensor, block: list[int]):
+        self._known = {**vars(TensorDescriptor.from_tensor(x, block)), "base": None}
+
+    def of(self, x: Tensor) -> TensorDescriptor:
+        made = object.__new__(TensorDescriptor)
+        made.__dict__.update(self._known)
+        made.base = x
+        return made
 
 
 class _Direct(NamedTuple):
@@ -38,43 +61,41 @@ class _Direct(NamedTuple):
 
 
 class Launcher:
-    """`launcher(grid, arguments)` launches a compilation on the current stream.
+    """`launcher(grid, given, tensors)` launches a compilation on the current stream.
+
+    `tensors` are those of which tiles are read by the first arguments, and `given` are all other arguments,
+    numbers or tensors, or the addresses of these.
 
     Args:
         compiled: what Triton made.
         device: the number of the GPU that it was made for.
+        tiles: what reads tiles of `tensors`.
     """
 
-    def __init__(self, compiled: Any, device: int):
-        self._compiled, self._device = compiled, device
-        self._encoded: dict[tuple[int, int], list[Any]] = {}
-        self._direct = _direct(compiled)
+    def __init__(self, compiled: Any, device: int, tiles: Sequence[Tiles] = ()):
+        self._compiled, self._device, self._tiles = compiled, device, tiles
+        self._encoded: list[dict[int, list[Any]]] = [{} for _ in tiles]
+        self._direct = _direct(compiled, len(tiles))
 
-    def __call__(self, grid: Grid, arguments: tuple[Any, ...]) -> None:
+    def __call__(self, grid: Grid, given: Sequence[Any], tensors: Sequence[Tensor] = ()) -> None:
         direct = self._direct
         if direct is None or _is_listened_to():
-            self._compiled[grid](*arguments)
+            tiles = (tile.of(x) for tile, x in zip(self._tiles, tensors, strict=True))
+            self._compiled[grid](*tiles, *given)
             return
-        given: Any = arguments
-        if direct.encode:
-            given = self._with_tiles(direct.encode, arguments)
-        direct.launch(*grid, _current_stream(self._device), *direct.before, *given)
+        encoded: list[Any] = []
+        for i, x in enumerate(tensors):
+            address = x.data_ptr()
+            found = self._encoded[i].get(address)
+            encoded += self._encode(i, address, x) if found is None else found
+        direct.launch(*grid, _current_stream(self._device), *direct.before, *encoded, *given)
 
-    def _with_tiles(
-        self, encode: Sequence[Callable[[Any], list[Any]]], arguments: tuple[Any, ...]
-    ) -> list[Any]:
-        """The arguments, of which the first are tiles and become what they are encoded to."""
-        given: list[Any] = []
-        for i, encode_one in enumerate(encode):
-            where = i, arguments[i].base.data_ptr()
-            encoded = self._encoded.get(where)
-            if encoded is None:
-                encoded = encode_one(arguments[i])
-                if len(self._encoded) < MOST_TILES:
-                    self._encoded[where] = encoded
-            given += encoded
-        given += arguments[len(encode) :]
-        return given
+    def _encode(self, i: int, address: int, x: Tensor) -> list[Any]:
+        assert self._direct is not None
+        made = self._direct.encode[i](self._tiles[i].of(x))
+        if len(self._encoded[i]) < MOST_TILES:
+            self._encoded[i][address] = made
+        return made
 
 
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds for CPUs have none
@@ -85,7 +106,7 @@ def _is_listened_to() -> bool:
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
-def _direct(compiled: Any) -> _Direct | None:
+def _direct(compiled: Any, tiles: int) -> _Direct | None:
     """None where it is not known."""
     driver, run = sys.modules.get("triton.backends.nvidia.driver"), getattr(compiled, "run", None)
     if driver is None or not triton.__version__.startswith(SEEN) or _current_stream is None:
@@ -99,6 +120,8 @@ def _direct(compiled: Any) -> _Direct | None:
         if inside["tensordesc_indices"] != {*range(len(kinds))}:  # those are not the first arguments
             return None
         encode = [functools.partial(driver.make_tensordesc_arg, metadata=kind) for kind in kinds]
+    if len(encode) != tiles:
+        return None
     flags, nobody = (run.launch_cooperative_grid, run.launch_pdl), (None, None, None)
     before = compiled.function, *flags, None, None, compiled.packed_metadata, *nobody
     return _Direct(launch, encode, before)
