@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +48,8 @@ def quack(module: str, name: str) -> Any:
     nvidia-cutlass-dsl 4.7 has a logger there, which is therefore given its name for a key, before quack is
     imported, as it asks then.
     """
-    logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
+    if "quack" in sys.modules or importlib.util.find_spec("quack"):
+        logging.Logger.__quack_semantic_key__ = lambda self: self.name  # type: ignore[attr-defined]
     return find(f"quack.{module}", name)
 
 
