@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -38,69 +36,58 @@ class Function:
         return launch
 
 
-@dataclass
-class Tiles:
-    """What Triton's TensorDescriptor has."""
-
-    base: torch.Tensor
-    shape: Sequence[int]
-    strides: Sequence[int]
-    block_shape: Sequence[int]
-
-
-X = torch.zeros(64)
+X, Y = torch.zeros(64), torch.zeros(8, 64)
 OTHERS = {
-    "a number": ((5,), (X, 8, 2), {}),
-    "dtype": ((5,), (X.double(), 7, 2), {}),
-    "alignment": ((5,), (X[1:], 7, 2), {}),
-    "options": ((5,), (X, 7, 2), {"num_warps": 1}),
+    "a number": ((X,), (8, 2), {}),
+    "a number for a pointer": ((5,), (7, 2), {}),
+    "dtype": ((X.double(),), (7, 2), {}),
+    "alignment": ((X[1:],), (7, 2), {}),
+    "options": ((X,), (7, 2), {"num_warps": 1}),
 }
 
 
 def test_the_same_kind_is_compiled_once() -> None:
     function = Function()
     kernel = launch.Kernel(function)
-    kernel[(5,)](X, 7, 2)
-    kernel[(6, 2)](other := torch.ones(8), 7, 2)  # of which Triton asks neither size nor values
+    kernel((5, 1, 1), (X,), 7, 2)
+    kernel((6, 2, 1), (other := torch.ones(8),), 7, 2)  # of which Triton asks neither size nor values
     ((_, grid, arguments),) = function.log
     assert len(function.launched) == 1
     assert grid == (6, 2, 1)
-    assert arguments == (other, 7, 2)
+    assert arguments == (other.data_ptr(), 7, 2)
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_kind_is_not_taken(other: str) -> None:
     function = Function()
     kernel = launch.Kernel(function)
-    kernel[(5,)](X, 7, 2)
-    grid, arguments, options = OTHERS[other]
+    kernel((5, 1, 1), (X, X), 7, 2)
+    pointers, numbers, options = OTHERS[other]
     for _ in range(2):
-        kernel[grid](*arguments, **options)
-    assert function.launched[1] == (grid, arguments, options)
-    assert [made[1:] for made in function.log] == [((5, 1, 1), arguments)]
-
-
-def tiles(x: torch.Tensor, *block: int) -> Tiles:
-    return Tiles(x, x.shape, x.stride(), [*block])
-
-
-def test_tiles_of_a_tensor() -> None:
-    """As Triton does, by dtype and by how large the tiles are; and by how the tensor lies in memory."""
-    kernel = launch.Kernel(function := Function())
-    kernel[(5,)](tiles(X, 16), 7)
-    kernel[(5,)](other := tiles(torch.ones(64), 16), 7)
-    assert [arguments for *_, arguments in function.log] == [(other, 7)]
-    for another in (tiles(X, 32), tiles(X.half(), 16), tiles(X[:32], 16), tiles(X[::2], 16), X):
-        kernel[(5,)](another, 7)
-    assert len(function.launched) == 6
+        kernel((5, 1, 1), (X, *pointers), *numbers, **options)
+    assert function.launched[1] == ((5, 1, 1), (X, *pointers, *numbers), options)
+    (pointer,) = (x if isinstance(x, int) else x.data_ptr() for x in pointers)
+    assert [made[1:] for made in function.log] == [((5, 1, 1), (X.data_ptr(), pointer, *numbers))]
 
 
 def test_what_is_kept_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST", 2)
     kernel = launch.Kernel(function := Function())
     for i in (0, 1, 2, 2, 0):
-        kernel[(1,)](X, i)
+        kernel((1, 1, 1), (X,), i)
     assert [arguments[1] for _, arguments, _ in function.launched] == [0, 1, 2, 2]
+
+
+def test_tiles_of_a_tensor() -> None:
+    """What is launched again reads tiles of another tensor of the same kind."""
+    kernel = launch.Kernel(function := Function())
+    tiles = launches.Tiles(Y, [4, 16])
+    launcher = kernel.first((5, 1, 1), (X,), (7,), {}, [tiles], [Y])
+    assert launcher is not None
+    launcher((6, 1, 1), (3, 7), [other := torch.ones(8, 64)])
+    ((_, (read, *given), options), (_, grid, (again, *rest))) = *function.launched, *function.log
+    assert (read.base, [*read.shape], read.block_shape, given, options) == (Y, [8, 64], [4, 16], [X, 7], {})
+    assert (again.base, [*again.shape], rest, grid) == (other, [8, 64], [3, 7], (6, 1, 1))
 
 
 # Past Triton's own way
@@ -144,7 +131,7 @@ BEFORE = (5, 1, 1, "stream", 7, False, True, None, None, ("metadata",), None, No
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """What is encoded, as it is."""
 
-    def encode(tiles: Tiles, metadata: dict[str, int]) -> list[Any]:
+    def encode(tiles: Any, metadata: dict[str, int]) -> list[Any]:
         made.append(tiles.base)
         return [metadata["number"], *tiles.shape]
 
@@ -154,15 +141,18 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     return made
 
 
+TILES = launches.Tiles(Y, [4, 16])
+
+
 @of_this_release
 def test_tiles_are_encoded_once_for_where_they_are(encoded: list[torch.Tensor]) -> None:
     compiled = Compiled([], 2)
-    launcher, other = launches.Launcher(compiled, 0), torch.ones(64)
-    for x in (X, X, other, X):
-        launcher((5, 1, 1), (tiles(X, 16), tiles(x, 16), 9))
+    launcher, other = launches.Launcher(compiled, 0, [TILES, TILES]), torch.ones(8, 64)
+    for x in (Y, Y, other, Y):
+        launcher((5, 1, 1), (9,), (Y, x))
     assert [args[: len(BEFORE)] for args in compiled.called] == [BEFORE] * 4
-    assert [args[len(BEFORE) :] for args in compiled.called] == [(0, 64, 1, 64, 9)] * 4
-    assert [x.data_ptr() for x in encoded] == [X.data_ptr(), X.data_ptr(), other.data_ptr()]
+    assert [args[len(BEFORE) :] for args in compiled.called] == [(0, 8, 64, 1, 8, 64, 9)] * 4
+    assert [x.data_ptr() for x in encoded] == [Y.data_ptr(), Y.data_ptr(), other.data_ptr()]
 
 
 @of_this_release
@@ -170,11 +160,11 @@ def test_encodings_that_are_kept_have_an_end(
     encoded: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launches, "MOST_TILES", 1)
-    launcher, other = launches.Launcher(compiled := Compiled([], 1), 0), torch.ones(64)
-    for x in (X, other, other, X):
-        launcher((5, 1, 1), (tiles(x, 16), 9))
+    launcher, other = launches.Launcher(compiled := Compiled([], 1), 0, [TILES]), torch.ones(8, 64)
+    for x in (Y, other, other, Y):
+        launcher((5, 1, 1), (9,), [x])
     assert len(compiled.called) == 4
-    assert [x.data_ptr() for x in encoded] == [x.data_ptr() for x in (X, other, other)]
+    assert [x.data_ptr() for x in encoded] == [x.data_ptr() for x in (Y, other, other)]
 
 
 @of_this_release
@@ -187,14 +177,16 @@ def test_what_reads_no_tiles() -> None:
 
 @of_this_release
 @pytest.mark.usefixtures("encoded")
-@pytest.mark.parametrize("why", ["release", "scratch", "hook", "other"])
+@pytest.mark.parametrize("why", ["release", "scratch", "hook", "other", "more tiles"])
 def test_what_is_not_known_is_launched_as_triton_does(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[Any] = []
     compiled: Any = Compilation(log) if why == "other" else Compiled(log, 1, scratch=64 * (why == "scratch"))
+    if why == "more tiles":
+        compiled = Compiled(log, 2)
     if why == "release":
         monkeypatch.setattr(launches, "SEEN", "0.")
     if why == "hook":
         monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
-    given = tiles(X, 16), 9
-    launches.Launcher(compiled, 0)((5, 1, 1), given)
-    assert log == [(compiled, (5, 1, 1), given)]
+    launches.Launcher(compiled, 0, [TILES])((5, 1, 1), (9,), [Y])
+    ((made, grid, (tiles, *rest)),) = log
+    assert (made, grid, tiles.base, rest) == (compiled, (5, 1, 1), Y, [9])

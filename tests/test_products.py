@@ -79,6 +79,23 @@ def test_a_product_without_the_labels(labels: list[Tensor], accumulate: bool, re
     assert torch.equal(dz, before if restore else rest)
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("left", [0, 3, 64, 200])
+def test_entries_of_rows_that_are_not_computed(left: int) -> None:
+    """They are 0, whatever is there; and so many rows may be all, which only the device knows."""
+    n, r = 70, 2
+    dz, label = torch.randn(n, V), torch.randint(0, V, (n,))
+    columns, expected = torch.tensor([4, -1]), torch.zeros(n, 2)
+    dz[left:] = torch.nan
+    expected[:left, 0], expected[:left, 1] = dz[:left, 4], dz[:left].gather(1, label[:left, None])[:, 0]
+    (take_out,) = products.by_device(dz, products._take_out)
+    for limit in (torch.tensor(left, dtype=torch.int32), left):
+        kept, cut = torch.full((n, r + 1), 7.0), dz.clone()
+        take_out(cut, label, columns, kept, r, limit)
+        assert torch.equal(kept[:, [0, r]], expected)
+        assert not cut[:left].gather(1, label[:left, None]).any()
+
+
 @pytest.mark.parametrize("block", [64, 10**6])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_rows_of_frequent_columns(share: float, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +191,7 @@ def test_times_in_place(dtype: torch.dtype) -> None:
 
 
 POINTERS = {
-    "take_out": {"dz": "*bf16", "label": "*i32", "columns": "*i64", "kept": "*bf16"},
+    "take_out": {"dz": "*bf16", "label": "*i32", "columns": "*i64", "kept": "*bf16", "left": "*i32"},
     "sort_tiles": {"label": "*i64", "room": "*i32"},
     "merge_tiles": {"room": "*i32", "runs": "*i32"},
     "take_frequent": {"room": "*i32", "runs": "*i32", "columns": "*i64"},
@@ -184,6 +201,7 @@ POINTERS = {
     "split": {"x": "*fp32", "terms": "*bf16"},
 }
 CONSTANTS = {
+    "ON_DEVICE": True,
     "ROWS": 32,
     "COLUMNS": 128,
     "KEYS": 16,

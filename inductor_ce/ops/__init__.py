@@ -17,7 +17,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
                     `label_kernels` beside them, and `counted_kernels`, where the device alone knows how
                     many rows count
     gemm            one matrix product, by a library
-    launch          launches a Triton kernel again
+    launch          launches a Triton kernel again; `ahead`, compiles what will be launched
     verified        both ways side by side, for the option `verify`
     lowering        to `templates/`, or to `loops`; `one_read_lowering`, what is read once, and
                     `with_templates`, what both share

@@ -138,7 +138,7 @@ def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: in
     if left is None or role_of(left) == OF_ALL_ROWS:
         return most
     if left.is_cpu:
-        n = int(left[piece])
+        n = int(left.select(0, piece))
     elif host is None or is_being_recorded(left):
         return None
     else:
@@ -149,8 +149,9 @@ def rows_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: in
 def limit_of_piece(left: Tensor | None, host: Tensor | None, piece: int, most: int) -> Tensor | int:
     """The same for kernels that may read it on the device: a number there, [], or here."""
     n = rows_of_piece(left, host, piece, most)
-    on_device = left is not None and (n is None or role_of(left) == OF_ALL_ROWS)
-    return left[piece] if on_device else n  # type: ignore[index, return-value]
+    if left is not None and (n is None or role_of(left) == OF_ALL_ROWS):
+        return left.select(0, piece)
+    return n  # type: ignore[return-value]
 
 
 def is_to_load(left: Tensor | None, out: Tensor, a: Tensor, b: Tensor) -> bool:
@@ -171,7 +172,7 @@ _loaded: set[tuple[Any, ...]] = set()
 
 def computed_rows(x: Tensor, left: Tensor, piece: int) -> Tensor:
     """x [n, M] with 0 in rows that are not computed, for operators that do not look at `left`."""
-    return torch.where((torch.arange(len(x), device=x.device) < left[piece])[:, None], x, 0.0)
+    return torch.where((torch.arange(len(x), device=x.device) < left.select(0, piece))[:, None], x, 0.0)
 
 
 def _arrived(host: Tensor, piece: int) -> int:
@@ -229,7 +230,7 @@ def product_to_rows(
     if n is None and counted_kernels.has_product(rows := out.narrow(0, start, most), a, b):
         if is_to_load(left, rows, a, b):
             gemm.product(rows, a, b, False)
-        counted_kernels.product_of_rows(rows, a, b, left[piece])
+        counted_kernels.product_of_rows(rows, a, b, left.select(0, piece))
     elif n is None or n == most:
         gemm.product(out.narrow(0, start, most), a, b, False)
     elif n:
@@ -253,12 +254,13 @@ def frequent_rows(
     """kept' [R, N] times rows [N, M], in float32.
 
     `kept` has its rows in `order` [N], if that is given. Of those that do not count, or are not computed,
-    neither factor is looked at. Some rows are taken after others: never is there a copy of all.
+    neither factor is looked at; where the device alone knows these, they are 0 in `kept`. Some rows are taken
+    after others: never is there a copy of all.
     """
     made = _empty_frequent_rows(kept, rows)
     n = rows_of_piece(left, host, 0, len(rows))
     if n is None:
-        kept, n = computed_rows(kept, left, 0), len(rows)  # type: ignore[arg-type]
+        n = len(rows)
     if order is None or counted is None:
         gemm.product(made, kept.t(), rows, False)
         return made

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.compat.launches import Grid, Launcher, Tiles
-from .launch import MOST, VECTOR, Kernel, cdiv
+from .launch import MOST, Kernel, cdiv, is_aligned
 
 ROWS = 64  # rows that are summed at once
 GROUP = 16  # rows of tiles that are gone through column by column: those of a chunk of 2048 rows
@@ -51,7 +51,7 @@ def reads_tiles(device: torch.device) -> bool:
 def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
     """Whether there is one here that makes `out` of these factors."""
     (row, column), aligned = out.stride(), 16 // out.itemsize
-    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0 and out.data_ptr() % VECTOR == 0
+    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0 and is_aligned(out)
     return fits and has_tiles(a) and has_tiles(b) and reads_tiles(out.device)
 
 
@@ -131,7 +131,7 @@ def _address(x: Tensor | int) -> int:
 
 def _aligned(x: Tensor) -> Tensor:
     """The same from an aligned address on. A clone would have its rows next to each other."""
-    return x.new_empty_strided(x.shape, x.stride()).copy_(x) if x.data_ptr() % VECTOR else x
+    return x if is_aligned(x) else x.new_empty_strided(x.shape, x.stride()).copy_(x)
 
 
 def _how(

@@ -4,6 +4,8 @@ Triton finds out at every launch, argument by argument, which of a kernel's comp
 the host longer than the launch. A head launches a few kernels for each of its pieces, with the same sizes in
 every step; so what fits is kept here by the numbers that are given, and by dtype, alignment and device of
 tensors. Of these a launch is given the address alone.
+
+Given fake tensors, a kernel is compiled for what they stand for, and nothing is launched: see `ahead.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.compat.launches import Grid, Launcher, Tiles
+from ..common.compat.graphs import FakeTensor
+from ..common.compat.launches import Grid, Launcher, Placeholder, Tiles
+from . import ahead
 
 VECTOR = 16  # bytes to which Triton asks whether a pointer is aligned
 MOST = 1024  # compilations that are kept of a kernel: sizes may be dynamic
@@ -35,6 +39,9 @@ class Kernel:
         self._launchers: dict[Hashable, Launcher] = {}
 
     def __call__(self, grid: Grid, pointers: Sequence[Tensor | int], *numbers: int, **options: int) -> None:
+        if isinstance(pointers[0], FakeTensor):
+            self.first(grid, pointers, numbers, options)
+            return
         kind: list[Hashable] = [numbers, *options.items()]
         given: list[int] = []
         for pointer in pointers:
@@ -68,13 +75,33 @@ class Kernel:
 
         The first arguments of the function read `tiles` of `tensors`, if there are some.
         """
+        device = (*tensors, *pointers)[0].get_device()  # type: ignore[union-attr]
+        if isinstance((*tensors, *pointers)[0], FakeTensor):
+            read = [tile.of(_placeholder(x)) for tile, x in zip(tiles, tensors, strict=True)]
+            given = (_placeholder(x) if isinstance(x, Tensor) else x for x in pointers)
+            ahead.compile(self.function, device, grid, (*read, *given, *numbers), options)
+            return None
+        ahead.wait()
         read = [tile.of(x) for tile, x in zip(tiles, tensors, strict=True)]
         compiled = self.function[grid](*read, *pointers, *numbers, **options)
         # An interpreter compiles nothing, and for HIP the size of a tensor's storage matters too.
         if compiled is None or torch.version.hip is not None:
             return None
-        device = next(x.get_device() for x in (*tensors, *pointers) if isinstance(x, Tensor))
         return Launcher(compiled, device, tiles)
+
+
+def is_aligned(x: Tensor) -> bool:
+    """Whether x begins at a multiple of VECTOR bytes, as memory that is allocated does."""
+    return address_of(x) % VECTOR == 0
+
+
+def address_of(x: Tensor) -> int:
+    """Of a fake tensor, that in memory which begins at 0."""
+    return int(x.storage_offset()) * x.itemsize if isinstance(x, FakeTensor) else x.data_ptr()
+
+
+def _placeholder(x: Tensor) -> Placeholder:
+    return Placeholder(x.dtype, address_of(x))
 
 
 def cdiv(size: int, block: int) -> int:

@@ -21,7 +21,7 @@ from ..common.compat.loops import in_one_loop, is_added_to_others, read_by_one_l
 from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
 from ..common.sources import sources
-from . import counted, group_rank, loops, one_read, one_read_lowering, operators, products, verified
+from . import ahead, counted, group_rank, loops, one_read, one_read_lowering, operators, products, verified
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
 from .products import ALIGN_ROWS, COMPLETE, ONCE_MADE, TIMES, TIMES_IN_PLACE
@@ -49,6 +49,7 @@ DIRECT = (
     *(products.complete, products.most_frequent, products.column_sums, products.once_made),
     products.times_in_place,
 )
+WITHOUT_KERNELS = (counted.host_copy, counted.recorded)
 BY_NAME = (group_rank, verified)  # modules with operators that generated code calls through the dispatcher
 LANE = 8  # columns of one thread in one vector: 16 bytes of a 16-bit dtype
 
@@ -82,7 +83,8 @@ def register() -> None:
     ours = torch.ops.inductor_ce
     first = f"import inductor_ce.ops.lowering; inductor_ce.ops.lowering.load({sources()!r})"
     for direct in DIRECT:
-        inductor.call_directly(direct, first, ahead=direct is counted.host_copy)
+        then = None if direct in WITHOUT_KERNELS else ahead.lowered
+        inductor.call_directly(direct, first, ahead=direct is counted.host_copy, then=then)
     for lowering, op in (
         *((_times, TIMES), (_align_rows, ALIGN_ROWS)),
         *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),

@@ -19,26 +19,30 @@ ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
 
 
-def take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int) -> None:
+def take_out(
+    dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int, left: Tensor | int
+) -> None:
     """Into row i of `kept` [n, W] go the columns [R] of row i of dz [n, V], one after another from the first.
 
-    Then at `place` goes the entry at the label [n], which becomes 0 in dz.
+    Then at `place` goes the entry at the label [n], which becomes 0 in dz. Of dz the first `left` rows are
+    looked at; for others all of these are 0.
     """
     n, v = dz.shape
     if n:
-        grid, given = (cdiv(n, LABELS_AT_ONCE), 1, 1), (dz, label, columns, kept)
+        grid, given = (cdiv(n, LABELS_AT_ONCE), 1, 1), (dz, label, columns, kept, left)
         strides = *dz.stride(), label.stride(0), kept.stride(0)
-        sizes = LABELS_AT_ONCE, COLUMNS_AT_ONCE
+        sizes = isinstance(left, Tensor), LABELS_AT_ONCE, COLUMNS_AT_ONCE
         _take_out(grid, given, place, n, v, columns.shape[0], *strides, *sizes)
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["label", "left"])
 def _take_out(
     dz,
     label,
     columns,
     kept,
+    left,
     at,
     n,
     v,
@@ -47,19 +51,24 @@ def _take_out(
     column_stride,
     label_stride,
     kept_stride,
+    ON_DEVICE: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    limit = left
+    if ON_DEVICE:
+        limit = tl.load(left)
+    limit = tl.minimum(limit, n)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None]
     for first in range(0, r, COLUMNS):
         i = (first + tl.arange(0, COLUMNS))[None, :]
         inside = (rows < n) & (i < r)
         column = tl.load(columns + i, mask=i < r, other=-1)
         place = dz + rows.to(tl.int64) * row_stride + column * column_stride
-        entry = tl.load(place, mask=inside & (column >= 0), other=0.0)
+        entry = tl.load(place, mask=inside & (rows < limit) & (column >= 0), other=0.0)
         tl.store(kept + rows * kept_stride + i, entry, mask=inside)
     tl.debug_barrier()  # no thread may write what another is about to read
-    row, place, there = _at_labels(dz, label, n, v, row_stride, column_stride, label_stride, ROWS)
+    row, place, there = _at_labels(dz, label, limit, v, row_stride, column_stride, label_stride, ROWS)
     entry = tl.load(place, mask=there, other=0.0)
     tl.store(kept + row * kept_stride + at, entry, mask=row < n)
     tl.debug_barrier()  # another thread may hold the same row
@@ -76,7 +85,7 @@ def put_back(dz: Tensor, label: Tensor, kept: Tensor, place: int) -> None:
 
 
 @Kernel
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["label"])
 def _put_back(
     dz, label, kept, at, n, v, row_stride, column_stride, label_stride, kept_stride, ROWS: tl.constexpr
 ):
@@ -193,7 +202,7 @@ def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, take
 
 
 @Kernel
-@triton.jit(do_not_specialize_on_alignment=["left"])  # each piece has its own place in memory
+@triton.jit(do_not_specialize_on_alignment=["rows", "counted", "left"])  # each piece has its own place
 def _fill_rows(
     x, rows, counted, left, taken, d, row_stride, stride, ON_DEVICE: tl.constexpr, WIDTH: tl.constexpr
 ):

@@ -76,7 +76,7 @@ def logits(
     if n is None and left is not None and counted_kernels.has_product(z, a, b):
         if is_to_load(left, z, a, b):
             _fill_logits(z, a, b, bias)
-        counted_kernels.product_of_rows(z, a, b, left[piece], bias)
+        counted_kernels.product_of_rows(z, a, b, left.select(0, piece), bias)
     elif n == most:
         _fill_logits(z, a, b, bias)
     elif n:
@@ -160,7 +160,7 @@ def _add_terms(
     if counted_kernels.has_product(out, a, b):
         if not accumulate and is_to_load(left, out, a, b):
             gemm.product(out, a, b, False)
-        counted_kernels.product_over_rows(out, a, b, left[piece], accumulate)
+        counted_kernels.product_over_rows(out, a, b, left.select(0, piece), accumulate)
     else:
         a, b = computed_rows(a.t(), left, piece).t(), computed_rows(b, left, piece)
         gemm.product(out, a, b, accumulate)
@@ -190,7 +190,8 @@ def product_but(
 
     Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, or any number
     where -1 stands for none, and then those at the labels. Where two labels of a row are equal the second
-    entry is 0, as it is where a label is none of the V columns. For the product the entries at the labels
+    entry is 0, as it is where a label is none of the V columns, and where the device alone knows that a row
+    is not computed. For the product the entries at the labels
     become 0 in dz, and with `restore` what they were thereafter.
     """
     most = dz.shape[0]
@@ -201,21 +202,25 @@ def product_but(
     if n is not None and n < most:
         dz, b, rows, labels = dz[:n], b[:n], rows[:n], [label[:n] for label in labels]
     take_out, put_back = by_device(dz, _take_out, _put_back)
-    first = columns.shape[0]
+    first, limit = columns.shape[0], left.select(0, piece) if n is None and left is not None else len(dz)
     for k, label in enumerate(labels):
-        take_out(dz, label, columns[:0] if k else columns, rows, first + k)
+        take_out(dz, label, columns[:0] if k else columns, rows, first + k, limit)
     _add_terms(out, dz.t(), b, accumulate, left if n is None else None, host, piece)
     for k, label in reversed([*enumerate(labels)]) if restore else ():
         put_back(dz, label, rows, first + k)
 
 
-def _take_out(dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int) -> None:
+def _take_out(
+    dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int, left: Tensor | int
+) -> None:
     """Into row i of `kept` [n, W] go the columns [R] of row i of dz [n, V], one after another from the first.
 
-    Then at `place` goes the entry at the label [n], which becomes 0 in dz.
+    Then at `place` goes the entry at the label [n], which becomes 0 in dz. Of dz the first `left` rows are
+    looked at; for others all of these are 0.
     """
-    kept[:, : len(columns)] = dz[:, columns]
-    rows, there = _rows_there(label, dz.shape[1])
+    kept[:, : len(columns)] = 0
+    kept[:left, : len(columns)] = dz[:left, columns]
+    rows, there = _rows_there(label[:left], dz.shape[1])
     kept[:, place] = 0
     kept[rows, place] = dz[rows, there]
     dz[rows, there] = 0

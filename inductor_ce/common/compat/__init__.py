@@ -10,5 +10,6 @@ probing for the capability where one can, so that no other file knows which torc
     inductor      Inductor's configuration, passes, lowerings and templates
     launches      how compiled Triton kernels are launched
     loops         what Inductor computes in one loop
+    stand_ins     fake tensors for what is being lowered
     distributed   process groups
 """

@@ -137,12 +137,15 @@ def _run_before_the_rest(graph: Any, op: ir.FallbackKernel) -> None:
     _when_lowered(graph, order)
 
 
-def call_directly(op: CustomOpDef, first: str, *, ahead: bool = False) -> None:
+def call_directly(
+    op: CustomOpDef, first: str, *, ahead: bool = False, then: Callable[..., None] | None = None
+) -> None:
     """Let generated code call the Python function of an operator, and not by way of torch's dispatcher.
 
     That takes the host longer than launching the operator's kernels. Autograd, and all else that a dispatcher
     looks after, has been dealt with when code is generated. The code begins with the line `first`. It runs
-    the operator `ahead` of all large operations that follow in the graph.
+    the operator `ahead` of all large operations that follow in the graph. `then` is called with the function
+    and the arguments, as a tuple and a dict, when these have been lowered.
     """
     overload, name = op._opoverload, op._qualname.replace("::", "_")
     call = fallback_handler(overload, add_to_fallback_set=False)
@@ -156,6 +159,8 @@ def call_directly(op: CustomOpDef, first: str, *, ahead: bool = False) -> None:
                 made.python_kernel_name = f"extern_kernels.{name}"
             if isinstance(made, ir.FallbackKernel) and ahead:
                 _run_before_the_rest(graph, made)
+        if then is not None:
+            then(op._init_fn, args, kwargs)
         return result
 
     setattr(extern_kernels, name, op._init_fn)  # as torch does with those of its own

@@ -16,13 +16,26 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton import knobs
+from triton import MockTensor, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 SEEN = "3.6."
 MOST_TILES = 256  # encodings that are kept of the tiles of one argument
 
 Grid = tuple[int, int, int]
+
+
+class Placeholder(MockTensor):
+    """What a kernel is compiled for in the place of a tensor.
+
+    Args:
+        dtype: of the tensor.
+        address: where it may be; Triton asks how that is aligned.
+    """
+
+    def __init__(self, dtype: torch.dtype, address: int = 0):
+        super().__init__(dtype)
+        self.data_ptr = lambda: address
 
 
 class Tiles:
@@ -37,9 +50,10 @@ class Tiles:
     """
 
     def __init__(self, x: Tensor, block: list[int]):
-        self._known = {**vars(TensorDescriptor.from_tensor(x, block)), "base": None}
+        anywhere = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        self._known = {**vars(TensorDescriptor.from_tensor(anywhere, block)), "base": None}
 
-    def of(self, x: Tensor) -> TensorDescriptor:
+    def of(self, x: Tensor | Placeholder) -> TensorDescriptor:
         made = object.__new__(TensorDescriptor)
         made.__dict__.update(self._known)
         made.base = x
@@ -96,6 +110,35 @@ class Launcher:
         if len(self._encoded[i]) < MOST_TILES:
             self._encoded[i][address] = made
         return made
+
+
+def compiled_for(function: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What of some arguments a compilation depends on, as Triton has it: of numbers whether they are 1, or
+    multiples of 16, of placeholders dtype and alignment."""
+    kind: list[Any] = []
+    for parameter, x in zip(function.params, arguments, strict=True):
+        if isinstance(x, TensorDescriptor):
+            kind.append((x.base.dtype, *x.block_shape))
+        elif isinstance(x, Placeholder):
+            is_asked = not parameter.do_not_specialize_on_alignment
+            kind.append((x.dtype, is_asked and x.data_ptr() % 16 == 0))
+        elif parameter.is_constexpr or x == 1:
+            kind.append(x)
+        else:
+            kind.append((x % 16 == 0, x.bit_length() > 31))
+    return tuple(kind)
+
+
+def compile_ahead(
+    function: Any, device: int, grid: Grid, arguments: Sequence[Any], options: dict[str, int]
+) -> None:
+    """Have a function of `triton.jit` compiled, and what launches it built, as a launch will ask for it.
+
+    Both are kept where Triton looks for them. A thread other than that which launches may do it.
+    """
+    torch.cuda.set_device(device)
+    compiled = function.warmup(*arguments, grid=grid, **options)
+    triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds for CPUs have none

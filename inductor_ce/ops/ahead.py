@@ -1,0 +1,74 @@
+"""Compile the kernels that operators launch while Inductor is still at the code that calls them.
+
+Triton compiles a kernel when it is first launched, and has a C compiler build what launches it; a head has
+a dozen of them. Most of that time is spent in other processes. So what an operator would launch is found by
+calling it with fake tensors, and compiled in threads; whoever launches a kernel for the first time waits.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..common.compat import launches
+from ..common.compat.graphs import tree_map
+from ..common.compat.stand_ins import stand_ins
+from ..common.failsafe import attempt
+
+MOST_THREADS = 8
+MANY = 2**30  # what a number on the host is taken to be
+
+_pool: ThreadPoolExecutor | None = None
+_asked: set[Hashable] = set()  # what the pool compiles
+
+
+def lowered(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Compile what an operator launches that is being lowered, if all sizes are known."""
+    if not torch.cuda.is_initialized() or torch.version.hip is not None:
+        return
+    examples = stand_ins((args, kwargs))
+    if examples is not None:
+        attempt("kernels are compiled when they are launched", rehearse, operator, *examples)
+
+
+def rehearse(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Compile what `operator(*args, **kwargs)` launches, of which tensors are fake."""
+    args, kwargs = tree_map(_with_numbers, (args, kwargs))
+    operator(*args, **kwargs)
+
+
+def _with_numbers(x: Any) -> Any:
+    """A tensor on the host is there to be looked at."""
+    is_read = isinstance(x, Tensor) and x.is_cpu
+    return torch.full(x.shape, MANY, dtype=x.dtype) if is_read else x
+
+
+def compile(
+    function: Any, device: int, grid: launches.Grid, arguments: Sequence[Any], options: dict[str, int]
+) -> None:
+    """Let a thread compile a function of `triton.jit` for arguments whose tensors are placeholders."""
+    global _pool
+    which = function, device, launches.compiled_for(function, arguments), *options.items()
+    if which in _asked:
+        return
+    _asked.add(which)
+    if _pool is None:
+        _pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+    _pool.submit(launches.compile_ahead, function, device, grid, arguments, options)
+
+
+def wait() -> None:
+    """Until all has been compiled. What failed fails again when it is launched, and says so there.
+
+    No thread is left, which a process that is forked would miss.
+    """
+    global _pool
+    pool, _pool = _pool, None
+    if pool is not None:
+        pool.shutdown()
+        _asked.clear()

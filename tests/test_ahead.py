@@ -1,0 +1,190 @@
+"""Kernels that are compiled while the code that launches them is generated."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import gpu_codegen
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compile_without_codegen
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+
+from inductor_ce.api.backend import inductor_ce_backend
+from inductor_ce.common.compat import launches
+from inductor_ce.ops import ahead, counted_kernels, gemm, product_kernels, products
+
+N, V, D = 320, 1024, 64
+
+
+def loss(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy((h @ w.t()).float(), y)
+
+
+def given(n: int = N, device: str = "cpu") -> list[Tensor]:
+    h, w = (torch.randn(size, D, dtype=torch.bfloat16, device=device) for size in (n, V))
+    y = torch.randint(0, V, (n,), device=device)
+    y[::3] = -100
+    return [h.requires_grad_(), w.requires_grad_(), y]
+
+
+@pytest.fixture
+def asked() -> Iterator[list[tuple[Any, ...]]]:
+    """What threads are to compile: the name, the device, the grid, the arguments, the options, the thread."""
+    made: list[tuple[Any, ...]] = []
+
+    def compile_ahead(function: Any, *others: Any) -> None:
+        made.append((function.fn.__name__, *others, threading.current_thread()))
+
+    with (
+        mock.patch.object(launches, "compile_ahead", compile_ahead),
+        mock.patch("torch.cuda.is_initialized", lambda: True),
+    ):
+        yield made
+        ahead.wait()
+
+
+def graphs(dynamic: bool = False) -> list[GraphModule]:
+    options: dict[str, Any] = {"strategy": "token_chunks", "memory_budget": 0.26}
+    compiled, found = compile_without_codegen(loss, dynamic=dynamic, **options)
+    h, w, y = given()
+    if dynamic:
+        for x in (h, y):
+            torch._dynamo.mark_dynamic(x, 0)
+    compiled(h, w, y).backward()
+    return found.final
+
+
+def test_kernels_of_a_head(asked: list[tuple[Any, ...]]) -> None:
+    """Each once, though there are five pieces of rows, of which the last has fewer, and no thread is left."""
+    forward, backward = graphs()
+    gpu_codegen.lower_after_passes(forward, is_backward=False)
+    assert ahead._pool is not None
+    ahead.wait()
+    products_ = {"_multiply": 4}  # of logits, of the weight's gradient, the same that is added, and of rows
+    once = dict.fromkeys(("_fill_order", "_fill_rows"), 1)
+    assert Counter(name for name, *_ in asked) == products_ | once
+    assert not any(thread.is_alive() for *_, thread in asked)
+    assert {device for _, device, *_ in asked} == {0}
+    gpu_codegen.lower_after_passes(backward, is_backward=True)
+    ahead.wait()
+    assert "_fill_rows" in [name for name, *_ in asked][6:]
+
+
+def test_sizes_that_are_known_later(asked: list[tuple[Any, ...]]) -> None:
+    for graph, is_backward in zip(graphs(dynamic=True), (False, True), strict=True):
+        gpu_codegen.lower_after_passes(graph, is_backward=is_backward)
+    assert not asked
+
+
+def test_no_gpu_is_asked_for() -> None:
+    """Nothing begins to use one that the program has not."""
+    with mock.patch.object(launches, "compile_ahead", mock.Mock(side_effect=AssertionError)):
+        gpu_codegen.lower_after_passes(graphs()[0], is_backward=False)
+        ahead.wait()
+    assert ahead._pool is None
+
+
+MODE = FakeTensorMode()
+
+
+def fake(*size: int, dtype: torch.dtype = torch.bfloat16, device: Any = gpu_codegen.GPU) -> Tensor:
+    with MODE:
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+@pytest.fixture
+def compiled() -> Iterator[Counter[str]]:
+    """How many compilations Triton makes of each kernel, for a GPU that is not there."""
+    made: Counter[str] = Counter()
+    compile_one = launches.triton.runtime.jit.JITFunction._do_compile
+
+    def counted(self: Any, *args: Any) -> Any:
+        made[self.fn.__name__] += 1
+        return compile_one(self, *args)
+
+    with (
+        gpu_codegen.pretended_gpu(),
+        mock.patch("torch.cuda.set_device"),
+        mock.patch.object(launches.triton.runtime.jit.JITFunction, "_do_compile", counted),
+    ):
+        yield made
+        ahead.wait()
+
+
+def test_what_a_thread_compiles(compiled: Counter[str]) -> None:
+    """A real compilation of a placeholder for each tensor; the same again is found, another is not."""
+    x, y = (fake(64, 32, dtype=torch.float32) for _ in range(2))
+    factor = fake(1, dtype=torch.float32)
+    for matrix in (x, y, x.t(), fake(64, 32)):
+        product_kernels.scale(matrix, factor)
+    ahead.wait()
+    assert compiled == {"_scale": 3}
+
+
+def test_tiles_of_placeholders(compiled: Counter[str]) -> None:
+    """Where the number of rows lies in memory compiles nothing anew."""
+    (a, b, out), left = (fake(128, 128) for _ in range(3)), fake(9, dtype=torch.int32)
+    with mock.patch.dict(counted_kernels._known, clear=True):
+        for piece in range(3):
+            counted_kernels.product_of_rows(out, a, b.t(), left.select(0, piece))
+        counted_kernels.product_over_rows(out, a.t(), b, left.select(0, 1), True)
+    ahead.wait()
+    assert compiled == {"_multiply": 2}
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -> None:
+    """With the number of rows on the device, and on the host, which is looked at."""
+    dz, h, w, kept = fake(64, V), fake(64, D), fake(V, D), fake(64, 136)
+    label, columns = (fake(n, dtype=torch.int64) for n in (64, 128))
+    number = fake(2, dtype=torch.int32, device="cpu") if host else None
+    rest = {"left": fake(2, dtype=torch.int32), "host": number, "piece": 1}
+    with (
+        mock.patch("torch.cuda.current_stream", mock.Mock()),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        mock.patch.object(counted_kernels, "reads_tiles", lambda _: True),
+        mock.patch.object(counted_kernels, "_processors", lambda _: 132),
+        mock.patch.object(gemm, "_by_library"),  # torch without CUDA has none, even for fake tensors
+        mock.patch.object(ahead, "stand_ins", lambda x: x),
+        mock.patch.dict(counted_kernels._known, clear=True),
+    ):
+        for operator, args in (
+            (products.product_but, (w, kept, dz, h, [label], columns, 0, True, True)),
+            (products.logits, (h, w.t(), None, [])),
+            (products.column_sums, (dz,)),
+            (products.most_frequent, ([label], V, 128)),
+        ):
+            kwargs = {} if operator is products.most_frequent else rest
+            ahead.lowered(operator._init_fn, args, kwargs)
+    ahead.wait()
+    names = {"_take_out", "_put_back", "_sum_rows", "_sort_tiles", "_merge_tiles", "_take_frequent"}
+    assert {name for name, *_ in asked} == names | (set() if host else {"_multiply"})
+
+
+@pytest.mark.gpu
+def test_the_first_step_compiles_nothing() -> None:
+    """But in the threads."""
+    names: list[tuple[str, str]] = []
+    compile_one = launches.triton.runtime.jit.JITFunction._do_compile
+
+    def recorded(self: Any, *args: Any) -> Any:
+        names.append((self.fn.__name__, threading.current_thread().name))
+        return compile_one(self, *args)
+
+    inputs = given(4096, "cuda")
+    compiled = torch.compile(
+        loss, backend=inductor_ce_backend, options={"strategy": "token_chunks", "memory_budget": 0.26}
+    )
+    with mock.patch.object(launches.triton.runtime.jit.JITFunction, "_do_compile", recorded):
+        compiled(*inputs).backward()
+    ours = [(name, thread) for name, thread in names if hasattr(product_kernels, name) or name == "_multiply"]
+    assert ours
+    assert [name for name, thread in ours if not thread.startswith("ThreadPool")] == []
