@@ -90,10 +90,11 @@ def test_over_logits_whose_rows_are_longer() -> None:
     n, v, which = 600, 50257, reference.rows(1, "sum")
     h, w = torch.randn(n, 64, device="cuda").bfloat16(), torch.randn(v, 64, device="cuda").bfloat16() / 2
     y, g, program = labels_for(n, v), torch.rand(n, device="cuda"), of_cross_entropy(1, 0.01)
+    encoded = program.encode()
 
     def f(h: Tensor, w: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.ops.inductor_ce.logits(h, w.t(), None, [])
-        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], which, [g], program.encode())
+        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], which, [g], encoded)
         return packed, dz @ w
 
     compiled = torch.compile(f, dynamic=False, fullgraph=True)

@@ -213,15 +213,10 @@ def product_but(
 def _take_out(
     dz: Tensor, label: Tensor, columns: Tensor, kept: Tensor, place: int, left: Tensor | int
 ) -> None:
-    """Into row i of `kept` [n, W] go the columns [R] of row i of dz [n, V], one after another from the first.
-
-    Then at `place` goes the entry at the label [n], which becomes 0 in dz. Of dz the first `left` rows are
-    looked at; for others all of these are 0.
-    """
-    kept[:, : len(columns)] = 0
+    """See `product_kernels.take_out`."""
+    kept[:, : len(columns)], kept[:, place] = 0, 0
     kept[:left, : len(columns)] = dz[:left, columns]
     rows, there = _rows_there(label[:left], dz.shape[1])
-    kept[:, place] = 0
     kept[rows, place] = dz[rows, there]
     dz[rows, there] = 0
 
