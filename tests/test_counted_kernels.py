@@ -175,8 +175,9 @@ LEFT = [0, 64, 192, 300]  # of 256 rows: the last is more than there are
 
 def on_three_processors(name: str, *arguments: Any) -> None:
     """A function of `counted_kernels`, in the process that interprets."""
-    with mock.patch.object(counted_kernels, "_processors", lambda device: 3):
-        getattr(counted_kernels, name)(*arguments)
+    ways = {"_processors": lambda device: 3, "reads_tiles": lambda device: True}
+    with mock.patch.multiple(counted_kernels, **ways):
+        assert getattr(counted_kernels, name)(*arguments) is not False
 
 
 def interpreted(name: str, *arguments: Any) -> list[Any]:
@@ -208,11 +209,12 @@ BIASES: dict[str, Callable[[int], Tensor]] = {
 def test_a_bias_of_any_stride(name: str, by: str, v: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a library's product of unaligned columns each part is one of its own."""
 
-    def product(out: Tensor, *arguments: Any) -> None:
-        out.copy_(interpreted("product_of_rows", out, *arguments)[0])
+    def product(out: Tensor, *arguments: Any) -> bool:
+        if by != "a library":
+            out.copy_(interpreted("product_of_rows", out, *arguments)[0])
+        return by != "a library"
 
     monkeypatch.setattr(counted_kernels, "product_of_rows", product)
-    monkeypatch.setattr(counted_kernels, "has_product", lambda *factors: by != "a library")
     monkeypatch.setattr(gemm, "is_slow", lambda size, factor: size > 8)
     monkeypatch.setattr(products, "rows_of_piece", lambda *given: None if by == "the device" else 128)
     a, w, bias = torch.randn(128, 72).half(), torch.randn(v, 72).half(), BIASES[name](v)
@@ -220,6 +222,22 @@ def test_a_bias_of_any_stride(name: str, by: str, v: int, monkeypatch: pytest.Mo
     z = torch.ops.inductor_ce.logits(a, w.t(), bias, [], None, left)
     right = a.double() @ w.t().double() + bias.double()
     torch.testing.assert_close(z.double(), right, rtol=2e-3, atol=2e-2)
+
+
+@pytest.mark.parametrize("d", [72, 68])
+def test_factors_of_which_no_tiles_are_read(d: int) -> None:
+    """Of all rows a library makes the products, though fewer are asked for."""
+    a, w = torch.randn(64, d).half(), torch.randn(40, d).half()
+    left = torch.tensor([3], dtype=torch.int32)
+    with (
+        mock.patch.object(products, "rows_of_piece", lambda *given: None),
+        mock.patch.object(counted, "rows_of_piece", lambda *given: None),
+    ):
+        z = torch.ops.inductor_ce.logits(a, w.t(), None, [], None, left)
+        out = torch.zeros(64, d).half()
+        torch.ops.inductor_ce.product_to_rows(out, z, w, 0, left, None, 0)
+    torch.testing.assert_close(z, a @ w.t())
+    torch.testing.assert_close(out, z @ w)
 
 
 FACTORS = torch.randn(16, 304).half()

@@ -227,14 +227,14 @@ def product_to_rows(
     """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
     most = a.shape[0]
     n = rows_of_piece(left, host, piece, most)
-    if n is None and counted_kernels.has_product(rows := out.narrow(0, start, most), a, b):
+    if n is None:
+        rows = out.narrow(0, start, most)
         if is_to_load(left, rows, a, b):
             gemm.product(rows, a, b, False)
-        counted_kernels.product_of_rows(rows, a, b, left.select(0, piece))
-    elif n is None or n == most:
-        gemm.product(out.narrow(0, start, most), a, b, False)
+        if not counted_kernels.product_of_rows(rows, a, b, left.select(0, piece)):
+            gemm.product(rows, a, b, False)
     elif n:
-        gemm.product(out.narrow(0, start, n), a[:n], b, False)
+        gemm.product(out.narrow(0, start, n), a if n == most else a[:n], b, False)
 
 
 @product_to_rows.register_fake

@@ -49,25 +49,25 @@ def reads_tiles(device: torch.device) -> bool:
 
 
 def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether there is one here that makes `out` of these factors."""
+    """Whether there is one here that makes `out`, where that is aligned, of these factors."""
     (row, column), aligned = out.stride(), 16 // out.itemsize
-    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0 and is_aligned(out)
+    fits = out.itemsize in (2, 4) and column == 1 and row % aligned == 0
     return fits and has_tiles(a) and has_tiles(b) and reads_tiles(out.device)
 
 
 def product_of_rows(
     out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None = None
-) -> None:
+) -> bool:
     """Row i of `out` [n, M] becomes a [n, K] b [K, M], plus bias [M], for i < left. Some more are written.
 
-    The bias is contiguous.
+    The bias is contiguous. Whether it has been done: there is not a product for all factors.
     """
-    _product(out, a, b, left, bias, accumulate=False, over=False)
+    return _product(out, a, b, left, bias, accumulate=False, over=False)
 
 
-def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulate: bool) -> None:
-    """`out` [M, N] becomes, or gains, a [M, n] b [n, N], summed over the first `left` of n."""
-    _product(out, a, b, left, None, accumulate, over=True)
+def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulate: bool) -> bool:
+    """`out` [M, N] becomes, or gains, a [M, n] b [n, N], summed over the first `left` of n. Done, or not."""
+    return _product(out, a, b, left, None, accumulate, over=True)
 
 
 def parts_bytes(factor: int) -> int:
@@ -98,22 +98,25 @@ class _How:
     launch: Launcher | None = None
 
 
-_known: dict[tuple[Any, ...], _How] = {}  # of MOST at most
+_known: dict[tuple[Any, ...], _How | None] = {}  # of MOST at most
 
 
 def _product(
     out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None, accumulate: bool, over: bool
-) -> None:
-    if not out.numel():
-        return
-    a, b = _aligned(a), _aligned(b)
+) -> bool:
     uses = left.__class__ is not int, None if bias is None else bias.dtype, accumulate, over
     which = (out.get_device(), *((x.shape, x.stride(), x.dtype) for x in (out, a, b)), uses)
-    how = _known.get(which)
-    if how is None:
-        how = _how(out, a, b, *uses)
+    if which in _known:
+        how = _known[which]
+    else:
+        how = _how(out, a, b, *uses) if has_product(out, a, b) else None
         if len(_known) < MOST:
             _known[which] = how
+    if how is None or not is_aligned(out):
+        return False
+    if not out.numel():
+        return True
+    a, b = _aligned(a), _aligned(b)
     parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
     beside = 0 if bias is None else bias, 0 if parts is None else parts, left
     if how.launch is None:
@@ -123,6 +126,7 @@ def _product(
     if parts is not None:
         grid, numbers = how.added
         _add_parts(grid, (out, parts, left), *numbers)
+    return True
 
 
 def _address(x: Tensor | int) -> int:

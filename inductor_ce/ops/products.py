@@ -73,11 +73,12 @@ def logits(
     if bias is not None:
         bias = bias.expand(b.shape[1]).contiguous()  # as the kernel, and who takes a part of it, has it
     n = rows_of_piece(left, host, piece, most)
-    if n is None and left is not None and counted_kernels.has_product(z, a, b):
+    if n is None and left is not None:
         if is_to_load(left, z, a, b):
             _fill_logits(z, a, b, bias)
-        counted_kernels.product_of_rows(z, a, b, left.select(0, piece), bias)
-    elif n == most:
+        if counted_kernels.product_of_rows(z, a, b, left.select(0, piece), bias):
+            return z
+    if n is None or n == most:
         _fill_logits(z, a, b, bias)
     elif n:
         _fill_logits(z[:n], a[:n], b, bias)
@@ -85,8 +86,12 @@ def logits(
 
 
 def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if bias is not None and z.dtype == a.dtype and _is_better_by_tiles(z, a, b):
-        counted_kernels.product_of_rows(z, a, b, len(a), bias)  # a library would write the bias, and read it
+    if (
+        bias is not None
+        and z.dtype == a.dtype
+        and gemm.is_slow(b.shape[1], a)  # where a library would write the bias, and read it
+        and counted_kernels.product_of_rows(z, a, b, len(a), bias)
+    ):
         return
     if bias is None or z.dtype != a.dtype:
         if bias is not None:
@@ -95,10 +100,6 @@ def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         return
     for part in gemm.fast_parts(b.shape[1], a):
         torch.addmm(bias[part], a, b[:, part], out=z[:, part])
-
-
-def _is_better_by_tiles(z: Tensor, a: Tensor, b: Tensor) -> bool:
-    return gemm.is_slow(b.shape[1], a) and counted_kernels.has_product(z, a, b)
 
 
 def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -157,11 +158,9 @@ def _add_terms(
             gemm.product(out, a[:, :n], b[:n], accumulate)
         return
     assert left is not None
-    if counted_kernels.has_product(out, a, b):
-        if not accumulate and is_to_load(left, out, a, b):
-            gemm.product(out, a, b, False)
-        counted_kernels.product_over_rows(out, a, b, left.select(0, piece), accumulate)
-    else:
+    if not accumulate and is_to_load(left, out, a, b):
+        gemm.product(out, a, b, False)
+    if not counted_kernels.product_over_rows(out, a, b, left.select(0, piece), accumulate):
         a, b = computed_rows(a.t(), left, piece).t(), computed_rows(b, left, piece)
         gemm.product(out, a, b, accumulate)
 
