@@ -70,6 +70,15 @@ def test_another_kind_is_not_taken(other: str) -> None:
     assert [made[1:] for made in function.log] == [((5, 1, 1), (X.data_ptr(), pointer, *numbers))]
 
 
+def test_numbers_that_vary_are_found_by_what_triton_asks() -> None:
+    """In the place of a pointer: whether it is 1, or a multiple of 16."""
+    kernel = launch.Kernel(function := Function())
+    for number in (16, 64, 0, 3, 5, 1, 17, 1, 32):
+        kernel((1, 1, 1), (X, number), 2)
+    assert [arguments[1] for _, arguments, _ in function.launched] == [16, 3, 1]
+    assert [arguments[1] for *_, arguments in function.log] == [64, 0, 5, 17, 1, 32]
+
+
 def test_what_is_kept_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "MOST", 2)
     kernel = launch.Kernel(function := Function())

@@ -111,7 +111,7 @@ def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("looks", "bytes_"), [(HOST, 0), (DEVICE, 8 * V * 2 // 16), (RECORDING, 8 * V * 2 // 16)]
+    ("looks", "bytes_"), [(HOST, 0), (DEVICE, 8 * V * 2 // 28), (RECORDING, 8 * V * 2 // 28)]
 )
 def test_what_products_need_beside_is_planned(looks: str, bytes_: int) -> None:
     head, counts = head_of("none")

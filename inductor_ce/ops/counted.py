@@ -254,8 +254,8 @@ def frequent_rows(
     """kept' [R, N] times rows [N, M], in float32.
 
     `kept` has its rows in `order` [N], if that is given. Of those that do not count, or are not computed,
-    neither factor is looked at; where the device alone knows these, they are 0 in `kept`. Some rows are taken
-    after others: never is there a copy of all.
+    neither factor is looked at; where the device alone knows these, they are 0 in `kept`. Some rows are
+    taken after others: never is there a copy of all.
     """
     made = _empty_frequent_rows(kept, rows)
     n = rows_of_piece(left, host, 0, len(rows))

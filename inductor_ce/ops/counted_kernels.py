@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..common.compat.graphs import FakeTensor
 from ..common.compat.launches import Grid, Launcher, Tiles
 from .launch import MOST, Kernel, cdiv, is_aligned
 
@@ -71,8 +72,11 @@ def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulat
 
 
 def parts_bytes(factor: int) -> int:
-    """Bytes of the parts of sums, where what has the rows that count has `factor` bytes."""
-    return factor // 16
+    """Bytes of the parts of sums, where what has the rows that count has `factor` bytes.
+
+    With a 28th, the parts of as many tiles as there are processors are there for a head of 4096 hidden units.
+    """
+    return factor // 28
 
 
 @dataclass(slots=True)
@@ -119,7 +123,7 @@ def _product(
     a, b = _aligned(a), _aligned(b)
     parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
     beside = 0 if bias is None else bias, 0 if parts is None else parts, left
-    if how.launch is None:
+    if how.launch is None or isinstance(out, FakeTensor):
         how.launch = _multiply.first(how.grid, beside, how.numbers, how.options, how.tiles, (out, a, b))
     else:
         how.launch(how.grid, (*map(_address, beside), *how.numbers), (out, a, b))

@@ -27,8 +27,8 @@ MOST = 1024  # compilations that are kept of a kernel: sizes may be dynamic
 class Kernel:
     """`kernel(grid, pointers, *numbers, **options)` launches the Triton function that it stands for.
 
-    Its arguments are pointers first, which are tensors, or numbers that stand in the place of one, and then
-    numbers.
+    Its arguments are pointers first, which are tensors, or 32-bit numbers that stand in the place of one, and
+    then numbers. Those in the place of a pointer may vary from step to step.
 
     Args:
         function: what `triton.jit` made.
@@ -46,7 +46,7 @@ class Kernel:
         given: list[int] = []
         for pointer in pointers:
             if pointer.__class__ is int:
-                kind.append(pointer)
+                kind.append("1" if pointer == 1 else pointer % VECTOR == 0)  # all that Triton asks
                 given.append(pointer)
             else:
                 address = pointer.data_ptr()  # type: ignore[union-attr]

@@ -189,22 +189,18 @@ def product_but(
 
     Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, or any number
     where -1 stands for none, and then those at the labels. Where two labels of a row are equal the second
-    entry is 0, as it is where a label is none of the V columns, and where the device alone knows that a row
-    is not computed. For the product the entries at the labels
-    become 0 in dz, and with `restore` what they were thereafter.
+    entry is 0, as it is where a label is none of the V columns, and all of a row that is
+    not computed. For the product the entries at the labels become 0 in dz, and with `restore` what they were
+    thereafter.
     """
-    most = dz.shape[0]
-    n = rows_of_piece(left, host, piece, most)
-    if n == 0 and accumulate:
-        return
-    rows = kept.narrow(0, start, most)
-    if n is not None and n < most:
-        dz, b, rows, labels = dz[:n], b[:n], rows[:n], [label[:n] for label in labels]
+    rows, first = kept.narrow(0, start, len(dz)), columns.shape[0]
     take_out, put_back = by_device(dz, _take_out, _put_back)
-    first, limit = columns.shape[0], left.select(0, piece) if n is None and left is not None else len(dz)
+    limit = limit_of_piece(left, host, piece, len(dz))
+    if isinstance(limit, int) and limit == 0 and accumulate:
+        return
     for k, label in enumerate(labels):
         take_out(dz, label, columns[:0] if k else columns, rows, first + k, limit)
-    _add_terms(out, dz.t(), b, accumulate, left if n is None else None, host, piece)
+    _add_terms(out, dz.t(), b, accumulate, left, host, piece)
     for k, label in reversed([*enumerate(labels)]) if restore else ():
         put_back(dz, label, rows, first + k)
 

@@ -23,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import inductor_ce
 from inductor_ce.api import passes
+from inductor_ce.common.strategies import STRATEGIES
 from inductor_ce.heads import plan
 from inductor_ce.heads.fuse import fuse_heads, sentence
 
@@ -32,7 +33,7 @@ STEPS = 5
 EAGER, PLAIN, OURS = "eager", "plain torch.compile", "inductor_ce"
 
 # The programs are some hundredths of the size of real ones, and so is what is worth dividing.
-SMALL_SIZES = {"SMALL": 1, "CHUNK_ROWS": 8, "LEAST_ROWS": 2, "LEAST_COLUMNS": 64, "LITTLE": 0}
+SMALL_SIZES = {"SMALL": 1, "CHUNK_ROWS": 8, "LEAST_COLUMNS": 64, "LITTLE": 0}
 
 
 def lines_of(heading: str) -> str:
@@ -137,7 +138,7 @@ def run(heading: str, names: dict[str, Any], how: str) -> Run:
         found.recompilations = sum(bool(m.recompile_reason) for m in get_compilation_metrics())
         counted = counters["inductor_ce"]
         found.misses = counted["misses"]
-        found.strategies = {k: n for k, n in counted.items() if k not in ("sites", "misses")}
+        found.strategies = {k: n for k, n in counted.items() if k in STRATEGIES}
     return found
 
 
