@@ -154,9 +154,9 @@ def test_a_graph_is_recorded_as_the_call_before_it_was(
     """With products of all rows, or of those that count; what comes later is right with either."""
     called, product = [], counted_kernels._product
 
-    def counting(*args: Any, **kwargs: Any) -> None:
+    def counting(*args: Any, **kwargs: Any) -> bool:
         called.append(torch.cuda.is_current_stream_capturing())
-        product(*args, **kwargs)
+        return product(*args, **kwargs)
 
     monkeypatch.setattr(counted_kernels, "_product", counting)
     compiled = torch.compile(plain, mode=GRAPHS)

@@ -263,25 +263,28 @@ def divided(parts: Tensor, *arguments: Any) -> None:
 
     with (
         mock.patch.dict(counted_kernels._known, clear=True),
-        mock.patch.multiple(counted_kernels, LONG=64, RATES=[(WIDE, 1.0)]),
-        mock.patch.object(counted_kernels, "parts_bytes", lambda factor: parts.nbytes),
+        mock.patch.multiple(counted_kernels, LONG=64, RATES=[(WIDE, 1.0)], MOST_PARTS=len(parts)),
         mock.patch.object(Tensor, "new_empty", given),
     ):
         on_three_processors("product_of_rows", *arguments)
 
 
-@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("most", [2, 3, 4])
 @pytest.mark.parametrize("terms", [72, 304])
-@pytest.mark.parametrize("left", LEFT)
-def test_sums_of_few_tiles_are_divided(left: int, terms: int, rounds: int) -> None:
-    """Of one tile there are three parts, of two as many in all or three each; the last may have no terms."""
-    a, w = torch.randn(256, terms).half(), torch.randn(terms, 200).half()
-    out, limit = torch.full((256, 200), 7.0).half(), torch.tensor(left, dtype=torch.int32)
-    parts = torch.empty(3 * rounds, 128, 256)
-    _, made, *_ = interpreter.call(__name__, "divided", parts, out, a, w, limit)
+@pytest.mark.parametrize("left", [0, 64, 192, 320, 448, 700])  # one to four tiles, for three processors
+def test_sums_of_few_tiles_are_divided(left: int, terms: int, most: int) -> None:
+    """Of one tile there are parts, alone or after three whole ones; the last part may have no terms."""
+    a, w = torch.randn(512, terms).half(), torch.randn(terms, 200).half()
+    out, limit = torch.full((512, 200), 7.0).half(), torch.tensor(left, dtype=torch.int32)
+    before = torch.full((most, 128, 256), torch.nan)
+    parts, made, *_ = interpreter.call(__name__, "divided", before, out, a, w, limit)
     right = a.double() @ w.double()
     torch.testing.assert_close(made[:left].double(), right[:left], rtol=2e-3, atol=2e-2)
     assert (made[-(-left // 128) * 128 :] == 7).all()
+    is_divided = min(left, 512) / 128 in (0.5, 3.5, 4)
+    assert [bool(part.isnan().any()) for part in parts] == [
+        not is_divided or i >= min(most, 3) for i in range(most)
+    ]
 
 
 @pytest.mark.in_turns
@@ -418,12 +421,21 @@ CHOSEN = [
 @pytest.mark.parametrize(("m", "n", "tile"), CHOSEN)
 def test_tiles_by_how_many_processors_are_left_idle(m: int, n: int, tile: dict[str, int]) -> None:
     tiles = -(-m // tile["M"]) * -(-n // tile["N"])
-    assert counted_kernels._tile(m, n, 2, 132, False) == (tile, min(tiles, 132))
-    assert counted_kernels._tile(m, n, 4, 132, False)[0] == NARROW
+    assert counted_kernels._tile(m, n, 2, 132, 0) == (tile, min(tiles, 132))
+    assert counted_kernels._tile(m, n, 4, 132, 0)[0] == NARROW
 
 
-def test_where_sums_are_divided_no_processor_is_idle() -> None:
-    assert counted_kernels._tile(2048, 896, 2, 132, True) == (TALL, 132)
+@pytest.mark.parametrize(
+    ("m", "n", "tile"),
+    [
+        (2048, 2304, WIDE),  # a round, and twelve tiles that eleven make each
+        (2048, 4096, WIDE),  # 132 tiles, and 124 that nobody divides
+        (2048, 1536, NARROW),  # 96 wide tiles, or 132 of half the size and 60 in two parts
+        (2048, 896, WIDE),  # 64 tiles in two parts
+    ],
+)
+def test_where_sums_are_divided_few_processors_are_idle(m: int, n: int, tile: dict[str, int]) -> None:
+    assert counted_kernels._tile(m, n, 2, 132, counted_kernels.MOST_PARTS) == (tile, 132)
 
 
 def test_tiles_divide_what_is_computed() -> None:

@@ -30,7 +30,7 @@ from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
-from .plan import MIB, Plan, piece_size
+from .plan import MIB, Plan
 from .proof import Proof
 from .sides import moving, numbers_of_sides, told_of_sides
 from .skip import ToCompute, bytes_beside, rows_to_compute
@@ -174,7 +174,7 @@ def proved(head: find.Head) -> tuple[Proof, str]:
 def _telling(plan: Plan, computed: ToCompute, head: find.Head, why_whole: str) -> Plan:
     told = [plan.reason, TAUGHT if head.teacher else why_whole, told_of_sides(head)]
     reason = "; ".join(filter(None, told))
-    extra = plan.extra_bytes + bytes_beside(head, computed, piece_size(hint(head.n), plan.pieces))
+    extra = plan.extra_bytes + bytes_beside(computed)
     skips = computed.rows is not None
     return replace_fields(plan, extra_bytes=extra, reason=reason, rows=computed.told, skips=skips)
 

@@ -95,11 +95,9 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int) -> ToCo
     return ToCompute(told + IF_FINITE * counted.if_finite, rows, looks)
 
 
-def bytes_beside(head: Head, computed: ToCompute, rows: int) -> int:
-    """Bytes that a product needs beside a piece of so many rows where the host does not look."""
-    if computed.rows is None or computed.looks == HOST:
-        return 0
-    return counted_kernels.parts_bytes(rows * hint(head.v) * example_of(head.product).itemsize)
+def bytes_beside(computed: ToCompute) -> int:
+    """Bytes that a product needs beside a piece where the host does not look."""
+    return 0 if computed.rows is None or computed.looks == HOST else counted_kernels.PARTS_BYTES
 
 
 def _who_looks(head: Head, counts: Node, work: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.compat import launches
-from ..common.compat.graphs import tree_map
+from ..common.compat.graphs import FakeTensor, tree_leaves, tree_map
 from ..common.compat.stand_ins import stand_ins
 from ..common.failsafe import attempt
 
@@ -38,8 +38,10 @@ def lowered(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str,
 
 def rehearse(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Compile what `operator(*args, **kwargs)` launches, of which tensors are fake."""
+    fake = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor))
     args, kwargs = tree_map(_with_numbers, (args, kwargs))
-    operator(*args, **kwargs)
+    with fake.fake_mode:
+        operator(*args, **kwargs)
 
 
 def _with_numbers(x: Any) -> Any:

@@ -9,7 +9,6 @@ tiles; sums are float32.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +28,8 @@ TALL: dict[str, Any] = {"M": 256, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warp
 NARROW: dict[str, Any] = {"M": 128, "N": 128, "K": ROWS, "GROUP": GROUP, "num_warps": 4, "num_stages": 4}
 RATES = ((WIDE, 1.0), (TALL, 0.98), (NARROW, 0.93))  # elements in the same time, of the widest
 LONG = 8192  # terms of a sum that is worth dividing
-MOST_ROUNDS = 3  # of all programs, each making a part of a sum
+MOST_PARTS = 144  # of sums: as many as there are processors, and some
 ROWS_ADDED = 16
-_MOST_ROUNDS: tl.constexpr = tl.constexpr(MOST_ROUNDS)
 COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
@@ -71,12 +69,7 @@ def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulat
     return _product(out, a, b, left, None, accumulate, over=True)
 
 
-def parts_bytes(factor: int) -> int:
-    """Bytes of the parts of sums, where what has the rows that count has `factor` bytes.
-
-    With a 28th, the parts of as many tiles as there are processors are there for a head of 4096 hidden units.
-    """
-    return factor // 28
+PARTS_BYTES = MOST_PARTS * WIDE["M"] * WIDE["N"] * 4  # of the parts of sums
 
 
 @dataclass(slots=True)
@@ -148,14 +141,13 @@ def _how(
     (m, k), n = a.shape, b.shape[1]
     has_bias = bias is not None
     divided = not over and not has_bias and k >= LONG and on_device
-    tile, programs = _tile(m, n, out.itemsize, _processors(out.device), divided)
+    most = MOST_PARTS if divided else 0
+    tile, programs = _tile(m, n, out.itemsize, _processors(out.device), most)
     height, width = tile["M"], tile["N"]
     a_tiles, a_is_transposed = _tiles(a, height, tile["K"])
     b_tiles, b_is_transposed = _tiles(b, tile["K"], width)
-    most = min(parts_bytes(a.numel() * a.itemsize) // (height * width * 4), MOST_ROUNDS * programs)
-    divided = divided and most > 1
     flags = on_device, a_is_transposed, b_is_transposed, has_bias, accumulate, over, divided
-    sizes = m, n, k, most if divided else 0
+    sizes = m, n, k, most
     return _How(
         (programs, 1, 1),
         (Tiles(out, [height, width]), a_tiles, b_tiles),
@@ -170,10 +162,11 @@ def _how(
 
 
 @functools.lru_cache(1024)
-def _tile(m: int, n: int, itemsize: int, processors: int, divided: bool) -> tuple[dict[str, Any], int]:
+def _tile(m: int, n: int, itemsize: int, processors: int, parts: int) -> tuple[dict[str, Any], int]:
     """(what takes least time, how many programs make it)
 
-    Every processor makes one tile after another, and the last ones may be few, unless sums are divided.
+    Every processor makes one tile after another, and the last ones may be few. Their sums may be made in so
+    many parts.
     """
 
     def tiles(tile: dict[str, Any]) -> int:
@@ -181,11 +174,12 @@ def _tile(m: int, n: int, itemsize: int, processors: int, divided: bool) -> tupl
 
     def time(rated: tuple[dict[str, Any], float]) -> float:
         tile, rate = rated
-        rounds = tiles(tile) / processors
-        return (rounds if divided else math.ceil(rounds)) * tile["M"] * tile["N"] / rate
+        rounds, rest = divmod(tiles(tile), processors)
+        among = max(min(processors, parts) // max(rest, 1), 1)
+        return (rounds + (rest > 0) / among) * tile["M"] * tile["N"] / rate
 
     best = NARROW if itemsize > 2 else min(RATES, key=time)[0]
-    return best, processors if divided else min(tiles(best), processors)
+    return best, processors if parts else min(tiles(best), processors)
 
 
 @functools.cache
@@ -247,18 +241,20 @@ def _multiply(
     count = tiles * columns
     if ACCUMULATE:
         count = tl.where(k > 0, count, 0)
-    share, among = k, 1
+    whole, rest, among = count, 0, 1
     if DIVIDED:
-        among = _among(count, tl.num_programs(0), most)
-        share = tl.cdiv(tl.cdiv(k, K), among) * K
+        whole, rest, among = _divided(count, tl.num_programs(0), most)
     # Flattened, a tile's first factors are on their way while the last one is stored; for what is stored
     # there to be read before, there is no room.
-    for pid in tl.range(tl.program_id(0), count * among, tl.num_programs(0), flatten=not ACCUMULATE):
-        i_tile, j_tile = _tile_of(pid % count if DIVIDED else pid, tiles, columns, GROUP)
+    for pid in tl.range(tl.program_id(0), whole + rest * among, tl.num_programs(0), flatten=not ACCUMULATE):
+        tile, part = pid, pid - whole
         first, end = 0, k
         if DIVIDED:
-            first = pid // count * share
+            share = tl.where(part < 0, k, tl.cdiv(tl.cdiv(k, K), among) * K)
+            tile = tl.where(part < 0, tile, whole + part % tl.maximum(rest, 1))
+            first = tl.where(part < 0, 0, part // tl.maximum(rest, 1) * share)
             end = tl.minimum(first + share, k)
+        i_tile, j_tile = _tile_of(tile, tiles, columns, GROUP)
         total = tl.zeros([M, N], tl.float32)
         for start in range(first, end, K):
             if A_T:
@@ -275,26 +271,21 @@ def _multiply(
             total += tl.load(bias + j, mask=j < n, other=0.0)[None, :].to(tl.float32)
         if ACCUMULATE:
             total += out.load([i_tile * M, j_tile * N]).to(tl.float32)
-        if DIVIDED and among > 1:
+        if DIVIDED and (part >= 0) & (among > 1):
             place = (tl.arange(0, M) * N)[:, None] + tl.arange(0, N)[None, :]
-            tl.store(parts + pid * M * N + place, total)
+            tl.store(parts + part * M * N + place, total)
         else:
             out.store([i_tile * M, j_tile * N], total.to(out.dtype))
 
 
 @triton.jit
-def _among(tiles, programs, most):
-    """Into how many parts the sum of each tile is divided, so that few programs wait for the last ones.
+def _divided(tiles, programs, most):
+    """(tiles that are made whole, the rest, into how many parts the sum of each of these is divided)
 
-    There are `most` parts at most, and each program makes one, or some more where it saves a sixteenth.
+    Each program makes as many whole tiles as any other, and one part at most. There are `most` of these.
     """
-    tiles = tl.maximum(tiles, 1)
-    best, rounds = 1, tl.cdiv(tiles, programs)
-    for more in tl.static_range(1, _MOST_ROUNDS + 1):
-        parts = tl.minimum(more * programs, most) // tiles
-        if parts * rounds * 16 > best * more * 17:
-            best, rounds = parts, more + 0 * rounds
-    return best
+    rest = tiles % programs
+    return tiles - rest, rest, tl.maximum(tl.minimum(programs, most) // tl.maximum(rest, 1), 1)
 
 
 @Kernel
@@ -316,15 +307,14 @@ def _add_parts(
     """A tile of `out` becomes the sum of its parts, in their order, where `_multiply` has divided it."""
     m = tl.minimum(tl.maximum(tl.load(left), 0), m)
     tiles = tl.cdiv(m, M)
-    count = tiles * tl.cdiv(n, N)
-    among = _among(count, programs, most)
+    whole, rest, among = _divided(tiles * tl.cdiv(n, N), programs, most)
     tile = tl.program_id(0)
-    if (tile < count) & (among > 1):
-        i_tile, j_tile = _tile_of(tile, tiles, tl.cdiv(n, N), GROUP)
+    if (tile < rest) & (among > 1):
+        i_tile, j_tile = _tile_of(whole + tile, tiles, tl.cdiv(n, N), GROUP)
         i, j = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, N)
         place = parts + i[:, None] * N + j[None, :]
         total = tl.zeros([ROWS, N], tl.float32)
-        for part in range(tile, count * among, count):
+        for part in range(tile, rest * among, rest):
             total += tl.load(place + part * M * N)
         rows, columns = (i_tile * M + i)[:, None], (j_tile * N + j)[None, :]
         place = out + rows.to(tl.int64) * row + columns
