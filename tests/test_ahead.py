@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 
 from inductor_ce.api.backend import inductor_ce_backend
 from inductor_ce.common.compat import launches
+from inductor_ce.heads import skip
 from inductor_ce.ops import ahead, counted_kernels, label_kernels, launch, product_kernels, products
 
 N, V, D = 320, 1024, 64
@@ -185,6 +186,7 @@ def test_the_first_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         kernel._launchers.clear()
         kernel.function.device_caches.clear()
     monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    monkeypatch.setattr(skip, "LOOKED_WORK", 0)  # rows are left out of however small a head
     inputs = given(4096, "cuda")
     compiled = torch.compile(
         loss, backend=inductor_ce_backend, options={"strategy": "token_chunks", "memory_budget": 0.26}
@@ -192,5 +194,5 @@ def test_the_first_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     with mock.patch.object(launches.triton.runtime.jit.JITFunction, "_do_compile", recorded):
         compiled(*inputs).backward()
     ours = {kernel.function.fn.__name__ for kernel in kernels}
-    assert {name for name, _ in names} >= {"_take_out", "_fill_rows", "_sort_tiles", "_add_rows"}
+    assert {name for name, _ in names} >= {"_take_out", "_fill_rows", "_sort_tiles", "_multiply"}
     assert [each for each in names if each[0] in ours and not each[1].startswith("ThreadPool")] == []
