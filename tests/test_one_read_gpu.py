@@ -106,8 +106,8 @@ def test_over_logits_whose_rows_are_longer() -> None:
     expected = reference.stats(z, [y], [], which)
     torch.testing.assert_close(packed.double(), expected, rtol=1e-5, atol=1e-5 * v)
     wanted = reference.grad(z, [y], [], expected[0], coefficients(program, expected, [g.double()]), which)
-    error = (dh.double() - wanted @ w.double()).norm() / (wanted @ w.double()).norm()
-    assert error < 2**-7
+    exact, naive = wanted @ w.double(), wanted.bfloat16() @ w  # as smoothing is small, and rounded alike
+    assert (dh.double() - exact).norm() <= 1.15 * (naive.double() - exact).norm()
 
 
 def set_once(monkeypatch: pytest.MonkeyPatch, **fields: int) -> None:
