@@ -131,7 +131,7 @@ def split(x: Tensor, terms: Tensor) -> None:
     """
     n, k = x.shape
     strides = *x.stride(), *terms.stride()
-    _split((n, cdiv(k, WIDTH), 1), (x, terms), n, k, *strides, len(terms) // n, WIDTH)
+    _split((n, cdiv(k, WIDTH), 1), (x, terms, n), k, *strides, len(terms) // n, WIDTH)
 
 
 @Kernel
