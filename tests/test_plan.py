@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import inductor_ce.heads.plan
 from inductor_ce.common.strategies import FORWARD_ONLY, MATERIALISE, STRATEGIES, TOKEN_CHUNKS, VOCAB_SLABS
 from inductor_ce.heads.plan import MOST_PIECES, HeadNumbers, Plan, plan
 
@@ -367,3 +371,10 @@ def test_a_forward_keeps_to_its_budget() -> None:
     """Also where the rows of a chunk are rounded to a multiple of sixteen."""
     head = HeadNumbers(900, 1000, 64, backward=False)
     assert plan(head, "auto", 300 * 1000 * 2).extra_bytes <= 300 * 1000 * 2
+
+
+def test_integrations_scale_sizes_that_there_are() -> None:
+    """They are not run with these tests, as they need other projects."""
+    source = (Path(__file__).parent / "integrations/documented.py").read_text()
+    (sizes,) = re.findall(r"^SMALL_SIZES = (.*)$", source, re.M)
+    assert ast.literal_eval(sizes).keys() <= vars(inductor_ce.heads.plan).keys()

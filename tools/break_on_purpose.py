@@ -176,6 +176,30 @@ OPERATORS = in_folder(
             "    pass",
             "tests/test_products.py -k test_what_was_left_out_is_added",
         ),
+        (
+            *("counted products: the tiles that are divided are the first", "counted_kernels.py"),
+            "whole + part % tl.maximum(rest, 1))",
+            "part % tl.maximum(rest, 1))",
+            "tests/test_counted_kernels.py -k 'test_sums_of_few_tiles_are_divided and 448'",
+        ),
+        (
+            *("counted products: entries of rows that are not computed", "product_kernels.py"),
+            "mask=inside & (rows < limit) & (column >= 0)",
+            "mask=inside & (column >= 0)",
+            "tests/test_products.py -k test_entries_of_rows_that_are_not_computed",
+        ),
+        (
+            *("launches: a number in the place of a pointer is any number", "launch.py"),
+            'kind.append("1" if pointer == 1 else pointer % VECTOR == 0)',
+            "kind.append(0)",
+            "tests/test_launch.py -k test_numbers_that_vary",
+        ),
+        (
+            *("launches: every address is aligned", "launch.py"),
+            "address % VECTOR == 0, pointer.get_device()",
+            "True, pointer.get_device()",
+            "tests/test_launch.py -k test_another_kind_is_not_taken",
+        ),
     ],
 )
 HEADS = in_folder(
