@@ -162,9 +162,11 @@ def is_to_load(left: Tensor | None, out: Tensor, a: Tensor, b: Tensor) -> bool:
     if role_of(left) != BEFORE_A_RECORDING:
         return False
     which = (out.shape, out.dtype, out.device, *(x.stride() for x in (out, a, b)))
-    is_new = which not in _loaded
-    _loaded.add(which)
-    return is_new
+    if which in _loaded:
+        return False
+    if len(_loaded) < MOST_SEEN:
+        _loaded.add(which)
+    return True
 
 
 _loaded: set[tuple[Any, ...]] = set()
