@@ -121,6 +121,15 @@ def focal_relative_to_the_batch(z: Tensor, y: Tensor) -> Tensor:
     return (losses * (losses / losses.mean()).detach()).sum()
 
 
+def mean_of_each_document(z: Tensor, y: Tensor) -> Tensor:
+    """Documents one behind another in the rows, and a padding of weight 0."""
+    document = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 4, 4, 0])
+    counts = (torch.arange(N) < N - 1).to(z.dtype)
+    tokens = counts.new_zeros(5).index_add(0, document, counts)
+    sums = nll(z, y).new_zeros(5).scatter_add(0, document, nll(z, y) * counts)
+    return (sums / tokens.clamp(min=1)).sum() / (tokens > 0).sum()
+
+
 def one_preference(z: Tensor, y: Tensor) -> Tensor:
     """As DPO of a single pair: its one number scales the gradients of both."""
     chosen, rejected = (-nll(z, y)).view(2, N // 2).sum(-1)
@@ -157,6 +166,7 @@ PROVED: dict[str, Loss] = {
     "squares of the losses": lambda z, y: nll(z, y).square().mean(),
     "cosines of the normalisers": lambda z, y: (lse(z).cos() + nll(z, y)).sum(),
     "focal relative to the batch": focal_relative_to_the_batch,
+    "means of documents": mean_of_each_document,
     "one preference": one_preference,
     "the largest loss as a unit": lambda z, y: (nll(z, y) / nll(z, y).detach().amax()).sum(),
 }
@@ -194,6 +204,13 @@ def test_proved_with_symbolic_sizes(name: str, proofs: list[fuse.Proof]) -> None
 def preferences(z: Tensor, y: Tensor) -> Tensor:
     """As DPO: sums over sequences, and one number for each pair of them."""
     sums = (-nll(z, y)).view(4, N // 4).sum(-1)
+    return -F.logsigmoid(0.1 * (sums[:2] - sums[2:])).mean()
+
+
+def preferences_of_documents(z: Tensor, y: Tensor) -> Tensor:
+    """As `preferences`, the sums of sequences that lie one behind another."""
+    sequence = torch.arange(N) // 3
+    sums = nll(z, y).new_zeros(4).index_add(0, sequence, -nll(z, y))
     return -F.logsigmoid(0.1 * (sums[:2] - sums[2:])).mean()
 
 
@@ -252,6 +269,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "variance over rows": (lambda z, y: nll(z, y).var(), DIFFERENT),
     "above the mean": (lambda z, y: (nll(z, y) - nll(z, y).detach().mean()).relu().sum(), DIFFERENT),
     "sums per sequence": (preferences, f"sum {TOGETHER}"),
+    "sums per document": (preferences_of_documents, f"index_put {MIX}"),
     "median": (lambda z, y: nll(z, y).median(), "eq is not linear in the upstream gradient"),
 }
 

@@ -262,6 +262,15 @@ def _item(node: Node, facts: Facts) -> Fact:
     return Fact(fact.factor, split(*args, **kwargs)[index])
 
 
+def _looked_up(node: Node, facts: Facts) -> Fact:
+    """What early indices pick of numbers that are of no rows, as a document's share is for each of its tokens."""
+    table, *others = node.all_input_nodes
+    fact = _known(table, facts)
+    if fact.rows is not None or not all(facts.get(other, EARLY).is_early for other in others):
+        raise Unknown(f"{_name(node)} may mix rows")
+    return Fact(fact.factor, is_zero=fact.is_zero)
+
+
 def _reduced(node: Node, facts: Facts) -> Fact:
     """A reduction over elements that depend on the same row, such as those of several ranks, or labels."""
     fact = _known(node.args[0], facts)
@@ -315,6 +324,7 @@ _RULES: dict[Any, Callable[[Node, Facts], Fact]] = {
     aten.constant_pad_nd.default: _padded_fact,
     **dict.fromkeys((aten.unbind.int, aten.split_with_sizes.default), _unbound),
     operator.getitem: _item,
+    **dict.fromkeys((aten.index.Tensor, aten.gather.default, aten.index_select.default), _looked_up),
     **dict.fromkeys((aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.any.dim), _reduced),
     ALL_GATHER: _gathered,
     WAIT: _waited,
