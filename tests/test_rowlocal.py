@@ -6,6 +6,7 @@ Whatever it says, the gradients are then compared with float64: a proof of what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import pytest
@@ -58,7 +59,9 @@ def check(
         tangents = [t[: v.numel()].view(v.shape).to(dtype) for t, v in zip(given, values, strict=False)]
         if upstream is not None:
             tangents = [torch.full_like(t, upstream) for t in tangents]
-        return [*(v.detach() for v in values), *torch.autograd.grad(values, leaves, tangents)]
+        moves = [v.requires_grad for v in values]
+        wanted, given_to = (list(compress(made, moves)) for made in (values, tangents))
+        return [*(v.detach() for v in values), *torch.autograd.grad(wanted, leaves, given_to)]
 
     def whole(hidden: Tensor, weight: Tensor, y: Tensor) -> Any:
         return loss(hidden @ weight.t(), y)
@@ -249,13 +252,22 @@ def two_temperatures(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(z, y), F.cross_entropy(z * 0.5, y)
 
 
+def part_returned(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A part of the loss is returned too, with its gradient."""
+    ce = F.cross_entropy(z, y)
+    return ce + 1e-2 * lse(z).square().mean(), ce
+
+
 MIX = "may mix rows"
 TOGETHER = "brings rows together"
 DIFFERENT = "sub brings different upstream gradients together"
 
+DETACH = "; detach those results that are for the log alone"
+
 REFUSED: dict[str, tuple[Loss, str]] = {
     "given per row": (nll, "the upstream gradient differs from row to row"),
-    "two temperatures": (two_temperatures, "the losses have upstream gradients of their own"),
+    "two temperatures": (two_temperatures, f"the losses have upstream gradients of their own{DETACH}"),
+    "a part returned": (part_returned, f"add brings different upstream gradients together{DETACH}"),
     "two losses": (two_losses, "add brings different upstream gradients together"),
     "relative to the batch": (relative_to_the_batch, "add brings different upstream gradients together"),
     "moved": (times_its_neighbour, f"index {MIX}"),
@@ -280,6 +292,15 @@ def test_refused(name: str, proofs: list[fuse.Proof]) -> None:
     check(loss, "vocab_slabs")
     (found,) = proofs
     assert found.why_not == words
+
+
+def test_detached_as_the_reason_says(proofs: list[fuse.Proof]) -> None:
+    def part_detached(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss, part = part_returned(z, y)
+        return loss, part.detach()
+
+    check(part_detached, "token_chunks")
+    assert proofs[0].why_not == ""
 
 
 def test_refused_is_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:

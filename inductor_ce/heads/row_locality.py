@@ -26,7 +26,7 @@ from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import narrow_args
-from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown
+from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown, apart
 from .find import is_gradient
 from .kinds import is_pointwise
 from .other_sizes import SizeOf
@@ -199,7 +199,7 @@ def _check_floating(node: Node, factor: Factor) -> None:
 def _common(node: Node, known: list[Fact]) -> Factor:
     factors = {fact.factor for fact in known if not fact.is_zero}
     if len(factors) > 1:
-        raise Unknown(f"{_name(node)} brings different upstream gradients together")
+        raise Unknown(apart(factors, f"{_name(node)} brings different upstream gradients together"))
     return factors.pop() if factors else ()
 
 
@@ -263,12 +263,11 @@ def _item(node: Node, facts: Facts) -> Fact:
 
 
 def _looked_up(node: Node, facts: Facts) -> Fact:
-    """What early indices pick of numbers that are of no rows, as a document's share is for each of its tokens."""
-    table, *others = node.all_input_nodes
-    fact = _known(table, facts)
-    if fact.rows is not None or not all(facts.get(other, EARLY).is_early for other in others):
-        raise Unknown(f"{_name(node)} may mix rows")
-    return Fact(fact.factor, is_zero=fact.is_zero)
+    """What early indices pick of numbers of no rows, as the share of a document for each of its tokens."""
+    fact = _known(node.all_input_nodes[0], facts)
+    if fact.rows is not None or not all(facts.get(s, EARLY).is_early for s in node.all_input_nodes[1:]):
+        return _unknown(node, facts)
+    return fact
 
 
 def _reduced(node: Node, facts: Facts) -> Fact:
@@ -354,7 +353,7 @@ def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Fact
             return (), "the maxima depend on the upstream gradient"
         factors.add(facts[coefficients].factor)
     if len(factors) > 1:
-        return (), "the losses have upstream gradients of their own"
+        return (), apart(factors, "the losses have upstream gradients of their own")
     return factors.pop() if factors else (), ""
 
 
