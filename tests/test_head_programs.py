@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from inductor_ce.heads.no_head import DIVIDED, RANGE
+from inductor_ce.heads.row_locality import OF_OTHERS
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
 by_dividing = pytest.mark.parametrize("strategy", DIVIDING)
@@ -155,6 +156,21 @@ def test_a_loop_over_weights(strategy: str) -> None:
         return sum(losses) / (y != -100).sum()
 
     check(loss, strategy, B)
+
+
+def test_rows_weighed_by_each_others_losses(caplog: pytest.LogCaptureFixture) -> None:
+    """Two heads, each of whose gradients is made of the statistics of both: one alone has chunks."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        one, other = (F.cross_entropy(F.linear(h, x).mT, y, reduction="none") for x in (w, 2 * w))
+        return (one * other).mean()
+
+    given = inputs(ignored=False)
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        ours = measure(compiled(loss, "token_chunks"), given)
+    assert counts() == {"token_chunks": 1, "vocab_slabs": 1}
+    assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
+    assert OF_OTHERS in caplog.text
 
 
 # What is made of the loss

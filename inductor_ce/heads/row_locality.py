@@ -33,6 +33,8 @@ from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims
 
+OF_OTHERS = "the gradients are made of what another head makes of other logits"
+
 
 def facts_about(
     targets: Iterable[Node],
@@ -78,8 +80,8 @@ def _fact(node: Node, facts: Facts, is_late: Callable[[Node], bool]) -> Fact:
     try:
         return _rule(node)(node, facts)
     except Unknown as why:
-        unknown = next((fact.why_not for fact in sources if fact.why_not), "")
-        return _scalar_or(node, unknown or str(why))
+        unknown = [fact.why_not for fact in sources if fact.why_not] or [str(why)]
+        return _scalar_or(node, OF_OTHERS if OF_OTHERS in (*unknown, str(why)) else unknown[0])
 
 
 def _scalar_or(node: Node, why_not: str) -> Fact:
@@ -128,6 +130,8 @@ def is_reduced(node: Node) -> bool:
 
 
 def _unknown(node: Node, facts: Facts) -> Fact:
+    if str(node.target).startswith("inductor_ce."):
+        raise Unknown(OF_OTHERS)
     raise Unknown(f"{_name(node)} may mix rows")
 
 
