@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ..common.compat.dynamo import attribute_source, moved_facts
+from ..common.compat.dynamo import attribute_source, input_source, moved_facts
 from ..common.compat.graphs import is_dtensor, local_of, set_local, tree_map
 from ..graph.builder import Builder
 from .lazy_logits import LazyLogits
@@ -30,14 +30,18 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
         return module, list(inputs), None
     module, twins = copied_module(module)
     examples: list[Any] = []
-    apart: list[bool] = []
+    apart: list[tuple[int, ...] | None] = []
     behind = twins[places[-1]].next
+    there = {input_source(node): twins[node] for node in places}
     for node, is_lazy, given in zip(places, lazy, inputs, strict=True):
         example = node.meta.get("example_value")
-        apart.append(is_lazy)
-        if apart[-1]:
-            examples += _apart(module.graph, twins[node], example, given, behind)
+        if is_lazy:
+            added = _apart(module.graph, twins[node], example, behind, there)
+            source = given.source if isinstance(given, LazyLogits) else example.source
+            examples += [source.parts[i] for i in added]
+            apart.append(added)
         else:
+            apart.append(None)
             examples.append(given.made() if isinstance(given, LazyLogits) else given)
     for node in module.graph.nodes:
         if "example_value" in node.meta:
@@ -83,31 +87,41 @@ def made_inside(inputs: Sequence[Any]) -> Iterator[None]:
             set_local(inputs[i], local)
 
 
-def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: Node) -> list[Any]:
-    """Replace an input by its parts, and what makes it before the node `behind`. Returns their examples."""
-    source = example.source
+def _apart(
+    graph: Graph, node: Node, example: LazyLogits, behind: Node, there: dict[Any, Node]
+) -> tuple[int, ...]:
+    """Replace an input by its parts, and what makes it before the node `behind`. Returns the parts added.
+
+    Hidden states, or a weight, that the graph reads too are an input already: Dynamo takes them from the
+    logits, of which it looked at the parts. They are `there`, by where Dynamo takes them from.
+    """
+    source, added = example.source, []
     parts = []
     for i, of_example in enumerate(source.parts):
         name = f"_part{i}"
-        with graph.inserting_before(node):
-            part = graph.placeholder(f"{node.name}{name}")
-        part._dynamo_source = attribute_source(node, name)
-        part.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
-        part.meta["example_value"] = of_example
-        parts.append(part)
+        origin = attribute_source(node, name)
+        if origin not in there:
+            with graph.inserting_before(node):
+                there[origin] = graph.placeholder(f"{node.name}{name}")
+            there[origin]._dynamo_source = origin
+            meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
+            there[origin].meta = {**meta, "example_value": of_example}
+            added.append(i)
+        parts.append(there[origin])
     build = Builder(graph, behind, like=parts[0])
     node.replace_all_uses_with(source.recipe.nodes(build, parts))
     build.tell_gradients(example.requires_grad)
     graph.erase_node(node)
-    return list(given.source.parts if isinstance(given, LazyLogits) else source.parts)
+    return tuple(added)
 
 
-def _flattened(apart: tuple[bool, ...], arguments: Sequence[Any]) -> list[Any]:
+def _flattened(apart: tuple[tuple[int, ...] | None, ...], arguments: Sequence[Any]) -> list[Any]:
+    """The arguments, of lazy logits the parts that were added."""
     flat: list[Any] = []
-    for argument, is_apart in zip(arguments, apart, strict=True):
-        if is_apart and isinstance(argument, LazyLogits):
+    for argument, added in zip(arguments, apart, strict=True):
+        if added is not None and isinstance(argument, LazyLogits):
             argument.source.check()
-            flat += argument.source.parts
+            flat += [argument.source.parts[i] for i in added]
         else:
             flat.append(_plain(argument))
     return flat
