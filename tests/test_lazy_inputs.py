@@ -49,6 +49,16 @@ def hidden_edited(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
     return loss + h.mul_(2).pow(2).mean()
 
 
+def hidden_edited_first(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    h += 1
+    return ce(z, y) + h.pow(2).mean()
+
+
+def a_view_edited(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    h[2:].mul_(3)
+    return ce(z, y) + h.pow(2).mean()
+
+
 def weight_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
     return ce(z, y) + w.pow(2).mean()
 
@@ -57,10 +67,13 @@ def both_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
     return ce(z, y) + (h @ w.t()).logsumexp(-1).mean() + h.mean() * w.mean()
 
 
+EDITED = [hidden_edited, hidden_edited_first, a_view_edited]  # with a gradient of the weight eager refuses
 READ = [hidden_read, hidden_read_first, weight_read, both_read]
 
 
-@pytest.mark.parametrize(("rest", "frozen"), [*itertools.product(READ, [False, True]), (hidden_edited, True)])
+@pytest.mark.parametrize(
+    ("rest", "frozen"), [*itertools.product(READ, [False, True]), *((edited, True) for edited in EDITED)]
+)
 def test_what_lazy_logits_are_made_of_is_read_too(rest: Callable[..., Tensor], frozen: bool) -> None:
     """Behind a graph break: Dynamo takes it from the logits, of which it is a part."""
 

@@ -12,12 +12,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat.dynamo import attribute_source, input_source, moved_facts
 from ..common.compat.graphs import is_dtensor, local_of, set_local, tree_map
 from ..graph.builder import Builder
+from ..graph.timeline import Timeline
 from .lazy_logits import LazyLogits
+from .lazy_source import Source
 
 Flatten = Callable[[Sequence[Any]], list[Any]]
 
@@ -28,6 +31,8 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
     if not any(lazy) and not any(map(_is_lazy, [*inputs, *(n.meta.get("example_value") for n in places)])):
         return module, list(inputs), None
+    timeline = Timeline(module.graph)
+    edited = tuple(i for i, node in enumerate(places) if not lazy[i] and timeline.edits(node))
     module, twins = copied_module(module)
     examples: list[Any] = []
     apart: list[tuple[int, ...] | None] = []
@@ -38,7 +43,7 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
         if is_lazy:
             added = _apart(module.graph, twins[node], example, behind, there)
             source = given.source if isinstance(given, LazyLogits) else example.source
-            examples += [source.parts[i] for i in added]
+            examples += _parts(source, added, [inputs[i] for i in edited])
             apart.append(added)
         else:
             apart.append(None)
@@ -47,7 +52,7 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
         if "example_value" in node.meta:
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     module.recompile()
-    return module, examples, functools.partial(_flattened, tuple(apart))
+    return module, examples, functools.partial(_flattened, tuple(apart), edited)
 
 
 def _is_lazy(value: Any) -> bool:
@@ -115,13 +120,25 @@ def _apart(
     return tuple(added)
 
 
-def _flattened(apart: tuple[tuple[int, ...] | None, ...], arguments: Sequence[Any]) -> list[Any]:
+def _parts(source: Source, added: tuple[int, ...], edited: Sequence[Any]) -> list[Tensor]:
+    """Some parts; copies of those that are in the memory of what the graph edits, as they are before that.
+
+    AOTAutograd wants no input twice that is edited, and Inductor may edit one while another is still read.
+    """
+    places = {local_of(x).untyped_storage()._cdata for x in edited if isinstance(x, Tensor)}
+    parts = [source.parts[i] for i in added]
+    return [p.clone() if local_of(p).untyped_storage()._cdata in places else p for p in parts]
+
+
+def _flattened(
+    apart: tuple[tuple[int, ...] | None, ...], edited: tuple[int, ...], arguments: Sequence[Any]
+) -> list[Any]:
     """The arguments, of lazy logits the parts that were added."""
     flat: list[Any] = []
     for argument, added in zip(arguments, apart, strict=True):
         if added is not None and isinstance(argument, LazyLogits):
             argument.source.check()
-            flat += [argument.source.parts[i] for i in added]
+            flat += _parts(argument.source, added, [arguments[i] for i in edited])
         else:
             flat.append(_plain(argument))
     return flat
