@@ -11,6 +11,7 @@ from harness import Rewritten, compile_without_codegen, misses, sites
 from pairwise import in_turns
 from reference import assert_fair
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import inductor_ce
 from inductor_ce import ops
@@ -450,3 +451,40 @@ def test_what_is_made_of_rows_that_are_cut_off_may_be_viewed():
     assert nll.is_contiguous()
     expected = F.cross_entropy(z[:, :-1].reshape(-1, V).double(), y[:, 1:].reshape(-1), reduction="none")
     torch.testing.assert_close(flat.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+FROZEN: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "linear": lambda h, W, b: F.linear(h[:, :-1], W),
+    "with a bias": lambda h, W, b: F.linear(h[:, :-1], W, b),
+    "matmul, a temperature": lambda h, W, b: (h[:, :-1] @ W.t()) / 0.7,
+    "two dimensions of sequences": lambda h, W, b: F.linear(h.view(2, 2, S, D)[:, :, :-1], W).flatten(0, 1),
+    "time in front": lambda h, W, b: F.linear(h.transpose(0, 1)[:-1], W, b).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+def test_rows_that_are_cut_before_a_frozen_layer(name: str, strategy: str):
+    """Of a weight that wants no gradient torch makes a batch, one copy for each sequence."""
+
+    def f(h, W, b, y):
+        return F.cross_entropy(FROZEN[name](h, W, b).reshape(-1, V), y[:, 1:].reshape(-1))
+
+    h, W, y, *_ = inputs()
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.9)
+    check(f, compiled, (h, W.detach(), torch.randn(V), y))
+    assert counters["inductor_ce"][strategy] == 1
+    assert not [n for n in graphs.nodes if _elements(n) >= B * (S - 1) * V], "all logits are in memory"
+
+
+def test_rows_that_are_cut_before_a_frozen_teacher():
+    def f(h, W, T, y):
+        with torch.no_grad():
+            q = F.linear(h[:, 1:], T).softmax(-1)
+        return -(q * F.linear(h[:, 1:], W).log_softmax(-1)).sum(-1).mean()
+
+    h, W, y, *_ = inputs()
+    compiled, graphs = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.9)
+    check(f, compiled, (h, W, torch.randn(V, D), y))
+    assert counters["inductor_ce"]["token_chunks"] == 1
+    assert not [n for n in graphs.nodes if _elements(n) >= B * (S - 1) * V], "all logits are in memory"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gallery import Run, check_numbers, run
+from gallery import Run, check_numbers, in_double, run
 from gpu_codegen import generate
 from harness import (
     Graphs,
@@ -1054,3 +1054,36 @@ def test_installed_it_is_fused_by_a_plain_compile():
         graphs = Graphs()
         check(run(torch.compile(symmetric, backend=graphs), args), symmetric, args)
         assert graphs.count(ops.DIVERGENCE) == 1
+
+
+def capped_and_labelled(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Logits [B, S, V] behind a soft-cap, for a divergence and a cross entropy."""
+    z, t = (20 * torch.tanh(x.float() / 20) for x in (z, t))
+    p, q = logs(z, t)
+    return (p.exp() * (p - q)).sum(-1).mean() + F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
+def scaled_to_one(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Targets that learn, over their own sum, whose gradient cancels most of theirs."""
+    q = torch.sigmoid(t.float())
+    return -(q / q.sum(-1, keepdim=True) * z.float().log_softmax(-1)).sum(-1).mean()
+
+
+@pytest.mark.parametrize(("f", "chains"), [(capped_and_labelled, 2), (scaled_to_one, 1)])
+def test_a_divergence_and_a_loss_read_the_same_logits(f: Callable[..., Tensor], chains: int):
+    """What leads to them is done once, and its gradient is rounded once."""
+    given = [x.detach() for x in sides(torch.bfloat16, "both", B, S, V)]
+    y = torch.randint(V, (B, S))
+
+    def gradients(f: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in given]
+        return [g.double() for g in torch.autograd.grad(f(*leaves, y), leaves)]
+
+    backend = Rewritten()
+    ours = gradients(torch.compile(f, backend=backend), torch.bfloat16)
+    made = [n for n in backend.final[0].graph.nodes if n.target in (torch.tanh, torch.sigmoid)]
+    assert len(made) == chains
+    with in_double():
+        exact = gradients(f, torch.float64)
+    for our, naive, true in zip(ours, gradients(f, torch.bfloat16), exact, strict=True):
+        assert (our - true).norm() <= 1.1 * (naive - true).norm()

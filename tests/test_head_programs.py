@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import head_cases as cases
@@ -14,6 +14,9 @@ from head_cases import B, D, S, V, assert_all_fair, counts, inputs, measure
 from reference import assert_fair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from inductor_ce.heads.no_head import DIVIDED, RANGE
+from inductor_ce.heads.row_locality import OF_OTHERS
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
 by_dividing = pytest.mark.parametrize("strategy", DIVIDING)
@@ -106,6 +109,43 @@ def test_batched_products_are_not_divided(name: str, caplog: pytest.LogCaptureFi
     assert reason in caplog.text
 
 
+def of_ranges(ranges: Callable[[Tensor], Iterable[Tensor]]) -> cases.Loss:
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        y = y.where(y < 0, y % (V // 2)).view(-1)
+        return sum(F.cross_entropy(z, y) for z in ranges(F.linear(h, w, b).view(-1, V)))
+
+    return loss
+
+
+NO_LAYER = "no linear layer in the graph makes the logits"
+RANGES: dict[str, tuple[cases.Loss, int, str]] = {
+    "slices": (of_ranges(lambda z: (z[:, : V // 2], 2 * z[:, V // 2 :])), 2, RANGE),
+    "split": (of_ranges(lambda z: z.split([V // 2, V - V // 2], -1)), 2, RANGE),
+    "chunks": (of_ranges(lambda z: z.chunk(2, -1)), 2, RANGE),
+    "the mean of two": (of_ranges(lambda z: [z.view(-1, 2, V // 2).mean(1)]), 1, NO_LAYER),
+}
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges_of_one_layer_are_not_divided(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    loss, losses, reason = RANGES[name]
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", losses, expected="materialise")
+    assert reason in caplog.text
+
+
+def test_rows_that_are_divided_are_not_cut(caplog: pytest.LogCaptureFixture) -> None:
+    """A layer of several codebooks, whose logits a view takes apart."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, torch.cat([w, 2 * w])).view(-1, V)
+        return F.cross_entropy(z, y.view(-1).repeat_interleave(2))
+
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        check(loss, "token_chunks", expected="materialise")
+    assert DIVIDED in caplog.text
+
+
 @by_dividing
 def test_a_loop_over_weights(strategy: str) -> None:
     """As the reason for the former says."""
@@ -116,6 +156,21 @@ def test_a_loop_over_weights(strategy: str) -> None:
         return sum(losses) / (y != -100).sum()
 
     check(loss, strategy, B)
+
+
+def test_rows_weighed_by_each_others_losses(caplog: pytest.LogCaptureFixture) -> None:
+    """Two heads, each of whose gradients is made of the statistics of both: one alone has chunks."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        one, other = (F.cross_entropy(F.linear(h, x).mT, y, reduction="none") for x in (w, 2 * w))
+        return (one * other).mean()
+
+    given = inputs(ignored=False)
+    with caplog.at_level("DEBUG", logger="inductor_ce"):
+        ours = measure(compiled(loss, "token_chunks"), given)
+    assert counts() == {"token_chunks": 1, "vocab_slabs": 1}
+    assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
+    assert OF_OTHERS in caplog.text
 
 
 # What is made of the loss

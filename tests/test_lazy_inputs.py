@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_lazily, sites
 from lazy_cases import Case, Scaled
-from lazy_programs import Model, batch, ce, gradients, lazies, raw, total
+from lazy_programs import D, Model, V, batch, ce, gradients, lazies, raw, total
 from pairwise import EVERYTHING, pairwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -32,6 +34,63 @@ def test_into_another_compiled_function() -> None:
         assert not z.is_made
         torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
     assert sites() == 2
+
+
+def hidden_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return ce(z, y) + h.pow(2).mean()
+
+
+def hidden_read_first(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return h.pow(2).mean() + ce(z, y)
+
+
+def hidden_edited(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    loss = ce(z, y)
+    return loss + h.mul_(2).pow(2).mean()
+
+
+def hidden_edited_first(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    h += 1
+    return ce(z, y) + h.pow(2).mean()
+
+
+def a_view_edited(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    h[2:].mul_(3)
+    return ce(z, y) + h.pow(2).mean()
+
+
+def weight_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return ce(z, y) + w.pow(2).mean()
+
+
+def both_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:
+    return ce(z, y) + (h @ w.t()).logsumexp(-1).mean() + h.mean() * w.mean()
+
+
+EDITED = [hidden_edited, hidden_edited_first, a_view_edited]  # with a gradient of the weight eager refuses
+READ = [hidden_read, hidden_read_first, weight_read, both_read]
+
+
+@pytest.mark.parametrize(
+    ("rest", "frozen"), [*itertools.product(READ, [False, True]), *((edited, True) for edited in EDITED)]
+)
+def test_what_lazy_logits_are_made_of_is_read_too(rest: Callable[..., Tensor], frozen: bool) -> None:
+    """Behind a graph break: Dynamo takes it from the logits, of which it is a part."""
+
+    def f(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        h = x.sin()
+        z = F.linear(h, w)
+        torch._dynamo.graph_break()
+        return rest(h, w, z, y)
+
+    w, x, y = torch.randn(V, D, requires_grad=not frozen), torch.randn(12, D), torch.randint(V, (12,))
+    compiled, _ = compile_lazily(f)
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_(), *([] if frozen else [w])]
+        ours, theirs = (g(leaves[0], w, y) for g in (compiled, f))
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(r, leaves) for r in (ours, theirs)))
+    assert sites() == (2 if rest is both_read else 1)
 
 
 def divergence(z: Tensor, q: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Whatever it says, the gradients are then compared with float64: a proof of what 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any
 
 import pytest
@@ -58,7 +59,9 @@ def check(
         tangents = [t[: v.numel()].view(v.shape).to(dtype) for t, v in zip(given, values, strict=False)]
         if upstream is not None:
             tangents = [torch.full_like(t, upstream) for t in tangents]
-        return [*(v.detach() for v in values), *torch.autograd.grad(values, leaves, tangents)]
+        moves = [v.requires_grad for v in values]
+        wanted, given_to = (list(compress(made, moves)) for made in (values, tangents))
+        return [*(v.detach() for v in values), *torch.autograd.grad(wanted, leaves, given_to)]
 
     def whole(hidden: Tensor, weight: Tensor, y: Tensor) -> Any:
         return loss(hidden @ weight.t(), y)
@@ -121,6 +124,15 @@ def focal_relative_to_the_batch(z: Tensor, y: Tensor) -> Tensor:
     return (losses * (losses / losses.mean()).detach()).sum()
 
 
+def mean_of_each_document(z: Tensor, y: Tensor) -> Tensor:
+    """Documents one behind another in the rows, and a padding of weight 0."""
+    document = torch.tensor([0, 0, 0, 1, 2, 2, 2, 2, 2, 4, 4, 0])
+    counts = (torch.arange(N) < N - 1).to(z.dtype)
+    tokens = counts.new_zeros(5).index_add(0, document, counts)
+    sums = nll(z, y).new_zeros(5).scatter_add(0, document, nll(z, y) * counts)
+    return (sums / tokens.clamp(min=1)).sum() / (tokens > 0).sum()
+
+
 def one_preference(z: Tensor, y: Tensor) -> Tensor:
     """As DPO of a single pair: its one number scales the gradients of both."""
     chosen, rejected = (-nll(z, y)).view(2, N // 2).sum(-1)
@@ -157,6 +169,7 @@ PROVED: dict[str, Loss] = {
     "squares of the losses": lambda z, y: nll(z, y).square().mean(),
     "cosines of the normalisers": lambda z, y: (lse(z).cos() + nll(z, y)).sum(),
     "focal relative to the batch": focal_relative_to_the_batch,
+    "means of documents": mean_of_each_document,
     "one preference": one_preference,
     "the largest loss as a unit": lambda z, y: (nll(z, y) / nll(z, y).detach().amax()).sum(),
 }
@@ -197,6 +210,13 @@ def preferences(z: Tensor, y: Tensor) -> Tensor:
     return -F.logsigmoid(0.1 * (sums[:2] - sums[2:])).mean()
 
 
+def preferences_of_documents(z: Tensor, y: Tensor) -> Tensor:
+    """As `preferences`, the sums of sequences that lie one behind another."""
+    sequence = torch.arange(N) // 3
+    sums = nll(z, y).new_zeros(4).index_add(0, sequence, -nll(z, y))
+    return -F.logsigmoid(0.1 * (sums[:2] - sums[2:])).mean()
+
+
 def two_losses(z: Tensor, y: Tensor) -> Tensor:
     """Each squared, so that each has an upstream gradient of its own."""
     return F.cross_entropy(z, y) ** 2 + lse(z).mean() ** 2
@@ -232,13 +252,22 @@ def two_temperatures(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(z, y), F.cross_entropy(z * 0.5, y)
 
 
+def part_returned(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """A part of the loss is returned too, with its gradient."""
+    ce = F.cross_entropy(z, y)
+    return ce + 1e-2 * lse(z).square().mean(), ce
+
+
 MIX = "may mix rows"
 TOGETHER = "brings rows together"
 DIFFERENT = "sub brings different upstream gradients together"
 
+DETACH = "; detach those results that are for the log alone"
+
 REFUSED: dict[str, tuple[Loss, str]] = {
     "given per row": (nll, "the upstream gradient differs from row to row"),
-    "two temperatures": (two_temperatures, "the losses have upstream gradients of their own"),
+    "two temperatures": (two_temperatures, f"the losses have upstream gradients of their own{DETACH}"),
+    "a part returned": (part_returned, f"add brings different upstream gradients together{DETACH}"),
     "two losses": (two_losses, "add brings different upstream gradients together"),
     "relative to the batch": (relative_to_the_batch, "add brings different upstream gradients together"),
     "moved": (times_its_neighbour, f"index {MIX}"),
@@ -252,6 +281,7 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "variance over rows": (lambda z, y: nll(z, y).var(), DIFFERENT),
     "above the mean": (lambda z, y: (nll(z, y) - nll(z, y).detach().mean()).relu().sum(), DIFFERENT),
     "sums per sequence": (preferences, f"sum {TOGETHER}"),
+    "sums per document": (preferences_of_documents, f"index_put {MIX}"),
     "median": (lambda z, y: nll(z, y).median(), "eq is not linear in the upstream gradient"),
 }
 
@@ -262,6 +292,15 @@ def test_refused(name: str, proofs: list[fuse.Proof]) -> None:
     check(loss, "vocab_slabs")
     (found,) = proofs
     assert found.why_not == words
+
+
+def test_detached_as_the_reason_says(proofs: list[fuse.Proof]) -> None:
+    def part_detached(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        loss, part = part_returned(z, y)
+        return loss, part.detach()
+
+    check(part_detached, "token_chunks")
+    assert proofs[0].why_not == ""
 
 
 def test_refused_is_what_the_log_says(caplog: pytest.LogCaptureFixture) -> None:

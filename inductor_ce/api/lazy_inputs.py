@@ -12,12 +12,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..common.compat.dynamo import attribute_source, moved_facts
+from ..common.compat.dynamo import attribute_source, input_source, moved_facts
 from ..common.compat.graphs import is_dtensor, local_of, set_local, tree_map
 from ..graph.builder import Builder
+from ..graph.timeline import Timeline
 from .lazy_logits import LazyLogits
+from .lazy_source import Source
 
 Flatten = Callable[[Sequence[Any]], list[Any]]
 
@@ -28,22 +31,28 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
     if not any(lazy) and not any(map(_is_lazy, [*inputs, *(n.meta.get("example_value") for n in places)])):
         return module, list(inputs), None
+    timeline = Timeline(module.graph)
+    edited = tuple(i for i, node in enumerate(places) if not lazy[i] and timeline.edits(node))
     module, twins = copied_module(module)
     examples: list[Any] = []
-    apart: list[bool] = []
+    apart: list[tuple[int, ...] | None] = []
     behind = twins[places[-1]].next
+    there = {input_source(node): twins[node] for node in places}
     for node, is_lazy, given in zip(places, lazy, inputs, strict=True):
         example = node.meta.get("example_value")
-        apart.append(is_lazy)
-        if apart[-1]:
-            examples += _apart(module.graph, twins[node], example, given, behind)
+        if is_lazy:
+            added = _apart(module.graph, twins[node], example, behind, there)
+            source = given.source if isinstance(given, LazyLogits) else example.source
+            examples += _parts(source, added, [inputs[i] for i in edited])
+            apart.append(added)
         else:
+            apart.append(None)
             examples.append(given.made() if isinstance(given, LazyLogits) else given)
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     module.recompile()
-    return module, examples, functools.partial(_flattened, tuple(apart))
+    return module, examples, functools.partial(_flattened, tuple(apart), edited)
 
 
 def _is_lazy(value: Any) -> bool:
@@ -83,31 +92,53 @@ def made_inside(inputs: Sequence[Any]) -> Iterator[None]:
             set_local(inputs[i], local)
 
 
-def _apart(graph: Graph, node: Node, example: LazyLogits, given: Any, behind: Node) -> list[Any]:
-    """Replace an input by its parts, and what makes it before the node `behind`. Returns their examples."""
-    source = example.source
+def _apart(
+    graph: Graph, node: Node, example: LazyLogits, behind: Node, there: dict[Any, Node]
+) -> tuple[int, ...]:
+    """Replace an input by its parts, and what makes it before the node `behind`. Returns the parts added.
+
+    Hidden states, or a weight, that the graph reads too are an input already: Dynamo takes them from the
+    logits, of which it looked at the parts. They are `there`, by where Dynamo takes them from.
+    """
+    source, added = example.source, []
     parts = []
     for i, of_example in enumerate(source.parts):
         name = f"_part{i}"
-        with graph.inserting_before(node):
-            part = graph.placeholder(f"{node.name}{name}")
-        part._dynamo_source = attribute_source(node, name)
-        part.meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
-        part.meta["example_value"] = of_example
-        parts.append(part)
+        origin = attribute_source(node, name)
+        if origin not in there:
+            with graph.inserting_before(node):
+                there[origin] = graph.placeholder(f"{node.name}{name}")
+            there[origin]._dynamo_source = origin
+            meta = {k: v for k, v in node.meta.items() if k not in ("example_value", "grapharg")}
+            there[origin].meta = {**meta, "example_value": of_example}
+            added.append(i)
+        parts.append(there[origin])
     build = Builder(graph, behind, like=parts[0])
     node.replace_all_uses_with(source.recipe.nodes(build, parts))
     build.tell_gradients(example.requires_grad)
     graph.erase_node(node)
-    return list(given.source.parts if isinstance(given, LazyLogits) else source.parts)
+    return tuple(added)
 
 
-def _flattened(apart: tuple[bool, ...], arguments: Sequence[Any]) -> list[Any]:
+def _parts(source: Source, added: tuple[int, ...], edited: Sequence[Any]) -> list[Tensor]:
+    """Some parts; copies of those that are in the memory of what the graph edits, as they are before that.
+
+    AOTAutograd wants no input twice that is edited, and Inductor may edit one while another is still read.
+    """
+    places = {local_of(x).untyped_storage()._cdata for x in edited if isinstance(x, Tensor)}
+    parts = [source.parts[i] for i in added]
+    return [p.clone() if local_of(p).untyped_storage()._cdata in places else p for p in parts]
+
+
+def _flattened(
+    apart: tuple[tuple[int, ...] | None, ...], edited: tuple[int, ...], arguments: Sequence[Any]
+) -> list[Any]:
+    """The arguments, of lazy logits the parts that were added."""
     flat: list[Any] = []
-    for argument, is_apart in zip(arguments, apart, strict=True):
-        if is_apart and isinstance(argument, LazyLogits):
+    for argument, added in zip(arguments, apart, strict=True):
+        if added is not None and isinstance(argument, LazyLogits):
             argument.source.check()
-            flat += argument.source.parts
+            flat += _parts(argument.source, added, [arguments[i] for i in edited])
         else:
             flat.append(_plain(argument))
     return flat

@@ -37,6 +37,7 @@ from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.edits import make_functional
 from ..rewriting.escapes import KEPT
+from ..rewriting.folded_rows import fold_rows
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
 from ..rewriting.joined_rows import join_rows
@@ -149,6 +150,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         report.sites[-len(fused) :] = [site for site in own if site.form]
         attempt("a padded vocabulary hides the linear layer", unpad, graph)
         attempt("chosen rows hide the linear layer", choose_hidden, graph)
+        attempt("a frozen layer is a batched product", fold_rows, graph)
     return report
 
 

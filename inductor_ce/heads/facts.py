@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import Node
 
+from ..common.compat.graphs import is_tangent
 from ..graph.shapes import hint, shape_of
+from ..graph.walk import reached
 from .other_sizes import SizeOf
 
 Factor = tuple[tuple[Node, int], ...]  # scalars with their powers, sorted
@@ -57,3 +60,10 @@ class Facts(dict[Node, Fact]):
 
 class Unknown(Exception):
     """Why nothing is known about a node, in words."""
+
+
+def apart(factors: Iterable[Factor], why: str) -> str:
+    """Why factors are no single one, with the remedy where they are upstream gradients of several results."""
+    made_of = reached([node for factor in factors for node, _ in factor], lambda node: node.all_input_nodes)
+    several = sum(map(is_tangent, made_of)) > 1
+    return f"{why}; detach those results that are for the log alone" if several else why

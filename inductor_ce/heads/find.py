@@ -21,20 +21,16 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.shapes import equal, hint, shape_of
-from ..graph.walk import args_of, reached
+from ..graph.walk import args_of
 from ..ops.divergences import decode
 from .calls import (
     divergence_call,
     grad_call,
-    is_divergence,
     is_planned,
     is_side_gradient,
     stats_call,
 )
 from .kinds import (
-    PERMUTATIONS,
-    PRODUCTS,
-    VIEWS,
     count_of,
     exit_kind,
     is_batched,
@@ -44,20 +40,9 @@ from .kinds import (
     is_transposed,
     vocab_axis,
 )
+from .no_head import BATCHED, NO_PRODUCT, SIDE_WHOLE, escape, products_before, why_no_product
 
 aten, prims = torch.ops.aten, torch.ops.prims
-
-BOTH_WAYS = (
-    "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
-    "the other only; of two products, one for each direction, each would be a head"
-)
-BATCHED = (
-    "the logits are a batched product, each of whose matrices has a weight of its own; "
-    "of a loop over them, each step would be a head"
-)
-SIDE_WHOLE = "the logits of another side of a divergence are whole: "
-NO_PRODUCT = "no linear layer makes them row by row"
-TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
 class NoHead(Exception):
@@ -216,9 +201,9 @@ def find_heads(graph: Graph) -> Iterator[tuple[Head | None, list[Node], str]]:
 
 
 def _head_of(stats: Node) -> Head:
-    roots = _products_before(stats_call(stats).z)
+    roots = products_before(stats_call(stats).z)
     if not roots:
-        raise NoHead(_why_no_product(stats))
+        raise NoHead(why_no_product(stats))
     head = Head(_products(roots))
     if not isinstance(head.v, int):
         raise NoHead("the number of classes is symbolic")
@@ -250,42 +235,6 @@ def product_of(node: Node) -> Product:
     return Product(node, hidden, columns, bias)
 
 
-def _products_before(node: Node) -> set[Node]:
-    """The products at the root of views and pointwise nodes."""
-    found: set[Node] = set()
-    stack, seen = [node], {node}
-    size = count_of(node)
-    while stack:
-        node = stack.pop()
-        if node.target in PRODUCTS:
-            found.add(node)
-        elif is_ordered_view(node) or is_pointwise(node):
-            sources = [s for s in node.all_input_nodes if s not in seen and is_of_size(s, size)]
-            stack += sources
-            seen.update(sources)
-    return found
-
-
-def _why_no_product(stats: Node) -> str:
-    """Why there is none at the root of views and pointwise nodes."""
-
-    def before(node: Node) -> list[Node]:
-        return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
-
-    size = count_of(stats_call(stats).z)
-    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
-    products = {node for node in found if node.target in PRODUCTS}
-    if not products:
-        return "no linear layer in the graph makes the logits"
-    if any(map(is_batched, products)):
-        return BATCHED
-    if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
-        return "rows or classes change places between a product and the logits"
-    others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
-    straight = any(_products_before(stats_call(other).z) == products for other in others)
-    return BOTH_WAYS if straight else TRANSPOSED
-
-
 def _gather(head: Head) -> None:
     """Fill in what is made of the logits. Raises NoHead where something else reads them.
 
@@ -314,13 +263,13 @@ def _gather(head: Head) -> None:
                 wide.add(user)
                 stack.append(user)
             else:
-                raise NoHead(_escape(user))
+                raise NoHead(escape(user))
     head.wide = sorted(wide - head.roots, key=order.__getitem__)
     head.stats.sort(key=order.__getitem__)
     gradients = head.gradients()
     for reader in head.exits:
         if not any(_untransposed(source) in gradients for source in reader.all_input_nodes):
-            raise NoHead(_escape(reader))
+            raise NoHead(escape(reader))
 
 
 def _of_sides(user: Node, head: Head) -> list[Node]:
@@ -333,7 +282,7 @@ def _of_sides(user: Node, head: Head) -> list[Node]:
     zs, ms, _, which = divergence_call(user)
     found: set[Node] = set()
     for u, z in enumerate(zs):
-        roots = _products_before(z)
+        roots = products_before(z)
         if u >= len(ms):  # what is brought along, unless it is made of the logits themselves
             head.given += [] if roots and roots <= head.roots | found else [z]
             continue
@@ -349,21 +298,6 @@ def _of_sides(user: Node, head: Head) -> list[Node]:
     if not all(equal(shape_of(node)[-1], head.v) for node in found):
         raise NoHead("they are made of several products, of which one has other classes")
     return [product.node for product in products]
-
-
-def _escape(user: Node) -> str:
-    if user.op == "output":
-        return "the logits are returned"
-    if is_divergence(user):
-        return "a divergence reads the logits, or pieces of them, beside others"
-    if is_transposed(user) and any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
-        return BOTH_WAYS
-    name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
-    return f"the logits, or their gradient, are read by {name} as well"
-
-
-def _read_by(node: Node) -> list[Node]:
-    return list(node.users) if node.target in VIEWS or is_pointwise(node) else []
 
 
 def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:

@@ -26,12 +26,14 @@ from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import narrow_args
-from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown
+from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown, apart
 from .find import is_gradient
 from .kinds import is_pointwise
 from .other_sizes import SizeOf
 
 aten, prims = torch.ops.aten, torch.ops.prims
+
+OF_OTHERS = "the gradients are made of what another head makes of other logits"
 
 
 def facts_about(
@@ -78,8 +80,8 @@ def _fact(node: Node, facts: Facts, is_late: Callable[[Node], bool]) -> Fact:
     try:
         return _rule(node)(node, facts)
     except Unknown as why:
-        unknown = next((fact.why_not for fact in sources if fact.why_not), "")
-        return _scalar_or(node, unknown or str(why))
+        unknown = [fact.why_not for fact in sources if fact.why_not] or [str(why)]
+        return _scalar_or(node, OF_OTHERS if OF_OTHERS in (*unknown, str(why)) else unknown[0])
 
 
 def _scalar_or(node: Node, why_not: str) -> Fact:
@@ -128,6 +130,8 @@ def is_reduced(node: Node) -> bool:
 
 
 def _unknown(node: Node, facts: Facts) -> Fact:
+    if str(node.target).startswith("inductor_ce."):
+        raise Unknown(OF_OTHERS)
     raise Unknown(f"{_name(node)} may mix rows")
 
 
@@ -199,7 +203,7 @@ def _check_floating(node: Node, factor: Factor) -> None:
 def _common(node: Node, known: list[Fact]) -> Factor:
     factors = {fact.factor for fact in known if not fact.is_zero}
     if len(factors) > 1:
-        raise Unknown(f"{_name(node)} brings different upstream gradients together")
+        raise Unknown(apart(factors, f"{_name(node)} brings different upstream gradients together"))
     return factors.pop() if factors else ()
 
 
@@ -262,6 +266,14 @@ def _item(node: Node, facts: Facts) -> Fact:
     return Fact(fact.factor, split(*args, **kwargs)[index])
 
 
+def _looked_up(node: Node, facts: Facts) -> Fact:
+    """What early indices pick of numbers of no rows, as the share of a document for each of its tokens."""
+    fact = _known(node.all_input_nodes[0], facts)
+    if fact.rows is not None or not all(facts.get(s, EARLY).is_early for s in node.all_input_nodes[1:]):
+        return _unknown(node, facts)
+    return fact
+
+
 def _reduced(node: Node, facts: Facts) -> Fact:
     """A reduction over elements that depend on the same row, such as those of several ranks, or labels."""
     fact = _known(node.args[0], facts)
@@ -315,6 +327,7 @@ _RULES: dict[Any, Callable[[Node, Facts], Fact]] = {
     aten.constant_pad_nd.default: _padded_fact,
     **dict.fromkeys((aten.unbind.int, aten.split_with_sizes.default), _unbound),
     operator.getitem: _item,
+    **dict.fromkeys((aten.index.Tensor, aten.gather.default, aten.index_select.default), _looked_up),
     **dict.fromkeys((aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.any.dim), _reduced),
     ALL_GATHER: _gathered,
     WAIT: _waited,
@@ -344,7 +357,7 @@ def one_factor(facts: dict[Node, Fact], gradients: Iterable[Node]) -> tuple[Fact
             return (), "the maxima depend on the upstream gradient"
         factors.add(facts[coefficients].factor)
     if len(factors) > 1:
-        return (), "the losses have upstream gradients of their own"
+        return (), apart(factors, "the losses have upstream gradients of their own")
     return factors.pop() if factors else (), ""
 
 

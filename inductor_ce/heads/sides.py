@@ -8,9 +8,10 @@ from torch.fx import Node
 
 from ..graph.shapes import hint, shape_of
 from .calls import divergence_call
-from .find import SIDE_WHOLE, Head, source_of_exit
+from .find import Head, source_of_exit
 from .kinds import HIDDEN
 from .loops import shared_sums
+from .no_head import SIDE_WHOLE
 
 TOGETHER = "the logits of all sides are those of the same rows"
 NO_SLABS = "a divergence is not summed up from blocks of classes"

@@ -30,6 +30,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     joined_steps      probabilities of steps, as those of joined logits
     stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
+    folded_rows       likewise where rows are cut off hidden states before a frozen layer
     promises          returned logits that need not be there; find_recipe, by recipe_search and linear_layers,
                       how they are made again: recipes
     returned_logits   who else has the logits in memory, and what is returned in their place

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from .. import ops
 from ..common.compat.graphs import is_dtensor
 from ..distributed.placements import padded
 from ..graph.builder import Builder
@@ -28,13 +29,14 @@ def flat_logits(build: Builder, reading: Reading, logits: Logits, place: int, vo
     """The logits [N, V].
 
     Reshaped before the pointwise chain that leads to them, not after: the reshape of a result stands
-    between a template and the derivative of the chain, which then is a second kernel in torch 2.11.
+    between a template and the derivative of the chain, which then is a second kernel in torch 2.11. Logits
+    that a divergence reads too are what it reads: both gradients are added before the chain rounds them.
     """
     node, axis = logits.node, logits.axis
     rank = len(shape_of(node))
     if rank == 2 and axis == 1:
         return made_before(build, reading, node, place)
-    links = _chain(reading.timeline, node, place)
+    links = [] if _is_side(node) else _chain(reading.timeline, node, place)
     flat = made_before(build, reading, links[0].all_input_nodes[0] if links else node, place)
     if axis != rank - 1:
         flat = build(torch.movedim, flat, axis, -1)
@@ -43,6 +45,12 @@ def flat_logits(build: Builder, reading: Reading, logits: Logits, place: int, vo
     for link in links:
         flat = build.again(link, dict.fromkeys(link.all_input_nodes, flat))
     return flat
+
+
+def _is_side(node: Node) -> bool:
+    """Whether a divergence reads a tensor, or all of it as rows."""
+    readers = [u for user in node.users for u in (user, *(user.users if user.target == "reshape" else ()))]
+    return any(reader.target == ops.DIVERGENCE for reader in readers)
 
 
 def _chain(timeline: Timeline, node: Node, place: int) -> list[Node]:

@@ -160,13 +160,13 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
     result = stats.layout.as_made(_done(build, tensor_of(node).dtype, result), node)  # type: ignore[union-attr]
     if value.detached and reading.timeline.grad_mode(group.place) is True:
         result = build("detach", result)
-    if _is_contiguous(node) and not _is_contiguous(result):  # as where rows are cut off
+    if is_contiguous(node) and not is_contiguous(result):  # as where rows are cut off
         result = build("contiguous", result)
     edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
     return build("clone", result) if edited else result
 
 
-def _is_contiguous(node: Node) -> bool:
+def is_contiguous(node: Node) -> bool:
     """Whether an ordinary tensor is known to have its elements one behind another."""
     example = example_of(node)
     if not is_plain_tensor(example):

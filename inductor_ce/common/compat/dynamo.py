@@ -26,6 +26,11 @@ with of_supported_torch():
 __all__ = ["aot_eager", "counters"]
 
 
+def input_source(node: torch.fx.Node) -> Any:
+    """Where guards find what an input of a graph stands for, None where that is unknown."""
+    return getattr(node, "_dynamo_source", None)
+
+
 def attribute_source(node: torch.fx.Node, name: str) -> Any:
     """Where guards find an attribute of what an input of a graph stands for."""
     return AttrSource(node._dynamo_source, name)  # type: ignore[attr-defined]

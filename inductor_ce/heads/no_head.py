@@ -1,0 +1,113 @@
+"""Why logits have no head that can be divided, in words, and the products that they are looked for at."""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch.fx import Node
+
+from .. import ops
+from ..graph.shapes import equal, shape_of
+from ..graph.walk import args_of, reached
+from .calls import is_divergence, stats_call
+from .kinds import (
+    PERMUTATIONS,
+    PRODUCTS,
+    VIEWS,
+    count_of,
+    is_batched,
+    is_of_size,
+    is_ordered_view,
+    is_pointwise,
+    is_transposed,
+)
+
+aten = torch.ops.aten
+
+BOTH_WAYS = (
+    "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
+    "the other only; of two products, one for each direction, each would be a head"
+)
+BATCHED = (
+    "the logits are a batched product, each of whose matrices has a weight of its own; "
+    "of a loop over them, each step would be a head"
+)
+SIDE_WHOLE = "the logits of another side of a divergence are whole: "
+NO_PRODUCT = "no linear layer makes them row by row"
+DIVIDED = (
+    "each row that a linear layer makes is divided into several rows of logits; "
+    "of layers for each, each would be a head"
+)
+RANGE = (
+    "the logits are a range of a linear layer's columns, of which others are read as well; "
+    "of layers for each range, each would be a head"
+)
+TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
+
+
+def products_before(node: Node) -> set[Node]:
+    """The products at the root of views and pointwise nodes."""
+    found: set[Node] = set()
+    stack, seen = [node], {node}
+    size = count_of(node)
+    while stack:
+        node = stack.pop()
+        if node.target in PRODUCTS:
+            found.add(node)
+        elif is_ordered_view(node) or is_pointwise(node):
+            sources = [s for s in node.all_input_nodes if s not in seen and is_of_size(s, size)]
+            stack += sources
+            seen.update(sources)
+    return found
+
+
+def why_no_product(stats: Node) -> str:
+    """Why there is none at the root of views and pointwise nodes."""
+
+    def before(node: Node) -> list[Node]:
+        return node.all_input_nodes if node.target in VIEWS or is_pointwise(node) else []
+
+    size = count_of(stats_call(stats).z)
+    found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
+    products = {node for node in found if node.target in PRODUCTS}
+    if not products:
+        return RANGE if any(map(_is_range, found)) else "no linear layer in the graph makes the logits"
+    if any(map(is_batched, products)):
+        return BATCHED
+    if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
+        return "rows or classes change places between a product and the logits"
+    others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
+    straight = any(products_before(stats_call(other).z) == products for other in others)
+    return BOTH_WAYS if straight else TRANSPOSED
+
+
+def _is_range(node: Node) -> bool:
+    """Whether a node is a range of what a product has in a row, views and pointwise nodes between."""
+    if node.target not in (aten.slice.Tensor, operator.getitem):
+        return False
+    source = args_of(node)[0]
+    while source.target in (aten.split.Tensor, aten.split_with_sizes.default):
+        source = args_of(source)[0]
+    if not isinstance(source.meta.get("val"), torch.Tensor) or not products_before(source):
+        return False
+    return not equal(shape_of(source)[-1], shape_of(node)[-1])
+
+
+def escape(user: Node) -> str:
+    """Why logits that `user` reads are whole."""
+    if user.op == "output":
+        return "the logits are returned"
+    if is_divergence(user):
+        return "a divergence reads the logits, or pieces of them, beside others"
+    if any(node.target == ops.ROW_STATS for node in reached([user], _read_by)):
+        if is_transposed(user):
+            return BOTH_WAYS
+        if is_ordered_view(user):
+            return DIVIDED
+    name = getattr(user.target, "__name__", str(user.target)).split(".")[0]
+    return f"the logits, or their gradient, are read by {name} as well"
+
+
+def _read_by(node: Node) -> list[Node]:
+    return list(node.users) if node.target in VIEWS or is_pointwise(node) else []
