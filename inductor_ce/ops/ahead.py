@@ -7,6 +7,7 @@ calling it with fake tensors, and compiled in threads; whoever launches a kernel
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.compat import launches
 from ..common.compat.graphs import FakeTensor, tree_leaves, tree_map
 from ..common.compat.stand_ins import stand_ins
 from ..common.failsafe import attempt
+
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from ..common.compat import launches
 
 MOST_THREADS = 8
 MANY = 2**30  # what a number on the host is taken to be
