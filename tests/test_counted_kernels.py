@@ -255,6 +255,20 @@ def test_factors_from_any_address_on() -> None:
         assert not counted_kernels.has_tiles(x)
 
 
+def test_factors_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has no tiles of nothing."""
+    monkeypatch.setattr(counted_kernels, "_known", {})
+    monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: True)
+    for module in (counted, products):
+        monkeypatch.setattr(module, "rows_of_piece", lambda *given: None)
+    a, w, out = torch.randn(0, 72).half(), torch.randn(40, 72).half(), torch.full((40, 72), 7.0).half()
+    left = torch.tensor([0], dtype=torch.int32)
+    z = torch.ops.inductor_ce.logits(a, w.t(), None, [], None, left)
+    assert z.shape == (0, 40)
+    torch.ops.inductor_ce.product_into(out, z.t(), a, 0, False, left, None, 0)
+    assert not out.any()
+
+
 def divided(parts: Tensor, *arguments: Any) -> None:
     new_empty = Tensor.new_empty
 
