@@ -160,7 +160,7 @@ def _how(
         (most, height, width) if divided else None,
         (
             (most // 2, height // ROWS_ADDED, 1),
-            (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, GROUP),
+            (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, tile["GROUP"]),
         ),
     )
 
