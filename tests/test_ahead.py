@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import threading
-from collections import Counter
+import time
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -19,9 +23,19 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 
 from inductor_ce.api.backend import inductor_ce_backend
+from inductor_ce.common import failsafe
 from inductor_ce.common.compat import launches
 from inductor_ce.heads import skip
-from inductor_ce.ops import ahead, counted_kernels, label_kernels, launch, product_kernels, products
+from inductor_ce.ops import (
+    ahead,
+    counted,
+    counted_kernels,
+    label_kernels,
+    launch,
+    lowering,
+    product_kernels,
+    products,
+)
 
 N, V, D = 320, 1024, 64
 
@@ -47,6 +61,7 @@ def asked() -> Iterator[list[tuple[Any, ...]]]:
 
     with (
         mock.patch.object(launches, "compile_ahead", compile_ahead),
+        mock.patch.object(ahead, "attempt", lambda what, step, *given: step(*given)),
         mock.patch("torch.cuda.is_initialized", lambda: True),
     ):
         yield made
@@ -131,6 +146,35 @@ def test_what_a_thread_compiles(compiled: Counter[str]) -> None:
     assert compiled == {"_scale": 3}
 
 
+@launches.triton.jit
+def _any(x):
+    pass
+
+
+@launches.triton.jit(do_not_specialize=["x"])
+def _any_number(x):
+    pass
+
+
+@launches.triton.jit(do_not_specialize_on_alignment=["x"])
+def _any_address(x):
+    pass
+
+
+NUMBERS = 0, 1, 2, 16, -1, -16, 2**31 - 1, 2**31 - 16, 2**31, 2**31 + 1, -(2**31) - 1
+PLACEHOLDERS = [launches.Placeholder(dtype, at) for dtype in (torch.bool, torch.half) for at in (0, 4, 16)]
+
+
+@pytest.mark.parametrize("function", [_any, _any_number, _any_address])
+def test_what_a_compilation_depends_on(function: Any) -> None:
+    """Arguments differ in it that do to Triton, and no others."""
+    with gpu_codegen.pretended_gpu():
+        *_, binder = function.create_binder()
+    for pair in itertools.combinations([*NUMBERS, *PLACEHOLDERS], 2):
+        by_triton, ours = ([binder(x)[1] for x in pair], [launches.compiled_for(function, [x]) for x in pair])
+        assert (by_triton[0] == by_triton[1]) == (ours[0] == ours[1]), pair
+
+
 def test_tiles_of_placeholders(compiled: Counter[str]) -> None:
     """Where the number of rows lies in memory compiles nothing anew."""
     (a, b, out), left = (fake(128, 128) for _ in range(3)), fake(9, dtype=torch.int32)
@@ -142,11 +186,118 @@ def test_tiles_of_placeholders(compiled: Counter[str]) -> None:
     assert compiled == {"_multiply": 2}
 
 
+def test_what_a_product_has_compiled_is_kept() -> None:
+    """Where its operator is lowered once more, in another graph."""
+    a, out = fake(128, 128), fake(128, 128)
+    with (
+        gpu_codegen.pretended_gpu(),
+        mock.patch.object(launches, "compile_ahead"),
+        mock.patch.dict(counted_kernels._known, clear=True),
+    ):
+        counted_kernels.product_of_rows(out, a, a, 128)
+        (how,) = counted_kernels._known.values()
+        assert how is not None
+        how.launch = mock.Mock()
+        counted_kernels.product_of_rows(out, a, a, 128)
+        assert how.launch is not None
+        how.launch.assert_not_called()
+        ahead.wait()
+
+
+def test_how_many_rows_a_product_has_compiles_nothing_anew(compiled: Counter[str]) -> None:
+    """Not even 1, for which Triton would: what is known of a product tells numbers of the host not apart."""
+    a, out = fake(128, 128), fake(128, 128)
+    with mock.patch.dict(counted_kernels._known, clear=True):
+        for left in (1, 64, 3):
+            counted_kernels.product_of_rows(out, a, a, left)
+            ahead.wait()
+    assert compiled == {"_multiply": 1}
+
+
+def test_threads_that_begin_with_a_function(compiled: Counter[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What either compiles is kept."""
+    function = product_kernels._scale.function
+
+    def slowly() -> Any:
+        made = function.create_binder()
+        time.sleep(0.2)
+        return made
+
+    monkeypatch.setattr(function, "device_caches", defaultdict(slowly))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for dtype in (torch.float32, torch.bfloat16):
+        product_kernels.scale(fake(64, 32, dtype=dtype), fake(1, dtype=torch.float32))
+    ahead.wait()
+    assert len(function.device_caches[0][0]) == compiled["_scale"] == 2
+
+
+def test_a_launch_while_another_thread_asks(
+    asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is asked for is compiled."""
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *given: Any) -> Any:
+            launching.start()
+            launching.join(0.2)
+            return super().submit(*given)
+
+    launching = threading.Thread(target=ahead.wait)
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", Pool)
+    product_kernels.scale(fake(64, 32), fake(1, dtype=torch.float32))
+    launching.join()
+    assert [name for name, *_ in asked] == ["_scale"]
+    assert ahead._pool is None
+
+
+def test_operators_on_the_host(asked: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a GPU that is used for something else: none launches a kernel, and none is called."""
+    monkeypatch.setattr(ahead, "stand_ins", lambda x: x)
+    operator = mock.Mock()
+    ahead.lowered(operator, (fake(64, D, device="cpu"), fake(2, dtype=torch.int32, device="cpu")), {})
+    operator.assert_not_called()
+    assert not asked
+
+
+@pytest.mark.usefixtures("asked")
+def test_a_number_on_the_host_is_there_whatever_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "stand_ins", lambda x: x)
+    seen: list[list[int]] = []
+    given = fake(64, D), fake(2, dtype=torch.int32, device="cpu")
+    with torch.device("meta"):
+        ahead.lowered(lambda x, host: seen.append(host.tolist()), given, {})
+    assert seen == [[ahead.MANY] * 2]
+
+
+def test_a_failure_leaves_kernels_to_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that of finding out what is lowered."""
+    monkeypatch.setattr(failsafe, "_warned", True)
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr(ahead, "stand_ins", mock.Mock(side_effect=NotImplementedError))
+    ahead.lowered(mock.Mock(), (), {})
+
+
 @pytest.mark.parametrize("host", [False, True])
 def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -> None:
     """With the number of rows on the device, and on the host, which is looked at."""
     dz, h, w, kept = fake(64, V), fake(64, D), fake(V, D), fake(64, 136)
     label, columns = (fake(n, dtype=torch.int64) for n in (64, 128))
+    counts, runs = fake(64, dtype=torch.bool), fake(3, 64, dtype=torch.int32)
+    entries, often = fake(64, 1, dtype=torch.float32), fake(128, D, dtype=torch.float32)
+    given: dict[Any, tuple[Any, ...]] = {
+        products.product_but: (w, kept, dz, h, [label], columns, 0, True, True),
+        products.product_into: (w, dz.t(), h, 0, True),
+        products.logits: (h, w.t(), None, []),
+        products.column_sums: (dz,),
+        products.most_frequent: ([label], V, 128),
+        products.complete: (w, runs, entries, h, often),
+        products.once_made: (w, torch.float32, []),
+        products.times_in_place: (w, fake(1, dtype=torch.float32)),
+        counted.row_order: (counts,),
+        counted.take_rows: (h, label, counts, []),
+        counted.product_to_rows: (h, dz, w, 0),
+        counted.frequent_rows: (kept, h, None, None),
+    }
     number = fake(2, dtype=torch.int32, device="cpu") if host else None
     rest = {"left": fake(2, dtype=torch.int32), "host": number, "piece": 1}
     with (
@@ -157,16 +308,14 @@ def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -
         mock.patch.object(ahead, "stand_ins", lambda x: x),
         mock.patch.dict(counted_kernels._known, clear=True),
     ):
-        for operator, args in (
-            (products.product_but, (w, kept, dz, h, [label], columns, 0, True, True)),
-            (products.logits, (h, w.t(), None, [])),
-            (products.column_sums, (dz,)),
-            (products.most_frequent, ([label], V, 128)),
-        ):
-            kwargs = {} if operator is products.most_frequent else rest
+        for operator, args in given.items():
+            known = inspect.signature(operator._init_fn).parameters
+            kwargs = {name: x for name, x in rest.items() if name in known}
             ahead.lowered(operator._init_fn, args, kwargs)
     ahead.wait()
+    assert {*given, *lowering.WITHOUT_KERNELS} == {*lowering.DIRECT}
     names = {"_take_out", "_put_back", "_sum_rows", "_sort_tiles", "_merge_tiles", "_take_frequent"}
+    names |= {"_add_rows", "_scale", "_fill_order", "_fill_rows"}
     assert {name for name, *_ in asked} == names | (set() if host else {"_multiply"})
 
 

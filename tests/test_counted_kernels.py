@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
 from typing import Any
@@ -255,6 +256,20 @@ def test_factors_from_any_address_on() -> None:
         assert not counted_kernels.has_tiles(x)
 
 
+def test_factors_without_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton has no tiles of nothing."""
+    monkeypatch.setattr(counted_kernels, "_known", {})
+    monkeypatch.setattr(counted_kernels, "reads_tiles", lambda device: True)
+    for module in (counted, products):
+        monkeypatch.setattr(module, "rows_of_piece", lambda *given: None)
+    a, w, out = torch.randn(0, 72).half(), torch.randn(40, 72).half(), torch.full((40, 72), 7.0).half()
+    left = torch.tensor([0], dtype=torch.int32)
+    z = torch.ops.inductor_ce.logits(a, w.t(), None, [], None, left)
+    assert z.shape == (0, 40)
+    torch.ops.inductor_ce.product_into(out, z.t(), a, 0, False, left, None, 0)
+    assert not out.any()
+
+
 def divided(parts: Tensor, *arguments: Any) -> None:
     new_empty = Tensor.new_empty
 
@@ -298,6 +313,52 @@ def test_product_over_rows(left: int, accumulate: bool) -> None:
     made, *_ = interpreted("product_over_rows", out, dz.t(), h, limit, accumulate)
     right = accumulate + dz[:left].double().t() @ h[:left].double()
     torch.testing.assert_close(made.double(), right, rtol=1e-3, atol=1e-3)
+
+
+def by_small_tiles(tile: dict[str, Any], processors: int, parts: int, name: str, *arguments: Any) -> None:
+    ways = {"_processors": lambda device: processors, "reads_tiles": lambda device: True, "ROWS_ADDED": 8}
+    tiles = {"RATES": [(tile, 1.0)], "NARROW": tile, "MOST_PARTS": parts, "LONG": 64}
+    counted_kernels._tile.cache_clear()
+    with (
+        mock.patch.dict(counted_kernels._known, clear=True),
+        mock.patch.multiple(counted_kernels, **ways, **tiles),
+    ):
+        assert getattr(counted_kernels, name)(*arguments)
+    counted_kernels._tile.cache_clear()
+
+
+def any_factor(choice: random.Random, n: int, k: int) -> Tensor:
+    """[n, k], or its transpose, whose rows are followed by NaN in memory."""
+    is_transposed = choice.random() < 0.5
+    if is_transposed:
+        n, k = k, n
+    x = torch.full((n, -(-k // 8) * 8 + choice.choice((0, 8))), torch.nan).half()[:, :k]
+    x.copy_(torch.randn(n, k))
+    return x.t() if is_transposed else x
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_products_of_any_sizes(seed: int) -> None:
+    """By any number of processors, and in any number of parts, as no GPU has them."""
+    choice = random.Random(seed)
+    torch.manual_seed(seed)
+    tile = {"M": choice.choice((16, 32)), "N": choice.choice((16, 32)), "K": choice.choice((16, 32))}
+    tile |= {"GROUP": choice.choice((1, 2)), "num_warps": 4, "num_stages": 2}
+    m, n, k, limit = (choice.choice((size, choice.randint(1, 140))) for size in (140, 90, 90, 140))
+    a, b, is_over = any_factor(choice, m, k), any_factor(choice, k, n), choice.random() < 0.2
+    out = torch.full((m, -(-n // 8) * 8), 3.0, dtype=choice.choice((torch.half, torch.float)))[:, :n]
+    accumulate, rows = is_over and choice.random() < 0.5, min(limit, m)
+    if is_over:
+        rows, limit = m, -(-limit // tile["K"]) * tile["K"]
+        a[:, limit:], b[limit:] = torch.nan, torch.nan
+    given = torch.tensor(limit, dtype=torch.int32), *([accumulate] if is_over else [])
+    how = tile, choice.choice((3, 5, 13)), choice.choice((3, 8, 13))
+    name = "product_over_rows" if is_over else "product_of_rows"
+    made = interpreter.call(__name__, "by_small_tiles", *how, name, out, a, b, *given)[len(how) + 1]
+    terms = min(limit, k) if is_over else k
+    right = a[:, :terms].double() @ b[:terms].double() + 3 * accumulate
+    torch.testing.assert_close(made[:rows].double(), right[:rows], rtol=2e-3, atol=2e-2)
+    assert is_over or (made[-(-rows // tile["M"]) * tile["M"] :] == 3).all()
 
 
 @pytest.mark.parametrize("left", [0, 3, 300])

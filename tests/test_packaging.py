@@ -48,6 +48,34 @@ def test_triton_is_required_nowhere():
     assert "triton" not in names(PROJECT["dependencies"]).union(*map(names, extras))
 
 
+WITHOUT_TRITON = """
+import importlib.abc, importlib.util, sys
+
+class Refusing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find_spec(name, *rest)
+sys.meta_path.insert(0, Refusing())
+import torch, inductor_ce
+
+def loss(h, w, y):
+    return torch.nn.functional.cross_entropy(h @ w.t(), y)
+
+h, w = (torch.randn(n, 8, requires_grad=True) for n in (64, 2048))
+with inductor_ce.install(strategy="token_chunks"):
+    print(len(inductor_ce.explain(loss, h, w, torch.randint(2048, (64,))).sites))
+"""
+
+
+def test_triton_may_be_missing():
+    pytest.importorskip("torch")
+    run = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=False)
+    assert run.stdout == "1\n", run.stderr
+
+
 def test_backend_entry_point_names_a_callable():
     (target,) = PROJECT["entry-points"]["torch_dynamo_backends"].values()
     assert target == "inductor_ce.api.backend:inductor_ce_backend"

@@ -7,7 +7,9 @@ calling it with fake tensors, and compiled in threads; whoever launches a kernel
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,39 +17,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common.compat import launches
 from ..common.compat.graphs import FakeTensor, tree_leaves, tree_map
 from ..common.compat.stand_ins import stand_ins
 from ..common.failsafe import attempt
+
+if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
+    from ..common.compat import launches
 
 MOST_THREADS = 8
 MANY = 2**30  # what a number on the host is taken to be
 
 _pool: ThreadPoolExecutor | None = None
 _asked: set[Hashable] = set()  # what the pool compiles
+_lock = threading.Lock()  # of both, as one thread may launch while another compiles
 
 
 def lowered(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Compile what an operator launches that is being lowered, if all sizes are known."""
-    if not torch.cuda.is_initialized() or torch.version.hip is not None:
-        return
-    examples = stand_ins((args, kwargs))
-    if examples is not None:
-        attempt("kernels are compiled when they are launched", rehearse, operator, *examples)
+    """Compile what an operator launches that is being lowered for a GPU, if all sizes are known."""
+    if torch.cuda.is_initialized() and torch.version.hip is None:
+        attempt("kernels are compiled when they are launched", _rehearse, operator, args, kwargs)
 
 
-def rehearse(operator: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Compile what `operator(*args, **kwargs)` launches, of which tensors are fake."""
-    fake = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, FakeTensor))
-    args, kwargs = tree_map(_with_numbers, (args, kwargs))
-    with fake.fake_mode:
-        operator(*args, **kwargs)
+def _rehearse(operator: Callable[..., Any], *given: Any) -> None:
+    """Call `operator` of (args, kwargs), where tensors are fake: see `launch.py`."""
+    examples = stand_ins(given)
+    on_gpu = [x for x in tree_leaves(examples) if isinstance(x, FakeTensor) and x.is_cuda]
+    if on_gpu:
+        args, kwargs = tree_map(_with_numbers, examples)
+        with on_gpu[0].fake_mode:
+            operator(*args, **kwargs)
 
 
 def _with_numbers(x: Any) -> Any:
     """A tensor on the host is there to be looked at."""
     is_read = isinstance(x, Tensor) and x.is_cpu
-    return torch.full(x.shape, MANY, dtype=x.dtype) if is_read else x
+    return torch.full(x.shape, MANY, dtype=x.dtype, device="cpu") if is_read else x
 
 
 def compile(
@@ -56,12 +60,13 @@ def compile(
     """Let a thread compile a function of `triton.jit` for arguments whose tensors are placeholders."""
     global _pool
     which = function, device, launches.compiled_for(function, arguments), *options.items()
-    if which in _asked:
-        return
-    _asked.add(which)
-    if _pool is None:
-        _pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
-    _pool.submit(launches.compile_ahead, function, device, grid, arguments, options)
+    with _lock:
+        if which in _asked:
+            return
+        if _pool is None:
+            _pool = ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1))
+        _pool.submit(launches.compile_ahead, function, device, grid, arguments, options)
+        _asked.add(which)
 
 
 def wait() -> None:
@@ -70,7 +75,8 @@ def wait() -> None:
     No thread is left, which a process that is forked would miss.
     """
     global _pool
-    pool, _pool = _pool, None
+    with _lock:
+        pool, _pool = _pool, None
+        _asked.clear()
     if pool is not None:
         pool.shutdown()
-        _asked.clear()

@@ -34,10 +34,14 @@ COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
 def has_tiles(x: Tensor) -> bool:
-    """Whether a factor can be read in tiles: 16 bits, and of it or its transpose aligned rows, each apart."""
+    """Whether a factor can be read in tiles: 16 bits, and of it or its transpose aligned rows, each apart.
+
+    Of an empty one there are none.
+    """
     (n, k), (row, column) = x.shape, x.stride()
     has_rows = column == 1 and row % 8 == 0 and row >= k
-    return x.itemsize == 2 and (has_rows or (row == 1 and column % 8 == 0 and column >= n))
+    has_columns = row == 1 and column % 8 == 0 and column >= n
+    return x.itemsize == 2 and x.numel() > 0 and (has_rows or has_columns)
 
 
 @functools.cache
@@ -111,15 +115,15 @@ def _product(
             _known[which] = how
     if how is None or not is_aligned(out):
         return False
-    if not out.numel():
-        return True
     a, b = _aligned(a), _aligned(b)
     parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
     beside = 0 if bias is None else bias, 0 if parts is None else parts, left
-    if how.launch is None or isinstance(out, FakeTensor):
-        how.launch = _multiply.first(how.grid, beside, how.numbers, how.options, how.tiles, (out, a, b))
+    launch = None if isinstance(out, FakeTensor) else how.launch
+    if launch is not None:
+        launch(how.grid, (*map(_address, beside), *how.numbers), (out, a, b))
     else:
-        how.launch(how.grid, (*map(_address, beside), *how.numbers), (out, a, b))
+        launch = _multiply.first(how.grid, beside, how.numbers, how.options, how.tiles, (out, a, b))
+        how.launch = launch or how.launch
     if parts is not None:
         grid, numbers = how.added
         _add_parts(grid, (out, parts, left), *numbers)
@@ -156,7 +160,7 @@ def _how(
         (most, height, width) if divided else None,
         (
             (most // 2, height // ROWS_ADDED, 1),
-            (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, GROUP),
+            (m, n, most, out.stride(0), programs, height, width, ROWS_ADDED, tile["GROUP"]),
         ),
     )
 
@@ -205,7 +209,7 @@ def _tile_of(pid, rows, columns, GROUP: tl.constexpr):
 
 
 @Kernel
-@triton.jit(do_not_specialize_on_alignment=["bias", "left"])
+@triton.jit(do_not_specialize=["left"], do_not_specialize_on_alignment=["bias"])
 def _multiply(
     out,
     a,

@@ -189,9 +189,9 @@ def product_but(
 
     Row start + i of `kept` [N, W] becomes, of row i of dz, the entries in the R `columns`, or any number
     where -1 stands for none, and then those at the labels. Where two labels of a row are equal the second
-    entry is 0, as it is where a label is none of the V columns, and all of a row that is
-    not computed. For the product the entries at the labels become 0 in dz, and with `restore` what they were
-    thereafter.
+    entry is 0, as it is where a label is none of the V columns. Of a row that is not computed all are 0, or,
+    where the host knows that none of the piece is, left as they are. For the product the entries at the
+    labels become 0 in dz, and with `restore` what they were thereafter.
     """
     rows, first = kept.narrow(0, start, len(dz)), columns.shape[0]
     take_out, put_back = by_device(dz, _take_out, _put_back)

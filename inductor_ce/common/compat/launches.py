@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -114,18 +115,19 @@ class Launcher:
 
 def compiled_for(function: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
     """What of some arguments a compilation depends on, as Triton has it: of numbers whether they are 1, or
-    multiples of 16, of placeholders dtype and alignment."""
+    multiples of 16, or need 64 bits, of placeholders dtype and alignment, unless the function says not."""
     kind: list[Any] = []
     for parameter, x in zip(function.params, arguments, strict=True):
+        is_number_asked = not parameter.do_not_specialize
+        is_alignment_asked = is_number_asked and not parameter.do_not_specialize_on_alignment
         if isinstance(x, TensorDescriptor):
             kind.append((x.base.dtype, *x.block_shape))
         elif isinstance(x, Placeholder):
-            is_asked = not parameter.do_not_specialize_on_alignment
-            kind.append((x.dtype, is_asked and x.data_ptr() % 16 == 0))
-        elif parameter.is_constexpr or x == 1:
+            kind.append((x.dtype, is_alignment_asked and x.data_ptr() % 16 == 0))
+        elif parameter.is_constexpr or (is_number_asked and x == 1):
             kind.append(x)
         else:
-            kind.append((x % 16 == 0, x.bit_length() > 31))
+            kind.append((is_alignment_asked and x % 16 == 0, x.bit_length() > 31))
     return tuple(kind)
 
 
@@ -137,10 +139,13 @@ def compile_ahead(
     Both are kept where Triton looks for them. A thread other than that which launches may do it.
     """
     torch.cuda.set_device(device)
+    with _beginning:
+        function.device_caches[device]  # two at once would make two, and forget what is put into one of them
     compiled = function.warmup(*arguments, grid=grid, **options)
     triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
+_beginning = threading.Lock()
 _current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds for CPUs have none
 
 
