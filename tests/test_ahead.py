@@ -14,6 +14,7 @@ from unittest import mock
 
 import gpu_codegen
 import pytest
+import sympy
 import torch
 import torch._inductor.config
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch.fx import GraphModule
 from inductor_ce.api.backend import inductor_ce_backend
 from inductor_ce.common import failsafe
 from inductor_ce.common.compat import launches
+from inductor_ce.common.compat.stand_ins import stand_ins
 from inductor_ce.heads import skip
 from inductor_ce.ops import (
     ahead,
@@ -99,6 +101,12 @@ def test_sizes_that_are_known_later(asked: list[tuple[Any, ...]]) -> None:
     for graph, is_backward in zip(graphs(dynamic=True), (False, True), strict=True):
         gpu_codegen.lower_after_passes(graph, is_backward=is_backward)
     assert not asked
+
+
+def test_numbers_that_are_known_later() -> None:
+    """Those of a graph are numbers, or nothing is known ahead."""
+    assert stand_ins(([sympy.Integer(3)], {"start": 4})) == ([3], {"start": 4})
+    assert stand_ins([sympy.Symbol("s0", integer=True)]) is None
 
 
 def test_no_gpu_is_asked_for() -> None:

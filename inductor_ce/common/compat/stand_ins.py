@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 
@@ -31,6 +32,8 @@ class _SymbolicError(Exception):
 
 
 def _stand_in(x: Any) -> Any:
+    if isinstance(x, sympy.Basic):
+        return _numbers([x])[0]
     if not isinstance(x, ir.IRNode):
         return x
     size = _numbers(x.get_size())
