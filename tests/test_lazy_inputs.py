@@ -245,6 +245,27 @@ def test_a_learnt_weight_that_is_no_parameter(dynamic: bool | None) -> None:
     assert counts() == {"token_chunks": 1 if dynamic else 2}
 
 
+@pytest.mark.parametrize("views", [lambda z: z[:, -1], lambda z: z.view(-1, V), lambda z: z[:, 1:]])
+def test_views_that_are_returned_behind_a_break(views: Callable[[Tensor], Tensor]) -> None:
+    """Under dynamic=True the hidden size is a symbol there, until it is taken for a number."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = m.head(m.hidden(x))
+        torch._dynamo.graph_break()
+        return ce(z, y), views(z)
+
+    m = Model()
+    compiled, _ = compile_lazily(f, dynamic=True, strategy="token_chunks", memory_budget=0.7)
+    for length in (7, 12, 5):
+        x, y = batch(length)
+        ours, theirs = compiled(m, x, y), f(m, x, y)
+        assert len(lazies(ours)) == 1
+        torch.testing.assert_close(ours, theirs)
+        of = m.head.weight, m.embed.weight
+        torch.testing.assert_close(*(torch.autograd.grad(r[0] + total(r[1:]), of) for r in (ours, theirs)))
+    assert counts() == {"token_chunks": 1}
+
+
 def test_a_weight_whose_sizes_may_change_is_left_as_it_is() -> None:
     """That is not learnt: where its classes are symbolic, nothing is compiled again for another number."""
 
