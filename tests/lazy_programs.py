@@ -116,6 +116,19 @@ def last(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 @promised
+def last_alone(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Of no other place is there a loss either."""
+    z = m.head(m.hidden(x))[:, -1]
+    return ce(z, y[:, -1]), z
+
+
+@promised
+def last_two_alone(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    z = m.head(m.hidden(x))[:, -2:]
+    return ce(z, y[:, -2:]), z
+
+
+@promised
 def shifted_by_slices(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     z = m.head(m.hidden(x))
     return ce(z[..., :-1, :].contiguous(), y[..., 1:].contiguous()), z

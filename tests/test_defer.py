@@ -154,6 +154,31 @@ def test_any_length(model: Model) -> None:
     assert sites() == 1
 
 
+def last(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z[:, -1], y[:, -1])
+
+
+def last_two(z: Tensor, y: Tensor) -> Tensor:
+    return loss_of(z[:, -2:], y[:, -2:])
+
+
+def unpadded(z: Tensor, y: Tensor) -> Tensor:
+    return loss_of(z[..., : V - 3], y % (V - 3))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("loss", [last, last_two, unpadded])
+def test_what_is_cut_is_cut_before_the_layer(
+    model: Model, loss: Callable[..., Tensor], dynamic: bool | None
+) -> None:
+    """As where both are compiled together."""
+    compiled, _ = compile_lazily(loss, dynamic=dynamic, strategy="token_chunks", memory_budget=1.0)
+    for s in (6, 9, 17):
+        x, y = tokens(s)
+        assert_right(model, compiled(lazy(model(x)), y), loss, x, y)
+    assert counts() == {"token_chunks": 1 if dynamic else 2}
+
+
 def test_two_of_them(model: Model) -> None:
     """A policy and a reference, each with a head of its own."""
     reference = Model().requires_grad_(False)

@@ -15,7 +15,8 @@ from reference import assert_fair
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from inductor_ce.heads.no_head import DIVIDED, RANGE
+import inductor_ce
+from inductor_ce.heads.no_head import CONVOLUTION, DIVIDED, RANGE, ROWS, SYMBOLIC_ROWS
 from inductor_ce.heads.row_locality import OF_OTHERS
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
@@ -144,6 +145,45 @@ def test_rows_that_are_divided_are_not_cut(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("DEBUG", logger="inductor_ce"):
         check(loss, "token_chunks", expected="materialise")
     assert DIVIDED in caplog.text
+
+
+def codebooks(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, torch.cat([w, 2 * w])).view(*y.shape, 2, V)
+    return sum(F.cross_entropy(z[:, :, k].flatten(0, 1), y.view(-1)) for k in range(2))
+
+
+def a_few_places(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w, b)
+    return sum(F.cross_entropy(z[:, k], y[:, k]) for k in range(2))
+
+
+def sequences(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return sum(F.cross_entropy(z, labels) for z, labels in zip(F.linear(h, w, b), y, strict=True))
+
+
+def convolution(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(F.conv1d(h.mT, w[..., None], b), y)
+
+
+NO_HEADS: dict[str, tuple[cases.Loss, int, bool, str]] = {
+    "codebooks": (codebooks, 2, False, DIVIDED),
+    "a few places": (a_few_places, 2, False, ROWS),
+    "sequences": (sequences, B, True, SYMBOLIC_ROWS),
+    "convolution": (convolution, 1, False, CONVOLUTION),
+}
+
+
+@pytest.mark.parametrize("name", NO_HEADS)
+def test_why_there_is_no_head(name: str) -> None:
+    loss, losses, is_dynamic, reason = NO_HEADS[name]
+    h, w, b, y = inputs()
+    if is_dynamic:
+        for each in (h, y):
+            torch._dynamo.mark_dynamic(each, 1)
+    with inductor_ce.install(min_vocab=2, strategy="token_chunks"):
+        report = inductor_ce.explain(loss, h, w, b, y)
+    assert len(report.sites) == losses
+    assert all(reason in site.plan for site in report.sites)
 
 
 @by_dividing

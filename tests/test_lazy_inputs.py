@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_lazily, sites
+from head_cases import counts
 from lazy_cases import Case, Scaled
-from lazy_programs import D, Model, V, batch, ce, gradients, lazies, raw, total
+from lazy_programs import B, D, Model, V, batch, ce, gradients, lazies, raw, total
 from pairwise import EVERYTHING, pairwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+
+from inductor_ce.api import deferral
 
 
 def test_into_another_compiled_function() -> None:
@@ -187,6 +190,97 @@ def test_an_input_of_any_length() -> None:
             compiled.append(len(graphs.final))
     for (*_, compiled), (_, dynamic) in zip(seconds, LOSSES_OF_AN_INPUT, strict=True):
         assert compiled == ([2] * 3 if dynamic else [2, 4, 4])
+
+
+def test_marked_sizes_stay_dynamic_behind_a_break() -> None:
+    """As those of logits that are returned as they are: nothing is compiled again for another length."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> Tensor:
+        z = m.head(m.hidden(x))
+        torch._dynamo.graph_break()
+        return F.cross_entropy(z.transpose(1, 2), y)
+
+    m = Model()
+    compiled, graphs = compile_lazily(f)
+    for length in (7, 11, 5):
+        x, y = batch(length)
+        for each in (x, y):
+            torch._dynamo.mark_dynamic(each, 1)
+        ours, theirs = compiled(m, x, y), f(m, x, y)
+        torch.testing.assert_close(ours, theirs)
+        of = m.head.weight, m.embed.weight
+        torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours, theirs)))
+    assert (sites(), len(graphs.final)) == (1, 4)
+
+
+def test_marked_sizes_stay_dynamic_where_results_are_copied() -> None:
+    """As those of CUDA graphs are."""
+    case, mark = Case(), "_dynamo_propagated_dynamic_indices"
+    hidden, weight = case.parts
+    setattr(hidden, mark, {0, 2})
+    lazy = deferral._Lazy(0, case.z.source.recipe, None, ((True, 0), (False, 0)), False)
+    for copies in (True, False):
+        (z,) = deferral._finished(1, (lazy,), copies, [weight], [hidden])
+        assert (getattr(z, mark), getattr(z.source.parts[0], mark)) == ({0}, {0, 2})
+        assert (z.source.parts[0] is hidden) != copies
+        torch.testing.assert_close(z, case.eager)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_learnt_weight_that_is_no_parameter(dynamic: bool | None) -> None:
+    """Under dynamic=True its sizes are symbols."""
+
+    def f(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = torch.tanh(h) @ w.t()
+        torch._dynamo.graph_break()
+        return ce(z[:, :-1], y[:, 1:])
+
+    w = torch.randn(V, D, requires_grad=True)
+    compiled, _ = compile_lazily(f, dynamic=dynamic, strategy="token_chunks", memory_budget=0.7)
+    for length in (5, 9, 12):
+        h, y = torch.randn(B, length, D, requires_grad=True), torch.randint(V, (B, length))
+        ours, theirs = compiled(h, w, y), ce((torch.tanh(h) @ w.t())[:, :-1], y[:, 1:])
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(r, [h, w]) for r in (ours, theirs)))
+    assert counts() == {"token_chunks": 1 if dynamic else 2}
+
+
+@pytest.mark.parametrize("views", [lambda z: z[:, -1], lambda z: z.view(-1, V), lambda z: z[:, 1:]])
+def test_views_that_are_returned_behind_a_break(views: Callable[[Tensor], Tensor]) -> None:
+    """Under dynamic=True the hidden size is a symbol there, until it is taken for a number."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = m.head(m.hidden(x))
+        torch._dynamo.graph_break()
+        return ce(z, y), views(z)
+
+    m = Model()
+    compiled, _ = compile_lazily(f, dynamic=True, strategy="token_chunks", memory_budget=0.7)
+    for length in (7, 12, 5):
+        x, y = batch(length)
+        ours, theirs = compiled(m, x, y), f(m, x, y)
+        assert len(lazies(ours)) == 1
+        torch.testing.assert_close(ours, theirs)
+        of = m.head.weight, m.embed.weight
+        torch.testing.assert_close(*(torch.autograd.grad(r[0] + total(r[1:]), of) for r in (ours, theirs)))
+    assert counts() == {"token_chunks": 1}
+
+
+def test_a_weight_whose_sizes_may_change_is_left_as_it_is() -> None:
+    """That is not learnt: where its classes are symbolic, nothing is compiled again for another number."""
+
+    def f(h: Tensor, w: Tensor) -> Tensor:
+        z = torch.tanh(h) @ w.t()
+        torch._dynamo.graph_break()
+        return z.sigmoid().mean()
+
+    compiled, graphs = compile_lazily(f, dynamic=True)
+    for classes in (70, 81, 93):
+        h, w = torch.randn(B, D, requires_grad=True), torch.randn(classes, D)
+        ours, theirs = compiled(h, w), f(h, w)
+        torch.testing.assert_close(ours, theirs)
+        torch.testing.assert_close(*(torch.autograd.grad(r, h)[0] for r in (ours, theirs)))
+    assert len(graphs.final) == 4
 
 
 def test_states_of_an_input() -> None:

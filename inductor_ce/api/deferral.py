@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat import graphs
 from ..common.compat.dynamo import is_captured, is_to_be_saved, leave_alone
+from ..common.compat.graphs import keep_dynamic
 from ..common.compat.inductor import LOSS_PASSES, inductor_config, is_on, uses_cudagraphs
 from ..common.failsafe import attempt
 from ..common.options import LAZY, Options
@@ -198,12 +199,18 @@ def _finished(
         if not is_result:
             return inputs[number]
         if number not in owned:
-            owned[number] = results[number].clone() if copies else results[number]
+            owned[number] = _copied(results[number]) if copies else results[number]
         return owned[number]
 
     made = {each.place: each.made(part) for each in lazy}
     others = iter(results)
     return tuple(made[i] if i in made else next(others) for i in range(count))
+
+
+def _copied(result: Tensor) -> Tensor:
+    made = result.clone()
+    keep_dynamic(result, made, dims=result.ndim)
+    return made
 
 
 def copied(module: GraphModule) -> tuple[Graph, dict[Node, Node]]:

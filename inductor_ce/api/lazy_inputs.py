@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..common.compat.dynamo import attribute_source, input_source, moved_facts
-from ..common.compat.graphs import is_dtensor, local_of, set_local, tree_map
+from ..common.compat.graphs import is_dtensor, is_kept_dynamic, local_of, set_local, tree_map
 from ..graph.builder import Builder
 from ..graph.timeline import Timeline
 from .lazy_logits import LazyLogits
@@ -101,6 +101,7 @@ def _apart(
     logits, of which it looked at the parts. They are `there`, by where Dynamo takes them from.
     """
     source, added = example.source, []
+    _fix_hidden_size(source.parts[0])
     parts = []
     for i, of_example in enumerate(source.parts):
         name = f"_part{i}"
@@ -118,6 +119,13 @@ def _apart(
     build.tell_gradients(example.requires_grad)
     graph.erase_node(node)
     return tuple(added)
+
+
+def _fix_hidden_size(hidden: Tensor) -> None:
+    """Under dynamic=True let it be a number, as a weight has one hidden size: a guard is added."""
+    size = hidden.shape[-1]
+    if not isinstance(size, int) and not is_kept_dynamic(size):
+        int(size)
 
 
 def _parts(source: Source, added: tuple[int, ...], edited: Sequence[Any]) -> list[Tensor]:

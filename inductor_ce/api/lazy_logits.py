@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 from ..common.compat.distributed import waits_for_backward
 from ..common.compat.graphs import (
     is_compiling,
+    keep_dynamic,
     refuse_memory,
     without_torch_function,
     without_transforms,
@@ -72,6 +73,7 @@ class LazyLogits(Tensor):
         made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
         made._made, made._made_version = None, 0
         made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = False
+        keep_dynamic(source.parts[0], made, dims=len(source.shape) - 1)
         return made
 
     @staticmethod

@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from .. import ops
-from ..graph.shapes import equal, shape_of
+from ..graph.shapes import constant, equal, shape_of
 from ..graph.walk import args_of, reached
 from .calls import is_divergence, stats_call
 from .kinds import (
@@ -24,6 +24,8 @@ from .kinds import (
 )
 
 aten = torch.ops.aten
+_CUTS = (aten.slice.Tensor, aten.select.int, operator.getitem)
+_SPLITS = (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
 
 BOTH_WAYS = (
     "the rows and the columns of one product are both normalised, and a piece of it has parts of one or of "
@@ -42,6 +44,18 @@ DIVIDED = (
 RANGE = (
     "the logits are a range of a linear layer's columns, of which others are read as well; "
     "of layers for each range, each would be a head"
+)
+ROWS = (
+    "the logits are a part of a linear layer's rows, and the other parts are not put together with it; "
+    "of hidden states that are cut instead, it would be a head"
+)
+SYMBOLIC_ROWS = (
+    "the logits are a part of a linear layer's rows, and parts are put together only where sizes are "
+    "numbers, as under dynamic=False; of hidden states that are cut instead, it would be a head"
+)
+CONVOLUTION = (
+    "a convolution makes the logits; one of size 1 is F.linear(hidden, weight.flatten(1)) "
+    "of hidden states whose channels are last, which would be a head"
 )
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
@@ -71,8 +85,11 @@ def why_no_product(stats: Node) -> str:
     size = count_of(stats_call(stats).z)
     found = [*reached([stats_call(stats).z], lambda node: [s for s in before(node) if is_of_size(s, size)])]
     products = {node for node in found if node.target in PRODUCTS}
+    if any(node.target is aten.convolution.default for node in found):
+        return CONVOLUTION
     if not products:
-        return RANGE if any(map(_is_range, found)) else "no linear layer in the graph makes the logits"
+        cuts = (reason for node in found if (reason := _cut_of_product(node)))
+        return next(cuts, "no linear layer in the graph makes the logits")
     if any(map(is_batched, products)):
         return BATCHED
     if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
@@ -82,16 +99,22 @@ def why_no_product(stats: Node) -> str:
     return BOTH_WAYS if straight else TRANSPOSED
 
 
-def _is_range(node: Node) -> bool:
-    """Whether a node is a range of what a product has in a row, views and pointwise nodes between."""
-    if node.target not in (aten.slice.Tensor, operator.getitem):
-        return False
+def _cut_of_product(node: Node) -> str:
+    """Of which cut of what a product makes a node is, views and pointwise nodes between; "" where of none."""
+    if node.target not in _CUTS:
+        return ""
     source = args_of(node)[0]
-    while source.target in (aten.split.Tensor, aten.split_with_sizes.default):
+    while source.target in (*_SPLITS, *_CUTS):
         source = args_of(source)[0]
-    if not isinstance(source.meta.get("val"), torch.Tensor) or not products_before(source):
-        return False
-    return not equal(shape_of(source)[-1], shape_of(node)[-1])
+    products = products_before(source) if isinstance(source.meta.get("val"), torch.Tensor) else set()
+    if not products:
+        return ""
+    classes = shape_of(node)[-1]
+    if not equal(shape_of(source)[-1], classes):
+        return RANGE
+    if not all(equal(shape_of(each)[-1], classes) for each in products):
+        return DIVIDED
+    return ROWS if all(constant(size) is not None for size in shape_of(source)) else SYMBOLIC_ROWS
 
 
 def escape(user: Node) -> str:

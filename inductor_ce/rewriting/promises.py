@@ -13,18 +13,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.dynamo import is_cut, returns_to_program
+from ..common.compat.graphs import is_kept_dynamic
 from ..common.findings import name_of, where_is
 from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, shape_of, tensor_of
+from ..graph.shapes import Size, constant, equal, hint, is_hinted, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from .escapes import read_by
 from .find_recipe import Found, NoRecipe, is_form, recipe_of
 from .layouts import STATISTICS, reads_elements
-from .linear_layers import linear_layer
+from .linear_layers import LinearLayer, linear_layer
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
 EAGER = "The logits are returned, so all of them are in memory; they are not lazy because {why}."
@@ -91,11 +93,12 @@ def _promise_of(
 ) -> None:
     """Take in what is promised of the logits that linear layers of the copy make, and why not."""
     results: Any = graph.output_node().args[0]
+    fused: Any = products[0].graph.output_node().args[0]
     forms = _forms_of(products)
-    own = [node for node in graph.nodes if twins.get(node) in forms]
-    places = [i for i, result in enumerate(results) if result in own]
+    places = [i for i, each in enumerate(results) if twins.get(each) in forms or fused[i] in forms]
     if not places:
         return
+    own = [node for node in graph.nodes if twins.get(node) in forms or node in {results[i] for i in places}]
     why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
     if not why:
         build = Builder(graph, graph.output_node(), like=own[0])
@@ -124,9 +127,33 @@ def _is_awaited(node: Node, cut: bool, min_vocab: int) -> bool:
     example = tensor_of(node)
     if example is None or not example.dim() or not (_is_deferred(node) or (cut and example.requires_grad)):
         return False
-    classes = constant(shape_of(node)[-1])
-    wide = classes is not None and classes >= min_vocab
-    return wide and linear_layer(node, spellings.read(node)) is not None
+    layer = linear_layer(node, spellings.read(node))
+    if layer is None:
+        return False
+    sizes = shape_of(node)[-1], shape_of(layer.hidden)[-1]
+    return hint(sizes[0]) >= min_vocab and all(_is_fixed(layer, size) for size in sizes)
+
+
+def _is_fixed(layer: LinearLayer, size: Size) -> bool:
+    """Whether a size of a layer's weight is a number, for which a guard is added where the weight is learnt.
+
+    Under dynamic=True a weight that is no `Parameter` has sizes of symbols, though they do not change.
+    """
+    if isinstance(size, int) or constant(size) is not None:
+        return True
+    if is_kept_dynamic(size) or not is_hinted(size) or not _is_learnt(layer):
+        return False
+    return int(size) == hint(size)
+
+
+def _is_learnt(layer: LinearLayer) -> bool:
+    """Whether the weight is a leaf of which a gradient is wanted, or a view or a cast of one."""
+    node: Any = layer.args[2 if layer.target is torch.addmm else 1]
+    while isinstance(node, Node) and node.op not in ("placeholder", "get_attr"):
+        spelled = spellings.read(node)
+        node = spelled[1].get("input") if spelled is not None and spelled[0].view is not None else None
+    example = tensor_of(node)
+    return example is not None and example.is_leaf and example.requires_grad
 
 
 def _is_deferred(node: Node) -> bool:

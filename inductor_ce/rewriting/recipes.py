@@ -76,32 +76,32 @@ class Recipe:
         return values[-1].reshape(*lead, self.classes)
 
     def nodes(self, build: Builder, parts: Sequence[Node]) -> Node:
-        """The same in a graph: the logits of parts that are nodes of it."""
+        """The same in a graph: the logits of parts that are nodes of it.
+
+        The rows stay as they are arranged, as in a program that has both: rows may be cut behind the layer.
+        """
         hidden, *others = parts
         lead = shape_of(hidden)[:-1]
-        flat = (
-            build("flatten", hidden, 0, -2)
-            if len(lead) > 1
-            else build("unsqueeze", hidden, 0)
-            if not lead
-            else hidden
-        )
-        values: list[Any] = [flat, *others]
+        rows = hidden if len(lead) == 1 else self._rows(build, hidden)
+        values: list[Any] = [rows, *others]
         with self._autocast(build):
             for step in self.steps:
                 values.append(
                     build(step.target, *_filled(step.args, values), **_filled(dict(step.kwargs), values))
                 )
-        if len(lead) == 1:
-            return values[-1]
-        if not lead:
-            return build("squeeze", values[-1], 0)
-        return build(
-            "unflatten",
-            values[-1],
-            0,
-            [s if isinstance(s, int) else build("size", hidden, i) for i, s in enumerate(lead)],
-        )
+        made = values[-1]
+        if len(shape_of(made)) == len(lead) + 1:
+            return made
+        sizes = [s if isinstance(s, int) else build("size", hidden, i) for i, s in enumerate(lead)]
+        return build("view", made, *sizes, self.classes)
+
+    def _rows(self, build: Builder, hidden: Node) -> Node:
+        """Hidden states as its steps take them, one behind the other in memory, for one product of all."""
+        if len(shape_of(hidden)) == 1:
+            return build("unsqueeze", hidden, 0)
+        if any(step.target is torch.addmm for step in self.steps):
+            return build("flatten", hidden, 0, -2)
+        return build("contiguous", hidden)
 
     @contextlib.contextmanager
     def _autocast(self, build: Builder) -> Iterator[None]:

@@ -188,6 +188,18 @@ def is_kept_dynamic(size: torch.SymInt) -> bool:
     )
 
 
+# Where AOTAutograd says which dimensions of a result are symbolic: it depends on the release.
+_DYNAMIC = ("_dynamo_weak_dynamic_indices", "_dynamo_propagated_dynamic_indices")
+
+
+def keep_dynamic(of: torch.Tensor, made: torch.Tensor, dims: int) -> None:
+    """Let what is compiled for `made` take for dynamic those of the first dimensions that `of` has so."""
+    for name in _DYNAMIC:
+        marked = {dim for dim in getattr(of, name, ()) if dim < dims}
+        if marked:
+            setattr(made, name, marked | getattr(made, name, set()))
+
+
 def _source_name(symbolic: Any) -> str:
     """How guards call the tensor: a method of its source in some releases, a property in others."""
     name = symbolic.tensor_source.name
