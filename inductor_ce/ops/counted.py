@@ -236,7 +236,7 @@ def product_to_rows(
         if not counted_kernels.product_of_rows(rows, a, b, left.select(0, piece)):
             gemm.product(rows, a, b, False)
     elif n:
-        gemm.product(out.narrow(0, start, n), a if n == most else a[:n], b, False)
+        gemm.product(out.narrow(0, start, n), a.narrow(0, 0, n), b, False)
 
 
 @product_to_rows.register_fake

@@ -75,8 +75,9 @@ class Kernel:
 
         The first arguments of the function read `tiles` of `tensors`, if there are some.
         """
-        device = (*tensors, *pointers)[0].get_device()  # type: ignore[union-attr]
-        if isinstance((*tensors, *pointers)[0], FakeTensor):
+        like = (*tensors, *pointers)[0]
+        device = like.get_device()  # type: ignore[union-attr]
+        if isinstance(like, FakeTensor):
             read = [tile.of(_placeholder(x)) for tile, x in zip(tiles, tensors, strict=True)]
             given = (_placeholder(x) if isinstance(x, Tensor) else x for x in pointers)
             ahead.compile(self.function, device, grid, (*read, *given, *numbers), options)

@@ -25,19 +25,22 @@ class LinearLayer:
     target: Callable[..., Any]
     args: tuple[Any, ...]
 
+    @property
+    def weight(self) -> Any:
+        """[V, D], or [D, V] of other functions than `linear`."""
+        return self.args[2 if self.target is torch.addmm else 1]
+
     def operands(self, result: Tensor) -> list[tuple[Tensor, Dims]]:
         """The tensors that it is given, each with its dimensions that the result has."""
         last = result.ndim - 1
-        bias, weight = self.args[2:], self.args[1]
+        bias = self.args[:1] if self.target is torch.addmm else self.args[2:]
         of_weight: Dims = (last, None)
-        if self.target is torch.addmm:
-            bias, weight = self.args[:1], self.args[2]
         if self.target is not F.linear:
             of_weight = (None, last)
         added = [example_of(b) for b in bias if isinstance(b, Node)]
         return [
             (example_of(self.hidden), (*range(last), None)),
-            (example_of(weight), of_weight),
+            (example_of(self.weight), of_weight),
             *((b, beside(result, b)) for b in added),
         ]
 

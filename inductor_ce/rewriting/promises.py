@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.dynamo import is_cut, returns_to_program
@@ -98,7 +97,8 @@ def _promise_of(
     places = [i for i, each in enumerate(results) if twins.get(each) in forms or fused[i] in forms]
     if not places:
         return
-    own = [node for node in graph.nodes if twins.get(node) in forms or node in {results[i] for i in places}]
+    returned = {results[i] for i in places}
+    own = [node for node in graph.nodes if twins.get(node) in forms or node in returned]
     why = _reader(forms) or ("" if returns_to_program(graph.owning_module) else INSIDE)
     if not why:
         build = Builder(graph, graph.output_node(), like=own[0])
@@ -148,7 +148,7 @@ def _is_fixed(layer: LinearLayer, size: Size) -> bool:
 
 def _is_learnt(layer: LinearLayer) -> bool:
     """Whether the weight is a leaf of which a gradient is wanted, or a view or a cast of one."""
-    node: Any = layer.args[2 if layer.target is torch.addmm else 1]
+    node: Any = layer.weight
     while isinstance(node, Node) and node.op not in ("placeholder", "get_attr"):
         spelled = spellings.read(node)
         node = spelled[1].get("input") if spelled is not None and spelled[0].view is not None else None
