@@ -364,9 +364,10 @@ def test_rows_are_compared_with_their_definitions(name: str):
 def test_the_gradient_of_rows_is_that_of_the_loss(name: str):
     z, y, g = rows.drawn(70, 200, "cpu")
     z = z.double().requires_grad_()
+    x = rows.SOFT_CAP * torch.tanh(z / rows.SOFT_CAP) if "soft-cap" in name else z
     smoothing = rows.SMOOTHING if "smoothing" in name else 0.0
-    lse, picked = torch.logsumexp(z, 1), z.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)
-    losses = lse - (1 - smoothing) * picked - smoothing * z.mean(1)
+    lse, picked = torch.logsumexp(x, 1), x.gather(1, y.clamp(min=0)[:, None])[:, 0] * (y >= 0)
+    losses = lse - (1 - smoothing) * picked - smoothing * x.mean(1)
     losses = losses + rows.Z_LOSS * lse**2 * ("z-loss" in name)
     (wanted,) = torch.autograd.grad((losses * g).sum(), z)
     _, dz = rows.exactly(rows.LOSSES[name], z.detach(), y, g)

@@ -412,7 +412,7 @@ def shared_memory(tile: dict[str, Any], a_t: bool, b_t: bool, out: str, **uses: 
     kernel = counted_kernels._multiply.function
     m, n, k = tile["M"], tile["N"], tile["K"]
     types = {
-        "out": f"tensordesc<{out}[{m},{n}]>",
+        "out": f"tensordesc<{out}[{m},{n // 2 if uses.get('ACCUMULATE') else n}]>",
         "a": f"tensordesc<bf16[{k},{m}]>" if a_t else f"tensordesc<bf16[{m},{k}]>",
         "b": f"tensordesc<bf16[{n},{k}]>" if b_t else f"tensordesc<bf16[{k},{n}]>",
         "bias": "*bf16",

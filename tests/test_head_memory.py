@@ -228,6 +228,16 @@ def test_gradient_of_a_piece_is_written_over_its_logits(strategy: str) -> None:
         assert all(size == words for name, size in sizes(wrapper.code).items() if "workspace" in name)
 
 
+@pytest.mark.parametrize("chain", ["soft-cap", "scale"])
+def test_gradient_behind_a_chain_is_written_over_the_logits(chain: str) -> None:
+    """Of elements alone, where one kernel makes statistics and gradient."""
+    v, pieces = V + 4, 3 if chain == "soft-cap" else 2  # rows of whole vectors
+    forward, backward = gpu_code(CHAINS[chain], "token_chunks", pieces, v)
+    assert forward.code.count("'torch.ops.inductor_ce.logits.default'") > 1
+    for wrapper in (forward, backward):
+        assert most_at_once(wrapper.code, max(NARROW, v * D) + 1) == 0
+
+
 @pytest.mark.in_turns
 @pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
 @pytest.mark.parametrize("name", ["plain", "soft-cap"])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import random
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import gpu_codegen
 import interpreter
@@ -26,7 +27,9 @@ from test_templates import (
 from torch import Tensor
 
 from inductor_ce import ops
-from inductor_ce.ops import lowering, one_read, one_read_lowering
+from inductor_ce.bench import rows as bench
+from inductor_ce.ops import chains, lowering, one_read, one_read_lowering
+from inductor_ce.ops.chains import Chain
 from inductor_ce.ops.row_program import FUNCTIONS, RowProgram, Step, coefficients, decode
 
 N, BLOCK = 3, 256
@@ -62,12 +65,12 @@ def of_cross_entropy(n_labels: int, *others: float) -> RowProgram:
 
 @functools.cache
 def kernel(
-    inputs: tuple[Like, ...], n_labels: int, n_given: int, which: str, program: str, delay: int
+    inputs: tuple[Like, ...], n_labels: int, n_given: int, which: str, program: str, delay: int, chain: str
 ) -> Wrapper:
     def f(z: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
         labels, others = list(rest[:n_labels]), list(rest[n_labels:])
         weights, given = others[: len(others) - n_given], others[len(others) - n_given :]
-        return ops.ROW_STATS_GRAD(z.view(z.shape), labels, weights, which, given, program)
+        return ops.ROW_STATS_GRAD(z.view(z.shape), labels, weights, which, given, program, chain=chain)
 
     (wrapper,) = generate(f, *(like.meta() for like in inputs))
     return wrapper
@@ -80,11 +83,12 @@ def run(
     given: list[Tensor],
     which: str,
     program: RowProgram,
+    chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The statistics and the gradient, each element written."""
     inputs = [z, *labels, *weights, *given]
     made_for = Like.of(inputs), len(labels), len(given), which, program.encode()
-    wrapper = kernel(*made_for, one_read_lowering.ONCE.delay)
+    wrapper = kernel(*made_for, one_read_lowering.ONCE.delay, chain)
     assert len(wrapper.launches) == 1
     assert "row_stats_grad" in wrapper.text
     packed, dz = torch.full((which.count(",") + 1, len(z)), torch.nan), torch.full_like(z, torch.nan)
@@ -99,14 +103,19 @@ def check(
     which: str,
     program: RowProgram,
     given: list[Tensor] | None = None,
+    chained: Chained | None = None,
 ) -> None:
     given = [torch.rand(len(z))] if given is None else given
-    packed, dz = run(z, labels, weights, given, which, program)
-    expected = reference.stats(z, labels, weights, which)
+    packed, dz = run(z, labels, weights, given, which, program, chained.chain.encode() if chained else "")
+    x = chained.before(z.double()) if chained else z
+    expected = reference.stats(x, labels, weights, which)
     expected[0] = packed[0].where(expected[0].isnan(), expected[0])  # a maximum does not see NaN
     torch.testing.assert_close(packed.double(), expected, rtol=1e-5, atol=1e-3, equal_nan=True)
     c = coefficients(program, expected, [x.double() for x in given])
-    wanted = reference.grad(z, labels, weights, expected[0], c, which)
+    wanted = reference.grad(x, labels, weights, expected[0], c, which)
+    if chained:
+        of = z.double().requires_grad_()
+        (wanted,) = torch.autograd.grad(chained.before(of), of, wanted)
     torch.testing.assert_close(
         dz.double(), wanted, rtol=RELATIVE[z.dtype], atol=RELATIVE[z.dtype], equal_nan=True
     )
@@ -265,7 +274,7 @@ def test_what_is_published_stays() -> None:
     z, (y,), g = logits(3 * BLOCK), labels_for(3 * BLOCK, 1), torch.rand(N)
     which, program = reference.rows(1), of_cross_entropy(1)
     expected = run(z, [y], [], [g], which, program)
-    wrapper = kernel(Like.of([z, y, g]), 1, 1, which, program.encode(), one_read_lowering.ONCE.delay)
+    wrapper = kernel(Like.of([z, y, g]), 1, 1, which, program.encode(), one_read_lowering.ONCE.delay, "")
 
     def ran(z: Tensor, words: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         made = torch.empty(3, N), torch.empty_like(z)
@@ -307,6 +316,73 @@ def test_symbolic_rows() -> None:
     assert re.search(rf"{name}\.run\(.*3\*{size[2]} \+ \d+|{name}\.run\(.*\d+ \+ 3\*{size[2]}", wrapper.text)
 
 
+# Chains
+
+
+class Chained(NamedTuple):
+    """A chain, and what it makes of logits."""
+
+    chain: Chain
+    before: Callable[[Tensor], Tensor]
+
+
+def soft_cap(c: float = 2.0) -> Chained:
+    return Chained(bench.soft_cap(c), lambda z: c * torch.tanh(z / c))
+
+
+def shifted() -> Chained:
+    """Of padding, of -inf and of 0 it makes something finite that is larger than what logits are."""
+    before = RowProgram(1, 0, (Step("maximum", ([0], -3.0)), Step("add", ([1], 9.0))), ([2],))
+    after = RowProgram(1, 1, (Step("ge", ([0], -3.0)), Step("where", ([2], [1], 0.0))), ([3],))
+    return Chained(Chain(before, after), lambda z: z.clamp(min=-3.0) + 9.0)
+
+
+CHAINED = {"soft-cap": soft_cap(), "shift": shifted()}
+
+
+@pytest.mark.parametrize("v", VOCABULARIES)
+@pytest.mark.parametrize("name", CHAINED)
+@in_time_and_by_help
+def test_every_vocabulary_behind_a_chain(name: str, v: int) -> None:
+    z, labels = logits(v), labels_for(v, 1)
+    check(z, labels, [], reference.rows(1, "sum"), of_cross_entropy(1, 0.1), chained=CHAINED[name])
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_dtype_behind_a_chain(dtype: torch.dtype) -> None:
+    """It is in float32, and not rounded before the gradient is."""
+    z, labels = logits(500, dtype), labels_for(500, 1)
+    check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap())
+
+
+@pytest.mark.parametrize("by", ["operator", "loops", "template"])
+def test_what_is_not_finite_behind_a_chain(by: str) -> None:
+    z = logits(600)
+    z[0, ::2], z[1, 3], z[2, 5] = -torch.inf, torch.inf, torch.nan
+    labels, g = labels_for(600, 1), torch.rand(N)
+    which, program, (chain, before) = reference.rows(1), of_cross_entropy(1), soft_cap()
+
+    def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.ROW_STATS_GRAD(z, [y], [], which, [g], program.encode(), chain=chain.encode())
+
+    if by == "template":
+        packed, dz = run(z, labels, [], [g], which, program, chain.encode())
+    else:
+        packed, dz = (f if by == "operator" else torch.compile(f))(z, *labels, g)
+    of = z.double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(before(of), labels[0], reduction="none", ignore_index=-100)
+    (wanted,) = torch.autograd.grad(losses, of, g.double())
+    torch.testing.assert_close(dz.double(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    expected = reference.stats(before(z.double()), labels, [], which)
+    torch.testing.assert_close(packed[1:].double(), expected[1:], rtol=1e-5, atol=1e-3, equal_nan=True)
+
+
+def test_a_chain_is_its_text() -> None:
+    for chained in CHAINED.values():
+        assert chains.decode(chained.chain.encode()) == chained.chain
+    assert chains.decode("") is None
+
+
 # Programs
 
 
@@ -322,7 +398,7 @@ def every_function() -> RowProgram:
     x = step("add", step("mul", step("sub", m, 1), g), step("div", d, 2.5))
     x = step("add", x, step("neg", step("abs", step("sub", step("exp", step("mul", g, -1.0)), d))))
     x = step("add", x, step("sqrt", step("log", step("add", d, 1.0))))
-    x = step("add", x, step("reciprocal", step("sigmoid", g)))
+    x = step("add", x, step("reciprocal", step("sigmoid", step("tanh", g))))
     x = step("minimum", step("maximum", x, -50.0), step("mul", one, 40.0))
     comparisons = [step(name, y, 2) for name in ("eq", "ne", "lt", "le", "gt", "ge")]
     truth = step("and", step("or", comparisons[0], comparisons[2]), step("not", comparisons[5]))
@@ -435,6 +511,23 @@ def test_a_chain_before_has_two() -> None:
     assert len(wrapper.launches) == 3
 
 
+def test_a_chain_within_has_two_where_one_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They absorb it too: before the gradient, and behind it."""
+    monkeypatch.undo()
+    inputs, chain = (
+        [logits(300, torch.bfloat16), *labels_for(300, 1), torch.rand(N)],
+        soft_cap().chain.encode(),
+    )
+    which, program = reference.rows(1), of_cross_entropy(1).encode()
+
+    def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.ROW_STATS_GRAD(z.view(z.shape), [y], [], which, [g], program, chain=chain)
+
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
+    assert [name for name in wrapper.launches if "tem" in name] == wrapper.launches[::2]
+    assert len(wrapper.launches) == 3
+
+
 def test_a_number_of_the_cpu_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch takes it beside tensors of a GPU, and so does a loop; a template would be given no pointer."""
     move = gpu_codegen.move_to_gpu
@@ -475,10 +568,11 @@ def test_what_has_no_template_has_two(dtype: torch.dtype, which: str) -> None:
     assert len([name for name in wrapper.launches if "tem" in name]) == 2
 
 
-def test_it_compiles_for_a_gpu() -> None:
+@pytest.mark.parametrize("chain", ["", soft_cap().chain.encode()], ids=["plain", "soft-cap"])
+def test_it_compiles_for_a_gpu(chain: str) -> None:
     inputs = [logits(600, torch.bfloat16), *labels_for(600, 1), torch.rand(N)]
     which, program = reference.rows(1, "sum"), of_cross_entropy(1, 0.1)
-    wrapper = kernel(Like.of(inputs), 1, 1, which, program.encode(), 1)
+    wrapper = kernel(Like.of(inputs), 1, 1, which, program.encode(), 1, chain)
     (name,) = wrapper.launches
     text = triton_ir(wrapper.kernels[name], name, wrapper.signature(name))
     assert text.count("tt.atomic_cas") == 6

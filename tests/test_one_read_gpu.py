@@ -14,7 +14,7 @@ import triton.language as tl
 from gpu_codegen import Wrapper, launch_of
 from interpreter import load_kernel
 from test_gpu_kernels import RELATIVE
-from test_one_read import SUMS, of_cross_entropy
+from test_one_read import SUMS, of_cross_entropy, soft_cap
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -50,11 +50,11 @@ def labels_for(n: int, v: int) -> Tensor:
 Both = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def both(which: str, program: RowProgram, *weights: Tensor) -> Both:
+def both(which: str, program: RowProgram, *weights: Tensor, chain: str = "") -> Both:
     text = program.encode()
 
     def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        return ops.ROW_STATS_GRAD(z, [y], list(weights), which, [g], text)
+        return ops.ROW_STATS_GRAD(z, [y], list(weights), which, [g], text, chain=chain)
 
     return torch.compile(f, dynamic=False, fullgraph=True)
 
@@ -84,6 +84,22 @@ def test_any_dtype(dtype: torch.dtype) -> None:
 def test_every_sum(v: int) -> None:
     weights = torch.randn(v, device="cuda"), torch.randn(70, v, device="cuda").bfloat16()
     check(70, v, torch.bfloat16, "sum", "sumexpz", *SUMS, weights=weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("v", [50, 50257])
+def test_behind_a_chain(v: int, dtype: torch.dtype) -> None:
+    z, y, g = logits(130, v, dtype), labels_for(130, v), torch.rand(130, device="cuda")
+    which, program, (chain, before) = reference.rows(1), of_cross_entropy(1), soft_cap()
+    packed, dz = both(which, program, chain=chain.encode())(z, y, g)
+    of = z.double().requires_grad_()
+    x = before(of)
+    expected = reference.stats(x.detach(), [y], [], which)
+    torch.testing.assert_close(packed.double(), expected, rtol=1e-5, atol=1e-5 * v)
+    c = coefficients(program, expected, [g.double()])
+    dx = reference.grad(x.detach(), [y], [], expected[0], c, which)
+    (wanted,) = torch.autograd.grad(x, of, dx)
+    torch.testing.assert_close(dz.double(), wanted, rtol=RELATIVE[dtype], atol=RELATIVE[dtype])
 
 
 def test_over_logits_whose_rows_are_longer() -> None:

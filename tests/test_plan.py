@@ -184,6 +184,8 @@ def test_extra_memory_of_the_forward_alone(head: HeadNumbers) -> None:
         (HeadNumbers(1000, 4000, 10, chained=True, backward=False), MATERIALISE, 1000 * 4000 * 2),
         (HeadNumbers(200, 4000, 10, 4, 4), TOKEN_CHUNKS, 50 * 4000 * 4),
         (HeadNumbers(200, 4000, 10, 4, 4, chained=True), TOKEN_CHUNKS, 2 * 50 * 4000 * 4),
+        (HeadNumbers(200, 4000, 10, 4, 4, chained=True, once=True), TOKEN_CHUNKS, 50 * 4000 * 4),
+        (HeadNumbers(1000, 4000, 10, chained=True, once=True), MATERIALISE, 2 * 1000 * 4000 * 2),
         # A float32 sum, and a float32 gradient of the hidden states, beside those in bfloat16.
         (HeadNumbers(200, 2900, 10), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2 + 200 * 10 * 2),
         (HeadNumbers(200, 2900, 10, wants_hidden=False), TOKEN_CHUNKS, 50 * 2900 * 2 + 2900 * 10 * 2),

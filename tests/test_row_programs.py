@@ -163,11 +163,6 @@ def powers(z: Tensor, y: Tensor) -> Tensor:
     return (z.softmax(-1) ** 2).sum(-1).mean() - picked(z, y).mean()
 
 
-def capped(z: Tensor, y: Tensor) -> Tensor:
-    """A chain, which two kernels absorb."""
-    return mean(5 * torch.tanh(z / 5), y)
-
-
 def clipped_with_entropy(z: Tensor, y: Tensor) -> Tensor:
     """A sum beside the normaliser that two kernels make faster."""
     entropy = -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
@@ -205,7 +200,7 @@ def one_more(z: Tensor, y: Tensor) -> Tensor:
     return torch.cat([log_p.new_zeros(1), log_p.flatten()])[1:].square().mean()
 
 
-OF_TWO_KERNELS = of_two, powers, capped, clipped_with_entropy, of_two_sums
+OF_TWO_KERNELS = of_two, powers, clipped_with_entropy, of_two_sums
 BEYOND_TRITON = against_float64, sum_of_truths, exp_of_truth, one_more
 UNREAD = {f.__name__: f for f in OF_TWO_KERNELS + BEYOND_TRITON}
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops import lowering
+from ..ops.chains import Chain
 from ..ops.row_program import RowProgram, Step, coefficients
 from .divergences import shape
 from .shared import peers
@@ -26,7 +27,7 @@ HELP = "statistics and gradient of given logits, by one template and by two"
 SHAPES = ((8192, 32000), (8192, 128256), (16384, 151936), (4096, 256000))
 ROWS = 64  # that are compared with float64
 IGNORED = 17  # every so many labels is
-SMOOTHING, Z_LOSS = 0.1, 1e-4
+SMOOTHING, Z_LOSS, SOFT_CAP = 0.1, 1e-4, 30.0
 COPY, TWO, ONE, PEER = "copy", "two templates", "one template", "quack, one read"
 QUACK = "cross_entropy", "cross_entropy_fwd_out"  # whose gradient has a factor of 1 for each row
 
@@ -40,10 +41,15 @@ Both = tuple[Tensor, Tensor]
 
 
 class Loss(NamedTuple):
-    """Its statistics, and what makes their coefficients of a factor g of each row."""
+    """Its statistics, what makes their coefficients of a factor g of each row, and the cap of the logits."""
 
     which: str
     program: Callable[[int], RowProgram]
+    cap: float | None = None
+
+    @property
+    def chain(self) -> str:
+        return "" if self.cap is None else soft_cap(self.cap).encode()
 
 
 def of_cross_entropy(v: int) -> RowProgram:
@@ -63,26 +69,44 @@ def with_z_loss(v: int) -> RowProgram:
     return RowProgram(4, 1, tuple(steps), (0.0, [12], [6], [7]))
 
 
+def soft_cap(c: float) -> Chain:
+    """c t of logits z, with t = tanh(z / c), whose derivative is 1 - t^2."""
+    t = Step("div", ([0], c)), Step("tanh", ([1],))
+    slope = Step("div", ([0], c)), Step("tanh", ([2],)), Step("mul", ([3], [3])), Step("sub", (1.0, [4]))
+    return Chain(
+        RowProgram(1, 0, (*t, Step("mul", ([2], c))), ([3],)),
+        RowProgram(1, 1, (*slope, Step("mul", ([5], [1]))), ([6],)),
+    )
+
+
+PLAIN = "cross entropy"
 LOSSES = {
-    "cross entropy": Loss("max,sumexp,pick", of_cross_entropy),
+    PLAIN: Loss("max,sumexp,pick", of_cross_entropy),
     "+ smoothing": Loss("max,sumexp,pick,sum", smoothed),
     "+ smoothing, z-loss": Loss("max,sumexp,pick,sum", with_z_loss),
+    "+ soft-cap": Loss("max,sumexp,pick", of_cross_entropy, SOFT_CAP),
 }
 
 
 def by_one(loss: Loss, program: RowProgram, text: str, z: Tensor, y: Tensor, g: Tensor) -> Both:
-    return ops.ROW_STATS_GRAD(z, [y], [], loss.which, [g], text)
+    return ops.ROW_STATS_GRAD(z, [y], [], loss.which, [g], text, chain=loss.chain)
 
 
 def by_two(loss: Loss, program: RowProgram, text: str, z: Tensor, y: Tensor, g: Tensor) -> Both:
-    packed = ops.ROW_STATS(z, [y], [], loss.which)
+    x = z if loss.cap is None else loss.cap * torch.tanh(z.float() / loss.cap)
+    packed = ops.ROW_STATS(x, [y], [], loss.which)
     c = coefficients(program, packed, [g])
-    return packed, ops.ROW_GRAD(z, [y], [], packed[0], c, loss.which)
+    dz = ops.ROW_GRAD(x, [y], [], packed[0], c, loss.which)
+    return packed, dz if loss.cap is None else (dz * (1 - (x / loss.cap) ** 2)).to(z.dtype)
 
 
 def exactly(loss: Loss, z: Tensor, y: Tensor, g: Tensor) -> Both:
     """In float64, by their definitions."""
-    z, v = z.double(), z.shape[1]
+    t, v = z.double(), z.shape[1]
+    z, slope = t, torch.ones_like(t)
+    if loss.cap is not None:
+        t = torch.tanh(t / loss.cap)
+        z, slope = loss.cap * t, 1 - t * t
     m = z.amax(1)
     gap = z - m[:, None]
     exp = gap.exp()
@@ -90,7 +114,7 @@ def exactly(loss: Loss, z: Tensor, y: Tensor, g: Tensor) -> Both:
     values = {"max": m, "sumexp": exp.sum(1), "pick": (hits * z).sum(1), "sum": gap.sum(1)}
     packed = torch.stack([values[name] for name in loss.which.split(",")])
     _, a, b, *rest = coefficients(loss.program(v), packed, [g.double()])
-    return packed, a[:, None] * exp + b[:, None] * hits + sum(c[:, None] for c in rest)
+    return packed, (a[:, None] * exp + b[:, None] * hits + sum(c[:, None] for c in rest)) * slope
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +151,7 @@ def measured(n: int, v: int, budget: Budget) -> Iterator[dict[str, Any]]:
         target = torch.empty_like(z)
         steps: dict[str, Callable[[], Any]] = {COPY: functools.partial(target.copy_, z)}
         steps |= {way: functools.partial(f, z, y, g) for way, f in made.items()}
-        if loss.program is of_cross_entropy:
+        if loss == LOSSES[PLAIN]:
             steps |= by_peers(z, y, target)
         times = timed(steps, budget)
         rows = [

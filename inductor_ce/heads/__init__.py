@@ -19,9 +19,10 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
                     of which `cut_rows` may be none
     sides           what is counted, and told, of the sides of a divergence, each with a linear layer
     token_chunks    some rows at a time; vocab_slabs, some columns
+    read_once       whether one kernel makes statistics and gradient of a piece
     whole_logits    logits in memory, whose gradient is made with their statistics
     between         what lies between statistics and coefficients, made anew; `row_programs`, read as a
-                    program of a row alone
+                    program of a row alone; `chained`, what lies before, as one of an element; `steps` of both
     loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
                     `narrow_sums`, of pieces in 16 bits

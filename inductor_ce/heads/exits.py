@@ -17,7 +17,7 @@ from .ranges import Range
 from .sums import Sum
 
 
-def _sums_apart(head: Head) -> list[Node]:
+def sums_apart(head: Head) -> list[Node]:
     """The exits that sum what no product reads."""
     sums = [node for node, kind in head.exits.items() if kind in (BIAS, ROW_SUMS)]
     read = {source_of_exit(node, head) for node in head.exits if node not in sums}
@@ -34,7 +34,7 @@ class Exits:
 
     def __init__(self, pieces: Pieces, plan: Plan):
         self._pieces = pieces
-        apart = _sums_apart(pieces.head)
+        apart = sums_apart(pieces.head)
         self._sums = [Sum(pieces, node) for node in apart]
         sums = shared_sums(pieces.head) if pieces.head.divergences else []
         first_of = {node: nodes[0] for nodes in sums for node in nodes}
@@ -48,11 +48,6 @@ class Exits:
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
-
-    @property
-    def sums_nothing_apart(self) -> bool:
-        """Whether there are gradients, and each is of what a product reads: no sum is made beside these."""
-        return bool(self._others) and not self._sums
 
     def go_on(self, nodes: list[Node], out: Node) -> None:
         """Let one gradient, that of the only exit in `nodes`, add to a sum begun for another head."""
@@ -81,7 +76,7 @@ class Exits:
         not be copied for them.
 
         Args:
-            forward: the wide nodes that depend on no gradient, as this piece has them.
+            forward: the wide nodes that depend on no gradient, as this piece has them, or what exits read.
             piece: which rows or columns it is of.
             narrow: pieces of the `narrow_args` of each gradient that an operator makes.
         """
@@ -90,7 +85,8 @@ class Exits:
             made = self._pieces.wide_gradients(forward, piece, narrow, ROW_GRAD_AGAIN)
             after += [each.add(made[each.source], piece) for each in self._sums]
             narrow = {node: (*rows, self._once_made(c, after)) for node, (*rows, c) in narrow.items()}
-        made = self._pieces.wide_gradients(forward, piece, narrow)
+        is_made = all(each.source in forward for each in self._others)
+        made = forward if is_made else self._pieces.wide_gradients(forward, piece, narrow)
         latest: dict[Node, Node] = {}
         others = sorted(self._others, key=lambda e: e.writes_gradient)
         # Where another loop reads it, which torch may move behind the write, it is left as it was.

@@ -32,6 +32,7 @@ from .packing import counted_first
 from .pieces import CAST
 from .plan import MIB, Plan
 from .proof import Proof
+from .read_once import is_made_over, read_once
 from .sides import moving, numbers_of_sides, told_of_sides
 from .skip import ToCompute, bytes_beside, rows_to_compute
 from .teachers import TAUGHT, WHOLE, taught_bytes, teacher_of
@@ -119,12 +120,12 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
     """Rearrange one head; with its teacher, if that can be and nothing has told `why_whole`."""
     proof, why_whole = (Proof(head), why_whole) if why_whole else proved(head)
     if _has_early_ones(head):
-        return plan.plan(numbers_of(head, "", "a gradient of the logits is made in the forward as well"))
+        return plan.plan(numbers_of(head, proof, "a gradient of the logits is made in the forward as well"))
 
     # Without a gradient nothing but a divergence is made of what must be of a chunk's own rows.
     alone = proof.why_not if head.divergences and not head.gradients() else ""
 
-    numbers = numbers_of(head, proof.why_not, alone, not head.divergences)
+    numbers = numbers_of(head, proof, alone, not head.divergences)
     asked = options.strategy, options.memory_budget
     wanted = plan.plan(numbers, *asked)
     if wanted.strategy == MATERIALISE:
@@ -149,7 +150,7 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
         if head.teacher is not None:
             head.teacher = None
             return _fuse(graph, head, options, f"{WHOLE}{why}")
-        return plan.plan(numbers_of(head, proof.why_not, str(why)))
+        return plan.plan(numbers_of(head, proof, str(why)))
     except Exception:
         build.undo()
         raise
@@ -225,7 +226,7 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     proofs, why_whole = zip(*map(proved, loop), strict=True)
     if len({proof.factor for proof in proofs}) > 1 or any(map(_has_early_ones, loop)):
         return None
-    numbers = [numbers_of(head, proof.why_not) for head, proof in zip(loop, proofs, strict=True)]
+    numbers = [numbers_of(head, proof) for head, proof in zip(loop, proofs, strict=True)]
     plans = plan.plan_loop(numbers, options.strategy, options.memory_budget)
     if plans is None:
         return None
@@ -327,7 +328,7 @@ def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
     return [node for node in order if node.op != "output"]
 
 
-def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = False) -> plan.HeadNumbers:
+def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = False) -> plan.HeadNumbers:
     """What the plan is made from."""
     kinds = set(head.exits.values())
     weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
@@ -343,6 +344,7 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         wants_weight=bool(weights),
         labelled=bool(head.few_labels()),
         chained=head.chained or len(moving(head)) > 1,
+        once=is_made_over(z.device) and not proof.why_not and read_once(head, proof.facts) is not None,
         added=_added(head),
         **(numbers_of_sides(head) if head.divergences else {}),
         taught=taught_bytes(head),
@@ -350,7 +352,7 @@ def numbers_of(head: find.Head, varies: str, escapes: str = "", skips: bool = Fa
         skips=skips,
         float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,
-        varies=varies,
+        varies=proof.why_not,
         sharded=bool(gathers := exchanges(head.stats)),
         uneven=not all(map(_is_among_equals, gathers)),
     )

@@ -26,7 +26,7 @@ from .calls import (
     stats_call,
 )
 from .factors import has_16_bit_factors, in_16_bits
-from .find import Head, NoHead, Product
+from .find import Head, NoHead, Product, source_of_exit
 from .kinds import CAST, is_pointwise, vocab_axis
 from .nodes import on
 from .packing import Packing
@@ -248,21 +248,22 @@ class Pieces:
         return self.build(ops.ROW_STATS, *given, **node.kwargs)
 
     def stats_and_gradient(
-        self, made: dict[Node, Node], piece: Range, program: OfRows
+        self, piece: Range, after: list[Node], program: OfRows, chain: str
     ) -> tuple[dict[Node, Node], dict[Node, Node]]:
-        """The only statistics of a piece, and the only gradient of its logits, each by its node."""
-        (node,), (grad,) = self.head.stats, self.head.grads
+        """The only statistics of a piece, and what exits read, which is one gradient; each by its node."""
+        (node,) = self.head.stats
+        z = self.product(self.head.products[0], piece, after)
         given = [self.cut(x, piece) if shape_of(x) else x for x in program.given]
         text, more = program.program, []
         if self.packing is not None:
             given.append(self.cut(self.packing.counts, piece))
             text, more = text.where_given(), [self.packing.left, piece.index]
-        call = stats_call(node)
         op = ops.SOME_ROW_STATS_GRAD if more else ops.ROW_STATS_GRAD
-        constants = *self._constants(node, piece), call.which
-        both = self.build(op, made[call.z], *constants, given, text.encode(), *more)
+        constants = *self._constants(node, piece), stats_call(node).which
+        chained = {"chain": chain} if chain else {}
+        both = self.build(op, z, *constants, given, text.encode(), *more, **chained)
         packed, dz = (self.build(operator.getitem, both, i) for i in range(2))
-        return {node: packed}, {grad: dz}
+        return {node: packed}, {source_of_exit(exit_, self.head): dz for exit_ in self.head.exits}
 
     def divergence(self, node: Node, made: dict[Node, Node], piece: Range, *rows: list[Node]) -> Node:
         """The `divergence` of a piece, of whose sides the maxima and the sums are given."""

@@ -23,9 +23,7 @@ MIB = 2**20
 
 SMALL = 128 * MIB  # logits that are not worth dividing
 CHUNK_WORK = 2**37  # N V D of a chunk: of less, its launches may take the host longer than they take the GPU
-LOOKED_WORK = (
-    2**38
-)  # N V D of a chunk of which the device alone knows how many rows count, for the same reason
+LOOKED_WORK = 2**38  # of which the device alone knows how many rows count, for the same reason
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
 OUT_OF_RANGE = "float16 gradients without their upstream gradient may leave its range"
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
@@ -62,6 +60,7 @@ class HeadNumbers:
         backward: whether a gradient is wanted.
         wants_hidden, wants_weight: which.
         chained: whether a gradient needs memory of its own beside the logits.
+        once: whether in chunks of rows it does not, as one kernel makes it with the statistics.
         added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
         sides: why the columns cannot be divided, as those of several sides are not, or "".
         d_weights, d_hidden: the hidden sizes of all weights, and of all hidden states, of which gradients are
@@ -89,6 +88,7 @@ class HeadNumbers:
     wants_hidden: bool = True
     wants_weight: bool = True
     chained: bool = False
+    once: bool = False
     added: int = 0
     sides: str = ""
     d_weights: int | None = None
@@ -178,7 +178,7 @@ def plan_loop(
         return None
     each = [_pieces(head.n, -(-wanted.pieces * head.n // max(whole.n, 1))) for head in heads]
     wide_sum, wide_hidden = whole.wants_weight and whole.weight_element < 4, _waits_in_float32(whole)
-    piece = max(piece_size(head.n, k) * _held(head) for head, k in zip(heads, each, strict=True))
+    piece = max(piece_size(head.n, k) * _held_of_chunk(head) for head, k in zip(heads, each, strict=True))
     extra = _most_in_chunks(whole, piece * whole.v, wide_sum, wide_hidden)
     reason = f"one of {len(heads)} chunks in a loop"
     reason += ", which add to one gradient of the weight" if whole.wants_weight else ", one after another"
@@ -228,7 +228,7 @@ def _why_no_chunks(head: HeadNumbers) -> str:
             "ranks with different numbers of classes may not decide alike how often they exchange statistics"
         )
     if head.float16:
-        return "float16 gradients without their upstream gradient may leave its range"
+        return OUT_OF_RANGE
     return ""
 
 
@@ -252,6 +252,10 @@ def _materialise(head: HeadNumbers, reason: str) -> Plan:
 def _held(head: HeadNumbers) -> int:
     """Bytes that are held at once for each logit of a piece."""
     return head.element * (2 if head.backward and head.chained else 1) + head.added + head.taught
+
+
+def _held_of_chunk(head: HeadNumbers) -> int:
+    return _held(dataclasses.replace(head, chained=head.chained and not head.once))
 
 
 def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
@@ -280,7 +284,7 @@ def _chunks(head: HeadNumbers, budget: int | None, reason: str, least: int = 1) 
 
 def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
     rows = piece_size(head.n, pieces)
-    piece = rows * head.v * _held(head) + (2 * rows * head.d * head.element if head.skips else 0)
+    piece = rows * head.v * _held_of_chunk(head) + (2 * rows * head.d * head.element if head.skips else 0)
     wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
     extra = _most_in_chunks(head, piece, wide_sum, wide_hidden)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)

@@ -18,10 +18,10 @@ from torch.fx import Node
 from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.row_program import NAMES, OF_TRUTHS, Argument, Number, RowProgram, Step
+from ..ops.row_program import NAMES, Argument, RowProgram, Step
 from .calls import grad_call, stats_call
 from .facts import EARLY, NO_ROW, Facts
-from .kinds import CAST
+from .steps import OF_NUMBERS, Steps, Unreadable, Values, literal
 
 aten = torch.ops.aten
 
@@ -30,16 +30,6 @@ _SAME = {
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.default),
     *(aten.alias.default, aten.detach.default, aten.clone.default),
 }
-_LITERALS = {aten.full.default: 1, aten.scalar_tensor.default: 0}  # the place of the number
-# Those of 16 bits are as Inductor computes them, in float32 and not rounded in between.
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_OF_NUMBERS = (*_FLOATS, torch.bool)
-
-Values = list[Argument]
-
-
-class Unreadable(Exception):
-    """What lies between is no program of a row."""
 
 
 class OfRows(NamedTuple):
@@ -73,19 +63,7 @@ def row_program(stats: Node, grad: Node, between: Iterable[Node], facts: Facts) 
     return OfRows(reader.finish(results), tuple(reader.given))
 
 
-def _as(dtype: torch.dtype, number: float) -> Number:
-    """What a tensor of a dtype has for a number."""
-    with unset_fake_temporarily():
-        return torch.full((), number, dtype=dtype).item()
-
-
-def _is_of_floats(node: Node) -> bool:
-    """Whether Triton computes in floats what a node does: of truth values it has other functions."""
-    sources = map(tensor_of, node.all_input_nodes)
-    return any(source is not None and source.is_floating_point() for source in sources)
-
-
-class _Reader:
+class _Reader(Steps):
     """The values of nodes.
 
     Until all is known a value has its place among the statistics, from K on among the steps, and from -1
@@ -93,11 +71,10 @@ class _Reader:
     """
 
     def __init__(self, stats: Node, k: int, facts: Facts):
+        super().__init__(k)
         self._facts, self._k = facts, k
         self._rows, self._own = shape_of(stats)[1], torch.arange(facts.shape_of(stats)[1])
         self._values: dict[Node, Values] = {stats: [[i] for i in range(k)]}
-        self._steps: list[tuple[str, tuple[Argument, ...]]] = []
-        self._places: dict[str, Argument] = {}
         self.given: list[Node] = []
 
     def read(self, node: Node) -> None:
@@ -110,7 +87,7 @@ class _Reader:
         if node.target == aten.unbind.int:
             return self._parts(node)
         example = tensor_of(node)
-        if example is None or example.dtype not in _OF_NUMBERS:
+        if example is None or example.dtype not in OF_NUMBERS:
             raise Unreadable
         values = self._rule(node)
         rows = self._facts[node].rows
@@ -135,7 +112,7 @@ class _Reader:
             return [parts[index]]
         if node.target == aten.cat.default and (not rest or rest[0] == 0):
             return [value for part in source for value in self.values(part, part)]
-        return self._made(node)
+        return self.made(node)
 
     def _parts(self, node: Node) -> Values:
         """What a node takes apart along the first dimension."""
@@ -144,43 +121,6 @@ class _Reader:
         if (rest and rest[0] != 0) or shape_of(source)[0] != len(values):
             raise Unreadable
         return values
-
-    def _made(self, node: Node) -> Values:
-        """What a function makes of numbers."""
-        args = args_of(node)
-        if node.target == CAST:
-            dtype = example_of(args[0]).dtype
-            if dtype not in _OF_NUMBERS:
-                raise Unreadable
-            values = self.values(args[0], node)
-            if (dtype == torch.bool) == (example_of(node).dtype == torch.bool):
-                return values
-            return self._each("float", [values]) if dtype == torch.bool else self._each("ne", [values, [0]])
-        if node.target == aten.pow.Tensor_Scalar and args[1] in (1, 2):
-            values = self.values(args[0], node)
-            return values if args[1] == 1 else self._each("mul", [values, values])
-        if node.target == aten.clamp.default:
-            values = self.values(args[0], node)
-            for name, bound in zip(("maximum", "minimum"), args[1:], strict=False):
-                values = values if bound is None else self._each(name, [values, self.values(bound, node)])
-            return values
-        function = NAMES.get(node.target)
-        if function is None or node.kwargs or not (function in OF_TRUTHS or _is_of_floats(node)):
-            raise Unreadable
-        return self._each(function, [self.values(arg, node) for arg in args])
-
-    def _each(self, name: str, operands: list[Values]) -> Values:
-        count = max(map(len, operands))
-        if any(len(values) not in (1, count) for values in operands):
-            raise Unreadable
-        return [self._step(name, tuple(v[i % len(v)] for v in operands)) for i in range(count)]
-
-    def _step(self, name: str, args: tuple[Argument, ...]) -> Argument:
-        key = repr((name, args))  # as numbers True, 1 and 1.0 are equal
-        if key not in self._places:
-            self._places[key] = [self._k + len(self._steps)]
-            self._steps.append((name, args))
-        return self._places[key]
 
     def values(self, arg: Any, user: Node) -> Values:
         """Of an argument that `user` has."""
@@ -195,9 +135,8 @@ class _Reader:
             raise Unreadable
         if fact.is_factor(arg):
             return [1.0]
-        number = args_of(arg)[_LITERALS[arg.target]] if arg.target in _LITERALS else None
-        if isinstance(number, (int, float)):
-            return [_as(example_of(arg).dtype, number)]
+        if (number := literal(arg)) is not None:
+            return [number]
         if (seen := self._seen_through(arg, user)) is not None:
             return seen
         count = example_of(arg).numel()
@@ -224,7 +163,7 @@ class _Reader:
             return self.values(source, user)
         if node.target not in NAMES:
             return None
-        return self._each(NAMES[node.target], [self.values(arg, user) for arg in args_of(node)])
+        return self.each(NAMES[node.target], [self.values(arg, user) for arg in args_of(node)])
 
     def finish(self, results: Values) -> RowProgram:
         """The program, with places as it has them."""

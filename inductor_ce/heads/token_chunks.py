@@ -20,21 +20,18 @@ from ..graph.builder import Builder
 from ..graph.shapes import example_of, shape_of
 from ..graph.walk import args_of
 from ..ops import DIVERGENCE
-from ..ops.gemm import aligned_strides
-from ..ops.one_read import is_offered
 from ..ops.products import ONCE_MADE
 from .between import Early, again, between, scalar_of
 from .calls import narrow_args, stats_call
 from .exits import Exits
 from .find import Head
-from .kinds import unviewed
 from .loops import Loop, weight_exits
 from .packing import Packing
 from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
-from .row_programs import OfRows, row_program
+from .read_once import read_once
 from .skip import ALL, ToCompute
 from .taught import Taught
 
@@ -70,15 +67,6 @@ class Coefficients:
         self._cuts: dict[Node, Node] = {}
         self.gathered: dict[Node, list[Node]] = {}
         self.divergences: dict[Node, list[Node]] = {node: [] for node in pieces.head.divergences}
-
-    def program(self) -> OfRows | None:
-        """What makes the only coefficients of the only statistics, if it is known for each row."""
-        head = self.pieces.head
-        alone = len(head.stats) == len(self._gradients) == 1 and not head.divergences and self.taught is None
-        if not alone or not _may_be_read_once(head):
-            return None
-        found = row_program(head.stats[0], head.grads[0], self._nodes, self.proof.facts)
-        return None if found is None else self.early.given(found)
 
     def of(
         self, stats: dict[Node, Node], forward: dict[Node, Node], piece: Range
@@ -174,17 +162,6 @@ class Coefficients:
         return self.build(operator.sub, n, piece.end)
 
 
-def _may_be_read_once(head: Head) -> bool:
-    """Whether logits and statistics are such as one kernel makes a gradient of: no chain lies between."""
-    call = stats_call(head.stats[0])
-    z = unviewed(call.z)
-    straight = any(z is product.node for product in head.products)
-    of_classes = all(example_of(q).dim() == 1 for q in call.weights)
-    logits = example_of(z)
-    row, _ = aligned_strides(head.v, logits.device)
-    return straight and of_classes and is_offered(logits.dtype, row, call.rows)
-
-
 def _unaliased(node: Node) -> Node:
     while node.target in (aten.alias.default, aten.detach.default):
         (node,) = args_of(node)
@@ -219,18 +196,18 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
-    program = coefficients.program() if exits.sums_nothing_apart else None
+    once = read_once(head, proof.facts)
+    program = None if once is None else coefficients.early.given(once.program)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
     after = loop.after
     for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
-        made = pieces.forward(piece, pieces.waited(after) if head.divergences else after)
         known: dict[Node, tuple[Node, ...]] = {}
-        if program is not None:
-            stats, gradients = pieces.stats_and_gradient(made, piece, program)
-            made |= gradients
+        if once is not None and program is not None:
+            stats, made = pieces.stats_and_gradient(piece, after, program, once.chain)
         else:
+            made = pieces.forward(piece, pieces.waited(after) if head.divergences else after)
             stats = {node: pieces.stats(node, made[stats_call(node).z], piece) for node in head.stats}
             if exits or taught or head.divergences:
                 known = coefficients.of(stats, made, piece)

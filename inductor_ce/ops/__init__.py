@@ -6,7 +6,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     rows            the statistics, each one entry of a table, and which of them a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
-    one_read        both as one operator, where nothing but a `row_program` lies between
+    one_read        both as one operator, where nothing but a `row_program` lies between, and `chains` about
     divergences     the operators of losses between several sets of logits, and of sums of entries, of which
                     `entries` has the formulas; `arithmetic`, what these are computed with
     law             how statistics of blocks combine, as plain values

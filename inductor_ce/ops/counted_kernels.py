@@ -154,7 +154,7 @@ def _how(
     sizes = m, n, k, most
     return _How(
         (programs, 1, 1),
-        (Tiles(out, [height, width]), a_tiles, b_tiles),
+        (Tiles(out, [height, width // 2 if accumulate else width]), a_tiles, b_tiles),
         (*sizes, *flags, *(tile[size] for size in ("M", "N", "K", "GROUP"))),
         {name: tile[name] for name in ("num_warps", "num_stages")},
         (most, height, width) if divided else None,
@@ -248,9 +248,8 @@ def _multiply(
     whole, rest, among = count, 0, 1
     if DIVIDED:
         whole, rest, among = _divided(count, tl.num_programs(0), most)
-    # Flattened, a tile's first factors are on their way while the last one is stored; for what is stored
-    # there to be read before, there is no room.
-    for pid in tl.range(tl.program_id(0), whole + rest * among, tl.num_programs(0), flatten=not ACCUMULATE):
+    # Flattened, a tile's first factors are on their way while the last one is stored.
+    for pid in tl.range(tl.program_id(0), whole + rest * among, tl.num_programs(0), flatten=True):
         tile, part = pid, pid - whole
         first, end = 0, k
         if DIVIDED:
@@ -274,12 +273,21 @@ def _multiply(
             j = j_tile * N + tl.arange(0, N)
             total += tl.load(bias + j, mask=j < n, other=0.0)[None, :].to(tl.float32)
         if ACCUMULATE:
-            total += out.load([i_tile * M, j_tile * N]).to(tl.float32)
-        if DIVIDED and (part >= 0) & (among > 1):
+            # For what is there to be read, and for the sum to be stored, there is room by halves alone.
+            one, two = tl.split(tl.permute(tl.reshape(total, [M, 2, N // 2]), [0, 2, 1]))
+            _add_to(out, one, i_tile * M, j_tile * N)
+            _add_to(out, two, i_tile * M, j_tile * N + N // 2)
+        elif DIVIDED and (part >= 0) & (among > 1):
             place = (tl.arange(0, M) * N)[:, None] + tl.arange(0, N)[None, :]
             tl.store(parts + part * M * N + place, total)
         else:
             out.store([i_tile * M, j_tile * N], total.to(out.dtype))
+
+
+@triton.jit
+def _add_to(out, x, i, j):
+    x += out.load([i, j]).to(tl.float32)
+    out.store([i, j], x.to(out.dtype))
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..common.compat.inductor import IRNode, call_lowering, is_buffer
-from . import divergences, operators, row_program
+from . import chains, divergences, operators, row_program
 from .arithmetic import Normalised, Operands
 from .rows import ARGMAX, MAXIMUM, Row, Rows
 from .terms import evaluated
@@ -128,8 +128,40 @@ def coefficients(program: str, packed: IRNode, given: list[IRNode]) -> IRNode:
         return call_lowering(aten.full.default, [], x, dtype=dtype, device=packed.get_device())
 
     of = row_program.decode(program)
-    made = of.run(statistics, given, lambda op, args: call_lowering(op, *args), number)
+    made = of.run(statistics, given, _call, number)
     return _stack([call_lowering(aten.expand.default, cast(row, packed.get_dtype()), [n]) for row in made])
+
+
+class Chained:
+    """What a `Chain` makes of logits, and the gradient by these of that by it; the same without a chain.
+
+    Args:
+        z: logits [N, V].
+        chain: as text.
+
+    Attributes:
+        x: what the statistics are of.
+    """
+
+    def __init__(self, z: IRNode, chain: str):
+        self._chain, self._z = chains.decode(chain), z
+        self.x = z
+        if self._chain is not None:
+            self._wide = cast(z, stats_dtype(z))
+            self.x = self._chain.of(self._wide, _call, self._number)
+
+    def gradient(self, dx: IRNode) -> IRNode:
+        if self._chain is None:
+            return dx
+        return cast(self._chain.gradient(self._wide, dx, _call, self._number), self._z.get_dtype())
+
+    def _number(self, x: row_program.Number) -> IRNode:
+        dtype = torch.bool if isinstance(x, bool) else self._wide.get_dtype()
+        return call_lowering(aten.full.default, [], x, dtype=dtype, device=self._z.get_device())
+
+
+def _call(op: Any, args: tuple[Any, ...]) -> IRNode:
+    return call_lowering(op, *args)
 
 
 def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:

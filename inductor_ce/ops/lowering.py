@@ -175,20 +175,23 @@ def _row_stats_grad(
     program: str,
     left: IRNode | None = None,
     piece: int = -1,
+    *,
+    chain: str = "",
 ) -> tuple[IRNode, IRNode]:
     """By one template, or by what makes statistics and what makes gradients."""
     rows = Rows.decode(which, len(labels), len(weights))
     added = is_added_to_others(GRADIENTS, one_read.GRADIENT)
     if one_read_lowering.is_known(z, weights, rows, given) and not added:
-        args = Limit(left, piece), z, labels, weights, rows, given, program
+        args = Limit(left, piece), z, labels, weights, rows, given, program, chain
         both, _ = attempt("the logits are read twice, more slowly", one_read_lowering.by_template, *args)
         if both is not None:
             return both
-    packed = _row_stats(z, labels, weights, which, left, piece)
+    of = loops.Chained(z, chain)
+    packed = _row_stats(of.x, labels, weights, which, left, piece)
     m = inductor.call_lowering(torch.ops.aten.select.int, packed, 0, 0)
     coefficients = loops.coefficients(program, packed, given)
     gradient = functools.partial(_row_grad, left=left, piece=piece, result=one_read.GRADIENT)
-    return packed, gradient(z, labels, weights, m, coefficients, which)
+    return packed, of.gradient(gradient(of.x, labels, weights, m, coefficients, which))
 
 
 def _row_grad_again(

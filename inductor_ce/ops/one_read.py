@@ -1,9 +1,10 @@
 """Statistics and gradient of logits that are read once, where nothing but numbers of each row lies between.
 
-    row_stats_grad(z [N, V], labels, weights, which, given, program)   -> ([K, N], dz [N, V])
+    row_stats_grad(z [N, V], labels, weights, which, given, program, chain)   -> ([K, N], dz [N, V])
 
 It is `row_stats`, the coefficients that a `RowProgram` makes of each row's statistics and of what is given,
-and `row_grad`. `some_row_stats_grad` is the same for the rows that count in a piece: see `counted.py`.
+and `row_grad`; all of what a `Chain` makes of z, if there is one. `some_row_stats_grad` is the same for the
+rows that count in a piece: see `counted.py`.
 """
 
 from __future__ import annotations
@@ -14,15 +15,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import row_program
-from .operators import packed_dtype_of, row_grad, row_stats
+from . import chains, row_program
+from .chains import Chain
+from .operators import packed_dtype_of, row_grad, row_stats, stats_dtype_of
 from .row_program import RowProgram
 from .rows import SUM, SUMEXP, Row, Rows
 
 
 @torch.library.custom_op("inductor_ce::row_stats_grad", mutates_args=())
 def row_stats_grad(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    which: str,
+    given: list[Tensor],
+    program: str,
+    *,
+    chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The statistics of `z`, and a gradient with respect to it that depends on them alone.
 
@@ -30,6 +39,8 @@ def row_stats_grad(
         z, labels, weights, which: as for `row_stats`, of one label a row, and without `argmax`.
         given: numbers that the program reads, [N] or [].
         program: what makes the coefficients, a `RowProgram` as text.
+        chain: a `Chain` as text; of what it makes of `z` the statistics are then, and the gradient is still
+            with respect to `z`.
 
     Returns:
         [K, N] in the dtype of the statistics, and [N, V] in that of z.
@@ -37,16 +48,30 @@ def row_stats_grad(
     Raises:
         ValueError: wrong rank or dtype, unknown rows, or a program of other statistics or given numbers.
     """
-    return _both(z, labels, weights, which, given, program)
+    return _both(z, labels, weights, which, given, program, chain)
 
 
 def _both(
-    z: Tensor, labels: list[Tensor], weights: list[Tensor], which: str, given: list[Tensor], program: str
+    z: Tensor,
+    labels: list[Tensor],
+    weights: list[Tensor],
+    which: str,
+    given: list[Tensor],
+    program: str,
+    chain: str,
 ) -> tuple[Tensor, Tensor]:
     _check(labels, weights, which, given, program)
-    packed = row_stats(z, labels, weights, which)
+    of = chains.decode(chain)
+    wide = z if of is None else z.to(stats_dtype_of(z.dtype))
+    x = z if of is None else of.of(wide, _call, wide.new_tensor)
+    packed = row_stats(x, labels, weights, which)
     coefficients = row_program.coefficients(row_program.decode(program), packed, given)
-    return packed, row_grad(z, labels, weights, packed[0], coefficients, which)
+    dx = row_grad(x, labels, weights, packed[0], coefficients, which)
+    return packed, dx if of is None else of.gradient(wide, dx, _call, wide.new_tensor).to(z.dtype)
+
+
+def _call(op: Any, args: tuple[Any, ...]) -> Tensor:
+    return op(*args)
 
 
 def _check(
@@ -68,9 +93,11 @@ def some_row_stats_grad(
     program: str,
     left: Tensor,
     piece: int,
+    *,
+    chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As `row_stats_grad`; rows from left[piece] on need not be computed, and hold anything."""
-    return _both(z, labels, weights, which, given, program)
+    return _both(z, labels, weights, which, given, program, chain)
 
 
 @row_stats_grad.register_fake
@@ -137,15 +164,28 @@ class OneRead:
         rows: the statistics.
         program: what makes the coefficients.
         given: the numbers that it is given.
+        chain: what the statistics are of, if not of the logits themselves.
+        narrow: whether these have 16 bits.
     """
 
     rows: Rows
     program: RowProgram
     given: tuple[Given, ...]
+    chain: Chain | None = None
+    narrow: bool = False
 
     def __repr__(self) -> str:
         """A literal: what a template is given is a constant of its code too."""
-        return repr((self.rows.encode(), self.program.encode(), [tuple(x) for x in self.given]))
+        parts = self.rows.encode(), self.program.encode(), [tuple(x) for x in self.given], self.chain
+        return repr(parts)
+
+    def before(self, x: str) -> list[str]:
+        """What makes of a variable, which is z, what the statistics are of."""
+        return [] if self.chain is None else self.chain.lines_before(x, self.narrow)
+
+    def after(self, z: str, dz: str) -> list[str]:
+        """What makes of a variable, which is the gradient by that, the gradient by z."""
+        return [] if self.chain is None else self.chain.lines_after(z, dz, self.narrow)
 
     @property
     def sums(self) -> list[Row]:

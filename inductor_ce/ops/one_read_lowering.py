@@ -8,6 +8,7 @@ import torch
 
 from ..common.compat import inductor
 from ..common.compat.inductor import IRNode
+from . import chains
 from .one_read import GRADIENT, VECTOR_BYTES, Given, OneRead, is_offered
 from .row_program import decode
 from .rows import Rows
@@ -101,11 +102,13 @@ def by_template(
     rows: Rows,
     given: list[IRNode],
     program: str,
+    chain: str,
 ) -> tuple[IRNode, IRNode]:
     """The statistics [K, N] and the gradient [N, V], which may lie over the logits."""
     n, v = z.get_size()[0], inductor.specialised(z.get_size()[1])
     numbers = (Given.of(k, x.get_dtype(), len(x.get_size()) > 0) for k, x in enumerate(given))
-    one = OneRead(rows, decode(program), tuple(numbers))
+    narrow = z.get_dtype().itemsize == 2
+    one = OneRead(rows, decode(program), tuple(numbers), chains.decode(chain), narrow)
     own = [*map(inductor.readable, labels)]
     q = readable_weights(weights, z, inductor.names_read(z))
     weighed = [q[j] for j in one.weights_read]

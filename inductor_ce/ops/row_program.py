@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,7 @@ FUNCTIONS = {name: _of_two(name, sign) for name, sign in _SIGNS.items()} | {
     "abs": Function(aten.abs.default, "tl.abs({0})"),
     "sqrt": Function(aten.sqrt.default, "tl.sqrt({0})"),
     "sigmoid": Function(aten.sigmoid.default, "tl.sigmoid({0})"),
+    "tanh": Function(aten.tanh.default, "libdevice.tanh({0})"),
     "maximum": _bounded("maximum", aten.clamp_min),
     "minimum": _bounded("minimum", aten.clamp_max),
     "where": Function(aten.where.self, "tl.where({0}, {1}, {2})"),
@@ -79,6 +81,9 @@ NAMES = {
     for overload in (function.op, function.of_number, *function.others)
     if overload is not None
 }
+
+
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Step(NamedTuple):
@@ -145,14 +150,26 @@ class RowProgram(NamedTuple):
     @property
     def lines(self) -> list[str]:
         """Each step, and each coefficient c_k, in Triton; the statistics are s_k, and what is given g_k."""
-        names = [f"s_{k}" for k in range(self.n_statistics)] + [f"g_{k}" for k in range(self.n_given)]
-        lines = []
+        values = [f"s_{k}" for k in range(self.n_statistics)] + [f"g_{k}" for k in range(self.n_given)]
+        return self.written(values, "v_", [f"c_{k}" for k in range(len(self.results))])
+
+    def written(
+        self, values: Sequence[str], step: str, results: Sequence[str], others: Mapping[str, str] = NO_OTHERS
+    ) -> list[str]:
+        """The same of variables `values`, for `results`, with what the names of steps begin with.
+
+        A quotient by a number is a product with its reciprocal, as Inductor has it. Some functions may be
+        others.
+        """
+        names, lines = [*values], []
         for name, args in self.steps:
-            names.append(f"v_{len(names)}")
-            lines.append(
-                f"{names[-1]} = " + FUNCTIONS[name].triton.format(*(_written(a, names) for a in args))
-            )
-        return lines + [f"c_{k} = {_written(r, names)}" for k, r in enumerate(self.results)]
+            if name == "div" and not isinstance(args[1], list) and args[1]:
+                name, args = "mul", (args[0], 1.0 / args[1])
+            made = others.get(name, FUNCTIONS[name].triton).format(*(_written(a, names) for a in args))
+            names.append(f"{step}{len(names)}")
+            lines.append(f"{names[-1]} = {made}")
+        ends = zip(results, self.results, strict=True)
+        return lines + [f"{result} = {_written(value, names)}" for result, value in ends]
 
 
 def _written(argument: Argument, names: Sequence[str]) -> str:
