@@ -1,7 +1,7 @@
 """Shapes of heads, and what the systems get: hidden states, weight and labels, random or trained.
 
 Letters: N rows, V vocabulary, D hidden size; h the hidden states [N, D], W the weight [V, D], y the labels,
-b the bias [V], of some shapes.
+b the bias [V], of some shapes; of some the logits z are capped, c tanh(z / c).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..shared.body import body
 from ..shared.labels import SCATTERED, USUAL, Labels
 from ..shared.losses import IGNORED
 from . import trained
@@ -32,9 +31,10 @@ class Shape:
     D: int
     bias: bool = False
     labels: Labels = USUAL
+    cap: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.N} x {self.V} x {self.D}"
+        return f"{self.N} x {self.V} x {self.D}" + (f", soft-cap {self.cap:g}" if self.cap else "")
 
     @property
     def logits_bytes(self) -> int:
@@ -46,12 +46,19 @@ class Shape:
         """dh, dW and db in bf16, which no system can do without."""
         return 2 * ((self.N + self.V) * self.D + self.bias * self.V)
 
+    @property
+    def head(self) -> HeadFunction:
+        """The head as users write it."""
+        cap = self.cap
+        return lambda h, W, y, b=None: cross_entropy(h, W, y, b, cap)
+
 
 MLM = "mlm"
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape("gemma", 8192, 256000, 2304),
+        Shape("gemma2", 8192, 256000, 2304, cap=30.0),
         Shape("llama", 8192, 128256, 4096),
         Shape("qwen", 16384, 151936, 896),
         Shape(MLM, 16384, 30522, 768, bias=True, labels=Labels(0.85, SCATTERED)),
@@ -59,14 +66,15 @@ SHAPES = {
 }
 
 
-def cross_entropy(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
-    """The head as users write it: the linear layer in bf16, the mean loss in float32."""
-    return F.cross_entropy(F.linear(h, W, b).float(), y, ignore_index=IGNORED)
+def cross_entropy(
+    h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None, cap: float | None = None
+) -> Tensor:
+    """The linear layer in bf16, the mean loss in float32."""
+    return F.cross_entropy(capped(F.linear(h, W, b).float(), cap), y, ignore_index=IGNORED)
 
 
-def behind_body(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
-    """The same as part of a step: what makes h keeps the GPU busy for a while."""
-    return cross_entropy(body(h), W, y, b)
+def capped(z: Tensor, cap: float | None) -> Tensor:
+    return z if cap is None else cap * torch.tanh(z / cap)
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ class Inputs:
     Attributes:
         about: what they are, for the record.
         drawn: the labels before some were ignored.
+        cap: what the logits are capped at, if anything.
     """
 
     h: Tensor
@@ -84,6 +93,7 @@ class Inputs:
     about: dict[str, Any] = field(default_factory=dict)
     b: Tensor | None = None
     drawn: Tensor | None = None
+    cap: float | None = None
 
     @classmethod
     def of(cls, shape: Shape, h: Tensor, W: Tensor, y: Tensor, **about: Any) -> Inputs:
@@ -91,7 +101,8 @@ class Inputs:
         b = None
         if shape.bias:
             b = nn.Parameter(0.1 * torch.randn(shape.V, device=h.device).bfloat16())
-        return cls(h.requires_grad_(), nn.Parameter(W), y, about, b, y).ignoring(shape.labels)
+        found = cls(h.requires_grad_(), nn.Parameter(W), y, about, b, y, shape.cap)
+        return found.ignoring(shape.labels)
 
     def ignoring(self, labels: Labels) -> Inputs:
         """The same, with these labels ignored and no others."""
@@ -150,7 +161,7 @@ def peak_of(inputs: Inputs) -> tuple[float, float]:
     chunk = max(1, 2**28 // W.shape[0])
     with torch.no_grad():
         for rows in (slice(i, i + chunk) for i in range(0, h.shape[0], chunk)):
-            z = F.linear(h[rows], W, b).float()
+            z = capped(F.linear(h[rows], W, b).float(), inputs.cap)
             loss += F.cross_entropy(z, y[rows], ignore_index=IGNORED, reduction="sum").item()
             largest += (z.amax(dim=1) - z.logsumexp(dim=1)).exp().sum().item()
     return loss / int((y != IGNORED).sum()), largest / h.shape[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..shared.losses import IGNORED
-from .inputs import Inputs
+from .inputs import Inputs, capped
 
 SLAB = 2**27  # elements of one float64 slab of logits [N, slab]: 1 GB
 
@@ -56,15 +56,20 @@ def reference(inputs: Inputs, slab: int = SLAB) -> Reference:
     h, W, y = inputs.h.detach().double(), inputs.W.detach(), inputs.y
     b = W.new_zeros(len(W)) if inputs.b is None else inputs.b.detach()
     width = max(1, slab // len(h))
-    lse, picked = _statistics(h, W, b, y, width)
+    lse, picked = _statistics(h, W, b, y, width, inputs.cap)
     valid = y != IGNORED
     weight = valid.double() / valid.sum()
     dh, dW = torch.zeros_like(h), torch.empty(W.shape, dtype=torch.float64, device=W.device)
     db = dW.new_empty(1, len(W))
     for start, rows, bias, inside in _slabs(W, b, y, width):
-        dz = (h @ rows.T).add_(bias).sub_(lse[:, None]).exp_()
+        z = (h @ rows.T).add_(bias)
+        x = capped(z, inputs.cap)
+        dz = (x - lse[:, None]).exp_()
         dz[inside, y[inside] - start] -= 1
         dz *= weight[:, None]
+        if inputs.cap is not None:
+            dz *= 1 - (x / inputs.cap).square_()
+        del z, x
         dh.addmm_(dz, rows)
         torch.mm(dz.T, h, out=dW[start : start + len(rows)])
         torch.sum(dz, dim=0, out=db[0, start : start + len(rows)])
@@ -73,12 +78,14 @@ def reference(inputs: Inputs, slab: int = SLAB) -> Reference:
     return Reference(loss, dh, dW, None if inputs.b is None else db)
 
 
-def _statistics(h: Tensor, W: Tensor, b: Tensor, y: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _statistics(
+    h: Tensor, W: Tensor, b: Tensor, y: Tensor, width: int, cap: float | None
+) -> tuple[Tensor, Tensor]:
     """(lse, the label's logit, 0 where there is none) of every row of z, in float64."""
     lse = h.new_full((len(h),), -torch.inf)
     picked = h.new_zeros(len(h))
     for start, rows, bias, inside in _slabs(W, b, y, width):
-        z = (h @ rows.T).add_(bias)
+        z = capped((h @ rows.T).add_(bias), cap)
         picked[inside] = z[inside, y[inside] - start]
         lse = torch.logaddexp(lse, z.logsumexp(dim=1))
         del z

@@ -25,7 +25,8 @@ from .reference import Reference, reference
 from .systems import FORWARD_ALONE, SYSTEMS, Case, System
 
 METHOD = {
-    "head": "F.cross_entropy(F.linear(h, W).float(), y), reduction mean; h and W in bf16; with b, if any",
+    "head": "F.cross_entropy(F.linear(h, W).float(), y), reduction mean; h and W in bf16; with b, if any,"
+    " and logits z as c tanh(z / c), if they are capped",
     "labels": "int64, ignored as labels.py says; `ignored` is the share asked for, that of `about` exact",
     "mode": "of torch.compile; for CUDA graphs W and b are parameters of a module, which are not copied",
     "random": "logits of variance 1, labels uniform",

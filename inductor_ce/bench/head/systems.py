@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..shared import compilers, peers
+from ..shared.body import body
 from ..shared.compilers import BASELINE, DEFAULT, GRAPHS, MODES, OURS
 from ..shared.losses import IGNORED
 from ..shared.peers import NotOffered, find
-from .inputs import HeadFunction, Shape, behind_body, cross_entropy
+from .inputs import HeadFunction, Shape, cross_entropy
 
 STRATEGIES = ("materialise", "token_chunks", "vocab_slabs")
 BUDGETS = (1.0, 0.5, 0.25, 0.125, 0.0625)  # of the materialised logits
@@ -75,25 +76,31 @@ def ours(case: Case, **options: Any) -> Built:
 
 def _built(compile: Callable[..., HeadFunction], case: Case, options: dict[str, Any]) -> Built:
     if case.mode == GRAPHS:
-        return Built(of_parameters(functools.partial(compile, mode=GRAPHS)))
-    return Built(compile(behind_body if case.behind else cross_entropy, options=options or None))
+        return Built(of_parameters(functools.partial(compile, mode=GRAPHS), case.shape.head))
+    function = behind_body(case.shape.head) if case.behind else case.shape.head
+    return Built(compile(function, options=options or None))
 
 
-def of_parameters(compile: Callable[[HeadFunction], HeadFunction]) -> HeadFunction:
+def behind_body(head: HeadFunction) -> HeadFunction:
+    """A head as part of a step: what makes h keeps the GPU busy for a while."""
+    return lambda h, W, y, b=None: head(body(h), W, y, b)
+
+
+def of_parameters(compile: Callable[[HeadFunction], HeadFunction], function: HeadFunction) -> HeadFunction:
     """The head of a module: CUDA graphs read parameters where they lie, and copy other inputs first."""
     held: Any = nn.Module()
 
     def head(h: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(h, held.W, y, held.b)
+        return function(h, held.W, y, held.b)
 
     compiled = compile(head)
 
-    def function(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
+    def of_all(h: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Tensor:
         held.W, held.b = W, b
         torch.compiler.cudagraph_mark_step_begin()
         return compiled(h, y)
 
-    return function
+    return of_all
 
 
 def ours_with_room_of_cce(case: Case) -> Built | NotOffered:
@@ -128,7 +135,7 @@ def liger_kernel(case: Case) -> Built | NotOffered:
     module = find("liger_kernel.transformers", "LigerFusedLinearCrossEntropyLoss")
     if isinstance(module, NotOffered):
         return module
-    loss = module(ignore_index=IGNORED)
+    loss = module(ignore_index=IGNORED, **_cap_of(case))
     return Built(lambda h, W, y, b=None: loss(W, h, y, b))
 
 
@@ -140,8 +147,8 @@ def quack(case: Case, rows: int, scaled: bool = False) -> Built | NotOffered:
     function = peers.quack("linear_cross_entropy", "chunked_linear_cross_entropy")
     if isinstance(function, NotOffered):
         return function
-    if case.shape.bias:
-        return NotOffered("quack has no bias")
+    if case.shape.bias or case.shape.cap:
+        return NotOffered("quack has no bias and no soft-cap")
     chunked = functools.partial(
         function, chunk_size=rows, ignore_index=IGNORED, tuned=False, use_scaled_exp=scaled
     )
@@ -152,7 +159,11 @@ def cut_cross_entropy(case: Case, **options: Any) -> Built | NotOffered:
     function = find("cut_cross_entropy", "linear_cross_entropy")
     if isinstance(function, NotOffered):
         return function
-    return Built(_with_bias(function, "bias", ignore_index=IGNORED, **options))
+    return Built(_with_bias(function, "bias", ignore_index=IGNORED, **_cap_of(case), **options))
+
+
+def _cap_of(case: Case) -> dict[str, float]:
+    return {} if case.shape.cap is None else {"softcap": case.shape.cap}
 
 
 def cce_exact(case: Case) -> Built | NotOffered:
@@ -162,7 +173,8 @@ def cce_exact(case: Case) -> Built | NotOffered:
         return function
     if "accum_c_fp32" in inspect.signature(function).parameters:
         return cut_cross_entropy(case, impl="cce_exact")
-    exact = _with_bias(function, "bias", ignore_index=IGNORED, impl="cce", filter_eps=None)
+    options = _cap_of(case) | {"ignore_index": IGNORED, "impl": "cce", "filter_eps": None}
+    exact = _with_bias(function, "bias", **options)
     return Built(exact, "this release has no cce_exact: its filter is off, its sums stay 16-bit")
 
 
@@ -172,6 +184,8 @@ def linear_cross_entropy(case: Case) -> Built | NotOffered:
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if function is None or options is None:
         return NotOffered("this torch has no F.linear_cross_entropy with chunks")
+    if case.shape.cap:
+        return NotOffered("F.linear_cross_entropy has no soft-cap")
     return Built(_with_bias(function, "linear_bias", ignore_index=IGNORED, options=options()))
 
 
