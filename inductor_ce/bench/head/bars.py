@@ -15,7 +15,12 @@ from .cases import Case, mode_of, ms_of, title, with_none_ignored
 from .inputs import MLM
 from .systems import CCE, CCE_BUDGET, CCE_EXACT, CCE_ROOM, SYSTEMS
 
-TIME_AND_MEMORY = {"gemma": (1.00, 0.27), "llama": (1.00, 0.27), "qwen": (0.97, 0.14)}  # of plain compile's
+TIME_AND_MEMORY = {
+    "gemma": (1.00, 0.27),
+    "gemma2": (1.00, 0.27),
+    "llama": (1.00, 0.27),
+    "qwen": (0.97, 0.14),
+}  # of plain compile's
 OF_CCE_EXACT = 0.3
 OF_PRODUCT, FORWARD_BYTES = 1.08, 600 * 2**20
 ERROR_RATIO = 1.15
