@@ -100,6 +100,24 @@ TEMPLATES = in_folder(
             "tests/test_one_read.py -k 'every_vocabulary and 600'",
         ),
         (
+            *("`row_stats_grad` template: what pads a row is what a chain makes of it", BOTH),
+            'x = tl.where(fresh, x, float("-inf"))',
+            "x = x",
+            "tests/test_one_read.py -k 'vocabulary_behind_a_chain and shift and 257'",
+        ),
+        (
+            *("`row_stats_grad` template: the chain behind the gradient left out", BOTH),
+            'ONE.after("z_wide", "dz")',
+            "[]",
+            "tests/test_one_read.py -k 'vocabulary_behind_a_chain and 255'",
+        ),
+        (
+            *("`row_stats_grad` template: the label's logit before the chain", BOTH),
+            'ONE.before("picked")',
+            "[]",
+            "tests/test_one_read.py -k 'vocabulary_behind_a_chain and 255'",
+        ),
+        (
             *("`row_grad` template: the maximum left out", GRAD),
             'gap = z_col.to(ACC_TYPE) - tl.where(m_row == float("-inf"), 0.0, m_row)',
             "gap = z_col.to(ACC_TYPE)",
@@ -128,6 +146,12 @@ TEMPLATES = in_folder(
 OPERATORS = in_folder(
     "inductor_ce/ops/",
     [
+        (
+            *("products on a GPU: both halves of a tile added to the first", "counted_kernels.py"),
+            "_add_to(out, two, i_tile * M, j_tile * N + N // 2)",
+            "_add_to(out, two, i_tile * M, j_tile * N)",
+            "tests/test_counted_kernels.py -k test_product_over_rows",
+        ),
         (
             *("reference op: gradient written over z", "operators.py"),
             "return dz.to(z.dtype).contiguous()",
@@ -205,6 +229,12 @@ OPERATORS = in_folder(
 HEADS = in_folder(
     "inductor_ce/heads/",
     [
+        (
+            *("head: the gradient behind a chain taken for that before it", "chained.py"),
+            "dz = after.program(sources)",
+            "dz = after.program([grad])",
+            "tests/test_chained.py -k test_it_is_read",
+        ),
         (
             *("joint pass: chains not tagged", "recompute.py"),
             'link.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE',
