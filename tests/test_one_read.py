@@ -377,6 +377,19 @@ def test_what_is_not_finite_behind_a_chain(by: str) -> None:
     torch.testing.assert_close(packed[1:].double(), expected[1:], rtol=1e-5, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    ("c", "dtype", "fast"),
+    [(30.0, torch.bfloat16, True), (30.0, torch.float32, False), (1e6, torch.bfloat16, False)],
+)
+def test_tanh_is_as_exact_as_it_is_to_be(c: float, dtype: torch.dtype, fast: bool) -> None:
+    """Of 16 bits it may be off by what a rounding is near 1, of which a large cap makes more."""
+    inputs = [logits(600, dtype), *labels_for(600, 1), torch.rand(N)]
+    program, chain = of_cross_entropy(1).encode(), bench.soft_cap(c).encode()
+    text = kernel(Like.of(inputs), 1, 1, reference.rows(1), program, 1, chain).text
+    assert ("fast_dividef" in text) == fast
+    assert ("libdevice.tanh" in text) != fast
+
+
 def test_a_chain_is_its_text() -> None:
     for chained in CHAINED.values():
         assert chains.decode(chained.chain.encode()) == chained.chain
