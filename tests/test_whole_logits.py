@@ -47,6 +47,14 @@ def masked(z: Tensor, y: Tensor) -> Tensor:
     return (rows * (y != -100).view(-1)).sum() / (y != -100).sum()
 
 
+def capped(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(4 * torch.tanh(z.float() / 4).view(-1, V), y.view(-1))
+
+
+def scaled(z: Tensor, y: Tensor) -> Tensor:
+    return mean((z * 0.25).float(), y)
+
+
 LOSSES: dict[str, tuple[Loss, Terms]] = {
     "mean": (mean, Terms()),
     "mean of float32": (lambda z, y: mean(z.float(), y), Terms()),
@@ -59,8 +67,14 @@ LOSSES: dict[str, tuple[Loss, Terms]] = {
 }
 
 
-def exactly(terms: Terms) -> Loss:
-    return lambda z, y: reference.cross_entropy(z.reshape(-1, V), y.view(-1), terms)
+CHAINED: dict[str, tuple[Loss, Callable[[Tensor], Tensor]]] = {
+    "soft-cap": (capped, lambda z: 4 * torch.tanh(z / 4)),
+    "scale": (scaled, lambda z: z * 0.25),
+}
+
+
+def exactly(terms: Terms, before: Callable[[Tensor], Tensor] = torch.clone) -> Loss:
+    return lambda z, y: reference.cross_entropy(before(z).reshape(-1, V), y.view(-1), terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -77,6 +91,28 @@ def test_numbers(name: str, dtype: torch.dtype) -> None:
         assert_as_fair(measure(compiled, *given, upstream=upstream), naive, exact)
     assert graphs.count(ops.ROW_STATS_GRAD) == graphs.count(TIMES) == 1
     assert graphs.count(ops.ROW_STATS) == graphs.count(ops.ROW_GRAD) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", CHAINED)
+def test_numbers_behind_a_chain(name: str, dtype: torch.dtype) -> None:
+    """What the loss reads is in no memory of its own; the gradient is by the logits before the chain."""
+    loss, before = CHAINED[name]
+    compiled, graphs = compile_without_codegen(loss, gradient="forward")
+    z, y = (3 * torch.randn(B, S, V)).to(dtype), labels()
+    for upstream in (torch.tensor(1.0), torch.tensor(-0.25)):
+        naive = measure(loss, z, y, upstream=upstream)
+        exact = measure(exactly(Terms(), before), z.double(), y, upstream=upstream)
+        assert_as_fair(measure(compiled, z, y, upstream=upstream), naive, exact)
+    (node,) = (node for node in graphs.nodes if node.target == ops.ROW_STATS_GRAD)
+    assert node.kwargs["chain"]
+    assert graphs.count(TIMES) == 1
+    assert graphs.count(ops.ROW_STATS) == graphs.count(ops.ROW_GRAD) == 0
+    assert not any(
+        node.meta["val"].numel() == z.numel()
+        for node in graphs.nodes
+        if node.target in (torch.ops.aten.tanh.default, torch.ops.aten.mul.Tensor)
+    )
 
 
 def test_another_factor_rounds_once_more() -> None:
@@ -126,17 +162,25 @@ def test_no_row_counts() -> None:
     assert torch.equal(ours.gradient.isnan(), eager.gradient.isnan())
 
 
-def test_symbolic_rows() -> None:
-    compiled, graphs = compile_without_codegen(mean, gradient="forward", dynamic=True)
+@pytest.mark.parametrize("loss", [mean, capped])
+def test_symbolic_rows(loss: Loss) -> None:
+    compiled, graphs = compile_without_codegen(loss, gradient="forward", dynamic=True)
     for rows in (3, 5):
         z, y = torch.randn(rows, S, V), torch.randint(0, V, (rows, S))
-        ours, eager = (measure(f, z, y) for f in (compiled, mean))
+        ours, eager = (measure(f, z, y) for f in (compiled, loss))
         torch.testing.assert_close(ours.gradient, eager.gradient)
     assert graphs.count(ops.ROW_STATS_GRAD) == 1
 
 
-def unfused(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(30 * torch.tanh(z.view(-1, V) / 30), y.view(-1))
+BIAS = torch.linspace(-1.0, 1.0, V)
+
+
+def biased(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.view(-1, V) + BIAS.to(z.dtype), y.view(-1))
+
+
+def of_two_chains(z: Tensor, y: Tensor) -> Tensor:
+    return capped(z, y) + mean(0.5 * z, y)
 
 
 def entropy(z: Tensor, y: Tensor) -> Tensor:
@@ -157,7 +201,7 @@ def of_half_the_classes(z: Tensor, y: Tensor) -> Tensor:
 
 
 LEFT: dict[str, tuple[Loss, torch.dtype, int, str]] = {
-    "a chain": (unfused, torch.float32, V, "the logits are not in memory as they are"),
+    "a chain": (biased, torch.float32, V, "the logits are not in memory as they are"),
     "other sums": (entropy, torch.float32, V, "one kernel for both is not faster than two"),
     "unaligned rows": (
         lambda z, y: F.cross_entropy(z.flatten(0, 1), y.view(-1)),
@@ -184,6 +228,15 @@ def test_left_in_the_backward(name: str) -> None:
     with inductor_ce.install(min_vocab=2, gradient="forward"):
         (site,) = inductor_ce.explain(loss, z.requires_grad_(), y).sites
     assert f"their gradient is not made with the statistics: {why}" in site.plan
+
+
+def test_two_losses_behind_chains_of_their_own() -> None:
+    """Each would hold a gradient of the same logits."""
+    compiled, graphs = compile_without_codegen(of_two_chains, gradient="forward")
+    z, y = torch.randn(B, S, V), labels()
+    ours, eager = (measure(f, z, y) for f in (compiled, of_two_chains))
+    torch.testing.assert_close(ours, eager)
+    assert graphs.count(ops.ROW_STATS_GRAD) == 0
 
 
 def test_told() -> None:

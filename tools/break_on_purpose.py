@@ -231,8 +231,8 @@ HEADS = in_folder(
     [
         (
             *("head: the gradient behind a chain taken for that before it", "chained.py"),
-            "dz = after.program(sources)",
-            "dz = after.program([grad])",
+            "_Elements([root, grad]).program(gradients)",
+            "_Elements([root, grad]).program([grad])",
             "tests/test_chained.py -k test_it_is_read",
         ),
         (

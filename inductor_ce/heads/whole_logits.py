@@ -22,8 +22,10 @@ from ..graph.shapes import example_of, shape_of
 from ..graph.walk import reached
 from ..ops.one_read import is_offered
 from ..ops.products import TIMES
+from . import sizes
 from .between import Early, between, scalar_of
 from .calls import narrow_args, stats_call
+from .chained import Around, chain_around
 from .find import Head, NoHead, Product
 from .gradients import scaled
 from .kinds import PERMUTATIONS, is_ordered_view, is_pointwise, unviewed
@@ -48,14 +50,18 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
         NoHead: the gradient is made apart; why.
     """
     call = stats_call(stats)
-    base = unviewed(call.z)
-    grad = _only_gradient(base, stats)
+    grad = _only_gradient(unviewed(call.z), stats)
     if "recompute" in stats.meta:
         raise NoHead("a checkpoint makes the logits again in the backward, and holds nothing of their size")
-    if is_pointwise(base) or base.target in _NO_MEMORY:
-        raise NoHead("the logits are not in memory as they are, but behind a chain or within others")
-    v = shape_of(call.z)[1]
-    if not isinstance(v, int) or not is_offered(example_of(call.z).dtype, v, call.rows):
+    around = chain_around(stats, grad)
+    if around is None or around.root.target in _NO_MEMORY:
+        raise NoHead(
+            "the logits are not in memory as they are, but behind a chain of tensors or within others"
+        )
+    if around.chain:
+        _only_gradient(around.root, stats)
+    v, dtype = shape_of(call.z)[1], example_of(around.root).dtype
+    if not isinstance(v, int) or not is_offered(dtype, v, call.rows):
         raise NoHead("one kernel for both is not faster than two")
     proof = Proof(Head([Product(call.z, call.z, call.z, None)], wide=[grad], stats=[stats]))
     if proof.why_not:
@@ -63,21 +69,31 @@ def with_statistics(build: Builder, stats: Node, is_wanted: bool) -> dict[Node, 
     scale = scalar_of(build, proof.factor)
     if scale is not None and not is_wanted:
         raise NoHead("what it is multiplied with is known in the backward")
-    if scale is not None and example_of(grad).dtype == torch.float16:
+    if scale is not None and dtype == torch.float16:
         raise NoHead(OUT_OF_RANGE)
-    packed, dz = _both(build, stats, grad, proof)
-    if scale is None:
-        return {stats: packed, grad: dz}
-    if all(is_tangent(node) for node, _ in proof.factor):
-        return {stats: packed, grad: build(TIMES, dz, scale)}
-    return {stats: packed, grad: scaled(build, dz, scale, of_rows=True)}
+    packed, dz = _both(build, stats, grad, around, proof)
+    if scale is not None and all(is_tangent(node) for node, _ in proof.factor):
+        dz = build(TIMES, dz, scale)
+    elif scale is not None:
+        dz = scaled(build, dz, scale, of_rows=True)
+    return {stats: packed} | {node: _in_shape(build, dz, node) for node in around.gradients}
+
+
+def _in_shape(build: Builder, dz: Node, node: Node) -> Node:
+    """The gradient, [N, V], as a node has it."""
+    if len(shape_of(node)) == 2:
+        return dz
+    size = sizes.of_shape(node.graph, shape_of(node))
+    if size is None:
+        raise NoHead("the gradient has sizes that depend on data")
+    return build(aten.reshape.default, dz, size)
 
 
 def _only_gradient(base: Node, stats: Node) -> Node:
     """The `row_grad` of the only loss of the logits, which others may read for something else."""
 
     def readers(node: Node) -> Iterable[Node]:
-        return node.users if node is base or is_ordered_view(node) else ()
+        return node.users if node is base or is_ordered_view(node) or is_pointwise(node) else ()
 
     found = [node for node in reached([base], readers) if node.target in (ops.ROW_STATS, ops.ROW_GRAD)]
     others = [node for node in found if node is not stats]
@@ -88,7 +104,7 @@ def _only_gradient(base: Node, stats: Node) -> Node:
     return others[0]
 
 
-def _both(build: Builder, stats: Node, grad: Node, proof: Proof) -> tuple[Node, Node]:
+def _both(build: Builder, stats: Node, grad: Node, around: Around, proof: Proof) -> tuple[Node, Node]:
     """The statistics, and the gradient for a factor of 1."""
     call = stats_call(stats)
     found = between([stats], narrow_args(grad), proof.facts)
@@ -98,5 +114,10 @@ def _both(build: Builder, stats: Node, grad: Node, proof: Proof) -> tuple[Node, 
         raise NoHead("what is made of the statistics is not a program of each row")
     program = Early(build, nodes, proof.facts).given(program)
     text = program.program.encode()
-    both = build(ops.ROW_STATS_GRAD, call.z, call.labels, call.weights, call.which, list(program.given), text)
+    z, chained = call.z, {}
+    if around.chain:
+        z = build(aten.reshape.default, around.root, [-1, shape_of(call.z)[1]])
+        chained = {"chain": around.chain}
+    given = call.labels, call.weights, call.which, list(program.given), text
+    both = build(ops.ROW_STATS_GRAD, z, *given, **chained)
     return build(operator.getitem, both, 0), build(operator.getitem, both, 1)
