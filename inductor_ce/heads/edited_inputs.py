@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils.checkpoint import CheckpointPolicy
 
 from .. import ops
 from ..common.compat.graphs import is_tangent
@@ -30,6 +31,7 @@ def copy_edited_inputs(graph: Graph) -> None:
     read = set(reached(readers, lambda node: [s for s in sources_of(node) if s not in written]))
     for source in (edited for edited in edits if edited in read):
         copy = Builder(graph, inputs[-1].next, source, key="val")(AS_READ, source)
+        copy.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         for user in [user for user in source.users if user is not copy and not _is_edit(user)]:
             user.replace_input_with(source, copy)
 
