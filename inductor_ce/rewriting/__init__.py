@@ -24,7 +24,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     column_blocks     losses of which statistics are carried over blocks of columns, as losses of all columns;
                       one_product, their logits as one product
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them;
-                      filled_columns, the filled ones
+                      filled_columns, the filled ones; padding, which columns a slice keeps
     joined_columns    likewise columns that are put beside logits
     joined_rows       losses of parts of a linear layer's rows, by one operator
     joined_steps      probabilities of steps, as those of joined logits
