@@ -169,7 +169,7 @@ def _taken_in(search: Search, node: Node) -> Rows:
     if step.view is View.SAME and isinstance(source, Node):
         hidden, of = _rows(search, source)
         return hidden, cast(search, node, source, of)
-    if _is_elementwise(step):
+    if is_elementwise(step):
         return _elementwise(search, node)
     raise NoRecipe(f"they are made by {called(node)}")
 
@@ -203,7 +203,7 @@ def _cut(search: Search, node: Node, source: Node, kept: slice) -> Rows:
     if is_dtensor(example_of(source)) or not same_shape(shape_of(source)[:-1], shape_of(node)[:-1]):
         raise NoRecipe(f"{called(node)} cuts the classes, and rows or a DTensor")
     hidden, of = _rows(search, source)
-    return hidden, add(search, Instruction(operator.getitem, (of, (slice(None), kept))))
+    return hidden, add(search, Instruction(operator.getitem, (of, (..., kept))))
 
 
 def with_width(sizes: tuple[Any, ...], classes: int | None, width: Any) -> tuple[Any, ...]:
@@ -222,7 +222,7 @@ def is_sized_view(node: Node) -> bool:
     return called(node) in _SIZED or called(node) == "flatten"
 
 
-def _is_elementwise(step: Step) -> bool:
+def is_elementwise(step: Step) -> bool:
     """Whether a step is a function of each element."""
     return step.view is None and (step.in_chain or step.commutes or step.name in CHOICES)
 
@@ -303,5 +303,5 @@ def is_form(node: Node, classes: int) -> bool:
         return False
     step, _ = spelled
     copied = step.view is View.SAME or step.name == "detach"
-    known = copied or called(node) in _OF_ROWS or _is_elementwise(step)
+    known = copied or called(node) in _OF_ROWS or is_elementwise(step)
     return known and equal(example.shape[-1], classes)

@@ -22,7 +22,7 @@ from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.steps import View
 from .filled_columns import fill_columns
-from .find_recipe import is_sized_view, with_width
+from .find_recipe import is_elementwise, is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .padding import classes_of, columns_kept, items_of
 from .rewrite import want_gradients_as
@@ -63,10 +63,10 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
     between: list[Node] = []
     source: Any = node.args[0]
     while (layer := plain_layer(source)) is None:
-        if not _is_copy(source) or not isinstance(source.args[0], Node):
+        if not _is_of_each(source):
             return False
         between.append(source)
-        source = source.args[0]
+        (source,) = source.all_input_nodes
     chain = [source, *between]
     if any(len(each.users) > 1 for each in chain) or not _is_as_made(graph, [*chain, node]):
         return False
@@ -86,20 +86,31 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
 
 
 def _is_as_made(graph: Graph, nodes: list[Node]) -> bool:
-    """Whether nothing writes to what these nodes make, and gradients are on for all of them or for none."""
+    """Whether nothing writes to what these nodes make, and modes are the same for all of them."""
     timeline = Timeline(graph)
     modes = {timeline.grad_mode(timeline.position[node]) for node in nodes}
-    return len(modes) == 1 and all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    unchanged = all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    return len(modes) == 1 and unchanged and _is_in_one_region(timeline, nodes)
 
 
-def _is_copy(node: Node) -> bool:
-    """Whether a node has all elements of its source: a cast, or a view that leaves the classes last."""
+def _is_in_one_region(timeline: Timeline, nodes: list[Node]) -> bool:
+    """Whether autocast is for all arithmetic of a chain what it is for the last of its nodes."""
+    spelled = ((node, spellings.read(node)) for node in nodes)
+    computed = [node for node, as_step in spelled if as_step is not None and is_elementwise(as_step[0])]
+    *_, last = (timeline.position[node] for node in nodes)
+    return all(timeline.same_autocast(timeline.position[node], last) for node in computed)
+
+
+def _is_of_each(node: Node) -> bool:
+    """Whether a node has a function of each element of its source alone, in its order, classes last."""
     spelled = spellings.read(node)
     if spelled is None or len(node.all_input_nodes) != 1:
         return False
     source = node.all_input_nodes[0]
     same_classes = classes_of(node) is not None and classes_of(node) == classes_of(source)
-    return same_classes and (spelled[0].view is View.SAME or is_sized_view(node))
+    return same_classes and (
+        spelled[0].view is View.SAME or is_sized_view(node) or is_elementwise(spelled[0])
+    )
 
 
 def _layer_of(build: Builder, layer: LinearLayer, kept: slice) -> Node:
