@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_ce import ops
+from inductor_ce.common.compat.graphs import is_tangent
 from inductor_ce.heads.facts import Fact
 from inductor_ce.heads.row_locality import facts_about, one_factor
 
@@ -22,14 +23,14 @@ N, V = 12, 37
 def fact_of(f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Fact, dict[Node, Fact]]:
     """About f(statistics [2, N], an upstream gradient [], something early [N]), and what it is made of."""
 
-    def whole(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return f(ops.row_stats(z, [], [], "max,sumexp"), t, w)
+    def whole(z: Tensor, tangents: Tensor, w: Tensor) -> Tensor:  # as AOTAutograd calls it
+        return f(ops.row_stats(z, [], [], "max,sumexp"), tangents, w)
 
     args = torch.randn(N, V), torch.tensor(1.0), torch.randn(N)
     traced: GraphModule = make_fx(whole, tracing_mode="fake")(*args)
     stats = traced.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     (result,) = traced.graph.output_node().all_input_nodes
-    facts = facts_about([result], stats, lambda node: node.name == "t_1")
+    facts = facts_about([result], stats, is_tangent)
     return facts[result], facts
 
 

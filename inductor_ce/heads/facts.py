@@ -64,8 +64,7 @@ class Unknown(Exception):
 
 def named(*factors: Factor) -> str:
     """What factors are: upstream gradients, or no more than numbers that depend on all rows."""
-    given = any(node.op == "placeholder" for factor in factors for node, _ in factor)
-    late = given or any(map(is_tangent, _made_of(factors)))
+    late = any(map(is_tangent, _made_of(factors)))
     return "the upstream gradient" if late else "what is made of all rows"
 
 
