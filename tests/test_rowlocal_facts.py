@@ -69,21 +69,21 @@ def test_rows(name: str) -> None:
 
 
 FACTORS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict[str, int]]] = {
-    "once": (lambda s, t, w: -(t * w), {"t_1": 1}),
-    "twice": (lambda s, t, w: t * s[0] * t.expand(N), {"t_1": 2}),
-    "not at all": (lambda s, t, w: (t * s[0]) / t, {"t_1": 0}),
-    "inverted": (lambda s, t, w: s[0] / t, {"t_1": -1}),
-    "summed": (lambda s, t, w: t * s[0] + t * w, {"t_1": 1}),
-    "of each row, summed": (lambda s, t, w: (t * s).sum(0), {"t_1": 1}),
-    "early, summed": (lambda s, t, w: (t * w).view(6, 2).sum(1), {"t_1": 1}),
-    "with zeros": (lambda s, t, w: t * s[0] + torch.zeros(N), {"t_1": 1}),
-    "chosen": (lambda s, t, w: torch.where(w > 0, t * s[0], torch.zeros(())), {"t_1": 1}),
-    "looked up": (lambda s, t, w: s[0] * (t * w.exp())[w.argsort()], {"t_1": 1}),
-    "gathered": (lambda s, t, w: s[0] * (t * w).gather(0, w.argsort()), {"t_1": 1}),
-    "selected": (lambda s, t, w: s[0] * (t / w).index_select(0, w.argsort()), {"t_1": 1}),
-    "beside zeros": (lambda s, t, w: torch.cat([t * s[0], torch.zeros(2)]), {"t_1": 1}),
-    "cast": (lambda s, t, w: (t * s[0]).double().view(3, 4), {"t_1": 1}),
-    "a mean of all": (lambda s, t, w: s[0] * s[0].mean() * t, {"t_1": 1, "mean": 1}),
+    "once": (lambda s, t, w: -(t * w), {"tangents_1": 1}),
+    "twice": (lambda s, t, w: t * s[0] * t.expand(N), {"tangents_1": 2}),
+    "not at all": (lambda s, t, w: (t * s[0]) / t, {"tangents_1": 0}),
+    "inverted": (lambda s, t, w: s[0] / t, {"tangents_1": -1}),
+    "summed": (lambda s, t, w: t * s[0] + t * w, {"tangents_1": 1}),
+    "of each row, summed": (lambda s, t, w: (t * s).sum(0), {"tangents_1": 1}),
+    "early, summed": (lambda s, t, w: (t * w).view(6, 2).sum(1), {"tangents_1": 1}),
+    "with zeros": (lambda s, t, w: t * s[0] + torch.zeros(N), {"tangents_1": 1}),
+    "chosen": (lambda s, t, w: torch.where(w > 0, t * s[0], torch.zeros(())), {"tangents_1": 1}),
+    "looked up": (lambda s, t, w: s[0] * (t * w.exp())[w.argsort()], {"tangents_1": 1}),
+    "gathered": (lambda s, t, w: s[0] * (t * w).gather(0, w.argsort()), {"tangents_1": 1}),
+    "selected": (lambda s, t, w: s[0] * (t / w).index_select(0, w.argsort()), {"tangents_1": 1}),
+    "beside zeros": (lambda s, t, w: torch.cat([t * s[0], torch.zeros(2)]), {"tangents_1": 1}),
+    "cast": (lambda s, t, w: (t * s[0]).double().view(3, 4), {"tangents_1": 1}),
+    "a mean of all": (lambda s, t, w: s[0] * s[0].mean() * t, {"tangents_1": 1, "mean": 1}),
 }
 
 
