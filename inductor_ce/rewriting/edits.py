@@ -20,6 +20,7 @@ and is not returned, contiguous ones.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +73,7 @@ def make_functional(graph: Graph, min_vocab: int) -> None:
     edits = [node for node in graph.nodes if _may_have_function(node)]
     places = _places_of_classes(graph, min_vocab) if edits else []
     edits = [edit for edit in edits if _has_classes(_edited(edit), places)]
-    if not edits or any(is_function_transform(node.target) for node in graph.nodes):
-        return
-    timeline = Timeline(graph)
-    position = dict(timeline.position)
-    names = _names(timeline)
-    for storage in dict.fromkeys(timeline.storage(_edited(edit)) for edit in edits):
-        memory = Memory(timeline, position, names[storage])
+    for memory in _memories(graph, edits):
         if _has_classes(memory.names[0], places) and memory.may_be_functional():
             attempt(LEFT, _as_functions, graph, memory)
     left = set(graph.nodes)
@@ -88,16 +83,26 @@ def make_functional(graph: Graph, min_vocab: int) -> None:
 
 def make_layers_functional(graph: Graph, min_vocab: int) -> None:
     """Let edits of a linear layer's logits be functions: where they are returned they can be lazy so."""
-    edits = [node for node in graph.nodes if _may_have_function(node)]
+    edits = [node for node in graph.nodes if _may_have_function(node) and _is_wide(_edited(node), min_vocab)]
+    for memory in _memories(graph, edits, of_layers=True):
+        if memory.may_be_functional():
+            attempt(LEFT, _as_functions, graph, memory)
+
+
+def _is_wide(node: Node, min_vocab: int) -> bool:
+    shape = shape_of(node)
+    return len(shape) > 1 and hint(shape[-1]) >= min_vocab
+
+
+def _memories(graph: Graph, edits: list[Node], of_layers: bool = False) -> Iterator[Memory]:
+    """What is edited, memory by memory; nothing under a transform of torch.func."""
     if not edits or any(is_function_transform(node.target) for node in graph.nodes):
         return
     timeline = Timeline(graph)
     position = dict(timeline.position)
     names = _names(timeline)
     for storage in dict.fromkeys(timeline.storage(_edited(edit)) for edit in edits):
-        memory = Memory(timeline, position, names[storage], of_layers=True)
-        if hint(shape_of(memory.names[0])[-1]) >= min_vocab and memory.may_be_functional():
-            attempt(LEFT, _as_functions, graph, memory)
+        yield Memory(timeline, position, names[storage], of_layers)
 
 
 def _made_full(graph: Graph, edit: Node) -> None:
@@ -251,13 +256,13 @@ class Memory:
 
 def _is_of_layer(node: Node) -> bool:
     """Whether a linear layer makes a tensor, or one of its sizes of which it is made."""
-    while linear_layer(node, spellings.read(node)) is None:
+    while tensor_of(node) is not None and linear_layer(node, spellings.read(node)) is None:
         sources = (a for a in node.all_input_nodes if tensor_of(a) is not None)
         alike = [a for a in sources if same_shape(shape_of(a), shape_of(node))]
         if len(alike) != 1:
             return False
         node = alike[0]
-    return True
+    return tensor_of(node) is not None
 
 
 class _NoFunctionError(Exception):
