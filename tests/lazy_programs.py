@@ -77,7 +77,7 @@ def edited_beside_others(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Numbers, and parts of what is split, are edited too."""
     z = m.head(m.hidden(x))
     z.add_(1.0).div_(2.0)
-    a, b = torch.zeros(2, 2 * V).split(V, 1)
+    a, _ = torch.zeros(2, 2 * V).split(V, 1)
     a.add_(1.0)
     total = torch.zeros(())
     total += ce(z, y)

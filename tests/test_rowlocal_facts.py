@@ -54,6 +54,7 @@ ROWS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Any]] = {
     "scattered": (lambda s, t, w: torch.slice_scatter(w, s[0][:3], 0, 2, 5), [-1, -1, 0, 1, 2] + 7 * [-1]),
     "both statistics": (lambda s, t, w: s.sum(0), OWN),
     "the larger": (lambda s, t, w: s.amax(0, keepdim=True), [OWN]),
+    "any of both": (lambda s, t, w: (s > 0).any(0), OWN),
     "selected": (lambda s, t, w: s.unbind(0)[1].select(0, 4).view(1), [4]),
     "split": (lambda s, t, w: s.split([1, 1])[1].squeeze(0), OWN),
     "split along the rows": (lambda s, t, w: s.split([5, 4, 3], 1)[2][0], OWN[9:]),

@@ -284,6 +284,7 @@ def _reduced(node: Node, facts: Facts) -> Fact:
     if is_linear and fact.rows is None:
         return Fact(fact.factor)
     dims, keepdim, *_ = (*args_of(node)[1:3], None, False) if len(node.args) < 3 else args_of(node)[1:3]
+    dims = [dims] if isinstance(dims, int) else dims
     if fact.rows is None or not dims or (fact.factor and not is_linear):
         raise Unknown(f"{_name(node)} brings rows together")
     largest = fact.rows.amax(dims, keepdim=True)
