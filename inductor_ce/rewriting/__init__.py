@@ -15,6 +15,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     edits             edits in place of what has classes, as functions, before all else
+    whole_sums        sums of all logits at once, as of those of each row
     divergences       losses between several tensors of logits, before all others
     some_classes      normalisers over some classes' log-probabilities, as differences of two
     ranges_beside     ranges of the classes of log-probabilities that are read beside their loss
