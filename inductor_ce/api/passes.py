@@ -40,6 +40,7 @@ from ..rewriting.escapes import KEPT
 from ..rewriting.folded_rows import fold_rows
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
+from ..rewriting.joined_layers import join_layers
 from ..rewriting.joined_rows import join_rows
 from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
@@ -119,6 +120,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
         attempt("sums of all logits stay as they are", sum_by_rows, graph, options.min_vocab)
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
+        attempt("logits that are joined stay apart", join_layers, graph, options.min_vocab)
         attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:

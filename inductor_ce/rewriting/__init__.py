@@ -28,7 +28,8 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
                       filled_columns, the filled ones; padding, which columns a slice keeps
     joined_columns    likewise columns that are put beside logits
     joined_rows       losses of parts of a linear layer's rows, by one operator
-    joined_steps      probabilities of steps, as those of joined logits
+    joined_steps      probabilities of steps, as those of joined logits; joined_layers, logits of steps, as
+                      those of joined hidden states
     stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     folded_rows       likewise where rows are cut off hidden states before a frozen layer
