@@ -73,6 +73,16 @@ def edited(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
 
 
 @promised
+def edited_under_autocast_to_bfloat16(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    with torch.autocast("cpu", torch.bfloat16):
+        z = m.head(m.hidden(x))
+        z /= 0.5
+        z.mul_(0.5).clamp_(max=60.0)
+        z[..., 3] = -64.0
+    return ce(z.float(), y), z
+
+
+@promised
 def edited_beside_others(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     """Numbers, and parts of what is split, are edited too."""
     z = m.head(m.hidden(x))

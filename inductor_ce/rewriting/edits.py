@@ -61,6 +61,8 @@ _FUNCTIONS: dict[Any, Any] = {
     **_OPERATORS,
     **{f"__{edit.__name__}__": function for edit, function in _OPERATORS.items()},
 }
+# The names of functions that autocast casts nothing for, on any device.
+_AS_GIVEN = ("add", "sub", "mul", "div", "truediv", "neg", "tanh", "clamp", "masked_fill", "index_fill")
 _FILLS = ("fill_", "zero_", operator.setitem)
 _ASKED = (F.relu, F.leaky_relu, F.elu, F.threshold)  # with inplace=True
 # What reads all classes of its input, on the dimension that it names, or on the last or the second.
@@ -345,6 +347,12 @@ def _filled(build: Builder, x: Node, index: Any, value: Any, columns: bool) -> N
     return build("masked_fill", x, mask, value)
 
 
+def _is_as_given(edit: Node) -> bool:
+    """Whether the function of an edit computes in the dtype that it is given, under any autocast."""
+    made: Any = _FUNCTIONS.get(edit.target)
+    return edit.target in _FILLS or getattr(made, "__name__", made) in _AS_GIVEN
+
+
 def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
     """Whether a function makes what an edit leaves, which asks autocast for nothing."""
     a, b = example_of(result), example_of(_edited(edit))
@@ -352,7 +360,7 @@ def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
         return False
     examples = [example_of(n) for n in edit.all_input_nodes if tensor_of(n) is not None]
     is_cast = any(e.is_floating_point() and e.dtype != torch.float32 for e in examples)
-    if is_cast and timeline.has_autocast(timeline.position[edit]):
+    if is_cast and not _is_as_given(edit) and timeline.has_autocast(timeline.position[edit]):
         return False
     if all(map(equal, a.stride(), b.stride())):
         return True
