@@ -69,7 +69,14 @@ def under_autocast(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(z.float(), y)
 
 
-JOINED = [decoder, put_in_front, time_first, in_chunks, two_batches, one_twice]
+def beside_other_joins(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Of what a number comes before, and of copies whose source is named."""
+    parts = [torch.clone(input=F.linear(part, w)) for part in h.chunk(2, 1)]
+    others = torch.cat([1 - w.sigmoid(), 1 - w.tanh()])
+    return ce(torch.cat(parts, 1), y) + others.mean()
+
+
+JOINED = [beside_other_joins, decoder, put_in_front, time_first, in_chunks, two_batches, one_twice]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

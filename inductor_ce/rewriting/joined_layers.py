@@ -72,7 +72,7 @@ def _layer(node: Node, each: Any) -> Layer | None:
         if len(each.all_input_nodes) != 1 or not (_is_cast(each) or _widens(each)):
             return None
         between.append(each)
-        reader, each = each, each.args[0]
+        reader, (each,) = each, each.all_input_nodes
     return None
 
 
@@ -91,8 +91,8 @@ def _is_cast(node: Node) -> bool:
 
 
 def _widens(node: Node) -> bool:
-    rank = len(shape_of(node.args[0]))  # type: ignore[arg-type]
-    return widened(node, rank, rank - 1) is not None
+    example = tensor_of(node.args[0]) if node.args else None
+    return example is not None and widened(node, example.dim(), example.dim() - 1) is not None
 
 
 def _axis(between: list[Node], rank: int) -> int | None:
@@ -139,14 +139,14 @@ def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> 
         for product, between in layers:
             of: Any = product.args[0]
             for each in between:
-                of = of if _is_cast(each) else build.again(each, {each.args[0]: of})  # type: ignore[dict-item]
+                of = of if _is_cast(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
             hiddens[between[-1] if between else product] = of
         joined = build.again(node, hiddens)
         target = F.linear if first.product.target is F.linear else torch.matmul
         result = build(target, joined, *first.product.args[1:], **first.product.kwargs)
         result = as_like(timeline, result, first.product)
         for each in filter(_is_cast, first.between):
-            result = build.again(each, {each.args[0]: result})  # type: ignore[dict-item]
+            result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
     except Exception:
         build.undo()

@@ -83,7 +83,7 @@ def _part(node: Node, each: Any) -> Part | None:
     if not isinstance(each, Node) or tensor_of(each) is None or [*each.users] != [node]:
         return None
     view = None if spellings.step_of(each) is None or _kind(each)[0] in _FUNCTIONS else each
-    function = each if view is None else each.args[0]
+    function = each if view is None else next(iter(each.args), None)
     if not isinstance(function, Node) or _kind(function)[0] not in _FUNCTIONS:
         return None
     args = spellings.read(function)[1]  # type: ignore[index]
