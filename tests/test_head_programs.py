@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import inductor_ce
-from inductor_ce.heads.no_head import CONVOLUTION, DIVIDED, RANGE, ROWS, SYMBOLIC_ROWS
+from inductor_ce.heads.no_head import CONVOLUTION, DIVIDED, JOINED, RANGE, ROWS, SYMBOLIC_ROWS
 from inductor_ce.heads.row_locality import OF_OTHERS
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
@@ -165,10 +165,16 @@ def convolution(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(F.conv1d(h.mT, w[..., None], b), y)
 
 
+def of_two_weights(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = torch.cat([F.linear(h[:, :3], w, b), F.linear(h[:, 3:], 2 * w)], 1)
+    return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+
 NO_HEADS: dict[str, tuple[cases.Loss, int, bool, str]] = {
     "codebooks": (codebooks, 2, False, DIVIDED),
     "a few places": (a_few_places, 2, False, ROWS),
     "sequences": (sequences, B, True, SYMBOLIC_ROWS),
+    "joined": (of_two_weights, 1, False, JOINED),
     "convolution": (convolution, 1, False, CONVOLUTION),
 }
 

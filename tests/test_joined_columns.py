@@ -13,6 +13,7 @@ from gpu_codegen import generate
 from harness import compile_without_codegen, misses, sites
 from pairwise import in_turns
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from inductor_ce import ops
 from inductor_ce.ops import lowering
@@ -178,6 +179,18 @@ def test_numbers(f, strategy):
     assert (sites(), misses()) == (1, 0)
     assert joins(graphs) == 0
     assert graphs.pieces > 2 or strategy == "materialise"
+
+
+def positive_first_with_its_accuracy(h, W, e, y):
+    z = torch.cat([e[:, :1], h @ W.t()], dim=1) / 0.2
+    labels = torch.zeros(N, dtype=torch.long)
+    return F.cross_entropy(z, labels) + 0 * (z.argmax(1) == labels).float().mean()
+
+
+def test_which_is_best_is_of_each_row():
+    """Of the blocks of columns, too: an accuracy leaves the head in chunks of rows."""
+    check(positive_first_with_its_accuracy, memory_budget=0.3)
+    assert counters["inductor_ce"]["token_chunks"] == 1
 
 
 # Left whole

@@ -12,7 +12,24 @@ import torch.nn.functional as F
 from harness import compile_lazily, sites
 from head_cases import counts
 from lazy_cases import Case, Scaled
-from lazy_programs import B, D, Model, V, batch, ce, gradients, lazies, raw, total
+from lazy_programs import (
+    B,
+    D,
+    Model,
+    Program,
+    V,
+    banned_by_a_mask,
+    banned_classes,
+    batch,
+    ce,
+    edited,
+    gradients,
+    lazies,
+    padded,
+    padded_and_scaled,
+    raw,
+    total,
+)
 from pairwise import EVERYTHING, pairwise
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -37,6 +54,27 @@ def test_into_another_compiled_function() -> None:
         assert not z.is_made
         torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
     assert sites() == 2
+
+
+@pytest.mark.parametrize("first", [edited, banned_classes, banned_by_a_mask, padded, padded_and_scaled])
+def test_steps_of_classes_into_another_compiled_function(first: Program) -> None:
+    """They are those of the classes, however the rows are arranged."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        loss, z = first(m, x, y)
+        torch._dynamo.graph_break()
+        classes = z.size(-1)
+        return loss + F.cross_entropy(z[:, 1:].reshape(-1, classes), y[:, 1:].reshape(-1) % classes), z
+
+    m, (x, y) = Model(), batch()
+    compiled, graphs = compile_lazily(f)
+    ours, theirs = compiled(m, x, y), f(m, x, y)
+    torch.testing.assert_close(ours[0], theirs[0])
+    (z,) = lazies(ours)
+    assert not z.is_made
+    torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+    assert sites() == 2
+    assert graphs.pieces == 2
 
 
 def hidden_read(h: Tensor, w: Tensor, z: Tensor, y: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ def capped(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(15 * torch.tanh(z / 15), y)
 
 
+def sliced_after_a_cap(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = F.linear(h, w, b).double() / 15
+    return ce((torch.tanh(z) * 15.0)[..., :V], y).to(h.dtype)
+
+
 def filled(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     z = F.linear(h, w, b)
     z[..., V:] = -math.inf
@@ -153,7 +158,7 @@ IN_PIECES = FILLED | {
     f.__name__: f
     for f in (
         *(sliced, sliced_by_a_negative_number, sliced_in_front, narrowed, flat_and_cast, by_addmm),
-        *(shifted, capped, masked, filled_and_sliced),
+        *(shifted, capped, masked, filled_and_sliced, sliced_after_a_cap),
     )
 }
 

@@ -258,6 +258,12 @@ def part_returned(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return ce + 1e-2 * lse(z).square().mean(), ce
 
 
+def below_the_mean(z: Tensor, y: Tensor) -> Tensor:
+    """The hardest rows are dropped."""
+    rows = nll(z, y)
+    return (rows * (rows.detach() <= rows.detach().mean())).mean()
+
+
 MIX = "may mix rows"
 TOGETHER = "brings rows together"
 DIFFERENT = "sub brings different upstream gradients together"
@@ -282,7 +288,8 @@ REFUSED: dict[str, tuple[Loss, str]] = {
     "above the mean": (lambda z, y: (nll(z, y) - nll(z, y).detach().mean()).relu().sum(), DIFFERENT),
     "sums per sequence": (preferences, f"sum {TOGETHER}"),
     "sums per document": (preferences_of_documents, f"index_put {MIX}"),
-    "median": (lambda z, y: nll(z, y).median(), "eq is not linear in the upstream gradient"),
+    "median": (lambda z, y: nll(z, y).median(), "eq is not linear in what is made of all rows"),
+    "below the mean": (below_the_mean, "le is not linear in what is made of all rows"),
 }
 
 

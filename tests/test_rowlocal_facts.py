@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from inductor_ce import ops
+from inductor_ce.common.compat.graphs import is_tangent
 from inductor_ce.heads.facts import Fact
 from inductor_ce.heads.row_locality import facts_about, one_factor
 
@@ -22,14 +23,14 @@ N, V = 12, 37
 def fact_of(f: Callable[[Tensor, Tensor, Tensor], Tensor]) -> tuple[Fact, dict[Node, Fact]]:
     """About f(statistics [2, N], an upstream gradient [], something early [N]), and what it is made of."""
 
-    def whole(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
-        return f(ops.row_stats(z, [], [], "max,sumexp"), t, w)
+    def whole(z: Tensor, tangents: Tensor, w: Tensor) -> Tensor:  # as AOTAutograd calls it
+        return f(ops.row_stats(z, [], [], "max,sumexp"), tangents, w)
 
     args = torch.randn(N, V), torch.tensor(1.0), torch.randn(N)
     traced: GraphModule = make_fx(whole, tracing_mode="fake")(*args)
     stats = traced.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     (result,) = traced.graph.output_node().all_input_nodes
-    facts = facts_about([result], stats, lambda node: node.name == "t_1")
+    facts = facts_about([result], stats, is_tangent)
     return facts[result], facts
 
 
@@ -53,6 +54,7 @@ ROWS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], Any]] = {
     "scattered": (lambda s, t, w: torch.slice_scatter(w, s[0][:3], 0, 2, 5), [-1, -1, 0, 1, 2] + 7 * [-1]),
     "both statistics": (lambda s, t, w: s.sum(0), OWN),
     "the larger": (lambda s, t, w: s.amax(0, keepdim=True), [OWN]),
+    "any of both": (lambda s, t, w: (s > 0).any(0), OWN),
     "selected": (lambda s, t, w: s.unbind(0)[1].select(0, 4).view(1), [4]),
     "split": (lambda s, t, w: s.split([1, 1])[1].squeeze(0), OWN),
     "split along the rows": (lambda s, t, w: s.split([5, 4, 3], 1)[2][0], OWN[9:]),
@@ -68,21 +70,21 @@ def test_rows(name: str) -> None:
 
 
 FACTORS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], dict[str, int]]] = {
-    "once": (lambda s, t, w: -(t * w), {"t_1": 1}),
-    "twice": (lambda s, t, w: t * s[0] * t.expand(N), {"t_1": 2}),
-    "not at all": (lambda s, t, w: (t * s[0]) / t, {"t_1": 0}),
-    "inverted": (lambda s, t, w: s[0] / t, {"t_1": -1}),
-    "summed": (lambda s, t, w: t * s[0] + t * w, {"t_1": 1}),
-    "of each row, summed": (lambda s, t, w: (t * s).sum(0), {"t_1": 1}),
-    "early, summed": (lambda s, t, w: (t * w).view(6, 2).sum(1), {"t_1": 1}),
-    "with zeros": (lambda s, t, w: t * s[0] + torch.zeros(N), {"t_1": 1}),
-    "chosen": (lambda s, t, w: torch.where(w > 0, t * s[0], torch.zeros(())), {"t_1": 1}),
-    "looked up": (lambda s, t, w: s[0] * (t * w.exp())[w.argsort()], {"t_1": 1}),
-    "gathered": (lambda s, t, w: s[0] * (t * w).gather(0, w.argsort()), {"t_1": 1}),
-    "selected": (lambda s, t, w: s[0] * (t / w).index_select(0, w.argsort()), {"t_1": 1}),
-    "beside zeros": (lambda s, t, w: torch.cat([t * s[0], torch.zeros(2)]), {"t_1": 1}),
-    "cast": (lambda s, t, w: (t * s[0]).double().view(3, 4), {"t_1": 1}),
-    "a mean of all": (lambda s, t, w: s[0] * s[0].mean() * t, {"t_1": 1, "mean": 1}),
+    "once": (lambda s, t, w: -(t * w), {"tangents_1": 1}),
+    "twice": (lambda s, t, w: t * s[0] * t.expand(N), {"tangents_1": 2}),
+    "not at all": (lambda s, t, w: (t * s[0]) / t, {"tangents_1": 0}),
+    "inverted": (lambda s, t, w: s[0] / t, {"tangents_1": -1}),
+    "summed": (lambda s, t, w: t * s[0] + t * w, {"tangents_1": 1}),
+    "of each row, summed": (lambda s, t, w: (t * s).sum(0), {"tangents_1": 1}),
+    "early, summed": (lambda s, t, w: (t * w).view(6, 2).sum(1), {"tangents_1": 1}),
+    "with zeros": (lambda s, t, w: t * s[0] + torch.zeros(N), {"tangents_1": 1}),
+    "chosen": (lambda s, t, w: torch.where(w > 0, t * s[0], torch.zeros(())), {"tangents_1": 1}),
+    "looked up": (lambda s, t, w: s[0] * (t * w.exp())[w.argsort()], {"tangents_1": 1}),
+    "gathered": (lambda s, t, w: s[0] * (t * w).gather(0, w.argsort()), {"tangents_1": 1}),
+    "selected": (lambda s, t, w: s[0] * (t / w).index_select(0, w.argsort()), {"tangents_1": 1}),
+    "beside zeros": (lambda s, t, w: torch.cat([t * s[0], torch.zeros(2)]), {"tangents_1": 1}),
+    "cast": (lambda s, t, w: (t * s[0]).double().view(3, 4), {"tangents_1": 1}),
+    "a mean of all": (lambda s, t, w: s[0] * s[0].mean() * t, {"tangents_1": 1, "mean": 1}),
 }
 
 

@@ -21,6 +21,7 @@ from ..distributed import local_logits
 from ..distributed.local_logits import LocalLogits
 from ..graph.walk import graphs_within
 from ..rewriting import recipes
+from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
 from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
@@ -132,11 +133,13 @@ def read_and_defer(
     """
     report = Report()
     finish = None
+    may_be_lazy = options.returned_logits == LAZY and not options.verify and not is_to_be_saved()
     for inner in graphs_within(module):
         attempt("operators of ATen are not read", read_aten, inner.graph)
+        if inner is module and may_be_lazy:
+            attempt("edits in place stay as they are", make_layers_functional, inner.graph, options.min_vocab)
         fused, twins = copied(inner)
         found = fuse_losses(fused, options, itertools.count())
-        may_be_lazy = options.returned_logits == LAZY and not options.verify and not is_to_be_saved()
         if inner is module and may_be_lazy:
             finish, _ = attempt("returned logits are kept", _defer, module, fused, twins, options, copies)
             if found.sites and any(FACT in node.meta for node in module.graph.nodes):

@@ -40,6 +40,7 @@ from ..rewriting.escapes import KEPT
 from ..rewriting.folded_rows import fold_rows
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
+from ..rewriting.joined_layers import join_layers
 from ..rewriting.joined_rows import join_rows
 from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
@@ -51,6 +52,7 @@ from ..rewriting.rewrite import rewrite, sweep
 from ..rewriting.some_classes import part_normalisers
 from ..rewriting.stacked_parts import take_parts
 from ..rewriting.turned_products import turn_products
+from ..rewriting.whole_sums import sum_by_rows
 from .report import Report, form_of_loss, miss_line, site_line
 from .telling import is_told
 
@@ -115,8 +117,10 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     attempt(LEFT, forget_no_copies, graph)
     attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)
     if not options.verify:
+        attempt("sums of all logits stay as they are", sum_by_rows, graph, options.min_vocab)
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
+        attempt("logits that are joined stay apart", join_layers, graph, options.min_vocab)
         attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:

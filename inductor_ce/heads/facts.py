@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -62,8 +62,17 @@ class Unknown(Exception):
     """Why nothing is known about a node, in words."""
 
 
+def named(*factors: Factor) -> str:
+    """What factors are: upstream gradients, or no more than numbers that depend on all rows."""
+    late = any(map(is_tangent, _made_of(factors)))
+    return "the upstream gradient" if late else "what is made of all rows"
+
+
+def _made_of(factors: Iterable[Factor]) -> Iterator[Node]:
+    return reached([node for factor in factors for node, _ in factor], lambda node: node.all_input_nodes)
+
+
 def apart(factors: Iterable[Factor], why: str) -> str:
     """Why factors are no single one, with the remedy where they are upstream gradients of several results."""
-    made_of = reached([node for factor in factors for node, _ in factor], lambda node: node.all_input_nodes)
-    several = sum(map(is_tangent, made_of)) > 1
+    several = sum(map(is_tangent, _made_of(factors))) > 1
     return f"{why}; detach those results that are for the log alone" if several else why

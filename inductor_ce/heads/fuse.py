@@ -23,6 +23,7 @@ from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import exchanges, forget_sites, narrow_args, stats_call
+from .edited_inputs import copy_edited_inputs
 from .factors import has_16_bit_factors
 from .find import NoHead
 from .gradients import replace, result_dtype
@@ -74,6 +75,7 @@ def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Plan
 
     Operators carry no site then: what is computed twice is to be found to be one.
     """
+    attempt("what a loss reads may be edited before the backward", copy_edited_inputs, graph)
     done: list[Planned] = []
     if graph.find_nodes(op="call_function", target=ops.ROW_STATS):
         sizes.from_inputs(graph)

@@ -57,6 +57,10 @@ CONVOLUTION = (
     "a convolution makes the logits; one of size 1 is F.linear(hidden, weight.flatten(1)) "
     "of hidden states whose channels are last, which would be a head"
 )
+JOINED = (
+    "the logits are put together of what several products make, which are not of one linear layer, or are "
+    "read elsewhere too; of each, a loss would be a head"
+)
 TRANSPOSED = "the logits are the transpose of a product; its factors the other way round, it would be a head"
 
 
@@ -88,8 +92,9 @@ def why_no_product(stats: Node) -> str:
     if any(node.target is aten.convolution.default for node in found):
         return CONVOLUTION
     if not products:
-        cuts = (reason for node in found if (reason := _cut_of_product(node)))
-        return next(cuts, "no linear layer in the graph makes the logits")
+        cuts = [reason for node in found if (reason := _cut_of_product(node))]
+        joined = [JOINED for node in found if _is_joined_of_products(node)]
+        return next(iter(cuts + joined), "no linear layer in the graph makes the logits")
     if any(map(is_batched, products)):
         return BATCHED
     if any(node.target in PERMUTATIONS and not is_transposed(node) for node in found):
@@ -97,6 +102,11 @@ def why_no_product(stats: Node) -> str:
     others = stats.graph.find_nodes(op="call_function", target=ops.ROW_STATS)
     straight = any(products_before(stats_call(other).z) == products for other in others)
     return BOTH_WAYS if straight else TRANSPOSED
+
+
+def _is_joined_of_products(node: Node) -> bool:
+    """Whether a node puts rows together that products make, views and pointwise nodes between."""
+    return node.target is aten.cat.default and all(map(products_before, node.all_input_nodes))
 
 
 def _cut_of_product(node: Node) -> str:

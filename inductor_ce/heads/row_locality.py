@@ -26,7 +26,7 @@ from ..common.compat.distributed import ALL_GATHER, WAIT
 from ..graph.shapes import example_of, hint, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from .calls import narrow_args
-from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown, apart
+from .facts import EARLY, NO_ROW, Fact, Factor, Facts, Unknown, apart, named
 from .find import is_gradient
 from .kinds import is_pointwise
 from .other_sizes import SizeOf
@@ -149,8 +149,9 @@ def _known(arg: Any, facts: Facts) -> Fact:
 def _pointwise(node: Node, facts: Facts) -> Fact:
     """Any function, of values without a factor."""
     known = [_known(source, facts) for source in node.all_input_nodes]
-    if any(fact.factor for fact in known):
-        raise Unknown(f"{_name(node)} is not linear in the upstream gradient")
+    factors = [fact.factor for fact in known if fact.factor]
+    if factors:
+        raise Unknown(f"{_name(node)} is not linear in {named(*factors)}")
     return Fact(rows=_merged(node, facts))
 
 
@@ -216,7 +217,7 @@ def _cast(node: Node, facts: Facts) -> Fact:
 def _where(node: Node, facts: Facts) -> Fact:
     condition, *choices = (_known(arg, facts) for arg in node.args)
     if condition.factor:
-        raise Unknown("where depends on the upstream gradient")
+        raise Unknown(f"where depends on {named(condition.factor)}")
     return Fact(_common(node, choices), _merged(node, facts))
 
 
@@ -283,6 +284,7 @@ def _reduced(node: Node, facts: Facts) -> Fact:
     if is_linear and fact.rows is None:
         return Fact(fact.factor)
     dims, keepdim, *_ = (*args_of(node)[1:3], None, False) if len(node.args) < 3 else args_of(node)[1:3]
+    dims = [dims] if isinstance(dims, int) else dims
     if fact.rows is None or not dims or (fact.factor and not is_linear):
         raise Unknown(f"{_name(node)} brings rows together")
     largest = fact.rows.amax(dims, keepdim=True)

@@ -11,6 +11,7 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
                     `entries` has the formulas; `arithmetic`, what these are computed with
     law             how statistics of blocks combine, as plain values
     combine         the law by which blocks of columns make a row
+    as_read         what a tensor was before it is edited
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
     products        the matrix products of heads, in order and in place; `product_kernels` and

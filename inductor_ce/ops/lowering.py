@@ -21,7 +21,18 @@ from ..common.compat.loops import in_one_loop, is_added_to_others, read_by_one_l
 from ..common.errors import ArtefactError
 from ..common.failsafe import attempt
 from ..common.sources import sources
-from . import ahead, counted, group_rank, loops, one_read, one_read_lowering, operators, products, verified
+from . import (
+    ahead,
+    as_read,
+    counted,
+    group_rank,
+    loops,
+    one_read,
+    one_read_lowering,
+    operators,
+    products,
+    verified,
+)
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
 from .products import ALIGN_ROWS, COMPLETE, ONCE_MADE, TIMES, TIMES_IN_PLACE
@@ -86,7 +97,7 @@ def register() -> None:
         then = None if direct in WITHOUT_KERNELS else ahead.lowered
         inductor.call_directly(direct, first, ahead=direct is counted.host_copy, then=then)
     for lowering, op in (
-        *((_times, TIMES), (_align_rows, ALIGN_ROWS)),
+        *((_times, TIMES), (_align_rows, ALIGN_ROWS), (_as_read, as_read.AS_READ)),
         *((_row_stats, ours.row_stats.default), (_row_stats, operators.SOME_ROW_STATS)),
         *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
         (_row_grad_again, operators.ROW_GRAD_AGAIN),
@@ -120,6 +131,10 @@ def _times(x: IRNode, factor: IRNode) -> IRNode:
     wide = inductor.call_lowering(cast, x, dtype)
     product = inductor.call_lowering(torch.ops.aten.mul.Tensor, wide, factor)
     return inductor.call_lowering(cast, product, x.get_dtype())
+
+
+def _as_read(x: IRNode) -> IRNode:
+    return inductor.call_lowering(torch.ops.aten.clone.default, x)
 
 
 def _align_rows(dz: IRNode) -> IRNode:

@@ -15,6 +15,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     beside            what stands on the ranks beside DTensor logits, and who reads a loss there
     layouts           where the rows are, on one device or on a mesh: the one seam of distribution
     edits             edits in place of what has classes, as functions, before all else
+    whole_sums        sums of all logits at once, as of those of each row
     divergences       losses between several tensors of logits, before all others
     some_classes      normalisers over some classes' log-probabilities, as differences of two
     ranges_beside     ranges of the classes of log-probabilities that are read beside their loss
@@ -24,10 +25,11 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     column_blocks     losses of which statistics are carried over blocks of columns, as losses of all columns;
                       one_product, their logits as one product
     padded_vocabulary brings columns that are cut off, or filled, to where heads are found with them;
-                      filled_columns, the filled ones
+                      filled_columns, the filled ones; padding, which columns a slice keeps
     joined_columns    likewise columns that are put beside logits
     joined_rows       losses of parts of a linear layer's rows, by one operator
-    joined_steps      probabilities of steps, as those of joined logits
+    joined_steps      probabilities of steps, as those of joined logits; joined_layers, logits of steps, as
+                      those of joined hidden states
     stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     folded_rows       likewise where rows are cut off hidden states before a frozen layer

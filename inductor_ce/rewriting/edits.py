@@ -6,11 +6,13 @@
 
 AOTAutograd would do the same later, so no number and no gradient changes.
 
+Those of a linear layer's logits become functions in the graph that Dynamo captured, `make_layers_functional`,
+so that what is returned can be lazy; in the copy that is fused, where nobody sees more than parts of them.
+
 NOTE What is proved of a memory
-All edits of a memory become functions, or none. It is made in the graph, and by no linear layer, whose logits
-others make again as they were written, but where nobody sees more than parts of them. Who reads it after an
-edit does so by the tensor that is edited, or by what is made of that afterwards: a view from before would
-have to change with it. Under no_grad an edit leaves a tensor the gradient that it had, so nothing there may
+All edits of a memory become functions, or none. It is made in the graph. Who reads it after an edit does so
+by the tensor that is edited, or by what is made of that afterwards: a view from before would have to change
+with it. Under no_grad an edit leaves a tensor the gradient that it had, so nothing there may
 have one. The function gives the dtype and the strides of what is edited; of a part that is not contiguous,
 and is not returned, contiguous ones.
 """
@@ -18,6 +20,7 @@ and is not returned, contiguous ones.
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +36,7 @@ from ..graph.shapes import Size, equal, example_of, hint, same_shape, shape_of, 
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
 from ..reading.arithmetic import one_dim
-from .filled_columns import is_number_of
+from .filled_columns import column_mask, is_number_of
 from .linear_layers import linear_layer
 
 LEFT = "edits in place stay as they are"
@@ -58,6 +61,8 @@ _FUNCTIONS: dict[Any, Any] = {
     **_OPERATORS,
     **{f"__{edit.__name__}__": function for edit, function in _OPERATORS.items()},
 }
+# The names of functions that autocast casts nothing for, on any device.
+_AS_GIVEN = ("add", "sub", "mul", "div", "truediv", "neg", "tanh", "clamp", "masked_fill", "index_fill")
 _FILLS = ("fill_", "zero_", operator.setitem)
 _ASKED = (F.relu, F.leaky_relu, F.elu, F.threshold)  # with inplace=True
 # What reads all classes of its input, on the dimension that it names, or on the last or the second.
@@ -70,18 +75,36 @@ def make_functional(graph: Graph, min_vocab: int) -> None:
     edits = [node for node in graph.nodes if _may_have_function(node)]
     places = _places_of_classes(graph, min_vocab) if edits else []
     edits = [edit for edit in edits if _has_classes(_edited(edit), places)]
+    for memory in _memories(graph, edits):
+        if _has_classes(memory.names[0], places) and memory.may_be_functional():
+            attempt(LEFT, _as_functions, graph, memory)
+    left = set(graph.nodes)
+    for edit in [edit for edit in edits if edit in left]:
+        attempt(LEFT, _made_full, graph, edit)
+
+
+def make_layers_functional(graph: Graph, min_vocab: int) -> None:
+    """Let edits of a linear layer's logits be functions: where they are returned they can be lazy so."""
+    edits = [node for node in graph.nodes if _may_have_function(node) and _is_wide(_edited(node), min_vocab)]
+    for memory in _memories(graph, edits, of_layers=True):
+        if memory.may_be_functional():
+            attempt(LEFT, _as_functions, graph, memory)
+
+
+def _is_wide(node: Node, min_vocab: int) -> bool:
+    shape = shape_of(node)
+    return len(shape) > 1 and hint(shape[-1]) >= min_vocab
+
+
+def _memories(graph: Graph, edits: list[Node], of_layers: bool = False) -> Iterator[Memory]:
+    """What is edited, memory by memory; nothing under a transform of torch.func."""
     if not edits or any(is_function_transform(node.target) for node in graph.nodes):
         return
     timeline = Timeline(graph)
     position = dict(timeline.position)
     names = _names(timeline)
     for storage in dict.fromkeys(timeline.storage(_edited(edit)) for edit in edits):
-        memory = Memory(timeline, position, names[storage])
-        if _has_classes(memory.names[0], places) and memory.may_be_functional():
-            attempt(LEFT, _as_functions, graph, memory)
-    left = set(graph.nodes)
-    for edit in [edit for edit in edits if edit in left]:
-        attempt(LEFT, _made_full, graph, edit)
+        yield Memory(timeline, position, names[storage], of_layers)
 
 
 def _made_full(graph: Graph, edit: Node) -> None:
@@ -176,11 +199,13 @@ class Memory:
 
     Attributes:
         position: of the nodes of the graph, and of those that replace them.
+        of_layers: whether a linear layer makes it, or none does that is seen but in parts.
     """
 
     timeline: Timeline
     position: dict[Node, int]
     names: list[Node]
+    of_layers: bool = False
 
     def __post_init__(self) -> None:
         self.edits = self.timeline.edits(self.names[0])
@@ -205,6 +230,8 @@ class Memory:
             return False
         if any(written_by(first)) or not all(e is None or is_plain_tensor(e) for e in examples):
             return False
+        if self.of_layers:
+            return _is_of_layer(first)
         return linear_layer(first, spellings.read(first)) is None or self._is_seen_in_parts(first)
 
     def _is_seen_in_parts(self, first: Node) -> bool:
@@ -229,6 +256,17 @@ class Memory:
         return all(self.position[user] <= at for name in others for user in name.users)
 
 
+def _is_of_layer(node: Node) -> bool:
+    """Whether a linear layer makes a tensor, or one of its sizes of which it is made."""
+    while tensor_of(node) is not None and linear_layer(node, spellings.read(node)) is None:
+        sources = (a for a in node.all_input_nodes if tensor_of(a) is not None)
+        alike = [a for a in sources if same_shape(shape_of(a), shape_of(node))]
+        if len(alike) != 1:
+            return False
+        node = alike[0]
+    return tensor_of(node) is not None
+
+
 class _NoFunctionError(Exception):
     """An edit for which there is no function."""
 
@@ -242,7 +280,7 @@ def _as_functions(graph: Graph, memory: Memory) -> None:
         for edit in memory.edits:
             builds.append(Builder(graph, edit, like=edit))
             args = map_arg((edit.args, edit.kwargs), lambda node: now.get(memory.of.get(node, node), node))
-            result = _function_of(builds[-1], edit, *args)
+            result = _function_of(builds[-1], edit, *args, memory.of_layers)
             if not _is_alike(memory.timeline, result, edit):
                 raise _NoFunctionError
             if edit.target not in ("fill_", "zero_"):
@@ -270,7 +308,10 @@ def _replace(memory: Memory, edit: Node, result: Node) -> None:
         )
 
 
-def _function_of(build: Builder, edit: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Node:
+def _function_of(
+    build: Builder, edit: Node, args: tuple[Any, ...], kwargs: dict[str, Any], columns: bool = False
+) -> Node:
+    """What an edit leaves; with `columns`, also of one that fills some of the last dimension."""
     if edit.target in ("fill_", "zero_") and example_of(args[0]).requires_grad:
         raise _NoFunctionError  # what is filled keeps a gradient, of 0
     if edit.target == "zero_":
@@ -278,7 +319,8 @@ def _function_of(build: Builder, edit: Node, args: tuple[Any, ...], kwargs: dict
     if edit.target == "fill_" and all(isinstance(v, (int, float)) for v in (*args[1:], *kwargs.values())):
         return build(torch.full_like, args[0], *args[1:], *kwargs.values())
     if edit.target is operator.setitem:
-        return _filled(build, *args)
+        x, index, value = args
+        return _filled(build, x, index, value, columns)
     if edit.target in _ASKED:
         return build(edit.target, *args, **{**kwargs, "inplace": False})
     if edit.target not in _FUNCTIONS:
@@ -286,8 +328,12 @@ def _function_of(build: Builder, edit: Node, args: tuple[Any, ...], kwargs: dict
     return build(_FUNCTIONS[edit.target], *args, **kwargs)
 
 
-def _filled(build: Builder, x: Node, index: Any, value: Any) -> Node:
-    """x[mask] = number, of a mask of the first dimensions."""
+def _filled(build: Builder, x: Node, index: Any, value: Any, columns: bool) -> Node:
+    """x[mask] = number, of a mask of the first dimensions; or of columns."""
+    if columns and is_number_of(value, example_of(x).dtype):
+        of_columns = column_mask(build, index, example_of(x))
+        if of_columns is not None:
+            return build("masked_fill", x, of_columns, value)
     mask = index[0] if isinstance(index, tuple) and len(index) == 1 else index
     example, shape = tensor_of(mask), shape_of(x)
     is_mask = example is not None and example.dtype == torch.bool and example.dim() > 0
@@ -301,6 +347,12 @@ def _filled(build: Builder, x: Node, index: Any, value: Any) -> Node:
     return build("masked_fill", x, mask, value)
 
 
+def _is_as_given(edit: Node) -> bool:
+    """Whether the function of an edit computes in the dtype that it is given, under any autocast."""
+    made: Any = _FUNCTIONS.get(edit.target)
+    return edit.target in _FILLS or getattr(made, "__name__", made) in _AS_GIVEN
+
+
 def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
     """Whether a function makes what an edit leaves, which asks autocast for nothing."""
     a, b = example_of(result), example_of(_edited(edit))
@@ -308,7 +360,7 @@ def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
         return False
     examples = [example_of(n) for n in edit.all_input_nodes if tensor_of(n) is not None]
     is_cast = any(e.is_floating_point() and e.dtype != torch.float32 for e in examples)
-    if is_cast and timeline.has_autocast(timeline.position[edit]):
+    if is_cast and not _is_as_given(edit) and timeline.has_autocast(timeline.position[edit]):
         return False
     if all(map(equal, a.stride(), b.stride())):
         return True

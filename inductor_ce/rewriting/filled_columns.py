@@ -138,6 +138,12 @@ def is_number_of(value: Any, dtype: torch.dtype) -> bool:
     return not math.isfinite(value) or abs(value) <= torch.finfo(dtype).max
 
 
+def column_mask(build: Builder, index: Any, z: torch.Tensor) -> Node | None:
+    """bool [V], true in the columns of x[index], of all rows; None where they are not known."""
+    item = _last_item(index, z.dim())
+    return None if item is None or z.dim() < 2 else _mask(build, item, z)
+
+
 def _mask(build: Builder, item: Any, z: torch.Tensor) -> Node | None:
     """bool [V], true in the columns of x[..., item]; None where they are not known."""
     classes = constant(z.shape[-1])

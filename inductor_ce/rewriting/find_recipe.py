@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.steps import Step, View
 from .linear_layers import LinearLayer, linear_layer
+from .padding import columns_kept
 from .recipe_search import (
     NoRecipe,
     Rows,
@@ -52,6 +54,9 @@ class Found:
 _SIZED = {"view", "reshape"}
 _OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "select"}
 
+# What gives some classes a number, as those that are banned.
+CHOICES = ("masked_fill", "where")
+
 _MOST_STEPS = 16
 
 
@@ -61,10 +66,7 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     Raises NoRecipe.
     """
     search = Search(timeline, build)
-    size = constant(shape_of(node)[-1])
-    if size is None:
-        raise NoRecipe("their number of classes is symbolic")
-    search.classes = size
+    _classes(node)
     hidden, _ = _rows(search, node)
     assert search.hidden is not None
     assert search.product is not None
@@ -124,6 +126,13 @@ def _name(part: Node) -> str:
     return f"{'.'.join(path) or text} [{shape}]"
 
 
+def _classes(node: Node) -> int:
+    size = constant(shape_of(node)[-1])
+    if size is None:
+        raise NoRecipe("their number of classes is symbolic")
+    return size
+
+
 # The rows: what has the vocabulary on its last dimension
 
 
@@ -150,6 +159,8 @@ def _taken_in(search: Search, node: Node) -> Rows:
         raise NoRecipe(f"they are made by {called(node)}")
     step, args = spelled
     source = args.get("input")
+    if isinstance(source, Node) and (kept := columns_kept(node)) is not None:
+        return _cut(search, node, source, kept)
     if called(node) in _OF_ROWS and isinstance(source, Node):
         return _rearranged(search, node, source)
     if step.name == "detach" and isinstance(source, Node):
@@ -158,7 +169,7 @@ def _taken_in(search: Search, node: Node) -> Rows:
     if step.view is View.SAME and isinstance(source, Node):
         hidden, of = _rows(search, source)
         return hidden, cast(search, node, source, of)
-    if _is_elementwise(step):
+    if is_elementwise(step):
         return _elementwise(search, node)
     raise NoRecipe(f"they are made by {called(node)}")
 
@@ -166,7 +177,7 @@ def _taken_in(search: Search, node: Node) -> Rows:
 def _rearranged(search: Search, node: Node, source: Node) -> Rows:
     """A view of rows, done to the hidden states instead."""
     before, after = shape_of(source), shape_of(node)
-    if not before or not after or not (equal(before[-1], after[-1]) and equal(after[-1], search.classes)):
+    if not before or not after or not equal(before[-1], after[-1]):
         raise NoRecipe(f"{called(node)} cuts or moves the classes")
     if any(tensor_of(a) is not None for a in node.all_input_nodes if a is not source):
         raise NoRecipe(f"{called(node)} chooses rows by a tensor")
@@ -176,7 +187,7 @@ def _rearranged(search: Search, node: Node, source: Node) -> Rows:
         raise NoRecipe("the hidden size is symbolic")
     arguments = tuple(node.args[1:])
     if called(node) in _SIZED:
-        arguments = with_width(arguments, search.classes, width)
+        arguments = with_width(arguments, _classes(node), width)
     moved = search.build(node.target, hidden, *arguments, **node.kwargs)
     example = example_of(moved)
     if not same_shape(example.shape[:-1], after[:-1]) or not equal(example.shape[-1], width):
@@ -185,6 +196,14 @@ def _rearranged(search: Search, node: Node, source: Node) -> Rows:
         if is_dtensor(example):
             refuse(view_fact(example_of(of), example_of(view)))
     return moved, of_rows
+
+
+def _cut(search: Search, node: Node, source: Node, kept: slice) -> Rows:
+    """Columns that are cut off, as those of a padded vocabulary, of all rows."""
+    if is_dtensor(example_of(source)) or not same_shape(shape_of(source)[:-1], shape_of(node)[:-1]):
+        raise NoRecipe(f"{called(node)} cuts the classes, and rows or a DTensor")
+    hidden, of = _rows(search, source)
+    return hidden, add(search, Instruction(operator.getitem, (of, (..., kept))))
 
 
 def with_width(sizes: tuple[Any, ...], classes: int | None, width: Any) -> tuple[Any, ...]:
@@ -203,9 +222,9 @@ def is_sized_view(node: Node) -> bool:
     return called(node) in _SIZED or called(node) == "flatten"
 
 
-def _is_elementwise(step: Step) -> bool:
+def is_elementwise(step: Step) -> bool:
     """Whether a step is a function of each element."""
-    return step.view is None and (step.in_chain or step.commutes)
+    return step.view is None and (step.in_chain or step.commutes or step.name in CHOICES)
 
 
 def _elementwise(search: Search, node: Node) -> Rows:
@@ -264,8 +283,8 @@ def _is_wide(search: Search, source: Node, node: Node) -> bool:
         raise NoRecipe(f"{called(node)} reads what is no tensor")
     sizes = tuple(shape.shape)
     if len(sizes) == len(shape_of(node)) and same_shape(sizes, shape_of(node)):
-        return math.prod(sizes[:-1]) != 1 or not _is_shared(sizes, search.classes)
-    if not _is_shared(sizes, search.classes):
+        return math.prod(sizes[:-1]) != 1 or not _is_shared(sizes, _classes(node))
+    if not _is_shared(sizes, _classes(node)):
         raise NoRecipe(f"{called(node)} takes a number for each row")
     return False
 
@@ -284,5 +303,5 @@ def is_form(node: Node, classes: int) -> bool:
         return False
     step, _ = spelled
     copied = step.view is View.SAME or step.name == "detach"
-    known = copied or called(node) in _OF_ROWS or _is_elementwise(step)
+    known = copied or called(node) in _OF_ROWS or is_elementwise(step)
     return known and equal(example.shape[-1], classes)

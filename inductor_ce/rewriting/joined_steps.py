@@ -23,7 +23,7 @@ from ..graph.timeline import Timeline
 from ..reading import spellings
 
 _FUNCTIONS = {"log_softmax": torch.log_softmax, "softmax": torch.softmax}
-_JOINS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
+JOINS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
 _PICKS = ("gather", "take_along", "nll_loss", "getitem", "mul", "max", "amax")
 _UNSQUEEZES = (torch.unsqueeze, "unsqueeze")
 _PRODUCTS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 def join_steps(graph: Graph, min_vocab: int) -> None:
     """Join the logits, or hidden states, where probabilities over at least `min_vocab` classes are joined."""
-    for node in [node for node in graph.nodes if node.target in _JOINS]:
+    for node in [node for node in graph.nodes if node.target in JOINS]:
         parts = _parts(node)
         axis = _axis(node, parts[0]) if parts else None
         if axis is None or hint(shape_of(node)[axis]) < min_vocab or not _is_picked_of(node):
@@ -83,7 +83,7 @@ def _part(node: Node, each: Any) -> Part | None:
     if not isinstance(each, Node) or tensor_of(each) is None or [*each.users] != [node]:
         return None
     view = None if spellings.step_of(each) is None or _kind(each)[0] in _FUNCTIONS else each
-    function = each if view is None else each.args[0]
+    function = each if view is None else next(iter(each.args), None)
     if not isinstance(function, Node) or _kind(function)[0] not in _FUNCTIONS:
         return None
     args = spellings.read(function)[1]  # type: ignore[index]
@@ -92,7 +92,7 @@ def _part(node: Node, each: Any) -> Part | None:
         return None
     if not all(user is node or [*user.users] == [node] for user in function.users):
         return None
-    axis = _widened(view, len(shape_of(x)), dim % len(shape_of(x)))
+    axis = widened(view, len(shape_of(x)), dim % len(shape_of(x)))
     return None if axis is None else Part(function, view, x, axis)
 
 
@@ -102,7 +102,7 @@ def _kind(function: Node) -> tuple[str, Any]:
     return ("", None) if spelled is None else (spelled[0].name, spelled[1].get("dtype"))
 
 
-def _widened(view: Node | None, rank: int, axis: int) -> int | None:
+def widened(view: Node | None, rank: int, axis: int) -> int | None:
     """Where a dimension is once a view has put others of size 1 in front of it, or behind."""
     if view is None:
         return axis
@@ -138,14 +138,14 @@ def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
     for part in parts:
         start = timeline.position[part.function]
         made = [each for each in (part.function, part.view) if each is not None]
-        if not _is_alike(timeline, start, node, [part.x]):
+        if not is_alike(timeline, start, node, [part.x]):
             return False
         if not all(timeline.unchanged(each, each, timeline.position[node]) for each in made):
             return False
     return True
 
 
-def _is_alike(timeline: Timeline, start: int, node: Node, sources: list[Node]) -> bool:
+def is_alike(timeline: Timeline, start: int, node: Node, sources: list[Node]) -> bool:
     """Whether what was made of some sources at a position is made alike where the whole is."""
     end = timeline.position[node]
     alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
@@ -158,7 +158,7 @@ def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> No
     try:
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
         as_asked = {} if dtype is None else {"dtype": dtype}
-        result = _cast(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
+        result = as_like(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
     except Exception:
         build.undo()
@@ -170,7 +170,7 @@ def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> No
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     for each in dict.fromkeys(x for part in parts for x in (part.view, part.function, part.x)):
-        if each is not None and not each.users and (spellings.is_repeatable(each) or _is_linear(each, each)):
+        if each is not None and not each.users and (spellings.is_repeatable(each) or is_linear(each, each)):
             graph.erase_node(each)
 
 
@@ -186,13 +186,13 @@ def _joined(build: Builder, node: Node, parts: list[Part], sources: list[Node]) 
 def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) -> Node | None:
     """The linear layer of the joined hidden states, where all parts are of one, the classes last."""
     first, last = parts[0].x, len(shape_of(node)) - 1
-    if _axis(node, parts[0]) != last or not all(_is_linear(part.x, first) for part in parts):
+    if _axis(node, parts[0]) != last or not all(is_linear(part.x, first) for part in parts):
         return None
     functions = {part.function for part in parts}
     for part in parts:
         hidden = part.x.args[0]
         alone = all(user in functions for user in part.x.users)
-        alike = _is_alike(timeline, timeline.position[part.x], node, part.x.all_input_nodes)
+        alike = is_alike(timeline, timeline.position[part.x], node, part.x.all_input_nodes)
         if not (alone and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
             return None
     hiddens: list[Any] = [part.x.args[0] for part in parts]
@@ -200,10 +200,10 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
         return None
     target = first.target if first.target is F.linear else torch.matmul
     result = build(target, _joined(build, node, parts, hiddens), *first.args[1:], **first.kwargs)
-    return _cast(timeline, result, first)
+    return as_like(timeline, result, first)
 
 
-def _cast(timeline: Timeline, made: Node, like: Node) -> Node:
+def as_like(timeline: Timeline, made: Node, like: Node) -> Node:
     """A node whose example has the dtype of another one: of what autocast casts examples do not know."""
     own, example = example_of(like), example_of(made)
     if timeline.has_autocast(timeline.position[like]) and example.dtype != own.dtype:
@@ -211,7 +211,7 @@ def _cast(timeline: Timeline, made: Node, like: Node) -> Node:
     return made
 
 
-def _is_linear(x: Node, first: Node) -> bool:
+def is_linear(x: Node, first: Node) -> bool:
     """Whether a node is the linear layer, or the product with the matrix, that the first is.
 
     Of several matrices, as `bmm` has them, the rows of a product are not its own alone.

@@ -17,13 +17,14 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, shape_of, tensor_of
+from ..graph.shapes import equal, shape_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.steps import View
 from .filled_columns import fill_columns
-from .find_recipe import is_sized_view, with_width
+from .find_recipe import is_elementwise, is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
+from .padding import classes_of, columns_kept, items_of
 from .rewrite import want_gradients_as
 
 
@@ -41,19 +42,14 @@ def unpad(graph: Graph) -> None:
 def _has_layer(node: Any) -> bool:
     """Whether logits are made by a linear layer."""
     while isinstance(node, Node) and plain_layer(node) is None:
-        node = _wide_source(node) if _columns_kept(node) is None else node.args[0]
+        node = _wide_source(node) if columns_kept(node) is None else node.args[0]
     return isinstance(node, Node)
 
 
 def _wide_source(node: Node) -> Node | None:
     """The one source with rows of as many classes."""
-    wide = [a for a in node.all_input_nodes if _classes(a) and _classes(a) == _classes(node)]
+    wide = [a for a in node.all_input_nodes if classes_of(a) and classes_of(a) == classes_of(node)]
     return wide[0] if len(wide) == 1 else None
-
-
-def _classes(node: Node) -> int | None:
-    example = tensor_of(node)
-    return constant(example.shape[-1]) if example is not None and example.dim() > 1 else None
 
 
 # Columns that are cut off
@@ -61,16 +57,16 @@ def _classes(node: Node) -> int | None:
 
 def _cut_weight(graph: Graph, node: Node) -> bool:
     """Cut the weight instead where a node cuts a linear layer's columns. Returns whether it did."""
-    kept = _columns_kept(node)
+    kept = columns_kept(node)
     if kept is None:
         return False
     between: list[Node] = []
     source: Any = node.args[0]
     while (layer := plain_layer(source)) is None:
-        if not _is_copy(source) or not isinstance(source.args[0], Node):
+        if not _is_of_each(source):
             return False
         between.append(source)
-        source = source.args[0]
+        (source,) = source.all_input_nodes
     chain = [source, *between]
     if any(len(each.users) > 1 for each in chain) or not _is_as_made(graph, [*chain, node]):
         return False
@@ -90,20 +86,31 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
 
 
 def _is_as_made(graph: Graph, nodes: list[Node]) -> bool:
-    """Whether nothing writes to what these nodes make, and gradients are on for all of them or for none."""
+    """Whether nothing writes to what these nodes make, and modes are the same for all of them."""
     timeline = Timeline(graph)
     modes = {timeline.grad_mode(timeline.position[node]) for node in nodes}
-    return len(modes) == 1 and all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    unchanged = all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    return len(modes) == 1 and unchanged and _is_in_one_region(timeline, nodes)
 
 
-def _is_copy(node: Node) -> bool:
-    """Whether a node has all elements of its source: a cast, or a view that leaves the classes last."""
+def _is_in_one_region(timeline: Timeline, nodes: list[Node]) -> bool:
+    """Whether autocast is for all arithmetic of a chain what it is for the last of its nodes."""
+    spelled = ((node, spellings.read(node)) for node in nodes)
+    computed = [node for node, as_step in spelled if as_step is not None and is_elementwise(as_step[0])]
+    *_, last = (timeline.position[node] for node in nodes)
+    return all(timeline.same_autocast(timeline.position[node], last) for node in computed)
+
+
+def _is_of_each(node: Node) -> bool:
+    """Whether a node has a function of each element of its source alone, in its order, classes last."""
     spelled = spellings.read(node)
     if spelled is None or len(node.all_input_nodes) != 1:
         return False
     source = node.all_input_nodes[0]
-    same_classes = _classes(node) is not None and _classes(node) == _classes(source)
-    return same_classes and (spelled[0].view is View.SAME or is_sized_view(node))
+    same_classes = classes_of(node) is not None and classes_of(node) == classes_of(source)
+    return same_classes and (
+        spelled[0].view is View.SAME or is_sized_view(node) or is_elementwise(spelled[0])
+    )
 
 
 def _layer_of(build: Builder, layer: LinearLayer, kept: slice) -> Node:
@@ -124,63 +131,14 @@ def _cut(build: Builder, operand: Any, index: Any) -> Any:
 
 def _repeated(build: Builder, made: Node, between: list[Node], cut: Node) -> Node:
     """What was done between the linear layer and the cut, and the cut of rows, if it is one too."""
-    kept = _classes(cut)
+    kept = classes_of(cut)
     for node in reversed(between):
         if is_sized_view(node):
-            sizes = with_width(tuple(node.args[1:]), _classes(node), kept)
+            sizes = with_width(tuple(node.args[1:]), classes_of(node), kept)
             made = build(node.target, made, *sizes, **node.kwargs)
         else:
             made = build.again(node, dict.fromkeys(node.all_input_nodes, made))
     if all(equal(a, b) for a, b in zip(shape_of(made), shape_of(cut), strict=True)):
         return made
-    *rows, _ = _items(cut)
+    *rows, _ = items_of(cut)
     return build(operator.getitem, made, (*rows, slice(None)))
-
-
-def _columns_kept(node: Node) -> slice | None:
-    """The columns that a slice of logits keeps, where it drops some; of the rows it may drop any."""
-    source = node.args[0] if node.args else None
-    if not isinstance(source, Node) or tensor_of(source) is None or tensor_of(node) is None:
-        return None  # a piece of several, as split gives them
-    before, after = _classes(source), _classes(node)
-    items = _items(node)
-    if before is None or after is None or before <= after or not items:
-        return None
-    bounds = _bounds(items[-1], before)
-    return slice(*bounds) if bounds is not None and bounds[1] - bounds[0] == after else None
-
-
-def _bounds(columns: slice, classes: int) -> tuple[int, int] | None:
-    """(first, behind the last) of the columns of a slice; None where they are unknown or not side by side."""
-    known = all(x is None or isinstance(x, int) for x in (columns.start, columns.stop))
-    if not known or columns.step not in (None, 1):
-        return None
-    start, stop, _ = columns.indices(classes)
-    return start, stop
-
-
-def _items(node: Node) -> list[slice]:
-    """A slice for each dimension of what x[...] or x.narrow(...) cuts; empty for anything else."""
-    source = node.args[0]
-    assert isinstance(source, Node)
-    rank = len(shape_of(source))
-    if getattr(node.target, "__name__", node.target) == "narrow" and len(node.args) == 4:
-        dim, start, length = node.args[1:]
-        if not all(isinstance(x, int) for x in (dim, start, length)):
-            return []
-        cut = slice(start, start + length if start + length else None)  # type: ignore[operator]
-        return [cut if d == dim % rank else slice(None) for d in range(rank)]  # type: ignore[operator]
-    if node.target is not operator.getitem:
-        return []
-    return _slices(node.args[1], rank)
-
-
-def _slices(index: Any, rank: int) -> list[slice]:
-    items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1 or not all(
-        item is Ellipsis or isinstance(item, slice) for item in items
-    ):
-        return []
-    place = items.index(Ellipsis) if Ellipsis in items else len(items)
-    items = [item for item in items if item is not Ellipsis]
-    return items[:place] + [slice(None)] * (rank - len(items)) + items[place:]

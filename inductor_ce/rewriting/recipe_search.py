@@ -42,7 +42,6 @@ class Search:
     switches: set[Any] = field(default_factory=set)
     product: Node | None = None
     hidden: Node | None = None
-    classes: int = 0
 
     def unchanged(self, node: Node, since: Node) -> bool:
         """Whether a tensor is at the end of the graph what it is just after the node `since`."""

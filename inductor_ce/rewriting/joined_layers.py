@@ -1,0 +1,161 @@
+"""Logits of a loop's steps, or of parts of the rows, that are joined for a loss: of joined hidden states.
+
+    stack([linear(h, W) for h in hs], 1)          = linear(stack(hs, 1), W)
+    cat([linear(h, W).float() for h in hs])       = linear(cat(hs), W).float()
+
+As many numbers are joined as hidden states have, and the head is in pieces. Probabilities that are joined
+are in `joined_steps`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+
+from ..common.compat.graphs import is_plain_tensor
+from ..graph.builder import Builder
+from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
+from ..graph.timeline import Timeline
+from ..reading import spellings
+from ..reading.steps import View
+from .joined_steps import JOINS, as_like, is_alike, is_linear, widened
+
+
+class Layer(NamedTuple):
+    """One of what is joined: a linear layer, and the casts and new dimensions behind it, in order."""
+
+    product: Node
+    between: list[Node]
+
+
+def join_layers(graph: Graph, min_vocab: int) -> None:
+    """Join hidden states where logits over at least `min_vocab` classes are joined for a loss."""
+    for node in [node for node in graph.nodes if node.target in JOINS]:
+        layers = _layers(node, min_vocab)
+        if layers and _has_loss(node):
+            timeline = Timeline(graph)
+            if all(_may_move(timeline, node, layer) for layer in layers):
+                _join(graph, timeline, node, layers)
+
+
+def _layers(node: Node, min_vocab: int) -> list[Layer]:
+    """What is joined, where it is all of one linear layer, and along its rows; else none."""
+    _, args = spellings.read(node)  # type: ignore[misc]
+    tensors, dim, example = args.get("tensors"), args.get("dim", 0), tensor_of(node)
+    if example is None or not isinstance(tensors, (list, tuple)) or not isinstance(dim, int):
+        return []
+    if not is_plain_tensor(example):
+        return []
+    found = [layer for each in tensors if (layer := _layer(node, each)) is not None]
+    last = example.dim() - 1
+    if len(found) < max(2, len(tensors)) or dim % (last + 1) == last or hint(example.shape[-1]) < min_vocab:
+        return []
+    first = found[0]
+    alike = (is_linear(each.product, first.product) and _steps(each) == _steps(first) for each in found)
+    dtypes = {example_of(_hidden(each)).dtype for each in found}
+    return found if all(alike) and len(dtypes) == 1 else []
+
+
+def _layer(node: Node, each: Any) -> Layer | None:
+    """The linear layer before one of what is joined, where nothing else reads that."""
+    between: list[Node] = []
+    reader = node
+    while isinstance(each, Node) and tensor_of(each) is not None and [*each.users] == [reader]:
+        if is_linear(each, each):
+            behind = between[::-1]
+            rank = len(shape_of(each))
+            kept = rank == len(shape_of(_hidden(Layer(each, behind)))) and _axis(behind, rank) is not None
+            return Layer(each, behind) if kept else None
+        if len(each.all_input_nodes) != 1 or not (_is_cast(each) or _widens(each)):
+            return None
+        between.append(each)
+        reader, (each,) = each, each.all_input_nodes
+    return None
+
+
+def _hidden(layer: Layer) -> Node:
+    return layer.product.args[0]  # type: ignore[return-value]
+
+
+def _steps(layer: Layer) -> list[Any]:
+    """What is done behind a layer, the same for layers that may be joined."""
+    return [(each.target, each.args[1:], each.kwargs) for each in layer.between]
+
+
+def _is_cast(node: Node) -> bool:
+    step = spellings.step_of(node)
+    return step is not None and step.view is View.SAME
+
+
+def _widens(node: Node) -> bool:
+    example = tensor_of(node.args[0]) if node.args else None
+    return example is not None and widened(node, example.dim(), example.dim() - 1) is not None
+
+
+def _axis(between: list[Node], rank: int) -> int | None:
+    """Where the classes are behind some steps, if they are last; else None."""
+    axis = rank - 1
+    for each in between:
+        if not _is_cast(each):
+            moved = widened(each, rank, axis)
+            rank += 1
+            if moved != rank - 1:
+                return None
+            axis = moved
+    return axis
+
+
+def _has_loss(node: Node) -> bool:
+    """Whether a loss is taken of what a node makes."""
+    frontier, seen = [node], {node}
+    while frontier:
+        for user in frontier.pop().users:
+            step = spellings.step_of(user)
+            if step is None or user in seen:
+                continue
+            if step.is_loss or step.normalises:
+                return True
+            seen.add(user)
+            if step.view is not None or step.in_chain:
+                frontier.append(user)
+    return False
+
+
+def _may_move(timeline: Timeline, node: Node, layer: Layer) -> bool:
+    """Whether a layer makes the same, with the same gradients, where it is joined."""
+    start, made = timeline.position[layer.product], (layer.product, *layer.between)
+    alike = is_alike(timeline, start, node, layer.product.all_input_nodes)
+    return alike and all(timeline.unchanged(each, each, timeline.position[node]) for each in made)
+
+
+def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> None:
+    build = Builder(graph, node, like=node)
+    first = layers[0]
+    try:
+        hiddens = {}
+        for product, between in layers:
+            of: Any = product.args[0]
+            for each in between:
+                of = of if _is_cast(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
+            hiddens[between[-1] if between else product] = of
+        joined = build.again(node, hiddens)
+        target = F.linear if first.product.target is F.linear else torch.matmul
+        result = build(target, joined, *first.product.args[1:], **first.product.kwargs)
+        result = as_like(timeline, result, first.product)
+        for each in filter(_is_cast, first.between):
+            result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
+        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
+    except Exception:
+        build.undo()
+        raise
+    made, own = example_of(result), example_of(node)
+    if made.dtype != own.dtype or not same_shape(made.shape, own.shape):
+        build.undo()
+        return
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    for each in dict.fromkeys(each for product, between in layers for each in (*reversed(between), product)):
+        graph.erase_node(each)

@@ -1,0 +1,140 @@
+"""Sums, means and the largest of all logits beside a loss: by rows, so that the head is in pieces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import compile_without_codegen
+from head_cases import counts
+from reference import assert_fair
+from torch import Tensor
+
+B, S, D, V = 3, 16, 8, 96
+
+Metric = Callable[[Tensor], Tensor]
+
+
+def ce(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z.reshape(-1, V).float() if z.dtype == torch.bfloat16 else z.reshape(-1, V), y)
+
+
+METRICS: dict[str, Metric] = {
+    "mean": lambda z: z.mean(),
+    "sum": lambda z: torch.sum(z.float() if z.dtype == torch.bfloat16 else z),
+    "mean of what is flat": lambda z: z.flatten().mean(),
+    "mean of a view": lambda z: torch.mean(z.view(-1, V).float()).to(z.dtype),
+    "nothing": lambda z: z.sum() * 0,
+}
+WITHOUT_GRADIENT: dict[str, Metric] = {
+    "max": lambda z: z.detach().max(),
+    "torch.max": lambda z: torch.max(z.detach().view(-1)),
+    "amax": lambda z: z.detach().amax(),
+    "NaN": lambda z: z.detach().isnan().any().to(z.dtype),
+    "mean": lambda z: z.detach().mean(),
+}
+
+
+def check(f: Callable[..., tuple[Tensor, Tensor]], ours: tuple[Tensor, ...], dtype: torch.dtype) -> None:
+    """Gradients as near to float64 as eager's, numbers up to some roundings of their terms, which cancel."""
+    loss, metric, *gradients = zip(ours, measured(f, dtype), measured(f, torch.float64), strict=True)
+    for o, naive, exact in gradients:
+        assert o.dtype == naive.dtype
+        assert_fair(o, naive, exact)
+    h, w, y = given()
+    of_terms = f(h.double().abs(), w.double().abs(), y)[1].abs()
+    for o, naive, exact in (loss, metric):
+        assert o.dtype == naive.dtype
+        assert (o.double() - exact.double()).abs() <= 4 * torch.finfo(dtype).eps * (1 + of_terms)
+
+
+def given() -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    y = torch.randint(V, (B * S,))
+    y[::5] = -100
+    return torch.randn(B, S, D), torch.randn(V, D), y
+
+
+def measured(f: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The loss and the metric, and the gradients of the hidden states and the weight."""
+    h, w, y = given()
+    h, w = (x.to(dtype).requires_grad_() for x in (h, w))
+    loss, metric = f(h, w, y)
+    return loss.detach(), metric.detach(), *torch.autograd.grad(loss, (h, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METRICS)
+def test_in_the_loss(name: str, dtype: torch.dtype) -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = 20 * torch.tanh(F.linear(h, w) / 20)
+        metric = METRICS[name](z)
+        return ce(z, y) + 0.01 * metric, metric.detach()
+
+    compiled, _ = compile_without_codegen(f, strategy="token_chunks", memory_budget=0.3)
+    ours = measured(compiled, dtype)
+    assert counts() == {"token_chunks": 1}
+    check(f, ours, dtype)
+
+
+@pytest.mark.parametrize("name", WITHOUT_GRADIENT)
+def test_logged(name: str) -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return ce(z, y), WITHOUT_GRADIENT[name](z)
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    ours = measured(compiled, torch.float32)
+    assert counts()["token_chunks"] == 1
+    check(f, ours, torch.float32)
+
+
+def test_nan_is_found() -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return ce(z, y), torch.isnan(z).any()
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    h, w, y = given()
+    assert not compiled(h.requires_grad_(), w, y)[1]
+    for row in (0, B * S - 1):
+        bad = h.detach().clone()
+        bad.view(-1, D)[row, 0] = math.nan
+        assert compiled(bad.requires_grad_(), w, y)[1]
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *(lambda z: z.max(), lambda z: z.sum(-1).max(), lambda z: z.sum((0, 1))[3], lambda z: z.std()),
+        lambda z: z.sum(dtype=torch.float64).to(z.dtype),
+    ],
+)
+def test_others_are_what_they_were(metric: Metric) -> None:
+    """A largest with a gradient, that of each of its ties; sums over some dimensions; a deviation."""
+
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        of_all = metric(z)
+        return ce(z, y) + 0.01 * of_all, of_all.detach()
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    ours = measured(compiled, torch.float32)
+    check(f, ours, torch.float32)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_batch_of_no_rows(gradients: bool) -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return F.cross_entropy(z, y, reduction="sum") + z.sum(), z.detach().mean()
+
+    compiled, _ = compile_without_codegen(f)
+    h, w = torch.randn(0, D).requires_grad_(gradients), torch.randn(V, D)
+    for ours, theirs in zip(
+        compiled(h, w, torch.empty(0).long()), f(h, w, torch.empty(0).long()), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
