@@ -355,6 +355,38 @@ def test_every_dtype_behind_a_chain(dtype: torch.dtype) -> None:
     check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap())
 
 
+def test_a_cap_that_no_logit_comes_near() -> None:
+    """What is lost of 1 beside an exponential is not multiplied with it."""
+    z, labels = logits(500, torch.bfloat16), labels_for(500, 1)
+    check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap(1e6))
+
+
+def test_a_number_that_is_subnormal() -> None:
+    """Triton would have it, and all that is made of it, in float64."""
+    before = RowProgram(1, 0, (Step("maximum", ([0], 1e-40)),), ([1],))
+    after = RowProgram(1, 1, (Step("ge", ([0], 1e-40)), Step("where", ([2], [1], 0.0))), ([3],))
+    chained = Chained(Chain(before, after), lambda z: z.clamp(min=1e-40))
+    check(logits(500), labels_for(500, 1), [], reference.rows(1), of_cross_entropy(1), chained=chained)
+
+
+@pytest.mark.parametrize("by", ["operator", "loops", "template"])
+def test_a_truth_value_in_a_chain(by: str) -> None:
+    z, (y,), g = logits(500), labels_for(500, 1), torch.rand(N)
+    before = RowProgram(1, 0, (Step("where", (True, [0], 0.0)),), ([1],))
+    after = RowProgram(1, 1, (Step("where", (True, [1], 0.0)),), ([2],))
+    which, program, chain = reference.rows(1), of_cross_entropy(1), Chain(before, after).encode()
+
+    def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.ROW_STATS_GRAD(z, [y], [], which, [g], program.encode(), chain=chain)
+
+    if by == "template":
+        made = run(z, [y], [], [g], which, program, chain)
+    else:
+        made = (f if by == "operator" else torch.compile(f))(z, y, g)
+    for own, plain in zip(made, run(z, [y], [], [g], which, program), strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("by", ["operator", "loops", "template"])
 def test_what_is_not_finite_behind_a_chain(by: str) -> None:
     z = logits(600)

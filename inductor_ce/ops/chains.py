@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from . import row_program
@@ -19,8 +19,10 @@ from .row_program import NO_OTHERS, Number, RowProgram
 # NOTE tanh of 16 bits
 # 1 - 2 / (1 + exp 2u) is off by a few units of 2^-24, whatever u is. The library's is off by as many of its
 # own last place, and takes more than twice the time. A u of 16 bits is off by more itself, unless it is below
-# 2^-14; and in c tanh(z / c) it is what a logit near c is rounded by in float32.
+# 2^-14; and in c tanh(z / c) it is what a logit near c is rounded by in float32. Numbers far from 1, as a c
+# that no logit comes near, would make more of it: beside these it is the library's.
 OF_16_BITS = {"tanh": "1.0 - libdevice.fast_dividef(2.0, 1.0 + libdevice.fast_expf(2.0 * {0}))"}
+FAR = 2.0**10
 
 Call = Callable[[Any, tuple[Any, ...]], Any]
 
@@ -51,11 +53,17 @@ class Chain(NamedTuple):
 
     def lines_before(self, x: str, narrow: bool) -> list[str]:
         """In Triton: the variable x, which is z, becomes x. `narrow` is whether z has come of 16 bits."""
-        return self.before.written([x], "before_", [x], OF_16_BITS if narrow else NO_OTHERS)
+        return self.before.written([x], "before_", [x], self._others(narrow))
 
     def lines_after(self, z: str, dx: str, narrow: bool) -> list[str]:
         """The variable dx becomes dz."""
-        return self.after.written([z, dx], "after_", [dx], OF_16_BITS if narrow else NO_OTHERS)
+        return self.after.written([z, dx], "after_", [dx], self._others(narrow))
+
+    def _others(self, narrow: bool) -> Mapping[str, str]:
+        args = [arg for program in self for step in program.steps for arg in step.args]
+        sizes = [abs(arg) for arg in args if not isinstance(arg, list)]
+        is_near = all(size == 0 or 1 / FAR <= size <= FAR for size in sizes)
+        return OF_16_BITS if narrow and is_near else NO_OTHERS
 
 
 @functools.lru_cache(maxsize=256)

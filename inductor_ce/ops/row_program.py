@@ -41,6 +41,10 @@ class Function(NamedTuple):
     of_number: Any = None
     others: tuple[Any, ...] = ()
 
+    @property
+    def arity(self) -> int:
+        return sum(f"{{{i}}}" in self.triton for i in range(3))
+
 
 def _of_two(name: str, sign: str) -> Function:
     packet = getattr(aten, name)
@@ -84,6 +88,7 @@ NAMES = {
 
 
 NO_OTHERS: Mapping[str, str] = MappingProxyType({})
+NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Step(NamedTuple):
@@ -177,6 +182,8 @@ def _written(argument: Argument, names: Sequence[str]) -> str:
         return names[argument[0]]
     if isinstance(argument, float) and not math.isfinite(argument):
         return f'float("{argument}")'
+    if argument and not NORMAL[0] <= abs(argument) <= NORMAL[1]:
+        return f"tl.full([], {float(argument)!r}, tl.float32)"  # Triton would have it in float64
     return f"({argument!r})" if argument < 0 else repr(argument)
 
 
@@ -191,9 +198,10 @@ def decode(text: str) -> RowProgram:
 
 def coefficients(program: RowProgram, statistics: Tensor, given: Sequence[Tensor]) -> Tensor:
     """[K, N] of statistics [K, N] and given numbers [N] or []."""
-
-    def number(x: Number) -> Tensor:
-        return statistics.new_full((), x, dtype=torch.bool if isinstance(x, bool) else None)
-
-    made = program.run(list(statistics), given, lambda op, args: op(*args), number)
+    made = program.run(list(statistics), given, lambda op, args: op(*args), number_beside(statistics))
     return torch.stack([row.to(statistics.dtype).expand(statistics.shape[1]) for row in made])
+
+
+def number_beside(x: Tensor) -> Callable[[Number], Tensor]:
+    """What makes a number a tensor [] of the dtype of x, or of truth values."""
+    return lambda number: x.new_full((), number, dtype=torch.bool if isinstance(number, bool) else None)
