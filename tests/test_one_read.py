@@ -205,12 +205,14 @@ def test_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def kernel_over(v: int, dtype: torch.dtype, n_labels: int, which: str, program: str, delay: int) -> Wrapper:
+def kernel_over(
+    v: int, dtype: torch.dtype, n_labels: int, which: str, program: str, delay: int, chain: str
+) -> Wrapper:
     """Of logits that a product makes, and that are overwritten."""
 
     def f(h: Tensor, w: Tensor, g: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.ops.inductor_ce.logits(h, w, None, [])
-        packed, dz = ops.ROW_STATS_GRAD(z, [*labels], [], which, [g], program)
+        packed, dz = ops.ROW_STATS_GRAD(z, [*labels], [], which, [g], program, chain=chain)
         return packed, dz @ w.t()
 
     inputs = [torch.empty(N, 8, dtype=dtype), torch.empty(8, v, dtype=dtype), torch.empty(N)]
@@ -227,10 +229,11 @@ def run_over(
     which: str,
     program: RowProgram,
     shuffled: random.Random | None = None,
+    chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The statistics, and the gradient that is written over logits as these; by programs in any order."""
     z, delay = with_more_in_memory(z), one_read_lowering.ONCE.delay
-    wrapper = kernel_over(z.shape[1], z.dtype, len(labels), which, program.encode(), delay)
+    wrapper = kernel_over(z.shape[1], z.dtype, len(labels), which, program.encode(), delay, chain)
     assert f"W : tl.constexpr = {z.stride(0)}\n" in wrapper.text
     packed = torch.full((which.count(",") + 1, N), torch.nan)
     h, w = z.new_empty(N, 8), z.new_empty(8, z.shape[1])
@@ -346,6 +349,19 @@ CHAINED = {"soft-cap": soft_cap(), "shift": shifted()}
 def test_every_vocabulary_behind_a_chain(name: str, v: int) -> None:
     z, labels = logits(v), labels_for(v, 1)
     check(z, labels, [], reference.rows(1, "sum"), of_cross_entropy(1, 0.1), chained=CHAINED[name])
+
+
+@pytest.mark.parametrize("v", [249, 513, 600])
+@pytest.mark.parametrize("name", CHAINED)
+@in_time_and_by_help
+def test_over_the_logits_behind_a_chain(name: str, v: int) -> None:
+    z, labels, g, program = logits(v, torch.bfloat16), labels_for(v, 1), torch.rand(N), of_cross_entropy(1)
+    chain = CHAINED[name].chain.encode()
+    expected = run(z, labels, [], [g], reference.rows(1), program, chain)
+    for made, right in zip(
+        run_over(z, labels, g, reference.rows(1), program, chain=chain), expected, strict=True
+    ):
+        torch.testing.assert_close(made, right, rtol=2**-8 if made.itemsize == 2 else 1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", NARROW)
