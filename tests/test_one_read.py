@@ -576,6 +576,26 @@ def test_a_chain_within_has_two_where_one_is_slower(monkeypatch: pytest.MonkeyPa
     assert len(wrapper.launches) == 3
 
 
+@pytest.mark.parametrize("v", [300, 304])
+def test_rows_of_a_gradient_that_two_make_behind_a_chain_are_aligned(
+    v: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not lie over the logits, and products read it."""
+    monkeypatch.setattr(one_read_lowering, "is_known", lambda *args: False)
+    which, program, chain = reference.rows(1), of_cross_entropy(1).encode(), soft_cap().chain.encode()
+
+    def f(h: Tensor, w: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.ops.inductor_ce.logits(h, w, None, [])
+        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], which, [g], program, chain=chain)
+        return packed, dz @ w.t()
+
+    inputs = [*(torch.empty(size, dtype=torch.bfloat16) for size in ((N, 8), (8, v))), torch.empty(N)]
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of([*inputs, *labels_for(v, 1)])))
+    assert len(wrapper.launches) == 3
+    assert wrapper.code.count(f"empty_strided_cuda(({N}, {v}), (304, 1), torch.bfloat16)") == 1
+    assert (N, v) not in wrapper.allocations_of("float32")
+
+
 def test_a_number_of_the_cpu_has_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch takes it beside tensors of a GPU, and so does a loop; a template would be given no pointer."""
     move = gpu_codegen.move_to_gpu
