@@ -377,11 +377,21 @@ def test_a_cap_that_no_logit_comes_near() -> None:
     check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap(1e6))
 
 
-def test_a_number_that_is_subnormal() -> None:
-    """Triton would have it, and all that is made of it, in float64."""
+def raised() -> Chained:
     before = RowProgram(1, 0, (Step("maximum", ([0], 1e-40)),), ([1],))
     after = RowProgram(1, 1, (Step("ge", ([0], 1e-40)), Step("where", ([2], [1], 0.0))), ([3],))
-    chained = Chained(Chain(before, after), lambda z: z.clamp(min=1e-40))
+    return Chained(Chain(before, after), lambda z: z.clamp(min=1e-40))
+
+
+def lowered_and_raised() -> Chained:
+    """The reciprocal of what it is divided by is no number of float32."""
+    tenfold = RowProgram(1, 0, (Step("mul", ([0], 2e-38)), Step("div", ([1], 2e-39))), ([2],))
+    return Chained(Chain(tenfold, RowProgram(1, 1, (Step("mul", ([1], 10.0)),), ([2],))), lambda z: 10 * z)
+
+
+@pytest.mark.parametrize("chained", [raised(), lowered_and_raised()], ids=["bound", "divisor"])
+def test_a_number_that_is_subnormal(chained: Chained) -> None:
+    """Triton would have it, and all that is made of it, in float64."""
     check(logits(500), labels_for(500, 1), [], reference.rows(1), of_cross_entropy(1), chained=chained)
 
 

@@ -168,7 +168,7 @@ class RowProgram(NamedTuple):
         """
         names, lines = [*values], []
         for name, args in self.steps:
-            if name == "div" and not isinstance(args[1], list) and args[1]:
+            if name == "div" and not isinstance(args[1], list) and args[1] and _is_normal(1.0 / args[1]):
                 name, args = "mul", (args[0], 1.0 / args[1])
             made = others.get(name, FUNCTIONS[name].triton).format(*(_written(a, names) for a in args))
             names.append(f"{step}{len(names)}")
@@ -182,9 +182,14 @@ def _written(argument: Argument, names: Sequence[str]) -> str:
         return names[argument[0]]
     if isinstance(argument, float) and not math.isfinite(argument):
         return f'float("{argument}")'
-    if argument and not NORMAL[0] <= abs(argument) <= NORMAL[1]:
+    if argument and not _is_normal(argument):
         return f"tl.full([], {float(argument)!r}, tl.float32)"  # Triton would have it in float64
     return f"({argument!r})" if argument < 0 else repr(argument)
+
+
+def _is_normal(number: Number) -> bool:
+    """In float32."""
+    return NORMAL[0] <= abs(number) <= NORMAL[1]
 
 
 @functools.lru_cache(maxsize=256)
