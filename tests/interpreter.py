@@ -129,7 +129,7 @@ class _Libdevice:
 
     @staticmethod
     def tanh(x: Any) -> Any:
-        return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+        return (2.0 * tl.sigmoid(2.0 * x.to(tl.float64)) - 1.0).to(x.dtype)
 
 
 def _range(*bounds: Any) -> Iterator[Any]:

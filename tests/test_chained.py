@@ -57,7 +57,20 @@ def squared(z: Tensor) -> Tensor:
     return 1 - (z / 8) ** 2
 
 
-OF_ELEMENTS = capped, capped_in_float32, scaled, scaled_and_capped, clamped, chosen, squared
+def chosen_by_a_literal(z: Tensor) -> Tensor:
+    return torch.where(torch.full((), True), 0.5 * z, z)
+
+
+OF_ELEMENTS = (
+    capped,
+    capped_in_float32,
+    scaled,
+    scaled_and_capped,
+    clamped,
+    chosen,
+    chosen_by_a_literal,
+    squared,
+)
 READ = {f.__name__: f for f in OF_ELEMENTS}
 
 
@@ -130,7 +143,12 @@ def by_integers(z: Tensor) -> Tensor:
     return z * 0.5 + z.detach().to(torch.int64)
 
 
-UNREAD = {f.__name__: f for f in (by_rows, by_classes, by_a_tensor, in_float64, by_integers)}
+def less_twice(z: Tensor) -> Tensor:
+    """The last argument is alpha, which ATen takes here by its place."""
+    return torch.ops.aten.sub.Scalar(z, 1.5, 2) * z
+
+
+UNREAD = {f.__name__: f for f in (by_rows, by_classes, by_a_tensor, in_float64, by_integers, less_twice)}
 
 
 @pytest.mark.parametrize("name", UNREAD)

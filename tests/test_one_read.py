@@ -205,12 +205,14 @@ def test_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @functools.cache
-def kernel_over(v: int, dtype: torch.dtype, n_labels: int, which: str, program: str, delay: int) -> Wrapper:
+def kernel_over(
+    v: int, dtype: torch.dtype, n_labels: int, which: str, program: str, delay: int, chain: str
+) -> Wrapper:
     """Of logits that a product makes, and that are overwritten."""
 
     def f(h: Tensor, w: Tensor, g: Tensor, *labels: Tensor) -> tuple[Tensor, Tensor]:
         z = torch.ops.inductor_ce.logits(h, w, None, [])
-        packed, dz = ops.ROW_STATS_GRAD(z, [*labels], [], which, [g], program)
+        packed, dz = ops.ROW_STATS_GRAD(z, [*labels], [], which, [g], program, chain=chain)
         return packed, dz @ w.t()
 
     inputs = [torch.empty(N, 8, dtype=dtype), torch.empty(8, v, dtype=dtype), torch.empty(N)]
@@ -227,10 +229,11 @@ def run_over(
     which: str,
     program: RowProgram,
     shuffled: random.Random | None = None,
+    chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The statistics, and the gradient that is written over logits as these; by programs in any order."""
     z, delay = with_more_in_memory(z), one_read_lowering.ONCE.delay
-    wrapper = kernel_over(z.shape[1], z.dtype, len(labels), which, program.encode(), delay)
+    wrapper = kernel_over(z.shape[1], z.dtype, len(labels), which, program.encode(), delay, chain)
     assert f"W : tl.constexpr = {z.stride(0)}\n" in wrapper.text
     packed = torch.full((which.count(",") + 1, N), torch.nan)
     h, w = z.new_empty(N, 8), z.new_empty(8, z.shape[1])
@@ -348,11 +351,66 @@ def test_every_vocabulary_behind_a_chain(name: str, v: int) -> None:
     check(z, labels, [], reference.rows(1, "sum"), of_cross_entropy(1, 0.1), chained=CHAINED[name])
 
 
+@pytest.mark.parametrize("v", [249, 513, 600])
+@pytest.mark.parametrize("name", CHAINED)
+@in_time_and_by_help
+def test_over_the_logits_behind_a_chain(name: str, v: int) -> None:
+    z, labels, g, program = logits(v, torch.bfloat16), labels_for(v, 1), torch.rand(N), of_cross_entropy(1)
+    chain = CHAINED[name].chain.encode()
+    expected = run(z, labels, [], [g], reference.rows(1), program, chain)
+    for made, right in zip(
+        run_over(z, labels, g, reference.rows(1), program, chain=chain), expected, strict=True
+    ):
+        torch.testing.assert_close(made, right, rtol=2**-8 if made.itemsize == 2 else 1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", NARROW)
 def test_every_dtype_behind_a_chain(dtype: torch.dtype) -> None:
     """It is in float32, and not rounded before the gradient is."""
     z, labels = logits(500, dtype), labels_for(500, 1)
     check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap())
+
+
+def test_a_cap_that_no_logit_comes_near() -> None:
+    """What is lost of 1 beside an exponential is not multiplied with it."""
+    z, labels = logits(500, torch.bfloat16), labels_for(500, 1)
+    check(z, labels, [], reference.rows(1), of_cross_entropy(1), chained=soft_cap(1e6))
+
+
+def raised() -> Chained:
+    before = RowProgram(1, 0, (Step("maximum", ([0], 1e-40)),), ([1],))
+    after = RowProgram(1, 1, (Step("ge", ([0], 1e-40)), Step("where", ([2], [1], 0.0))), ([3],))
+    return Chained(Chain(before, after), lambda z: z.clamp(min=1e-40))
+
+
+def lowered_and_raised() -> Chained:
+    """The reciprocal of what it is divided by is no number of float32."""
+    tenfold = RowProgram(1, 0, (Step("mul", ([0], 2e-38)), Step("div", ([1], 2e-39))), ([2],))
+    return Chained(Chain(tenfold, RowProgram(1, 1, (Step("mul", ([1], 10.0)),), ([2],))), lambda z: 10 * z)
+
+
+@pytest.mark.parametrize("chained", [raised(), lowered_and_raised()], ids=["bound", "divisor"])
+def test_a_number_that_is_subnormal(chained: Chained) -> None:
+    """Triton would have it, and all that is made of it, in float64."""
+    check(logits(500), labels_for(500, 1), [], reference.rows(1), of_cross_entropy(1), chained=chained)
+
+
+@pytest.mark.parametrize("by", ["operator", "loops", "template"])
+def test_a_truth_value_in_a_chain(by: str) -> None:
+    z, (y,), g = logits(500), labels_for(500, 1), torch.rand(N)
+    before = RowProgram(1, 0, (Step("where", (True, [0], 0.0)),), ([1],))
+    after = RowProgram(1, 1, (Step("where", (True, [1], 0.0)),), ([2],))
+    which, program, chain = reference.rows(1), of_cross_entropy(1), Chain(before, after).encode()
+
+    def f(z: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.ROW_STATS_GRAD(z, [y], [], which, [g], program.encode(), chain=chain)
+
+    if by == "template":
+        made = run(z, [y], [], [g], which, program, chain)
+    else:
+        made = (f if by == "operator" else torch.compile(f))(z, y, g)
+    for own, plain in zip(made, run(z, [y], [], [g], which, program), strict=True):
+        torch.testing.assert_close(own, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("by", ["operator", "loops", "template"])
@@ -539,6 +597,26 @@ def test_a_chain_within_has_two_where_one_is_slower(monkeypatch: pytest.MonkeyPa
     (wrapper,) = generate(f, *(like.meta() for like in Like.of(inputs)))
     assert [name for name in wrapper.launches if "tem" in name] == wrapper.launches[::2]
     assert len(wrapper.launches) == 3
+
+
+@pytest.mark.parametrize("v", [300, 304])
+def test_rows_of_a_gradient_that_two_make_behind_a_chain_are_aligned(
+    v: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not lie over the logits, and products read it."""
+    monkeypatch.setattr(one_read_lowering, "is_known", lambda *args: False)
+    which, program, chain = reference.rows(1), of_cross_entropy(1).encode(), soft_cap().chain.encode()
+
+    def f(h: Tensor, w: Tensor, g: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.ops.inductor_ce.logits(h, w, None, [])
+        packed, dz = ops.ROW_STATS_GRAD(z, [y], [], which, [g], program, chain=chain)
+        return packed, dz @ w.t()
+
+    inputs = [*(torch.empty(size, dtype=torch.bfloat16) for size in ((N, 8), (8, v))), torch.empty(N)]
+    (wrapper,) = generate(f, *(like.meta() for like in Like.of([*inputs, *labels_for(v, 1)])))
+    assert len(wrapper.launches) == 3
+    assert wrapper.code.count(f"empty_strided_cuda(({N}, {v}), (304, 1), torch.bfloat16)") == 1
+    assert (N, v) not in wrapper.allocations_of("float32")
 
 
 def test_a_number_of_the_cpu_has_two(monkeypatch: pytest.MonkeyPatch) -> None:

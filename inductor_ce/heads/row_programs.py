@@ -18,10 +18,10 @@ from torch.fx import Node
 from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.row_program import NAMES, Argument, RowProgram, Step
+from ..ops.row_program import Argument, RowProgram, Step
 from .calls import grad_call, stats_call
 from .facts import EARLY, NO_ROW, Facts
-from .steps import OF_NUMBERS, Steps, Unreadable, Values, literal
+from .steps import OF_NUMBERS, Steps, Unreadable, Values, function_of, literal
 
 aten = torch.ops.aten
 
@@ -161,9 +161,10 @@ class _Reader(Steps):
             return None
         if node.target in _SAME:
             return self.values(source, user)
-        if node.target not in NAMES:
+        function = function_of(node)
+        if function is None:
             return None
-        return self.each(NAMES[node.target], [self.values(arg, user) for arg in args_of(node)])
+        return self.each(function, [self.values(arg, user) for arg in args_of(node)])
 
     def finish(self, results: Values) -> RowProgram:
         """The program, with places as it has them."""

@@ -13,7 +13,7 @@ from torch.fx import Node
 from ..common.compat.graphs import unset_fake_temporarily
 from ..graph.shapes import example_of, tensor_of
 from ..graph.walk import args_of
-from ..ops.row_program import NAMES, OF_TRUTHS, Argument, Number
+from ..ops.row_program import FUNCTIONS, NAMES, OF_TRUTHS, Argument, Number
 from .kinds import CAST
 
 aten = torch.ops.aten
@@ -65,8 +65,8 @@ class Steps:
             for name, bound in zip(("maximum", "minimum"), args[1:], strict=False):
                 values = values if bound is None else self.each(name, [values, self.values(bound, node)])
             return values
-        function = NAMES.get(node.target)
-        if function is None or node.kwargs or not (function in OF_TRUTHS or _is_of_floats(node)):
+        function = function_of(node)
+        if function is None or not (function in OF_TRUTHS or _is_of_floats(node)):
             raise Unreadable
         return self.each(function, [self.values(arg, node) for arg in args])
 
@@ -82,6 +82,13 @@ class Steps:
             self._places[key] = [self._first + len(self._steps)]
             self._steps.append((name, args))
         return self._places[key]
+
+
+def function_of(node: Node) -> str | None:
+    """The function that a step makes of a node's arguments; None where it has more, such as alpha."""
+    name = NAMES.get(node.target)
+    is_all = name is not None and len(args_of(node)) == FUNCTIONS[name].arity and not node.kwargs
+    return name if is_all else None
 
 
 def literal(node: Node) -> Number | None:

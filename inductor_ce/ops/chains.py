@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from . import row_program
-from .row_program import NO_OTHERS, Argument, Number, RowProgram
+from .row_program import NO_OTHERS, Number, RowProgram
 
 # NOTE tanh of 16 bits
 # 1 - 2 / (1 + exp 2u) is off by a few units of 2^-24, whatever u is. The library's is off by as many of its
-# own last place, and takes more than twice the time. In c tanh(z / c) it is what the rounding to float32 of a
-# logit near c is, and less than a z of 16 bits is off itself, as long as c is no larger than caps are.
-OF_16_BITS = MappingProxyType(
-    {"tanh": "1.0 - libdevice.fast_dividef(2.0, 1.0 + libdevice.fast_expf(2.0 * {0}))"}
-)
-LEAST_FACTOR = 1 / 64  # of z in what tanh is of
+# own last place, and takes more than twice the time. In c tanh(z / c) it is what a logit near c is rounded by
+# in float32, and less than a z of 16 bits is off itself. Numbers far from 1, as a c that no logit comes near,
+# would make more of it: behind these it is the library's.
+OF_16_BITS = {"tanh": "1.0 - libdevice.fast_dividef(2.0, 1.0 + libdevice.fast_expf(2.0 * {0}))"}
+FAR = 64.0
 
 Call = Callable[[Any, tuple[Any, ...]], Any]
 
@@ -55,27 +54,18 @@ class Chain(NamedTuple):
 
     def lines_before(self, x: str, narrow: bool) -> list[str]:
         """In Triton: the variable x, which is z, becomes x. `narrow` is whether z has come of 16 bits."""
-        return self.before.written([x], "before_", [x], _functions(self.before, narrow))
+        return self.before.written([x], "before_", [x], self._others(narrow))
 
     def lines_after(self, z: str, dx: str, narrow: bool) -> list[str]:
         """The variable dx becomes dz."""
-        return self.after.written([z, dx], "after_", [dx], _functions(self.after, narrow))
+        return self.after.written([z, dx], "after_", [dx], self._others(narrow))
 
-
-def _functions(program: RowProgram, narrow: bool) -> Mapping[str, str]:
-    """Which functions are others in the template."""
-    factors: dict[int, float] = {0: 1.0}  # of z, by the places of values
-    for at, (name, args) in enumerate(program.steps, program.n_statistics + program.n_given):
-        if name == "tanh" and abs(factors.get(_place(args[0]), 0.0)) < LEAST_FACTOR:
-            return NO_OTHERS
-        places = [_place(arg) for arg in args]
-        if name in ("mul", "div") and places[0] in factors and not isinstance(args[1], list) and args[1]:
-            factors[at] = factors[places[0]] * (args[1] if name == "mul" else 1 / args[1])
-    return OF_16_BITS if narrow else NO_OTHERS
-
-
-def _place(argument: Argument) -> int:
-    return argument[0] if isinstance(argument, list) else -1
+    def _others(self, narrow: bool) -> Mapping[str, str]:
+        """Which functions are others in the template."""
+        args = (arg for step in self.before.steps for arg in step.args)
+        sizes = (abs(arg) for arg in args if not isinstance(arg, list) and arg)
+        reach = math.prod(max(size, 1 / size) for size in sizes)
+        return OF_16_BITS if narrow and reach <= FAR**2 else NO_OTHERS
 
 
 @functools.lru_cache(maxsize=256)

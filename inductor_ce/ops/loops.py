@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -122,13 +123,7 @@ def coefficients(program: str, packed: IRNode, given: list[IRNode]) -> IRNode:
     """[K, N] of statistics [K, N], as `row_program.coefficients`."""
     k, n = packed.get_size()
     statistics = [call_lowering(aten.select.int, packed, 0, i) for i in range(k)]
-
-    def number(x: row_program.Number) -> IRNode:
-        dtype = torch.bool if isinstance(x, bool) else packed.get_dtype()
-        return call_lowering(aten.full.default, [], x, dtype=dtype, device=packed.get_device())
-
-    of = row_program.decode(program)
-    made = of.run(statistics, given, _call, number)
+    made = row_program.decode(program).run(statistics, given, _call, _number_beside(packed))
     return _stack([call_lowering(aten.expand.default, cast(row, packed.get_dtype()), [n]) for row in made])
 
 
@@ -148,20 +143,27 @@ class Chained:
         self.x = z
         if self._chain is not None:
             self._wide = cast(z, stats_dtype(z))
-            self.x = self._chain.of(self._wide, _call, self._number)
+            self.x = self._chain.of(self._wide, _call, _number_beside(self._wide))
 
     def gradient(self, dx: IRNode) -> IRNode:
         if self._chain is None:
             return dx
-        return cast(self._chain.gradient(self._wide, dx, _call, self._number), self._z.get_dtype())
-
-    def _number(self, x: row_program.Number) -> IRNode:
-        dtype = torch.bool if isinstance(x, bool) else self._wide.get_dtype()
-        return call_lowering(aten.full.default, [], x, dtype=dtype, device=self._z.get_device())
+        number = _number_beside(self._wide)
+        return cast(self._chain.gradient(self._wide, dx, _call, number), self._z.get_dtype())
 
 
 def _call(op: Any, args: tuple[Any, ...]) -> IRNode:
     return call_lowering(op, *args)
+
+
+def _number_beside(x: IRNode) -> Callable[[row_program.Number], IRNode]:
+    """As `row_program.number_beside`."""
+
+    def made(number: row_program.Number) -> IRNode:
+        dtype = torch.bool if isinstance(number, bool) else x.get_dtype()
+        return call_lowering(aten.full.default, [], number, dtype=dtype, device=x.get_device())
+
+    return made
 
 
 def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:

@@ -206,7 +206,8 @@ def _row_stats_grad(
     m = inductor.call_lowering(torch.ops.aten.select.int, packed, 0, 0)
     coefficients = loops.coefficients(program, packed, given)
     gradient = functools.partial(_row_grad, left=left, piece=piece, result=one_read.GRADIENT)
-    return packed, of.gradient(gradient(of.x, labels, weights, m, coefficients, which))
+    dz = of.gradient(gradient(of.x, labels, weights, m, coefficients, which))
+    return packed, _align_rows(dz) if chain else dz
 
 
 def _row_grad_again(

@@ -63,11 +63,12 @@ def _both(
     _check(labels, weights, which, given, program)
     of = chains.decode(chain)
     wide = z if of is None else z.to(stats_dtype_of(z.dtype))
-    x = z if of is None else of.of(wide, _call, wide.new_tensor)
+    number = row_program.number_beside(wide)
+    x = z if of is None else of.of(wide, _call, number)
     packed = row_stats(x, labels, weights, which)
     coefficients = row_program.coefficients(row_program.decode(program), packed, given)
     dx = row_grad(x, labels, weights, packed[0], coefficients, which)
-    return packed, dx if of is None else of.gradient(wide, dx, _call, wide.new_tensor).to(z.dtype)
+    return packed, dx if of is None else of.gradient(wide, dx, _call, number).to(z.dtype)
 
 
 def _call(op: Any, args: tuple[Any, ...]) -> Tensor:

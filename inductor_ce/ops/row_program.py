@@ -41,6 +41,10 @@ class Function(NamedTuple):
     of_number: Any = None
     others: tuple[Any, ...] = ()
 
+    @property
+    def arity(self) -> int:
+        return sum(f"{{{i}}}" in self.triton for i in range(3))
+
 
 def _of_two(name: str, sign: str) -> Function:
     packet = getattr(aten, name)
@@ -84,6 +88,7 @@ NAMES = {
 
 
 NO_OTHERS: Mapping[str, str] = MappingProxyType({})
+NORMAL = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Step(NamedTuple):
@@ -163,7 +168,7 @@ class RowProgram(NamedTuple):
         """
         names, lines = [*values], []
         for name, args in self.steps:
-            if name == "div" and not isinstance(args[1], list) and args[1]:
+            if name == "div" and not isinstance(args[1], list) and args[1] and _is_normal(1.0 / args[1]):
                 name, args = "mul", (args[0], 1.0 / args[1])
             made = others.get(name, FUNCTIONS[name].triton).format(*(_written(a, names) for a in args))
             names.append(f"{step}{len(names)}")
@@ -177,7 +182,14 @@ def _written(argument: Argument, names: Sequence[str]) -> str:
         return names[argument[0]]
     if isinstance(argument, float) and not math.isfinite(argument):
         return f'float("{argument}")'
+    if argument and not _is_normal(argument):
+        return f"tl.full([], {float(argument)!r}, tl.float32)"  # Triton would have it in float64
     return f"({argument!r})" if argument < 0 else repr(argument)
+
+
+def _is_normal(number: Number) -> bool:
+    """In float32."""
+    return NORMAL[0] <= abs(number) <= NORMAL[1]
 
 
 @functools.lru_cache(maxsize=256)
@@ -191,9 +203,10 @@ def decode(text: str) -> RowProgram:
 
 def coefficients(program: RowProgram, statistics: Tensor, given: Sequence[Tensor]) -> Tensor:
     """[K, N] of statistics [K, N] and given numbers [N] or []."""
-
-    def number(x: Number) -> Tensor:
-        return statistics.new_full((), x, dtype=torch.bool if isinstance(x, bool) else None)
-
-    made = program.run(list(statistics), given, lambda op, args: op(*args), number)
+    made = program.run(list(statistics), given, lambda op, args: op(*args), number_beside(statistics))
     return torch.stack([row.to(statistics.dtype).expand(statistics.shape[1]) for row in made])
+
+
+def number_beside(x: Tensor) -> Callable[[Number], Tensor]:
+    """What makes a number a tensor [] of the dtype of x, or of truth values."""
+    return lambda number: x.new_full((), number, dtype=torch.bool if isinstance(number, bool) else None)
