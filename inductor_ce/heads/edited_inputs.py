@@ -2,7 +2,7 @@
 
 The joint graph edits an input at the end of the forward. What is made of it before that, as a chain before
 logits, the logits of a slab, or weights of rows, must not be made again in the backward of the edited input,
-whoever would: we, or the partitioner, which takes an input for what it was. So a graph of losses reads a copy.
+whoever would: we, or the partitioner, which takes an input for what it was. So a loss's graph reads a copy.
 
 NOTE What is not copied. What the backward reads of products is saved, but for those that make logits, which
 slabs make again. So of a teacher that follows behind the loss there are copies of the last layers alone.
