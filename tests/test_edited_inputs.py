@@ -63,6 +63,22 @@ def divergence(h: Tensor, w: Tensor, buffer: Tensor, y: Tensor, t: Tensor) -> Te
     return per
 
 
+def class_weights(h: Tensor, w: Tensor, buffer: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Of counts of labels so far."""
+    per = F.cross_entropy(h @ w.t(), y, weight=buffer[:, 0].exp() + 1, reduction="none")
+    buffer[:, 0].index_add_(0, y, torch.ones_like(h[:, 0]))
+    return per
+
+
+def running_mean(h: Tensor, w: Tensor, buffer: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """A loss that is divided by the mean of earlier ones, and that weighs rows by it."""
+    per = F.cross_entropy(h @ w.t(), y, reduction="none")
+    mean = buffer[0, 0].exp()
+    result = per / (mean + 1) + per * torch.sigmoid(per.detach() - mean)
+    buffer[0, 0].lerp_(per.detach().mean(), 0.5)
+    return result
+
+
 def measured(step: Step, dtype: torch.dtype, mean: bool) -> list[Tensor]:
     """The loss, its gradients, and the buffer; upstream gradients differ from row to row but for a mean."""
     torch.manual_seed(0)
@@ -75,7 +91,7 @@ def measured(step: Step, dtype: torch.dtype, mean: bool) -> list[Tensor]:
     return [loss.detach(), *gradients, buffer]
 
 
-STEPS = [prior, cloned, temperature, teacher, edited_first, divergence]
+STEPS = [prior, cloned, temperature, teacher, edited_first, divergence, class_weights, running_mean]
 
 
 @pytest.mark.parametrize("mean", [False, True])
@@ -113,3 +129,27 @@ def test_what_is_edited_and_not_read_is_not_copied() -> None:
     compiled(h, w, torch.zeros(()), torch.randint(V, (N,))).backward()
     assert graphs.pieces
     assert not graphs.count(AS_READ)
+
+
+def test_of_a_teacher_that_follows_the_last_layers_are_copied() -> None:
+    """The products before them are saved, not made again."""
+
+    def run(h: Tensor, w: Tensor, first: Tensor, last: Tensor) -> Tensor:
+        target = ((h @ first).tanh() @ last.t()).softmax(-1)
+        loss = -(target * (h @ w.t()).log_softmax(-1)).sum(-1).mean()
+        first.mul_(0.5)
+        last.lerp_(w.detach(), 0.5)
+        return loss
+
+    def given(dtype: torch.dtype) -> list[Tensor]:
+        torch.manual_seed(0)
+        h, w, first, last = (torch.randn(rows, D).to(dtype) for rows in (N, V, D, V))
+        return [h, w.requires_grad_(), first, last]
+
+    compiled, graphs = compile_without_codegen(run, strategy="vocab_slabs", memory_budget=0.3)
+    ours, exact = given(torch.float32), given(torch.float64)
+    compiled(*ours).backward()
+    run(*exact).backward()
+    torch.testing.assert_close(ours[1].grad.double(), exact[1].grad, rtol=2e-5, atol=2e-5)
+    (copy,) = (node for node in graphs.nodes if node.target == AS_READ)
+    assert copy.meta["val"].shape == (V, D)

@@ -171,8 +171,32 @@ def some_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor)
     return F.nll_loss(log_p.flatten(0, 1), y.flatten())
 
 
+def viewed_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    first = F.log_softmax(z[:, 0], -1)
+    with torch.no_grad():
+        first = first.unsqueeze(1)
+    log_p = torch.cat([first, *(F.log_softmax(z[:, t], -1).unsqueeze(1) for t in range(1, S))], 1)
+    return F.nll_loss(log_p.reshape(-1, V), y.reshape(-1))
+
+
+def of_copies_of_what_is_edited(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    weight, log_p = w.detach().clone(), []
+    for t in range(S):
+        log_p.append(F.linear(h[:, t], weight.clone()).log_softmax(-1))
+        weight.mul_(1.5)
+    return F.nll_loss(torch.stack(log_p, 1).reshape(-1, V), y.reshape(-1)) + 0 * w.sum()
+
+
+def of_a_copy_without_gradient(z: Tensor, h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        frozen = w.clone()
+    log_p = [F.linear(h[:, t], w.clone() if t else frozen).log_softmax(-1) for t in range(S)]
+    return F.nll_loss(torch.stack(log_p, 1).reshape(-1, V), y.reshape(-1))
+
+
 LEFT = [read_at_each_step, of_other_dimensions, along_the_classes, edited_meanwhile, edited_afterwards]
-LEFT += [of_several_matrices, some_without_gradient]
+LEFT += [of_several_matrices, some_without_gradient, viewed_without_gradient]
+LEFT += [of_copies_of_what_is_edited, of_a_copy_without_gradient]
 
 
 @pytest.mark.parametrize("f", LEFT)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from inductor_ce.api import deferral
+from inductor_ce.common.errors import LazyLogitsError
 
 
 def test_into_another_compiled_function() -> None:
@@ -337,3 +338,67 @@ def test_states_of_an_input() -> None:
             ours.backward()
             theirs.backward()
         case.same_gradients(rtol=1e-5, atol=1e-6)  # the loss is taken in float32
+
+
+# What a compiled function edits
+
+
+def scaled(m: Model, z: Tensor, y: Tensor) -> Tensor:
+    z.mul_(2)
+    return ce(z, y)
+
+
+def filled_by_a_view(m: Model, z: Tensor, y: Tensor) -> Tensor:
+    rows = z.view(-1, V)
+    rows[..., 3] = -5.0
+    z[0, 0] = 1.0
+    return ce(rows, y)
+
+
+def scaled_without_a_gradient(m: Model, z: Tensor, y: Tensor) -> Tensor:
+    z.detach().mul_(2)
+    with torch.no_grad():
+        z += 1.0
+    return ce(z, y)
+
+
+def read_first(m: Model, z: Tensor, y: Tensor) -> Tensor:
+    loss = ce(z, y)
+    z /= m.scale
+    return loss + ce(z, y)
+
+
+@torch._functorch.config.patch(donated_buffer=False)  # or torch keeps no graph of dynamic shapes
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("edit", [scaled, filled_by_a_view, scaled_without_a_gradient, read_first])
+def test_an_edit_is_seen_by_the_program(
+    edit: Callable[..., Tensor], dynamic: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By whoever has the logits, or a view of them; with its gradient."""
+
+    def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        loss, z = raw(m, x, y)
+        torch._dynamo.graph_break()
+        return loss + edit(m, z, y), z
+
+    m, (x, y) = Model(), batch()
+    compiled, _ = compile_lazily(f, dynamic=dynamic)
+    ours, theirs = compiled(m, x, y), f(m, x, y)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+    assert "failed" not in caplog.text
+
+
+def test_an_edit_of_what_another_input_is_a_view_of_is_refused() -> None:
+    def first(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+        return raw(m, x, y)
+
+    def second(z: Tensor, rows: Tensor, y: Tensor) -> Tensor:
+        z.mul_(2)
+        return ce(rows, y)
+
+    m, (x, y) = Model(), batch()
+    _, z = compile_lazily(first)[0](m, x, y)
+    assert lazies([z])
+    with pytest.raises(LazyLogitsError, match="edited"):
+        compile_lazily(second)[0](z, z.view(-1, V), y)

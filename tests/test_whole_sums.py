@@ -126,6 +126,49 @@ def test_others_are_what_they_were(metric: Metric) -> None:
     check(f, ours, torch.float32)
 
 
+def seen_before_the_edit(z: Tensor) -> Tensor:
+    bad = z.isnan()
+    z.nan_to_num_(0.0)
+    return bad.any().to(z.dtype)
+
+
+def flat_without_a_gradient(z: Tensor) -> Tensor:
+    with torch.no_grad():
+        flat = z.flatten()
+    return flat.mean()
+
+
+@pytest.mark.parametrize("metric", [seen_before_the_edit, flat_without_a_gradient])
+def test_what_is_between_is_of_another_time(metric: Metric) -> None:
+    """Logits are edited, or gradients are off, between what the sum is of and the sum."""
+
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        of_all = metric(z)
+        return ce(z, y) + of_all, of_all.detach()
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    h, w, y = given()
+    h[1, 2, 3] = math.nan if metric is seen_before_the_edit else 1.0
+    w.requires_grad_()
+    ours, theirs = (
+        (*results, *torch.autograd.grad(results[0], w)) for results in (compiled(h, w, y), f(h, w, y))
+    )
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_a_sum_in_a_narrow_dtype() -> None:
+    """Of logits that are rounded to it, not of rows that are."""
+
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = F.linear(h, w)
+        return ce(z, y), z.sum(dtype=torch.bfloat16)
+
+    compiled, _ = compile_without_codegen(f)
+    args = given()
+    torch.testing.assert_close(compiled(*args), f(*args), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_batch_of_no_rows(gradients: bool) -> None:
     def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
 from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
-from .lazy_inputs import made_inside, taken_apart
+from .lazy_inputs import made_inside, taken_apart, write_back
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -70,7 +70,7 @@ def compile_deferring(
         options: in force.
         patches: of Inductor's configuration, under which it compiles.
     """
-    module, inputs, flatten = taken_apart(module, inputs)
+    module, inputs, flatten, written = taken_apart(module, inputs)
     report, finish = Report(), None
     if is_on(LOSS_PASSES, patches):
         report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
@@ -80,10 +80,10 @@ def compile_deferring(
     if flatten is None and finish is None:
         return compiled
 
-    def run(*args: Any) -> tuple[Any, ...]:
+    def run(*args: Any) -> Sequence[Any]:
         given = args if flatten is None else flatten(args)
         results = compiled(*given)
-        return results if finish is None else finish(given, results)
+        return write_back(written, args, results if finish is None else finish(given, results))
 
     return run
 

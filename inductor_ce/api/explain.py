@@ -139,7 +139,7 @@ def _found(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, why_whole: str = ""
 ) -> tuple[list[Report], list[Planned]]:
     """(what is found in a torch-level graph, then in those inside it, the plans of the heads)"""
-    module, inputs, _ = taken_apart(gm, example_inputs)
+    module, inputs, *_ = taken_apart(gm, example_inputs)
     if has_products(module) or options.gradient == FORWARD:
         given = captured_copy(module), inputs, options, why_whole
         compiled, _ = attempt("the plans are not told", _compiled, *given)

@@ -142,6 +142,14 @@ class LazyLogits(Tensor):
             self._made, self._made_version = self._path(viewed), _BEFORE_THE_EDIT
 
     @property
+    def root(self) -> LazyLogits:
+        """What these logits are a view of, or themselves."""
+        root = self
+        while root._viewed is not None:
+            root = root._viewed
+        return root
+
+    @property
     def is_at_hand(self) -> bool:
         """Whether these logits are in memory, here or in what they are a view of."""
         return self.is_made or (self._viewed is not None and self._viewed.is_at_hand)
@@ -221,9 +229,7 @@ class LazyLogits(Tensor):
 
     def share_memory_of_views(self) -> None:
         """Before a write: let this tensor and all views of what it is a view of be in one place."""
-        root = self
-        while root._viewed is not None:
-            root = root._viewed
+        root = self.root
         if root._is_shared:
             raise LazyLogitsError(
                 "Logits that were returned lazily are written to, and another result of the compiled "

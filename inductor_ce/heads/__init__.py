@@ -26,7 +26,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     loops           heads of one weight, as a user's loop over chunks has them, that add to one gradient
     exits           the gradients of a head: by `gradients`, what products make, and by `sums`, others;
                     `narrow_sums`, of pieces in 16 bits
-    edited_inputs   what a loss reads of an input that is edited behind it
+    edited_inputs   copies of inputs that the forward edits and of which the backward makes something
     recompute       the chain before logits that are kept is rebuilt in the backward, not saved
     nodes           new tensors, and operators that write to some
     fuse            the pass: find, plan, prove, rearrange

@@ -21,7 +21,7 @@ from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from ..reading.steps import View
-from .joined_steps import JOINS, as_like, is_alike, is_linear, widened
+from .joined_steps import as_like, has_weight_of, is_alike, is_as_made, is_linear, joins, widened
 
 
 class Layer(NamedTuple):
@@ -33,11 +33,11 @@ class Layer(NamedTuple):
 
 def join_layers(graph: Graph, min_vocab: int) -> None:
     """Join hidden states where logits over at least `min_vocab` classes are joined for a loss."""
-    for node in [node for node in graph.nodes if node.target in JOINS]:
+    for node in joins(graph):
         layers = _layers(node, min_vocab)
         if layers and _has_loss(node):
             timeline = Timeline(graph)
-            if all(_may_move(timeline, node, layer) for layer in layers):
+            if all(_may_move(timeline, node, layer, layers[0]) for layer in layers):
                 _join(graph, timeline, node, layers)
 
 
@@ -124,11 +124,14 @@ def _has_loss(node: Node) -> bool:
     return False
 
 
-def _may_move(timeline: Timeline, node: Node, layer: Layer) -> bool:
+def _may_move(timeline: Timeline, node: Node, layer: Layer, first: Layer) -> bool:
     """Whether a layer makes the same, with the same gradients, where it is joined."""
-    start, made = timeline.position[layer.product], (layer.product, *layer.between)
-    alike = is_alike(timeline, start, node, layer.product.all_input_nodes)
-    return alike and all(timeline.unchanged(each, each, timeline.position[node]) for each in made)
+    product, between = layer
+    return (
+        is_alike(timeline, product, node, product.all_input_nodes)
+        and has_weight_of(timeline, product, first.product)
+        and is_as_made(timeline, [product, *between], node)
+    )
 
 
 def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> None:

@@ -19,7 +19,7 @@ from torch.fx import Graph, Node
 
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
-from ..graph.timeline import Timeline
+from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 
 _FUNCTIONS = {"log_softmax": torch.log_softmax, "softmax": torch.softmax}
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 def join_steps(graph: Graph, min_vocab: int) -> None:
     """Join the logits, or hidden states, where probabilities over at least `min_vocab` classes are joined."""
-    for node in [node for node in graph.nodes if node.target in JOINS]:
+    for node in joins(graph):
         parts = _parts(node)
         axis = _axis(node, parts[0]) if parts else None
         if axis is None or hint(shape_of(node)[axis]) < min_vocab or not _is_picked_of(node):
@@ -48,6 +48,11 @@ def join_steps(graph: Graph, min_vocab: int) -> None:
         timeline = Timeline(graph)
         if _may_move(timeline, node, parts):
             _join(graph, timeline, node, parts)
+
+
+def joins(graph: Graph) -> list[Node]:
+    """What joins tensors, and does not write to one that is given for that."""
+    return [node for node in graph.nodes if node.target in JOINS and not any(written_by(node))]
 
 
 def _is_picked_of(node: Node) -> bool:
@@ -136,18 +141,25 @@ def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
     if not timeline.unchanged(node, node, len(timeline.nodes)):
         return False
     for part in parts:
-        start = timeline.position[part.function]
         made = [each for each in (part.function, part.view) if each is not None]
-        if not is_alike(timeline, start, node, [part.x]):
-            return False
-        if not all(timeline.unchanged(each, each, timeline.position[node]) for each in made):
+        if not is_alike(timeline, part.function, node, [part.x]) or not is_as_made(timeline, made, node):
             return False
     return True
 
 
-def is_alike(timeline: Timeline, start: int, node: Node, sources: list[Node]) -> bool:
-    """Whether what was made of some sources at a position is made alike where the whole is."""
-    end = timeline.position[node]
+def is_as_made(timeline: Timeline, made: list[Node], node: Node) -> bool:
+    """Whether what is made of each other is where the whole is as it was, and has its gradient, or none."""
+    place = timeline.position[node]
+    return all(
+        timeline.grad_mode(timeline.position[each]) == timeline.grad_mode(place)
+        and timeline.unchanged(each, each, place)
+        for each in made
+    )
+
+
+def is_alike(timeline: Timeline, made: Node, node: Node, sources: list[Node]) -> bool:
+    """Whether a node that was made of some sources is made alike where the whole is."""
+    start, end = timeline.position[made], timeline.position[node]
     alike = timeline.grad_mode(start) == timeline.grad_mode(end) and timeline.same_autocast(start, end)
     return alike and all(timeline.unchanged(each, start, end) for each in sources)
 
@@ -192,8 +204,10 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
     for part in parts:
         hidden = part.x.args[0]
         alone = all(user in functions for user in part.x.users)
-        alike = is_alike(timeline, timeline.position[part.x], node, part.x.all_input_nodes)
-        if not (alone and alike) or len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
+        alike = is_alike(timeline, part.x, node, part.x.all_input_nodes)
+        if not alone or not alike or not has_weight_of(timeline, part.x, first):
+            return None
+        if len(shape_of(hidden)) != len(shape_of(part.x)):  # type: ignore[arg-type]
             return None
     hiddens: list[Any] = [part.x.args[0] for part in parts]
     if len({example_of(hidden).dtype for hidden in hiddens}) > 1:
@@ -221,9 +235,27 @@ def is_linear(x: Node, first: Node) -> bool:
     if len(x.args) < 2 or not isinstance(x.args[0], Node) or len(x.args) != len(first.args):
         return False
     matrix = tensor_of(x.args[1])
-    if matrix is None or matrix.dim() != 2:
+    if matrix is None or matrix.dim() != 2 or any(map(_has_rows, (*x.args[2:], *x.kwargs.values()))):
         return False
     return all(map(_is_same, x.args[1:], first.args[1:]))
+
+
+def _has_rows(bias: Any) -> bool:
+    example = tensor_of(bias)
+    return example is not None and example.dim() > 1
+
+
+def has_weight_of(timeline: Timeline, x: Node, first: Node) -> bool:
+    """Whether views and copies that two layers take of one weight are the same in numbers and gradient."""
+    for a, b in zip(x.args[1:], first.args[1:], strict=True):
+        if a is b or not isinstance(a, Node) or not isinstance(b, Node):
+            continue
+        early, late = sorted((timeline.position[a], timeline.position[b]))
+        if timeline.grad_mode(early) != timeline.grad_mode(late):
+            return False
+        if not all(timeline.unchanged(source, early, late) for source in a.all_input_nodes):
+            return False
+    return True
 
 
 def _is_same(a: Any, b: Any) -> bool:

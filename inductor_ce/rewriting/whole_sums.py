@@ -37,27 +37,36 @@ def sum_by_rows(graph: Graph, min_vocab: int) -> None:
         return
     timeline = Timeline(graph)
     for node in timeline.nodes:
-        logits = _logits_of(node, min_vocab)
-        if logits is not None:
+        logits, between = _logits_of(node, min_vocab)
+        if logits is not None and _is_of_now(timeline, node, logits, between):
             _reduce(graph, timeline, node, logits)
 
 
-def _logits_of(node: Node, min_vocab: int) -> Node | None:
-    """The logits [..., V] of which a node is a reduction of all."""
-    spelled = spellings.read(node)
+def _logits_of(node: Node, min_vocab: int) -> tuple[Node | None, list[Node]]:
+    """The logits [..., V] of which a node is a reduction of all, if it is, and the nodes between."""
+    spelled, between = spellings.read(node), list[Node]()
     source: Any = None
     if spelled is not None and spelled[0].name in (*_SUMS, *_LARGEST):
         given = {name: value for name, value in spelled[1].items() if value is not None and value != ()}
         source = given.pop("input", None)
         if set(given) - {"dtype"} or (spelled[0].name in _LARGEST and tensor_of(node) is None):
-            return None
+            return None, []
     elif node.target in _ANY and len(node.args) == 1 and not node.kwargs:
         (inner,) = node.args
-        source = inner.args[0] if isinstance(inner, Node) and inner.target in _IS_NAN else None
+        if isinstance(inner, Node) and inner.target in _IS_NAN:
+            between, source = [inner], inner.args[0]
     while isinstance(source, Node) and is_sized_view(source) and not _is_wide(source, min_vocab):
+        between.append(source)
         (source,) = source.args[:1]
     made = source if isinstance(source, Node) and _is_wide(source, min_vocab) else None
-    return made if made is not None and _is_of_layer(made) else None
+    return (made if made is not None and _is_of_layer(made) else None), between
+
+
+def _is_of_now(timeline: Timeline, node: Node, logits: Node, between: list[Node]) -> bool:
+    """Whether a reduction is of what logits are where it is, with the gradient that they have there."""
+    places = [timeline.position[each] for each in (*between, node)]
+    modes = {timeline.grad_mode(place) for place in places}
+    return len(modes) == 1 and timeline.unchanged(logits, min(places), max(places))
 
 
 def _is_wide(node: Node, min_vocab: int) -> bool:
@@ -91,8 +100,10 @@ def _reduce(graph: Graph, timeline: Timeline, node: Node, logits: Node) -> None:
     build = Builder(graph, node, like=node)
     make = functools.partial(build, "mean" if spelled is not None and spelled[0].name == "mean" else "sum")
     if spelled is not None and spelled[0].name in _SUMS:
-        dtype = spelled[1].get("dtype") or torch.promote_types(example.dtype, torch.float32)
-        result = make(make(logits, -1, dtype=dtype))
+        asked = spelled[1].get("dtype") or example.dtype
+        if torch.promote_types(asked, example.dtype) != asked:  # each logit is rounded first
+            return
+        result = make(make(logits, -1, dtype=torch.promote_types(asked, torch.float32)))
         if example_of(result).dtype != example_of(node).dtype:
             result = build("to", result, example_of(node).dtype)
     elif spelled is not None:

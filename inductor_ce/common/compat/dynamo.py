@@ -54,6 +54,11 @@ def is_to_be_saved() -> bool:
     return functorch_config.bundled_autograd_cache or dynamo_config.caching_precompile
 
 
+def remakes_products() -> bool:
+    """Whether the partitioner may make matrix products again in the backward."""
+    return functorch_config.aggressive_recomputation or functorch_config.activation_memory_budget < 1
+
+
 def returns_to_program(module: torch.nn.Module | None) -> bool:
     """Whether the outputs of a module's graph go to the user's program.
 
