@@ -102,16 +102,16 @@ def by_two(loss: Loss, program: RowProgram, text: str, z: Tensor, y: Tensor, g: 
 
 def exactly(loss: Loss, z: Tensor, y: Tensor, g: Tensor) -> Both:
     """In float64, by their definitions."""
-    t, v = z.double(), z.shape[1]
-    z, slope = t, torch.ones_like(t)
+    x, v = z.double(), z.shape[1]
+    slope = torch.ones_like(x)
     if loss.cap is not None:
-        t = torch.tanh(t / loss.cap)
-        z, slope = loss.cap * t, 1 - t * t
-    m = z.amax(1)
-    gap = z - m[:, None]
+        t = torch.tanh(x / loss.cap)
+        x, slope = loss.cap * t, 1 - t * t
+    m = x.amax(1)
+    gap = x - m[:, None]
     exp = gap.exp()
     hits = torch.nn.functional.one_hot(y.clamp(min=0), v) * (y >= 0)[:, None]
-    values = {"max": m, "sumexp": exp.sum(1), "pick": (hits * z).sum(1), "sum": gap.sum(1)}
+    values = {"max": m, "sumexp": exp.sum(1), "pick": (hits * x).sum(1), "sum": gap.sum(1)}
     packed = torch.stack([values[name] for name in loss.which.split(",")])
     _, a, b, *rest = coefficients(loss.program(v), packed, [g.double()])
     return packed, (a[:, None] * exp + b[:, None] * hits + sum(c[:, None] for c in rest)) * slope

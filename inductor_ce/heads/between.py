@@ -11,10 +11,10 @@ from torch.fx.node import map_arg
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of
 from ..ops import DIVERGENCE
-from .calls import normalisers_of
+from .calls import narrow_args, normalisers_of
 from .facts import Factor, Facts
 from .nodes import on
-from .row_programs import OfRows
+from .row_programs import OfRows, row_program
 
 aten = torch.ops.aten
 
@@ -37,6 +37,14 @@ def between(statistics: Iterable[Node], wanted: Iterable[Node], facts: Facts) ->
         elif not fact.is_factor(node):
             stack += node.all_input_nodes
     return found
+
+
+def program_between(stats: Node, grad: Node, facts: Facts) -> tuple[OfRows, list[Node]] | None:
+    """The program of a row between `row_stats` and `row_grad`, and what it is read of; None for unknown."""
+    found = between([stats], narrow_args(grad), facts)
+    nodes = [node for node in stats.graph.nodes if node in found]
+    program = row_program(stats, grad, nodes, facts)
+    return None if program is None else (program, nodes)
 
 
 def again(build: Builder, node: Node, made: Mapping[Node, Node]) -> Node:

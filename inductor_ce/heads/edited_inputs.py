@@ -57,11 +57,7 @@ def _made_again(readers: list[Node], tangents: list[Node], written: set[Node]) -
 
 def _is_remade(product: Node) -> bool:
     """Whether torch may make a product again in the backward, as it is told to."""
-    policy = product.meta.get("recompute")
-    return remakes_products() or policy in (
-        CheckpointPolicy.MUST_RECOMPUTE,
-        CheckpointPolicy.PREFER_RECOMPUTE,
-    )
+    return remakes_products() or product.meta.get("recompute") in _REMADE
 
 
 def _edits(graph: Graph) -> dict[Node, Node]:

@@ -346,7 +346,7 @@ def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = F
         wants_weight=bool(weights),
         labelled=bool(head.few_labels()),
         chained=head.chained or len(moving(head)) > 1,
-        once=is_made_over(z.device) and not proof.why_not and read_once(head, proof.facts) is not None,
+        once=head.chained and is_made_over(z.device) and _is_read_once(head, proof),
         added=_added(head),
         **(numbers_of_sides(head) if head.divergences else {}),
         taught=taught_bytes(head),
@@ -358,6 +358,10 @@ def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = F
         sharded=bool(gathers := exchanges(head.stats)),
         uneven=not all(map(_is_among_equals, gathers)),
     )
+
+
+def _is_read_once(head: find.Head, proof: Proof) -> bool:
+    return not proof.why_not and read_once(head, proof.facts) is not None
 
 
 def _added(head: find.Head) -> int:

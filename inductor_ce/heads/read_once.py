@@ -9,13 +9,13 @@ import torch
 from ..graph.shapes import example_of
 from ..ops.gemm import aligned_strides
 from ..ops.one_read import is_offered
-from .between import between
-from .calls import narrow_args, stats_call
+from .between import program_between
+from .calls import stats_call
 from .chained import chain_of
 from .exits import sums_apart
 from .facts import Facts
 from .find import Head
-from .row_programs import OfRows, row_program
+from .row_programs import OfRows
 
 
 class Once(NamedTuple):
@@ -39,10 +39,8 @@ def read_once(head: Head, facts: Facts) -> Once | None:
     chain = chain_of(head)
     if chain is None:
         return None
-    found = between(head.stats, narrow_args(gradients[0]), facts)
-    nodes = [node for node in head.product.graph.nodes if node in found]
-    program = row_program(head.stats[0], gradients[0], nodes, facts)
-    return None if program is None else Once(program, chain)
+    found = program_between(head.stats[0], gradients[0], facts)
+    return None if found is None else Once(found[0], chain)
 
 
 def is_made_over(device: torch.device) -> bool:

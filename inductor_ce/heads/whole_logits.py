@@ -23,15 +23,14 @@ from ..graph.walk import reached
 from ..ops.one_read import is_offered
 from ..ops.products import TIMES
 from . import sizes
-from .between import Early, between, scalar_of
-from .calls import narrow_args, stats_call
+from .between import Early, program_between, scalar_of
+from .calls import stats_call
 from .chained import Around, chain_around
 from .find import Head, NoHead, Product
 from .gradients import scaled
 from .kinds import PERMUTATIONS, is_ordered_view, is_pointwise, unviewed
 from .plan import OUT_OF_RANGE
 from .proof import Proof
-from .row_programs import row_program
 
 aten = torch.ops.aten
 
@@ -107,11 +106,10 @@ def _only_gradient(base: Node, stats: Node) -> Node:
 def _both(build: Builder, stats: Node, grad: Node, around: Around, proof: Proof) -> tuple[Node, Node]:
     """The statistics, and the gradient for a factor of 1."""
     call = stats_call(stats)
-    found = between([stats], narrow_args(grad), proof.facts)
-    nodes = [node for node in stats.graph.nodes if node in found]
-    program = row_program(stats, grad, nodes, proof.facts)
-    if program is None:
+    found = program_between(stats, grad, proof.facts)
+    if found is None:
         raise NoHead("what is made of the statistics is not a program of each row")
+    program, nodes = found
     program = Early(build, nodes, proof.facts).given(program)
     text = program.program.encode()
     z, chained = call.z, {}

@@ -48,18 +48,6 @@ def row_stats_grad(
     Raises:
         ValueError: wrong rank or dtype, unknown rows, or a program of other statistics or given numbers.
     """
-    return _both(z, labels, weights, which, given, program, chain)
-
-
-def _both(
-    z: Tensor,
-    labels: list[Tensor],
-    weights: list[Tensor],
-    which: str,
-    given: list[Tensor],
-    program: str,
-    chain: str,
-) -> tuple[Tensor, Tensor]:
     _check(labels, weights, which, given, program)
     of = chains.decode(chain)
     wide = z if of is None else z.to(stats_dtype_of(z.dtype))
@@ -98,7 +86,7 @@ def some_row_stats_grad(
     chain: str = "",
 ) -> tuple[Tensor, Tensor]:
     """As `row_stats_grad`; rows from left[piece] on need not be computed, and hold anything."""
-    return _both(z, labels, weights, which, given, program, chain)
+    return row_stats_grad(z, labels, weights, which, given, program, chain=chain)
 
 
 @row_stats_grad.register_fake

@@ -19,8 +19,9 @@ from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from ..graph.walk import reached
 from ..reading import spellings
-from ..reading.steps import View
+from ..reading.steps import Step, View
 from .joined_steps import as_like, has_weight_of, is_alike, is_as_made, is_linear, joins, widened
 
 
@@ -110,18 +111,16 @@ def _axis(between: list[Node], rank: int) -> int | None:
 
 def _has_loss(node: Node) -> bool:
     """Whether a loss is taken of what a node makes."""
-    frontier, seen = [node], {node}
-    while frontier:
-        for user in frontier.pop().users:
-            step = spellings.step_of(user)
-            if step is None or user in seen:
-                continue
-            if step.is_loss or step.normalises:
-                return True
-            seen.add(user)
-            if step.view is not None or step.in_chain:
-                frontier.append(user)
-    return False
+
+    def through(node: Node) -> list[Node]:
+        return [user for user, step in _steps_behind(node) if step.view is not None or step.in_chain]
+
+    behind = (step for each in reached([node], through) for _, step in _steps_behind(each))
+    return any(step.is_loss or step.normalises for step in behind)
+
+
+def _steps_behind(node: Node) -> list[tuple[Node, Step]]:
+    return [(user, step) for user in node.users if (step := spellings.step_of(user)) is not None]
 
 
 def _may_move(timeline: Timeline, node: Node, layer: Layer, first: Layer) -> bool:

@@ -23,7 +23,7 @@ from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 
 _FUNCTIONS = {"log_softmax": torch.log_softmax, "softmax": torch.softmax}
-JOINS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
+_JOINS = (torch.stack, torch.cat, torch.concat, torch.concatenate)
 _PICKS = ("gather", "take_along", "nll_loss", "getitem", "mul", "max", "amax")
 _UNSQUEEZES = (torch.unsqueeze, "unsqueeze")
 _PRODUCTS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm")
@@ -52,7 +52,7 @@ def join_steps(graph: Graph, min_vocab: int) -> None:
 
 def joins(graph: Graph) -> list[Node]:
     """What joins tensors, and does not write to one that is given for that."""
-    return [node for node in graph.nodes if node.target in JOINS and not any(written_by(node))]
+    return [node for node in graph.nodes if node.target in _JOINS and not any(written_by(node))]
 
 
 def _is_picked_of(node: Node) -> bool:

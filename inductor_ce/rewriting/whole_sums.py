@@ -35,14 +35,16 @@ def sum_by_rows(graph: Graph, min_vocab: int) -> None:
     steps = map(spellings.step_of, graph.nodes)
     if not any(step is not None and (step.is_loss or step.normalises) for step in steps):
         return
+    found = [(node, of) for node in graph.nodes if (of := _logits_of(node, min_vocab)) is not None]
+    if not found:
+        return
     timeline = Timeline(graph)
-    for node in timeline.nodes:
-        logits, between = _logits_of(node, min_vocab)
-        if logits is not None and _is_of_now(timeline, node, logits, between):
+    for node, (logits, between) in found:
+        if _is_of_now(timeline, node, logits, between):
             _reduce(graph, timeline, node, logits)
 
 
-def _logits_of(node: Node, min_vocab: int) -> tuple[Node | None, list[Node]]:
+def _logits_of(node: Node, min_vocab: int) -> tuple[Node, list[Node]] | None:
     """The logits [..., V] of which a node is a reduction of all, if it is, and the nodes between."""
     spelled, between = spellings.read(node), list[Node]()
     source: Any = None
@@ -50,7 +52,7 @@ def _logits_of(node: Node, min_vocab: int) -> tuple[Node | None, list[Node]]:
         given = {name: value for name, value in spelled[1].items() if value is not None and value != ()}
         source = given.pop("input", None)
         if set(given) - {"dtype"} or (spelled[0].name in _LARGEST and tensor_of(node) is None):
-            return None, []
+            return None
     elif node.target in _ANY and len(node.args) == 1 and not node.kwargs:
         (inner,) = node.args
         if isinstance(inner, Node) and inner.target in _IS_NAN:
@@ -58,8 +60,8 @@ def _logits_of(node: Node, min_vocab: int) -> tuple[Node | None, list[Node]]:
     while isinstance(source, Node) and is_sized_view(source) and not _is_wide(source, min_vocab):
         between.append(source)
         (source,) = source.args[:1]
-    made = source if isinstance(source, Node) and _is_wide(source, min_vocab) else None
-    return (made if made is not None and _is_of_layer(made) else None), between
+    is_found = isinstance(source, Node) and _is_wide(source, min_vocab) and _is_of_layer(source)
+    return (source, between) if is_found else None
 
 
 def _is_of_now(timeline: Timeline, node: Node, logits: Node, between: list[Node]) -> bool:
