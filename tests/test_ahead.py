@@ -339,6 +339,7 @@ def test_the_first_step_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
         names.append((self.fn.__name__, threading.current_thread().name))
         return compile_one(self, *args)
 
+    ahead.wait()  # for what a test before has asked, and never launched
     for kernel in kernels:
         kernel._launchers.clear()
         kernel.function.device_caches.clear()

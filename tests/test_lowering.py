@@ -162,6 +162,22 @@ def test_argmax_is_the_first_of_the_largest() -> None:
         assert actual.tolist() == [1, 0, 2, 0, v - 1]
 
 
+@pytest.mark.parametrize("is_returned", [False, True])
+def test_argmax_of_what_is_rounded(is_returned: bool) -> None:
+    """A loop that makes 16-bit logits and takes their maximum would have it of what they were before."""
+    a, w = 3 * torch.randn(21, 67).bfloat16(), 1 + torch.randn(67).bfloat16() / 9
+
+    def of(a: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        z = a * w
+        m, _, place = ops.row_stats(z, [], [], "max,sumexp,argmax")
+        return (m, place, z) if is_returned else (m, place)
+
+    z = a * w
+    expected = z.amax(1), z.argmax(1)
+    for actual, row in zip(torch.compile(of)(a, w), expected, strict=False):
+        assert actual.tolist() == row.tolist()
+
+
 LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in memory": lambda a, b: a,
     "transposed in memory": lambda a, b: b.t(),

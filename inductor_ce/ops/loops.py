@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..common.compat.inductor import IRNode, call_lowering, is_buffer
+from ..common.compat.inductor import IRNode, as_stored, call_lowering, is_buffer
 from . import chains, divergences, operators, row_program
 from .arithmetic import Normalised, Operands
 from .rows import ARGMAX, MAXIMUM, Row, Rows
@@ -43,8 +43,8 @@ class _Columns:
 def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
     """[K, N], one of `rows` each, as `operators.row_stats`."""
     n, v = z.get_size()
-    if ARGMAX in rows and not is_buffer(z):
-        z.realize()  # see _place_of_maximum
+    if ARGMAX in rows or is_buffer(z):
+        as_stored(z)  # see _place_of_maximum
     x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
     columns = _Columns(x, m, weights)
@@ -282,7 +282,7 @@ def _place_of_maximum(x: IRNode, m: IRNode) -> IRNode:
     NOTE Not by argmax
     On a CPU, Inductor of torch 2.11 and 2.12 counts its columns in steps of a tile where anything in the loop
     is read across its rows: the weights, the logits, or what else the scheduler put there. What is compared
-    with the maximum must be what the maximum was taken of, to the last bit. So x is read from memory: two
+    with the maximum must be what the maximum was taken of, to the last bit. Both read x from memory: two
     loops that compute it may round it differently.
     """
     v = x.get_size()[1]

@@ -219,6 +219,17 @@ def laid_out(x: IRNode, strides: Sequence[int]) -> IRNode:
     return ir.ExternKernel.require_exact_strides(x, strides)
 
 
+def as_stored(x: IRNode) -> None:
+    """Let all that reads `x` read what is in memory, to the last bit.
+
+    A loop that is fused with the one that makes a 16-bit value takes it as it was before it was rounded.
+    """
+    x.realize()
+    buffer = _buffer(x)
+    if isinstance(buffer, ir.ComputedBuffer) and x.get_dtype().itemsize == 2:
+        virtualized.graph.no_fuse_buffer_names.add(buffer.get_name())
+
+
 def auto_chunked_graphs() -> int | None:
     """How many graphs Inductor's auto_chunker has rewritten in this process; None where none are counted."""
     return getattr(metrics, "num_auto_chunking", None)
