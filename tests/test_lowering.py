@@ -178,6 +178,20 @@ def test_argmax_of_what_is_rounded(is_returned: bool) -> None:
         assert actual.tolist() == row.tolist()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_label_of_the_largest_has_the_maximum(dtype: torch.dtype) -> None:
+    """To the last bit, behind functions that a vector has otherwise than a number."""
+    a = 9 * torch.randn(9000, 67).to(dtype)
+    y = a.argmax(1)
+
+    @torch.compile
+    def of(a: Tensor, y: Tensor) -> Tensor:
+        m, _, pick = ops.row_stats(torch.tanh(a / 30) * 30, [y], [], "max,sumexp,pick")
+        return m == pick
+
+    assert of(a, y).all()
+
+
 LOGITS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "in memory": lambda a, b: a,
     "transposed in memory": lambda a, b: b.t(),

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ..common.compat.inductor import IRNode, as_stored, call_lowering, is_buffer
+from ..common.compat.inductor import IRNode, call_lowering
+from ..common.compat.loops import as_stored, is_same_anew
 from . import chains, divergences, operators, row_program
 from .arithmetic import Normalised, Operands
 from .rows import ARGMAX, MAXIMUM, Row, Rows
@@ -43,8 +44,8 @@ class _Columns:
 def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
     """[K, N], one of `rows` each, as `operators.row_stats`."""
     n, v = z.get_size()
-    if ARGMAX in rows or is_buffer(z):
-        as_stored(z)  # see _place_of_maximum
+    if ARGMAX in rows or not is_same_anew(z):
+        as_stored(z)  # what may be compared to the maximum, and what that is of: see _place_of_maximum
     x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
     m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
     columns = _Columns(x, m, weights)
@@ -345,15 +346,8 @@ def _padded(rows: IRNode, at: int, total: int) -> IRNode:
 
 
 def _iota(size: Any, like: IRNode) -> IRNode:
-    return call_lowering(
-        prims.iota.default,
-        size,
-        start=0,
-        step=1,
-        dtype=torch.int64,
-        device=like.get_device(),
-        requires_grad=False,
-    )
+    kind = {"dtype": torch.int64, "device": like.get_device(), "requires_grad": False}
+    return call_lowering(prims.iota.default, size, start=0, step=1, **kind)
 
 
 def _is_minus_infinity(x: IRNode) -> IRNode:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sympy import sympify
 
-from .loops import SEEN_THROUGH, result_node
+from .loops import SEEN_THROUGH, buffer_of, result_node
 from .versions import of_supported_torch
 
 with of_supported_torch():
@@ -206,7 +206,7 @@ def names_read(x: IRNode) -> set[str]:
 
 def reads(x: IRNode, z: IRNode) -> bool:
     """Whether the buffer `x` is `z`, or is made in a loop that reads it."""
-    buffer = _buffer(x)
+    buffer = buffer_of(x)
     known = buffer.get_read_names() if isinstance(buffer, ir.ComputedBuffer) else ()
     return z.get_name() in (x.get_name(), *known)
 
@@ -217,17 +217,6 @@ def laid_out(x: IRNode, strides: Sequence[int]) -> IRNode:
     if not isinstance(x.get_layout(), ir.FlexibleLayout):
         return x
     return ir.ExternKernel.require_exact_strides(x, strides)
-
-
-def as_stored(x: IRNode) -> None:
-    """Let all that reads `x` read what is in memory, to the last bit.
-
-    A loop that is fused with the one that makes a 16-bit value takes it as it was before it was rounded.
-    """
-    x.realize()
-    buffer = _buffer(x)
-    if isinstance(buffer, ir.ComputedBuffer) and x.get_dtype().itemsize == 2:
-        virtualized.graph.no_fuse_buffer_names.add(buffer.get_name())
 
 
 def auto_chunked_graphs() -> int | None:
@@ -261,7 +250,7 @@ def may_overwrite(
     scheduler may yet fuse the producer of `z` into a template. It gains where matrix products read the
     result: a pointwise reader would be fused, and then nothing needs to be stored but what that one writes.
     """
-    buffer = _buffer(z)
+    buffer = buffer_of(z)
     if not isinstance(buffer, OWNED) and not made_by(z, fillers):
         return False
     known = virtualized.graph.sizevars.statically_known_equals
@@ -281,16 +270,16 @@ def may_overwrite(
     read_later = any(
         not later.isdisjoint(node.users)
         for node, value in virtualized.graph.env.items()
-        if any(_buffer(leaf) is buffer for leaf in tree_leaves(value))
+        if any(buffer_of(leaf) is buffer for leaf in tree_leaves(value))
     )
     return not read_later and _only_read_by(products, result_node(current, result))
 
 
 def made_by(z: IRNode, targets: Container[Any]) -> bool:
     """Whether one of these operators has filled the memory of `z`."""
-    buffer = _buffer(z)
+    buffer = buffer_of(z)
     return any(
-        node.target in targets and _buffer(value) is buffer for node, value in virtualized.graph.env.items()
+        node.target in targets and buffer_of(value) is buffer for node, value in virtualized.graph.env.items()
     )
 
 
@@ -300,13 +289,6 @@ def _only_read_by(products: Container[Any], node: IRNode) -> bool:
         user.target in products or (user.target in SEEN_THROUGH and _only_read_by(products, user))
         for user in node.users
     )
-
-
-def _buffer(value: Any) -> Any:
-    """What an IR value is a view of; itself where it is none."""
-    while isinstance(value, (ir.BaseView, ir.MutableBox)):
-        value = value.unwrap_view() if isinstance(value, ir.BaseView) else value.data
-    return value
 
 
 # Templates
@@ -367,7 +349,7 @@ def choose(
     node = best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
     if over is None:
         return node
-    _buffer(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
+    buffer_of(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
     return ir.TensorBox(over)
 
 

@@ -12,6 +12,7 @@ from .versions import of_supported_torch
 
 with of_supported_torch():
     from torch._inductor import config as inductor_config
+    from torch._inductor import ir
     from torch._inductor.virtualized import V as virtualized
 
 aten = torch.ops.aten
@@ -22,6 +23,9 @@ SEEN_THROUGH = {
     aten.reshape.default,
     aten.transpose.int,
 }
+_EXACT = {"load", "constant", "index_expr", "to_dtype", "where"}
+_EXACT |= {"add", "sub", "mul", "truediv", "neg", "abs", "maximum", "minimum"}
+_EXACT |= {"eq", "ne", "lt", "le", "gt", "ge"}
 LONG = 1000  # operations, and reads, of a loop that is not divided
 
 
@@ -107,3 +111,34 @@ def _is_loop(target: Any) -> bool:
     return _is_cast(target) or (
         isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
     )
+
+
+def buffer_of(value: Any) -> Any:
+    """What an IR value is a view of; itself where it is none."""
+    while isinstance(value, (ir.BaseView, ir.MutableBox)):
+        value = value.unwrap_view() if isinstance(value, ir.BaseView) else value.data
+    return value
+
+
+def is_same_anew(x: Any) -> bool:
+    """Whether x is not in memory, and all loops that compute it give it the same bits.
+
+    The exponential of a vector may not be that of a number.
+    """
+    if ir.is_storage_and_layout(x):
+        return False
+    loop = ir.Pointwise.create(
+        device=x.get_device(), dtype=x.get_dtype(), inner_fn=x.make_loader(), ranges=x.get_size()
+    )
+    return _EXACT.issuperset(buffer_of(loop).inner_fn_opcount().used_ops)
+
+
+def as_stored(x: Any) -> None:
+    """Let all that reads `x` read what is in memory, to the last bit.
+
+    A loop that is fused with the one that makes a 16-bit value takes it as it was before it was rounded.
+    """
+    x.realize()
+    buffer = buffer_of(x)
+    if isinstance(buffer, ir.ComputedBuffer) and x.get_dtype().itemsize == 2:
+        virtualized.graph.no_fuse_buffer_names.add(buffer.get_name())
