@@ -24,8 +24,8 @@ from ..rewriting import recipes
 from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
-from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
-from .lazy_inputs import made_inside, taken_apart, write_back
+from . import lazy_functions, lazy_logits, lazy_nodes, lazy_questions, lazy_source, lazy_trees, lazy_views
+from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -70,20 +70,21 @@ def compile_deferring(
         options: in force.
         patches: of Inductor's configuration, under which it compiles.
     """
-    module, inputs, flatten, written = taken_apart(module, inputs)
+    module, inputs, apart = taken_apart(module, inputs)
     report, finish = Report(), None
     if is_on(LOSS_PASSES, patches):
         report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
     publish(report, options)
     with telling(), made_inside(inputs):
         compiled = compile(module, inputs)
-    if flatten is None and finish is None:
+    if apart is None and finish is None:
         return compiled
 
     def run(*args: Any) -> Sequence[Any]:
-        given = args if flatten is None else flatten(args)
+        given = args if apart is None else apart.flattened(args)
         results = compiled(*given)
-        return write_back(written, args, results if finish is None else finish(given, results))
+        results = results if finish is None else finish(given, results)
+        return results if apart is None else apart.finished(args, results)
 
     return run
 
@@ -188,7 +189,8 @@ def _returning_parts(
 @functools.cache
 def keep_for_python() -> None:
     """Let Dynamo compile nothing of lazy logits by itself, where programs use them between graphs."""
-    for module in (graphs, lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
+    ours = lazy_logits, lazy_functions, lazy_nodes, lazy_questions, lazy_source, lazy_trees, lazy_views
+    for module in (graphs, *ours, recipes, local_logits):
         leave_alone(module)
 
 

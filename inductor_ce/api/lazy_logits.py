@@ -11,6 +11,10 @@ it, by Python or by C++ that knows nothing of it, no gradient is lost: an autogr
 `retain_grad`, `torch.autograd.grad(loss, logits)`. A slice of rows goes round that node, straight to its rows
 of the hidden states, or its gradient would have the size of all logits.
 
+NOTE Edits. A view is linked to what it is of. Before somebody writes to either, or has a tensor in its memory
+who may, it is put into the memory of the other (`join`). Views that were made elsewhere before are made
+again, of what was written, when they are read next.
+
 NOTE Never a wrong number. The parts are the user's own tensors. When logits are made the version of each must
 be what it was; after an optimizer's step it is not, and an error says so.
 """
@@ -18,13 +22,11 @@ be what it was; after an optimizer's step it is not, and an error says so.
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common.compat.distributed import waits_for_backward
 from ..common.compat.graphs import (
@@ -36,8 +38,9 @@ from ..common.compat.graphs import (
 )
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
-from . import lazy_functions
+from . import lazy_functions, lazy_questions
 from . import lazy_trees as trees
+from .lazy_nodes import OfLazy, OfParent, OfParts
 from .lazy_source import Source
 
 _MAKING = threading.RLock()  # one reader makes, the others wait
@@ -59,10 +62,11 @@ class LazyLogits(Tensor):
     _viewed: LazyLogits | None  # of which this is a view
     _is_whole: bool  # whether this is all of that
     _path: Callable[[Tensor], Tensor]  # from the logits of either to these
-    _views: weakref.WeakSet[LazyLogits]
+    _has_joined: bool  # whether it is in the memory of that, and has the gradient of what is written there
     _is_sliced: bool
     _is_exposed: bool
     _is_shared: bool
+    _is_bound: bool  # whether somebody may write to it by a view that hooks are on
 
     @staticmethod
     def __new__(cls, source: Source) -> LazyLogits:
@@ -70,9 +74,10 @@ class LazyLogits(Tensor):
             cls, source.shape, dtype=source.recipe.dtype, device=source.parts[0].device
         )
         refuse_memory(made)
-        made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
+        made._source, made._parent, made._viewed = source, None, None
         made._made, made._made_version = None, 0
-        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = False
+        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = made._is_bound = False
+        made._has_joined = False
         keep_dynamic(source.parts[0], made, dims=len(source.shape) - 1)
         return made
 
@@ -83,7 +88,7 @@ class LazyLogits(Tensor):
         `is_shared` says that another of its results would have been in the same memory.
         """
         if torch.is_grad_enabled() and source.recipe.requires_grad:
-            made = _OfParts.apply(source, *source.parts)
+            made = OfParts.apply(LazyLogits, source, *source.parts)
         else:
             made = LazyLogits(source)
         made._is_shared = is_shared
@@ -106,8 +111,12 @@ class LazyLogits(Tensor):
         with _MAKING, torch.inference_mode(False), without_transforms():
             if self._made is None:
                 self._make()
-            elif self._made.requires_grad != self.requires_grad and not self.is_edited:
+            elif self.is_behind:
+                self._see()
+            elif self._made.requires_grad != self._learns and not self.is_edited:
                 self._keep(self._made.detach())  # a leaf has been asked for a gradient, or no longer
+            if self.root._is_bound and self.root.is_edited:
+                raise LazyLogitsError(_WATCHED)
         assert self._made is not None
         return self._made
 
@@ -116,10 +125,10 @@ class LazyLogits(Tensor):
         if viewed is not None and (viewed.is_at_hand or self._is_whole):
             made = viewed.made()
             if viewed.may_be_edited:
-                self._see(made)
+                self._see()
             else:
                 self._keep(self._path(made.detach()))
-        elif not self.requires_grad or (self._parent is not None and self._parent.may_be_edited):
+        elif not self._learns or (self._parent is not None and self._parent.may_be_edited):
             self._keep(self._source.make())
         elif self._parent is None:
             self._keep(self._source.make_with_graph())
@@ -128,18 +137,42 @@ class LazyLogits(Tensor):
 
     def _keep(self, made: Tensor) -> None:
         """Those logits as a child of this tensor's node, whoever looks first, and under whatever mode."""
-        if self.requires_grad:
+        if self._learns:
             with torch.enable_grad():
-                made = _OfLazy.apply(self, made)
+                made = OfLazy.apply(self, made)
         self._made, self._made_version = made, made._version
 
-    def _see(self, viewed: Tensor) -> None:
-        """Be a view of logits that are written to: what has a gradient has that of the edits."""
-        if not getattr(self.grad_fn, "is_lazy", False):
-            self._keep(self._path(viewed.detach()))
+    def _see(self) -> None:
+        """Be a view, by torch's account, of what this is of: what is written to either has its gradient in both."""
+        viewed = self._viewed
+        assert viewed is not None
+        if self._is_watched:
+            raise LazyLogitsError(_WATCHED)
+        made = viewed.made()
+        self._has_joined = True
+        if self._learns and not self._has_our_node:
+            self._keep(self._path(made.detach()))
             return
-        with torch.inference_mode(False), torch.enable_grad():
-            self._made, self._made_version = self._path(viewed), _BEFORE_THE_EDIT
+        with torch.enable_grad():
+            self._made, self._made_version = self._path(made), _BEFORE_THE_EDIT
+
+    def join(self) -> None:
+        """Be in the memory of what this is a view of, for whoever writes to either, or may."""
+        viewed = self._viewed
+        if viewed is None or self._has_joined or (not self.root.is_made and self._source.is_spent):
+            return  # the others can be read no more
+        with _MAKING, torch.inference_mode(False), without_transforms():
+            viewed.join()
+            if self._is_watched:
+                self._keep(self._path(viewed.made().detach()))
+                self.root._is_bound = True
+            else:
+                self._see()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether what this is a view of was written to where this has not been since."""
+        return self.is_apart and self._viewed.may_be_edited  # type: ignore[union-attr]
 
     @property
     def root(self) -> LazyLogits:
@@ -150,9 +183,30 @@ class LazyLogits(Tensor):
         return root
 
     @property
+    def place(self) -> int | None:
+        """What tells the memory where these logits are, or will be where somebody writes, from other memory."""
+        made = self.root._made
+        return id(self.root) if made is None else trees.memory_of(made)
+
+    @property
     def is_at_hand(self) -> bool:
         """Whether these logits are in memory, here or in what they are a view of."""
         return self.is_made or (self._viewed is not None and self._viewed.is_at_hand)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether they are a view of others, and may be in other memory."""
+        return self._viewed is not None and not self._has_joined
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether they are in memory, and what they are a view of is not, but may be."""
+        return self.is_at_hand and self.is_apart and not (self.root.is_made or self._source.is_spent)
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether they would not be contiguous, as a view of some rows is not."""
+        return not lazy_functions.shaped(self).is_contiguous()
 
     @property
     def is_edited(self) -> bool:
@@ -178,22 +232,34 @@ class LazyLogits(Tensor):
             return True
         if self.may_be_edited or self._is_watched:
             return False
-        if not self.requires_grad:
+        if not self._learns:
             return True
-        if not getattr(self.grad_fn, "is_lazy", False):
+        if not self._has_our_node:
             return False
         return self._parent is None or self._parent.is_ours
 
     @property
     def _is_watched(self) -> bool:
-        return bool(self._backward_hooks) or self.retains_grad
+        with without_torch_function():
+            return bool(self._backward_hooks) or self.retains_grad
+
+    @property
+    def _learns(self) -> bool:
+        """Whether this tensor, as it was before any edit, requires a gradient."""
+        with without_torch_function():
+            return self.requires_grad
+
+    @property
+    def _has_our_node(self) -> bool:
+        with without_torch_function():
+            return getattr(self.grad_fn, "is_lazy", False)
 
     # Views share memory with what they are of, as soon as somebody writes to it
 
     def form(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool = False) -> LazyLogits:
         """All of these logits otherwise: what `path` makes of them, a cast, a copy or a view."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            made = _OfParent.apply(self, source)
+        if torch.is_grad_enabled() and self._learns:
+            made = OfParent.apply(self, source)
             made._parent = self
         else:
             made = LazyLogits(source)
@@ -208,7 +274,7 @@ class LazyLogits(Tensor):
 
     def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
         """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
-        if torch.is_grad_enabled() and self.requires_grad:
+        if torch.is_grad_enabled() and self._learns:
             made = LazyLogits.returned(self._source.of(hidden))
             self._tell_parents()
         else:
@@ -221,22 +287,25 @@ class LazyLogits(Tensor):
             form._is_sliced, form = True, form._parent
 
     def _followed(self, made: LazyLogits, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
-        made._path = path
-        if is_view:
-            made._viewed = self
-            self._views.add(made)
+        made._path = path if torch.is_grad_enabled() else lambda viewed: path(viewed).detach()
+        made._viewed = self if is_view else None
         return made
 
-    def share_memory_of_views(self) -> None:
-        """Before a write: let this tensor and all views of what it is a view of be in one place."""
+    def before_write(self) -> None:
+        """Raises LazyLogitsError where not everybody would see what is about to be written."""
         root = self.root
         if root._is_shared:
             raise LazyLogitsError(
                 "Logits that were returned lazily are written to, and another result of the compiled "
                 'function would share memory with them. Use the option returned_logits="eager".'
             )
+        of: LazyLogits | None = self
+        while of is not None:
+            if of._is_watched:
+                raise LazyLogitsError(_WATCHED)
+            of = of._viewed
         root.made()
-        root._share()
+        self.join()
 
     def detached_in_place(self) -> LazyLogits:
         """This tensor, a leaf from now on; what has been made of it keeps its gradient.
@@ -262,17 +331,6 @@ class LazyLogits(Tensor):
                 "way of these logits: set hooks, and retain the gradient, before rows are taken, or use the "
                 'option returned_logits="eager".'
             )
-
-    def _share(self) -> None:
-        if self._is_watched:
-            raise LazyLogitsError(
-                "Logits that were returned lazily are written to while they, or a view of them, have hooks "
-                'or retain their gradient. Use the option returned_logits="eager".'
-            )
-        for view in list(self._views):
-            if not view.is_edited:
-                view._see(self.made())
-            view._share()
 
     # As an input of compiled functions
 
@@ -312,10 +370,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if lazy_functions.is_question(func):
+        if lazy_questions.is_question(func):
+            asked = args if func in lazy_questions.OF_ITSELF else trees.current(args)
             with without_torch_function():
-                return func(*trees.current(args), **kwargs)
-        if func in lazy_functions.WATCHES:
+                return func(*asked, **kwargs)
+        if func in lazy_questions.WATCHES:
             (watched,) = trees.current(args[:1])
             if isinstance(watched, LazyLogits):
                 if args[1:] and waits_for_backward(args[1]) and watched.source.parts[0].requires_grad:
@@ -330,12 +389,12 @@ class LazyLogits(Tensor):
         result = lazy_functions.lazily(func, args, kwargs)
         if result is not NotImplemented:
             return result
-        for written in trees.lazy_in(lazy_functions.written_by(func, args, kwargs)):
-            written.share_memory_of_views()
-        result = func(*trees.made(args), **trees.made(kwargs))
-        if func in lazy_functions.EXPOSE:
-            args[0]._is_exposed = True
-        return result
+        for written in trees.lazy_in(lazy_questions.written_by(func, args, kwargs)):
+            written.before_write()
+        if func in lazy_questions.EXPOSE:
+            args[0].join()
+            args[0].root._is_exposed = True
+        return _called(func, args, kwargs, trees.made)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -343,11 +402,11 @@ class LazyLogits(Tensor):
     ) -> Any:
         """What C++ does to them, below autograd, where the node of this tensor sees to the gradient."""
         kwargs = kwargs or {}
-        if func in lazy_functions.COPIES and not args[0].may_be_edited:
+        if func in lazy_questions.COPIES and not args[0].may_be_edited:
             return args[0].again(is_view=func is not torch.ops.aten.clone.default)
-        for written in trees.lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
-            written.share_memory_of_views()
-        return func(*trees.values(args), **trees.values(kwargs))
+        for written in trees.lazy_in(lazy_questions.written_by_schema(func, args, kwargs)):
+            written.before_write()
+        return _called(func, args, kwargs, trees.values)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.is_made:
@@ -355,43 +414,18 @@ class LazyLogits(Tensor):
         return f"LazyLogits(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not made)"
 
 
-# Nodes of autograd's graph
+def _called(func: Any, args: Any, kwargs: Any, made: Callable[[Any], Any]) -> Any:
+    """A callable's result, of the logits themselves; what is in their memory is in that of what they are of."""
+    result = func(*made(args), **made(kwargs))
+    given = [z for z in trees.lazy_in([args, kwargs]) if z.is_apart]
+    if given and not trees.memory(result).isdisjoint(trees.memory([z.made() for z in given])):
+        for z in given:
+            z.join()
+        result = func(*made(args), **made(kwargs))
+    return result
 
 
-class _OfParts(torch.autograd.Function):
-    """Lazy logits of their parts."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Source, *parts: Tensor) -> LazyLogits:
-        ctx.source, ctx.is_lazy = source, True
-        return LazyLogits(source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.source.gradients(trees.made(upstream))
-
-
-class _OfParent(torch.autograd.Function):
-    """Lazy logits that are a cast, a copy or another shape of lazy logits."""
-
-    @staticmethod
-    def forward(ctx: Any, parent: LazyLogits, source: Source) -> LazyLogits:
-        ctx.is_lazy, ctx.dtype, ctx.shape = True, parent.dtype, parent.shape
-        return LazyLogits(source)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream.to(ctx.dtype).reshape(ctx.shape), None
-
-
-class _OfLazy(torch.autograd.Function):
-    """The logits of lazy ones."""
-
-    @staticmethod
-    def forward(ctx: Any, lazy: LazyLogits, made: Tensor) -> Tensor:
-        return made.detach()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream, None
+_WATCHED = (
+    "Logits that were returned lazily are written to while they, or a view of them, have hooks "
+    'or retain their gradient. Use the option returned_logits="eager".'
+)

@@ -56,6 +56,15 @@ class Source:
                     _EXPIRED.format(name=name, fate="was changed in place since", when="optimizer.step")
                 )
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether a part is no longer what it was."""
+        try:
+            self.check()
+        except LazyLogitsError:
+            return True
+        return False
+
     def see_step(self, stepped: set[int]) -> None:
         """An optimizer has changed tensors of these ids."""
         self._stepped |= {i for i, part in enumerate(self.watched) if id(part) in stepped}
