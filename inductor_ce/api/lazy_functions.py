@@ -111,7 +111,7 @@ def _reshaped(func: Any) -> Callable[..., Any]:
         if any(isinstance(a, torch.dtype) for a in args):
             return NotImplemented  # the same bits as something else
         args = tuple(
-            torch.empty(a.shape, device="meta") if isinstance(a, Tensor) else a for a in args
+            shaped(a) if isinstance(a, Tensor) else a for a in args
         )  # it may be z itself
         of = shaped(z)
         made = func(of, *args, **kwargs)
@@ -220,9 +220,8 @@ def _pieces(made: Iterable[Any]) -> Any:
 
 
 def shaped(z: Any) -> Tensor:
-    """A tensor without elements as z would be in memory."""
-    of = z._viewed
-    return torch.empty(z.shape, device="meta") if of is None else z._path(shaped(of))
+    """A tensor without elements that is laid out as z is, or would be."""
+    return torch.empty_strided(z.shape, z.stride(), device="meta")
 
 
 def _iter(z: Any) -> Any:

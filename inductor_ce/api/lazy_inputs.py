@@ -48,10 +48,6 @@ SHARED = (
     "Logits that were returned lazily are edited in a compiled function that is given others in their "
     'memory. Use the option returned_logits="eager".'
 )
-CUT = (
-    "Rows of logits that were returned lazily are edited in a compiled function, where {name} may copy them. "
-    'Use the option returned_logits="eager".'
-)
 LAID_OUT = (
     "A compiled function returns rows of logits that were returned lazily, by something else than views. Use the "
     'option returned_logits="eager".'
@@ -66,7 +62,6 @@ class Apart:
         added: for each argument the places of the parts that stand for it; None where it is given as it is.
         edited: the places of the other arguments that the graph edits.
         written: the places of the lazy logits that it edits: what these become are its last results but views.
-        unsure: of these, those of which it takes what may be a view or a copy, and by what.
         lost: the places of lazy logits that are given whole, as results are in their memory.
         views: what is taken of the arguments in place of results.
     """
@@ -74,7 +69,6 @@ class Apart:
     added: tuple[tuple[int, ...] | None, ...]
     edited: tuple[int, ...]
     written: tuple[int, ...]
-    unsure: dict[int, str]
     lost: tuple[int, ...]
     views: Views
 
@@ -111,9 +105,6 @@ class Apart:
             for j, other in enumerate(places):
                 if i != j and other is not None and other == places[i] and not self._sees(i, j):
                     raise LazyLogitsError(SHARED)
-        for i, name in self.unsure.items():
-            if arguments[i].is_cut:
-                raise LazyLogitsError(CUT.format(name=name))
 
     def _sees(self, edited: int, other: int) -> bool:
         """Whether what is compiled knows by itself that arguments are in one place."""
@@ -148,7 +139,6 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
     lazy = [is_lazy and node not in lost for is_lazy, node in zip(lazy, places, strict=True)]
     edited = tuple(i for i, node in enumerate(places) if not lazy[i] and timeline.edits(node))
     written = tuple(i for i, node in enumerate(places) if lazy[i] and timeline.edits(node))
-    unsure = {i: name for i in written if (name := _may_copy(timeline, places[i]))}
     became = []
     module, twins = copied_module(module)
     examples: list[Any] = []
@@ -165,21 +155,35 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
             apart.append(added)
         else:
             apart.append(None)
+            given = example if i in whole else given  # of whose logits the compiler knows the sizes
             examples.append(given.made() if isinstance(given, LazyLogits) else given)
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     for i, made in zip(written, became, strict=True):
         _remake_aliases(timeline, places[i], twins, made)
+        _copy_cut_rows(timeline, places[i], twins)
     views.leave(module.graph, twins, became)
     module.recompile()
-    return module, examples, Apart(tuple(apart), edited, written, unsure, whole, views)
+    return module, examples, Apart(tuple(apart), edited, written, whole, views)
 
 
-def _may_copy(timeline: Timeline, place: Node) -> str:
-    """What a graph does to lazy logits that gives a view where they are contiguous, and else a copy."""
-    names = (name_of(node) for node in timeline.nodes if timeline.shares_storage(node, place))
-    return next((name for name in names if name in _COPY_WHAT_IS_CUT), "")
+def _copy_cut_rows(timeline: Timeline, place: Node, twins: dict[Node, Node]) -> None:
+    """Let what copies lazy logits that are not contiguous do so where what is made in their stead is."""
+    if example_of(place).is_contiguous():
+        return
+    for node in timeline.nodes:
+        copies = name_of(node) in _COPY_WHAT_IS_CUT and len(node.all_input_nodes) > 0
+        of = node.all_input_nodes[0] if copies else None
+        if of is None or not timeline.shares_storage(of, place) or timeline.shares_storage(node, place):
+            continue
+        if timeline.edits(node) or timeline.edits(place):
+            twin = twins[node]
+            with twin.graph.inserting_after(twin):
+                copy = twin.graph.call_method("clone", (twin,))
+            copy.meta = dict(twin.meta)
+            twin.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
+            twins[node] = copy
 
 
 _COPY_WHAT_IS_CUT = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}

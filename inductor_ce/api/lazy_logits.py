@@ -43,6 +43,8 @@ from . import lazy_trees as trees
 from .lazy_nodes import OfLazy, OfParent, OfParts
 from .lazy_source import Source
 
+Strides = tuple[int, ...]
+
 _MAKING = threading.RLock()  # one reader makes, the others wait
 _BEFORE_THE_EDIT = -1
 
@@ -69,9 +71,13 @@ class LazyLogits(Tensor):
     _is_bound: bool  # whether somebody may write to it by a view that hooks are on
 
     @staticmethod
-    def __new__(cls, source: Source) -> LazyLogits:
+    def __new__(cls, source: Source, strides: Strides | None = None) -> LazyLogits:
         made = Tensor._make_wrapper_subclass(
-            cls, source.shape, dtype=source.recipe.dtype, device=source.parts[0].device
+            cls,
+            source.shape,
+            strides=strides,
+            dtype=source.recipe.dtype,
+            device=source.parts[0].device,
         )
         refuse_memory(made)
         made._source, made._parent, made._viewed = source, None, None
@@ -82,15 +88,16 @@ class LazyLogits(Tensor):
         return made
 
     @staticmethod
-    def returned(source: Source, is_shared: bool = False) -> LazyLogits:
+    def returned(source: Source, is_shared: bool = False, strides: Strides | None = None) -> LazyLogits:
         """Logits in the place of those that a compiled function would have returned.
 
-        `is_shared` says that another of its results would have been in the same memory.
+        `is_shared` says that another of its results would have been in the same memory; `strides` are those that
+        they would have, if not contiguous.
         """
         if torch.is_grad_enabled() and source.recipe.requires_grad:
-            made = OfParts.apply(LazyLogits, source, *source.parts)
+            made = OfParts.apply(LazyLogits, source, strides, *source.parts)
         else:
-            made = LazyLogits(source)
+            made = LazyLogits(source, strides)
         made._is_shared = is_shared
         return made
 
@@ -204,11 +211,6 @@ class LazyLogits(Tensor):
         return self.is_at_hand and self.is_apart and not (self.root.is_made or self._source.is_spent)
 
     @property
-    def is_cut(self) -> bool:
-        """Whether they would not be contiguous, as a view of some rows is not."""
-        return not lazy_functions.shaped(self).is_contiguous()
-
-    @property
     def is_edited(self) -> bool:
         """Whether the logits have been written to since they were made."""
         return self._made is not None and self._made._version != self._made_version
@@ -258,33 +260,39 @@ class LazyLogits(Tensor):
 
     def form(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool = False) -> LazyLogits:
         """All of these logits otherwise: what `path` makes of them, a cast, a copy or a view."""
+        strides = self._strides(path) if is_view else None
         if torch.is_grad_enabled() and self._learns:
-            made = OfParent.apply(self, source)
+            made = OfParent.apply(self, source, strides)
             made._parent = self
         else:
-            made = LazyLogits(source)
+            made = LazyLogits(source, strides)
         made._is_whole = True
         return self._followed(made, path, is_view)
 
     def again(self, is_view: bool) -> LazyLogits:
         """The same logits below autograd: a copy, or a view."""
-        made = LazyLogits(self._source)
+        made = LazyLogits(self._source, self._strides(torch.Tensor.detach) if is_view else None)
         made._is_whole = True
         return self._followed(made, torch.Tensor.detach, is_view)
 
     def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
         """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
+        strides = self._strides(path) if is_view else None
         if torch.is_grad_enabled() and self._learns:
-            made = LazyLogits.returned(self._source.of(hidden))
+            made = LazyLogits.returned(self._source.of(hidden), strides=strides)
             self._tell_parents()
         else:
-            made = LazyLogits(self._source.of(hidden.detach()))
+            made = LazyLogits(self._source.of(hidden.detach()), strides)
         return self._followed(made, path, is_view)
 
     def _tell_parents(self) -> None:
         form: LazyLogits | None = self
         while form is not None:
             form._is_sliced, form = True, form._parent
+
+    def _strides(self, path: Callable[[Tensor], Tensor]) -> Strides:
+        """Those of the view of these that `path` takes."""
+        return path(lazy_functions.shaped(self)).stride()
 
     def _followed(self, made: LazyLogits, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
         made._path = path if torch.is_grad_enabled() else lambda viewed: path(viewed).detach()
@@ -361,7 +369,7 @@ class LazyLogits(Tensor):
     ) -> Tensor:
         if recipe is None:
             return parts["_whole"].detach()
-        return LazyLogits(Source(recipe, list(parts.values())))
+        return LazyLogits(Source(recipe, list(parts.values())), tuple(stride))
 
     # What is done to them
 

@@ -16,27 +16,27 @@ class OfParts(torch.autograd.Function):
     """Lazy logits of their parts."""
 
     @staticmethod
-    def forward(ctx: Any, kind: Any, source: Source, *parts: Tensor) -> Any:
+    def forward(ctx: Any, kind: Any, source: Source, strides: Any, *parts: Tensor) -> Any:
         ctx.source, ctx.is_lazy = source, True
-        return kind(source)
+        return kind(source, strides)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, None, *ctx.source.gradients(trees.made(upstream))
+        return None, None, None, *ctx.source.gradients(trees.made(upstream))
 
 
 class OfParent(torch.autograd.Function):
     """Lazy logits that are a cast, a copy or another shape of lazy logits."""
 
     @staticmethod
-    def forward(ctx: Any, parent: Any, source: Source) -> Any:
+    def forward(ctx: Any, parent: Any, source: Source, strides: Any) -> Any:
         ctx.is_lazy, ctx.dtype, ctx.shape = True, parent.dtype, parent.shape
-        return type(parent)(source)
+        return type(parent)(source, strides)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream.to(ctx.dtype).reshape(ctx.shape), None
+        return upstream.to(ctx.dtype).reshape(ctx.shape), None, None
 
 
 class OfLazy(torch.autograd.Function):

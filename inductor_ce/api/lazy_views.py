@@ -99,7 +99,7 @@ def views_of(timeline: Timeline, lazy: Sequence[Node]) -> tuple[Views, set[Node]
 
 
 class _Search:
-    """What is done to lazy inputs to have views of them: what is given, other sizes, and steps."""
+    """What is done to lazy inputs to have views of them: what is given, other tensors and sizes, and steps."""
 
     def __init__(self, timeline: Timeline, lazy: Collection[Node]) -> None:
         self._homes = {_memory(node.meta["example_value"]) for node in lazy}
@@ -115,14 +115,14 @@ class _Search:
         return node
 
     def takes(self, node: Node) -> bool:
-        """Whether a node is such a view, or of its sizes; then it is taken in."""
+        """Whether a node is such a view, or read by one; then it is taken in."""
         if node in self.steps or node in self.given or node in self.others or node in self._same:
             return True
         example = node.meta.get("example_value")
-        if isinstance(example, (int, torch.SymInt)):
+        if not any(_memory(leaf) in self._homes for leaf in tree_leaves(example)):
             self.others[node] = None
-            return True
-        if not any(_memory(leaf) in self._homes for leaf in tree_leaves(example)) or _is_turned(node):
+            return isinstance(example, (int, torch.SymInt, Tensor)) and not isinstance(example, LazyLogits)
+        if _is_turned(node):
             return False
         if node.op == "placeholder":
             self.given[node] = None
