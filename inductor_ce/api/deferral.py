@@ -24,7 +24,15 @@ from ..rewriting import recipes
 from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
-from . import lazy_functions, lazy_logits, lazy_nodes, lazy_questions, lazy_source, lazy_trees, lazy_views
+from . import (
+    lazy_functions,
+    lazy_logits,
+    lazy_memory,
+    lazy_nodes,
+    lazy_questions,
+    lazy_source,
+    lazy_trees,
+)
 from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
@@ -36,7 +44,10 @@ from .telling import is_told, telling
 
 @dataclass(frozen=True)
 class _Lazy:
-    """How one result is put together: a recipe, and for each part whether it is a result, and its number."""
+    """How one result is put together: a recipe, and for each part whether it is a result, and its number.
+
+    `is_shared` says that another result is in the same memory.
+    """
 
     place: int
     recipe: Recipe
@@ -44,12 +55,13 @@ class _Lazy:
     parts: tuple[tuple[bool, int], ...]
     is_shared: bool
 
-    def made(self, part: Callable[[bool, int], Tensor]) -> Tensor:
+    def made(self, part: Callable[[bool, int], Tensor], given: list[tuple[Tensor, int]]) -> Tensor:
         parts = [part(*where) for where in self.parts]
+        shared = given if self.is_shared else None
         if self.spread is None:
-            return LazyLogits.returned(Source(self.recipe, parts), self.is_shared)
+            return LazyLogits.returned(Source(self.recipe, parts), shared)
         of = Source(self.recipe, self.spread.parts(parts), watched=parts)
-        return self.spread.whole(LazyLogits.returned(of, self.is_shared))
+        return self.spread.whole(LazyLogits.returned(of, shared))
 
 
 def compile_deferring(
@@ -189,7 +201,7 @@ def _returning_parts(
 @functools.cache
 def keep_for_python() -> None:
     """Let Dynamo compile nothing of lazy logits by itself, where programs use them between graphs."""
-    ours = lazy_logits, lazy_functions, lazy_nodes, lazy_questions, lazy_source, lazy_trees, lazy_views
+    ours = lazy_logits, lazy_functions, lazy_memory, lazy_nodes, lazy_questions, lazy_source, lazy_trees
     for module in (graphs, *ours, recipes, local_logits):
         leave_alone(module)
 
@@ -207,7 +219,8 @@ def _finished(
             owned[number] = _copied(results[number]) if copies else results[number]
         return owned[number]
 
-    made = {each.place: each.made(part) for each in lazy}
+    given: list[tuple[Tensor, int]] = []
+    made = {each.place: each.made(part, given) for each in lazy}
     others = iter(results)
     return tuple(made[i] if i in made else next(others) for i in range(count))
 

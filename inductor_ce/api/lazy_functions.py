@@ -110,9 +110,7 @@ def _reshaped(func: Any) -> Callable[..., Any]:
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.dtype) for a in args):
             return NotImplemented  # the same bits as something else
-        args = tuple(
-            shaped(a) if isinstance(a, Tensor) else a for a in args
-        )  # it may be z itself
+        args = tuple(shaped(a) if isinstance(a, Tensor) else a for a in args)  # it may be z itself
         of = shaped(z)
         made = func(of, *args, **kwargs)
         shape = made.shape
@@ -121,8 +119,9 @@ def _reshaped(func: Any) -> Callable[..., Any]:
         source = z._source
         hidden = source.parts[0]
         source = source.of(hidden.reshape(*shape[:-1], hidden.shape[-1]))
-        is_view = memory_of(made) == memory_of(of)
-        return z.form(source, lambda made: func(made, *args, **kwargs), is_view)
+        if memory_of(made) == memory_of(of):
+            return z.form(source, lambda made: func(made, *args, **kwargs), is_view=True)
+        return z.form(source, lambda made: func(made, *args, **kwargs).clone())
 
     return handler
 

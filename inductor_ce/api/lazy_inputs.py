@@ -42,15 +42,15 @@ from ..graph.timeline import Timeline
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 from .lazy_trees import memory_of
-from .lazy_views import Views, views_of
+from .lazy_views import Views, place_of, views_of
 
 SHARED = (
     "Logits that were returned lazily are edited in a compiled function that is given others in their "
     'memory. Use the option returned_logits="eager".'
 )
 LAID_OUT = (
-    "A compiled function returns rows of logits that were returned lazily, by something else than views. Use the "
-    'option returned_logits="eager".'
+    "A compiled function returns rows of logits that were returned lazily, by something else than views. "
+    'Use the option returned_logits="eager".'
 )
 
 
@@ -61,7 +61,7 @@ class Apart:
     Attributes:
         added: for each argument the places of the parts that stand for it; None where it is given as it is.
         edited: the places of the other arguments that the graph edits.
-        written: the places of the lazy logits that it edits: what these become are its last results but views.
+        written: the places of the lazy logits that it edits: what these become are results.
         lost: the places of lazy logits that are given whole, as results are in their memory.
         views: what is taken of the arguments in place of results.
     """
@@ -162,28 +162,37 @@ def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     for i, made in zip(written, became, strict=True):
         _remake_aliases(timeline, places[i], twins, made)
-        _copy_cut_rows(timeline, places[i], twins)
+    for place, is_lazy in zip(places, lazy, strict=True):
+        if is_lazy:
+            _copy_cut_rows(timeline, place, twins)
     views.leave(module.graph, twins, became)
     module.recompile()
     return module, examples, Apart(tuple(apart), edited, written, whole, views)
 
 
 def _copy_cut_rows(timeline: Timeline, place: Node, twins: dict[Node, Node]) -> None:
-    """Let what copies lazy logits that are not contiguous do so where what is made in their stead is."""
-    if example_of(place).is_contiguous():
-        return
-    for node in timeline.nodes:
-        copies = name_of(node) in _COPY_WHAT_IS_CUT and len(node.all_input_nodes) > 0
-        of = node.all_input_nodes[0] if copies else None
-        if of is None or not timeline.shares_storage(of, place) or timeline.shares_storage(node, place):
-            continue
-        if timeline.edits(node) or timeline.edits(place):
-            twin = twins[node]
-            with twin.graph.inserting_after(twin):
-                copy = twin.graph.call_method("clone", (twin,))
-            copy.meta = dict(twin.meta)
-            twin.replace_all_uses_with(copy, delete_user_cb=lambda user, copy=copy: user is not copy)
-            twins[node] = copy
+    """Let what copies lazy logits that are not contiguous do so where what is made in their stead is.
+
+    It matters where one of the two is edited.
+    """
+    logits = example_of(place)
+    for node in timeline.nodes if not logits.is_contiguous() else ():
+        if name_of(node) in _COPY_WHAT_IS_CUT and (timeline.edits(node) or timeline.edits(place)):
+            of = node.all_input_nodes[0]
+            same = [place_of(logits) == place_of(each.meta.get("example_value")) for each in (of, node)]
+            if same == [True, False]:
+                twins[node] = _cloned(twins[node])
+
+
+def _cloned(node: Node) -> Node:
+    """A copy of what a node gives, which all its users have."""
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        copy = node.graph.call_method("clone", (node,))
+    copy.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, copy)
+    return copy
 
 
 _COPY_WHAT_IS_CUT = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}

@@ -3,7 +3,8 @@
 A compiled function whose loss needs no logits returns, in their place, what they are made of: hidden states,
 the weight, and the steps between (`rewriting.recipes`). `LazyLogits` holds these behind a tensor of the right
 shape, dtype and device. Questions about it are answered, casts, views and slices of rows stay lazy, some
-reductions go by chunks of rows, and everything else makes the logits, once, and is done to them.
+reductions go by chunks of rows, and everything else makes the logits, once, and is done to them. In which
+memory they are, `lazy_memory` tells.
 
 NOTE Gradients. A lazy tensor has a node of its own in autograd's graph, whose backward turns a gradient of
 the logits into those of the parts. What is made of it later is a child of that node. So whatever is done to
@@ -11,17 +12,12 @@ it, by Python or by C++ that knows nothing of it, no gradient is lost: an autogr
 `retain_grad`, `torch.autograd.grad(loss, logits)`. A slice of rows goes round that node, straight to its rows
 of the hidden states, or its gradient would have the size of all logits.
 
-NOTE Edits. A view is linked to what it is of. Before somebody writes to either, or has a tensor in its memory
-who may, it is put into the memory of the other (`join`). Views that were made elsewhere before are made
-again, of what was written, when they are read next.
-
 NOTE Never a wrong number. The parts are the user's own tensors. When logits are made the version of each must
 be what it was; after an optimizer's step it is not, and an error says so.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -34,22 +30,19 @@ from ..common.compat.graphs import (
     keep_dynamic,
     refuse_memory,
     without_torch_function,
-    without_transforms,
 )
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
 from . import lazy_functions, lazy_questions
 from . import lazy_trees as trees
-from .lazy_nodes import OfLazy, OfParent, OfParts
+from .lazy_memory import Given, InMemory
+from .lazy_nodes import OfParent, OfParts
 from .lazy_source import Source
 
 Strides = tuple[int, ...]
 
-_MAKING = threading.RLock()  # one reader makes, the others wait
-_BEFORE_THE_EDIT = -1
 
-
-class LazyLogits(Tensor):
+class LazyLogits(InMemory):
     """Logits [..., V] that a compiled function returned beside its loss, made when somebody looks.
 
     An ordinary tensor to whoever uses it; `is_made` tells whether all logits are in memory.
@@ -57,18 +50,7 @@ class LazyLogits(Tensor):
 
     is_lazy_logits = True
 
-    _source: Source
-    _made: Tensor | None
-    _made_version: int
-    _parent: LazyLogits | None  # of which this is another form
-    _viewed: LazyLogits | None  # of which this is a view
-    _is_whole: bool  # whether this is all of that
-    _path: Callable[[Tensor], Tensor]  # from the logits of either to these
-    _has_joined: bool  # whether it is in the memory of that, and has the gradient of what is written there
-    _is_sliced: bool
-    _is_exposed: bool
-    _is_shared: bool
-    _is_bound: bool  # whether somebody may write to it by a view that hooks are on
+    _is_sliced: bool  # whether gradients of rows go round its node
 
     @staticmethod
     def __new__(cls, source: Source, strides: Strides | None = None) -> LazyLogits:
@@ -82,150 +64,28 @@ class LazyLogits(Tensor):
         refuse_memory(made)
         made._source, made._parent, made._viewed = source, None, None
         made._made, made._made_version = None, 0
-        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = made._is_bound = False
-        made._has_joined = False
+        made._is_whole = made._is_sliced = made._is_exposed = made._is_bound = made._has_joined = False
+        made._given = None
         keep_dynamic(source.parts[0], made, dims=len(source.shape) - 1)
         return made
 
     @staticmethod
-    def returned(source: Source, is_shared: bool = False, strides: Strides | None = None) -> LazyLogits:
+    def returned(source: Source, given: Given | None = None, strides: Strides | None = None) -> LazyLogits:
         """Logits in the place of those that a compiled function would have returned.
 
-        `is_shared` says that another of its results would have been in the same memory; `strides` are those that
-        they would have, if not contiguous.
+        Those that would have been in the same memory have one list of what is `given` away of it; `strides`
+        are those that they would have, if not contiguous.
         """
         if torch.is_grad_enabled() and source.recipe.requires_grad:
             made = OfParts.apply(LazyLogits, source, strides, *source.parts)
         else:
             made = LazyLogits(source, strides)
-        made._is_shared = is_shared
+        made._given = given
         return made
 
     @property
     def source(self) -> Source:
         return self._source
-
-    @property
-    def is_made(self) -> bool:
-        return self._made is not None
-
-    def made(self) -> Tensor:
-        """All logits, as an ordinary tensor.
-
-        Raises:
-            LazyLogitsError: what they are made of was changed or freed since.
-        """
-        with _MAKING, torch.inference_mode(False), without_transforms():
-            if self._made is None:
-                self._make()
-            elif self.is_behind:
-                self._see()
-            elif self._made.requires_grad != self._learns and not self.is_edited:
-                self._keep(self._made.detach())  # a leaf has been asked for a gradient, or no longer
-            if self.root._is_bound and self.root.is_edited:
-                raise LazyLogitsError(_WATCHED)
-        assert self._made is not None
-        return self._made
-
-    def _make(self) -> None:
-        viewed = self._viewed
-        if viewed is not None and (viewed.is_at_hand or self._is_whole):
-            made = viewed.made()
-            if viewed.may_be_edited:
-                self._see()
-            else:
-                self._keep(self._path(made.detach()))
-        elif not self._learns or (self._parent is not None and self._parent.may_be_edited):
-            self._keep(self._source.make())
-        elif self._parent is None:
-            self._keep(self._source.make_with_graph())
-        else:  # the gradient goes by way of the parent, which needs its logits
-            self._keep(self._path(self._parent.made().detach()))
-
-    def _keep(self, made: Tensor) -> None:
-        """Those logits as a child of this tensor's node, whoever looks first, and under whatever mode."""
-        if self._learns:
-            with torch.enable_grad():
-                made = OfLazy.apply(self, made)
-        self._made, self._made_version = made, made._version
-
-    def _see(self) -> None:
-        """Be a view, by torch's account, of what this is of: what is written to either has its gradient in both."""
-        viewed = self._viewed
-        assert viewed is not None
-        if self._is_watched:
-            raise LazyLogitsError(_WATCHED)
-        made = viewed.made()
-        self._has_joined = True
-        if self._learns and not self._has_our_node:
-            self._keep(self._path(made.detach()))
-            return
-        with torch.enable_grad():
-            self._made, self._made_version = self._path(made), _BEFORE_THE_EDIT
-
-    def join(self) -> None:
-        """Be in the memory of what this is a view of, for whoever writes to either, or may."""
-        viewed = self._viewed
-        if viewed is None or self._has_joined or (not self.root.is_made and self._source.is_spent):
-            return  # the others can be read no more
-        with _MAKING, torch.inference_mode(False), without_transforms():
-            viewed.join()
-            if self._is_watched:
-                self._keep(self._path(viewed.made().detach()))
-                self.root._is_bound = True
-            else:
-                self._see()
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether what this is a view of was written to where this has not been since."""
-        return self.is_apart and self._viewed.may_be_edited  # type: ignore[union-attr]
-
-    @property
-    def root(self) -> LazyLogits:
-        """What these logits are a view of, or themselves."""
-        root = self
-        while root._viewed is not None:
-            root = root._viewed
-        return root
-
-    @property
-    def place(self) -> int | None:
-        """What tells the memory where these logits are, or will be where somebody writes, from other memory."""
-        made = self.root._made
-        return id(self.root) if made is None else trees.memory_of(made)
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether these logits are in memory, here or in what they are a view of."""
-        return self.is_made or (self._viewed is not None and self._viewed.is_at_hand)
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether they are a view of others, and may be in other memory."""
-        return self._viewed is not None and not self._has_joined
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether they are in memory, and what they are a view of is not, but may be."""
-        return self.is_at_hand and self.is_apart and not (self.root.is_made or self._source.is_spent)
-
-    @property
-    def is_edited(self) -> bool:
-        """Whether the logits have been written to since they were made."""
-        return self._made is not None and self._made._version != self._made_version
-
-    @property
-    def is_leaf_of_its_own(self) -> bool:
-        """Whether gradients are kept by this tensor."""
-        with without_torch_function():
-            return self.requires_grad and self.is_leaf
-
-    @property
-    def may_be_edited(self) -> bool:
-        """The same, or what they are a view of, or somebody has the memory, to write to without a word."""
-        of = self._viewed
-        return self._is_exposed or self.is_edited or (of is not None and of.may_be_edited)
 
     @property
     def is_ours(self) -> bool:
@@ -240,23 +100,7 @@ class LazyLogits(Tensor):
             return False
         return self._parent is None or self._parent.is_ours
 
-    @property
-    def _is_watched(self) -> bool:
-        with without_torch_function():
-            return bool(self._backward_hooks) or self.retains_grad
-
-    @property
-    def _learns(self) -> bool:
-        """Whether this tensor, as it was before any edit, requires a gradient."""
-        with without_torch_function():
-            return self.requires_grad
-
-    @property
-    def _has_our_node(self) -> bool:
-        with without_torch_function():
-            return getattr(self.grad_fn, "is_lazy", False)
-
-    # Views share memory with what they are of, as soon as somebody writes to it
+    # Other forms
 
     def form(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool = False) -> LazyLogits:
         """All of these logits otherwise: what `path` makes of them, a cast, a copy or a view."""
@@ -299,22 +143,6 @@ class LazyLogits(Tensor):
         made._viewed = self if is_view else None
         return made
 
-    def before_write(self) -> None:
-        """Raises LazyLogitsError where not everybody would see what is about to be written."""
-        root = self.root
-        if root._is_shared:
-            raise LazyLogitsError(
-                "Logits that were returned lazily are written to, and another result of the compiled "
-                'function would share memory with them. Use the option returned_logits="eager".'
-            )
-        of: LazyLogits | None = self
-        while of is not None:
-            if of._is_watched:
-                raise LazyLogitsError(_WATCHED)
-            of = of._viewed
-        root.made()
-        self.join()
-
     def detached_in_place(self) -> LazyLogits:
         """This tensor, a leaf from now on; what has been made of it keeps its gradient.
 
@@ -347,6 +175,7 @@ class LazyLogits(Tensor):
             return ["_whole"], None
         if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
             self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
+        self.check_others()
         if not is_compiling():  # which would tell an error of its own; what is compiled checks
             self._source.check()
         parts = self._source.parts
@@ -394,6 +223,8 @@ class LazyLogits(Tensor):
             return args[0].detached_in_place()
         if func is torch.autograd.grad:
             return trees.differentiated(*args, **kwargs)
+        for z in trees.lazy_in(args):
+            z.check_others()
         result = lazy_functions.lazily(func, args, kwargs)
         if result is not NotImplemented:
             return result
@@ -423,17 +254,12 @@ class LazyLogits(Tensor):
 
 
 def _called(func: Any, args: Any, kwargs: Any, made: Callable[[Any], Any]) -> Any:
-    """A callable's result, of the logits themselves; what is in their memory is in that of what they are of."""
+    """The result of a callable of the logits themselves; if in their memory, in that of what they are of."""
     result = func(*made(args), **made(kwargs))
-    given = [z for z in trees.lazy_in([args, kwargs]) if z.is_apart]
+    given = [z for z in trees.lazy_in([args, kwargs]) if z.is_apart or z.root._given is not None]
     if given and not trees.memory(result).isdisjoint(trees.memory([z.made() for z in given])):
         for z in given:
             z.join()
+            z.give_away()
         result = func(*made(args), **made(kwargs))
     return result
-
-
-_WATCHED = (
-    "Logits that were returned lazily are written to while they, or a view of them, have hooks "
-    'or retain their gradient. Use the option returned_logits="eager".'
-)

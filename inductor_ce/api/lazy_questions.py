@@ -1,4 +1,4 @@
-"""What callables of torch do with a tensor: ask of it, watch it, copy it, write to it, give its memory away."""
+"""What callables of torch do with a tensor: ask of it, watch, copy, write to it, give its memory away."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _QUESTIONS = {
     torch.result_type,
 }
 # Those of which Dynamo asks the rest by C++, which goes to this tensor.
-OF_ITSELF = {Tensor._is_view}
+OF_ITSELF = {Tensor._is_view, Tensor.storage_offset}
 # Properties that are not about the tensor but of its elements.
 _VALUES = ("T", "mT", "H", "mH", "data", "real", "imag", "__cuda_array_interface__")
 

@@ -40,7 +40,9 @@ class Views:
     def __init__(self, timeline: Timeline, results: dict[int, Node], search: _Search) -> None:
         inputs = [node for node in timeline.nodes if node.op == "placeholder"]
         self.arguments = tuple(inputs.index(node) for node in search.given)
-        self._others = list(search.others)  # nodes of the graph that become results, as the program reads them
+        self._others = list(
+            search.others
+        )  # nodes of the graph that become results, as the program reads them
         self._steps = [node for node in timeline.nodes if node in search.steps]
         self.places, self.count = tuple(results), 0
         graph = Graph()
@@ -54,7 +56,7 @@ class Views:
         self._program = GraphModule(nn.Module(), graph)
 
     def leave(self, graph: Graph, twins: dict[Node, Node], became: Sequence[Node]) -> None:
-        """Let a copy of the graph return what edited inputs `became`, and what the program reads, but no views."""
+        """Let a copy of the graph return what edited inputs `became`, and what is read, but no views."""
         output = graph.output_node()
         results: Any = output.args[0]
         kept = [result for i, result in enumerate(results) if i not in self.places]
@@ -78,15 +80,15 @@ class Views:
 def views_of(timeline: Timeline, lazy: Sequence[Node]) -> tuple[Views, set[Node]]:
     """What a graph returns in the memory of lazy inputs.
 
-    Returns the views of some of the inputs, and the other inputs, of which it returns something that no program
-    takes, as what a function of the user's own gives.
+    Returns the views of some of the inputs, and the other inputs, of which it returns something that no
+    program takes, as what a function of the user's own gives.
     """
     results: Any = timeline.nodes[-1].args[0]
-    homes = {_memory(node.meta["example_value"]): node for node in lazy} if lazy else {}
+    homes = {place_of(node.meta["example_value"]): node for node in lazy} if lazy else {}
     found = {
         i: homes[place]
         for i, node in enumerate(results)
-        if isinstance(node, Node) and (place := _memory(node.meta.get("example_value"))) in homes
+        if isinstance(node, Node) and (place := place_of(node.meta.get("example_value"))) in homes
     }
     lost: set[Node] = set()
     while True:  # as long as an input is lost of which others are views
@@ -99,10 +101,10 @@ def views_of(timeline: Timeline, lazy: Sequence[Node]) -> tuple[Views, set[Node]
 
 
 class _Search:
-    """What is done to lazy inputs to have views of them: what is given, other tensors and sizes, and steps."""
+    """How views of lazy inputs are taken: of what is given, of other tensors and sizes, by steps."""
 
     def __init__(self, timeline: Timeline, lazy: Collection[Node]) -> None:
-        self._homes = {_memory(node.meta["example_value"]) for node in lazy}
+        self._homes = {place_of(node.meta["example_value"]) for node in lazy}
         self.given: dict[Node, None] = {}
         self.others: dict[Node, None] = {}
         self.steps: set[Node] = set()
@@ -119,7 +121,7 @@ class _Search:
         if node in self.steps or node in self.given or node in self.others or node in self._same:
             return True
         example = node.meta.get("example_value")
-        if not any(_memory(leaf) in self._homes for leaf in tree_leaves(example)):
+        if not any(place_of(leaf) in self._homes for leaf in tree_leaves(example)):
             self.others[node] = None
             return isinstance(example, (int, torch.SymInt, Tensor)) and not isinstance(example, LazyLogits)
         if _is_turned(node):
@@ -141,7 +143,7 @@ def _is_turned(node: Node) -> bool:
     return any(name_of(each) in _TURN and node in written_by(each) for each in (node, *node.users))
 
 
-def _memory(example: Any) -> Any:
+def place_of(example: Any) -> Any:
     """What tells the memory of an example from that of others; None where it has none."""
     if isinstance(example, LazyLogits):
         return example.place
