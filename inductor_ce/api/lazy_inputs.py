@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -82,6 +83,8 @@ class Apart:
         for i, (argument, added) in enumerate(zip(arguments, self.added, strict=True)):
             if added is not None and isinstance(argument, LazyLogits):
                 argument.source.check()
+                if torch.is_grad_enabled() and argument.requires_grad:
+                    argument.go_round()
                 flat += _parts(argument.source, added, [arguments[i] for i in self.edited])
             else:
                 flat.append(self._whole(i, argument))

@@ -124,12 +124,13 @@ class LazyLogits(InMemory):
         strides = self._strides(path) if is_view else None
         if torch.is_grad_enabled() and self._learns:
             made = LazyLogits.returned(self._source.of(hidden), strides=strides)
-            self._tell_parents()
+            self.go_round()
         else:
             made = LazyLogits(self._source.of(hidden.detach()), strides)
         return self._followed(made, path, is_view)
 
-    def _tell_parents(self) -> None:
+    def go_round(self) -> None:
+        """Let it be known that a gradient does not go by way of this tensor's node."""
         form: LazyLogits | None = self
         while form is not None:
             form._is_sliced, form = True, form._parent
@@ -163,9 +164,9 @@ class LazyLogits(InMemory):
         """Raises LazyLogitsError where a gradient goes round the node of this tensor."""
         if self._is_sliced:
             raise LazyLogitsError(
-                "Rows have been taken of logits that were returned lazily, and their gradient does not go by "
-                "way of these logits: set hooks, and retain the gradient, before rows are taken, or use the "
-                'option returned_logits="eager".'
+                "Rows have been taken of logits that were returned lazily, or a compiled function has taken "
+                "them apart, and the gradient does not go by way of these logits: set hooks, and retain the "
+                'gradient, before that, or use the option returned_logits="eager".'
             )
 
     # As an input of compiled functions
