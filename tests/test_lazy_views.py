@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import compile_lazily, compile_with_codegen
 from lazy_cases import outcome
 from lazy_programs import B, Model, Program, T, V, batch, ce, gradients, lazies, raw, total
@@ -247,16 +248,33 @@ def test_code() -> None:
 def test_the_head_is_in_pieces_and_nothing_is_made() -> None:
     def f(m: Model, x: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         z = logits(m, x)
-        return ce(z, y), z[:, -1], z.view(-1, V), z.detach(), z
+        return ce(z, y), z[:, -1], z.view(-1, V), z.detach(), z[..., :61], z
 
     m, (x, y) = Model(), batch()
     compiled, graphs = compile_lazily(f)
     results = compiled(m, x, y)
-    assert [z.is_made for z in lazies(results)] == [False] * 4
+    assert [z.is_made for z in lazies(results)] == [False] * 5
     assert graphs.pieces == 1
     results[2].mul_(2)
     assert lazies(results)[-1].is_made
     torch.testing.assert_close(results[3] * 1, 2 * m.head(m.hidden(x)).detach())
+
+
+def test_a_padded_vocabulary_that_is_cut_off_before_the_loss() -> None:
+    """By eager code, of logits that are lazy: the loss has its head, of the classes that are left."""
+    m, (x, y) = Model(), batch()
+    y = y.clamp(max=60)
+    first, (second, graphs) = compile_lazily(raw)[0], compile_lazily(F.cross_entropy)
+    results = []
+    for f, loss in ((first, second), (raw, F.cross_entropy)):
+        _, z = f(m, x, y)
+        z = z[..., :61]
+        value = loss(z.flatten(0, 1), y.flatten())
+        assert not getattr(z, "is_made", False)
+        results.append([value.detach(), *gradients(m, value)])
+        torch.testing.assert_close(z * 1, m.head(m.hidden(x))[..., :61])
+    torch.testing.assert_close(*results)
+    assert graphs.pieces == 1
 
 
 # What is not followed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -128,13 +129,28 @@ def _reshaped(func: Any) -> Callable[..., Any]:
 
 def _getitem(z: Any, index: Any) -> Any:
     items = _items(index)
-    over_rows = _over_rows(items, z.dim())
+    over_rows, over_classes = _split(items, z.dim())
     if over_rows is None or (_wants_gradient(z) and not z.is_ours):
         return NotImplemented
+    source, whole = z._source, all(isinstance(i, slice) and i == slice(None) for i in over_rows)
+    if over_classes != slice(None):
+        classes = _range(over_classes, z.shape[-1]) if whole else None
+        if classes is None:
+            return NotImplemented
+        cut = source.then(operator.getitem, (..., slice(*classes)), classes=classes[1] - classes[0])
+        return z.part(cut, lambda made: made[tuple(items)], is_view=True)
     is_view = not any(isinstance(i, Tensor) for i in items)
-    if all(isinstance(i, slice) and i == slice(None) for i in over_rows):
-        return z.form(z._source, lambda made: made[tuple(items)], is_view=True)
-    return z.rows(z._source.parts[0][over_rows], lambda made: made[tuple(items)], is_view)
+    if whole:
+        return z.form(source, lambda made: made[tuple(items)], is_view=True)
+    return z.part(source.of(source.parts[0][over_rows]), lambda made: made[tuple(items)], is_view)
+
+
+def _range(classes: slice, count: int) -> tuple[int, int] | None:
+    """(first, end) of the classes that a slice takes, one behind the other; None for others."""
+    if not all(isinstance(i, (int, type(None))) for i in (classes.start, classes.stop, count)):
+        return None
+    first, end, _ = slice(classes.start, classes.stop).indices(count)
+    return (first, end) if classes.step in (None, 1) and first < end else None
 
 
 def _items(index: Any) -> list[Any]:
@@ -152,15 +168,15 @@ def _as_index(item: Any) -> Tensor:
     return found if found.numel() else found.long()
 
 
-def _over_rows(items: list[Any], rank: int) -> tuple[Any, ...] | None:
-    """The index of all dimensions but the last, where x[items] leaves that whole; else None."""
+def _split(items: list[Any], rank: int) -> tuple[tuple[Any, ...] | None, Any]:
+    """The index of all dimensions but the last, where a slice is left of that; else None. And the slice."""
     if any(isinstance(i, bool) for i in items):
-        return None
+        return None, None
     missing = [slice(None)] * (rank - sum(map(_dimensions, items)))
     place = next((k for k, i in enumerate(items) if i is Ellipsis), len(items))
     whole = [*items[:place], *missing, *items[place + 1 :]]
     last = whole.pop() if whole else None
-    return tuple(whole) if isinstance(last, slice) and last == slice(None) else None
+    return (tuple(whole), last) if isinstance(last, slice) else (None, None)
 
 
 def _dimensions(item: Any) -> int:

@@ -119,14 +119,14 @@ class LazyLogits(InMemory):
         made._is_whole = True
         return self._followed(made, torch.Tensor.detach, is_view)
 
-    def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
-        """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
+    def part(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
+        """Some rows of these logits, or some classes: what `path` makes of them, a copy or a view."""
         strides = self._strides(path) if is_view else None
         if torch.is_grad_enabled() and self._learns:
-            made = LazyLogits.returned(self._source.of(hidden), strides=strides)
+            made = LazyLogits.returned(source, strides=strides)
             self.go_round()
         else:
-            made = LazyLogits(self._source.of(hidden.detach()), strides)
+            made = LazyLogits(source.detached(), strides)
         return self._followed(made, path, is_view)
 
     def go_round(self) -> None:
