@@ -134,6 +134,168 @@ def test_what_is_written_through_its_memory_is_read() -> None:
         assert_same(*results)
 
 
+# One memory, whoever writes there, and whatever was read before
+
+
+def plain_view_of_the_base(z: Tensor) -> list[Tensor]:
+    v, w = z[:, -1], z.view(-1, V)
+    v.sum(), w.sum()
+    t = z.transpose(0, 1)
+    t.mul_(2)
+    return [z, v, w, t]
+
+
+def columns_of_the_base(z: Tensor) -> list[Tensor]:
+    v = z[:, -1]
+    v.sum()
+    z[..., :3].mul_(2)
+    return [z, v]
+
+
+def plain_view_of_rows(z: Tensor) -> list[Tensor]:
+    v = z[:, -1]
+    t = v.T
+    t.mul_(2)
+    return [z, v, t]
+
+
+def plain_view_of_a_view(z: Tensor) -> list[Tensor]:
+    v = z.view(-1, V)
+    v.sum()
+    t = v.mT
+    t.mul_(2)
+    return [z, v, t]
+
+
+def view_of_a_view_that_was_read(z: Tensor) -> list[Tensor]:
+    v = z[:, -1]
+    v.sum()
+    u = v.unsqueeze(1)
+    r = u.view(-1, V)
+    r.mul_(2)
+    return [z, v, u, r]
+
+
+def one_entry(z: Tensor) -> list[Tensor]:
+    v = z[0, -1]
+    p = v[3]
+    p.mul_(3)
+    return [z, v, p]
+
+
+def rows_in_a_loop(z: Tensor) -> list[Tensor]:
+    z = z.detach()
+    v = z[:, -1]
+    v.sum()
+    rows = list(v)
+    rows[0].mul_(2)
+    return [z, v, *rows]
+
+
+def contiguous_rows(z: Tensor) -> list[Tensor]:
+    v = z[:, 1:]
+    w = v.contiguous()
+    w.mul_(2)
+    return [z, v, w]
+
+
+def contiguous_rows_that_were_read(z: Tensor) -> list[Tensor]:
+    v = z[:, 1:]
+    v.sum()
+    w = v.contiguous()
+    w.mul_(2)
+    return [z, v, w]
+
+
+def reshaped_rows(z: Tensor) -> list[Tensor]:
+    v = z[:, 1:]
+    w = v.reshape(-1, V)
+    w.mul_(2)
+    return [z, v, w]
+
+
+def contiguous_rows_of_what_is_edited(z: Tensor) -> list[Tensor]:
+    w = z[:, 1:].contiguous()
+    z.mul_(2)
+    return [z, w]
+
+
+def edited_without_a_gradient(z: Tensor) -> list[Tensor]:
+    z = z.detach()
+    v, w = z[:, -1], z.view(-1, V)
+    v.sum()
+    z[..., :3].fill_(1.0)
+    w[2:].T.fill_(0.5)
+    return [z, v, w]
+
+
+def a_gradient_that_the_edit_brings(z: Tensor) -> list[Tensor]:
+    d = z.detach()
+    e = d.view(-1, V)
+    d.mul_(z.sum())
+    return [z, d, e]
+
+
+def numpy_of_rows(z: Tensor) -> list[Tensor]:
+    z = z.detach()
+    v = z[:, -1]
+    v.sum()
+    v.numpy()[:] = 1
+    return [z, v, z.view(-1, V)]
+
+
+ONE_MEMORY: list[Callable[[Tensor], list[Tensor]]] = [
+    *(plain_view_of_the_base, columns_of_the_base, plain_view_of_rows, plain_view_of_a_view),
+    *(view_of_a_view_that_was_read, one_entry, rows_in_a_loop, contiguous_rows),
+    *(contiguous_rows_that_were_read, reshaped_rows, contiguous_rows_of_what_is_edited),
+    *(edited_without_a_gradient, a_gradient_that_the_edit_brings, numpy_of_rows),
+]
+
+
+@pytest.mark.parametrize("edit", ONE_MEMORY)
+def test_views_are_in_one_memory_and_copies_are_not(edit: Callable[[Tensor], list[Tensor]]) -> None:
+    case = Case()
+    results = []
+    for z in (case.z, case.eager):
+        edited = edit(z)
+        results.append([x * 1 for x in edited])
+        of = [x.sin().sum() for x in edited if x.requires_grad]
+        if of:
+            torch.stack(of).sum().backward()
+    assert_same(*results)
+    case.same_gradients()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_view_is_laid_out_as_in_eager(view: str) -> None:
+    case = Case()
+    ours, theirs = VIEWS[view](case.z), VIEWS[view](case.eager)
+    for made in (False, True):
+        assert ours.is_made == made
+        assert (ours.stride(), ours.is_contiguous()) == (theirs.stride(), theirs.is_contiguous())
+        ours.sum()
+
+
+@pytest.mark.parametrize("hook", [lambda v: v.retain_grad(), lambda v: v.register_hook(lambda g: g * 3)])
+def test_an_edit_that_hooks_of_a_view_would_not_see_is_refused(hook: Callable[[Tensor], Any]) -> None:
+    for edited in (lambda z, v: z.mT, lambda z, v: v.mT):
+        z = Case().z
+        v = z[:, 1:]
+        hook(v)
+        edited(z, v).mul_(2)
+        with pytest.raises(LazyLogitsError, match="have hooks"):
+            [v.sum(), z.sum()]
+
+
+def test_rows_that_are_read_late_have_what_was_read() -> None:
+    """Where the others can be made no more, nobody else sees an edit."""
+    case = Case()
+    v = case.z[:, -1]
+    v.sum()
+    in_place(*case.parts)
+    assert_same(v.T * 1, case.eager[:, -1].T * 1)
+
+
 # Never a wrong number
 
 

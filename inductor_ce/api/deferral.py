@@ -24,8 +24,16 @@ from ..rewriting import recipes
 from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
 from ..rewriting.recipes import Recipe
-from . import lazy_functions, lazy_logits, lazy_source, lazy_trees
-from .lazy_inputs import made_inside, taken_apart, write_back
+from . import (
+    lazy_functions,
+    lazy_logits,
+    lazy_memory,
+    lazy_nodes,
+    lazy_questions,
+    lazy_source,
+    lazy_trees,
+)
+from .lazy_inputs import made_inside, taken_apart
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
 from .pass_slots import LOSSES_SLOT, passes_in
@@ -36,7 +44,10 @@ from .telling import is_told, telling
 
 @dataclass(frozen=True)
 class _Lazy:
-    """How one result is put together: a recipe, and for each part whether it is a result, and its number."""
+    """How one result is put together: a recipe, and for each part whether it is a result, and its number.
+
+    `is_shared` says that another result is in the same memory.
+    """
 
     place: int
     recipe: Recipe
@@ -44,12 +55,13 @@ class _Lazy:
     parts: tuple[tuple[bool, int], ...]
     is_shared: bool
 
-    def made(self, part: Callable[[bool, int], Tensor]) -> Tensor:
+    def made(self, part: Callable[[bool, int], Tensor], given: list[tuple[Tensor, int]]) -> Tensor:
         parts = [part(*where) for where in self.parts]
+        shared = given if self.is_shared else None
         if self.spread is None:
-            return LazyLogits.returned(Source(self.recipe, parts), self.is_shared)
+            return LazyLogits.returned(Source(self.recipe, parts), shared)
         of = Source(self.recipe, self.spread.parts(parts), watched=parts)
-        return self.spread.whole(LazyLogits.returned(of, self.is_shared))
+        return self.spread.whole(LazyLogits.returned(of, shared))
 
 
 def compile_deferring(
@@ -70,20 +82,21 @@ def compile_deferring(
         options: in force.
         patches: of Inductor's configuration, under which it compiles.
     """
-    module, inputs, flatten, written = taken_apart(module, inputs)
+    module, inputs, apart = taken_apart(module, inputs)
     report, finish = Report(), None
     if is_on(LOSS_PASSES, patches):
         report, finish = read_and_defer(module, options, uses_cudagraphs(patches))
     publish(report, options)
     with telling(), made_inside(inputs):
         compiled = compile(module, inputs)
-    if flatten is None and finish is None:
+    if apart is None and finish is None:
         return compiled
 
     def run(*args: Any) -> Sequence[Any]:
-        given = args if flatten is None else flatten(args)
+        given = args if apart is None else apart.flattened(args)
         results = compiled(*given)
-        return write_back(written, args, results if finish is None else finish(given, results))
+        results = results if finish is None else finish(given, results)
+        return results if apart is None else apart.finished(args, results)
 
     return run
 
@@ -188,7 +201,8 @@ def _returning_parts(
 @functools.cache
 def keep_for_python() -> None:
     """Let Dynamo compile nothing of lazy logits by itself, where programs use them between graphs."""
-    for module in (graphs, lazy_logits, lazy_functions, lazy_source, lazy_trees, recipes, local_logits):
+    ours = lazy_logits, lazy_functions, lazy_memory, lazy_nodes, lazy_questions, lazy_source, lazy_trees
+    for module in (graphs, *ours, recipes, local_logits):
         leave_alone(module)
 
 
@@ -205,7 +219,8 @@ def _finished(
             owned[number] = _copied(results[number]) if copies else results[number]
         return owned[number]
 
-    made = {each.place: each.made(part) for each in lazy}
+    given: list[tuple[Tensor, int]] = []
+    made = {each.place: each.made(part, given) for each in lazy}
     others = iter(results)
     return tuple(made[i] if i in made else next(others) for i in range(count))
 

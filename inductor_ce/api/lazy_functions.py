@@ -1,81 +1,20 @@
-"""What is done to lazy logits without making all of them: questions, other forms, rows, a few reductions."""
+"""What is done to lazy logits without making all of them: other forms, rows, a few reductions."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.compat.graphs import is_capturing
+from .lazy_trees import memory_of
 
 CHUNK_BYTES = 2**26  # of the logits that are there at once where only a few numbers of each row are wanted
-
-aten = torch.ops.aten
-
-COPIES = {aten.detach.default, aten.alias.default, aten.clone.default, aten.lift_fresh.default}
-
-# What autograd's node of the tensor itself is asked for.
-WATCHES = {Tensor.register_hook, Tensor.retain_grad}
-
-# What gives the memory away, to be written to without a word.
-EXPOSE = {
-    *(Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr, Tensor.untyped_storage),
-    *(Tensor.storage, Tensor.data.__get__, Tensor.data.__set__),  # type: ignore[attr-defined]
-}
-
-
-# Questions
-
-_QUESTIONS = {
-    *(Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.stride),
-    *(Tensor.storage_offset, Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous),
-    *(Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.is_inference, Tensor.is_signed),
-    *(Tensor.requires_grad_, Tensor.__hash__, Tensor.__repr__, Tensor.__format__),
-    *(Tensor._is_view, Tensor.is_neg, Tensor.is_conj, Tensor.is_coalesced, torch.is_conj, torch.is_neg),
-    *(torch.numel, torch.is_floating_point, torch.is_complex, torch.is_inference, torch.is_signed),
-    torch.result_type,
-}
-# Properties that are not about the tensor but of its elements.
-_VALUES = ("T", "mT", "H", "mH", "data", "real", "imag", "__cuda_array_interface__")
-
-
-def is_question(func: Any) -> bool:
-    """Whether shape, dtype and the like are the answer."""
-    if func in _QUESTIONS:
-        return True
-    if func is Tensor.untyped_storage:
-        return is_capturing()
-    owner = getattr(func, "__self__", None)
-    of = getattr(getattr(owner, "fget", owner), "__name__", "")
-    return getattr(func, "__name__", "") in ("__get__", "__set__", "__delete__") and of not in _VALUES
-
-
-# Writes
-
-
-def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The arguments that a torch callable writes to."""
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    operator = (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__iter__")
-    )
-    if in_place or operator or name in ("__setitem__", "__set__", "set_") or kwargs.get("inplace"):
-        yield from args[:1]
-    yield kwargs.get("out")
-
-
-def written_by_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """The same for an operator."""
-    for parameter, given in itertools.zip_longest(func._schema.arguments, args):
-        if parameter is not None and parameter.alias_info is not None and parameter.alias_info.is_write:
-            yield given if given is not None else kwargs.get(parameter.name)
-
 
 # Functions
 
@@ -84,7 +23,9 @@ def lazily(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a torch callable, without all logits; NotImplemented where it needs them, or has them."""
     handler = _HANDLERS.get(func)
     z = args[0] if args else None
-    if handler is None or not getattr(z, "is_lazy_logits", False) or z.is_at_hand:  # type: ignore[union-attr]
+    if handler is None or not getattr(z, "is_lazy_logits", False):
+        return NotImplemented
+    if z.is_at_hand and not (func in _CASTS or (func in _VIEWS and z.is_alone)):  # type: ignore[union-attr]
         return NotImplemented
     return handler(z, *args[1:], **kwargs)
 
@@ -103,7 +44,7 @@ def _cast(dtype: torch.dtype) -> Callable[..., Any]:
 def _as_dtype(z: Any, dtype: torch.dtype) -> Any:
     if dtype == z.dtype:
         return z
-    if not dtype.is_floating_point:
+    if not dtype.is_floating_point or z.is_at_hand:
         return NotImplemented
     return z.form(z._source.then("to", dtype, dtype=dtype), lambda made: made.to(dtype))
 
@@ -138,15 +79,25 @@ def _type_as(z: Any, other: Tensor) -> Any:
 
 
 def _itself(z: Any, **kwargs: Any) -> Any:
-    """contiguous: they will be."""
-    order = kwargs.get("memory_format", torch.contiguous_format)
-    return z if order is torch.contiguous_format else NotImplemented
+    """contiguous: they will be, but in memory of their own where rows were cut."""
+    if kwargs.get("memory_format", torch.contiguous_format) is not torch.contiguous_format:
+        return NotImplemented
+    return z if shaped(z).is_contiguous() else _copy(z)
 
 
 def _clone(z: Any, **kwargs: Any) -> Any:
-    if _itself(z, **kwargs) is NotImplemented and kwargs["memory_format"] is not torch.preserve_format:
-        return NotImplemented
+    if kwargs.get("memory_format", torch.preserve_format) in (torch.contiguous_format, torch.preserve_format):
+        return _copy(z)
+    return NotImplemented
+
+
+def _copy(z: Any) -> Any:
     return z.form(z._source.again(), torch.clone)
+
+
+def _device(z: Any, *args: Any, **kwargs: Any) -> Any:
+    """x.cpu(), which is x where it is there."""
+    return NotImplemented if args or kwargs or z.device.type != "cpu" else z
 
 
 def _detach(z: Any, *args: Any) -> Any:
@@ -155,32 +106,51 @@ def _detach(z: Any, *args: Any) -> Any:
 
 
 def _reshaped(func: Any) -> Callable[..., Any]:
-    """Views that leave the classes last and the rows in their order."""
+    """Views, or copies of rows that were cut, that leave the classes last and the rows in their order."""
 
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
         if any(isinstance(a, torch.dtype) for a in args):
             return NotImplemented  # the same bits as something else
-        args = tuple(_shaped(a) if isinstance(a, Tensor) else a for a in args)  # it may be z itself
-        shape = func(_shaped(z), *args, **kwargs).shape
+        args = tuple(shaped(a) if isinstance(a, Tensor) else a for a in args)  # it may be z itself
+        of = shaped(z)
+        made = func(of, *args, **kwargs)
+        shape = made.shape
         if not shape or shape[-1] != z.shape[-1] or math.prod(shape[:-1]) != math.prod(z.shape[:-1]):
             return NotImplemented
         source = z._source
         hidden = source.parts[0]
-        view = source.of(hidden.reshape(*shape[:-1], hidden.shape[-1]))
-        return z.form(view, lambda made: func(made, *args, **kwargs), is_view=True)
+        source = source.of(hidden.reshape(*shape[:-1], hidden.shape[-1]))
+        if memory_of(made) == memory_of(of):
+            return z.form(source, lambda made: func(made, *args, **kwargs), is_view=True)
+        return z.form(source, lambda made: func(made, *args, **kwargs).clone())
 
     return handler
 
 
 def _getitem(z: Any, index: Any) -> Any:
     items = _items(index)
-    over_rows = _over_rows(items, z.dim())
+    over_rows, over_classes = _split(items, z.dim())
     if over_rows is None or (_wants_gradient(z) and not z.is_ours):
         return NotImplemented
+    source, whole = z._source, all(isinstance(i, slice) and i == slice(None) for i in over_rows)
+    if over_classes != slice(None):
+        classes = _range(over_classes, z.shape[-1]) if whole else None
+        if classes is None:
+            return NotImplemented
+        cut = source.then(operator.getitem, (..., slice(*classes)), classes=classes[1] - classes[0])
+        return z.part(cut, lambda made: made[tuple(items)], is_view=True)
     is_view = not any(isinstance(i, Tensor) for i in items)
-    if all(isinstance(i, slice) and i == slice(None) for i in over_rows):
-        return z.form(z._source, lambda made: made[tuple(items)], is_view=True)
-    return z.rows(z._source.parts[0][over_rows], lambda made: made[tuple(items)], is_view)
+    if whole:
+        return z.form(source, lambda made: made[tuple(items)], is_view=True)
+    return z.part(source.of(source.parts[0][over_rows]), lambda made: made[tuple(items)], is_view)
+
+
+def _range(classes: slice, count: int) -> tuple[int, int] | None:
+    """(first, end) of the classes that a slice takes, one behind the other; None for others."""
+    if not all(isinstance(i, (int, type(None))) for i in (classes.start, classes.stop, count)):
+        return None
+    first, end, _ = slice(classes.start, classes.stop).indices(count)
+    return (first, end) if classes.step in (None, 1) and first < end else None
 
 
 def _items(index: Any) -> list[Any]:
@@ -198,15 +168,15 @@ def _as_index(item: Any) -> Tensor:
     return found if found.numel() else found.long()
 
 
-def _over_rows(items: list[Any], rank: int) -> tuple[Any, ...] | None:
-    """The index of all dimensions but the last, where x[items] leaves that whole; else None."""
+def _split(items: list[Any], rank: int) -> tuple[tuple[Any, ...] | None, Any]:
+    """The index of all dimensions but the last, where a slice is left of that; else None. And the slice."""
     if any(isinstance(i, bool) for i in items):
-        return None
+        return None, None
     missing = [slice(None)] * (rank - sum(map(_dimensions, items)))
     place = next((k for k, i in enumerate(items) if i is Ellipsis), len(items))
     whole = [*items[:place], *missing, *items[place + 1 :]]
     last = whole.pop() if whole else None
-    return tuple(whole) if isinstance(last, slice) and last == slice(None) else None
+    return (tuple(whole), last) if isinstance(last, slice) else (None, None)
 
 
 def _dimensions(item: Any) -> int:
@@ -238,7 +208,7 @@ def _index_select(z: Any, dim: int, index: Tensor) -> Any:
 def _narrow(z: Any, dim: int, start: Any, length: int) -> Any:
     if not isinstance(start, int):
         return NotImplemented
-    _shaped(z).narrow(dim, start, length)  # raises what it raises
+    shaped(z).narrow(dim, start, length)  # raises what it raises
     start = start % z.shape[dim] if start < 0 else start
     return _along(z, dim, slice(start, start + length))
 
@@ -248,7 +218,7 @@ def _cut(func: Any) -> Callable[..., Any]:
 
     def handler(z: Any, *args: Any, **kwargs: Any) -> Any:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
-        lengths = [piece.shape[dim] for piece in func(_shaped(z), *args, **kwargs)]
+        lengths = [piece.shape[dim] for piece in func(shaped(z), *args, **kwargs)]
         starts = itertools.accumulate(lengths, initial=0)
         return _pieces(_along(z, dim, slice(s, s + n)) for s, n in zip(starts, lengths, strict=False))
 
@@ -256,7 +226,7 @@ def _cut(func: Any) -> Callable[..., Any]:
 
 
 def _unbind(z: Any, dim: int = 0) -> Any:
-    return _pieces(_along(z, dim, i) for i in range(len(_shaped(z).unbind(dim))))
+    return _pieces(_along(z, dim, i) for i in range(len(shaped(z).unbind(dim))))
 
 
 def _pieces(made: Iterable[Any]) -> Any:
@@ -264,8 +234,9 @@ def _pieces(made: Iterable[Any]) -> Any:
     return NotImplemented if any(piece is NotImplemented for piece in pieces) else pieces
 
 
-def _shaped(z: Any) -> Tensor:
-    return torch.empty(z.shape, device="meta")
+def shaped(z: Any) -> Tensor:
+    """A tensor without elements that is laid out as z is, or would be."""
+    return torch.empty_strided(z.shape, z.stride(), device="meta")
 
 
 def _iter(z: Any) -> Any:
@@ -359,16 +330,18 @@ def _methods(*names: str) -> list[Any]:
     return [each for each in found if each is not None]
 
 
-_HANDLERS: dict[Any, Callable[..., Any]] = {
+_CASTS: dict[Any, Callable[..., Any]] = {
     Tensor.float: _cast(torch.float32),
     Tensor.half: _cast(torch.float16),
     Tensor.bfloat16: _cast(torch.bfloat16),
     Tensor.double: _cast(torch.float64),
     Tensor.to: _to,
+    Tensor.cpu: _device,
     Tensor.type: _type,
     Tensor.type_as: _type_as,
+}
+_VIEWS: dict[Any, Callable[..., Any]] = {
     Tensor.contiguous: _itself,
-    **dict.fromkeys(_methods("clone"), _clone),
     **dict.fromkeys((*_methods("detach"), Tensor.data.__get__), _detach),  # type: ignore[attr-defined]
     **{
         func: _reshaped(func)
@@ -376,14 +349,19 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
             "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"
         )
     },
-    **dict.fromkeys(_methods("is_same_size"), lambda z, other: z.shape == other.shape),
     Tensor.__getitem__: _getitem,
     **dict.fromkeys(_methods("select"), _select),
     **dict.fromkeys(_methods("narrow"), _narrow),
-    **dict.fromkeys(_methods("index_select"), _index_select),
     **{func: _cut(func) for func in _methods("split", "chunk")},
     **dict.fromkeys(_methods("unbind"), _unbind),
     Tensor.__iter__: _iter,
+}
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    **_CASTS,
+    **_VIEWS,
+    **dict.fromkeys(_methods("clone"), _clone),
+    **dict.fromkeys(_methods("is_same_size"), lambda z, other: z.shape == other.shape),
+    **dict.fromkeys(_methods("index_select"), _index_select),
     **{func: _reduced(func, differentiable=False) for func in _methods("argmax", "argmin")},
     **{func: _reduced(func) for func in _methods("max", "amax", "logsumexp")},
     **dict.fromkeys(_methods("topk"), _topk),

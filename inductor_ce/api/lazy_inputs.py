@@ -6,15 +6,20 @@ together.
 
 NOTE Edits. A graph that edits such an input edits what the parts make of it. What that has become is one more
 result, which is copied to the lazy logits: so the program sees the edit, and its gradient.
+
+NOTE Views. What a graph returns in the memory of such an input is no result of it: the views are taken of the
+lazy logits when it has run (`lazy_views`). So whoever edits one of them edits all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
@@ -30,33 +35,111 @@ from ..common.compat.graphs import (
     tree_map,
 )
 from ..common.errors import LazyLogitsError
+from ..common.findings import name_of
 from ..graph.builder import Builder
 from ..graph.examples import Examples
 from ..graph.shapes import example_of
 from ..graph.timeline import Timeline
 from .lazy_logits import LazyLogits
 from .lazy_source import Source
-
-Flatten = Callable[[Sequence[Any]], list[Any]]
+from .lazy_trees import memory_of
+from .lazy_views import Views, place_of, views_of
 
 SHARED = (
     "Logits that were returned lazily are edited in a compiled function that is given others in their "
     'memory. Use the option returned_logits="eager".'
 )
+LAID_OUT = (
+    "A compiled function returns rows of logits that were returned lazily, by something else than views. "
+    'Use the option returned_logits="eager".'
+)
 
 
-def taken_apart(
-    module: GraphModule, inputs: Sequence[Any]
-) -> tuple[GraphModule, list[Any], Flatten | None, tuple[int, ...]]:
-    """(the graph, its inputs, what arguments are put through) with parts in place of lazy logits.
+@dataclass(frozen=True)
+class Apart:
+    """How arguments of a graph are taken apart, and what becomes of its results.
 
-    And which of the inputs, as they were, the graph edits: what these become are its last results.
+    Attributes:
+        added: for each argument the places of the parts that stand for it; None where it is given as it is.
+        edited: the places of the other arguments that the graph edits.
+        written: the places of the lazy logits that it edits: what these become are results.
+        lost: the places of lazy logits that are given whole, as results are in their memory.
+        views: what is taken of the arguments in place of results.
     """
+
+    added: tuple[tuple[int, ...] | None, ...]
+    edited: tuple[int, ...]
+    written: tuple[int, ...]
+    lost: tuple[int, ...]
+    views: Views
+
+    def flattened(self, arguments: Sequence[Any]) -> list[Any]:
+        """The arguments, of lazy logits the parts that were added.
+
+        Raises LazyLogitsError where others are in the memory of those that are written to.
+        """
+        self._check(arguments)
+        flat: list[Any] = []
+        for i, (argument, added) in enumerate(zip(arguments, self.added, strict=True)):
+            if added is not None and isinstance(argument, LazyLogits):
+                argument.source.check()
+                if torch.is_grad_enabled() and argument.requires_grad:
+                    argument.go_round()
+                flat += _parts(argument.source, added, [arguments[i] for i in self.edited])
+            else:
+                flat.append(self._whole(i, argument))
+        return flat
+
+    def _whole(self, i: int, argument: Any) -> Any:
+        """An argument as it is given to the graph, not lazy: in the memory of what it is a view of, where
+        somebody may write there."""
+        lazy = argument if isinstance(argument, LazyLogits) else _lazy_part(argument)
+        if lazy is not None and i in self.edited:
+            lazy.before_write()
+        if i in self.lost:
+            argument.join()
+            if not argument.made().is_contiguous():
+                raise LazyLogitsError(LAID_OUT)
+        return _plain(argument)
+
+    def _check(self, arguments: Sequence[Any]) -> None:
+        places = [_place(x) for x in arguments] if self.edited or self.written else []
+        for i in (*self.edited, *self.written):
+            for j, other in enumerate(places):
+                if i != j and other is not None and other == places[i] and not self._sees(i, j):
+                    raise LazyLogitsError(SHARED)
+
+    def _sees(self, edited: int, other: int) -> bool:
+        """Whether what is compiled knows by itself that arguments are in one place."""
+        return self.added[edited] is None and self.added[other] is None
+
+    def finished(self, arguments: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
+        """The results of the program, of those of the graph."""
+        read = len(results) - self.views.count
+        kept = read - len(self.written)
+        for i, became in zip(self.written, results[kept:read], strict=True):
+            arguments[i].copy_(became)
+        return self.views.taken(arguments, results[:kept], results[read:])
+
+
+def _place(x: Any) -> Any:
+    """What tells the memory of an argument from that of others, as it is or will be."""
+    lazy = x if isinstance(x, LazyLogits) else _lazy_part(x)
+    if lazy is not None:
+        return lazy.place
+    return memory_of(x) if isinstance(x, Tensor) else None
+
+
+def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, list[Any], Apart | None]:
+    """(the graph, its inputs, how arguments are taken apart) with parts in place of lazy logits."""
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
     if not any(lazy) and not any(map(_is_lazy, [*inputs, *(n.meta.get("example_value") for n in places)])):
-        return module, list(inputs), None, ()
+        return module, list(inputs), None
     timeline = Timeline(module.graph)
+    views, lost = views_of(timeline, [node for node, is_lazy in zip(places, lazy, strict=True) if is_lazy])
+    whole = tuple(i for i, node in enumerate(places) if node in lost)
+    lazy = [is_lazy and node not in lost for is_lazy, node in zip(lazy, places, strict=True)]
     edited = tuple(i for i, node in enumerate(places) if not lazy[i] and timeline.edits(node))
     written = tuple(i for i, node in enumerate(places) if lazy[i] and timeline.edits(node))
     became = []
@@ -75,16 +158,47 @@ def taken_apart(
             apart.append(added)
         else:
             apart.append(None)
+            given = example if i in whole else given  # of whose logits the compiler knows the sizes
             examples.append(given.made() if isinstance(given, LazyLogits) else given)
-    output = module.graph.output_node()
-    output.args = ((*output.args[0], *became),)  # type: ignore[misc]
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
     for i, made in zip(written, became, strict=True):
         _remake_aliases(timeline, places[i], twins, made)
+    for place, is_lazy in zip(places, lazy, strict=True):
+        if is_lazy:
+            _copy_cut_rows(timeline, place, twins)
+    views.leave(module.graph, twins, became)
     module.recompile()
-    return module, examples, functools.partial(_flattened, tuple(apart), edited, written), written
+    return module, examples, Apart(tuple(apart), edited, written, whole, views)
+
+
+def _copy_cut_rows(timeline: Timeline, place: Node, twins: dict[Node, Node]) -> None:
+    """Let what copies lazy logits that are not contiguous do so where what is made in their stead is.
+
+    It matters where one of the two is edited.
+    """
+    logits = example_of(place)
+    for node in timeline.nodes if not logits.is_contiguous() else ():
+        if name_of(node) in _COPY_WHAT_IS_CUT and (timeline.edits(node) or timeline.edits(place)):
+            of = node.all_input_nodes[0]
+            same = [place_of(logits) == place_of(each.meta.get("example_value")) for each in (of, node)]
+            if same == [True, False]:
+                twins[node] = _cloned(twins[node])
+
+
+def _cloned(node: Node) -> Node:
+    """A copy of what a node gives, which all its users have."""
+    users = list(node.users)
+    with node.graph.inserting_after(node):
+        copy = node.graph.call_method("clone", (node,))
+    copy.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, copy)
+    return copy
+
+
+_COPY_WHAT_IS_CUT = {"contiguous", "reshape", "reshape_as", "flatten", "ravel"}
 
 
 def _remake_aliases(timeline: Timeline, place: Node, twins: dict[Node, Node], made: Node) -> None:
@@ -186,42 +300,9 @@ def _parts(source: Source, added: tuple[int, ...], edited: Sequence[Any]) -> lis
 
     AOTAutograd wants no input twice that is edited, and Inductor may edit one while another is still read.
     """
-    places = {local_of(x).untyped_storage()._cdata for x in edited if isinstance(x, Tensor)}
+    places = {memory_of(x) for x in edited if isinstance(x, Tensor) and not isinstance(x, LazyLogits)}
     parts = [source.parts[i] for i in added]
-    return [p.clone() if local_of(p).untyped_storage()._cdata in places else p for p in parts]
-
-
-def _flattened(
-    apart: tuple[tuple[int, ...] | None, ...],
-    edited: tuple[int, ...],
-    written: tuple[int, ...],
-    arguments: Sequence[Any],
-) -> list[Any]:
-    """The arguments, of lazy logits the parts that were added.
-
-    Raises LazyLogitsError where others are in the memory of those that are written to.
-    """
-    roots = [id(x.root) if isinstance(x, LazyLogits) else None for x in arguments]
-    if any(roots.count(roots[i]) > 1 for i in written):
-        raise LazyLogitsError(SHARED)
-    flat: list[Any] = []
-    for argument, added in zip(arguments, apart, strict=True):
-        if added is not None and isinstance(argument, LazyLogits):
-            argument.source.check()
-            flat += _parts(argument.source, added, [arguments[i] for i in edited])
-        else:
-            flat.append(_plain(argument))
-    return flat
-
-
-def write_back(written: tuple[int, ...], arguments: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
-    """The results of a graph without what its edited inputs became, which is copied to these."""
-    if not written:
-        return results
-    kept = len(results) - len(written)
-    for i, became in zip(written, results[kept:], strict=True):
-        arguments[i].copy_(became)
-    return results[:kept]
+    return [p.clone() if memory_of(p) in places else p for p in parts]
 
 
 def copied_module(module: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:

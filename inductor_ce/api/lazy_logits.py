@@ -3,7 +3,8 @@
 A compiled function whose loss needs no logits returns, in their place, what they are made of: hidden states,
 the weight, and the steps between (`rewriting.recipes`). `LazyLogits` holds these behind a tensor of the right
 shape, dtype and device. Questions about it are answered, casts, views and slices of rows stay lazy, some
-reductions go by chunks of rows, and everything else makes the logits, once, and is done to them.
+reductions go by chunks of rows, and everything else makes the logits, once, and is done to them. In which
+memory they are, `lazy_memory` tells.
 
 NOTE Gradients. A lazy tensor has a node of its own in autograd's graph, whose backward turns a gradient of
 the logits into those of the parts. What is made of it later is a child of that node. So whatever is done to
@@ -17,14 +18,11 @@ be what it was; after an optimizer's step it is not, and an error says so.
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..common.compat.distributed import waits_for_backward
 from ..common.compat.graphs import (
@@ -32,19 +30,19 @@ from ..common.compat.graphs import (
     keep_dynamic,
     refuse_memory,
     without_torch_function,
-    without_transforms,
 )
 from ..common.errors import LazyLogitsError
 from ..rewriting.recipes import Recipe
-from . import lazy_functions
+from . import lazy_functions, lazy_questions
 from . import lazy_trees as trees
+from .lazy_memory import Given, InMemory
+from .lazy_nodes import OfParent, OfParts
 from .lazy_source import Source
 
-_MAKING = threading.RLock()  # one reader makes, the others wait
-_BEFORE_THE_EDIT = -1
+Strides = tuple[int, ...]
 
 
-class LazyLogits(Tensor):
+class LazyLogits(InMemory):
     """Logits [..., V] that a compiled function returned beside its loss, made when somebody looks.
 
     An ordinary tensor to whoever uses it; `is_made` tells whether all logits are in memory.
@@ -52,124 +50,42 @@ class LazyLogits(Tensor):
 
     is_lazy_logits = True
 
-    _source: Source
-    _made: Tensor | None
-    _made_version: int
-    _parent: LazyLogits | None  # of which this is another form
-    _viewed: LazyLogits | None  # of which this is a view
-    _is_whole: bool  # whether this is all of that
-    _path: Callable[[Tensor], Tensor]  # from the logits of either to these
-    _views: weakref.WeakSet[LazyLogits]
-    _is_sliced: bool
-    _is_exposed: bool
-    _is_shared: bool
+    _is_sliced: bool  # whether gradients of rows go round its node
 
     @staticmethod
-    def __new__(cls, source: Source) -> LazyLogits:
+    def __new__(cls, source: Source, strides: Strides | None = None) -> LazyLogits:
         made = Tensor._make_wrapper_subclass(
-            cls, source.shape, dtype=source.recipe.dtype, device=source.parts[0].device
+            cls,
+            source.shape,
+            strides=strides,
+            dtype=source.recipe.dtype,
+            device=source.parts[0].device,
         )
         refuse_memory(made)
-        made._source, made._parent, made._viewed, made._views = source, None, None, weakref.WeakSet()
+        made._source, made._parent, made._viewed = source, None, None
         made._made, made._made_version = None, 0
-        made._is_whole = made._is_sliced = made._is_exposed = made._is_shared = False
+        made._is_whole = made._is_sliced = made._is_exposed = made._is_bound = made._has_joined = False
+        made._given = None
         keep_dynamic(source.parts[0], made, dims=len(source.shape) - 1)
         return made
 
     @staticmethod
-    def returned(source: Source, is_shared: bool = False) -> LazyLogits:
+    def returned(source: Source, given: Given | None = None, strides: Strides | None = None) -> LazyLogits:
         """Logits in the place of those that a compiled function would have returned.
 
-        `is_shared` says that another of its results would have been in the same memory.
+        Those that would have been in the same memory have one list of what is `given` away of it; `strides`
+        are those that they would have, if not contiguous.
         """
         if torch.is_grad_enabled() and source.recipe.requires_grad:
-            made = _OfParts.apply(source, *source.parts)
+            made = OfParts.apply(LazyLogits, source, strides, *source.parts)
         else:
-            made = LazyLogits(source)
-        made._is_shared = is_shared
+            made = LazyLogits(source, strides)
+        made._given = given
         return made
 
     @property
     def source(self) -> Source:
         return self._source
-
-    @property
-    def is_made(self) -> bool:
-        return self._made is not None
-
-    def made(self) -> Tensor:
-        """All logits, as an ordinary tensor.
-
-        Raises:
-            LazyLogitsError: what they are made of was changed or freed since.
-        """
-        with _MAKING, torch.inference_mode(False), without_transforms():
-            if self._made is None:
-                self._make()
-            elif self._made.requires_grad != self.requires_grad and not self.is_edited:
-                self._keep(self._made.detach())  # a leaf has been asked for a gradient, or no longer
-        assert self._made is not None
-        return self._made
-
-    def _make(self) -> None:
-        viewed = self._viewed
-        if viewed is not None and (viewed.is_at_hand or self._is_whole):
-            made = viewed.made()
-            if viewed.may_be_edited:
-                self._see(made)
-            else:
-                self._keep(self._path(made.detach()))
-        elif not self.requires_grad or (self._parent is not None and self._parent.may_be_edited):
-            self._keep(self._source.make())
-        elif self._parent is None:
-            self._keep(self._source.make_with_graph())
-        else:  # the gradient goes by way of the parent, which needs its logits
-            self._keep(self._path(self._parent.made().detach()))
-
-    def _keep(self, made: Tensor) -> None:
-        """Those logits as a child of this tensor's node, whoever looks first, and under whatever mode."""
-        if self.requires_grad:
-            with torch.enable_grad():
-                made = _OfLazy.apply(self, made)
-        self._made, self._made_version = made, made._version
-
-    def _see(self, viewed: Tensor) -> None:
-        """Be a view of logits that are written to: what has a gradient has that of the edits."""
-        if not getattr(self.grad_fn, "is_lazy", False):
-            self._keep(self._path(viewed.detach()))
-            return
-        with torch.inference_mode(False), torch.enable_grad():
-            self._made, self._made_version = self._path(viewed), _BEFORE_THE_EDIT
-
-    @property
-    def root(self) -> LazyLogits:
-        """What these logits are a view of, or themselves."""
-        root = self
-        while root._viewed is not None:
-            root = root._viewed
-        return root
-
-    @property
-    def is_at_hand(self) -> bool:
-        """Whether these logits are in memory, here or in what they are a view of."""
-        return self.is_made or (self._viewed is not None and self._viewed.is_at_hand)
-
-    @property
-    def is_edited(self) -> bool:
-        """Whether the logits have been written to since they were made."""
-        return self._made is not None and self._made._version != self._made_version
-
-    @property
-    def is_leaf_of_its_own(self) -> bool:
-        """Whether gradients are kept by this tensor."""
-        with without_torch_function():
-            return self.requires_grad and self.is_leaf
-
-    @property
-    def may_be_edited(self) -> bool:
-        """The same, or what they are a view of, or somebody has the memory, to write to without a word."""
-        of = self._viewed
-        return self._is_exposed or self.is_edited or (of is not None and of.may_be_edited)
 
     @property
     def is_ours(self) -> bool:
@@ -178,65 +94,55 @@ class LazyLogits(Tensor):
             return True
         if self.may_be_edited or self._is_watched:
             return False
-        if not self.requires_grad:
+        if not self._learns:
             return True
-        if not getattr(self.grad_fn, "is_lazy", False):
+        if not self._has_our_node:
             return False
         return self._parent is None or self._parent.is_ours
 
-    @property
-    def _is_watched(self) -> bool:
-        return bool(self._backward_hooks) or self.retains_grad
-
-    # Views share memory with what they are of, as soon as somebody writes to it
+    # Other forms
 
     def form(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool = False) -> LazyLogits:
         """All of these logits otherwise: what `path` makes of them, a cast, a copy or a view."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            made = _OfParent.apply(self, source)
+        strides = self._strides(path) if is_view else None
+        if torch.is_grad_enabled() and self._learns:
+            made = OfParent.apply(self, source, strides)
             made._parent = self
         else:
-            made = LazyLogits(source)
+            made = LazyLogits(source, strides)
         made._is_whole = True
         return self._followed(made, path, is_view)
 
     def again(self, is_view: bool) -> LazyLogits:
         """The same logits below autograd: a copy, or a view."""
-        made = LazyLogits(self._source)
+        made = LazyLogits(self._source, self._strides(torch.Tensor.detach) if is_view else None)
         made._is_whole = True
         return self._followed(made, torch.Tensor.detach, is_view)
 
-    def rows(self, hidden: Tensor, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
-        """Some rows of these logits, those of `hidden`: what `path` makes of them, a copy or a view."""
-        if torch.is_grad_enabled() and self.requires_grad:
-            made = LazyLogits.returned(self._source.of(hidden))
-            self._tell_parents()
+    def part(self, source: Source, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
+        """Some rows of these logits, or some classes: what `path` makes of them, a copy or a view."""
+        strides = self._strides(path) if is_view else None
+        if torch.is_grad_enabled() and self._learns:
+            made = LazyLogits.returned(source, strides=strides)
+            self.go_round()
         else:
-            made = LazyLogits(self._source.of(hidden.detach()))
+            made = LazyLogits(source.detached(), strides)
         return self._followed(made, path, is_view)
 
-    def _tell_parents(self) -> None:
+    def go_round(self) -> None:
+        """Let it be known that a gradient does not go by way of this tensor's node."""
         form: LazyLogits | None = self
         while form is not None:
             form._is_sliced, form = True, form._parent
 
-    def _followed(self, made: LazyLogits, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
-        made._path = path
-        if is_view:
-            made._viewed = self
-            self._views.add(made)
-        return made
+    def _strides(self, path: Callable[[Tensor], Tensor]) -> Strides:
+        """Those of the view of these that `path` takes."""
+        return path(lazy_functions.shaped(self)).stride()
 
-    def share_memory_of_views(self) -> None:
-        """Before a write: let this tensor and all views of what it is a view of be in one place."""
-        root = self.root
-        if root._is_shared:
-            raise LazyLogitsError(
-                "Logits that were returned lazily are written to, and another result of the compiled "
-                'function would share memory with them. Use the option returned_logits="eager".'
-            )
-        root.made()
-        root._share()
+    def _followed(self, made: LazyLogits, path: Callable[[Tensor], Tensor], is_view: bool) -> LazyLogits:
+        made._path = path if torch.is_grad_enabled() else lambda viewed: path(viewed).detach()
+        made._viewed = self if is_view else None
+        return made
 
     def detached_in_place(self) -> LazyLogits:
         """This tensor, a leaf from now on; what has been made of it keeps its gradient.
@@ -258,21 +164,10 @@ class LazyLogits(Tensor):
         """Raises LazyLogitsError where a gradient goes round the node of this tensor."""
         if self._is_sliced:
             raise LazyLogitsError(
-                "Rows have been taken of logits that were returned lazily, and their gradient does not go by "
-                "way of these logits: set hooks, and retain the gradient, before rows are taken, or use the "
-                'option returned_logits="eager".'
+                "Rows have been taken of logits that were returned lazily, or a compiled function has taken "
+                "them apart, and the gradient does not go by way of these logits: set hooks, and retain the "
+                'gradient, before that, or use the option returned_logits="eager".'
             )
-
-    def _share(self) -> None:
-        if self._is_watched:
-            raise LazyLogitsError(
-                "Logits that were returned lazily are written to while they, or a view of them, have hooks "
-                'or retain their gradient. Use the option returned_logits="eager".'
-            )
-        for view in list(self._views):
-            if not view.is_edited:
-                view._see(self.made())
-            view._share()
 
     # As an input of compiled functions
 
@@ -281,6 +176,7 @@ class LazyLogits(Tensor):
             return ["_whole"], None
         if not self.requires_grad and any(part.requires_grad for part in self._source.parts):
             self._source = self._source.detached()  # once: Dynamo knows tensors by their identity
+        self.check_others()
         if not is_compiling():  # which would tell an error of its own; what is compiled checks
             self._source.check()
         parts = self._source.parts
@@ -303,7 +199,7 @@ class LazyLogits(Tensor):
     ) -> Tensor:
         if recipe is None:
             return parts["_whole"].detach()
-        return LazyLogits(Source(recipe, list(parts.values())))
+        return LazyLogits(Source(recipe, list(parts.values())), tuple(stride))
 
     # What is done to them
 
@@ -312,10 +208,11 @@ class LazyLogits(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if lazy_functions.is_question(func):
+        if lazy_questions.is_question(func):
+            asked = args if func in lazy_questions.OF_ITSELF else trees.current(args)
             with without_torch_function():
-                return func(*trees.current(args), **kwargs)
-        if func in lazy_functions.WATCHES:
+                return func(*asked, **kwargs)
+        if func in lazy_questions.WATCHES:
             (watched,) = trees.current(args[:1])
             if isinstance(watched, LazyLogits):
                 if args[1:] and waits_for_backward(args[1]) and watched.source.parts[0].requires_grad:
@@ -327,15 +224,17 @@ class LazyLogits(Tensor):
             return args[0].detached_in_place()
         if func is torch.autograd.grad:
             return trees.differentiated(*args, **kwargs)
+        for z in trees.lazy_in(args):
+            z.check_others()
         result = lazy_functions.lazily(func, args, kwargs)
         if result is not NotImplemented:
             return result
-        for written in trees.lazy_in(lazy_functions.written_by(func, args, kwargs)):
-            written.share_memory_of_views()
-        result = func(*trees.made(args), **trees.made(kwargs))
-        if func in lazy_functions.EXPOSE:
-            args[0]._is_exposed = True
-        return result
+        for written in trees.lazy_in(lazy_questions.written_by(func, args, kwargs)):
+            written.before_write()
+        if func in lazy_questions.EXPOSE:
+            args[0].join()
+            args[0].root._is_exposed = True
+        return _called(func, args, kwargs, trees.made)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -343,11 +242,11 @@ class LazyLogits(Tensor):
     ) -> Any:
         """What C++ does to them, below autograd, where the node of this tensor sees to the gradient."""
         kwargs = kwargs or {}
-        if func in lazy_functions.COPIES and not args[0].may_be_edited:
+        if func in lazy_questions.COPIES and not args[0].may_be_edited:
             return args[0].again(is_view=func is not torch.ops.aten.clone.default)
-        for written in trees.lazy_in(lazy_functions.written_by_schema(func, args, kwargs)):
-            written.share_memory_of_views()
-        return func(*trees.values(args), **trees.values(kwargs))
+        for written in trees.lazy_in(lazy_questions.written_by_schema(func, args, kwargs)):
+            written.before_write()
+        return _called(func, args, kwargs, trees.values)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         if self.is_made:
@@ -355,43 +254,13 @@ class LazyLogits(Tensor):
         return f"LazyLogits(size={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, not made)"
 
 
-# Nodes of autograd's graph
-
-
-class _OfParts(torch.autograd.Function):
-    """Lazy logits of their parts."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Source, *parts: Tensor) -> LazyLogits:
-        ctx.source, ctx.is_lazy = source, True
-        return LazyLogits(source)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return None, *ctx.source.gradients(trees.made(upstream))
-
-
-class _OfParent(torch.autograd.Function):
-    """Lazy logits that are a cast, a copy or another shape of lazy logits."""
-
-    @staticmethod
-    def forward(ctx: Any, parent: LazyLogits, source: Source) -> LazyLogits:
-        ctx.is_lazy, ctx.dtype, ctx.shape = True, parent.dtype, parent.shape
-        return LazyLogits(source)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream.to(ctx.dtype).reshape(ctx.shape), None
-
-
-class _OfLazy(torch.autograd.Function):
-    """The logits of lazy ones."""
-
-    @staticmethod
-    def forward(ctx: Any, lazy: LazyLogits, made: Tensor) -> Tensor:
-        return made.detach()
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        return upstream, None
+def _called(func: Any, args: Any, kwargs: Any, made: Callable[[Any], Any]) -> Any:
+    """The result of a callable of the logits themselves; if in their memory, in that of what they are of."""
+    result = func(*made(args), **made(kwargs))
+    given = [z for z in trees.lazy_in([args, kwargs]) if z.is_apart or z.root._given is not None]
+    if given and not trees.memory(result).isdisjoint(trees.memory([z.made() for z in given])):
+        for z in given:
+            z.join()
+            z.give_away()
+        result = func(*made(args), **made(kwargs))
+    return result

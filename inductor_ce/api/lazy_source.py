@@ -56,6 +56,15 @@ class Source:
                     _EXPIRED.format(name=name, fate="was changed in place since", when="optimizer.step")
                 )
 
+    @property
+    def is_spent(self) -> bool:
+        """Whether a part is no longer what it was."""
+        try:
+            self.check()
+        except LazyLogitsError:
+            return True
+        return False
+
     def see_step(self, stepped: set[int]) -> None:
         """An optimizer has changed tensors of these ids."""
         self._stepped |= {i for i, part in enumerate(self.watched) if id(part) in stepped}
@@ -98,9 +107,9 @@ class Source:
     def detached(self) -> Source:
         return self.again(parts=[part.detach() for part in self.parts])
 
-    def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Source:
-        """The same with one more function of each row."""
-        return self.again(recipe=self.recipe.then(target, *args, dtype=dtype))
+    def then(self, target: Callable[..., Any] | str, *args: Any, **facts: Any) -> Source:
+        """The same with one more function of each row, which gives other facts: a dtype, classes."""
+        return self.again(recipe=self.recipe.then(target, *args, **{"dtype": self.recipe.dtype, **facts}))
 
 
 # NOTE Steps of optimizers. They edit lists of DTensors at once, by torch._foreach_add_ and the like, which

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..common.compat.graphs import tree_leaves, tree_map, without_torch_function
+from ..common.compat.graphs import local_of, tree_leaves, tree_map, without_torch_function
 
 
 def is_lazy(x: Any) -> bool:
@@ -25,13 +25,28 @@ def made(tree: Any) -> Any:
 def current(tree: Any) -> Any:
     """The same for those that have been written to; a leaf stays the leaf."""
     return tree_map(
-        lambda x: x.made() if is_lazy(x) and x.is_edited and not x.is_leaf_of_its_own else x, tree
+        lambda x: x.made() if is_lazy(x) and (x.is_edited or x.is_behind) and not x.is_leaf_of_its_own else x,
+        tree,
     )
 
 
 def values(tree: Any) -> Any:
     """The same for all, without their gradients."""
     return tree_map(lambda x: x.made().detach() if is_lazy(x) else x, tree)
+
+
+def memory_of(x: torch.Tensor) -> int | None:
+    """Where a tensor is, or this rank's part of it; None where it has no one place."""
+    try:
+        return local_of(x).untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def memory(tree: Any) -> set[int]:
+    """Where the tensors of a tree are."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor) and not is_lazy(leaf))
+    return {place for place in map(memory_of, tensors) if place is not None}
 
 
 def differentiated(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -117,10 +117,13 @@ class Recipe:
         finally:
             build(exit_autocast, entered)
 
-    def then(self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype) -> Recipe:
-        """The same with one more step, a function of each row of the logits."""
+    def then(
+        self, target: Callable[..., Any] | str, *args: Any, dtype: torch.dtype, classes: int | None = None
+    ) -> Recipe:
+        """The same with one more step, a function of each row of the logits, which may have other classes."""
         last = Of(len(self.parts) + len(self.steps) - 1)
-        return replace(self, steps=(*self.steps, Instruction(target, (last, *args))), dtype=dtype)
+        steps = (*self.steps, Instruction(target, (last, *args)))
+        return replace(self, steps=steps, dtype=dtype, classes=self.classes if classes is None else classes)
 
 
 def _filled(value: Any, values: list[Any]) -> Any:
