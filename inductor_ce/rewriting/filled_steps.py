@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, example_of, hint, same_shape, shape_of, tensor_of
-from ..graph.timeline import INFERENCE, Timeline
+from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
 from ..reading.row_views import index_per_dimension
 from ..reading.steps import View
@@ -30,7 +30,7 @@ _NEW = (torch.zeros, torch.empty, torch.zeros_like, torch.empty_like, "new_zeros
 
 def stack_steps(graph: Graph, min_vocab: int) -> None:
     """Stack what steps write to a new tensor, where that is logits of at least `min_vocab` classes."""
-    for node in [node for node in graph.nodes if node.target in _NEW]:
+    for node in [node for node in graph.nodes if node.target in _NEW and not any(written_by(node))]:
         tensor = _last_name(node)
         example = tensor_of(tensor)
         if example is None or example.dim() < 2 or not is_plain_tensor(example):
