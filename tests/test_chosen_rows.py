@@ -124,6 +124,11 @@ def shifted_under_a_temperature(h, W, y, rows, lengths):
     return -z.log_softmax(-1).gather(-1, y[:, 1:].clamp(min=0).unsqueeze(-1)).mean()
 
 
+def bounded_and_banned_before_a_shift(h, W, y, rows, lengths):
+    z = torch.where(torch.arange(V) == V - 1, -1e4, F.linear(h, W).clamp(-3, 3))[:, :-1]
+    return F.cross_entropy((z / 0.7).flatten(0, 1), y[:, 1:].clamp(max=V - 2).flatten())
+
+
 def shifted_and_capped_sequence_by_sequence(h, W, y, rows, lengths):
     z = 5 * torch.tanh((F.linear(h, W, W[:, 0])[:, 1:-1].float()) / 5)
     picked = torch.gather(z, -1, y[:, 2:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
@@ -145,7 +150,11 @@ def shifted_and_divided_in_place(h, W, y, rows, lengths):
 
 FUNCTIONS = [
     *(shifted_and_cut_again, shifted_and_divided_in_place),
-    *(shifted_under_a_temperature, shifted_and_capped_sequence_by_sequence),
+    *(
+        shifted_under_a_temperature,
+        shifted_and_capped_sequence_by_sequence,
+        bounded_and_banned_before_a_shift,
+    ),
     *(rows_of_filled_columns, filled_after_one_place),
     *(first_of_the_batch, last_of_each, one_of_ranges),
     *(by_numbers, by_index_select, by_numbers_of_columns, last_under_a_cap, last_by_gather),

@@ -289,6 +289,31 @@ def test_plan_of_a_head(options: dict[str, Any], strategy: str, why: str):
     assert why in site.plan
 
 
+@pytest.mark.parametrize("product", [torch.inner, torch.cdist])
+def test_plans_of_products_by_other_names(product: Any):
+    def f(h, W, y):
+        return F.cross_entropy(product(h, W), y)
+
+    with inductor_ce.install(min_vocab=2, memory_budget=0.5):
+        (site,) = inductor_ce.explain(f, *head(1)).sites
+    assert site.plan.startswith("token_chunks")
+
+
+def test_plans_where_numbers_are_symbols(caplog: pytest.LogCaptureFixture):
+    """AOTAutograd has Dynamo read a function again where a float has to be a constant."""
+
+    def f(h, W, y, t):
+        return F.cross_entropy(F.linear(F.dropout(h, t), W), y)
+
+    with (
+        torch._dynamo.config.patch(assume_static_by_default=False),
+        inductor_ce.install(min_vocab=2, memory_budget=0.5),
+    ):
+        (site,) = inductor_ce.explain(f, *head(1), 0.1).sites
+    assert site.plan.startswith("token_chunks")
+    assert "failed" not in caplog.text
+
+
 def two_heads(h, W, U, y):
     def of(weight):
         return F.cross_entropy(F.linear(h, weight), y)

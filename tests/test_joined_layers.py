@@ -63,6 +63,34 @@ def one_twice(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(torch.cat([z, F.linear(h * 2, w), z]), torch.cat([y, y, y]))
 
 
+def capped_one_by_one(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = [5 * torch.tanh(F.linear(part, w).float() / 5) for part in h.chunk(2, 1)]
+    return ce(torch.cat(z, 1).clamp(-4, 4), y)
+
+
+def cut_one_by_one(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """Prompts of other lengths, and a shift."""
+    z = torch.cat([F.linear(h, w, b)[:, :-1] * 2, F.linear(h * 2, w, b)[:, 1:] * 2])
+    return ce(z, torch.cat([y[:, 1:], y[:, 1:]]))
+
+
+def written_one_by_one(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    state, outputs = h[:, 0] * 0, torch.zeros(N, S, V)
+    for t in reversed(range(S)):
+        state = torch.tanh(state + h[:, t])
+        outputs[:, t] = F.linear(state, w, b)
+    return ce(outputs, y)
+
+
+def written_but_the_first(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """As a tutorial has it."""
+    state, outputs = h[:, 0], torch.zeros(S, N, V).to(h.device)
+    for t in range(1, S):
+        state = torch.tanh(state + h[:, t])
+        outputs[t] = F.linear(state, w, b)
+    return ce(outputs[1:].view(-1, V), y.t()[1:])
+
+
 def under_autocast(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         z = torch.cat([F.linear(part, w) for part in h.chunk(2, 1)], 1)
@@ -76,7 +104,19 @@ def beside_other_joins(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return ce(torch.cat(parts, 1), y) + others.mean()
 
 
-JOINED = [beside_other_joins, decoder, put_in_front, time_first, in_chunks, two_batches, one_twice]
+JOINED = [
+    beside_other_joins,
+    decoder,
+    put_in_front,
+    time_first,
+    in_chunks,
+    two_batches,
+    one_twice,
+    capped_one_by_one,
+    cut_one_by_one,
+    written_one_by_one,
+    written_but_the_first,
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -171,7 +211,60 @@ def no_loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return torch.cat([F.linear(h, w), F.linear(h * 2, w)]).sigmoid().mean()
 
 
+def capped_otherwise(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    z = [c * torch.tanh(F.linear(part, w) / c) for c, part in zip((4, 5), h.chunk(2, 1), strict=True)]
+    return ce(torch.cat(z, 1), y)
+
+
+def turned_otherwise(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """The same numbers in other places."""
+    return ce(torch.cat([F.linear(h[:, :2], w) / 2, 2 / F.linear(h[:, 2:], w)], 1), y)
+
+
+def writes(outputs: Tensor, h: Tensor, w: Tensor, first: int = 0) -> Tensor:
+    for t in range(first, S):
+        outputs[:, t] = F.linear(h[:, t], w)
+    return outputs
+
+
+def read_where_nothing_is_written(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    return ce(writes(torch.zeros(N, S, V), h, w, 1), y)
+
+
+def read_in_between(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    outputs = torch.zeros(N, S, V)
+    outputs[:, 0] = F.linear(h[:, 0], w)
+    early = outputs.detach().exp().mean()
+    return ce(writes(outputs, h, w, 1), y) + early
+
+
+def written_into_what_is_given(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    given = torch.empty(N, S, V)
+    outputs = writes(torch.zeros(N, S, V, out=given), h.detach(), w.detach())
+    return ce(outputs, y) + given.exp().mean() + 0 * (h.sum() + w.sum())
+
+
+def added_to(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    outputs = writes(torch.zeros(N, S, V), h, w)
+    outputs[:, 1].add_(b)
+    return ce(outputs, y)
+
+
+def written_without_a_gradient(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    outputs, first = torch.zeros(N, S, V), F.linear(h[:, 0], w)
+    with torch.no_grad():
+        outputs[:, 0] = first
+    return ce(writes(outputs, h, w, 1), y)
+
+
 LEFT = [
+    capped_otherwise,
+    turned_otherwise,
+    read_where_nothing_is_written,
+    read_in_between,
+    written_into_what_is_given,
+    added_to,
+    written_without_a_gradient,
     sampled,
     two_weights,
     a_weight_that_is_edited,

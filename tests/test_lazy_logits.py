@@ -167,6 +167,23 @@ def test_any_length() -> None:
     assert len(graphs.final) == 2  # forward and backward, once
 
 
+def test_numbers_that_change_from_call_to_call() -> None:
+    def f(m: Model, x: Tensor, y: Tensor, t: float, cap: float) -> tuple[Tensor, ...]:
+        z = cap * torch.tanh(m.head(m.hidden(x)) / t / cap)
+        return ce(z, y), z, (0.5 - z.bfloat16() / t)
+
+    m, (x, y) = Model(), batch()
+    compiled, graphs = compile_lazily(f)
+    for t, cap in ((1.0, 5.0), (0.9, 4.0), (0.7, 3.0)):
+        ours, theirs = compiled(m, x, y, t, cap), f(m, x, y, t, cap)
+        assert len(lazies(ours)) == 2
+        torch.testing.assert_close(*(gradients(m, total(r)) for r in (ours, theirs)), rtol=2e-2, atol=1e-3)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+    assert len(graphs.final) == 4  # forward and backward, of numbers and of any
+
+
 def test_hidden_states_that_are_an_input() -> None:
     def f(h: Tensor, W: Tensor, y: Tensor) -> tuple[Tensor, ...]:
         z = F.linear(h, W)

@@ -148,7 +148,7 @@ def _found(
     return [fuse_losses(copied(graph)[0], options) for graph in graphs_within(gm)], []
 
 
-LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot")
+LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot", "inner", "dist")
 
 
 def has_products(gm: GraphModule) -> bool:

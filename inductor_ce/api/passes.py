@@ -37,6 +37,7 @@ from ..rewriting.column_blocks import join_blocks
 from ..rewriting.divergences import FORM, fuse_divergences
 from ..rewriting.edits import make_functional
 from ..rewriting.escapes import KEPT
+from ..rewriting.filled_steps import stack_steps
 from ..rewriting.folded_rows import fold_rows
 from ..rewriting.groups import Group, Replaceable, headline, value_of
 from ..rewriting.joined_columns import split_columns
@@ -119,6 +120,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     if not options.verify:
         attempt("sums of all logits stay as they are", sum_by_rows, graph, options.min_vocab)
         attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
+        attempt("steps that are written into a tensor stay so", stack_steps, graph, options.min_vocab)
         attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
         attempt("logits that are joined stay apart", join_layers, graph, options.min_vocab)
         attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)

@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from .compat.dynamo import RestartAnalysis
+
 log = logging.getLogger("inductor_ce")
 
 T = TypeVar("T")
@@ -15,10 +17,15 @@ _warned = False
 
 
 def attempt(what: str, step: Callable[..., T], *args: Any) -> tuple[T | None, Exception | None]:
-    """(step(*args), None), or (None, the exception). `what` says what a failure leaves behind."""
+    """(step(*args), None), or (None, the exception). `what` says what a failure leaves behind.
+
+    That Dynamo is to read a function again, with a number as a constant, is no failure.
+    """
     global _warned
     try:
         return step(*args), None
+    except RestartAnalysis:
+        raise
     except Exception as error:
         log.error("inductor_ce failed: %s", what, exc_info=error)
         if not _warned:

@@ -29,7 +29,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     joined_columns    likewise columns that are put beside logits
     joined_rows       losses of parts of a linear layer's rows, by one operator
     joined_steps      probabilities of steps, as those of joined logits; joined_layers, logits of steps, as
-                      those of joined hidden states
+                      those of joined hidden states; filled_steps, what is written step by step, as a stack
     stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     folded_rows       likewise where rows are cut off hidden states before a frozen layer

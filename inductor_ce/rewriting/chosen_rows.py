@@ -22,7 +22,8 @@ from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from ..reading.row_views import index_per_dimension
-from .find_recipe import is_sized_view, with_width
+from ..reading.steps import View
+from .find_recipe import is_elementwise, is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
 
@@ -38,7 +39,7 @@ def choose_hidden(graph: Graph) -> None:
 def _choose_one(graph: Graph, node: Any) -> bool:
     """Whether rows were chosen of some logits, and are of hidden states now."""
     while isinstance(node, Node):
-        chooses = _chooses_rows(node) or _takes_one(node) or _cuts_rows(node)
+        chooses = _chooses_rows(node) or _takes_one(node) or cuts_rows(node)
         if chooses and _moved_before(graph, node):
             return True
         node = wide_source(node)
@@ -50,7 +51,7 @@ def cut_hidden(graph: Graph) -> None:
     for divergence in graph.find_nodes(op="call_function", target=ops.DIVERGENCE):
         for node in divergence.args[0]:
             while isinstance(node, Node):
-                if _cuts_rows(node) and _moved_before(graph, node):
+                if cuts_rows(node) and _moved_before(graph, node):
                     break
                 node = wide_source(node)
 
@@ -98,7 +99,7 @@ def _takes_one(node: Node) -> bool:
     return pieces is not None and pieces[-1] == slice(None) and any(isinstance(i, int) for i in pieces)
 
 
-def _cuts_rows(node: Node) -> bool:
+def cuts_rows(node: Node) -> bool:
     """Whether a node takes ranges of rows of its source, whole, from one number to another."""
     spelled, source = spellings.read(node), node.args[0] if node.args else None
     if spelled is None or spelled[0].name != "getitem" or wide_source(node) is not source:
@@ -128,7 +129,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
     if any(map(is_sized_view, between)) and constant(shape_of(layer.hidden)[-1]) is None:
         return False
     chain = [source, *between]
-    stays = _cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
+    stays = cuts_rows(node) and all(len(n.all_input_nodes) == 1 for n in between)
     stays = stays and _are_known(graph, [n for n in node.all_input_nodes if n is not node.args[0]], source)
     stays = stays and _keeps_gradient(graph, node, source)
     if not _is_alone(graph, chain) or not (stays or _may_move(graph, layer, chain, node)):
@@ -176,7 +177,7 @@ def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
 def _is_of_each_row(node: Node) -> bool:
     """Whether a node does the same to every row, or only arranges rows otherwise."""
     step = spellings.step_of(node)
-    of_each = step is not None and (step.in_chain or step.name == "masked_fill")
+    of_each = step is not None and (step.view is View.SAME or is_elementwise(step))
     of_each = of_each and all(len(example_of(a).shape) < 2 for a in _beside(node) if tensor_of(a) is not None)
     return wide_source(node) is not None and (is_sized_view(node) or of_each)
 
@@ -232,7 +233,7 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
     """The rows of the hidden states that a node takes of the logits."""
     (source,) = node.args[:1]
     assert isinstance(source, Node)
-    if _cuts_rows(node) or _takes_one(node):  # of rows apart, torch may make a product for each sequence
+    if cuts_rows(node) or _takes_one(node):  # of rows apart, torch may make a product for each sequence
         known: dict[Node, Node] = {source: hidden}
         own = {n: _known(build, n, known) for n in node.all_input_nodes}
         return build("contiguous", build.again(node, own))

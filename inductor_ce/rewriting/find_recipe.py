@@ -57,6 +57,9 @@ _OF_ROWS = _SIZED | {"flatten", "squeeze", "unsqueeze", "getitem", "narrow", "se
 # What gives some classes a number, as those that are banned.
 CHOICES = ("masked_fill", "where")
 
+# What does the same with a number and with a tensor [] that has it.
+_OF_TWO = ("add", "sub", "mul", "div")
+
 _MOST_STEPS = 16
 
 
@@ -232,21 +235,33 @@ def _elementwise(search: Search, node: Node) -> Rows:
 
     Also of logits that are made of the same hidden states in two ways, as those of an adapter are.
     """
-    wide = [a for a in node.all_input_nodes if _is_wide(search, a, node)]
+    given = {a: _given(a, node) for a in node.all_input_nodes}
+    wide = [a for a in given if given[a] is a and _is_wide(search, a, node)]
     made = {a: _rows(search, a) for a in sorted(wide, key=lambda a: _is_adapted(a, wide))}
     if len({hidden for hidden, _ in made.values()}) != 1:
         raise NoRecipe(f"{called(node)} joins them with other rows")
 
     def argument(a: Node) -> Any:
-        return made[a][1] if a in made else shared(search, a)
+        return made[a][1] if a in made else shared(search, given[a])
 
     result = example_of(node)
-    refuse_collectives(result, [(x, beside(result, x)) for x in map(example_of, node.all_input_nodes)])
+    refuse_collectives(result, [(x, beside(result, x)) for x in map(example_of, given.values())])
     args, kwargs = map_arg((node.args, node.kwargs), argument)
     (hidden, _), *_ = made.values()
     return hidden, add(
         search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node
     )
+
+
+def _given(source: Node, node: Node) -> Node:
+    """A source, or the tensor [] that has the float that it is, where arithmetic may read that.
+
+    Of a float that changes from call to call Dynamo is given a tensor on the CPU, and makes the number of it.
+    """
+    read, step = source.args[0] if source.target == "item" else None, spellings.step_of(node)
+    if not isinstance(read, Node) or read.op != "placeholder" or step is None or step.name not in _OF_TWO:
+        return source
+    return read if example_of(read).is_floating_point() else source
 
 
 def _is_adapted(source: Node, beside: list[Node]) -> bool:

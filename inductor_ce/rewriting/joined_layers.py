@@ -3,8 +3,9 @@
     stack([linear(h, W) for h in hs], 1)          = linear(stack(hs, 1), W)
     cat([linear(h, W).float() for h in hs])       = linear(cat(hs), W).float()
 
-As many numbers are joined as hidden states have, and the head is in pieces. Probabilities that are joined
-are in `joined_steps`.
+As many numbers are joined as hidden states have, and the head is in pieces. Casts and functions of each
+element that all parts have, as a soft-cap, come behind the join; ranges of rows are cut of hidden states.
+Probabilities that are joined are in `joined_steps`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
@@ -22,11 +24,13 @@ from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.steps import Step, View
+from .chosen_rows import cuts_rows
+from .find_recipe import is_elementwise
 from .joined_steps import as_like, has_weight_of, is_alike, is_as_made, is_linear, joins, widened
 
 
 class Layer(NamedTuple):
-    """One of what is joined: a linear layer, and the casts and new dimensions behind it, in order."""
+    """One of what is joined: a linear layer, and what is done to it behind, in order."""
 
     product: Node
     between: list[Node]
@@ -36,7 +40,7 @@ def join_layers(graph: Graph, min_vocab: int) -> None:
     """Join hidden states where logits over at least `min_vocab` classes are joined for a loss."""
     for node in joins(graph):
         layers = _layers(node, min_vocab)
-        if layers and _has_loss(node):
+        if layers and has_loss(node):
             timeline = Timeline(graph)
             if all(_may_move(timeline, node, layer, layers[0]) for layer in layers):
                 _join(graph, timeline, node, layers)
@@ -70,7 +74,7 @@ def _layer(node: Node, each: Any) -> Layer | None:
             rank = len(shape_of(each))
             kept = rank == len(shape_of(_hidden(Layer(each, behind)))) and _axis(behind, rank) is not None
             return Layer(each, behind) if kept else None
-        if len(each.all_input_nodes) != 1 or not (_is_cast(each) or _widens(each)):
+        if len(each.all_input_nodes) != 1 or not (_is_of_each(each) or _widens(each) or cuts_rows(each)):
             return None
         between.append(each)
         reader, (each,) = each, each.all_input_nodes
@@ -82,13 +86,15 @@ def _hidden(layer: Layer) -> Node:
 
 
 def _steps(layer: Layer) -> list[Any]:
-    """What is done behind a layer, the same for layers that may be joined."""
-    return [(each.target, each.args[1:], each.kwargs) for each in layer.between]
+    """What is done behind a layer to each element, the same for layers that may be joined."""
+    steps = filter(_is_of_each, layer.between)
+    return [(each.target, *map_arg((each.args, each.kwargs), lambda source: None)) for each in steps]
 
 
-def _is_cast(node: Node) -> bool:
+def _is_of_each(node: Node) -> bool:
+    """Whether a node is a cast, or a function of each element."""
     step = spellings.step_of(node)
-    return step is not None and step.view is View.SAME
+    return step is not None and (step.view is View.SAME or is_elementwise(step))
 
 
 def _widens(node: Node) -> bool:
@@ -100,7 +106,7 @@ def _axis(between: list[Node], rank: int) -> int | None:
     """Where the classes are behind some steps, if they are last; else None."""
     axis = rank - 1
     for each in between:
-        if not _is_cast(each):
+        if _widens(each):
             moved = widened(each, rank, axis)
             rank += 1
             if moved != rank - 1:
@@ -109,11 +115,11 @@ def _axis(between: list[Node], rank: int) -> int | None:
     return axis
 
 
-def _has_loss(node: Node) -> bool:
+def has_loss(node: Node) -> bool:
     """Whether a loss is taken of what a node makes."""
 
     def through(node: Node) -> list[Node]:
-        return [user for user, step in _steps_behind(node) if step.view is not None or step.in_chain]
+        return [user for user, step in _steps_behind(node) if step.view is not None or is_elementwise(step)]
 
     behind = (step for each in reached([node], through) for _, step in _steps_behind(each))
     return any(step.is_loss or step.normalises for step in behind)
@@ -141,13 +147,13 @@ def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> 
         for product, between in layers:
             of: Any = product.args[0]
             for each in between:
-                of = of if _is_cast(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
+                of = of if _is_of_each(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
             hiddens[between[-1] if between else product] = of
         joined = build.again(node, hiddens)
         target = F.linear if first.product.target is F.linear else torch.matmul
         result = build(target, joined, *first.product.args[1:], **first.product.kwargs)
         result = as_like(timeline, result, first.product)
-        for each in filter(_is_cast, first.between):
+        for each in filter(_is_of_each, first.between):
             result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
     except Exception:

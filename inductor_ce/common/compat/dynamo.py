@@ -18,12 +18,13 @@ with of_supported_torch():
     from torch._dynamo import config as dynamo_config
     from torch._dynamo.backends.debugging import aot_eager
     from torch._dynamo.eval_frame import skip_code
+    from torch._dynamo.exc import RestartAnalysis
     from torch._dynamo.source import AttrSource
     from torch._dynamo.utils import counters
     from torch._functorch import config as functorch_config
     from torch._guards import TracingContext
 
-__all__ = ["aot_eager", "counters"]
+__all__ = ["RestartAnalysis", "aot_eager", "counters"]
 
 
 def input_source(node: torch.fx.Node) -> Any:
