@@ -38,7 +38,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 
-from inductor_ce.common.compat import inductor
+from inductor_ce.common.compat import templates
 
 GPU = torch.device("cuda", 0)
 H200 = DeviceProperties(
@@ -140,7 +140,7 @@ def pretended_gpu(configuration: int = 0) -> Iterator[None]:
     patches = [
         mock.patch.object(DeviceProperties, "create", lambda device: H200),
         mock.patch.object(triton.runtime.driver, "_active", DRIVER),
-        mock.patch.object(inductor, "autotune_select_algorithm", choose),
+        mock.patch.object(templates, "autotune_select_algorithm", choose),
         mock.patch("torch.cuda.is_available", lambda: True),
         mock.patch("torch.cuda.is_tf32_supported", lambda *a: True),
         mock.patch("torch.cuda.current_device", lambda: 0),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from inductor_ce import ops
-from inductor_ce.common.compat import inductor
+from inductor_ce.common.compat import templates
 from inductor_ce.ops import lowering
 
 pytestmark = pytest.mark.gpu
@@ -144,7 +144,7 @@ def test_no_room_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(inductor, "autotune_select_algorithm", out_of_memory)
+    monkeypatch.setattr(templates, "autotune_select_algorithm", out_of_memory)
     check(logits(37, 32000))
 
 

@@ -19,7 +19,7 @@ from torch._inductor.utils import run_and_get_code
 
 from inductor_ce import Options, ops
 from inductor_ce.common import failsafe
-from inductor_ce.common.compat import inductor
+from inductor_ce.common.compat import inductor, templates
 from inductor_ce.heads.fuse import fuse_heads
 from inductor_ce.ops import lowering
 from inductor_ce.ops.counted import HOST_COPY
@@ -267,6 +267,27 @@ def test_chain_is_absorbed(chain: Callable[[Tensor, Tensor], Tensor], every: boo
     assert backward.allocations.count((N, v)) == 1
 
 
+def test_a_chain_in_two_loops_is_absorbed() -> None:
+    """As Inductor has one of many inputs. What the first leaves to the second has no memory to be freed."""
+
+    def chain(x: Tensor, *rows: Tensor) -> Tensor:
+        wide = x.float()
+        for row in rows:
+            wide = wide + row[:, None]
+        return torch.where(wide > 0.5, wide, -wide)
+
+    forward, _ = generate(
+        lambda x, y, weight, *rows: reference.loss(chain(x, *rows), y, weight),
+        *gpu_arguments(),
+        *(torch.empty(N, device="meta") for _ in range(6)),
+        prepare_joint=reference.recompute_chain,
+    )
+    assert (N, V) not in forward.allocations
+    made = set(re.findall(r"(\w+) = ", forward.code))
+    freed = re.findall(r"del (\w+)$", forward.code, re.MULTILINE)
+    assert {name for name in freed if name.startswith("buf")} <= made
+
+
 def test_weights_of_the_same_graph() -> None:
     """Soft targets are computed once, into memory, and kept for the backward."""
     forward, backward = generate(
@@ -361,8 +382,8 @@ def test_no_room_to_time_takes_the_first(monkeypatch: pytest.MonkeyPatch) -> Non
         raise torch.OutOfMemoryError
 
     seen: list[Choice] = []
-    monkeypatch.setattr(inductor, "autotune_select_algorithm", out_of_memory)
-    assert inductor.choose(Template(), [], None, [], [{}, {}]) is seen[0]
+    monkeypatch.setattr(templates, "autotune_select_algorithm", out_of_memory)
+    assert templates.choose(Template(), [], None, [], [{}, {}]) is seen[0]
 
 
 # In place
@@ -466,7 +487,7 @@ def test_template_that_cannot_be_had(
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(inductor, "choose", refuse)
+    monkeypatch.setattr(templates, "choose", refuse)
     monkeypatch.setattr(failsafe, "_warned", False)
     x, y, weight = gpu_arguments()
     with pytest.warns(UserWarning, match="no such instruction"):

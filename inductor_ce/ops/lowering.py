@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.compat import inductor
+from ..common.compat import inductor, templates
 from ..common.compat.inductor import IRNode
 from ..common.compat.loops import in_one_loop, is_added_to_others, read_by_one_loop
 from ..common.errors import ArtefactError
@@ -301,7 +301,7 @@ def _stats_template(
     others = [*map(inductor.readable, labels), *q, *q, *limit.inputs()]
     piece = inductor.made_by(z, PIECES)
     z = inductor.readable(before_rounding(z), absorb=True)
-    return inductor.choose(
+    return templates.choose(
         template_named("row_stats", _one_program_a_row),
         inputs=[z] * (4 if ARGMAX in rows else 3) + others,
         layout=inductor.contiguous_layout(z, operators.packed_dtype_of(z.get_dtype(), rows), [len(rows), n]),
@@ -338,7 +338,7 @@ def _grad_template(
     )
     row = columns_in_memory(z) if over and in_memory and not weights else v
     configurations = grad_configurations(v, dtype, rows, over, limit.left is not None, row)
-    dz = inductor.choose(
+    dz = templates.choose(
         template_named("row_grad", _one_program_a_block),
         inputs=[z, *others],
         layout=inductor.contiguous_layout(z, z.get_dtype() if unrounded else dtype, [n, v]),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.compat import inductor
+from ..common.compat import inductor, templates
 from ..common.compat.inductor import IRNode
 from . import chains
 from .one_read import GRADIENT, VECTOR_BYTES, Given, OneRead, is_offered
@@ -118,7 +118,7 @@ def by_template(
     stats = inductor.empty(z, torch.float32, [len(rows), n])
     chosen = configuration(v, _columns(z, weights, over), z.get_dtype().itemsize, rows)
     words = one.words_of_row(-(-chosen["W"] // chosen["BLOCK"]))
-    dz = inductor.choose(
+    dz = templates.choose(
         template_named("row_stats_grad", _one_program_a_block_and_some),
         inputs=[z, z, z, inductor.readable(stats), *[z] * len(one.logits_again), *others],
         layout=inductor.contiguous_layout(z, z.get_dtype(), [n, v]),

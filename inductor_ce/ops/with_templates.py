@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..common.compat import inductor
+from ..common.compat import inductor, templates
 from ..common.compat.inductor import IRNode
 from ..common.failsafe import attempt
 from . import loops
@@ -38,7 +38,7 @@ class Limit(NamedTuple):
 def template_named(name: str, grid: Any) -> Any:
     """The template of a file, behind the law."""
     text = "".join((TEMPLATES / f"{file}.py.jinja").read_text() for file in ("law", name))
-    return inductor.template(f"inductor_ce_{name}", text, grid)
+    return templates.template(f"inductor_ce_{name}", text, grid)
 
 
 def lowered(

@@ -7,7 +7,8 @@ probing for the capability where one can, so that no other file knows which torc
     graphs        nodes and their examples
     symbols       symbolic sizes
     dynamo        what Dynamo compiles
-    inductor      Inductor's configuration, passes, lowerings and templates
+    inductor      Inductor's configuration, passes and lowerings
+    templates     its Triton templates
     launches      how compiled Triton kernels are launched
     loops         what Inductor computes in one loop
     stand_ins     fake tensors for what is being lowered

@@ -1,4 +1,4 @@
-"""Inductor: its configuration, its passes, and what lowerings and templates are given."""
+"""Inductor: its configuration, its passes, and what lowerings are given."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
-from sympy import sympify
 
 from .loops import SEEN_THROUGH, buffer_of, result_node
 from .versions import of_supported_torch
@@ -18,15 +17,11 @@ with of_supported_torch():
     import torch._inductor.compile_fx as compile_fx_module
     from torch._inductor import config as inductor_config
     from torch._inductor import custom_graph_pass, ir, list_mode_options, list_options, metrics
-    from torch._inductor.codegen.common import WorkspaceArg, WorkspaceZeroMode
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.decomposition import select_decomp_table as decompositions
     from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
     from torch._inductor.select_algorithm import (
-        SymbolicGridFn,
-        TritonTemplate,
-        autotune_select_algorithm,
         extern_kernels,
     )
     from torch._inductor.virtualized import V as virtualized
@@ -35,7 +30,6 @@ with of_supported_torch():
 
 __all__ = [
     "CustomGraphPass",
-    "SymbolicGridFn",
     "compile_fx",
     "decompositions",
     "inductor_config",
@@ -289,74 +283,6 @@ def _only_read_by(products: Container[Any], node: IRNode) -> bool:
         user.target in products or (user.target in SEEN_THROUGH and _only_read_by(products, user))
         for user in node.users
     )
-
-
-# Templates
-
-
-def template(name: str, source: str, grid: Callable[..., tuple[Any, Any, Any]]) -> TritonTemplate:
-    """The template `name`, made by the first call: up to 2.13 a second one of a name is refused."""
-    known = TritonTemplate.all_templates.get(name)
-    return known or TritonTemplate(name=name, source=source, grid=SymbolicGridFn(grid))
-
-
-def choose(
-    source: TritonTemplate,
-    inputs: Sequence[IRNode],
-    layout: ir.Layout,
-    call_sizes: Sequence[Any],
-    configurations: Sequence[dict[str, Any]],
-    over: IRNode | None = None,
-    written: Sequence[IRNode] = (),
-    zeroed_bytes: Any = None,
-    **constants: Any,
-) -> IRNode:
-    """The output of `source` under the fastest of `configurations`, or the first where none can be timed.
-
-    All have the `constants` beside.
-
-    It is written over `over`, where that is given: a value that it `may_overwrite`. Of the inputs those in
-    `written` are results too. The template has so many `zeroed_bytes` for itself, at `ws_ptr`.
-    """
-    if over is not None:
-        # What has been lowered but not realised may read it: realise that first, as it was lowered first.
-        virtualized.graph.mark_buffer_mutated(over.get_name())
-    choices: list[Any] = []
-    more: dict[str, Any] = {"mutated_inputs": list(written)} if written else {}
-    if zeroed_bytes is not None:
-        more["workspace_arg"] = _zeroed(zeroed_bytes, inputs[0].get_device_or_error())
-    for configuration in configurations:
-        refused = source.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            call_sizes=list(call_sizes),
-            **more,
-            **configuration,
-            **constants,
-        )
-        if refused is not None:
-            raise refused
-    try:
-        # NOTE return_multi_template
-        # Deferred selection would time the fusions as well and may decide against one. Here a fusion always
-        # saves a pass over [N, V].
-        best = autotune_select_algorithm(
-            source.name, choices, list(inputs), layout, return_multi_template=False
-        )
-    except torch.OutOfMemoryError:
-        best = choices[0].output_node()
-    node = best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
-    if over is None:
-        return node
-    buffer_of(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
-    return ir.TensorBox(over)
-
-
-def _zeroed(count: Any, device: torch.device) -> WorkspaceArg:
-    """So many bytes of memory, zeroed before each launch."""
-    mode, name = WorkspaceZeroMode.ZERO_ON_CALL, WorkspaceArg.unique_name()
-    return WorkspaceArg(count=sympify(count), zero_mode=mode, device=device, outer_name=name)
 
 
 # Passes
