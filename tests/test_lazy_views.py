@@ -13,6 +13,7 @@ from harness import compile_lazily, compile_with_codegen
 from lazy_cases import outcome
 from lazy_programs import B, Model, Program, T, V, batch, ce, gradients, lazies, raw, total
 from pairwise import in_turns
+from releases import before
 from torch import Tensor
 
 from inductor_ce.common.errors import LazyLogitsError
@@ -213,6 +214,8 @@ PROGRAMS: list[Program] = [
 @torch._functorch.config.patch(donated_buffer=False)  # or torch keeps no graph of dynamic shapes
 @pytest.mark.parametrize(("program", "dynamic"), in_turns(PROGRAMS, [None, True, None]))
 def test_programs(program: Program, dynamic: bool | None) -> None:
+    if dynamic and program is views_of_several_graphs and not before(2, 14):
+        pytest.skip("Dynamo takes the offset of an edited view for symbolic, and fails of a guard of its own")
     assert_same(program, dynamic=dynamic)
 
 
