@@ -38,6 +38,14 @@ from inductor_ce.api import deferral
 from inductor_ce.common.errors import LazyLogitsError
 
 
+def assert_same_and_lazy(m: Model, ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...]) -> None:
+    """The same loss and gradients, those by the logits too, which nobody had made before."""
+    torch.testing.assert_close(ours[0], theirs[0])
+    (z,) = lazies(ours)
+    assert not z.is_made
+    torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+
+
 def test_into_another_compiled_function() -> None:
     """After a graph break, or in a function of its own; the loss has its head there."""
 
@@ -49,11 +57,7 @@ def test_into_another_compiled_function() -> None:
     m, (x, y) = Model(), batch()
     compiled, _ = compile_lazily(f)
     for _ in range(2):
-        ours, theirs = compiled(m, x, y), f(m, x, y)
-        torch.testing.assert_close(ours[0], theirs[0])
-        (z,) = lazies(ours)
-        assert not z.is_made
-        torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+        assert_same_and_lazy(m, compiled(m, x, y), f(m, x, y))
     assert sites() == 2
 
 
@@ -69,11 +73,7 @@ def test_steps_of_classes_into_another_compiled_function(first: Program) -> None
 
     m, (x, y) = Model(), batch()
     compiled, graphs = compile_lazily(f)
-    ours, theirs = compiled(m, x, y), f(m, x, y)
-    torch.testing.assert_close(ours[0], theirs[0])
-    (z,) = lazies(ours)
-    assert not z.is_made
-    torch.testing.assert_close(*(gradients(m, r[0] + total(r[1:])) for r in (ours, theirs)))
+    assert_same_and_lazy(m, compiled(m, x, y), f(m, x, y))
     assert sites() == 2
     assert graphs.pieces == 2
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import compile_lazily, compile_with_codegen
-from lazy_cases import outcome
+from lazy_cases import Scaled, outcome
 from lazy_programs import B, Model, Program, T, V, batch, ce, gradients, lazies, raw, total
 from pairwise import in_turns
 from releases import before
@@ -283,21 +283,11 @@ def test_a_padded_vocabulary_that_is_cut_off_before_the_loss() -> None:
 # What is not followed
 
 
-class Same(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.view_as(z)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        return upstream * 10
-
-
 def test_what_a_function_of_the_users_own_returns() -> None:
     """The logits are given to the graph whole; rows, which another graph would be for, are refused."""
 
     def second(z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return ce(z, y), Same.apply(z)
+        return ce(z, y), Scaled.apply(z)
 
     m, (x, y) = Model(), batch()
     first, compiled = compile_lazily(raw)[0], compile_lazily(second)[0]

@@ -93,7 +93,7 @@ class Apart:
     def _whole(self, i: int, argument: Any) -> Any:
         """An argument as it is given to the graph, not lazy: in the memory of what it is a view of, where
         somebody may write there."""
-        lazy = argument if isinstance(argument, LazyLogits) else _lazy_part(argument)
+        lazy = _lazy_of(argument)
         if lazy is not None and i in self.edited:
             lazy.before_write()
         if i in self.lost:
@@ -124,17 +124,16 @@ class Apart:
 
 def _place(x: Any) -> Any:
     """What tells the memory of an argument from that of others, as it is or will be."""
-    lazy = x if isinstance(x, LazyLogits) else _lazy_part(x)
-    if lazy is not None:
-        return lazy.place
-    return memory_of(x) if isinstance(x, Tensor) else None
+    lazy = _lazy_of(x)
+    return place_of(x if lazy is None else lazy)
 
 
 def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, list[Any], Apart | None]:
     """(the graph, its inputs, how arguments are taken apart) with parts in place of lazy logits."""
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
-    if not any(lazy) and not any(map(_is_lazy, [*inputs, *(n.meta.get("example_value") for n in places)])):
+    seen = [*inputs, *(node.meta.get("example_value") for node in places)]
+    if all(_lazy_of(value) is None for value in seen):
         return module, list(inputs), None
     timeline = Timeline(module.graph)
     views, lost = views_of(timeline, [node for node, is_lazy in zip(places, lazy, strict=True) if is_lazy])
@@ -219,8 +218,9 @@ def _alias(has_gradient: bool, value: Any) -> Any:
     return value.detach().requires_grad_(has_gradient) if isinstance(value, Tensor) else value
 
 
-def _is_lazy(value: Any) -> bool:
-    return isinstance(value, LazyLogits) or _lazy_part(value) is not None
+def _lazy_of(value: Any) -> LazyLogits | None:
+    """The lazy logits that a value is, or those of this rank in a DTensor."""
+    return value if isinstance(value, LazyLogits) else _lazy_part(value)
 
 
 def _lazy_part(value: Any) -> LazyLogits | None:

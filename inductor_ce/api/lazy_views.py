@@ -40,9 +40,7 @@ class Views:
     def __init__(self, timeline: Timeline, results: dict[int, Node], search: _Search) -> None:
         inputs = [node for node in timeline.nodes if node.op == "placeholder"]
         self.arguments = tuple(inputs.index(node) for node in search.given)
-        self._others = list(
-            search.others
-        )  # nodes of the graph that become results, as the program reads them
+        self._others = list(search.others)  # what the program reads too: these become results of the graph
         self._steps = [node for node in timeline.nodes if node in search.steps]
         self.places, self.count = tuple(results), 0
         graph = Graph()

@@ -22,8 +22,7 @@ from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from ..reading.row_views import index_per_dimension
-from ..reading.steps import View
-from .find_recipe import is_elementwise, is_sized_view, with_width
+from .find_recipe import is_of_each, is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .rewrite import want_gradients_as
 
@@ -177,7 +176,7 @@ def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
 def _is_of_each_row(node: Node) -> bool:
     """Whether a node does the same to every row, or only arranges rows otherwise."""
     step = spellings.step_of(node)
-    of_each = step is not None and (step.view is View.SAME or is_elementwise(step))
+    of_each = step is not None and is_of_each(step)
     of_each = of_each and all(len(example_of(a).shape) < 2 for a in _beside(node) if tensor_of(a) is not None)
     return wide_source(node) is not None and (is_sized_view(node) or of_each)
 

@@ -230,6 +230,11 @@ def is_elementwise(step: Step) -> bool:
     return step.view is None and (step.in_chain or step.commutes or step.name in CHOICES)
 
 
+def is_of_each(step: Step) -> bool:
+    """Whether a step is a cast, or a function of each element."""
+    return step.view is View.SAME or is_elementwise(step)
+
+
 def _elementwise(search: Search, node: Node) -> Rows:
     """A function of each element, of logits beside numbers and what all rows share.
 
@@ -317,6 +322,5 @@ def is_form(node: Node, classes: int) -> bool:
     if example is None or spelled is None or not example.is_floating_point() or not example.dim():
         return False
     step, _ = spelled
-    copied = step.view is View.SAME or step.name == "detach"
-    known = copied or called(node) in _OF_ROWS or is_elementwise(step)
+    known = step.name == "detach" or called(node) in _OF_ROWS or is_of_each(step)
     return known and equal(example.shape[-1], classes)

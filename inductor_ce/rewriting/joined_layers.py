@@ -23,9 +23,9 @@ from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
-from ..reading.steps import Step, View
+from ..reading.steps import Step
 from .chosen_rows import cuts_rows
-from .find_recipe import is_elementwise
+from .find_recipe import is_elementwise, is_of_each
 from .joined_steps import as_like, has_weight_of, is_alike, is_as_made, is_linear, joins, widened
 
 
@@ -94,7 +94,7 @@ def _steps(layer: Layer) -> list[Any]:
 def _is_of_each(node: Node) -> bool:
     """Whether a node is a cast, or a function of each element."""
     step = spellings.step_of(node)
-    return step is not None and (step.view is View.SAME or is_elementwise(step))
+    return step is not None and is_of_each(step)
 
 
 def _widens(node: Node) -> bool:

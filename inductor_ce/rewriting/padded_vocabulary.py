@@ -20,9 +20,8 @@ from ..graph.builder import Builder
 from ..graph.shapes import equal, shape_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
-from ..reading.steps import View
 from .filled_columns import fill_columns
-from .find_recipe import is_elementwise, is_sized_view, with_width
+from .find_recipe import is_elementwise, is_of_each, is_sized_view, with_width
 from .linear_layers import LinearLayer, plain_layer
 from .padding import classes_of, columns_kept, items_of
 from .rewrite import want_gradients_as
@@ -108,9 +107,7 @@ def _is_of_each(node: Node) -> bool:
         return False
     source = node.all_input_nodes[0]
     same_classes = classes_of(node) is not None and classes_of(node) == classes_of(source)
-    return same_classes and (
-        spelled[0].view is View.SAME or is_sized_view(node) or is_elementwise(spelled[0])
-    )
+    return same_classes and (is_sized_view(node) or is_of_each(spelled[0]))
 
 
 def _layer_of(build: Builder, layer: LinearLayer, kept: slice) -> Node:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
 
 from torch.fx import Node
 
 from ..graph.shapes import constant, shape_of, tensor_of
+from ..reading.row_views import index_per_dimension
 
 
 def classes_of(node: Node) -> int | None:
@@ -50,15 +50,5 @@ def items_of(node: Node) -> list[slice]:
         return [cut if d == dim % rank else slice(None) for d in range(rank)]  # type: ignore[operator]
     if node.target is not operator.getitem:
         return []
-    return _slices(node.args[1], rank)
-
-
-def _slices(index: Any, rank: int) -> list[slice]:
-    items = list(index) if isinstance(index, tuple) else [index]
-    if sum(item is Ellipsis for item in items) > 1 or not all(
-        item is Ellipsis or isinstance(item, slice) for item in items
-    ):
-        return []
-    place = items.index(Ellipsis) if Ellipsis in items else len(items)
-    items = [item for item in items if item is not Ellipsis]
-    return items[:place] + [slice(None)] * (rank - len(items)) + items[place:]
+    items = index_per_dimension(node.args[1], rank) or []
+    return items if all(isinstance(item, slice) for item in items) else []

@@ -21,8 +21,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import constant, example_of, hint, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
-from ..reading.steps import View
-from .find_recipe import is_elementwise, is_sized_view
+from .find_recipe import is_of_each, is_sized_view
 from .linear_layers import plain_layer
 
 _SUMS = ("sum", "mean")
@@ -90,8 +89,7 @@ def _is_of_layer(node: Node) -> bool:
         spelled, sources = spellings.read(node), node.all_input_nodes
         if spelled is None or len(sources) != 1 or shape_of(sources[0])[-1:] != (classes,):
             return False
-        copied = spelled[0].view is View.SAME or spelled[0].name == "detach" or is_sized_view(node)
-        if not copied and not is_elementwise(spelled[0]):
+        if not (spelled[0].name == "detach" or is_sized_view(node) or is_of_each(spelled[0])):
             return False
         node = sources[0]
     return True

@@ -21,9 +21,7 @@ with of_supported_torch():
     from torch._inductor.custom_graph_pass import CustomGraphPass
     from torch._inductor.decomposition import select_decomp_table as decompositions
     from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
-    from torch._inductor.select_algorithm import (
-        extern_kernels,
-    )
+    from torch._inductor.select_algorithm import extern_kernels
     from torch._inductor.virtualized import V as virtualized
     from torch._library.custom_ops import CustomOpDef
     from torch.utils._pytree import tree_leaves
