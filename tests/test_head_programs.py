@@ -13,6 +13,7 @@ from harness import compile_without_codegen, sites
 from head_cases import B, D, S, V, assert_all_fair, counts, inputs, measure
 from reference import assert_fair
 from torch import Tensor, nn
+from torch._dynamo.decorators import mark_unbacked
 from torch.utils.checkpoint import checkpoint
 
 import inductor_ce
@@ -202,6 +203,27 @@ def test_a_loop_over_weights(strategy: str) -> None:
         return sum(losses) / (y != -100).sum()
 
     check(loss, strategy, B)
+
+
+@pytest.mark.parametrize("marked", [False, True], ids=["chosen by a mask", "marked"])
+def test_rows_of_which_the_number_depends_on_data(marked: bool) -> None:
+    """It has no example: the plan takes them for as many as Inductor would, not for none."""
+
+    def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        rows, y = h.flatten(0, -2), y.flatten()
+        counted = slice(None) if marked else y != -100
+        return F.cross_entropy(F.linear(rows[counted], w, b), y[counted])
+
+    def of_marked(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> Tensor:
+        for each in (h, y) if marked else ():
+            mark_unbacked(each, 1)
+        return ours_of(h, w, b, y)
+
+    given, ours_of = inputs(), compiled(loss, "auto")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        ours = measure(of_marked, given)
+    assert counts() == {"vocab_slabs": 1}
+    assert_all_fair(ours, measure(loss, given), measure(loss, given.to(torch.float64)))
 
 
 def test_rows_weighed_by_each_others_losses(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,6 +9,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..common.compat.symbols import expected_value
+
 Size = int | torch.SymInt
 
 
@@ -88,11 +90,16 @@ def is_hinted(size: Size) -> bool:
     return isinstance(size, int) or size.node.hint is not None
 
 
+def expected(size: Size) -> int:
+    """The same, and a guess where a size depends on data."""
+    return hint(size) if is_hinted(size) else expected_value(size)  # type: ignore[arg-type]
+
+
 def elements_of(node: Node) -> int:
-    """How many a tensor has, with hints in place of symbols."""
-    return math.prod(map(hint, shape_of(node)))
+    """How many a tensor has, with what is expected in place of symbols."""
+    return math.prod(map(expected, shape_of(node)))
 
 
 def bytes_of(node: Node) -> int:
-    """Bytes of a tensor, with hints in place of symbols."""
+    """Bytes of a tensor, with what is expected in place of symbols."""
     return elements_of(node) * example_of(node).element_size()

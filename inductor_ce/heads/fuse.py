@@ -17,7 +17,7 @@ from ..common.findings import user_line
 from ..common.options import FORWARD, Options
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
 from ..graph.builder import Builder
-from ..graph.shapes import example_of, hint, shape_of, tensor_of
+from ..graph.shapes import bytes_of, example_of, expected, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
@@ -92,7 +92,8 @@ def fuse_heads(graph: Graph, options: Options, why_whole: str = "") -> list[Plan
         if head is not None and head.teacher is not None and made is not None and made.strategy in BY_ROWS:
             taught |= dict.fromkeys(head.teacher.sums, made)
         why = why_not or why_whole or "it failed, see the log"
-        plans.append(made or taught.get(stats[0]) or Plan(MATERIALISE, 1, False, _nbytes(stats[0]), why))
+        made = made or taught.get(stats[0])
+        plans.append(made or Plan(MATERIALISE, 1, False, bytes_of(stats_call(stats[0]).z), why))
     for i, (_, stats, _) in enumerate(heads):
         if plans[i].strategy == MATERIALISE and stats[0] not in taught and not why_whole:
             plans[i] = _whole_with_gradient(graph, stats, plans[i], options.gradient)
@@ -111,11 +112,6 @@ def _ask_for_ranks_by_inputs(graph: Graph) -> None:
         alike = next((source for source in inputs if example_of(source).device == device), like)
         node.args = (alike, *rest)
         node.meta.pop(AS_TRACED, None)
-
-
-def _nbytes(stats: Node) -> int:
-    example = example_of(stats_call(stats).z)
-    return hint(example.numel()) * example.element_size()
 
 
 def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") -> Plan:
@@ -336,7 +332,7 @@ def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = F
     weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
     z = example_of(head.product)
     return plan.HeadNumbers(
-        n=hint(head.n),
+        n=expected(head.n),
         v=head.v,
         d=hint(head.d),
         element=z.element_size(),

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import sympy
 import torch
+from torch._inductor import config
 
 
 class Symbols(NamedTuple):
@@ -32,6 +33,19 @@ def symbols_of(size: torch.SymInt) -> Symbols:
         ranges,
         [env.replace(guard.expr) for guard in env.guards],
     )
+
+
+def expected_value(size: torch.SymInt) -> int:
+    """By the example's values of its symbols, and Inductor's guess of those that depend on data."""
+    known = symbols_of(size)
+    values = {s: known.hints.get(s, _within(known.ranges.get(s))) for s in size.node.expr.free_symbols}
+    return int(size.node.expr.xreplace(values))
+
+
+def _within(bounds: tuple[int | None, int | None] | None) -> int:
+    least, most = bounds or (None, None)
+    at_most = config.unbacked_symint_fallback if most is None else min(most, config.unbacked_symint_fallback)
+    return at_most if least is None else max(least, at_most)
 
 
 def _finite(bound: sympy.Basic) -> int | None:
