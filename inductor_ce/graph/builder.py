@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,9 +104,21 @@ class Builder:
         return node is not self._before
 
     def undo(self) -> None:
+        """Take back all that was built, which nothing else reads yet."""
         for node in reversed(self.created):
             self._graph.erase_node(node)
         self.created.clear()
+
+
+@contextlib.contextmanager
+def undone_on_error(builds: Sequence[Builder]) -> Iterator[None]:
+    """Take back all that is built, the last first, where the block raises. Within it `builds` may grow."""
+    try:
+        yield
+    except Exception:
+        for build in reversed(builds):
+            build.undo()
+        raise
 
 
 def _examples_of(given: Any) -> Any:

@@ -16,7 +16,7 @@ from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import FORWARD, Options
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
@@ -134,28 +134,25 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        computed = rows_to_compute(build, head, proof, plan.work_of_piece(numbers, wanted.pieces))
-        if computed.rows is None:
-            wanted = plan.plan(replace_fields(numbers, skips=False), *asked)
-        if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
-            build.undo()
-        if wanted.strategy == MATERIALISE:
-            return _kept_whole(graph, head, wanted)
-        if wanted.strategy == VOCAB_SLABS:
-            made = vocab_slabs(build, head, wanted)
-        else:
-            wanted = _telling(wanted, computed, head, why_whole)
-            made = token_chunks(build, head, proof, wanted, None, computed)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            computed = rows_to_compute(build, head, proof, plan.work_of_piece(numbers, wanted.pieces))
+            if computed.rows is None:
+                wanted = plan.plan(replace_fields(numbers, skips=False), *asked)
+            if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
+                build.undo()
+            if wanted.strategy == MATERIALISE:
+                return _kept_whole(graph, head, wanted)
+            if wanted.strategy == VOCAB_SLABS:
+                made = vocab_slabs(build, head, wanted)
+            else:
+                wanted = _telling(wanted, computed, head, why_whole)
+                made = token_chunks(build, head, proof, wanted, None, computed)
+            order = _ordered(graph, made)
     except NoHead as why:
-        build.undo()
         if head.teacher is not None:
             head.teacher = None
             return _fuse(graph, head, options, f"{WHOLE}{why}")
         return plan.plan(numbers_of(head, proof, str(why)))
-    except Exception:
-        build.undo()
-        raise
     shared = shared_sums(head) if head.divergences else []
     _put(graph, made, order)
     for gradients in shared:
@@ -195,14 +192,11 @@ def _with_statistics(graph: Graph, stats: Node, gradient: str) -> str:
         return ""
     build = Builder(graph, graph.output_node(), stats, key="val")
     try:
-        made = with_statistics(build, stats, is_wanted)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            made = with_statistics(build, stats, is_wanted)
+            order = _ordered(graph, made)
     except NoHead as why:
-        build.undo()
         return f"{APART}{why}" if is_wanted else ""
-    except Exception:
-        build.undo()
-        raise
     _put(graph, made, order)
     graph.eliminate_dead_code()
     return TOGETHER
@@ -236,18 +230,15 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     made: dict[Node, Node] = {}
     state = Loop(len(loop))
     try:
-        for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
-            work = plan.work_of_piece(numbers[i], plans[i].pieces)
-            computed = rows_to_compute(build, head, proof, work)
-            plans[i] = _telling(plans[i], computed, head, why_whole[i])
-            made |= token_chunks(build, head, proof, plans[i], state, computed)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
+                work = plan.work_of_piece(numbers[i], plans[i].pieces)
+                computed = rows_to_compute(build, head, proof, work)
+                plans[i] = _telling(plans[i], computed, head, why_whole[i])
+                made |= token_chunks(build, head, proof, plans[i], state, computed)
+            order = _ordered(graph, made)
     except NoHead:
-        build.undo()
         return None
-    except Exception:
-        build.undo()
-        raise
     _put(graph, made, order)
     leave_to_last(graph, [node for head in loop for node in weight_exits(head)])
     graph.eliminate_dead_code()

@@ -21,7 +21,7 @@ from .. import algebra
 from ..algebra.symbols import STATISTICS
 from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import Reason, Refusal
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, constant, equal, example_of, hint, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context, is_labels
@@ -170,11 +170,8 @@ def _made(
     z = next((z for z in reading.chosen.get(whole, []) if _reads_alike(context, z)), None)
     if z is None:
         build = Builder(node.graph, node, like=node)
-        try:
+        with undone_on_error([build]):
             z = choose(build, _arranged(build, value, source))
-        except Exception:
-            build.undo()
-            raise
         wanted = context.grad_mode is True and example_of(value.logits.node).requires_grad
         build.tell_gradients(wanted)
         for made in build.created:

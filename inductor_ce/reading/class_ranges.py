@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, hint, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
@@ -118,11 +118,8 @@ def added(context: Context, kind: Hashable, make: Callable[[Builder], Node]) -> 
     known = reading.chosen.setdefault(kind, [])
     if not known:
         build = Builder(node.graph, node, like=node)
-        try:
+        with undone_on_error([build]):
             mask = make(build)
-        except Exception:
-            build.undo()
-            raise
         for made in build.created:
             reading.added[made] = node
             reading.timeline.position[made] = context.position

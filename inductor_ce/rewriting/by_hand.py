@@ -20,7 +20,7 @@ from ..algebra.notation import render
 from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT, calls, calls_in
 from ..common.findings import Site, name_of, user_line
 from ..common.strategies import MATERIALISE
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.functions import Body, function_bodies, inner, joined
 from ..graph.shapes import bytes_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
@@ -137,7 +137,7 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
     number = next(numbers)
     first = timeline.nodes[place]
     build = Builder(graph, first, like=uses[0].source)
-    try:
+    with undone_on_error([build]):
         logits = found.logits if attached == {True} else build("detach", found.logits)
         emitter = PartRows(build, found, logits, number, {})
         made = []
@@ -145,9 +145,6 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
             emitter.build = later = Builder(graph, use.user, like=use.source)
             made.append((use, emitter.result(use.value.expr, use.source)))
             build.created += later.created
-    except Exception:
-        build.undo()
-        raise
     for use, result in made:
         use.user.replace_input_with(use.source, result)
     _erase(graph, found.steps)
@@ -230,7 +227,7 @@ def _inline(
     number = next(numbers)
     outer = dict(given)
     build = Builder(graph, body.call, like=result)
-    try:
+    with undone_on_error([build]):
         for step in inner(body.forward)[1]:
             own = nodes[step]
             if own not in found.steps and all(n in outer for n in own.all_input_nodes):
@@ -241,9 +238,6 @@ def _inline(
         loss = found.asked[0]
         assert loss is not None
         made = emitter.result(loss.expr, result, meant)
-    except Exception:
-        build.undo()
-        raise
     result.replace_all_uses_with(made)
     for node in (result, body.call, *body.call.args[:2]):
         if isinstance(node, Node) and not node.users:

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
@@ -135,12 +135,8 @@ def _moved_before(graph: Graph, node: Node) -> bool:
         return False
     places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
     builds = [Builder(graph, place, like=place) for place in places]
-    try:
+    with undone_on_error(builds):
         result = _chosen_first(builds, layer, between, node)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..algebra.blocks import Lse, Pick, Span, Sum, Total
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading.block_reader import Blocks, Use
@@ -129,13 +129,11 @@ def _join(graph: Graph, timeline: Timeline, found: Blocks, group: _Group) -> Non
         return
     normaliser = next(use for use in group.uses if use.row and any(isinstance(n, Lse) for n in use.row.names))
     builds = [Builder(graph, timeline.nodes[place], like=_like(normaliser))]
-    try:
+    with undone_on_error(builds):
         made = _made(graph, timeline, place, group, builds)
-    except Exception:
-        _undo(builds)
-        raise
     if made is None:
-        _undo(builds)
+        for build in reversed(builds):
+            build.undo()
         return
     for use, result in zip(group.uses, made, strict=True):
         use.user.replace_input_with(use.source, result)
@@ -161,11 +159,6 @@ def _made(
         if example_of(made[-1]).requires_grad != wanted:
             return None
     return made
-
-
-def _undo(builds: list[Builder]) -> None:
-    for build in reversed(builds):
-        build.undo()
 
 
 def _like(use: Use) -> Node:

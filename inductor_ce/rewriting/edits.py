@@ -31,7 +31,7 @@ from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_function_transform, is_higher_order, is_plain_tensor, tree_leaves
 from ..common.failsafe import attempt
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
@@ -277,21 +277,19 @@ def _as_functions(graph: Graph, memory: Memory) -> None:
     now: dict[Node, Node] = {}  # what a tensor is behind the last edit
     builds: list[Builder] = []
     try:
-        for edit in memory.edits:
-            builds.append(Builder(graph, edit, like=edit))
-            args = map_arg((edit.args, edit.kwargs), lambda node: now.get(memory.of.get(node, node), node))
-            result = _function_of(builds[-1], edit, *args, memory.of_layers)
-            if not _is_alike(memory.timeline, result, edit):
-                raise _NoFunctionError
-            if edit.target not in ("fill_", "zero_"):
-                builds[-1].tell_gradients(memory.timeline.grad_mode(memory.timeline.position[edit]) is True)
-            now[memory.of[edit]] = result
-            made.append((edit, result))
-    except Exception as error:
-        for build in reversed(builds):
-            build.undo()
-        if not isinstance(error, _NoFunctionError):
-            raise
+        with undone_on_error(builds):
+            for edit in memory.edits:
+                builds.append(Builder(graph, edit, like=edit))
+                args = map_arg((edit.args, edit.kwargs), lambda n: now.get(memory.of.get(n, n), n))
+                result = _function_of(builds[-1], edit, *args, memory.of_layers)
+                if not _is_alike(memory.timeline, result, edit):
+                    raise _NoFunctionError
+                if edit.target not in ("fill_", "zero_"):
+                    on = memory.timeline.grad_mode(memory.timeline.position[edit]) is True
+                    builds[-1].tell_gradients(on)
+                now[memory.of[edit]] = result
+                made.append((edit, result))
+    except _NoFunctionError:
         return
     for edit, result in reversed(made):
         _replace(memory, edit, result)

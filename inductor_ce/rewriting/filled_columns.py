@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
@@ -90,15 +90,12 @@ def _replaced(graph: Graph, node: Node, fill: Node) -> Node | None:
     if not is_number_of(value, example.dtype):
         return None
     build = Builder(graph, fill, like=node)
-    try:
+    with undone_on_error([build]):
         mask = _mask(build, item, example)
         if mask is None:
             build.undo()
             return None
         result = build("masked_fill", node, mask, value)
-    except Exception:
-        build.undo()
-        raise
     want_gradients_as(node, result)
     if fill.target not in _INDEX_FILLS:
         node.replace_all_uses_with(result, delete_user_cb=lambda user: fill < user)

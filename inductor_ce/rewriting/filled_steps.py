@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
@@ -125,13 +125,10 @@ def _stack(timeline: Timeline, tensor: Node, edits: list[Node], dim: int, found:
     last = max(edits, key=timeline.position.__getitem__)
     size, any_step = shape_of(tensor)[dim], next(iter(found.values()))
     build, own = Builder(tensor.graph, last.next, like=any_step), example_of(tensor)
-    try:
+    with undone_on_error([build]):
         stacked = build(torch.stack, [found.get(place, any_step) for place in range(size)], dim)
         if example_of(stacked).dtype != own.dtype:
             stacked = build("to", stacked, own.dtype)
-    except Exception:
-        build.undo()
-        raise
     if not all(map(equal, example_of(stacked).stride(), own.stride())):
         build.undo()
         return

@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, equal, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..ops.combine import chosen, combined, own_rows
@@ -226,8 +226,9 @@ def _labels_and_weights(stats: Node) -> tuple[list[Node], list[Node]]:
 
 def _split(graph: Graph, joined: Joined) -> Node:
     """Returns the widest part, as statistics are taken of it."""
-    parts, builds = [part for part, _ in joined.parts], []
-    try:
+    parts = [part for part, _ in joined.parts]
+    builds: list[Builder] = []
+    with undone_on_error(builds):
         for before, after in zip((joined.node, *joined.links), (*joined.links, None), strict=True):
             builds.append(Builder(graph, after or joined.stats[0], like=before))
             if before is joined.node:
@@ -238,10 +239,6 @@ def _split(graph: Graph, joined: Joined) -> Node:
         for stats in joined.stats:
             builds.append(Builder(graph, stats, like=stats))
             made.append(_statistics(builds[-1], joined, stats, parts))
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     for stats, result in zip(joined.stats, made, strict=True):
         want_gradients_as(stats, result)
         stats.replace_all_uses_with(result)

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
@@ -142,7 +142,7 @@ def _may_move(timeline: Timeline, node: Node, layer: Layer, first: Layer) -> boo
 def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> None:
     build = Builder(graph, node, like=node)
     first = layers[0]
-    try:
+    with undone_on_error([build]):
         hiddens = {}
         for product, between in layers:
             of: Any = product.args[0]
@@ -156,9 +156,6 @@ def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> 
         for each in filter(_is_of_each, first.between):
             result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
     made, own = example_of(result), example_of(node)
     if made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()

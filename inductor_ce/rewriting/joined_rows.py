@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..common.compat.graphs import unset_fake_temporarily
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
@@ -251,14 +251,11 @@ def _join(graph: Graph, timeline: Timeline, parts: list[Part], along: int) -> di
     build = Builder(graph, first, like=first)
     parts = sorted(parts, key=lambda part: part.box[along])
     try:
-        joined = _joined(build, timeline, first, parts, along)
-        own = [joined if part.has_all else _rows_of(build, joined, part) for part in parts]
+        with undone_on_error([build]):
+            joined = _joined(build, timeline, first, parts, along)
+            own = [joined if part.has_all else _rows_of(build, joined, part) for part in parts]
     except _NotHere:
-        build.undo()
         return {}
-    except Exception:
-        build.undo()
-        raise
     build.tell_gradients(timeline.grad_mode(timeline.position[first]) is True)
     for part, rows in zip(parts, own, strict=True):
         part.stats.replace_all_uses_with(rows)

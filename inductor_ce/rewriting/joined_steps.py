@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
@@ -167,14 +167,11 @@ def is_alike(timeline: Timeline, made: Node, node: Node, sources: list[Node]) ->
 def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> None:
     build = Builder(graph, node, like=node)
     axis, (name, dtype) = _axis(node, parts[0]), _kind(parts[0].function)
-    try:
+    with undone_on_error([build]):
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
         as_asked = {} if dtype is None else {"dtype": dtype}
         result = as_like(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
         build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
     made, own = tensor_of(result), tensor_of(node)
     if made is None or own is None or made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import equal, shape_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
@@ -70,13 +70,9 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
     if any(len(each.users) > 1 for each in chain) or not _is_as_made(graph, [*chain, node]):
         return False
     builds = [Builder(graph, place, like=place) for place in (source, node)]
-    try:
+    with undone_on_error(builds):
         made = _layer_of(builds[0], layer, kept)
         result = _repeated(builds[1], made, between, node)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):

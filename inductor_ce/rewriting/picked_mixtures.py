@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from .. import algebra
 from ..common.failsafe import attempt
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import hint, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context, is_labels
@@ -113,7 +113,7 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
     assert axis is not None
     build = Builder(graph, node, like=node)
     pick = functools.partial(mixture.pick, build, source, axis=axis)
-    try:
+    with undone_on_error([build]):
         if step.name == "gather":
             result = pick(index=args["index"])
         elif step.name == "getitem":
@@ -125,9 +125,6 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
         else:
             result = _nll_loss(build, pick, modernised(args))
         build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
     if verify:
         beside_original(graph, node, result)
         return

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from ..common.compat.dynamo import is_cut, returns_to_program
 from ..common.compat.graphs import is_kept_dynamic
 from ..common.findings import name_of, where_is
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, constant, equal, hint, is_hinted, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
@@ -71,15 +71,11 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int)
     """
     promised = Promised([], {})
     builds: list[Builder] = []
-    try:
+    with undone_on_error(builds):
         statistics = (node for node in fused.nodes if node.target in STATISTICS)
         products = [*map(_products_of, statistics), *((node,) for node in awaited(graph, twins, min_vocab))]
         for of_one in filter(None, dict.fromkeys(products)):
             _promise_of(of_one, graph, twins, promised, builds)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     return promised
 
 

@@ -20,7 +20,7 @@ from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
 from ..common.failsafe import attempt
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
@@ -104,7 +104,7 @@ def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) ->
     axis, z, dtype = value.axis, value.logits.node, example_of(log_p).dtype
     added = added_to_log_probabilities(value)
     builds = [Builder(graph, ranges[0], like=ranges[0])]
-    try:
+    with undone_on_error(builds):
         build = builds[0]
         z = z if example_of(z).dtype == dtype else build("to", z, dtype)
         top = build(torch.amax, build("detach", z), axis, True)
@@ -120,10 +120,6 @@ def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) ->
             results.append(build(torch.add, part, added) if added else part)
         for build in builds:
             build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[log_p]) is True)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     for node, result in zip(ranges, results, strict=True):
         node.replace_all_uses_with(result)
         graph.erase_node(node)

@@ -19,7 +19,7 @@ from ..common.compat.graphs import is_dtensor
 from ..common.failsafe import attempt
 from ..common.findings import name_of
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
@@ -143,7 +143,7 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
     assert isinstance(value, VocabValue)
     args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
     build = Builder(graph, node, like=node)
-    try:
+    with undone_on_error([build]):
         axis, keepdim = value.axis, bool(args.get("keepdim"))
         z, dtype = value.logits.node, example_of(found.log_p).dtype
         z = z if example_of(z).dtype == dtype else build("to", z, dtype)
@@ -169,9 +169,6 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
         if found.added:
             result = build(torch.add, result, found.added)
         build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
     if verify:
         beside_original(graph, node, result)
         return

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import equal, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
@@ -176,12 +176,8 @@ def _is_differentiated(timeline: Timeline, node: Node) -> bool:
 
 def _take(graph: Graph, node: Node, dim: int, parts: list[Node], taken: list[Taken]) -> None:
     builds = [Builder(graph, each.node, like=each.node) for each in taken]
-    try:
+    with undone_on_error(builds):
         results = [_of_part(*each, parts, dim) for each in zip(builds, taken, strict=True)]
-    except Exception:
-        for build in builds:
-            build.undo()
-        raise
     for each, result in zip(taken, results, strict=True):
         each.node.replace_all_uses_with(result)
     erase_with_sources(each.node for each in taken)
