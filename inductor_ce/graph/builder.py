@@ -58,9 +58,10 @@ class Builder:
             made = torch.empty_like(like, dtype=example.dtype)
         return made.requires_grad_(example.requires_grad)
 
-    def again(self, node: Node, sources: dict[Node, Node]) -> Node:
-        """The operation of `node` on other sources."""
-        args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)
+    def again(self, node: Node, sources: dict[Node, Node] | Node) -> Node:
+        """The operation of `node` on other sources: one for each of its own, or one for all."""
+        given = dict.fromkeys(node.all_input_nodes, sources) if isinstance(sources, Node) else sources
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return self(node.target, *args, **kwargs)
 
     def traced(self, f: Callable[..., torch.Tensor], sources: Sequence[Node]) -> Node:

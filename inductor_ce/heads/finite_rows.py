@@ -73,7 +73,7 @@ class NotFinite:
         if node.target in PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
             return self._of_product(node, parts)
         if node.target in SUMS or (node.target == CAST and example_of(node).itemsize >= 4):
-            return self._places.over(node, self._places.any(parts.values()))
+            return self._places.over_any(node, parts.values())
         if node.target == aten.where.self:
             return self._of_choice(node)
         return True
@@ -107,14 +107,12 @@ class NotFinite:
         self._factors[node] += 1
         if self._factors[node] > MOST_FACTORS:
             return True
-        return self._places.over(node, self._places.any([part, self._places.not_below(other, FACTORS_BELOW)]))
+        return self._places.over_any(node, [part, self._places.not_below(other, FACTORS_BELOW)])
 
     def _of_choice(self, node: Node) -> Where:
         condition, *choices = args_of(node)
         yes, no = (False if self._is_early(choice) else self.of(choice) for choice in choices)
-        if self._is_early(condition):
-            return self._places.chosen(node, condition, yes, no)
-        return self._places.over(node, self._places.any([yes, no]))
+        return self._places.chosen(node, condition if self._is_early(condition) else None, yes, no)
 
     # Logits
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,14 +185,12 @@ class Pieces:
         return dz
 
     def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]
+        if not is_pointwise(node):
+            return made[args_of(node)[0]]
+        return self.pointwise(node, lambda s: made[s] if s in made else self.part(s, node, piece))
 
-    def _again(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        """A pointwise node on pieces."""
-
-        def part(source: Node) -> Node:
-            return made[source] if source in made else self.part(source, node, piece)
-
+    def pointwise(self, node: Node, part: Callable[[Node], Node]) -> Node:
+        """A pointwise node on the pieces that `part` gives of its sources, laid out as these are."""
         args, kwargs = map_arg((node.args, node.kwargs), part)
         kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         return self.build(node.target, *args, **kwargs)

@@ -140,11 +140,6 @@ def exponential(context: Context, args: dict[str, Any]) -> Outcome:
     return None if exp is None else replace(logits, expr=exp, wide=logits.wide | {context.node})
 
 
-def one_dim(dim: Any) -> Any:
-    """The dimension in a list of one."""
-    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-
-
 def _summed_dims(node: Node) -> Iterator[int]:
     """The dimensions over which somebody sums this node, its product, or what a mask leaves of it.
 
@@ -161,7 +156,7 @@ def _dims_of_sums(node: Node) -> Iterator[int]:
     for user in node.users:
         spelled = spellings.read(user)
         if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:
-            dim = one_dim(spelled[1].get("dim"))
+            dim = spellings.one_dim(spelled[1].get("dim"))
             if isinstance(dim, int):
                 yield dim
 

@@ -210,7 +210,7 @@ class BlockReader:
         row = self.row(source)
         settled = row if isinstance(row, Sum) and row.is_settled and storage not in written else None
         self.found.uses.append(Use(node, source, settled, of))
-        still = self.timeline.unchanged(source, node, len(self.timeline.nodes))
+        still = self.timeline.unchanged(source, node)
         if settled is not None and still and self.timeline.shares_storage(node, source):
             self._views.add(node)
 
@@ -239,6 +239,11 @@ class BlockReader:
         if self.row(target) is None or not same_shape(shape_of(target), shape_of(source)):  # type: ignore[arg-type]
             return None
         return self.row(source)
+
+    def pair(self, node: Node, a: Any, b: Any) -> tuple[Row, Row] | None:
+        """Two numbers of each row, of which that row of a result is made."""
+        one, other = self.row(a), self.row(b)
+        return (one, other) if one is not None and other is not None and self.alike(node, a, b) else None
 
     def alike(self, node: Node, *given: Any) -> bool:
         """Whether each row of a result is made of that row of what is given, or of a number for all."""

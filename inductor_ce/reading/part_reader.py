@@ -94,8 +94,7 @@ class PartReader:
         self._use(node)
 
     def _put_result(self, node: Node, value: Value) -> None:
-        position = self.timeline.position[node]
-        on = self.timeline.grad_mode(position) is True
+        on = self.timeline.grad_mode(node) is True
         if value.attached and not on:
             value = Value(value.expr, False)
         written = [*written_by(node)]
@@ -213,7 +212,7 @@ class PartReader:
         example = tensor_of(node)
         if not isinstance(node, Node) or example is None or not self._has_rows(node):
             return None
-        if not self.timeline.unchanged(node, node, len(self.timeline.nodes)):
+        if not self.timeline.unchanged(node, node):
             return None
         return self._of_masks(node) or self._named(node)
 

@@ -43,7 +43,7 @@ def flat_logits(build: Builder, reading: Reading, logits: Logits, place: int, vo
     if rank != 2:
         flat = build("reshape", flat, -1, vocab_size)
     for link in links:
-        flat = build.again(link, dict.fromkeys(link.all_input_nodes, flat))
+        flat = build.again(link, flat)
     return flat
 
 

@@ -22,7 +22,7 @@ from ..common.findings import Site, name_of, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder, undone_on_error
 from ..graph.functions import Body, function_bodies, inner, joined
-from ..graph.shapes import bytes_of, shape_of, tensor_of
+from ..graph.shapes import bytes_of, requires_grad, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.part_values import Parts
@@ -128,11 +128,9 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
     since = {node: timeline.position[at] for node, at in found.labels.values()}
     for node in read:
         position = timeline.position[node]
-        if position >= place or not timeline.unchanged(
-            node, since.get(node, position + 1), len(timeline.nodes)
-        ):
+        if position >= place or not timeline.unchanged(node, since.get(node, position + 1)):
             return None
-    if not timeline.unchanged(found.logits, found.logits, len(timeline.nodes)):
+    if not timeline.unchanged(found.logits, found.logits):
         return None
     number = next(numbers)
     first = timeline.nodes[place]
@@ -180,17 +178,12 @@ def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site 
     for base in _bases(timeline):
         if base not in given or base not in both.gradients:
             continue
-        others = [outer for node, outer in given.items() if node is not base and _wants_gradient(outer)]
+        others = [outer for node, outer in given.items() if node is not base and requires_grad(outer)]
         found = read_parts(timeline, base, {}, [both.result, both.gradients[base]], own_backward=True)
         meant = None if found is None or found.whole or others else _meant(found, both.upstream)
         if found is not None and meant is not None:
             return _inline(graph, body, found, meant, nodes, given, numbers)
     return None
-
-
-def _wants_gradient(given: Any) -> bool:
-    example = tensor_of(given)
-    return example is not None and example.requires_grad
 
 
 def _meant(found: Parts, upstream: Node) -> sympy.Expr | None:

@@ -23,7 +23,7 @@ from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from ..reading.row_views import index_per_dimension
 from .find_recipe import is_of_each, is_sized_view, with_width
-from .linear_layers import LinearLayer, plain_layer
+from .linear_layers import LinearLayer, logit_classes, plain_layer
 from .rewrite import want_gradients_as
 
 
@@ -57,15 +57,8 @@ def cut_hidden(graph: Graph) -> None:
 
 def wide_source(node: Node) -> Node | None:
     """The one source with rows of as many classes."""
-    wide = [a for a in node.all_input_nodes if _classes(a) and _classes(a) == _classes(node)]
+    wide = [a for a in node.all_input_nodes if logit_classes(a) and logit_classes(a) == logit_classes(node)]
     return wide[0] if len(wide) == 1 else None
-
-
-def _classes(node: Node) -> int | None:
-    example = tensor_of(node)
-    if example is None or example.dim() < 2 or not example.is_floating_point():
-        return None
-    return constant(example.shape[-1])
 
 
 def _chooses_rows(node: Node) -> bool:
@@ -147,7 +140,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
 def _keeps_gradient(graph: Graph, node: Node, place: Node) -> bool:
     """Whether what a node makes has at a place the gradient, or none, that it has where it stands."""
     timeline = Timeline(graph)
-    here, there = (timeline.grad_mode(timeline.position[each]) for each in (node, place))
+    here, there = (timeline.grad_mode(each) for each in (node, place))
     return here is True or here == there
 
 
@@ -185,29 +178,26 @@ def _beside(node: Node) -> list[Node]:
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
     """Whether the layer and what follows may be computed where the rows are chosen, and of no others."""
     timeline = Timeline(graph)
-    first, here = timeline.position[chain[0]], timeline.position[node]
-    modes = [timeline.position[each] for each in chain]
-    alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
+    alike = all(timeline.grad_mode(each) == timeline.grad_mode(node) for each in chain)
     operands = [(a, chain[0]) for a in layer.args if isinstance(a, Node)]
     operands += [(a, each) for each in chain[1:] for a in _beside(each)]
     return (
         alike
-        and timeline.same_autocast(first, here)
-        and all(timeline.unchanged(a, reader, here) for a, reader in operands)
+        and timeline.same_autocast(chain[0], node)
+        and all(timeline.unchanged(a, reader, timeline.position[node]) for a, reader in operands)
     )
 
 
 def _is_alone(graph: Graph, chain: list[Node]) -> bool:
     """Whether nothing else reads, or changes, what is between a layer and the rows that are chosen."""
     timeline = Timeline(graph)
-    end = len(timeline.nodes)
-    return all(len(each.users) == 1 and timeline.unchanged(each, each, end) for each in chain)
+    return all(len(each.users) == 1 and timeline.unchanged(each, each) for each in chain)
 
 
 def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node], node: Node) -> Node:
     """The rows of the hidden states, their logits, and what was done to all logits before."""
     build, *others = builds
-    classes, width = _classes(node), constant(shape_of(layer.hidden)[-1])
+    classes, width = logit_classes(node), constant(shape_of(layer.hidden)[-1])
     hidden = layer.hidden
     for view in reversed(between):
         if is_sized_view(view):
@@ -233,10 +223,10 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
         own = {n: _known(build, n, known) for n in node.all_input_nodes}
         return build("contiguous", build.again(node, own))
     if spellings.is_step(node, "gather"):
-        index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
+        index = spellings.arguments_of(node)["index"]
         rows = build(operator.getitem, index, (..., slice(0, 1)))
         sizes = [-1] * (len(shape_of(index)) - 1) + [shape_of(hidden)[-1]]
         rows = build("expand", rows, *sizes)
-        dim = spellings.arguments(node, spellings.step_of(node))["dim"]  # type: ignore[arg-type]
+        dim = spellings.arguments_of(node)["dim"]
         return build(torch.gather, hidden, dim, rows)
     return build.again(node, {n: n for n in node.all_input_nodes} | {source: hidden})

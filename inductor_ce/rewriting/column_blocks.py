@@ -125,7 +125,7 @@ def _join(graph: Graph, timeline: Timeline, found: Blocks, group: _Group) -> Non
     place = timeline.position[group.blocks[-1]] + 1
     while timeline.nodes[place].op == "placeholder":
         place += 1
-    if not all(timeline.unchanged(block, block, len(timeline.nodes)) for block in group.blocks):
+    if not all(timeline.unchanged(block, block) for block in group.blocks):
         return
     normaliser = next(use for use in group.uses if use.row and any(isinstance(n, Lse) for n in use.row.names))
     builds = [Builder(graph, timeline.nodes[place], like=_like(normaliser))]
@@ -152,8 +152,7 @@ def _made(
     for use in group.uses:
         builds.append(Builder(graph, use.user, like=_like(use)))
         made.append(_result(builds[-1], group, columns, use))
-        position = timeline.position[use.user]
-        on = timeline.grad_mode(position) is True
+        on = timeline.grad_mode(use.user) is True
         builds[-1].tell_gradients(on)
         wanted = on and example_of(use.source).requires_grad
         if example_of(made[-1]).requires_grad != wanted:

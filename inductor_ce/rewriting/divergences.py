@@ -81,7 +81,7 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
         elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
     made: dict[Mode, Made] = defaultdict(dict)  # a side made under no_grad has no gradient
-    modes = {f.node: reading.timeline.grad_mode(reading.timeline.position[f.node]) for f in allowed}
+    modes = {f.node: reading.timeline.grad_mode(f.node) for f in allowed}
     now: dict[Node, Node] = {}
     done = [
         each
@@ -189,7 +189,7 @@ def _rewrite(graph: Graph, found: Between, made: Made, now: dict[Node, Node]) ->
 
 
 def _result(build: Builder, found: Between, made: Made) -> Node:
-    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    args = spellings.arguments_of(found.end)
     sides = [_side(build, side, made) for side in found.sides]
     first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
@@ -319,8 +319,7 @@ def _cut(build: Builder, node: Node, index: tuple[slice, ...]) -> Node:
 
 def _is_recorded(node: Node) -> bool:
     """Whether gradients are on where a node stands."""
-    timeline = Timeline(node.graph)
-    return timeline.grad_mode(timeline.position[node]) is True
+    return Timeline(node.graph).grad_mode(node) is True
 
 
 def _without_whole(index: Any) -> tuple[Any, ...]:
@@ -357,7 +356,7 @@ def _how(found: Between, args: dict[str, Any]) -> tuple[str, bool]:
 
 def _form(found: Between) -> str:
     """What is computed, as text."""
-    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    args = spellings.arguments_of(found.end)
     how, is_loss = _how(found, args)
     if how == "sum" and not is_loss and args.get("dim") is not None:
         how = ""

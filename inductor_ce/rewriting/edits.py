@@ -35,7 +35,6 @@ from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
-from ..reading.arithmetic import one_dim
 from .filled_columns import column_mask, is_number_of
 from .linear_layers import linear_layer
 
@@ -165,7 +164,8 @@ def _place_of_classes(node: Node) -> tuple[int, Size] | None:
         if spelled is None or spelled[0].name not in _OVER_CLASSES:
             return None
         step, args = spelled
-        example, dim = tensor_of(args.get("input")), 1 if step.is_loss else one_dim(args.get("dim", -1))
+        example = tensor_of(args.get("input"))
+        dim = 1 if step.is_loss else spellings.one_dim(args.get("dim", -1))
     rank = 0 if example is None else example.dim()
     if rank < 2 or not isinstance(dim, int) or not -rank <= dim < rank:
         return None
@@ -243,7 +243,7 @@ class Memory:
 
     def _keeps_gradient(self, edit: Node) -> bool:
         """Whether what is edited has, where it is edited, the gradient that a function gives."""
-        modes = [self.timeline.grad_mode(self.timeline.position[node]) for node in (self.names[0], edit)]
+        modes = [self.timeline.grad_mode(node) for node in (self.names[0], edit)]
         if INFERENCE in modes:
             return False
         examples = map(tensor_of, self.names)
@@ -285,7 +285,7 @@ def _as_functions(graph: Graph, memory: Memory) -> None:
                 if not _is_alike(memory.timeline, result, edit):
                     raise _NoFunctionError
                 if edit.target not in ("fill_", "zero_"):
-                    on = memory.timeline.grad_mode(memory.timeline.position[edit]) is True
+                    on = memory.timeline.grad_mode(edit) is True
                     builds[-1].tell_gradients(on)
                 now[memory.of[edit]] = result
                 made.append((edit, result))
@@ -358,7 +358,7 @@ def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
         return False
     examples = [example_of(n) for n in edit.all_input_nodes if tensor_of(n) is not None]
     is_cast = any(e.is_floating_point() and e.dtype != torch.float32 for e in examples)
-    if is_cast and not _is_as_given(edit) and timeline.has_autocast(timeline.position[edit]):
+    if is_cast and not _is_as_given(edit) and timeline.has_autocast(edit):
         return False
     if all(map(equal, a.stride(), b.stride())):
         return True

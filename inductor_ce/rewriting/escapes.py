@@ -259,7 +259,7 @@ def _is_over_stack(node: Node, source: Node) -> bool:
     """Whether it is a logsumexp over what `source` has stacked."""
     if not spellings.is_step(node, "logsumexp") or not spellings.is_step(source, "stack"):
         return False
-    dims = [spellings.arguments(n, spellings.step_of(n)).get("dim", 0) for n in (node, source)]  # type: ignore[arg-type]
+    dims = [spellings.arguments_of(n).get("dim", 0) for n in (node, source)]
     rank = len(shape_of(source))
     return all(isinstance(dim, int) for dim in dims) and dims[0] % rank == dims[1] % rank
 

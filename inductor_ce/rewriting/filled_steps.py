@@ -113,7 +113,7 @@ def _is_written_first(timeline: Timeline, tensor: Node, edits: list[Node]) -> bo
     position = timeline.position
     last = max(map(position.__getitem__, edits))
     values: list[Any] = [edit.args[2] for edit in edits]
-    modes = {timeline.grad_mode(position[node]) for node in (*edits, *values)}
+    modes = {timeline.grad_mode(node) for node in (*edits, *values)}
     return (
         all(user in edits or position[user] > last for user in tensor.users)
         and len(modes) == 1
@@ -132,7 +132,7 @@ def _stack(timeline: Timeline, tensor: Node, edits: list[Node], dim: int, found:
     if not all(map(equal, example_of(stacked).stride(), own.stride())):
         build.undo()
         return
-    build.tell_gradients(timeline.grad_mode(timeline.position[last]) is True)
+    build.tell_gradients(timeline.grad_mode(last) is True)
     tensor.replace_all_uses_with(stacked, delete_user_cb=lambda user: user not in edits)
     for edit in edits:
         tensor.graph.erase_node(edit)

@@ -11,7 +11,7 @@ from .. import algebra
 from ..common.compat.graphs import is_dtensor
 from ..common.findings import Reason, Refusal
 from ..distributed.placements import vocab_dim
-from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.shapes import constant, requires_grad, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading.values import Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
 from .rematerialise import earliest
@@ -85,8 +85,7 @@ def _is_differentiable(user: Node) -> bool:
 
 
 def wants_gradient(logits: Logits) -> bool:
-    example = tensor_of(logits.node)
-    return example is not None and example.requires_grad
+    return requires_grad(logits.node)
 
 
 def value_of(reading: Reading, node: Node) -> Replaceable:

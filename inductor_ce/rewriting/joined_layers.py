@@ -147,15 +147,15 @@ def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> 
         for product, between in layers:
             of: Any = product.args[0]
             for each in between:
-                of = of if _is_of_each(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
+                of = of if _is_of_each(each) else build.again(each, of)
             hiddens[between[-1] if between else product] = of
         joined = build.again(node, hiddens)
         target = F.linear if first.product.target is F.linear else torch.matmul
         result = build(target, joined, *first.product.args[1:], **first.product.kwargs)
         result = as_like(timeline, result, first.product)
         for each in filter(_is_of_each, first.between):
-            result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
-        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
+            result = build.again(each, result)
+        build.tell_gradients(timeline.grad_mode(node) is True)
     made, own = example_of(result), example_of(node)
     if made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()

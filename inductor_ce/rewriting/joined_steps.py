@@ -138,7 +138,7 @@ def _axis(node: Node, part: Part) -> int | None:
 
 def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
     """Whether the functions give the same, with the same gradients, where the whole is made for good."""
-    if not timeline.unchanged(node, node, len(timeline.nodes)):
+    if not timeline.unchanged(node, node):
         return False
     for part in parts:
         made = [each for each in (part.function, part.view) if each is not None]
@@ -151,8 +151,7 @@ def is_as_made(timeline: Timeline, made: list[Node], node: Node) -> bool:
     """Whether what is made of each other is where the whole is as it was, and has its gradient, or none."""
     place = timeline.position[node]
     return all(
-        timeline.grad_mode(timeline.position[each]) == timeline.grad_mode(place)
-        and timeline.unchanged(each, each, place)
+        timeline.grad_mode(each) == timeline.grad_mode(place) and timeline.unchanged(each, each, place)
         for each in made
     )
 
@@ -171,7 +170,7 @@ def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> No
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
         as_asked = {} if dtype is None else {"dtype": dtype}
         result = as_like(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
-        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
+        build.tell_gradients(timeline.grad_mode(node) is True)
     made, own = tensor_of(result), tensor_of(node)
     if made is None or own is None or made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()
@@ -217,7 +216,7 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
 def as_like(timeline: Timeline, made: Node, like: Node) -> Node:
     """A node whose example has the dtype of another one: of what autocast casts examples do not know."""
     own, example = example_of(like), example_of(made)
-    if timeline.has_autocast(timeline.position[like]) and example.dtype != own.dtype:
+    if timeline.has_autocast(like) and example.dtype != own.dtype:
         made.meta["example_value"] = example.to(own.dtype)
     return made
 

@@ -328,7 +328,7 @@ def _is_edited_later(reading: Reading, group: Group, node: Node) -> bool:
     timeline = reading.timeline
     if not group.attached or not wants_gradient(group.logits):
         return False
-    return not timeline.unchanged(node, group.place, len(timeline.nodes))
+    return not timeline.unchanged(node, group.place)
 
 
 def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
@@ -340,7 +340,7 @@ def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
     arguments = [node for node in timeline.nodes if node.op == "placeholder"]
     return group.attached and any(
         held.node is not None
-        and not timeline.unchanged(held.node, group.place, len(timeline.nodes))
+        and not timeline.unchanged(held.node, group.place)
         and any(timeline.shares_storage(held.node, argument) for argument in arguments)
         for held in group.labels.values()
     )

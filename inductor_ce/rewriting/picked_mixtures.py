@@ -88,11 +88,11 @@ def _mixture(reading: Reading, node: Node, source: Node, options: Options) -> Mi
     """What is picked of, if nothing but picks reads it or there is a backward."""
     axis, timeline = _axis(reading, node, source), reading.timeline
     assert axis is not None
-    mixture, position = Mixture(reading), timeline.position
+    mixture = Mixture(reading)
     if hint(shape_of(source)[axis]) < options.min_vocab or not mixture.covers(source, axis):
         return None
-    modes = {timeline.grad_mode(position[each]) for each in (node, *mixture.inner)}
-    same_autocast = all(timeline.same_autocast(position[n], position[node]) for n in mixture.inner)
+    modes = {timeline.grad_mode(each) for each in (node, *mixture.inner)}
+    same_autocast = all(timeline.same_autocast(each, node) for each in mixture.inner)
     picks = {user for user in source.users if _picked(reading, user) is source}
     fits = len(modes) == 1 and same_autocast and mixture.parts and source in mixture.inner
     if not fits or not (mixture.is_closed(picks) or _learns(reading, mixture)):
@@ -124,7 +124,7 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
             result = build("squeeze", pick(index=build("unsqueeze", y, 1)), 1)
         else:
             result = _nll_loss(build, pick, modernised(args))
-        build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
+        build.tell_gradients(reading.timeline.grad_mode(node) is True)
     if verify:
         beside_original(graph, node, result)
         return

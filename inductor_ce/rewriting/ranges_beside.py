@@ -80,11 +80,10 @@ def _may_be(reading: Reading, log_p: Node, ranges: list[Node], options: Options)
         return False
     if few_classes(z, value.axis, options) or not cast_keeps(example.dtype, example_of(log_p).dtype):
         return False
-    end = len(timeline.nodes)
-    settled = all(timeline.unchanged(node, node, end) for node in (log_p, *ranges))
-    if not settled or timeline.version(z, end) != value.logits.version:
+    settled = all(timeline.unchanged(node, node) for node in (log_p, *ranges))
+    if not settled or timeline.version(z, len(timeline.nodes)) != value.logits.version:
         return False
-    modes = {timeline.grad_mode(timeline.position[node]) for node in (log_p, *ranges)}
+    modes = {timeline.grad_mode(node) for node in (log_p, *ranges)}
     if len(modes) > 1 or INFERENCE in modes or (True in modes and value.detached):
         return False
     return _has_loss(reading, log_p, value) and log_p not in needed_beside(reading, set(ranges))
@@ -119,7 +118,7 @@ def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) ->
             part = build(torch.sub, build(torch.ops.aten.sub.Tensor, part, top), whole)
             results.append(build(torch.add, part, added) if added else part)
         for build in builds:
-            build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[log_p]) is True)
+            build.tell_gradients(reading.timeline.grad_mode(log_p) is True)
     for node, result in zip(ranges, results, strict=True):
         node.replace_all_uses_with(result)
         graph.erase_node(node)

@@ -159,7 +159,7 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
         result = build("detach", result)
     if is_contiguous(node) and not is_contiguous(result):  # as where rows are cut off
         result = build("contiguous", result)
-    edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
+    edited = not reading.timeline.unchanged(node, node)
     return build("clone", result) if edited else result
 
 

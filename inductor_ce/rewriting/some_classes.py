@@ -23,7 +23,6 @@ from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
-from ..reading.arithmetic import one_dim
 from ..reading.values import Reading, Value, VocabValue
 from ..reading.views import cast_keeps
 from .normalisers import is_of_product, is_read_by_others, needed_beside
@@ -54,8 +53,8 @@ def part_normalisers(graph: Graph, reading: Reading, options: Options) -> bool:
 def _read(reading: Reading, node: Node) -> Found | None:
     if not spellings.is_step(node, "logsumexp"):
         return None
-    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
-    source, dim = args.get("input"), one_dim(args.get("dim"))
+    args = spellings.arguments_of(node)
+    source, dim = args.get("input"), spellings.one_dim(args.get("dim"))
     path: list[Node] = []
     while isinstance(source, Node):
         added = added_to_log_probabilities(reading.values.get(source))
@@ -125,7 +124,7 @@ def _may_be(reading: Reading, found: Found, options: Options) -> bool:
     if timeline.version(z, place) != value.logits.version:
         return False
     first = timeline.position[found.log_p]
-    modes = {timeline.grad_mode(timeline.position[node]) for node in (found.log_p, *found.path, found.node)}
+    modes = {timeline.grad_mode(node) for node in (found.log_p, *found.path, found.node)}
     if len(modes) > 1 or INFERENCE in modes or (True in modes and value.detached):
         return False
     if not timeline.same_autocast(first, place):
@@ -141,7 +140,7 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
     """Where no class is left, the result is -inf, and the normaliser of all has no part in it."""
     value, node = reading.values[found.log_p], found.node
     assert isinstance(value, VocabValue)
-    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
+    args = spellings.arguments_of(node)
     build = Builder(graph, node, like=node)
     with undone_on_error([build]):
         axis, keepdim = value.axis, bool(args.get("keepdim"))
@@ -168,7 +167,7 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
         result = build(torch.where, nothing, part, build(torch.sub, part, whole))
         if found.added:
             result = build(torch.add, result, found.added)
-        build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
+        build.tell_gradients(reading.timeline.grad_mode(node) is True)
     if verify:
         beside_original(graph, node, result)
         return

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..graph.builder import Builder, undone_on_error
-from ..graph.shapes import equal, hint, same_shape, shape_of, tensor_of
+from ..graph.shapes import equal, hint, requires_grad, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
@@ -141,24 +141,19 @@ def _may_be(timeline: Timeline, node: Node, parts: list[Node], taken: list[Taken
     NOTE Gradients
     A part of which nothing that has a gradient is taken has one of zeros by the stack, and none without it.
     """
-    start, end = timeline.position[node], len(timeline.nodes)
-    if any(map(_wants_gradient, parts)):
-        if not _wants_gradient(node):  # without which the parts themselves would have one
+    start = timeline.position[node]
+    if any(map(requires_grad, parts)):
+        if not requires_grad(node):  # without which the parts themselves would have one
             return False
         needed = {each.place for each in taken if _is_differentiated(timeline, each.node)}
-        if len(needed) < len(parts) or not all(map(_wants_gradient, parts)):
+        if len(needed) < len(parts) or not all(map(requires_grad, parts)):
             return False
     if any(node.target in ("as_strided", torch.as_strided) for node in timeline.nodes):
         return False
     read = {each for t in taken for each in (*t.chain, t.node)}
-    modes = {timeline.grad_mode(timeline.position[each]) for each in (node, *read)}
-    unedited = all(timeline.unchanged(each, each, end) for each in (node, *read))
-    return len(modes) == 1 and unedited and all(timeline.unchanged(part, start, end) for part in parts)
-
-
-def _wants_gradient(node: Node) -> bool:
-    example = tensor_of(node)
-    return example is not None and example.requires_grad
+    modes = {timeline.grad_mode(each) for each in (node, *read)}
+    unedited = all(timeline.unchanged(each, each) for each in (node, *read))
+    return len(modes) == 1 and unedited and all(timeline.unchanged(part, start) for part in parts)
 
 
 def _is_differentiated(timeline: Timeline, node: Node) -> bool:
@@ -168,8 +163,8 @@ def _is_differentiated(timeline: Timeline, node: Node) -> bool:
         return [user for user in node.users if user.op == "output" or carries(user)]
 
     def carries(user: Node) -> bool:
-        is_on = timeline.grad_mode(timeline.position[user]) is True
-        return is_on and (tensor_of(user) is None or _wants_gradient(user))
+        is_on = timeline.grad_mode(user) is True
+        return is_on and (tensor_of(user) is None or requires_grad(user))
 
     return any(each.op == "output" for each in reached([node], carriers))
 

@@ -48,7 +48,7 @@ def _only_losses_read(reading: Reading, group: Group) -> bool:
     """Whether the gradient of the logits is that of the group alone, and dz is in memory as they are."""
     node, timeline = group.logits.node, reading.timeline
     last = group.logits.axis == len(shape_of(node)) - 1
-    if not (group.attached and last and timeline.unchanged(node, node, len(timeline.nodes))):
+    if not (group.attached and last and timeline.unchanged(node, node)):
         return False
     stack, seen = [user for user in node.users if user in timeline.position], set(group.nodes)
     while stack:
@@ -135,9 +135,7 @@ class Statistics:
     def _kept(self, label: Node, made: Node) -> Node:
         """Labels, copied where the user writes over them later: the backward reads them again."""
         timeline = self.reading.timeline
-        return (
-            made if timeline.unchanged(label, self.place, len(timeline.nodes)) else self.build("clone", made)
-        )
+        return made if timeline.unchanged(label, self.place) else self.build("clone", made)
 
     def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], dict[ops.Row, Any]]:
         """The tensors that are summed against z or p, and the rows that hold these sums."""

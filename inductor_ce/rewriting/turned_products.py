@@ -49,9 +49,9 @@ def _may_be(reading: Reading, z: Node, options: Options) -> bool:
         return False
     if not all(isinstance(a, Node) and len(shape_of(a)) == 2 for a in layer.args[:2]):
         return False
-    if timeline.grad_mode(timeline.position[z]) == INFERENCE:
+    if timeline.grad_mode(z) == INFERENCE:
         return False
-    unedited = timeline.unchanged(z, z, len(timeline.nodes))
+    unedited = timeline.unchanged(z, z)
     return unedited and not is_read_by_others(reading, z, needed_beside(reading, set()))
 
 
