@@ -183,19 +183,19 @@ OPERATORS = in_folder(
             "tests/test_products.py -k 'terms_add_up or float32_times'",
         ),
         (
-            *("head: the columns of the rarest labels taken for the most frequent", "products.py"),
+            *("head: the columns of the rarest labels taken for the most frequent", "label_products.py"),
             "count.sort(descending=True,",
             "count.sort(descending=False,",
             "tests/test_products.py -k test_most_frequent",
         ),
         (
-            *("head: entries at the labels not put back", "products.py"),
+            *("head: entries at the labels not put back", "label_products.py"),
             "        put_back(dz, label, rows, first + k)",
             "        pass",
             "tests/test_products.py -k test_a_product_without_the_labels",
         ),
         (
-            *("head: the frequent rows not completed", "products.py"),
+            *("head: the frequent rows not completed", "label_products.py"),
             "    out[key[column >= 0]] = often[column[column >= 0]].to(out.dtype)",
             "    pass",
             "tests/test_products.py -k test_what_was_left_out_is_added",

@@ -24,6 +24,7 @@ from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import exchanges, forget_sites, narrow_args, stats_call
 from .edited_inputs import copy_edited_inputs
+from .extra_memory import MIB, HeadNumbers
 from .factors import has_16_bit_factors
 from .find import NoHead
 from .gradients import replace, result_dtype
@@ -31,7 +32,7 @@ from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
-from .plan import MIB, Plan
+from .plan import Plan
 from .proof import Proof
 from .read_once import is_made_over, read_once
 from .sides import moving, numbers_of_sides, told_of_sides
@@ -321,12 +322,12 @@ def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
     return [node for node in order if node.op != "output"]
 
 
-def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = False) -> plan.HeadNumbers:
+def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = False) -> HeadNumbers:
     """What the plan is made from."""
     kinds = set(head.exits.values())
     weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
     z = example_of(head.product)
-    return plan.HeadNumbers(
+    return HeadNumbers(
         n=hint(head.n),
         v=head.v,
         d=hint(head.d),

@@ -1,4 +1,4 @@
-"""The gradient of the weight, summed over chunks in 16 bits: see ops/products.py."""
+"""The gradient of the weight, summed over chunks in 16 bits: see ops/label_products.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.fx import Node
 from ..graph.shapes import example_of
 from ..ops.counted import FREQUENT_ROWS
 from ..ops.gemm import ALIGNED
-from ..ops.products import COMPLETE, MOST_FREQUENT, ONCE_MADE, PRODUCT_BUT
+from ..ops.label_products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
+from ..ops.products import ONCE_MADE
 from .nodes import empty, in_place
 from .pieces import Pieces
 from .ranges import Range

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.builder import Builder
-from .plan import piece_size
+from .extra_memory import piece_size
 
 
 @dataclass(frozen=True)

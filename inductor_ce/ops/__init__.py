@@ -14,9 +14,9 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     as_read         what a tensor was before it is edited
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
-    products        the matrix products of heads, in order and in place; `product_kernels` and
-                    `label_kernels` beside them, and `counted_kernels`, where the device alone knows how
-                    many rows count
+    products        the matrix products of heads, in order and in place; `label_products`, those without
+                    the entries at labels; `product_kernels` and `label_kernels` beside them, and
+                    `counted_kernels`, where the device alone knows how many rows count
     gemm            one matrix product, by a library
     launch          launches a Triton kernel again; `ahead`, compiles what will be launched
     verified        both ways side by side, for the option `verify`

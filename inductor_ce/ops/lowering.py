@@ -26,6 +26,7 @@ from . import (
     as_read,
     counted,
     group_rank,
+    label_products,
     loops,
     one_read,
     one_read_lowering,
@@ -35,7 +36,8 @@ from . import (
 )
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
-from .products import ALIGN_ROWS, COMPLETE, ONCE_MADE, TIMES, TIMES_IN_PLACE
+from .label_products import COMPLETE
+from .products import ALIGN_ROWS, ONCE_MADE, TIMES, TIMES_IN_PLACE
 from .rows import ARGMAX, Rows
 from .with_templates import (
     GPUS,
@@ -56,8 +58,8 @@ GRADIENTS = (operators.ROW_GRAD, operators.ROW_GRAD_AGAIN)
 DIRECT = (
     *(counted.row_order, counted.host_copy, counted.recorded, counted.take_rows, counted.product_to_rows),
     counted.frequent_rows,
-    *(products.logits, products.product_into, products.product_but),
-    *(products.complete, products.most_frequent, products.column_sums, products.once_made),
+    *(label_products.product_but, label_products.complete, label_products.most_frequent),
+    *(products.logits, products.product_into, products.column_sums, products.once_made),
     products.times_in_place,
 )
 WITHOUT_KERNELS = (counted.host_copy, counted.recorded)
