@@ -20,8 +20,8 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     gemm            one matrix product, by a library
     launch          launches a Triton kernel again; `ahead`, compiles what will be launched
     verified        both ways side by side, for the option `verify`
-    lowering        to `templates/`, or to `loops`; `one_read_lowering`, what is read once, and
-                    `with_templates`, what both share
+    lowering        to `templates/`, or to `loops` and `divergence_loops`; `one_read_lowering`, what is read
+                    once, and `with_templates`, what both share
 """
 
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD

@@ -25,6 +25,7 @@ from . import (
     ahead,
     as_read,
     counted,
+    divergence_loops,
     group_rank,
     label_products,
     loops,
@@ -104,7 +105,8 @@ def register() -> None:
         *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
         (_row_grad_again, operators.ROW_GRAD_AGAIN),
         *((_row_stats_grad, one_read.ROW_STATS_GRAD), (_row_stats_grad, one_read.SOME_ROW_STATS_GRAD)),
-        *((loops.divergence, DIVERGENCE), (loops.divergence_grad, DIVERGENCE_GRAD)),
+        (divergence_loops.divergence, DIVERGENCE),
+        (divergence_loops.divergence_grad, DIVERGENCE_GRAD),
     ):
         inductor.lower_by(lowering, op, first)
 
