@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import fake_mode_of
 from ..common.compat.inductor import decompositions
 from .examples import Examples
-from .shapes import tensor_of
+from .shapes import example_of, same_shape, tensor_of
 
 
 class Builder:
@@ -52,11 +52,14 @@ class Builder:
         """Whether new nodes may read a node."""
         return node < self._before
 
-    def resized(self, example: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """An example of the sizes of another one."""
-        with self._fake_mode, torch.no_grad():
-            made = torch.empty_like(like, dtype=example.dtype)
-        return made.requires_grad_(example.requires_grad)
+    def sized_as(self, made: Node, node: Node) -> Node:
+        """What was made in place of a node whose number of rows depends on data: its example has as many."""
+        example, like = example_of(made), example_of(node)
+        if not same_shape(example.shape, like.shape):
+            with self._fake_mode, torch.no_grad():
+                resized = torch.empty_like(like, dtype=example.dtype)
+            made.meta[self._key] = resized.requires_grad_(example.requires_grad)
+        return made
 
     def again(self, node: Node, sources: dict[Node, Node] | Node) -> Node:
         """The operation of `node` on other sources: one for each of its own, or one for all."""

@@ -137,12 +137,11 @@ class NotFinite:
         build = self._places.build
         rows = build(aten.reshape.default, self._largest(product.hidden, [-1]), [-1])
         columns = self._largest(product.columns, [0, 1] if len(shape_of(product.columns)) == 2 else [0, 1, 2])
-        made = build(
-            aten.mul.Tensor, build(aten.mul.Tensor, rows, columns), self._places.shape(product.columns)[-2]
-        )
-        return (
-            made if product.bias is None else build(aten.add.Tensor, made, self._largest(product.bias, [0]))
-        )
+        made = build(aten.mul.Tensor, rows, columns)
+        made = build(aten.mul.Tensor, made, self._places.shape(product.columns)[-2])
+        if product.bias is None:
+            return made
+        return build(aten.add.Tensor, made, self._largest(product.bias, [0]))
 
     def _largest(self, x: Node, dims: list[int]) -> Node:
         build = self._places.build

@@ -34,6 +34,7 @@ SMALL = 128 * MIB  # logits that are not worth dividing
 CHUNK_WORK = 2**37  # N V D of a chunk: of less, its launches may take the host longer than they take the GPU
 LOOKED_WORK = 2**38  # of which the device alone knows how many rows count, for the same reason
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
+UNEVEN = "ranks with different numbers of classes may not decide alike how often they exchange statistics"
 OUT_OF_RANGE = "float16 gradients without their upstream gradient may leave its range"
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # over fewer, products run more slowly, and each chunk reads and writes all of the sum
@@ -160,12 +161,8 @@ def _why_no_chunks(head: HeadNumbers) -> str:
     if head.varies:
         return head.varies
     if head.uneven:
-        return (
-            "ranks with different numbers of classes may not decide alike how often they exchange statistics"
-        )
-    if head.float16:
-        return OUT_OF_RANGE
-    return ""
+        return UNEVEN
+    return OUT_OF_RANGE if head.float16 else ""
 
 
 # One strategy each

@@ -72,18 +72,13 @@ def logits(
 
 
 def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
-    if (
-        bias is not None
-        and z.dtype == a.dtype
-        and gemm.is_slow(b.shape[1], a)  # where a library would write the bias, and read it
-        and counted_kernels.product_of_rows(z, a, b, len(a), bias)
-    ):
-        return
     if bias is None or z.dtype != a.dtype:
         if bias is not None:
             z.copy_(bias.expand_as(z))
         gemm.product(z, a, b, bias is not None)
         return
+    if gemm.is_slow(b.shape[1], a) and counted_kernels.product_of_rows(z, a, b, len(a), bias):
+        return  # a library would write the bias, and read it
     for part in gemm.fast_parts(b.shape[1], a):
         torch.addmm(bias[part], a, b[:, part], out=z[:, part])
 

@@ -17,6 +17,7 @@ from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
 from .block_reader import Args, BlockReader, Blocks, Stack, Step, Wide, shape_written
+from .label_ranges import Condition
 from .steps import Step as Spelling
 from .views import keeps_order
 
@@ -221,11 +222,13 @@ def _masked(reader: BlockReader, node: Node, given: Any, mask: Any, otherwise: S
         return None
     if not same_shape(shape_of(mask), shape_written(node)):
         return None
-    for y, span in reversed(condition.spans.items()):
-        picked = blocks.chosen(y, span, row, otherwise)
-        if picked is not None:
-            return picked
-    return None
+    return _chosen(condition, row, otherwise)
+
+
+def _chosen(condition: Condition, row: Sum, otherwise: Sum) -> Row | None:
+    """What is gathered where one of the ranges of a condition has the label, the last that is known."""
+    found = (blocks.chosen(y, span, row, otherwise) for y, span in reversed(condition.spans.items()))
+    return next((each for each in found if each is not None), None)
 
 
 def _where(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:
@@ -247,8 +250,7 @@ def _inverted(reader: BlockReader, node: Node, given: Any, mask: Any, otherwise:
     contrary = condition.inverted()
     if contrary.negated or not same_shape(shape_of(mask), shape_written(node)):
         return None
-    found = [blocks.chosen(y, span, row, rest) for y, span in reversed(contrary.spans.items())]
-    return next((each for each in found if each is not None), None)
+    return _chosen(contrary, row, rest)
 
 
 def _filled(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:

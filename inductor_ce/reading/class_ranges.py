@@ -115,8 +115,6 @@ def added(context: Context, kind: Hashable, make: Callable[[Builder], Node]) -> 
         build = Builder(node.graph, node, like=node)
         with undone_on_error([build]):
             mask = make(build)
-        for made in build.created:
-            reading.added[made] = node
-            reading.timeline.position[made] = context.position
+        context.add(build)
         known.append(mask)
     return known[0]

@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
+from ..graph.builder import Builder
 from ..graph.shapes import Size, equal, requires_grad, same_shape, shape_of, tensor_of, tied
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
@@ -153,6 +154,12 @@ class Context:
         timeline = self.reading.timeline
         edited = not timeline.unchanged(self.node, self.node)
         return edited and timeline.shares_storage(self.node, source)
+
+    def add(self, build: Builder) -> None:
+        """Let what was built beside this node be of the reading, which forgets it where nobody uses it."""
+        for made in build.created:
+            self.reading.added[made] = self.node
+            self.reading.timeline.position[made] = self.position
 
     # Labels
 

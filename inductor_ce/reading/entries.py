@@ -287,13 +287,9 @@ class EntryReader:
     def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         x = self._numbers(args, depth, "input")
         low, high = self._end(args.get("min"), -math.inf), self._end(args.get("max"), math.inf)
-        if (
-            x is None
-            or low is None
-            or high is None
-            or low > high
-            or self._compares_with_own(x[0], bends=True)
-        ):
+        if x is None or low is None or high is None or low > high:
+            return None
+        if self._compares_with_own(x[0], bends=True):
             return None
         return "clamp", x[0], low, high, float(clamps_pass_ends())
 

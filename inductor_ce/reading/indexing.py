@@ -83,17 +83,11 @@ def _view_of_columns(context: Context, source: Node, value: Columns) -> Columns 
         return value
     for axis in range(b.dim()):
         back = step_back(context.node, source, axis)
-        if (
-            back is not None
-            and back[0] == value.axis
-            and _rows_stay(back[1], source, context.node, axis, value)
-        ):
+        if back is None or back[0] != value.axis:
+            continue
+        if not back[1] or same_shape(row_shape(source, value.axis), row_shape(context.node, axis)):
             return replace(value, axis=axis)
     return None
-
-
-def _rows_stay(steps: tuple[Any, ...], source: Node, node: Node, axis: int, value: Columns) -> bool:
-    return not steps or same_shape(row_shape(source, value.axis), row_shape(node, axis))
 
 
 def _is_mask(value: Columns) -> bool:
@@ -334,12 +328,9 @@ def _unflattened(context: Context, source: Any) -> list[Node]:
 def _of_one_row(context: Context, source: Any, index: Any) -> RowValue | Refusal | None:
     """x[y] of one row of log-probabilities, with one label or several."""
     value = context.known(source)
-    if (
-        not isinstance(value, VocabValue)
-        or len(shape_of(source)) != 1
-        or is_mask(index)
-        or not is_labels(index)
-    ):
+    if not isinstance(value, VocabValue) or len(shape_of(source)) != 1:
+        return None
+    if is_mask(index) or not is_labels(index):
         return None
     if not shape_of(index):
         return _picked(value, [context.label(value, index, wraps="negative")], None)

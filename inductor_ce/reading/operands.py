@@ -200,11 +200,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
     if logits is not None:
         yield logits
     spelled = spellings.read(arg)
-    if (
-        spelled is None
-        or spelled[0].name != "exp"
-        or not context.reading.timeline.unchanged(arg, arg, context.position)
-    ):
+    if spelled is None or spelled[0].name != "exp" or not context.is_as_made(arg):
         return
     source = Context(context.reading, arg).vocab(spelled[1].get("input"), axis)
     exp = None if source is None else algebra.exp(source.expr)

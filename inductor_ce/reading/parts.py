@@ -140,11 +140,8 @@ def _gather(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | Non
         return None
     sizes = shape_of(source)  # type: ignore[arg-type]
     on_last = isinstance(dim, int) and dim % len(sizes) == len(sizes) - 1
-    return (
-        _picked(reader, node, source, index)
-        if on_last and same_shape(shape_of(index), (*sizes[:-1], 1))
-        else None
-    )
+    picks_one = on_last and same_shape(shape_of(index), (*sizes[:-1], 1))
+    return _picked(reader, node, source, index) if picks_one else None
 
 
 def _getitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:

@@ -96,9 +96,8 @@ def _complement(value: Value | None) -> Columns | None:
 def mask_of(context: Context, arg: Any) -> Columns | None:
     """A boolean tensor of indicators."""
     value, example = context.known(arg), tensor_of(arg)
-    return (
-        value if isinstance(value, Columns) and example is not None and example.dtype == torch.bool else None
-    )
+    is_mask = example is not None and example.dtype == torch.bool
+    return value if isinstance(value, Columns) and is_mask else None
 
 
 def scatter(context: Context, args: dict[str, Any]) -> Value | None:

@@ -190,13 +190,9 @@ def _meant(found: Parts, upstream: Node) -> sympy.Expr | None:
     """What has the gradient that the backward computes."""
     loss, dz = found.asked
     g = next((symbol for symbol, node in found.others.items() if node is upstream), None)
-    if (
-        loss is None
-        or dz is None
-        or g is None
-        or isinstance(loss.expr, Vocab)
-        or not loss.expr.has(algebra.LSE)
-    ):
+    if loss is None or dz is None or g is None:
+        return None
+    if isinstance(loss.expr, Vocab) or not loss.expr.has(algebra.LSE):
         return None
     if not isinstance(dz.expr, Vocab) or loss.expr.has(g) or _needs_more(loss.expr):
         return None

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..graph.builder import Builder, undone_on_error
-from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
+from ..graph.shapes import constant, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
@@ -61,44 +61,42 @@ def wide_source(node: Node) -> Node | None:
     return wide[0] if len(wide) == 1 else None
 
 
-def _chooses_rows(node: Node) -> bool:
-    """Whether a node takes some rows of its source, by tensors or in steps, whole."""
+def _spelled(node: Node) -> tuple[str, dict[str, Any], int]:
+    """(a step, its arguments, the rank of its source), of a node of which that alone is wide; else blank."""
     spelled, source = spellings.read(node), node.args[0] if node.args else None
     if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
-        return False
-    step, args = spelled
-    rank = len(shape_of(source))
-    if step.name == "getitem":
+        return "", {}, 0
+    return spelled[0].name, spelled[1], len(shape_of(source))
+
+
+def _chooses_rows(node: Node) -> bool:
+    """Whether a node takes some rows of its source, by tensors or in steps, whole."""
+    name, args, rank = _spelled(node)
+    if name == "getitem":
         return leaves_last(args["index"], rank)
     dim = args.get("dim")
-    if step.name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
+    if name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
         return False
-    return step.name == "index_select" or is_alike(args["index"], rank - 1)
+    return name == "index_select" or is_alike(args["index"], rank - 1)
 
 
 def _takes_one(node: Node) -> bool:
     """Whether a node takes one place, as x[:, -1] does, of a dimension of rows, and ranges of others."""
-    spelled, source = spellings.read(node), node.args[0] if node.args else None
-    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
-        return False
-    step, args = spelled
-    rank = len(shape_of(source))
-    if step.name == "select":
+    name, args, rank = _spelled(node)
+    if name == "select":
         dim, at = args["dim"], args["index"]
         return isinstance(dim, int) and dim % rank < rank - 1 and isinstance(at, int)
-    index = args["index"] if step.name == "getitem" else ()
-    pieces = index_per_dimension(index, rank)
+    pieces = index_per_dimension(args["index"], rank) if name == "getitem" else None
     return pieces is not None and pieces[-1] == slice(None) and any(isinstance(i, int) for i in pieces)
 
 
 def cuts_rows(node: Node) -> bool:
     """Whether a node takes ranges of rows of its source, whole, from one number to another."""
-    spelled, source = spellings.read(node), node.args[0] if node.args else None
-    if spelled is None or spelled[0].name != "getitem" or wide_source(node) is not source:
+    name, args, _ = _spelled(node)
+    if name != "getitem":
         return False
-    index = spelled[1]["index"]
-    items = index if isinstance(index, tuple) else (index,)
-    numbers = (n for n in node.all_input_nodes if n is not source)
+    items = args["index"] if isinstance(args["index"], tuple) else (args["index"],)
+    numbers = (n for n in node.all_input_nodes if n is not node.args[0])
     return all(map(_is_number, numbers)) and all(i is Ellipsis or isinstance(i, slice) for i in items)
 
 
@@ -154,11 +152,9 @@ def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:
 def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
     """A number where a builder adds nodes: itself, if it is there, or as it is made of others."""
     if number not in made:
-        made[number] = (
-            number
-            if build.is_behind(number)
-            else build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
-        )
+        if build.is_behind(number):
+            return number
+        made[number] = build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
     return made[number]
 
 
@@ -181,11 +177,9 @@ def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -
     alike = all(timeline.grad_mode(each) == timeline.grad_mode(node) for each in chain)
     operands = [(a, chain[0]) for a in layer.args if isinstance(a, Node)]
     operands += [(a, each) for each in chain[1:] for a in _beside(each)]
-    return (
-        alike
-        and timeline.same_autocast(chain[0], node)
-        and all(timeline.unchanged(a, reader, timeline.position[node]) for a, reader in operands)
-    )
+    here = timeline.position[node]
+    unchanged = all(timeline.unchanged(a, reader, here) for a, reader in operands)
+    return alike and unchanged and timeline.same_autocast(chain[0], node)
 
 
 def _is_alone(graph: Graph, chain: list[Node]) -> bool:
@@ -209,9 +203,7 @@ def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node]
         if not is_sized_view(step):
             beside = _beside(step)
             made = build.again(step, {a: a if a in beside else made for a in step.all_input_nodes})
-    if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
-        made.meta["example_value"] = build.resized(example_of(made), example_of(node))
-    return made
+    return build.sized_as(made, node)
 
 
 def _chosen(build: Builder, node: Node, hidden: Node) -> Node:

@@ -195,9 +195,9 @@ def _result(build: Builder, group: _Group, columns: Node, use: Use) -> Node:
 def _statistic(build: Builder, group: _Group, columns: Node, name: Any) -> Node:
     if name is Total:
         return build(torch.sum, columns, -1)
-    return (
-        build(torch.logsumexp, columns, -1) if isinstance(name, Lse) else _picked(build, group, columns, name)
-    )
+    if isinstance(name, Lse):
+        return build(torch.logsumexp, columns, -1)
+    return _picked(build, group, columns, name)
 
 
 def _picked(build: Builder, group: _Group, columns: Node, pick: Pick) -> Node:

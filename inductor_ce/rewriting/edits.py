@@ -113,11 +113,8 @@ def _made_full(graph: Graph, edit: Node) -> None:
         return
     names = [n for n in timeline.nodes if tensor_of(n) is not None and timeline.shares_storage(n, copy)]
     alone = names[:2] == [copy, edit] and timeline.edits(copy)[0] is edit and len(copy.all_input_nodes) == 1
-    if (
-        not alone
-        or example_of(copy).requires_grad
-        or min(copy.users, key=timeline.position.__getitem__) is not edit
-    ):
+    first = min(copy.users, key=timeline.position.__getitem__)
+    if not alone or example_of(copy).requires_grad or first is not edit:
         return
     build = Builder(graph, copy, like=copy)
     full = _function_of(build, edit, (copy.args[0], *edit.args[1:]), edit.kwargs)

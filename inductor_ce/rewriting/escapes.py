@@ -227,9 +227,9 @@ def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
             return Refusal(Reason.NOT_UNDERSTOOD, fact)
         if not _stays(reading, user, value) or _waits(reading, user):
             own = reading.refusals.get(node)
-            return (
-                _break(reading, node, value, user) if own is None else Refusal(own.reason, own.sentence(node))
-            )
+            if own is not None:
+                return Refusal(own.reason, own.sentence(node))
+            return _break(reading, node, value, user)
     return Refusal(Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used.")
 
 

@@ -114,11 +114,8 @@ def _is_written_first(timeline: Timeline, tensor: Node, edits: list[Node]) -> bo
     last = max(map(position.__getitem__, edits))
     values: list[Any] = [edit.args[2] for edit in edits]
     modes = {timeline.grad_mode(node) for node in (*edits, *values)}
-    return (
-        all(user in edits or position[user] > last for user in tensor.users)
-        and len(modes) == 1
-        and INFERENCE not in modes
-    )
+    come_first = all(user in edits or position[user] > last for user in tensor.users)
+    return come_first and len(modes) == 1 and INFERENCE not in modes
 
 
 def _stack(timeline: Timeline, tensor: Node, edits: list[Node], dim: int, found: dict[int, Node]) -> None:

@@ -241,7 +241,7 @@ def _elementwise(search: Search, node: Node) -> Rows:
     Also of logits that are made of the same hidden states in two ways, as those of an adapter are.
     """
     given = {a: _given(a, node) for a in node.all_input_nodes}
-    wide = [a for a in given if given[a] is a and _is_wide(search, a, node)]
+    wide = [a for a in given if given[a] is a and _is_wide(a, node)]
     made = {a: _rows(search, a) for a in sorted(wide, key=lambda a: _is_adapted(a, wide))}
     if len({hidden for hidden, _ in made.values()}) != 1:
         raise NoRecipe(f"{name_of(node)} joins them with other rows")
@@ -296,7 +296,7 @@ def _layer_before(node: Node) -> LinearLayer | None:
         node = source
 
 
-def _is_wide(search: Search, source: Node, node: Node) -> bool:
+def _is_wide(source: Node, node: Node) -> bool:
     """Whether a source has rows; raises NoRecipe where some of it differs from row to row, but not all."""
     shape = tensor_of(source)
     if shape is None:

@@ -146,11 +146,9 @@ def _place(reading: Reading, group: Group, wanted: int) -> int | None:
 
     def fits(place: int) -> bool:
         mode = reading.timeline.grad_mode(place)
-        return (
-            mode is True
-            if group.attached and not group.logits.inference
-            else (mode == INFERENCE) == group.logits.inference
-        )
+        if group.attached and not group.logits.inference:
+            return mode is True
+        return (mode == INFERENCE) == group.logits.inference
 
     wanted = min(max(group.first, wanted), group.last)
     later, earlier = range(wanted, group.last + 1), range(wanted - 1, group.first - 1, -1)

@@ -171,11 +171,8 @@ def _keeps_maximum(reading: Reading, node: Node) -> bool:
 
 def _lacks_maximum(reading: Reading, node: Node) -> bool:
     """Whether a node that keeps its maximum is where a loss ends."""
-    return (
-        _keeps_maximum(reading, node)
-        and algebra.is_normalised(expr_of(reading, node))
-        and any(user not in reading.values for user in node.users)
-    )
+    is_loss = _keeps_maximum(reading, node) and algebra.is_normalised(expr_of(reading, node))
+    return is_loss and any(user not in reading.values for user in node.users)
 
 
 def _maximum_fact(reading: Reading, node: Node) -> Refusal:

@@ -160,12 +160,9 @@ class OneProduct:
         if a is b or not isinstance(a, Node) or not isinstance(b, Node):
             return a is b or (type(a) is type(b) and not isinstance(a, Node) and bool(a == b))
         step = spellings.step_of(a)
-        if (
-            step is None
-            or step is not spellings.step_of(b)
-            or a.target != b.target
-            or a.kwargs.keys() != b.kwargs.keys()
-        ):
+        if step is None or step is not spellings.step_of(b):
+            return False
+        if a.target != b.target or a.kwargs.keys() != b.kwargs.keys():
             return False
         if not _is_of_each(step) and step.view is None:
             return False

@@ -22,9 +22,8 @@ from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, constant, equal, hint, is_hinted, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
-from .escapes import read_by
 from .find_recipe import Found, NoRecipe, is_form, recipe_of
-from .layouts import STATISTICS, reads_elements
+from .layouts import STATISTICS, other_readers
 from .linear_layers import LinearLayer, linear_layer
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
@@ -203,7 +202,6 @@ def _forms_of(products: tuple[Node, ...]) -> set[Node]:
 
 
 def _reader(forms: set[Node]) -> str:
-    """Who else reads logits, beside the statistics and whoever is given the results of the graph."""
-    users = (user for node in forms for user in node.users if node in read_by(user))
-    others = (u for u in users if u not in forms and u.op != "output" and reads_elements(u))
-    return next((f"they are also used by {name_of(u)} {where_is(u)}" for u in others), "")
+    """Who else reads logits, in words."""
+    others = (f"they are also used by {name_of(u)} {where_is(u)}" for u in other_readers(forms))
+    return next(others, "")

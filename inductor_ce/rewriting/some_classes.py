@@ -44,10 +44,8 @@ def part_normalisers(graph: Graph, reading: Reading, options: Options) -> bool:
     """Write those that may be so as differences. Returns whether there are any."""
     found = [each for node in reading.timeline.nodes if (each := _read(reading, node)) is not None]
     found = [each for each in found if _may_be(reading, each, options)]
-    done = [
-        each for each in found if attempt(LEFT, _rewrite, graph, reading, each, options.verify)[1] is None
-    ]
-    return bool(done)
+    errors = [attempt(LEFT, _rewrite, graph, reading, each, options.verify)[1] for each in found]
+    return None in errors
 
 
 def _read(reading: Reading, node: Node) -> Found | None:
@@ -160,9 +158,8 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
         else:  # of a row that holds +inf, the gradient is NaN
             whole = build(torch.log, build(torch.sum, build(torch.exp, z), axis, keepdim))
         is_finite = build(torch.isfinite, build("detach", whole))
-        whole = build(
-            torch.mul, whole, build(torch.where, is_finite, 1.0, math.nan)
-        )  # as log-probabilities are
+        nan = build(torch.where, is_finite, 1.0, math.nan)  # as log-probabilities are
+        whole = build(torch.mul, whole, nan)
         nothing = build(torch.logical_and, build(torch.eq, part, -math.inf), is_finite)
         result = build(torch.where, nothing, part, build(torch.sub, part, whole))
         if found.added:

@@ -114,12 +114,8 @@ class Statistics:
         powers = {f: _power(f) for expr in moved for f in expr.atoms(algebra.log_sumexp_of)}
         self.rows = ops.Rows.of(len(picks) - len(several), *others, *powers.values(), *sums, *several)
         z = self.layout.logits()
-        self.is_tapped = (
-            verify_key is not None
-            and not group.distributed
-            and group.logits.node not in reading.added
-            and _only_losses_read(reading, group)
-        )
+        is_users = not group.distributed and group.logits.node not in reading.added
+        self.is_tapped = verify_key is not None and is_users and _only_losses_read(reading, group)
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
         made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
@@ -343,12 +339,10 @@ class Statistics:
         terms = sorted(args, key=lambda a: (bool(a.is_number), a.could_extract_minus_sign(), str(a)))
         result = self._emit(terms[0])
         for term in terms[1:]:
-            negative = combine == self._add and term.could_extract_minus_sign()
-            result = (
-                self.build(torch.sub, result, self._emit(-term))
-                if negative
-                else combine(result, self._emit(term))
-            )
+            if combine == self._add and term.could_extract_minus_sign():
+                result = self.build(torch.sub, result, self._emit(-term))
+            else:
+                result = combine(result, self._emit(term))
         return result
 
     def _mul(self, a: Any, b: Any) -> Node:
