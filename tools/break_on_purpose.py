@@ -284,13 +284,13 @@ HEADS = in_folder(
             "tests/test_head.py -k 'test_loss and token_chunks and bias'",
         ),
         (
-            *("head: the proof accepts a permutation of rows", "row_locality.py"),
-            "return bool(((fact.rows == own) | (fact.rows == NO_ROW)).all())",
+            *("head: the proof accepts a permutation of rows", "facts.py"),
+            "return bool(((self.rows == own) | (self.rows == NO_ROW)).all())",
             "return True",
             "tests/test_rowlocal_facts.py",
         ),
         (
-            *("head: the proof lets a row be combined with another", "row_locality.py"),
+            *("head: the proof lets a row be combined with another", "row_rules.py"),
             "if bool(((merged != rows) & (merged != NO_ROW) & (rows != NO_ROW)).any()):",
             "if False:",
             "tests/test_rowlocal.py -k test_refused",

@@ -35,8 +35,9 @@ from .kinds import CAST, COPIES, is_pointwise
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes
-from .row_locality import facts_about, has_rule, is_moved, is_reduced
+from .row_locality import facts_about
 from .row_numbers import RowNumbers
+from .row_rules import has_rule, is_moved, is_reduced
 from .where import Places, Where
 
 aten = torch.ops.aten

@@ -21,7 +21,7 @@ from .calls import stats_call
 from .facts import EARLY, Facts
 from .find import Head, Product
 from .kinds import CAST, COPIES, is_pointwise
-from .row_locality import is_moved, is_reduced
+from .row_rules import is_moved, is_reduced
 from .where import Places, Where
 
 aten = torch.ops.aten
