@@ -3,7 +3,7 @@
 In:   from `rewriting`, calls of `row_stats`; from `heads`, its pieces, and the products round them.
 Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
 
-    rows            the statistics, each one entry of a table, and which of them a call packs
+    table           the statistics, each one entry; `rows`, those of them that a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
     one_read        both as one operator, where nothing but a `row_program` lies between, and `chains` about
@@ -39,7 +39,8 @@ from .operators import (
     stats_dtype,
     stats_dtype_of,
 )
-from .rows import (
+from .rows import Row, Rows
+from .table import (
     ARGMAX,
     DOT,
     EXPDOT,
@@ -58,8 +59,6 @@ from .rows import (
     SUMEXP,
     SUMEXPZ,
     TOP,
-    Row,
-    Rows,
 )
 
 __all__ = [

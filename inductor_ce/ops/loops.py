@@ -10,7 +10,8 @@ import torch
 from ..common.compat.inductor import IRNode, call_lowering
 from ..common.compat.loops import as_stored, is_same_anew
 from . import chains, operators, row_program
-from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .rows import Row, Rows
+from .table import ARGMAX, MAXIMUM
 from .terms import evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims

@@ -39,7 +39,8 @@ from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
 from .label_products import COMPLETE
 from .products import ALIGN_ROWS, ONCE_MADE, TIMES, TIMES_IN_PLACE
-from .rows import ARGMAX, Rows
+from .rows import Rows
+from .table import ARGMAX
 from .with_templates import (
     GPUS,
     MATRIX_READERS,

@@ -24,6 +24,6 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
                  block_reader, what storages hold then, and label_ranges, which labels a block has
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
-                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),
-                 left_out (entries that masks leave out), replaced (by scatter), class_ranges
+                 operands, indexing (views), picks (by labels), targets (one-hot, masks, smoothed), joining
+                 (loops), left_out (entries that masks leave out), replaced (by scatter), class_ranges
 """

@@ -16,8 +16,8 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import shape_of, tensor_of
 from .arithmetic import minus, times
 from .context import Context, is_labels
-from .indexing import diagonal
 from .operands import Operands, operands
+from .picks import diagonal
 from .values import Columns, LossValue, Outcome, Reduction, RowValue, Value, VocabValue
 
 REDUCTIONS = ("none", "mean", "sum")

@@ -15,7 +15,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
-from .indexing import fixed_pick
+from .picks import fixed_pick
 from .values import Columns, Logits, OnLogits, Outcome, RowValue, Value, VocabValue, is_shift
 
 Number = int | float

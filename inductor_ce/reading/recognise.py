@@ -16,7 +16,7 @@ from ..common.findings import Refusal
 from ..graph.exported import has_guards
 from ..graph.timeline import Timeline
 from ..ops.verified import VERIFIED
-from . import arithmetic, indexing, joining, losses, reductions, replaced, spellings, targets
+from . import arithmetic, indexing, joining, losses, picks, reductions, replaced, spellings, targets
 from .arithmetic import or_afterwards
 from .context import Context
 from .steps import STEPS, Step
@@ -77,7 +77,7 @@ def _is_0_at_a_label(value: Outcome) -> bool:
 
 _MODULES = {
     m.__name__.rpartition(".")[2]: m
-    for m in (arithmetic, indexing, joining, losses, reductions, replaced, targets)
+    for m in (arithmetic, indexing, joining, losses, picks, reductions, replaced, targets)
 }
 
 

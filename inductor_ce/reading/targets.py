@@ -14,7 +14,7 @@ from .. import algebra
 from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from .context import Context, is_labels
-from .indexing import label_axis
+from .picks import label_axis
 from .row_views import index_per_dimension, row_shape
 from .values import Columns, Outcome, Value
 

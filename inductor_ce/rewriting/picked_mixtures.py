@@ -20,8 +20,8 @@ from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import hint, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context, is_labels
-from ..reading.indexing import label_axis
 from ..reading.losses import REDUCTIONS, modernised
+from ..reading.picks import label_axis
 from ..reading.values import LossValue, Reading, RowValue, VocabValue, row_expr
 from .arrange import size_of
 from .groups import wants_gradient
