@@ -70,9 +70,8 @@ class Builder:
     def traced(self, f: Callable[..., torch.Tensor], sources: Sequence[Node]) -> Node:
         """The nodes of f(*sources), in the operators of ATen."""
         with self._fake_mode, torch.no_grad():
-            traced = make_fx(f, decomposition_table=decompositions())(
-                *(tensor_of(source) for source in sources)
-            )
+            examples = map(tensor_of, sources)
+            traced = make_fx(f, decomposition_table=decompositions())(*examples)
         made: dict[Node, Any] = {}
         given = iter(sources)
         for node in traced.graph.nodes:

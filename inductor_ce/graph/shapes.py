@@ -40,6 +40,7 @@ def is_promoted(node: Node, other: Node) -> bool:
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:
+    """The shape of the tensor that a node stands for."""
     value = tensor_of(node)
     assert value is not None, f"{node} is no tensor"
     return tuple(value.shape)

@@ -226,6 +226,7 @@ def _products(roots: set[Node]) -> list[Product]:
 
 
 def product_of(node: Node) -> Product:
+    """The linear layer that a product is. Raises NoHead for several in a batch, or another addend."""
     if is_batched(node):
         raise NoHead(BATCHED)
     *added, hidden, columns = args_of(node)

@@ -33,9 +33,8 @@ class NarrowSum:
     def __init__(self, pieces: Pieces):
         self._build, self._pieces = pieces.build, pieces
         packing = pieces.packing
-        self._labels = [
-            label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
-        ]
+        labels = pieces.head.labels()
+        self._labels = labels if packing is None else [packing.all_counted(y, -1) for y in labels]
         self._often = min(OFTEN, pieces.head.v)
         frequent = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
         self._columns, self._runs = (self._build(operator.getitem, frequent, i) for i in range(2))

@@ -281,6 +281,7 @@ class Pieces:
         return [made[z] if z in made else self.cut(z, piece, ROWS) for z in zs]
 
     def grad(self, op: Any, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
+        """The gradient `node` of a piece, by `op`, of its logits, maxima [n] and coefficients [K, n]."""
         labels, weights = self._constants(node, piece)
         given = (z, labels, weights, m, coefficients, grad_call(node).which)
         if self.packing is not None and op == ops.ROW_GRAD:

@@ -80,9 +80,8 @@ class Places:
         parts = {source: known.get(source, False) for source in node.all_input_nodes if _is_value(source)}
         if all(part is True for part in parts.values()) or not any(parts.values()):
             return any(parts.values())
-        return self._moved(
-            node, {source: self._tensor(source, part) for source, part in parts.items()}, False
-        )
+        tensors = {source: self._tensor(source, part) for source, part in parts.items()}
+        return self._moved(node, tensors, False)
 
     def reduced(self, node: Node, part: Where) -> Where:
         """Where any is of what a node brings together."""

@@ -39,6 +39,8 @@ def unary(
     on_vocab: Callable[[algebra.Vocab], algebra.Vocab | None],
     on_row: Callable[[sympy.Expr], sympy.Expr | None] = lambda row: None,
 ) -> Function:
+    """The step of a function, given as it is over the vocabulary and for a number of a row."""
+
     def function(expr: Any) -> Any:
         return on_vocab(expr) if isinstance(expr, algebra.Vocab) else on_row(expr)
 
@@ -54,6 +56,7 @@ def minus(a: Any, b: Any) -> Any:
 
 
 def times(a: Any, b: Any) -> Any:
+    """a b; None for what is the user's own, or would not be the same where one is infinite or NaN."""
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not (a.is_number or b.is_number):
         return None  # a product of two row values is the user's own, of size [N]
     if a == 0 or b == 0:
@@ -70,6 +73,7 @@ def _brings_back(a: Any, b: Any) -> bool:
 
 
 def over(a: Any, b: Any) -> Any:
+    """a / b for a number b of each row."""
     if isinstance(b, algebra.Vocab):
         constant = b.get(algebra.ONE)
         b = constant if b == algebra.as_vocab(constant) else None
@@ -77,11 +81,13 @@ def over(a: Any, b: Any) -> Any:
 
 
 def times_log(a: Any, b: Any) -> Any:
+    """a log b, of which b has the vocabulary axis."""
     logarithm = algebra.log(b) if isinstance(b, algebra.Vocab) else None
     return None if logarithm is None else times(a, logarithm)
 
 
 def entropy_term(a: algebra.Vocab) -> Any:
+    """-a log a"""
     product = times_log(a, a)
     return None if product is None else -product
 

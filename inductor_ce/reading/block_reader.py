@@ -107,6 +107,7 @@ class BlockReader:
         return None if isinstance(value, Stack) else value
 
     def stack(self, given: Any) -> Stack | None:
+        """Numbers of each row that stand beside each other."""
         is_whole = isinstance(given, Node) and given in self._whole
         value = self._rows.get(self.timeline.storage(given)) if is_whole else None
         return value if isinstance(value, Stack) else None
@@ -146,6 +147,7 @@ class BlockReader:
         return blocks.name(found)
 
     def read(self, node: Node) -> None:
+        """Take in the next node of the graph: what it writes or makes, or else whom it needs."""
         if node.op in ("call_function", "call_method"):
             value = self._value_of(node)
             if value is not None and self._put(node, value):

@@ -37,6 +37,7 @@ def _brings_together(node: Node) -> bool:
 
 
 def read_blocks(timeline: Timeline) -> Blocks:
+    """What a graph, gone through once, makes of blocks of logits."""
     reader = BlockReader(timeline, STEPS)
     for node in timeline.nodes:
         reader.read(node)

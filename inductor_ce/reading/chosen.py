@@ -135,6 +135,7 @@ def _dimensions(item: Any) -> int:
 
 
 def is_mask(item: Any) -> bool:
+    """Whether an item of an index is a tensor of truth values."""
     example = tensor_of(item)
     return example is not None and example.dtype in (torch.bool, torch.uint8)
 

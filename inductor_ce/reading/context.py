@@ -125,9 +125,9 @@ class Context:
     def still_alike(self, arg: Node, source: Node) -> bool:
         """Whether a view or copy of `source` still holds what `source` holds."""
         timeline = self.reading.timeline
-        return timeline.shares_storage(arg, source) or (
-            timeline.unchanged(arg, arg, self.position) and timeline.unchanged(source, arg, self.position)
-        )
+        if timeline.shares_storage(arg, source):
+            return True
+        return all(timeline.unchanged(each, arg, self.position) for each in (arg, source))
 
     def opaque(self, arg: Node, axis: int) -> VocabValue:
         """`arg` as logits in its own right, whatever it was made from."""

@@ -21,6 +21,7 @@ from .views import HALF, step_back, viewed, viewing
 
 
 def view(context: Context, args: dict[str, Any]) -> Outcome:
+    """A view, a cast or a copy: the same value, with its rows, or its classes, where they are then."""
     source = args.get("input")
     value = context.known(source)
     if value is None or not isinstance(source, Node):
@@ -107,6 +108,7 @@ def reorder(context: Context, args: dict[str, Any]) -> Outcome:
 
 
 def getitem(context: Context, args: dict[str, Any]) -> Outcome:
+    """x[index]: labels picked, rows chosen, or a view."""
     source, index = args.get("input"), args.get("index")
     if isinstance(index, tuple) and is_labels(index[-1]):
         return picked_by_index(context, source, index) or chosen_by_index(context, source, index)

@@ -58,6 +58,8 @@ class JointValue:
 
 @dataclass
 class JointReader:
+    """Reads nodes as values over sides and factors, which it numbers as it meets them."""
+
     reading: Reading
     sides: list[Side] = field(default_factory=list)
     factors: list[RowFactor] = field(default_factory=list)

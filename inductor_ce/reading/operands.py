@@ -209,6 +209,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
 
 
 def plain(value: algebra.Vocab) -> Expr:
+    """A value of which all columns are alike as a number of each row."""
     constant = value.get(algebra.ONE)
     return constant if value == algebra.as_vocab(constant) else value
 

@@ -83,6 +83,7 @@ class PartReader:
         return None if expr is None else Value(expr, self.attached[node])
 
     def read(self, node: Node) -> None:
+        """Take in the next node of the graph: what it makes, or else whom it needs. Raises NotRead."""
         if node.op in ("call_function", "call_method"):
             value = self._value_of(node) or self.gathered.reduced(node)
             if value is not None:

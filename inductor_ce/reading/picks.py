@@ -129,9 +129,7 @@ def _picked(value: VocabValue, labels: list[sympy.Symbol], kept: int | None) -> 
     if None in exprs:
         return None
     first, *more = exprs
-    return RowValue(
-        value.logits, value.steps, kept, first, value.wide, value.after, value.detached, tuple(more)
-    )
+    return replace(value.reduced_to(first, kept), after=value.after, more=tuple(more))
 
 
 def picked_by_index(context: Context, source: Any, index: tuple[Any, ...]) -> Outcome:

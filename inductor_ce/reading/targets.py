@@ -42,6 +42,7 @@ def full(context: Context, args: dict[str, Any]) -> Value | None:
 
 
 def one_hot(context: Context, args: dict[str, Any]) -> Value | None:
+    """F.one_hot(y), with the classes behind the dimensions of y."""
     y = args.get("input")
     if not is_labels(y):
         return None
@@ -56,9 +57,8 @@ def equals(context: Context, args: dict[str, Any]) -> Value | None:
             shape = shape_of(context.node)
             axis = len(shape) + count[0]
             if equal(shape[axis], count[1]) and _stands_at(y, shape, axis):
-                return Columns(
-                    algebra.indicator(context.loose_label(y, _kept(y, shape, axis), named=False)), axis
-                )
+                symbol = context.loose_label(y, _kept(y, shape, axis), named=False)
+                return Columns(algebra.indicator(symbol), axis)
     return None
 
 
@@ -82,9 +82,7 @@ def differs(context: Context, args: dict[str, Any]) -> Value | None:
 
 
 def negation(context: Context, args: dict[str, Any]) -> Value | None:
-    value, example = context.known(args.get("input")), tensor_of(args.get("input"))
-    is_mask = isinstance(value, Columns) and example is not None and example.dtype == torch.bool
-    return _complement(value) if is_mask else None
+    return _complement(mask_of(context, args.get("input")))
 
 
 def _complement(value: Value | None) -> Columns | None:

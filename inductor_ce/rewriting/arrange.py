@@ -203,6 +203,7 @@ def row_sizes(build: Builder, node: Node, axis: int | None) -> list[int | Node]:
 
 
 def size_of(build: Builder, node: Node, dim: int) -> int | Node:
+    """A size as a number, or as a node where it is symbolic."""
     number = constant(shape_of(node)[dim])
     return build("size", node, dim) if number is None else number
 

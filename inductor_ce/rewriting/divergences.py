@@ -128,9 +128,8 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         needed = needed_nodes(reading, ends | losses, losses)
         reading.looked_through -= inner
         position = reading.timeline.position
-        stay = {
-            each.node: sorted((each.wide - {each.node}) & needed, key=position.__getitem__) for each in found
-        }
+        place = position.__getitem__
+        stay = {each.node: sorted((each.wide - {each.node}) & needed, key=place) for each in found}
         facts = {each.node: _kept(reading, each, stay[each.node], needed) for each in found}
         more = [each for each in found if stay[each.node] and not facts[each.node]]
         if not more:

@@ -91,6 +91,7 @@ def escape(reading: Reading, wide: Sequence[Node], needed: set[Node]) -> Refusal
 
 
 def readers_of_copies(node: Node) -> Iterator[Node]:
+    """Who reads a node, or what it is without its gradient."""
     for user in node.users:
         yield user
         if spellings.is_step(user, "detach"):

@@ -74,6 +74,18 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     assert search.hidden is not None
     assert search.product is not None
     parts = [hidden, *(p for p in search.parts if p is not search.hidden)]
+    recipe, example = _recipe(search, parts, node), example_of(node)
+    if not is_dtensor(example):
+        return Found(recipe, parts, search.product)
+    parts = [_own_part(search, p, node) for p in parts]
+    spread = LocalLogits.of(example, list(map(example_of, parts)))
+    if spread is None:
+        raise NoRecipe("their number of rows is symbolic, and sharded")
+    return Found(recipe, parts, search.product, spread)
+
+
+def _recipe(search: Search, parts: list[Node], node: Node) -> Recipe:
+    """What has been found, as data: of each rank, where the logits `node` are a DTensor."""
     number = {search.hidden: 0} | {p: i for i, p in enumerate(parts) if i}
 
     def placed(value: Any) -> Any:
@@ -91,21 +103,12 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     )
     if len(search.switches) > 1:
         raise NoRecipe("autocast begins or ends between the steps by which they are made")
-    (autocast,) = search.switches
-    example = tensor_of(node)
-    assert example is not None
+    (autocast,), example = search.switches, example_of(node)
     names = ("the hidden states", *(_name(p) for p in parts[1:]))
     own = constant(local_of(example).shape[-1])
     if own is None:
         raise NoRecipe("their number of classes is symbolic")
-    recipe = Recipe(names, steps, own, example.dtype, example.requires_grad, autocast)
-    if not is_dtensor(example):
-        return Found(recipe, parts, search.product)
-    parts = [_own_part(search, p, node) for p in parts]
-    spread = LocalLogits.of(example, list(map(example_of, parts)))
-    if spread is None:
-        raise NoRecipe("their number of rows is symbolic, and sharded")
-    return Found(recipe, parts, search.product, spread)
+    return Recipe(names, steps, own, example.dtype, example.requires_grad, autocast)
 
 
 def _own_part(search: Search, part: Node, logits: Node) -> Node:
@@ -253,9 +256,8 @@ def _elementwise(search: Search, node: Node) -> Rows:
     refuse_collectives(result, [(x, beside(result, x)) for x in map(example_of, given.values())])
     args, kwargs = map_arg((node.args, node.kwargs), argument)
     (hidden, _), *_ = made.values()
-    return hidden, add(
-        search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node
-    )
+    step = Instruction(node.target, tuple(args), tuple(sorted(kwargs.items())))
+    return hidden, add(search, step, like=node)
 
 
 def _given(source: Node, node: Node) -> Node:

@@ -213,12 +213,14 @@ def _is_loss(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
 
 
 def refusal_of_graph(reading: Reading) -> Refusal | None:
+    """Why no loss of a graph may be replaced, if that is so."""
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
     return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
 
 
 def refusal_of_logits(logits: Logits) -> Refusal | None:
+    """Why no loss over these logits may be replaced, by their layout, dtype or size."""
     example = tensor_of(logits.node)
     assert example is not None
     if is_dtensor(example):

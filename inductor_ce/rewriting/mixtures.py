@@ -179,9 +179,8 @@ class Mixture:
         if kind == "stack":
             dim = args.get("dim", 0) % len(shape)
             own = [build("select", index, dim, k) for k in range(len(args["tensors"]))]
-            return build(
-                torch.stack, [of(*each, axis - 1) for each in zip(args["tensors"], own, strict=True)], dim
-            )
+            made = [of(*each, axis - 1) for each in zip(args["tensors"], own, strict=True)]
+            return build(torch.stack, made, dim)
         if kind == "copies":
             picked, v = of(source, index, axis), size_of(build, node, axis)
             return build(torch.add, picked, _copied(build, args["index"], args["src"], index, v))

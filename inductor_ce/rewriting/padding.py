@@ -11,6 +11,7 @@ from ..reading.row_views import index_per_dimension, range_of
 
 
 def classes_of(node: Node) -> int | None:
+    """V of a tensor [..., V] with rows, of any dtype; None where it is symbolic."""
     example = tensor_of(node)
     return constant(example.shape[-1]) if example is not None and example.dim() > 1 else None
 

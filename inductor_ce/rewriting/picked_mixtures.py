@@ -118,9 +118,8 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
             result = pick(index=args["index"])
         elif step.name == "getitem":
             y = build("to", args["index"][axis], torch.int64)  # counts from the end where it is negative
-            y = build(
-                torch.where, build(torch.lt, y, 0), build(torch.add, y, size_of(build, source, axis)), y
-            )
+            is_negative, above = build(torch.lt, y, 0), build(torch.add, y, size_of(build, source, axis))
+            y = build(torch.where, is_negative, above, y)
             result = build("squeeze", pick(index=build("unsqueeze", y, 1)), 1)
         else:
             result = _nll_loss(build, pick, modernised(args))

@@ -50,6 +50,7 @@ class Search:
 
 
 def refuse(fact: str | None) -> None:
+    """Raises NoRecipe with a fact, if there is one."""
     if fact is not None:
         raise NoRecipe(fact)
 
@@ -85,6 +86,7 @@ def _autocast_at(search: Search, node: Node) -> tuple[str, torch.dtype, bool]:
 
 
 def cast(search: Search, node: Node, source: Node, of: Any) -> Any:
+    """The step of a cast on one device; `of` itself, if the dtype stays. Raises NoRecipe."""
     before, after = tensor_of(source), tensor_of(node)
     assert before is not None
     assert after is not None
