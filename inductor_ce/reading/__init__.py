@@ -2,8 +2,8 @@
 
 In:   a torch-level graph, as Dynamo gives it to the backend.
 Out:  a `Reading`: for each node that is made of logits its value, and the labels and tensors that it is made
-      with. Nothing is changed, but that `chosen` adds logits of rows, which are forgotten where they are not
-      used; and nothing is decided about what may be replaced.
+      with. Nothing is changed, but that `chosen` adds logits of rows, and `class_ranges` masks, which are
+      forgotten where they are not used; and nothing is decided about what may be replaced.
 
     steps        the table: a row has a step's spellings, function and traits; `spellings` reads nodes by it
     row_views    what views do to the rows of a value; `views` reads them backwards
