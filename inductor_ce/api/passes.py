@@ -236,9 +236,8 @@ def _fuse(graph: Graph, reading: Reading, group: Group, number: int, verify: boo
 
 
 def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
-    forms = [
-        _form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes if FORM not in node.meta
-    ]
+    read = [node for node in group.nodes if FORM not in node.meta]
+    forms = [_form(value_of(reading, node), group.exprs_of(node)) for node in read]
     forms += [node.meta[FORM] for node in group.nodes if node.meta.get(FORM)]
     kept = [reading.kept[node][0] for node in group.nodes if node in reading.kept]
     kept += [node.meta[KEPT] for node in group.nodes if KEPT in node.meta]

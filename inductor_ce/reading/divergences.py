@@ -265,9 +265,8 @@ def _summed_up(
     for kind, places in used.items():
         leaves |= {(name, k): (name, i) for name in KINDS[kind] for i, k in enumerate(places)}
     made = Entries(entries.replaced(term, leaves), len(sides), len(tensors), wanted)
-    return Between(
-        node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors, numbers, constants
-    )
+    terms = (Term(made, ()),)
+    return Between(node, node, entry.summand, axis, sides, terms, wide, tensors, numbers, constants)
 
 
 def _sums_as_made(args: dict[str, Any]) -> bool:

@@ -249,9 +249,8 @@ def _of_columns(context: Context, args: tuple[Any, ...], known: list[Value | Non
     axes = set()
     whole = tensor_of(context.node)
     whole = tensor_of(args[0]) if whole is None else whole
-    placed = [
-        (a, v.axis) for a, v in zip(args, known, strict=True) if isinstance(v, Columns) and v.axis is not None
-    ]
+    of_labels = [(a, v) for a, v in zip(args, known, strict=True) if isinstance(v, Columns)]
+    placed = [(a, v.axis) for a, v in of_labels if v.axis is not None]
     like, axis = placed[0] if placed else (None, None)
     for arg, value in zip(args, known, strict=True):
         if isinstance(arg, Number) and math.isfinite(arg):

@@ -46,9 +46,8 @@ def _originals(graph: Graph, nodes: list[Node]) -> set[Node]:
     found: set[Node] = set()
     compared = {node.args[1] for node in graph.find_nodes(op="call_function", target=VERIFIED)}
     for node in reversed(nodes) if compared else ():
-        is_one = all(
-            user in found or (user.target is VERIFIED and user.args[0] is not node) for user in node.users
-        )
+        others = (user for user in node.users if user not in found)
+        is_one = all(user.target is VERIFIED and user.args[0] is not node for user in others)
         if node.users and is_one and node.op != "placeholder":
             found.add(node)
     return found

@@ -67,9 +67,8 @@ def _stands_at(y: Node, shape: tuple[Any, ...], axis: int) -> bool:
     rows = tuple(s for i, s in enumerate(shape) if i != axis)
     own = shape_of(y)
     kept = _kept(y, shape, axis)
-    return same_shape(row_shape(y, kept), rows) and (
-        kept is not None or (axis == 0 and len(own) == len(rows))
-    )
+    is_known = kept is not None or (axis == 0 and len(own) == len(rows))
+    return is_known and same_shape(row_shape(y, kept), rows)
 
 
 def _kept(y: Node, shape: tuple[Any, ...], axis: int) -> int | None:

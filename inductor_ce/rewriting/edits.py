@@ -298,9 +298,7 @@ def _replace(memory: Memory, edit: Node, result: Node) -> None:
     position = memory.position
     position[result] = position[edit]
     for name in [name for name in memory.names if memory.of[name] is memory.of[edit]]:
-        name.replace_all_uses_with(
-            result, delete_user_cb=lambda user: position.get(user, -1) > position[edit]
-        )
+        name.replace_all_uses_with(result, delete_user_cb=lambda u: position.get(u, -1) > position[edit])
 
 
 def _function_of(

@@ -156,9 +156,8 @@ def _place(reading: Reading, group: Group, wanted: int) -> int | None:
 
 
 def _first_use(reading: Reading, node: Node) -> int:
-    return min(
-        (reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node]
-    )
+    position = reading.timeline.position
+    return min((position[user] for user in node.users), default=position[node])
 
 
 def _label_window(reading: Reading, label: Label) -> tuple[int, int]:

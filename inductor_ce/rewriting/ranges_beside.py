@@ -92,9 +92,8 @@ def _may_be(reading: Reading, log_p: Node, ranges: list[Node], options: Options)
 def _has_loss(reading: Reading, log_p: Node, value: VocabValue) -> bool:
     """Whether rows of the very log-probabilities are read as a loss."""
     others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
-    return any(
-        v.logits == value.logits and log_p in v.wide and algebra.is_normalised(row_expr(v)) for v in others
-    )
+    alike = (v for v in others if v.logits == value.logits and log_p in v.wide)
+    return any(algebra.is_normalised(row_expr(v)) for v in alike)
 
 
 def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) -> None:
