@@ -127,8 +127,7 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         reading.looked_through |= inner
         needed = needed_nodes(reading, ends | losses, losses)
         reading.looked_through -= inner
-        position = reading.timeline.position
-        place = position.__getitem__
+        place = reading.timeline.position.__getitem__
         stay = {each.node: sorted((each.wide - {each.node}) & needed, key=place) for each in found}
         facts = {each.node: _kept(reading, each, stay[each.node], needed) for each in found}
         more = [each for each in found if stay[each.node] and not facts[each.node]]
