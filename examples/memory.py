@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from inductor_ce.heads.plan import HeadNumbers, plan
+from inductor_ce.heads.extra_memory import HeadNumbers
+from inductor_ce.heads.plan import plan
 from plots import plot_batches
 from train import default_device
 from transformer import Transformer

@@ -62,16 +62,8 @@ _HOMES = {
     "api.install": ("Installation", "install", "uninstall"),
     "common.options": ("Options",),
     "common.errors": (
-        *(
-            "ArtefactError",
-            "DerivativeError",
-            "InductorCEError",
-            "InputError",
-            "LazyLogitsError",
-            "MissError",
-            "OptionError",
-        ),
-        *("UnsupportedTorchError",),
+        *("ArtefactError", "DerivativeError", "InductorCEError", "InputError", "LazyLogitsError"),
+        *("MissError", "OptionError", "UnsupportedTorchError"),
     ),
     "api.defer": ("defer", "restore"),
     "api.explain": ("explain",),

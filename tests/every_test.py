@@ -7,7 +7,7 @@ from harness import clean_slate, collect_seldom
 from pairwise import left_to_others
 from releases import skip_if_limit
 
-from inductor_ce.heads import plan
+from inductor_ce.heads import extra_memory
 
 
 def pytest_unconfigure():
@@ -80,5 +80,5 @@ def _clean_slate():
 @pytest.fixture
 def much(monkeypatch):
     """As if float32 beside 16-bit gradients cost much."""
-    monkeypatch.setattr(plan, "LITTLE", 0)
-    monkeypatch.setattr(plan, "LITTLE_OF_LOGITS", 0)
+    monkeypatch.setattr(extra_memory, "LITTLE", 0)
+    monkeypatch.setattr(extra_memory, "LITTLE_OF_LOGITS", 0)

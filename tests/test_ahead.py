@@ -33,6 +33,7 @@ from inductor_ce.ops import (
     counted,
     counted_kernels,
     label_kernels,
+    label_products,
     launch,
     lowering,
     product_kernels,
@@ -293,12 +294,12 @@ def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -
     counts, runs = fake(64, dtype=torch.bool), fake(3, 64, dtype=torch.int32)
     entries, often = fake(64, 1, dtype=torch.float32), fake(128, D, dtype=torch.float32)
     given: dict[Any, tuple[Any, ...]] = {
-        products.product_but: (w, kept, dz, h, [label], columns, 0, True, True),
+        label_products.product_but: (w, kept, dz, h, [label], columns, 0, True, True),
         products.product_into: (w, dz.t(), h, 0, True),
         products.logits: (h, w.t(), None, []),
         products.column_sums: (dz,),
-        products.most_frequent: ([label], V, 128),
-        products.complete: (w, runs, entries, h, often),
+        label_products.most_frequent: ([label], V, 128),
+        label_products.complete: (w, runs, entries, h, often),
         products.once_made: (w, torch.float32, []),
         products.times_in_place: (w, fake(1, dtype=torch.float32)),
         counted.row_order: (counts,),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from inductor_ce import ops
 from inductor_ce.ops.combine import chosen, combined, own_rows
-from inductor_ce.ops.rows import OPTIONAL, WEIGHED
+from inductor_ce.ops.table import OPTIONAL, WEIGHED
 
 laws = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -26,7 +26,8 @@ from ranks import ranks_at_most, spawn
 
 import inductor_ce
 from inductor_ce.common.strategies import TOKEN_CHUNKS
-from inductor_ce.heads.plan import HeadNumbers, plan
+from inductor_ce.heads.extra_memory import HeadNumbers
+from inductor_ce.heads.plan import plan
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STEPS = 3

@@ -12,7 +12,7 @@ from pairwise import EVERYTHING
 from torch import Tensor
 
 from inductor_ce.heads import narrow_sums
-from inductor_ce.ops import products
+from inductor_ce.ops import label_products
 from inductor_ce.ops.counted import FREQUENT_ROWS
 
 aten = torch.ops.aten
@@ -191,7 +191,7 @@ def test_sums_in_16_bits_of_any_graph(loss: Loss, dynamic: bool | None) -> None:
     )
     ours = measure(compiled, given)
     assert counts() == {"token_chunks": 1}
-    assert graphs.count(products.MOST_FREQUENT) == 1
+    assert graphs.count(label_products.MOST_FREQUENT) == 1
     naive, exact = measure(loss, given), measure(loss, given.to(torch.float64))
     for o, n, e in zip(ours.gradients, naive.gradients, exact.gradients, strict=True):
         if e is not None:

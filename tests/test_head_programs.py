@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import inductor_ce
 from inductor_ce.heads.no_head import CONVOLUTION, DIVIDED, JOINED, RANGE, ROWS, SYMBOLIC_ROWS
-from inductor_ce.heads.row_locality import OF_OTHERS
+from inductor_ce.heads.row_rules import OF_OTHERS
 
 DIVIDING = ["token_chunks", "vocab_slabs"]
 by_dividing = pytest.mark.parametrize("strategy", DIVIDING)

@@ -24,8 +24,8 @@ from two_heads import D, E, Given, Loss, N, V, frozen, given
 import inductor_ce
 from inductor_ce import ops
 from inductor_ce.heads import fuse, narrow_sums
-from inductor_ce.heads.plan import HeadNumbers
-from inductor_ce.ops import lowering, products
+from inductor_ce.heads.extra_memory import HeadNumbers
+from inductor_ce.ops import label_products, lowering
 
 BUDGET = 1.6  # of the float32 logits of one side: for two or three pieces of most
 
@@ -369,7 +369,7 @@ def test_one_weight_is_summed_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> Non
     nodes = [n for n in graphs.nodes if n.op == "call_function" and "empty" in str(n.target)]
     sums = [n.meta["val"] for n in nodes if n.meta["val"].shape == (V, D)]
     assert [x.dtype for x in sums] == [torch.bfloat16], "one sum of both sides"
-    assert sum(products.COMPLETE in node.args for node in graphs.nodes) == 1
+    assert sum(label_products.COMPLETE in node.args for node in graphs.nodes) == 1
 
 
 def test_one_sum_of_one_weight() -> None:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import inductor_ce.heads.plan
 from inductor_ce.common.strategies import FORWARD_ONLY, MATERIALISE, STRATEGIES, TOKEN_CHUNKS, VOCAB_SLABS
-from inductor_ce.heads.plan import MOST_PIECES, HeadNumbers, Plan, plan
+from inductor_ce.heads.extra_memory import HeadNumbers
+from inductor_ce.heads.plan import MOST_PIECES, Plan, plan
 
 MIB, GIB = 2**20, 2**30
 GEMMA = HeadNumbers(8192, 256000, 2304)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from inductor_ce.ops import counted, gemm, products
+from inductor_ce.ops import counted, gemm, label_products, products
 
 N, V, D = 7, 5, 3
 OPS = torch.ops.inductor_ce
@@ -88,7 +88,7 @@ def test_entries_of_rows_that_are_not_computed(left: int) -> None:
     columns, expected = torch.tensor([4, -1]), torch.zeros(n, 2)
     dz[left:] = torch.nan
     expected[:left, 0], expected[:left, 1] = dz[:left, 4], dz[:left].gather(1, label[:left, None])[:, 0]
-    (take_out,) = products.by_device(dz, products._take_out)
+    (take_out,) = label_products.by_device(dz, label_products._take_out)
     for limit in (torch.tensor(left, dtype=torch.int32), left):
         kept, cut = torch.full((n, r + 1), 7.0), dz.clone()
         take_out(cut, label, columns, kept, r, limit)
@@ -152,7 +152,7 @@ def test_what_was_left_out_of_two_products(labels: list[Tensor]) -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """By tensor operations, and by the kernels for a GPU, which Triton interprets."""
     if request.param == "kernels":
-        for module in (products, gemm):
+        for module in (products, label_products, gemm):
             monkeypatch.setattr(module, "by_device", interpreted)
 
 
@@ -302,9 +302,9 @@ def test_operators_of_labels_are_registered_as_they_are(labels: list[Tensor]) ->
     out, kept, columns = torch.zeros(V, D), torch.zeros(N + 1, 2 + len(labels)), torch.tensor([4, 0])
     _, runs = OPS.most_frequent(labels, V, 2)
     for op, args in (
-        (products.PRODUCT_BUT, (out, kept, dz, h, labels, columns, 1, True, True)),
-        (products.COMPLETE, (out, runs, torch.randn(N, len(labels)), h, torch.zeros(2, D))),
-        (products.MOST_FREQUENT, (labels, V, 2)),
+        (label_products.PRODUCT_BUT, (out, kept, dz, h, labels, columns, 1, True, True)),
+        (label_products.COMPLETE, (out, runs, torch.randn(N, len(labels)), h, torch.zeros(2, D))),
+        (label_products.MOST_FREQUENT, (labels, V, 2)),
     ):
         torch.library.opcheck(op, args)
 

@@ -192,6 +192,7 @@ def name(what: Any) -> Sum:
 
 
 def add(a: Row, b: Row, times: float = 1) -> Row | None:
+    """a + times * b; None where that is no number of rows that can be named."""
     if isinstance(a, Sum) and isinstance(b, Sum):
         together = _picks_together(a, b) if times == 1 else None
         return a.plus(b, times) if together is None else together
@@ -204,6 +205,7 @@ def add(a: Row, b: Row, times: float = 1) -> Row | None:
 
 
 def multiply(a: Row, b: Row) -> Row | None:
+    """a * b: a mass moved by a factor, two factors, or a sum times a number; None for any other."""
     if ZERO in (a, b):
         return ZERO
     if isinstance(a, Factor):

@@ -113,9 +113,8 @@ class Vocab:
 
     def renamed(self, names: dict[sympy.Symbol, sympy.Symbol]) -> Vocab:
         """The same with other symbols for its labels."""
-        return Vocab.of(
-            {replace(b, at=frozenset(names.get(y, y) for y in b.at)): c.subs(names) for b, c in self.terms}
-        )
+        named = {b: replace(b, at=frozenset(names.get(y, y) for y in b.at)) for b, _ in self.terms}
+        return Vocab.of({named[b]: c.subs(names) for b, c in self.terms})
 
     def __add__(self, other: Vocab | sympy.Expr) -> Vocab:
         terms = dict(self.terms)

@@ -21,6 +21,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_logits(logits: Tensor) -> None:
+    """Raises InputError for anything but floating [..., V]."""
     if not logits.is_floating_point() or logits.dim() == 0:
         raise InputError(f"logits must be floating point [..., V], got {_described(logits)}")
 
@@ -102,6 +103,7 @@ def check_options(
     numbers: Numbers,
     group: ProcessGroup | None,
 ) -> None:
+    """Raises InputError for numbers and names without a meaning, alone or beside each other."""
     if reduction not in REDUCTIONS:
         raise InputError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     if not 0 <= label_smoothing <= 1:
@@ -131,6 +133,7 @@ def check_weights(name: str, value: Any) -> None:
 
 
 def check_shift(shift: int, hidden: Tensor) -> None:
+    """Raises InputError for a shift that leaves no position of hidden [..., S, D]."""
     rows = hidden.shape[-2] if hidden.dim() > 1 else 0
     if not isinstance(shift, int) or (shift and not 0 < shift < rows):
         raise InputError(

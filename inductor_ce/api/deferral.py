@@ -20,6 +20,7 @@ from ..common.options import LAZY, Options
 from ..distributed import local_logits
 from ..distributed.local_logits import LocalLogits
 from ..graph.walk import graphs_within
+from ..reading import row_views
 from ..rewriting import recipes
 from ..rewriting.edits import make_layers_functional
 from ..rewriting.promises import FACT, Promise, promise
@@ -202,7 +203,7 @@ def _returning_parts(
 def keep_for_python() -> None:
     """Let Dynamo compile nothing of lazy logits by itself, where programs use them between graphs."""
     ours = lazy_logits, lazy_functions, lazy_memory, lazy_nodes, lazy_questions, lazy_source, lazy_trees
-    for module in (graphs, *ours, recipes, local_logits):
+    for module in (graphs, *ours, row_views, recipes, local_logits):
         leave_alone(module)
 
 

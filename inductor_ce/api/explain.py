@@ -154,9 +154,7 @@ LINEAR_NAMES = ("linear", "mat", "mm", "einsum", "conv", "dot", "inner", "dist")
 def has_products(gm: GraphModule) -> bool:
     """Whether anything in a torch-level graph, or in the graphs inside it, may be a linear layer."""
     nodes = (node for inner in graphs_within(gm) for node in inner.graph.nodes if node.op.startswith("call"))
-    return any(
-        node.op == "call_module" or any(name in str(node.target) for name in LINEAR_NAMES) for node in nodes
-    )
+    return any(n.op == "call_module" or any(name in str(n.target) for name in LINEAR_NAMES) for n in nodes)
 
 
 def _compiled(

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..reading.row_views import range_of
 from .lazy_trees import memory_of
 
 CHUNK_BYTES = 2**26  # of the logits that are there at once where only a few numbers of each row are wanted
@@ -134,8 +135,8 @@ def _getitem(z: Any, index: Any) -> Any:
         return NotImplemented
     source, whole = z._source, all(isinstance(i, slice) and i == slice(None) for i in over_rows)
     if over_classes != slice(None):
-        classes = _range(over_classes, z.shape[-1]) if whole else None
-        if classes is None:
+        classes = range_of(over_classes, z.shape[-1]) if whole else None
+        if classes is None or classes[0] >= classes[1]:
             return NotImplemented
         cut = source.then(operator.getitem, (..., slice(*classes)), classes=classes[1] - classes[0])
         return z.part(cut, lambda made: made[tuple(items)], is_view=True)
@@ -143,14 +144,6 @@ def _getitem(z: Any, index: Any) -> Any:
     if whole:
         return z.form(source, lambda made: made[tuple(items)], is_view=True)
     return z.part(source.of(source.parts[0][over_rows]), lambda made: made[tuple(items)], is_view)
-
-
-def _range(classes: slice, count: int) -> tuple[int, int] | None:
-    """(first, end) of the classes that a slice takes, one behind the other; None for others."""
-    if not all(isinstance(i, (int, type(None))) for i in (classes.start, classes.stop, count)):
-        return None
-    first, end, _ = slice(classes.start, classes.stop).indices(count)
-    return (first, end) if classes.step in (None, 1) and first < end else None
 
 
 def _items(index: Any) -> list[Any]:

@@ -17,7 +17,7 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -129,47 +129,53 @@ def _place(x: Any) -> Any:
 
 
 def taken_apart(module: GraphModule, inputs: Sequence[Any]) -> tuple[GraphModule, list[Any], Apart | None]:
-    """(the graph, its inputs, how arguments are taken apart) with parts in place of lazy logits."""
+    """(the graph, its inputs, how arguments are taken apart) with parts in place of lazy logits.
+
+    The last is None where there are none: then nothing is copied.
+    """
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
-    lazy = [isinstance(node.meta.get("example_value"), LazyLogits) for node in places]
-    seen = [*inputs, *(node.meta.get("example_value") for node in places)]
-    if all(_lazy_of(value) is None for value in seen):
+    examples = [node.meta.get("example_value") for node in places]
+    if all(_lazy_of(value) is None for value in (*inputs, *examples)):
         return module, list(inputs), None
     timeline = Timeline(module.graph)
-    views, lost = views_of(timeline, [node for node, is_lazy in zip(places, lazy, strict=True) if is_lazy])
-    whole = tuple(i for i, node in enumerate(places) if node in lost)
-    lazy = [is_lazy and node not in lost for is_lazy, node in zip(lazy, places, strict=True)]
-    edited = tuple(i for i, node in enumerate(places) if not lazy[i] and timeline.edits(node))
-    written = tuple(i for i, node in enumerate(places) if lazy[i] and timeline.edits(node))
-    became = []
+    lazy = [node for node, value in zip(places, examples, strict=True) if isinstance(value, LazyLogits)]
+    views, lost = views_of(timeline, lazy)
     module, twins = copied_module(module)
-    examples: list[Any] = []
-    apart: list[tuple[int, ...] | None] = []
-    behind = twins[places[-1]].next
-    there = {input_source(node): twins[node] for node in places}
-    for i, (node, is_lazy, given) in enumerate(zip(places, lazy, inputs, strict=True)):
-        example = node.meta.get("example_value")
-        if is_lazy:
-            added, made = _apart(module.graph, twins[node], example, behind, there)
-            became += [made] if i in written else []
-            source = given.source if isinstance(given, LazyLogits) else example.source
-            examples += _parts(source, added, [inputs[e] for e in edited])
-            apart.append(added)
-        else:
-            apart.append(None)
-            given = example if i in whole else given  # of whose logits the compiler knows the sizes
-            examples.append(given.made() if isinstance(given, LazyLogits) else given)
+    replaced = _replaced(module.graph, [node for node in lazy if node not in lost], places, twins)
+    changed = [i for i, node in enumerate(places) if timeline.edits(node)]
+    apart = Apart(
+        added=tuple(replaced[node].added if node in replaced else None for node in places),
+        edited=tuple(i for i in changed if places[i] not in replaced),
+        written=tuple(i for i in changed if places[i] in replaced),
+        lost=tuple(i for i, node in enumerate(places) if node in lost),
+        views=views,
+    )
+    given = _given(apart, inputs, examples)
     for node in module.graph.nodes:
         if "example_value" in node.meta:
             node.meta["example_value"] = tree_map(_plain, node.meta["example_value"])
-    for i, made in zip(written, became, strict=True):
+    became = [replaced[places[i]].made for i in apart.written]
+    for i, made in zip(apart.written, became, strict=True):
         _remake_aliases(timeline, places[i], twins, made)
-    for place, is_lazy in zip(places, lazy, strict=True):
-        if is_lazy:
-            _copy_cut_rows(timeline, place, twins)
+    for place in replaced:
+        _copy_cut_rows(timeline, place, twins)
     views.leave(module.graph, twins, became)
     module.recompile()
-    return module, examples, Apart(tuple(apart), edited, written, whole, views)
+    return module, given, apart
+
+
+def _given(apart: Apart, inputs: Sequence[Any], examples: Sequence[Any]) -> list[Any]:
+    """What the compiler is given for the inputs of a graph, of which Dynamo knows these examples."""
+    edited = [inputs[i] for i in apart.edited]
+    given: list[Any] = []
+    for i, (value, example, added) in enumerate(zip(inputs, examples, apart.added, strict=True)):
+        if added is not None:
+            source = value.source if isinstance(value, LazyLogits) else example.source
+            given += _parts(source, added, edited)
+        else:
+            value = example if i in apart.lost else value  # of whose logits the compiler knows the sizes
+            given.append(value.made() if isinstance(value, LazyLogits) else value)
+    return given
 
 
 def _copy_cut_rows(timeline: Timeline, place: Node, twins: dict[Node, Node]) -> None:
@@ -256,16 +262,29 @@ def made_inside(inputs: Sequence[Any]) -> Iterator[None]:
             set_local(inputs[i], local)
 
 
-def _apart(
-    graph: Graph, node: Node, example: LazyLogits, behind: Node, there: dict[Any, Node]
-) -> tuple[tuple[int, ...], Node]:
-    """Replace an input by its parts, and what makes it before the node `behind`.
+class _Replaced(NamedTuple):
+    """An input that parts stand for: those that were added, by their places, and what makes it of them."""
 
-    Returns the parts added, and what stands for the input.
+    added: tuple[int, ...]
+    made: Node
+
+
+def _replaced(
+    graph: Graph, lazy: Sequence[Node], places: Sequence[Node], twins: dict[Node, Node]
+) -> dict[Node, _Replaced]:
+    """Replace inputs that are `lazy`, of all at `places`, by their parts; each in the graph by its twin.
 
     Hidden states, or a weight, that the graph reads too are an input already: Dynamo takes them from the
     logits, of which it looked at the parts. They are `there`, by where Dynamo takes them from.
     """
+    there = {input_source(node): twins[node] for node in places}
+    behind = twins[places[-1]].next
+    return {node: _replaced_by_parts(graph, twins[node], behind, there) for node in lazy}
+
+
+def _replaced_by_parts(graph: Graph, node: Node, behind: Node, there: dict[Any, Node]) -> _Replaced:
+    """Replace an input by its parts, and what makes it of them before the node `behind`."""
+    example: LazyLogits = node.meta["example_value"]
     source, added = example.source, []
     _fix_hidden_size(source.parts[0])
     parts = []
@@ -285,7 +304,7 @@ def _apart(
     node.replace_all_uses_with(made)
     build.tell_gradients(example.requires_grad)
     graph.erase_node(node)
-    return tuple(added), made
+    return _Replaced(tuple(added), made)
 
 
 def _fix_hidden_size(hidden: Tensor) -> None:

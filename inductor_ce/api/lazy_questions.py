@@ -60,9 +60,8 @@ def written_by(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iter
     """The arguments that a torch callable writes to."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    operator = (
-        name.startswith("__i") and name.endswith("__") and name not in ("__index__", "__int__", "__iter__")
-    )
+    others = ("__index__", "__int__", "__iter__")
+    operator = name.startswith("__i") and name.endswith("__") and name not in others
     if in_place or operator or name in ("__setitem__", "__set__", "set_") or kwargs.get("inplace"):
         yield from args[:1]
     yield kwargs.get("out")

@@ -7,7 +7,7 @@ such as `z[:, -1]` or `z.view(-1, V)`, is done outside, by a program of its own:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ class Views:
         twins = {node: graph.placeholder(node.name) for node in (*search.given, *search.others)}
         for node in timeline.nodes:
             if node in search.steps:
-                graph.call_function(set_grad_enabled, (timeline.grad_mode(timeline.position[node]) is True,))
+                graph.call_function(set_grad_enabled, (timeline.grad_mode(node) is True,))
                 args, kwargs = map_arg((node.args, node.kwargs), lambda n: twins[search.same(n)])
                 twins[node] = graph.create_node(node.op, node.target, args, kwargs)
         graph.output(tuple(twins[search.same(node)] for node in results.values()))
@@ -90,7 +90,7 @@ def views_of(timeline: Timeline, lazy: Sequence[Node]) -> tuple[Views, set[Node]
     }
     lost: set[Node] = set()
     while True:  # as long as an input is lost of which others are views
-        search = _Search(timeline, [node for node in lazy if node not in lost])
+        search = _Search(node for node in lazy if node not in lost)
         views = {i: results[i] for i, home in found.items() if home not in lost}
         fresh = {found[i] for i, node in views.items() if not search.takes(node)}
         if not fresh:
@@ -101,7 +101,7 @@ def views_of(timeline: Timeline, lazy: Sequence[Node]) -> tuple[Views, set[Node]
 class _Search:
     """How views of lazy inputs are taken: of what is given, of other tensors and sizes, by steps."""
 
-    def __init__(self, timeline: Timeline, lazy: Collection[Node]) -> None:
+    def __init__(self, lazy: Iterable[Node]) -> None:
         self._homes = {place_of(node.meta["example_value"]) for node in lazy}
         self.given: dict[Node, None] = {}
         self.others: dict[Node, None] = {}

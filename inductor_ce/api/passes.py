@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -117,13 +117,8 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     attempt(LEFT, read_aten, graph)
     attempt(LEFT, forget_no_copies, graph)
     attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)
-    if not options.verify:
-        attempt("sums of all logits stay as they are", sum_by_rows, graph, options.min_vocab)
-        attempt("blocks of columns stay apart", join_blocks, graph, options.min_vocab)
-        attempt("steps that are written into a tensor stay so", stack_steps, graph, options.min_vocab)
-        attempt("steps that are joined stay apart", join_steps, graph, options.min_vocab)
-        attempt("logits that are joined stay apart", join_layers, graph, options.min_vocab)
-        attempt("parts that are stacked stay together", take_parts, graph, options.min_vocab)
+    for left, step in () if options.verify else _BEFORE_READING:
+        attempt(left, step, graph, options.min_vocab)
     judged, error = attempt(LEFT, _read_and_judge, graph, options, True)
     if judged is None:
         report.misses.append(_internal_error(graph.output_node(), error))
@@ -132,32 +127,50 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     for read in (reading, *_read_functions(graph, options)):
         report.misses += read.misses
         report.small += read.small
-    fused = []
+    fused: list[tuple[Group, Site]] = []
     for group, number in zip(groups, numbers, strict=False):
         site, error = attempt(LEFT, _fuse, graph, reading, group, number, options.verify)
         if site is not None:
-            fused.append(group)
-            report.sites.append(site)
+            fused.append((group, site))
         else:
             report.misses.append(_internal_error(headline(reading, group.nodes), error))
     attempt("unused nodes are left in the graph", forget, reading)
     if fused:
         attempt("unused nodes are left in the graph", sweep, graph, reading)
-        became: dict[int, int] | None = None
-        if not options.verify:
-            became, _ = attempt("losses of parts of rows stay apart", join_rows, graph)
-        gone, _ = attempt("a concatenation hides the linear layer", split_columns, graph)
-        heads, _ = attempt(
-            "returned logits are kept", settle_logits, graph, reading, fused, options, gone or {}
-        )
-        own = report.sites[-len(fused) :]
-        own = [replace(s, head=h) for s, h in zip(own, heads or [""] * len(fused), strict=True)]
-        own = [replace(s, id=(became or {}).get(s.id, s.id)) for s in own]
-        report.sites[-len(fused) :] = [site for site in own if site.form]
-        attempt("a padded vocabulary hides the linear layer", unpad, graph)
-        attempt("chosen rows hide the linear layer", choose_hidden, graph)
-        attempt("a frozen layer is a batched product", fold_rows, graph)
+        report.sites += _bare_layers(graph, reading, fused, options)
     return report
+
+
+# Steps before losses are read, of what has at least `min_vocab` classes, each with what its failure leaves.
+_BEFORE_READING: tuple[tuple[str, Callable[[Graph, int], None]], ...] = (
+    ("sums of all logits stay as they are", sum_by_rows),
+    ("blocks of columns stay apart", join_blocks),
+    ("steps that are written into a tensor stay so", stack_steps),
+    ("steps that are joined stay apart", join_steps),
+    ("logits that are joined stay apart", join_layers),
+    ("parts that are stacked stay together", take_parts),
+)
+
+
+def _bare_layers(
+    graph: Graph, reading: Reading, fused: list[tuple[Group, Site]], options: Options
+) -> list[Site]:
+    """Move away what stands between linear layers and `row_stats`. Returns the sites as they are then.
+
+    Sites of parts that are joined have one id. Normalisers of a divergence, without a form, are told with it.
+    """
+    became: dict[int, int] | None = None
+    if not options.verify:
+        became, _ = attempt("losses of parts of rows stay apart", join_rows, graph)
+    gone, _ = attempt("a concatenation hides the linear layer", split_columns, graph)
+    groups = [group for group, _ in fused]
+    heads, _ = attempt("returned logits are kept", settle_logits, graph, reading, groups, options, gone or {})
+    attempt("a padded vocabulary hides the linear layer", unpad, graph)
+    attempt("chosen rows hide the linear layer", choose_hidden, graph)
+    attempt("a frozen layer is a batched product", fold_rows, graph)
+    told = zip(fused, heads or [""] * len(fused), strict=True)
+    sites = [replace(s, head=head, id=(became or {}).get(s.id, s.id)) for (_, s), head in told]
+    return [site for site in sites if site.form]
 
 
 def read_aten(graph: Graph) -> None:
@@ -171,11 +184,7 @@ def _read_and_judge(graph: Graph, options: Options, between: bool = False) -> tu
     read_aten(graph)
     reading = recognise(graph)
     heads = between and not options.verify  # beside the originals these are whole
-    steps = (
-        (pick_parts, part_normalisers, part_ranges, turn_products)
-        if heads
-        else (pick_parts, part_normalisers)
-    )
+    steps = (pick_parts, part_normalisers, *((part_ranges, turn_products) if heads else ()))
     for step in steps if between else ():
         if attempt(LEFT, step, graph, reading, options)[0]:
             forget(reading)
@@ -227,9 +236,8 @@ def _fuse(graph: Graph, reading: Reading, group: Group, number: int, verify: boo
 
 
 def _site(reading: Reading, group: Group, number: int, which: str) -> Site:
-    forms = [
-        _form(value_of(reading, node), group.exprs_of(node)) for node in group.nodes if FORM not in node.meta
-    ]
+    read = [node for node in group.nodes if FORM not in node.meta]
+    forms = [_form(value_of(reading, node), group.exprs_of(node)) for node in read]
     forms += [node.meta[FORM] for node in group.nodes if node.meta.get(FORM)]
     kept = [reading.kept[node][0] for node in group.nodes if node in reading.kept]
     kept += [node.meta[KEPT] for node in group.nodes if KEPT in node.meta]

@@ -16,6 +16,7 @@ def is_told() -> bool:
 
 @contextlib.contextmanager
 def telling() -> Iterator[None]:
+    """Within, what is fused has been told: the pass that fuses tells nothing."""
     token = _told.set(True)
     try:
         yield

@@ -133,12 +133,11 @@ def user_line(node: Node) -> tuple[str, str]:
 
 def line_of(frames: Sequence[tuple[str, int | str]]) -> tuple[str, str]:
     """The same of files and lines, the innermost last."""
-    outside = [
-        f for f in frames if not f[0].startswith(_NOT_THE_USERS) and os.path.dirname(f[0]) != _PYTHONS_OWN
-    ] or frames
-    if not outside:
+    if not frames:
         return "<unknown>:0", ""
-    file, line = outside[-1]
+    others = (f for f in frames if not f[0].startswith(_NOT_THE_USERS))
+    outside = [f for f in others if os.path.dirname(f[0]) != _PYTHONS_OWN]
+    file, line = (outside or frames)[-1]
     return f"{os.path.basename(file)}:{line}", linecache.getline(file, int(line)).strip()
 
 

@@ -54,10 +54,10 @@ class Options:
     gradient: str = BACKWARD
 
     def __post_init__(self) -> None:
-        if self.strategy not in WANTED:
-            raise OptionError(
-                f"strategy must be one of {', '.join(map(repr, WANTED))}, got {self.strategy!r}"
-            )
+        named = {"strategy": WANTED, "returned_logits": RETURNED, "gradient": MADE_IN, "on_miss": ON_MISS}
+        for name, allowed in named.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise OptionError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
         if not _is_budget(self.memory_budget):
             raise OptionError(
                 f"memory_budget must be bytes (an int), a fraction (a float) or None, and positive, "
@@ -67,17 +67,6 @@ class Options:
             raise OptionError(f"min_vocab must be an int of at least 2, got {self.min_vocab!r}")
         if not isinstance(self.verify, bool):
             raise OptionError(f"verify must be True or False, got {self.verify!r}")
-        if self.returned_logits not in RETURNED:
-            raise OptionError(
-                f"returned_logits must be one of {', '.join(map(repr, RETURNED))}, "
-                f"got {self.returned_logits!r}"
-            )
-        if self.gradient not in MADE_IN:
-            raise OptionError(
-                f"gradient must be one of {', '.join(map(repr, MADE_IN))}, got {self.gradient!r}"
-            )
-        if self.on_miss not in ON_MISS:
-            raise OptionError(f"on_miss must be one of {', '.join(map(repr, ON_MISS))}, got {self.on_miss!r}")
 
     def key(self) -> tuple[tuple[str, Any], ...]:
         """A stable value that differs whenever the options do, for cache keys."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import fake_mode_of
 from ..common.compat.inductor import decompositions
 from .examples import Examples
-from .shapes import tensor_of
+from .shapes import example_of, same_shape, tensor_of
 
 
 class Builder:
@@ -51,23 +52,26 @@ class Builder:
         """Whether new nodes may read a node."""
         return node < self._before
 
-    def resized(self, example: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """An example of the sizes of another one."""
-        with self._fake_mode, torch.no_grad():
-            made = torch.empty_like(like, dtype=example.dtype)
-        return made.requires_grad_(example.requires_grad)
+    def sized_as(self, made: Node, node: Node) -> Node:
+        """What was made in place of a node whose number of rows depends on data: its example has as many."""
+        example, like = example_of(made), example_of(node)
+        if not same_shape(example.shape, like.shape):
+            with self._fake_mode, torch.no_grad():
+                resized = torch.empty_like(like, dtype=example.dtype)
+            made.meta[self._key] = resized.requires_grad_(example.requires_grad)
+        return made
 
-    def again(self, node: Node, sources: dict[Node, Node]) -> Node:
-        """The operation of `node` on other sources."""
-        args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)
+    def again(self, node: Node, sources: dict[Node, Node] | Node) -> Node:
+        """The operation of `node` on other sources: one for each of its own, or one for all."""
+        given = dict.fromkeys(node.all_input_nodes, sources) if isinstance(sources, Node) else sources
+        args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return self(node.target, *args, **kwargs)
 
     def traced(self, f: Callable[..., torch.Tensor], sources: Sequence[Node]) -> Node:
         """The nodes of f(*sources), in the operators of ATen."""
         with self._fake_mode, torch.no_grad():
-            traced = make_fx(f, decomposition_table=decompositions())(
-                *(tensor_of(source) for source in sources)
-            )
+            examples = map(tensor_of, sources)
+            traced = make_fx(f, decomposition_table=decompositions())(*examples)
         made: dict[Node, Any] = {}
         given = iter(sources)
         for node in traced.graph.nodes:
@@ -103,9 +107,21 @@ class Builder:
         return node is not self._before
 
     def undo(self) -> None:
+        """Take back all that was built, which nothing else reads yet."""
         for node in reversed(self.created):
             self._graph.erase_node(node)
         self.created.clear()
+
+
+@contextlib.contextmanager
+def undone_on_error(builds: Sequence[Builder]) -> Iterator[None]:
+    """Take back all that is built, the last first, where the block raises. Within it `builds` may grow."""
+    try:
+        yield
+    except Exception:
+        for build in reversed(builds):
+            build.undo()
+        raise
 
 
 def _examples_of(given: Any) -> Any:

@@ -109,9 +109,8 @@ def _layout(example: Any) -> Layout | None:
 
 def _state() -> Hashable:
     """What else the result of a call depends on."""
-    autocast = tuple(
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
-    )
+    on = torch.is_autocast_enabled
+    autocast = tuple(on(kind) and torch.get_autocast_dtype(kind) for kind in ("cpu", "cuda"))
     return torch.get_default_dtype(), torch.get_default_device(), autocast
 
 

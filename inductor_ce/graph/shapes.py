@@ -29,6 +29,12 @@ def example_of(node: Node) -> torch.Tensor:
     return example
 
 
+def requires_grad(node: object) -> bool:
+    """Whether a node stands for a tensor that requires a gradient, as its example tells."""
+    example = tensor_of(node)
+    return example is not None and example.requires_grad
+
+
 def is_promoted(node: Node, other: Node) -> bool:
     """Whether torch takes the numbers of a tensor in another dtype, that of a tensor beside it."""
     own, wide = example_of(node).dtype, example_of(other).dtype
@@ -36,6 +42,7 @@ def is_promoted(node: Node, other: Node) -> bool:
 
 
 def shape_of(node: Node) -> tuple[Size, ...]:
+    """The shape of the tensor that a node stands for."""
     value = tensor_of(node)
     assert value is not None, f"{node} is no tensor"
     return tuple(value.shape)

@@ -160,10 +160,14 @@ class Timeline:
         """How often the storage of `node` was written before `position`."""
         return bisect_left(self._writes.get(self.storage(node), []), position)
 
-    def unchanged(self, node: Node, since: Node | int, until: int) -> bool:
-        """Whether the storage of `node` is the same at `until` as just after the node `since`."""
+    def unchanged(self, node: Node, since: Node | int, until: int | None = None) -> bool:
+        """Whether the storage of `node` is the same at `until` as just after the node `since`.
+
+        By default `until` is the end of the graph.
+        """
         start = since if isinstance(since, int) else self.position[since] + 1
-        return self.version(node, start) == self.version(node, until)
+        end = len(self.nodes) if until is None else until
+        return self.version(node, start) == self.version(node, end)
 
     def sources(self, node: Node) -> list[Node]:
         """What a node is given, and what edits its storage, at any time."""
@@ -187,9 +191,12 @@ class Timeline:
         last = writes[version] if version < len(writes) else len(self.nodes) - 1
         return max(first, self.position[node] + 1), last
 
-    def grad_mode(self, position: int) -> Mode:
-        """Whether gradients are on at `position`, or INFERENCE."""
-        return self._modes[bisect_left(self._switches, position)]
+    def _at(self, place: Node | int) -> int:
+        return place if isinstance(place, int) else self.position[place]
+
+    def grad_mode(self, place: Node | int) -> Mode:
+        """Whether gradients are on at a node, or a position; or INFERENCE."""
+        return self._modes[bisect_left(self._switches, self._at(place))]
 
     def calm_since(self, position: int) -> int:
         """The first place from which to `position` no mode is switched."""
@@ -200,10 +207,10 @@ class Timeline:
         ]
         return max(before, default=0)
 
-    def has_autocast(self, position: int) -> bool:
-        """Whether an autocast region may hold a position."""
-        return bool(self._autocasts) and self._autocasts[0] < position
+    def has_autocast(self, place: Node | int) -> bool:
+        """Whether an autocast region may hold a node, or a position."""
+        return bool(self._autocasts) and self._autocasts[0] < self._at(place)
 
-    def same_autocast(self, a: int, b: int) -> bool:
-        """Whether no autocast region begins or ends between two positions."""
-        return bisect_left(self._autocasts, a) == bisect_left(self._autocasts, b)
+    def same_autocast(self, a: Node | int, b: Node | int) -> bool:
+        """Whether no autocast region begins or ends between two nodes, or positions."""
+        return bisect_left(self._autocasts, self._at(a)) == bisect_left(self._autocasts, self._at(b))

@@ -6,9 +6,10 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
     find            the head of a `row_stats`, in the joint graph; `kinds` of its nodes, and `calls`, `sizes`,
                     what they are given
     no_head         why there is none, in words
-    plan            numbers in, a plan out; never looks at free memory or a clock
+    plan            numbers in, a plan out, with its `extra_memory`; never looks at free memory or a clock
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
-                    at the sizes of the example and at `other_sizes`; `facts`, what is known of a node
+                    at the sizes of the example and at `other_sizes`; `facts`, what is known of a node, by
+                    `row_rules`
     counted_rows    which rows count: those of which anything can be seen, by `where` values are something;
                     `finite_rows`, what a mask that multiplies can hide; `row_numbers`, of which rows they are
     skip            are the others skipped? and what is told of it

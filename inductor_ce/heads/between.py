@@ -69,6 +69,7 @@ class Early:
         self._ones: dict[Node, Node] = {}
 
     def of(self, node: Node) -> Node:
+        """What stands for a node before statistics are known: itself, where nothing is needed for it."""
         if node not in self._nodes:
             return node
         if node not in self._made:

@@ -35,8 +35,9 @@ from .kinds import CAST, COPIES, is_pointwise
 from .nodes import on
 from .other_sizes import UnknownSize, other_sizes
 from .proof import Proof, symbolic_sizes
-from .row_locality import facts_about, has_rule, is_moved, is_reduced
+from .row_locality import facts_about
 from .row_numbers import RowNumbers
+from .row_rules import has_rule, is_moved, is_reduced
 from .where import Places, Where
 
 aten = torch.ops.aten
@@ -163,7 +164,7 @@ class _Seen:
             return self._places.reduced(node, self._seen[sources[0]])
         if not is_pointwise(node):
             return True
-        return self._places.over(node, self._places.any([self._seen[source] for source in sources]))
+        return self._places.over_any(node, [self._seen[source] for source in sources])
 
     def _sources(self, node: Node) -> list[Node]:
         return [source for source in node.all_input_nodes if source in self._seen]
@@ -294,7 +295,7 @@ class _Live:
             return self._of_quotient(node)
         if node.target in SUMS or node.target in COPIES or node.target == aten.alias.default:
             parts = [self.of(arg) for arg in node.args if isinstance(arg, (Node, int, float))]
-            return self._places.over(node, self._places.any(parts))
+            return self._places.over_any(node, parts)
         if is_moved(node) and not fact.is_early:
             return self._places.moved(node, {source: self.of(source) for source in node.all_input_nodes})
         if is_reduced(node) and not fact.is_early:
@@ -304,9 +305,7 @@ class _Live:
     def _of_choice(self, node: Node) -> Where:
         condition, *choices = args_of(node)
         yes, no = map(self.of, choices)
-        if self._is_early(condition):
-            return self._places.chosen(node, condition, yes, no)
-        return self._places.over(node, self._places.any([yes, no]))
+        return self._places.chosen(node, condition if self._is_early(condition) else None, yes, no)
 
     def _of_product(self, node: Node) -> Where:
         places, factors = self._places, args_of(node)
@@ -316,12 +315,12 @@ class _Live:
             for factor, other in zip(factors, reversed(live), strict=True)
             if other is not True
         ]
-        return places.over(node, places.any([places.all(live), *infinite]))
+        return places.over_any(node, [places.all(live), *infinite])
 
     def _of_quotient(self, node: Node) -> Where:
         dividend, divisor = args_of(node)
         not_divisor = [self._places.not_divisor(divisor)] if self._is_early(divisor) else []
-        return self._places.over(node, self._places.any([self.of(dividend), *not_divisor]))
+        return self._places.over_any(node, [self.of(dividend), *not_divisor])
 
     def _is_infinite(self, value: Any) -> Where:
         """Where a value is infinite, or NaN, by what is known before the backward."""
@@ -338,8 +337,7 @@ class _Live:
         if node.target == aten.where.self:
             condition, *choices = args_of(node)
             yes, no = map(self._is_infinite, choices)
-            early = self._is_early(condition)
-            return self._places.chosen(node, condition, yes, no) if early else self._over_any(node, [yes, no])
+            return self._places.chosen(node, condition if self._is_early(condition) else None, yes, no)
         if is_moved(node):
             return self._places.moved(node, {s: self._is_infinite(s) for s in node.all_input_nodes})
         if is_reduced(node):
@@ -349,10 +347,7 @@ class _Live:
         parts = [self._is_infinite(arg) for arg in node.args if isinstance(arg, (Node, int, float))]
         if node.target in _QUOTIENTS and self._is_early(args_of(node)[1]):
             parts.append(self._places.not_divisor(args_of(node)[1]))
-        return self._over_any(node, parts)
-
-    def _over_any(self, node: Node, parts: list[Where]) -> Where:
-        return self._places.over(node, self._places.any(parts))
+        return self._places.over_any(node, parts)
 
     def _is_early(self, value: Any) -> bool:
         return not isinstance(value, Node) or self._facts.get(value, EARLY).is_early

@@ -71,11 +71,8 @@ def _puts_back(pad: Node, cut: Node) -> bool:
 
 def _is_row_by_row(node: Node, cut: Node, v: int) -> bool:
     left = math.prod(shape_of(cut)) // v
-    wide = (
-        is_of_size(node, left * v)
-        and (axis := vocab_axis(node)) is not None
-        and equal(shape_of(node)[axis], v)
-    )
+    axis = vocab_axis(node) if is_of_size(node, left * v) else None
+    wide = axis is not None and equal(shape_of(node)[axis], v)
     if node.target in SUMS:
         return is_of_size(node, left) and summed_dims(node)[0] == {vocab_axis(args_of(node)[0])}
     return (wide or is_of_size(node, left)) and (is_ordered_view(node) or is_pointwise(node))

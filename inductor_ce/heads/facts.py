@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -39,6 +40,14 @@ class Fact:
     def is_early(self) -> bool:
         """Whether it can be made before any statistics."""
         return self.rows is None and not self.factor and not self.why_not
+
+    @property
+    def is_of_own_rows(self) -> bool:
+        """Whether each element along the last dimension depends on the row of its place alone, or on none."""
+        if self.rows is None:
+            return True
+        own = torch.arange(self.rows.shape[-1])
+        return bool(((self.rows == own) | (self.rows == NO_ROW)).all())
 
     def is_factor(self, node: Node) -> bool:
         """Whether `node`, which it is about, is a factor itself."""

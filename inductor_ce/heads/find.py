@@ -226,6 +226,7 @@ def _products(roots: set[Node]) -> list[Product]:
 
 
 def product_of(node: Node) -> Product:
+    """The linear layer that a product is. Raises NoHead for several in a batch, or another addend."""
     if is_batched(node):
         raise NoHead(BATCHED)
     *added, hidden, columns = args_of(node)
@@ -307,9 +308,8 @@ def _stays_wide(user: Node, head: Head, wide: set[Node]) -> bool:
     if not is_ordered_view(user) and not is_pointwise(user):
         return False
     axis = vocab_axis(user)
-    return (
-        axis is not None and equal(shape_of(user)[axis], head.v) and is_of_size(user, count_of(head.product))
-    )
+    has_classes = axis is not None and equal(shape_of(user)[axis], head.v)
+    return has_classes and is_of_size(user, count_of(head.product))
 
 
 def _reads_as_logits_only(user: Node, node: Node) -> bool:

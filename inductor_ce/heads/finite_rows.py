@@ -21,7 +21,7 @@ from .calls import stats_call
 from .facts import EARLY, Facts
 from .find import Head, Product
 from .kinds import CAST, COPIES, is_pointwise
-from .row_locality import is_moved, is_reduced
+from .row_rules import is_moved, is_reduced
 from .where import Places, Where
 
 aten = torch.ops.aten
@@ -73,7 +73,7 @@ class NotFinite:
         if node.target in PRODUCTS and len(set(args_of(node)) - set(sources)) == 1 and not node.kwargs:
             return self._of_product(node, parts)
         if node.target in SUMS or (node.target == CAST and example_of(node).itemsize >= 4):
-            return self._places.over(node, self._places.any(parts.values()))
+            return self._places.over_any(node, parts.values())
         if node.target == aten.where.self:
             return self._of_choice(node)
         return True
@@ -107,14 +107,12 @@ class NotFinite:
         self._factors[node] += 1
         if self._factors[node] > MOST_FACTORS:
             return True
-        return self._places.over(node, self._places.any([part, self._places.not_below(other, FACTORS_BELOW)]))
+        return self._places.over_any(node, [part, self._places.not_below(other, FACTORS_BELOW)])
 
     def _of_choice(self, node: Node) -> Where:
         condition, *choices = args_of(node)
         yes, no = (False if self._is_early(choice) else self.of(choice) for choice in choices)
-        if self._is_early(condition):
-            return self._places.chosen(node, condition, yes, no)
-        return self._places.over(node, self._places.any([yes, no]))
+        return self._places.chosen(node, condition if self._is_early(condition) else None, yes, no)
 
     # Logits
 
@@ -139,12 +137,11 @@ class NotFinite:
         build = self._places.build
         rows = build(aten.reshape.default, self._largest(product.hidden, [-1]), [-1])
         columns = self._largest(product.columns, [0, 1] if len(shape_of(product.columns)) == 2 else [0, 1, 2])
-        made = build(
-            aten.mul.Tensor, build(aten.mul.Tensor, rows, columns), self._places.shape(product.columns)[-2]
-        )
-        return (
-            made if product.bias is None else build(aten.add.Tensor, made, self._largest(product.bias, [0]))
-        )
+        made = build(aten.mul.Tensor, rows, columns)
+        made = build(aten.mul.Tensor, made, self._places.shape(product.columns)[-2])
+        if product.bias is None:
+            return made
+        return build(aten.add.Tensor, made, self._largest(product.bias, [0]))
 
     def _largest(self, x: Node, dims: list[int]) -> Node:
         build = self._places.build

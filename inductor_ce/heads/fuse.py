@@ -16,7 +16,7 @@ from ..common.failsafe import attempt
 from ..common.findings import user_line
 from ..common.options import FORWARD, Options
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import bytes_of, example_of, expected, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
@@ -24,6 +24,7 @@ from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
 from .calls import exchanges, forget_sites, narrow_args, stats_call
 from .edited_inputs import copy_edited_inputs
+from .extra_memory import MIB, HeadNumbers
 from .factors import has_16_bit_factors
 from .find import NoHead
 from .gradients import replace, result_dtype
@@ -31,7 +32,7 @@ from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import Loop, find_loops, leave_to_last, shared_sums, weight_exits
 from .packing import counted_first
 from .pieces import CAST
-from .plan import MIB, Plan
+from .plan import Plan
 from .proof import Proof
 from .read_once import is_made_over, read_once
 from .sides import moving, numbers_of_sides, told_of_sides
@@ -130,28 +131,25 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
         return _kept_whole(graph, head, wanted)
     build = Builder(graph, graph.output_node(), head.stats[0], key="val")
     try:
-        computed = rows_to_compute(build, head, proof, plan.work_of_piece(numbers, wanted.pieces))
-        if computed.rows is None:
-            wanted = plan.plan(replace_fields(numbers, skips=False), *asked)
-        if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
-            build.undo()
-        if wanted.strategy == MATERIALISE:
-            return _kept_whole(graph, head, wanted)
-        if wanted.strategy == VOCAB_SLABS:
-            made = vocab_slabs(build, head, wanted)
-        else:
-            wanted = _telling(wanted, computed, head, why_whole)
-            made = token_chunks(build, head, proof, wanted, None, computed)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            computed = rows_to_compute(build, head, proof, plan.work_of_piece(numbers, wanted.pieces))
+            if computed.rows is None:
+                wanted = plan.plan(replace_fields(numbers, skips=False), *asked)
+            if wanted.strategy in (MATERIALISE, VOCAB_SLABS):
+                build.undo()
+            if wanted.strategy == MATERIALISE:
+                return _kept_whole(graph, head, wanted)
+            if wanted.strategy == VOCAB_SLABS:
+                made = vocab_slabs(build, head, wanted)
+            else:
+                wanted = _telling(wanted, computed, head, why_whole)
+                made = token_chunks(build, head, proof, wanted, None, computed)
+            order = _ordered(graph, made)
     except NoHead as why:
-        build.undo()
         if head.teacher is not None:
             head.teacher = None
             return _fuse(graph, head, options, f"{WHOLE}{why}")
         return plan.plan(numbers_of(head, proof, str(why)))
-    except Exception:
-        build.undo()
-        raise
     shared = shared_sums(head) if head.divergences else []
     _put(graph, made, order)
     for gradients in shared:
@@ -191,14 +189,11 @@ def _with_statistics(graph: Graph, stats: Node, gradient: str) -> str:
         return ""
     build = Builder(graph, graph.output_node(), stats, key="val")
     try:
-        made = with_statistics(build, stats, is_wanted)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            made = with_statistics(build, stats, is_wanted)
+            order = _ordered(graph, made)
     except NoHead as why:
-        build.undo()
         return f"{APART}{why}" if is_wanted else ""
-    except Exception:
-        build.undo()
-        raise
     _put(graph, made, order)
     graph.eliminate_dead_code()
     return TOGETHER
@@ -232,18 +227,15 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
     made: dict[Node, Node] = {}
     state = Loop(len(loop))
     try:
-        for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
-            work = plan.work_of_piece(numbers[i], plans[i].pieces)
-            computed = rows_to_compute(build, head, proof, work)
-            plans[i] = _telling(plans[i], computed, head, why_whole[i])
-            made |= token_chunks(build, head, proof, plans[i], state, computed)
-        order = _ordered(graph, made)
+        with undone_on_error([build]):
+            for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
+                work = plan.work_of_piece(numbers[i], plans[i].pieces)
+                computed = rows_to_compute(build, head, proof, work)
+                plans[i] = _telling(plans[i], computed, head, why_whole[i])
+                made |= token_chunks(build, head, proof, plans[i], state, computed)
+            order = _ordered(graph, made)
     except NoHead:
-        build.undo()
         return None
-    except Exception:
-        build.undo()
-        raise
     _put(graph, made, order)
     leave_to_last(graph, [node for head in loop for node in weight_exits(head)])
     graph.eliminate_dead_code()
@@ -326,12 +318,12 @@ def _ordered(graph: Graph, made: dict[Node, Node]) -> list[Node]:
     return [node for node in order if node.op != "output"]
 
 
-def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = False) -> plan.HeadNumbers:
+def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = False) -> HeadNumbers:
     """What the plan is made from."""
     kinds = set(head.exits.values())
     weights = [result_dtype(node) for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]
     z = example_of(head.product)
-    return plan.HeadNumbers(
+    return HeadNumbers(
         n=expected(head.n),
         v=head.v,
         d=hint(head.d),

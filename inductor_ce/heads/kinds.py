@@ -35,6 +35,7 @@ def vocab_axis(node: Node) -> int | None:
 
 
 def is_pointwise(node: Node) -> bool:
+    """Whether each element of a node is made of those in its place: arithmetic, casts, copies."""
     if node.op != "call_function":
         return False
     if node.target in COPIES:

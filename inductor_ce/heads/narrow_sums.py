@@ -1,4 +1,4 @@
-"""The gradient of the weight, summed over chunks in 16 bits: see ops/products.py."""
+"""The gradient of the weight, summed over chunks in 16 bits: see ops/label_products.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torch.fx import Node
 from ..graph.shapes import example_of
 from ..ops.counted import FREQUENT_ROWS
 from ..ops.gemm import ALIGNED
-from ..ops.products import COMPLETE, MOST_FREQUENT, ONCE_MADE, PRODUCT_BUT
+from ..ops.label_products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
+from ..ops.products import ONCE_MADE
 from .nodes import empty, in_place
 from .pieces import Pieces
 from .ranges import Range
@@ -32,9 +33,8 @@ class NarrowSum:
     def __init__(self, pieces: Pieces):
         self._build, self._pieces = pieces.build, pieces
         packing = pieces.packing
-        self._labels = [
-            label if packing is None else packing.all_counted(label, -1) for label in pieces.head.labels()
-        ]
+        labels = pieces.head.labels()
+        self._labels = labels if packing is None else [packing.all_counted(y, -1) for y in labels]
         self._often = min(OFTEN, pieces.head.v)
         frequent = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
         self._columns, self._runs = (self._build(operator.getitem, frequent, i) for i in range(2))

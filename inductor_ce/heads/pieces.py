@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -184,14 +185,12 @@ class Pieces:
         return dz
 
     def _made(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        return self._again(node, made, piece) if is_pointwise(node) else made[args_of(node)[0]]
+        if not is_pointwise(node):
+            return made[args_of(node)[0]]
+        return self.pointwise(node, lambda s: made[s] if s in made else self.part(s, node, piece))
 
-    def _again(self, node: Node, made: dict[Node, Node], piece: Range) -> Node:
-        """A pointwise node on pieces."""
-
-        def part(source: Node) -> Node:
-            return made[source] if source in made else self.part(source, node, piece)
-
+    def pointwise(self, node: Node, part: Callable[[Node], Node]) -> Node:
+        """A pointwise node on the pieces that `part` gives of its sources, laid out as these are."""
         args, kwargs = map_arg((node.args, node.kwargs), part)
         kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
         return self.build(node.target, *args, **kwargs)
@@ -282,6 +281,7 @@ class Pieces:
         return [made[z] if z in made else self.cut(z, piece, ROWS) for z in zs]
 
     def grad(self, op: Any, node: Node, z: Node, piece: Range, m: Node, coefficients: Node) -> Node:
+        """The gradient `node` of a piece, by `op`, of its logits, maxima [n] and coefficients [K, n]."""
         labels, weights = self._constants(node, piece)
         given = (z, labels, weights, m, coefficients, grad_call(node).which)
         if self.packing is not None and op == ops.ROW_GRAD:

@@ -1,7 +1,7 @@
 """How a head is computed: numbers in, a `Plan` out. It never looks at free memory or a clock.
 
 A head is the linear layer before the statistics with the products of its gradients. Extra memory is the
-most that is held at once beyond the hidden states, the weight, and their gradients.
+most that is held at once beyond the hidden states, the weight, and their gradients: see `extra_memory`.
 
     strategy       products  extra memory
     materialise    6 NVD     N V logits
@@ -17,96 +17,33 @@ import math
 from dataclasses import dataclass
 
 from ..common.strategies import FORWARD_ONLY, MATERIALISE, TOKEN_CHUNKS, VOCAB_SLABS
-from ..ops.gemm import TERMS_BYTES
-
-MIB = 2**20
+from .extra_memory import (
+    MIB,
+    NARROW_CHUNKS,
+    HeadNumbers,
+    held,
+    held_of_chunk,
+    most_in_chunks,
+    piece_size,
+    sums_in_float32,
+    terms_of_piece,
+    waits_in_float32,
+)
 
 SMALL = 128 * MIB  # logits that are not worth dividing
 CHUNK_WORK = 2**37  # N V D of a chunk: of less, its launches may take the host longer than they take the GPU
 LOOKED_WORK = 2**38  # of which the device alone knows how many rows count, for the same reason
 WORTH_SKIPPING = 2**36  # N V D, of which products take half a millisecond: it costs the host something
+UNEVEN = "ranks with different numbers of classes may not decide alike how often they exchange statistics"
 OUT_OF_RANGE = "float16 gradients without their upstream gradient may leave its range"
 NOT_WORTH_IT = f"logits under {SMALL // MIB} MiB are not worth dividing"
 CHUNK_ROWS = 2048  # over fewer, products run more slowly, and each chunk reads and writes all of the sum
-ALIGNED = 16  # rows and columns, so that products find their factors where they read fastest
-LEAST_COLUMNS = 8192
-FORWARD_ROWS = 512  # a multiple of it
-FORWARD_BYTES = 512 * MIB
+LEAST_COLUMNS = 8192  # of a slab
+FORWARD_ROWS = 512  # of which the rows of a chunk without a gradient are a multiple
+FORWARD_BYTES = 512 * MIB  # of the logits of such a chunk
 SLABS_BUDGET = 0.27  # of the logits, where nothing else is asked
 WORTH = 0.6  # of the logits: what dividing must leave less than
 MOST_PIECES = 128  # the graph grows with each
-
-# NOTE float32 beside 16-bit gradients
-# Wherever that costs little, they are kept in float32 until they are complete, the upstream gradient with
-# them, and rounded once. Where it would cost much, the weight's is summed in 16 bits over few chunks, without
-# its entries at the labels (see ops/products.py). Such a sum, and such a gradient of the hidden states, is
-# rounded before the upstream gradient is known and, if that is no power of two, once more. Where no entries
-# stand out, the first of two chunks is rounded where it is half of the sum, and its share is small beside
-# that of 16-bit logits and their gradient; of more chunks each is rounded in a sum that is nearly the whole.
-NARROW_CHUNKS = 8
-UNLABELLED_CHUNKS = 2
-LITTLE = 32 * MIB
-LITTLE_OF_LOGITS = 1 / 64
-
-
-@dataclass(frozen=True)
-class HeadNumbers:
-    """What a plan is made from.
-
-    Attributes:
-        n, v, d: rows, classes and hidden size; of this rank where the classes are sharded.
-        element: bytes of a logit.
-        weight_element: bytes of an element of the weight's gradient.
-        backward: whether a gradient is wanted.
-        wants_hidden, wants_weight: which.
-        chained: whether a gradient needs memory of its own beside the logits.
-        once: whether in chunks of rows it does not, as one kernel makes it with the statistics.
-        added: bytes of what other products add to a logit, such as an adapter's, with its gradient.
-        sides: why the columns cannot be divided, as those of several sides are not, or "".
-        d_weights, d_hidden: the hidden sizes of all weights, and of all hidden states, of which gradients are
-            made, added up; None for d.
-        shares: how many products of a piece add to one gradient of the weight.
-        taught: bytes of a teacher's logits for each of the student's, in pieces of the same rows.
-        in_terms: whether gradients of the logits are multiplied as sums of 16-bit terms.
-        skips: whether rows that do not count are not computed. Time is in proportion to those that do, of
-            which nothing is known; memory is not, as all may.
-        labelled: whether gradients have entries at labels, which stand out.
-        float16: whether gradients are float16, which need the true upstream gradient within its range.
-        escapes: why the logits must be in memory, or "".
-        varies: why the gradient cannot be made in the forward, or "".
-        sharded: whether the classes are sharded over ranks, which must then decide alike: a budget in bytes
-            is not looked at where that could differ.
-        uneven: whether ranks may have different numbers of classes, or none.
-    """
-
-    n: int
-    v: int
-    d: int
-    element: int = 2
-    weight_element: int = 2
-    backward: bool = True
-    wants_hidden: bool = True
-    wants_weight: bool = True
-    chained: bool = False
-    once: bool = False
-    added: int = 0
-    sides: str = ""
-    d_weights: int | None = None
-    d_hidden: int | None = None
-    shares: int = 1
-    taught: int = 0
-    in_terms: bool = False
-    skips: bool = False
-    labelled: bool = True
-    float16: bool = False
-    escapes: str = ""
-    varies: str = ""
-    sharded: bool = False
-    uneven: bool = False
-
-    @property
-    def logits_bytes(self) -> int:
-        return self.n * self.v * self.element
 
 
 @dataclass(frozen=True)
@@ -177,9 +114,9 @@ def plan_loop(
     if strategy == MATERIALISE or wanted.strategy not in (MATERIALISE, TOKEN_CHUNKS):
         return None
     each = [_pieces(head.n, -(-wanted.pieces * head.n // max(whole.n, 1))) for head in heads]
-    wide_sum, wide_hidden = whole.wants_weight and whole.weight_element < 4, _waits_in_float32(whole)
-    piece = max(piece_size(head.n, k) * _held_of_chunk(head) for head, k in zip(heads, each, strict=True))
-    extra = _most_in_chunks(whole, piece * whole.v, wide_sum, wide_hidden)
+    wide_sum, wide_hidden = whole.wants_weight and whole.weight_element < 4, waits_in_float32(whole)
+    piece = max(piece_size(head.n, k) * held_of_chunk(head) for head, k in zip(heads, each, strict=True))
+    extra = most_in_chunks(whole, piece * whole.v, wide_sum, wide_hidden)
     reason = f"one of {len(heads)} chunks in a loop"
     reason += ", which add to one gradient of the weight" if whole.wants_weight else ", one after another"
     return [Plan(TOKEN_CHUNKS, k, wide_sum, extra, reason, wide_hidden) for k in each]
@@ -224,12 +161,8 @@ def _why_no_chunks(head: HeadNumbers) -> str:
     if head.varies:
         return head.varies
     if head.uneven:
-        return (
-            "ranks with different numbers of classes may not decide alike how often they exchange statistics"
-        )
-    if head.float16:
-        return OUT_OF_RANGE
-    return ""
+        return UNEVEN
+    return OUT_OF_RANGE if head.float16 else ""
 
 
 # One strategy each
@@ -246,16 +179,7 @@ def _usual_chunks(head: HeadNumbers) -> int:
 
 
 def _materialise(head: HeadNumbers, reason: str) -> Plan:
-    return Plan(MATERIALISE, 1, False, head.n * head.v * _held(head), reason)
-
-
-def _held(head: HeadNumbers) -> int:
-    """Bytes that are held at once for each logit of a piece."""
-    return head.element * (2 if head.backward and head.chained else 1) + head.added + head.taught
-
-
-def _held_of_chunk(head: HeadNumbers) -> int:
-    return _held(dataclasses.replace(head, chained=head.chained and not head.once))
+    return Plan(MATERIALISE, 1, False, head.n * head.v * held(head), reason)
 
 
 def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
@@ -272,7 +196,7 @@ def _forward_only(head: HeadNumbers, strategy: str, budget: int | None) -> Plan:
 
 def _forward_of(head: HeadNumbers, pieces: int) -> Plan:
     rows = piece_size(head.n, pieces)
-    extra = rows * head.v * _held(head) + (rows * head.d * head.element if head.skips else 0)
+    extra = rows * head.v * held(head) + (rows * head.d * head.element if head.skips else 0)
     return Plan(FORWARD_ONLY, pieces, False, extra, "no gradient")
 
 
@@ -284,66 +208,10 @@ def _chunks(head: HeadNumbers, budget: int | None, reason: str, least: int = 1) 
 
 def _chunks_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
     rows = piece_size(head.n, pieces)
-    piece = rows * head.v * _held_of_chunk(head) + (2 * rows * head.d * head.element if head.skips else 0)
-    wide_sum, wide_hidden = sums_in_float32(head, pieces), _waits_in_float32(head)
-    extra = _most_in_chunks(head, piece, wide_sum, wide_hidden)
+    piece = rows * head.v * held_of_chunk(head) + (2 * rows * head.d * head.element if head.skips else 0)
+    wide_sum, wide_hidden = sums_in_float32(head, pieces), waits_in_float32(head)
+    extra = most_in_chunks(head, piece, wide_sum, wide_hidden)
     return Plan(TOKEN_CHUNKS, pieces, wide_sum, extra, reason, wide_hidden)
-
-
-def _most_in_chunks(head: HeadNumbers, piece: int, wide_sum: bool, wide_hidden: bool) -> int:
-    """The extra memory of chunks of which one takes `piece` bytes."""
-    beyond = _beyond_weight(head) if wide_sum else 0
-    waiting = _beyond_hidden(head) if wide_hidden else 0
-    # At last there is no piece, and the 16-bit gradient is made beside the float32 one.
-    weight_at_last = head.v * _d_weights(head) * 4 + waiting if wide_sum else 0
-    hidden_at_last = _hidden_at_last(head, wide_hidden) + beyond
-    return max(piece + _terms(head, piece) + beyond + waiting, weight_at_last, hidden_at_last)
-
-
-def _hidden_at_last(head: HeadNumbers, wide_hidden: bool) -> int:
-    """Bytes beside the hidden states' gradient when it is made of what chunks put together.
-
-    Rows that chunks took in their own order go back to their places in another tensor.
-    """
-    if wide_hidden:
-        return head.n * _d_hidden(head) * 4
-    return head.n * head.d * head.element if head.wants_hidden and head.skips else 0
-
-
-def sums_in_float32(head: HeadNumbers, pieces: int) -> bool:
-    """Whether the sum over chunks is float32 beside a 16-bit gradient of the weight."""
-    if not _sums_16_bit(head, pieces):
-        return False
-    few = NARROW_CHUNKS if head.labelled else UNLABELLED_CHUNKS
-    return pieces * head.shares > few or _is_little(_beyond_weight(head), head)
-
-
-def _sums_16_bit(head: HeadNumbers, pieces: int) -> bool:
-    return pieces > 1 and head.wants_weight and head.weight_element < 4
-
-
-def _waits_in_float32(head: HeadNumbers) -> bool:
-    return head.wants_hidden and head.element < 4 and _is_little(_beyond_hidden(head), head)
-
-
-def _beyond_weight(head: HeadNumbers) -> int:
-    return head.v * _d_weights(head) * (4 - head.weight_element)
-
-
-def _beyond_hidden(head: HeadNumbers) -> int:
-    return head.n * _d_hidden(head) * (4 - head.element)
-
-
-def _d_weights(head: HeadNumbers) -> int:
-    return head.d if head.d_weights is None else head.d_weights
-
-
-def _d_hidden(head: HeadNumbers) -> int:
-    return head.d if head.d_hidden is None else head.d_hidden
-
-
-def _is_little(extra: int, head: HeadNumbers) -> bool:
-    return extra <= max(LITTLE, int(LITTLE_OF_LOGITS * head.logits_bytes))
 
 
 def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
@@ -359,15 +227,10 @@ def _slabs(head: HeadNumbers, budget: int | None, reason: str) -> Plan:
 
 
 def _slabs_of(head: HeadNumbers, pieces: int, reason: str) -> Plan:
-    piece = head.n * piece_size(head.v, pieces) * _held(head)
+    piece = head.n * piece_size(head.v, pieces) * held(head)
     wide = head.wants_hidden and head.element < 4
-    extra = piece + _terms(head, piece) + (head.n * head.d * 4 if wide else 0)
+    extra = piece + terms_of_piece(head, piece) + (head.n * head.d * 4 if wide else 0)
     return Plan(VOCAB_SLABS, pieces, wide, extra, reason)
-
-
-def _terms(head: HeadNumbers, piece: int) -> int:
-    """Bytes of the terms of a piece's gradient, which are three of 16 bits for 32."""
-    return min(TERMS_BYTES, piece * 3 // 2) if head.in_terms and head.backward else 0
 
 
 # Pieces
@@ -386,12 +249,6 @@ def _candidates(size: int) -> list[int]:
 def _pieces(size: int, wanted: int) -> int:
     """As many pieces as wanted, if none is to be empty."""
     return max(1, min(wanted, size, MOST_PIECES))
-
-
-def piece_size(size: int, pieces: int) -> int:
-    """The size of all pieces but the last, which may be smaller."""
-    step = -(-size // pieces)
-    return step if step < 16 * ALIGNED else -(-step // ALIGNED) * ALIGNED
 
 
 def _fewest(plans: list[Plan], budget: int) -> Plan:

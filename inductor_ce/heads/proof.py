@@ -16,7 +16,7 @@ from .calls import grad_call, narrow_args, normalisers_of
 from .facts import Fact, Factor, Facts
 from .find import Head
 from .other_sizes import SizeOf, UnknownSize, other_sizes
-from .row_locality import factors_of_wide, facts_about, of_own_rows, one_factor
+from .row_locality import factors_of_wide, facts_about, one_factor
 
 ELSEWHERE = "at other sizes than the example's"
 NOWHERE_ELSE = "no sizes but the example's were found at which to prove that rows are apart"
@@ -100,7 +100,7 @@ def _is_row_by_row(fact: Fact, n: int) -> bool:
     """Whether it can be made before any statistics, or is one of n numbers, each made of those of its row."""
     if fact.why_not or fact.factor:
         return False
-    return fact.rows is None or (fact.rows.numel() == n and of_own_rows(Fact(rows=fact.rows.reshape(-1))))
+    return fact.rows is None or (fact.rows.numel() == n and Fact(rows=fact.rows.reshape(-1)).is_of_own_rows)
 
 
 def symbolic_sizes(facts: Facts) -> list[torch.SymInt]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..graph.builder import Builder
-from .plan import piece_size
+from .extra_memory import piece_size
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,5 @@ def ranges(build: Builder, size: Any, pieces: int) -> list[Range]:
         return [Range(start, min(start + step, size), i) for i, start in enumerate(starts)]
     part = build(operator.floordiv, size, pieces)
     first: list[Any] = [0, *(build(operator.mul, part, i) for i in range(1, pieces))]
-    return [
-        Range(start, end, i) for i, (start, end) in enumerate(zip(first, [*first[1:], size], strict=True))
-    ]
+    last = [*first[1:], size]
+    return [Range(start, end, i) for i, (start, end) in enumerate(zip(first, last, strict=True))]

@@ -12,7 +12,7 @@ from .facts import NO_ROW, Facts
 from .find import Head
 from .kinds import is_pointwise
 from .nodes import iota
-from .row_locality import is_moved, is_reduced
+from .row_rules import is_moved, is_reduced
 from .where import Places
 
 aten = torch.ops.aten

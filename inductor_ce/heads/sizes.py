@@ -98,9 +98,8 @@ class _Sizes:
     def _combined(self, expr: sympy.Expr) -> tuple[Any, Any] | None:
         if expr.is_Pow and expr.exp.is_Integer and expr.exp > 0:
             expr = sympy.Mul(*[expr.base] * int(expr.exp), evaluate=False)
-        combine = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(
-            expr.func, _FUNCTIONS.get(expr.func.__name__)
-        )
+        known = {sympy.Add: operator.add, sympy.Mul: operator.mul}
+        combine = known.get(expr.func, _FUNCTIONS.get(expr.func.__name__))
         parts = [part for part in map(self._made, expr.args) if part is not None]
         if combine is None or not parts or len(parts) < len(expr.args):
             return None

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.graphs import IN_MEMORY
@@ -90,9 +89,7 @@ class Taught:
                 return self._numbers(whole, piece)
             return self.pieces.part(whole, node, piece)
 
-        args, kwargs = map_arg((node.args, node.kwargs), part)
-        kwargs = {name: value for name, value in kwargs.items() if name != "memory_format"}
-        return self.build(node.target, *args, **kwargs)
+        return self.pieces.pointwise(node, part)
 
     def _numbers(self, source: Node, piece: Range) -> Node:
         """A number for each row of a piece, [n, 1], or one for all."""

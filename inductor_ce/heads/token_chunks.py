@@ -31,7 +31,7 @@ from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
-from .read_once import read_once
+from .read_once import Once, read_once
 from .skip import ALL, ToCompute
 from .taught import Taught
 
@@ -196,10 +196,33 @@ def token_chunks(
     exits = Exits(pieces, plan)
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
-    once = read_once(head, proof.facts)
+    parts, after = _made_in_chunks(chunks, coefficients, exits, read_once(head, proof.facts), loop.after)
+    parts |= coefficients.gathered | coefficients.divergences
+    whole = {node: pieces.whole(of_node) for node, of_node in parts.items()}
+    whole |= taught.whole() if taught else {}
+    if exits:
+        whole = {node: build(ONCE_MADE, x, example_of(x).dtype, after) for node, x in whole.items()}
+    scale = scalar_of(build, proof.factor)
+    of_rows = any(not is_tangent(node) for node, _ in proof.factor)
+    if not loop.is_last:
+        if nodes := weight_exits(head):
+            loop.out = exits.leave(nodes)
+        loop.after, loop.left = after, loop.left - 1
+    return whole | exits.finish(scale, of_rows)
+
+
+def _made_in_chunks(
+    chunks: list[Range], coefficients: Coefficients, exits: Exits, once: Once | None, after: list[Node]
+) -> tuple[dict[Node, list[Node]], list[Node]]:
+    """(the statistics of each chunk, by their nodes, what the last has made), one after another.
+
+    With `once`, statistics and gradient of a chunk are made by one operator. The first begins when what is
+    in `after` is made.
+    """
+    pieces, taught = coefficients.pieces, coefficients.taught
+    head = pieces.head
     program = None if once is None else coefficients.early.given(once.program)
     parts: dict[Node, list[Node]] = {node: [] for node in head.stats}
-    after = loop.after
     for piece in chunks:
         if taught is not None:
             after = taught.begin(piece, after)
@@ -213,22 +236,8 @@ def token_chunks(
                 known = coefficients.of(stats, made, piece)
         for node, part in stats.items():
             parts[node].append(part)
-        after = list(stats.values())
-        after += [so_far[-1] for so_far in coefficients.divergences.values()]
+        after = [*stats.values(), *(so_far[-1] for so_far in coefficients.divergences.values())]
         if exits:
             after = exits.add(made, piece, known)
         after += taught.sums() if taught else []
-    parts |= coefficients.gathered | coefficients.divergences
-    whole = {node: pieces.whole(of_node) for node, of_node in parts.items()}
-    whole |= taught.whole() if taught else {}
-    if exits:
-        whole = {
-            node: build(ONCE_MADE, stats, example_of(stats).dtype, after) for node, stats in whole.items()
-        }
-    scale = scalar_of(build, proof.factor)
-    of_rows = any(not is_tangent(node) for node, _ in proof.factor)
-    if not loop.is_last:
-        if nodes := weight_exits(head):
-            loop.out = exits.leave(nodes)
-        loop.after, loop.left = after, loop.left - 1
-    return whole | exits.finish(scale, of_rows)
+    return parts, after

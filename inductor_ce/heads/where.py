@@ -54,11 +54,20 @@ class Places:
     def not_(self, part: Where) -> Where:
         return self.build(aten.logical_not.default, part) if isinstance(part, Node) else not part
 
-    def chosen(self, node: Node, condition: Node, yes: Where, no: Where) -> Where:
-        """Over the shape of a node, `yes` where a condition is true, and `no` where it is not."""
+    def chosen(self, node: Node, condition: Node | None, yes: Where, no: Where) -> Where:
+        """Over the shape of a node, `yes` where a condition is true, and `no` where it is not.
+
+        Where either is, if the condition is None: not known before the backward.
+        """
+        if condition is None:
+            return self.over_any(node, [yes, no])
         if yes is no:
             return yes
-        return self.over(node, self.any([self.all([condition, yes]), self.all([self.not_(condition), no])]))
+        return self.over_any(node, [self.all([condition, yes]), self.all([self.not_(condition), no])])
+
+    def over_any(self, node: Node, parts: Iterable[Where]) -> Where:
+        """Where any part is, over the shape of a node."""
+        return self.over(node, self.any(parts))
 
     def over(self, node: Node, part: Where) -> Where:
         """Over the shape of a node, with which it can be broadcast."""
@@ -71,9 +80,8 @@ class Places:
         parts = {source: known.get(source, False) for source in node.all_input_nodes if _is_value(source)}
         if all(part is True for part in parts.values()) or not any(parts.values()):
             return any(parts.values())
-        return self._moved(
-            node, {source: self._tensor(source, part) for source, part in parts.items()}, False
-        )
+        tensors = {source: self._tensor(source, part) for source, part in parts.items()}
+        return self._moved(node, tensors, False)
 
     def reduced(self, node: Node, part: Where) -> Where:
         """Where any is of what a node brings together."""

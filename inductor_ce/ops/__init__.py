@@ -3,7 +3,7 @@
 In:   from `rewriting`, calls of `row_stats`; from `heads`, its pieces, and the products round them.
 Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
 
-    rows            the statistics, each one entry of a table, and which of them a call packs
+    table           the statistics, each one entry; `rows`, those of them that a call packs
     terms           the language in which an entry says what a column adds
     operators       row_stats and row_grad, and what they mean
     one_read        both as one operator, where nothing but a `row_program` lies between, and `chains` about
@@ -14,14 +14,14 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     as_read         what a tensor was before it is edited
     group_rank      the rank of this process, as a value
     counted         rows that count, before those that do not
-    products        the matrix products of heads, in order and in place; `product_kernels` and
-                    `label_kernels` beside them, and `counted_kernels`, where the device alone knows how
-                    many rows count
+    products        the matrix products of heads, in order and in place; `label_products`, those without
+                    the entries at labels; `product_kernels` and `label_kernels` beside them, and
+                    `counted_kernels`, where the device alone knows how many rows count
     gemm            one matrix product, by a library
     launch          launches a Triton kernel again; `ahead`, compiles what will be launched
     verified        both ways side by side, for the option `verify`
-    lowering        to `templates/`, or to `loops`; `one_read_lowering`, what is read once, and
-                    `with_templates`, what both share
+    lowering        to `templates/`, or to `loops` and `divergence_loops`; `one_read_lowering`, what is read
+                    once, and `with_templates`, what both share
 """
 
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
@@ -39,7 +39,8 @@ from .operators import (
     stats_dtype,
     stats_dtype_of,
 )
-from .rows import (
+from .rows import Row, Rows
+from .table import (
     ARGMAX,
     DOT,
     EXPDOT,
@@ -58,8 +59,6 @@ from .rows import (
     SUMEXP,
     SUMEXPZ,
     TOP,
-    Row,
-    Rows,
 )
 
 __all__ = [

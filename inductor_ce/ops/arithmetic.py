@@ -1,4 +1,4 @@
-"""What sums over the classes are computed with: tensors here, Inductor's loops in `loops.py`."""
+"""What sums over the classes are computed with: tensors here, Inductor's loops in `divergence_loops.py`."""
 
 from __future__ import annotations
 

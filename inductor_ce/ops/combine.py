@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .law import Law, Move
-from .rows import FIRST, MAXIMUM, Rows
+from .rows import Rows
+from .table import FIRST, MAXIMUM
 
 
 def own_rows(packed: Tensor, law: Law, start: Tensor | int) -> Tensor:

@@ -21,7 +21,7 @@ WIDTH = 1024
 
 
 def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
-    """What `products.most_frequent` returns.
+    """What `label_products.most_frequent` returns.
 
     NOTE Sort. A library's sort takes the host longer than all of this. Here tiles of the labels are sorted,
     by counting for each label those of its tile that come before it. How many of each other tile do is then
@@ -181,7 +181,7 @@ def _take_frequent(
 
 
 def add_rows(out: Tensor, runs: Tensor, entries: Tensor, rows: Tensor, often: Tensor) -> None:
-    """What `products.complete` does."""
+    """What `label_products.complete` does."""
     (v, m), count = out.shape, runs.shape[1]
     if count:
         n = count // entries.shape[1]

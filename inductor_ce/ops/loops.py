@@ -1,8 +1,7 @@
-"""Lower operators to Inductor's own loops, by the definitions in `operators.py` and `divergences.py`."""
+"""Lower the operators of the waist to Inductor's own loops, by the definitions in `operators.py`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +9,9 @@ import torch
 
 from ..common.compat.inductor import IRNode, call_lowering
 from ..common.compat.loops import as_stored, is_same_anew
-from . import chains, divergences, operators, row_program
-from .arithmetic import Normalised, Operands
-from .rows import ARGMAX, MAXIMUM, Row, Rows
+from . import chains, operators, row_program
+from .rows import Row, Rows
+from .table import ARGMAX, MAXIMUM
 from .terms import evaluated
 
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -24,7 +23,7 @@ class _Columns:
     def __init__(self, x: IRNode, m: IRNode, weights: list[IRNode]):
         self._weights = weights
         # In a row of -inf differences are from 0.
-        self.gap = _minus_row(x, _where(_is_minus_infinity(m), 0.0, m))
+        self.gap = _minus_row(x, where(_is_minus_infinity(m), 0.0, m))
         self.exp = call_lowering(aten.exp.default, self.gap)
 
     def __call__(self, expression: str, row: Row, c: IRNode | None = None) -> IRNode:
@@ -34,11 +33,11 @@ class _Columns:
             names |= {"k": row.order, "power": power}
         if row.index is not None:
             names["q"] = _over_rows(self._weights[row.index], self.gap)
-        functions = {"limit": self._limit, "seen": lambda x: _where(_is_nan(names["q"]), 0.0, x)}
+        functions = {"limit": self._limit, "seen": lambda x: where(is_nan(names["q"]), 0.0, x)}
         return evaluated(expression, names, _add, _mul, functions)
 
     def _limit(self, x: IRNode) -> IRNode:
-        return _where(_is_minus_infinity(self.gap), 0.0, x)
+        return where(_is_minus_infinity(self.gap), 0.0, x)
 
 
 def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows) -> IRNode:
@@ -47,18 +46,18 @@ def row_stats(z: IRNode, labels: list[IRNode], weights: list[IRNode], rows: Rows
     if ARGMAX in rows or not is_same_anew(z):
         as_stored(z)  # what may be compared to the maximum, and what that is of: see _place_of_maximum
     x, packed = cast(z, stats_dtype(z)), operators.packed_dtype_of(z.get_dtype(), rows)
-    m = call_lowering(aten.amax.default, x, [1]) if v else _full([n], -torch.inf, x)
+    m = call_lowering(aten.amax.default, x, [1]) if v else full([n], -torch.inf, x)
     columns = _Columns(x, m, weights)
     values = []
     for row in rows:
         if row.statistic.term is not None:
-            values.append(_sum(cast(columns(row.statistic.term, row), packed)))
+            values.append(row_sums(cast(columns(row.statistic.term, row), packed)))
         elif row.index is not None:
             values.append(_picked(x, labels[row.index]))
         elif row.statistic.held == MAXIMUM:
             values.append(m)
         else:
-            values.append(_place_of_maximum(x, m) if v else _full([n], 0.0, x))
+            values.append(_place_of_maximum(x, m) if v else full([n], 0.0, x))
     return _packed([cast(value, packed) for value in values])
 
 
@@ -68,21 +67,21 @@ def row_grad(
     """[N, V], as `operators.row_grad`."""
 
     def coefficient(k: int) -> IRNode:
-        return _unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
+        return unsqueeze(call_lowering(aten.select.int, coefficients, 0, k), 1)
 
     def of(x: IRNode, column: IRNode, weights: list[IRNode]) -> IRNode:
         """What columns have, but of several labels."""
         columns = _Columns(cast(x, stats_dtype(z)), cast(m, stats_dtype(z)), weights)
         dz = _mul(coefficient(1), columns.exp)
         for k, j in rows.hits:
-            hit = call_lowering(aten.eq.Tensor, column, _unsqueeze(cast(labels[j], torch.int64), 1))
-            dz = _add(dz, _where(hit, coefficient(k), 0.0))
+            hit = call_lowering(aten.eq.Tensor, column, unsqueeze(cast(labels[j], torch.int64), 1))
+            dz = _add(dz, where(hit, coefficient(k), 0.0))
         for k, row in rows.slopes:
             dz = _add(dz, columns(row.slope, row, coefficient(k)))
         return dz
 
     v = z.get_size()[1]
-    dz = _made(of(z, _unsqueeze(_iota(v, z), 0), weights), z.get_dtype())
+    dz = made_contiguous(of(z, unsqueeze(_iota(v, z), 0), weights), z.get_dtype())
     given = [
         (_safe_labels(labels[j], v), call_lowering(aten.slice.Tensor, coefficients, 0, k, k + width))
         for k, j, width in rows.several
@@ -99,9 +98,9 @@ def row_grad(
 def _at_labels(index: IRNode, labelled: tuple[IRNode, IRNode], c: IRNode) -> IRNode:
     """The sum of what coefficients [K, N] say of labels [N, K], in the columns that `index` [N, J] names."""
     y, inside = labelled
-    c = _where(inside, call_lowering(aten.permute.default, c, [1, 0]), 0.0)
-    hit = call_lowering(aten.eq.Tensor, call_lowering(aten.unsqueeze.default, index, 2), _unsqueeze(y, 1))
-    return call_lowering(aten.sum.dim_IntList, _where(hit, _unsqueeze(c, 1), 0.0), [2])
+    c = where(inside, call_lowering(aten.permute.default, c, [1, 0]), 0.0)
+    hit = call_lowering(aten.eq.Tensor, unsqueeze(index, 2), unsqueeze(y, 1))
+    return call_lowering(aten.sum.dim_IntList, where(hit, unsqueeze(c, 1), 0.0), [2])
 
 
 def _with_entries(dz: IRNode, index: IRNode, entries: IRNode) -> IRNode:
@@ -116,7 +115,8 @@ def _gathered(x: IRNode, index: IRNode) -> IRNode:
     return call_lowering(aten.gather.default, x, 1, index)
 
 
-def _made(dz: IRNode, dtype: torch.dtype) -> IRNode:
+def made_contiguous(dz: IRNode, dtype: torch.dtype) -> IRNode:
+    """dz in a dtype, contiguous, in memory of its own."""
     return call_lowering(aten.clone.default, cast(dz, dtype), memory_format=torch.contiguous_format)
 
 
@@ -125,7 +125,7 @@ def coefficients(program: str, packed: IRNode, given: list[IRNode]) -> IRNode:
     k, n = packed.get_size()
     statistics = [call_lowering(aten.select.int, packed, 0, i) for i in range(k)]
     made = row_program.decode(program).run(statistics, given, _call, _number_beside(packed))
-    return _stack([call_lowering(aten.expand.default, cast(row, packed.get_dtype()), [n]) for row in made])
+    return stacked([call_lowering(aten.expand.default, cast(row, packed.get_dtype()), [n]) for row in made])
 
 
 class Chained:
@@ -167,103 +167,6 @@ def _number_beside(x: IRNode) -> Callable[[row_program.Number], IRNode]:
     return made
 
 
-def divergence(zs: list[IRNode], ms: list[IRNode], ds: list[IRNode], which: str) -> IRNode:
-    """[1 + K + C + 2 S + R, N], as `divergences.divergence`."""
-    of_rows = ds[len(ms) :]
-    wide, m_wide, rows = (_wide(each, zs, of_rows) for each in (zs, ms, ds))
-    do = _Loops()
-    sides = [
-        Normalised(z, m, do.once(do.log(d)), do.once(call_lowering(aten.reciprocal.default, d)))
-        for z, m, d in zip(wide, m_wide, rows, strict=False)
-    ]
-    given = Operands(sides, wide[len(ms) :], rows[len(ms) :])
-    return _stack(divergences.sums(do, divergences.decode(which), given))
-
-
-def divergence_grad(
-    zs: list[IRNode], ms: list[IRNode], packed: IRNode, upstream: IRNode, which: str
-) -> list[IRNode]:
-    """S x [N, V], as `divergences.divergence_grad`."""
-    decoded = divergences.decode(which)
-    z, m, (up,) = (_wide(each, zs, [packed]) for each in (zs, ms, [upstream]))
-    rows = [call_lowering(aten.select.int, packed, 0, k) for k in range(packed.get_size()[0])]
-    made = divergences.gradients(_Loops(), decoded, z, m, rows, up)
-    return [_made(dz, zs[u].get_dtype()) for u, dz in zip(decoded.wanted, made, strict=True)]
-
-
-def _wide(values: list[IRNode], zs: list[IRNode], rows: list[IRNode]) -> list[IRNode]:
-    dtype = divergences.computed_in([x.get_dtype() for x in (*zs, *rows)])
-    return [value if value.get_dtype() == torch.bool else cast(value, dtype) for value in values]
-
-
-_TENSOR = ("add", "sub", "mul", "div", "gt", "ge", "lt", "le", "eq", "ne")
-_DEFAULT = ("neg", "exp", "log", "log1p", "sqrt", "abs", "sign", "sigmoid", "tanh", "maximum", "minimum")
-_OF_ENTRIES = {name: getattr(aten, name).Tensor for name in _TENSOR}
-_OF_ENTRIES |= {name: getattr(aten, name).default for name in _DEFAULT}
-_OF_ENTRIES |= {name: getattr(aten, f"logical_{name}").default for name in ("and", "or", "not")}
-_OF_ENTRIES |= {"pow": aten.pow.Tensor_Scalar, "where": aten.where.self}
-
-
-class _Loops:
-    """Arithmetic of what a loop computes for an entry."""
-
-    def add(self, a: IRNode, b: IRNode | float) -> IRNode:
-        return call_lowering(aten.add.Tensor, a, b)
-
-    def sub(self, a: IRNode, b: IRNode) -> IRNode:
-        return call_lowering(aten.sub.Tensor, a, b)
-
-    def mul(self, a: IRNode, b: IRNode | float) -> IRNode:
-        return call_lowering(aten.mul.Tensor, a, b)
-
-    def div(self, a: IRNode, b: IRNode) -> IRNode:
-        return call_lowering(aten.div.Tensor, a, b)
-
-    def exp(self, a: IRNode) -> IRNode:
-        return call_lowering(aten.exp.default, a)
-
-    def log(self, a: IRNode) -> IRNode:
-        return call_lowering(aten.log.default, a)
-
-    def call(self, name: str, *args: Any, like: IRNode) -> IRNode:
-        if name == "number":
-            return cast(args[0], like.get_dtype())
-        if name == "xlogy":
-            x, y = args
-            product = self.mul(x, self.log(y))
-            return _where(_is_nan(y), torch.nan, _where(call_lowering(aten.eq.Scalar, x, 0), 0.0, product))
-        if name == "logaddexp":
-            a, b = args
-            gap = call_lowering(aten.abs.default, self.sub(a, b))
-            larger = self.call("maximum", a, b, like=like)
-            joined = self.add(larger, call_lowering(aten.log1p.default, self.exp(self.mul(gap, -1.0))))
-            return _where(call_lowering(aten.eq.Tensor, a, b), self.add(larger, math.log(2)), joined)
-        if name == "clamp":
-            at_least = self.call("maximum", *args[:2], like=like)
-            return self.call("minimum", at_least, args[2], like=like)
-        if name == "where" and all(isinstance(arg, float) for arg in args[1:]):
-            return _where(args[0], _full(args[0].get_size(), args[1], like), args[2])
-        if name == "pow" and not isinstance(args[1], float):
-            return call_lowering(aten.pow.Tensor_Tensor, *args)
-        return call_lowering(_OF_ENTRIES[name], *args)
-
-    def unless_zero(self, p: IRNode, x: IRNode) -> IRNode:
-        return _where(call_lowering(aten.eq.Scalar, p, 0), 0.0, x)
-
-    def once(self, row: IRNode) -> IRNode:
-        row.realize()
-        return row
-
-    def over_classes(self, row: IRNode) -> IRNode:
-        return _unsqueeze(row, 1)
-
-    def as_entries(self, row: IRNode, like: IRNode) -> IRNode:
-        return call_lowering(aten.expand.default, _unsqueeze(row, 1), like.get_size())
-
-    def total(self, a: IRNode) -> IRNode:
-        return _sum(a)
-
-
 def stats_dtype(z: IRNode) -> torch.dtype:
     return operators.stats_dtype_of(z.get_dtype())
 
@@ -287,10 +190,10 @@ def _place_of_maximum(x: IRNode, m: IRNode) -> IRNode:
     loops that compute it may round it differently.
     """
     v = x.get_size()[1]
-    is_largest = call_lowering(aten.eq.Tensor, x, _unsqueeze(m, 1))
+    is_largest = call_lowering(aten.eq.Tensor, x, unsqueeze(m, 1))
     is_largest = call_lowering(aten.bitwise_or.Tensor, is_largest, call_lowering(aten.isnan.default, x))
-    column = cast(_unsqueeze(_iota(v, x), 0), x.get_dtype())
-    return call_lowering(aten.amin.default, _where(is_largest, column, torch.inf), [1])
+    column = cast(unsqueeze(_iota(v, x), 0), x.get_dtype())
+    return call_lowering(aten.amin.default, where(is_largest, column, torch.inf), [1])
 
 
 def _safe_labels(y: IRNode, n_columns: Any) -> tuple[IRNode, IRNode]:
@@ -300,35 +203,35 @@ def _safe_labels(y: IRNode, n_columns: Any) -> tuple[IRNode, IRNode]:
         call_lowering(aten.ge.Scalar, y, 0),
         call_lowering(aten.lt.Scalar, cast(y, torch.int64), n_columns),
     )
-    return cast(_where(inside, y, 0), torch.int64), inside
+    return cast(where(inside, y, 0), torch.int64), inside
 
 
 def _picked(x: IRNode, y: IRNode) -> IRNode:
     """z_y, 0 where the label is outside; [N] or [K, N]."""
     index, inside = _safe_labels(y, x.get_size()[1])
     if not x.get_size()[1]:
-        picked = _full(y.get_size(), 0.0, x)
+        picked = full(y.get_size(), 0.0, x)
     elif len(y.get_size()) == 2:
         picked = _gathered(x, index)
     else:
-        picked = call_lowering(aten.squeeze.dim, _gathered(x, _unsqueeze(index, 1)), 1)
-    picked = _where(inside, picked, 0.0)
+        picked = call_lowering(aten.squeeze.dim, _gathered(x, unsqueeze(index, 1)), 1)
+    picked = where(inside, picked, 0.0)
     return picked if len(y.get_size()) == 1 else call_lowering(aten.permute.default, picked, [1, 0])
 
 
-def _stack(values: list[IRNode]) -> IRNode:
+def stacked(values: list[IRNode]) -> IRNode:
     """[K, N] of K rows. Not by `cat`, whose lowering on a GPU looks at the node that is being lowered."""
-    k = _unsqueeze(_iota(len(values), values[0]), 1)
-    packed = _unsqueeze(values[-1], 0)
+    k = unsqueeze(_iota(len(values), values[0]), 1)
+    packed = unsqueeze(values[-1], 0)
     for i, value in reversed(list(enumerate(values[:-1]))):
-        packed = _where(call_lowering(aten.eq.Scalar, k, i), _unsqueeze(value, 0), packed)
+        packed = where(call_lowering(aten.eq.Scalar, k, i), unsqueeze(value, 0), packed)
     return packed
 
 
 def _packed(values: list[IRNode]) -> IRNode:
     """[K, N] of rows [N], and of several [K', N] behind them."""
     single = [value for value in values if len(value.get_size()) == 1]
-    packed = _stack(single)
+    packed = stacked(single)
     several, k = values[len(single) :], len(single)
     total = k + sum(value.get_size()[0] for value in several)
     if several:
@@ -354,15 +257,16 @@ def _is_minus_infinity(x: IRNode) -> IRNode:
     return call_lowering(aten.eq.Scalar, x, -torch.inf)
 
 
-def _is_nan(x: IRNode) -> IRNode:
+def is_nan(x: IRNode) -> IRNode:
     return call_lowering(aten.isnan.default, x)
 
 
 def _minus_row(x: IRNode, row: IRNode) -> IRNode:
-    return call_lowering(aten.sub.Tensor, x, _unsqueeze(row, 1))
+    return call_lowering(aten.sub.Tensor, x, unsqueeze(row, 1))
 
 
-def _sum(x: IRNode) -> IRNode:
+def row_sums(x: IRNode) -> IRNode:
+    """[N] of [N, V]."""
     return call_lowering(aten.sum.dim_IntList, x, [1])
 
 
@@ -382,13 +286,13 @@ def cast(x: IRNode, dtype: torch.dtype) -> IRNode:
     return call_lowering(prims.convert_element_type.default, x, dtype)
 
 
-def _where(condition: IRNode, yes: Any, no: Any) -> IRNode:
+def where(condition: IRNode, yes: Any, no: Any) -> IRNode:
     return call_lowering(aten.where.self, condition, yes, no)
 
 
-def _unsqueeze(x: IRNode, dim: int) -> IRNode:
+def unsqueeze(x: IRNode, dim: int) -> IRNode:
     return call_lowering(aten.unsqueeze.default, x, dim)
 
 
-def _full(size: list[Any], value: float, like: IRNode) -> IRNode:
+def full(size: list[Any], value: float, like: IRNode) -> IRNode:
     return call_lowering(aten.full.default, size, value, dtype=like.get_dtype(), device=like.get_device())

@@ -25,7 +25,9 @@ from . import (
     ahead,
     as_read,
     counted,
+    divergence_loops,
     group_rank,
+    label_products,
     loops,
     one_read,
     one_read_lowering,
@@ -35,8 +37,10 @@ from . import (
 )
 from .divergences import DIVERGENCE, DIVERGENCE_GRAD
 from .gemm import aligned_strides
-from .products import ALIGN_ROWS, COMPLETE, ONCE_MADE, TIMES, TIMES_IN_PLACE
-from .rows import ARGMAX, Rows
+from .label_products import COMPLETE
+from .products import ALIGN_ROWS, ONCE_MADE, TIMES, TIMES_IN_PLACE
+from .rows import Rows
+from .table import ARGMAX
 from .with_templates import (
     GPUS,
     MATRIX_READERS,
@@ -56,8 +60,8 @@ GRADIENTS = (operators.ROW_GRAD, operators.ROW_GRAD_AGAIN)
 DIRECT = (
     *(counted.row_order, counted.host_copy, counted.recorded, counted.take_rows, counted.product_to_rows),
     counted.frequent_rows,
-    *(products.logits, products.product_into, products.product_but),
-    *(products.complete, products.most_frequent, products.column_sums, products.once_made),
+    *(label_products.product_but, label_products.complete, label_products.most_frequent),
+    *(products.logits, products.product_into, products.column_sums, products.once_made),
     products.times_in_place,
 )
 WITHOUT_KERNELS = (counted.host_copy, counted.recorded)
@@ -102,7 +106,8 @@ def register() -> None:
         *((_row_grad, ours.row_grad.default), (_row_grad, operators.SOME_ROW_GRAD)),
         (_row_grad_again, operators.ROW_GRAD_AGAIN),
         *((_row_stats_grad, one_read.ROW_STATS_GRAD), (_row_stats_grad, one_read.SOME_ROW_STATS_GRAD)),
-        *((loops.divergence, DIVERGENCE), (loops.divergence_grad, DIVERGENCE_GRAD)),
+        (divergence_loops.divergence, DIVERGENCE),
+        (divergence_loops.divergence_grad, DIVERGENCE_GRAD),
     ):
         inductor.lower_by(lowering, op, first)
 

@@ -19,7 +19,8 @@ from . import chains, row_program
 from .chains import Chain
 from .operators import packed_dtype_of, row_grad, row_stats, stats_dtype_of
 from .row_program import RowProgram
-from .rows import SUM, SUMEXP, Row, Rows
+from .rows import Row, Rows
+from .table import SUM, SUMEXP
 
 
 @torch.library.custom_op("inductor_ce::row_stats_grad", mutates_args=())

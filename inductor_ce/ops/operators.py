@@ -68,7 +68,8 @@ import torch
 from torch import Tensor
 
 from ..common.errors import DerivativeError
-from .rows import ARGMAX, MAXIMUM, Row, Rows
+from .rows import Row, Rows
+from .table import ARGMAX, MAXIMUM
 from .terms import evaluated
 
 # The site of a loss that nobody asks about.

@@ -1,4 +1,4 @@
-"""The language of the terms and slopes of the table in `rows`, over tensors and in Triton."""
+"""The language of the terms and slopes of the `table`, over tensors and in Triton."""
 
 from __future__ import annotations
 

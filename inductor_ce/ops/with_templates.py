@@ -14,7 +14,8 @@ from ..common.failsafe import attempt
 from . import loops
 from .counted import PRODUCT_TO_ROWS
 from .gemm import aligned_strides
-from .products import COLUMN_SUMS, LOGITS, PRODUCT_BUT, PRODUCT_INTO
+from .label_products import PRODUCT_BUT
+from .products import COLUMN_SUMS, LOGITS, PRODUCT_INTO
 
 TEMPLATES = Path(__file__).parent / "templates"
 GPUS = ("cuda",)  # HIP calls itself cuda

@@ -2,8 +2,8 @@
 
 In:   a torch-level graph, as Dynamo gives it to the backend.
 Out:  a `Reading`: for each node that is made of logits its value, and the labels and tensors that it is made
-      with. Nothing is changed, but that `chosen` adds logits of rows, which are forgotten where they are not
-      used; and nothing is decided about what may be replaced.
+      with. Nothing is changed, but that `chosen` adds logits of rows, and `class_ranges` masks, which are
+      forgotten where they are not used; and nothing is decided about what may be replaced.
 
     steps        the table: a row has a step's spellings, function and traits; `spellings` reads nodes by it
     row_views    what views do to the rows of a value; `views` reads them backwards
@@ -24,6 +24,6 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
                  block_reader, what storages hold then, and label_ranges, which labels a block has
     aten         lets graphs of ATen operators call torch, before anything is read
     recognise    goes through the graph; the steps' functions by subject: losses, reductions, arithmetic over
-                 operands, indexing (views and picks), targets (one-hot, masks, smoothed), joining (loops),
-                 left_out (entries that masks leave out), replaced (by scatter), class_ranges
+                 operands, indexing (views), picks (by labels), targets (one-hot, masks, smoothed), joining
+                 (loops), left_out (entries that masks leave out), replaced (by scatter), class_ranges
 """

@@ -39,6 +39,8 @@ def unary(
     on_vocab: Callable[[algebra.Vocab], algebra.Vocab | None],
     on_row: Callable[[sympy.Expr], sympy.Expr | None] = lambda row: None,
 ) -> Function:
+    """The step of a function, given as it is over the vocabulary and for a number of a row."""
+
     def function(expr: Any) -> Any:
         return on_vocab(expr) if isinstance(expr, algebra.Vocab) else on_row(expr)
 
@@ -54,6 +56,7 @@ def minus(a: Any, b: Any) -> Any:
 
 
 def times(a: Any, b: Any) -> Any:
+    """a b; None for what is the user's own, or would not be the same where one is infinite or NaN."""
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr) and not (a.is_number or b.is_number):
         return None  # a product of two row values is the user's own, of size [N]
     if a == 0 or b == 0:
@@ -70,6 +73,7 @@ def _brings_back(a: Any, b: Any) -> bool:
 
 
 def over(a: Any, b: Any) -> Any:
+    """a / b for a number b of each row."""
     if isinstance(b, algebra.Vocab):
         constant = b.get(algebra.ONE)
         b = constant if b == algebra.as_vocab(constant) else None
@@ -77,11 +81,13 @@ def over(a: Any, b: Any) -> Any:
 
 
 def times_log(a: Any, b: Any) -> Any:
+    """a log b, of which b has the vocabulary axis."""
     logarithm = algebra.log(b) if isinstance(b, algebra.Vocab) else None
     return None if logarithm is None else times(a, logarithm)
 
 
 def entropy_term(a: algebra.Vocab) -> Any:
+    """-a log a"""
     product = times_log(a, a)
     return None if product is None else -product
 
@@ -140,11 +146,6 @@ def exponential(context: Context, args: dict[str, Any]) -> Outcome:
     return None if exp is None else replace(logits, expr=exp, wide=logits.wide | {context.node})
 
 
-def one_dim(dim: Any) -> Any:
-    """The dimension in a list of one."""
-    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-
-
 def _summed_dims(node: Node) -> Iterator[int]:
     """The dimensions over which somebody sums this node, its product, or what a mask leaves of it.
 
@@ -161,7 +162,7 @@ def _dims_of_sums(node: Node) -> Iterator[int]:
     for user in node.users:
         spelled = spellings.read(user)
         if spelled is not None and spelled[0].name == "sum" and spelled[1].get("input") is node:
-            dim = one_dim(spelled[1].get("dim"))
+            dim = spellings.one_dim(spelled[1].get("dim"))
             if isinstance(dim, int):
                 yield dim
 

@@ -107,6 +107,7 @@ class BlockReader:
         return None if isinstance(value, Stack) else value
 
     def stack(self, given: Any) -> Stack | None:
+        """Numbers of each row that stand beside each other."""
         is_whole = isinstance(given, Node) and given in self._whole
         value = self._rows.get(self.timeline.storage(given)) if is_whole else None
         return value if isinstance(value, Stack) else None
@@ -146,6 +147,7 @@ class BlockReader:
         return blocks.name(found)
 
     def read(self, node: Node) -> None:
+        """Take in the next node of the graph: what it writes or makes, or else whom it needs."""
         if node.op in ("call_function", "call_method"):
             value = self._value_of(node)
             if value is not None and self._put(node, value):
@@ -210,7 +212,7 @@ class BlockReader:
         row = self.row(source)
         settled = row if isinstance(row, Sum) and row.is_settled and storage not in written else None
         self.found.uses.append(Use(node, source, settled, of))
-        still = self.timeline.unchanged(source, node, len(self.timeline.nodes))
+        still = self.timeline.unchanged(source, node)
         if settled is not None and still and self.timeline.shares_storage(node, source):
             self._views.add(node)
 
@@ -239,6 +241,11 @@ class BlockReader:
         if self.row(target) is None or not same_shape(shape_of(target), shape_of(source)):  # type: ignore[arg-type]
             return None
         return self.row(source)
+
+    def pair(self, node: Node, a: Any, b: Any) -> tuple[Row, Row] | None:
+        """Two numbers of each row, of which that row of a result is made."""
+        one, other = self.row(a), self.row(b)
+        return (one, other) if one is not None and other is not None and self.alike(node, a, b) else None
 
     def alike(self, node: Node, *given: Any) -> bool:
         """Whether each row of a result is made of that row of what is given, or of a number for all."""

@@ -17,6 +17,7 @@ from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
 from .block_reader import Args, BlockReader, Blocks, Stack, Step, Wide, shape_written
+from .label_ranges import Condition
 from .steps import Step as Spelling
 from .views import keeps_order
 
@@ -36,6 +37,7 @@ def _brings_together(node: Node) -> bool:
 
 
 def read_blocks(timeline: Timeline) -> Blocks:
+    """What a graph, gone through once, makes of blocks of logits."""
     reader = BlockReader(timeline, STEPS)
     for node in timeline.nodes:
         reader.read(node)
@@ -44,9 +46,7 @@ def read_blocks(timeline: Timeline) -> Blocks:
 
 
 def _on_last(node: Any, args: Args) -> bool:
-    dim = args.get("dim")
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
-    rank = len(shape_of(node))
+    dim, rank = spellings.one_dim(args.get("dim")), len(shape_of(node))
     return isinstance(dim, int) and dim % rank == rank - 1
 
 
@@ -61,11 +61,10 @@ def _reduced(reader: BlockReader, node: Node, args: Args) -> Wide | None:
 
 def _stacked(reader: BlockReader, args: Args) -> Stack | None:
     """Numbers of each row, if these are reduced."""
-    source, dim = args.get("input"), args.get("dim")
+    source, dim = args.get("input"), spellings.one_dim(args.get("dim"))
     stack = reader.stack(source)
     if stack is None or args.get("dtype") is not None:
         return None
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     return stack if isinstance(dim, int) and dim % len(shape_of(source)) == stack.dim else None  # type: ignore[arg-type]
 
 
@@ -95,11 +94,11 @@ def _largest(reader: BlockReader, node: Node, key: Hashable, of: frozenset[Node]
 
 
 def _greater(reader: BlockReader, node: Node, a: Any, b: Any) -> Row | None:
-    one, other = reader.row(a), reader.row(b)
-    if one is None or other is None or not reader.alike(node, a, b):
+    pair = reader.pair(node, a, b)
+    if pair is None:
         return None
-    of = one.blocks | other.blocks
-    return reader.reference(node, "rows", one, other, of=of) if of else None
+    of = pair[0].blocks | pair[1].blocks
+    return reader.reference(node, "rows", *pair, of=of) if of else None
 
 
 def _exp(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | Wide | None:
@@ -159,11 +158,8 @@ def _added(a: Row, b: Row) -> Sum | None:
 
 
 def _logaddexp(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:
-    a, b = args.get("input"), args.get("other")
-    one, other = reader.row(a), reader.row(b)
-    if one is None or other is None or not reader.alike(node, a, b):
-        return None
-    return _added(one, other)
+    pair = reader.pair(node, args.get("input"), args.get("other"))
+    return None if pair is None else _added(*pair)
 
 
 def _plus(sign: int, reverse: bool = False) -> Step:
@@ -211,10 +207,8 @@ def _times(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row |
         row = reader.row(given)
         if row is not None and isinstance(row, Sum) and row.only(Gather) and isinstance(mask, Node):
             return _masked(reader, node, given, mask, blocks.ZERO)
-    one, other = reader.row(a), reader.row(b)
-    if one is None or other is None or not reader.alike(node, a, b):
-        return None
-    return blocks.multiply(one, other)
+    pair = reader.pair(node, a, b)
+    return None if pair is None else blocks.multiply(*pair)
 
 
 def _neg(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:
@@ -229,11 +223,13 @@ def _masked(reader: BlockReader, node: Node, given: Any, mask: Any, otherwise: S
         return None
     if not same_shape(shape_of(mask), shape_written(node)):
         return None
-    for y, span in reversed(condition.spans.items()):
-        picked = blocks.chosen(y, span, row, otherwise)
-        if picked is not None:
-            return picked
-    return None
+    return _chosen(condition, row, otherwise)
+
+
+def _chosen(condition: Condition, row: Sum, otherwise: Sum) -> Row | None:
+    """What is gathered where one of the ranges of a condition has the label, the last that is known."""
+    found = (blocks.chosen(y, span, row, otherwise) for y, span in reversed(condition.spans.items()))
+    return next((each for each in found if each is not None), None)
 
 
 def _where(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:
@@ -255,8 +251,7 @@ def _inverted(reader: BlockReader, node: Node, given: Any, mask: Any, otherwise:
     contrary = condition.inverted()
     if contrary.negated or not same_shape(shape_of(mask), shape_written(node)):
         return None
-    found = [blocks.chosen(y, span, row, rest) for y, span in reversed(contrary.spans.items())]
-    return next((each for each in found if each is not None), None)
+    return _chosen(contrary, row, rest)
 
 
 def _filled(reader: BlockReader, node: Node, step: Spelling, args: Args) -> Row | None:

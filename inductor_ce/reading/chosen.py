@@ -21,7 +21,7 @@ from .. import algebra
 from ..algebra.symbols import STATISTICS
 from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import Reason, Refusal
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, constant, equal, example_of, hint, same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context, is_labels
@@ -41,12 +41,9 @@ def chosen_by_index(
     """
     value = _choosable(context, source, value)
     rank = len(shape_of(source)) if isinstance(source, Node) else 0
-    if (
-        value is None
-        or value.axis != rank - 1
-        or not leaves_last(index, rank)
-        or context.is_edited_view(source)
-    ):
+    if value is None or value.axis != rank - 1 or not leaves_last(index, rank):
+        return None
+    if context.is_edited_view(source):
         return None
     return _chosen(context, source, value, len(shape_of(context.node)) - 1)
 
@@ -138,6 +135,7 @@ def _dimensions(item: Any) -> int:
 
 
 def is_mask(item: Any) -> bool:
+    """Whether an item of an index is a tensor of truth values."""
     example = tensor_of(item)
     return example is not None and example.dtype in (torch.bool, torch.uint8)
 
@@ -147,10 +145,7 @@ def _chosen(context: Context, source: Node, value: VocabValue, axis: int) -> Voc
     node = context.node
 
     def choose(build: Builder, z: Node) -> Node:
-        made = build.again(node, {n: n for n in node.all_input_nodes} | {source: z})
-        if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
-            made.meta["example_value"] = build.resized(example_of(made), example_of(node))
-        return made
+        return build.sized_as(build.again(node, {n: n for n in node.all_input_nodes} | {source: z}), node)
 
     key = str(node.target), repr(node.args[1:]), repr(node.kwargs)
     return _made(context, source, value, axis, choose, key)
@@ -170,16 +165,11 @@ def _made(
     z = next((z for z in reading.chosen.get(whole, []) if _reads_alike(context, z)), None)
     if z is None:
         build = Builder(node.graph, node, like=node)
-        try:
+        with undone_on_error([build]):
             z = choose(build, _arranged(build, value, source))
-        except Exception:
-            build.undo()
-            raise
         wanted = context.grad_mode is True and example_of(value.logits.node).requires_grad
         build.tell_gradients(wanted)
-        for made in build.created:
-            reading.added[made] = node
-            reading.timeline.position[made] = context.position
+        context.add(build)
         reading.chosen.setdefault(whole, []).append(z)
     logits = Logits(z, axis, reading.timeline.version(z, context.position), value.logits.inference)
     return replace(value, logits=logits, steps=(), axis=axis, wide=value.wide | {node})

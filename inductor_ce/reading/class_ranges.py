@@ -17,13 +17,13 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, hint, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
 from .context import Context
 from .left_out import is_normalised
-from .row_views import index_per_dimension
+from .row_views import index_per_dimension, range_of
 from .values import VocabValue
 
 
@@ -80,15 +80,10 @@ def _narrowed(source: Node, args: dict[str, Any]) -> Any:
 def _bounds(index: Any, shape: tuple[Any, ...], axis: int) -> tuple[int, int] | None:
     """(first, behind the last) of the classes that x[index] takes, where it takes them of all rows."""
     pieces, size = index_per_dimension(index, len(shape)), hint(shape[axis])  # which a fused loss settles
-    if pieces is None or not isinstance(pieces[axis], slice):
+    if pieces is None or any(piece != slice(None) for i, piece in enumerate(pieces) if i != axis):
         return None
-    if any(piece != slice(None) for i, piece in enumerate(pieces) if i != axis):
-        return None
-    given = (pieces[axis].start, pieces[axis].stop, pieces[axis].step)
-    if not all(x is None or isinstance(x, int) for x in given):
-        return None
-    start, stop, step = pieces[axis].indices(size)
-    return (start, stop) if step == 1 and 0 <= start < stop else None
+    bounds = range_of(pieces[axis], size)
+    return bounds if bounds is not None and bounds[0] < bounds[1] else None
 
 
 def _mask(context: Context, value: VocabValue, source: Node, start: int, stop: int) -> sympy.Symbol | None:
@@ -118,13 +113,8 @@ def added(context: Context, kind: Hashable, make: Callable[[Builder], Node]) -> 
     known = reading.chosen.setdefault(kind, [])
     if not known:
         build = Builder(node.graph, node, like=node)
-        try:
+        with undone_on_error([build]):
             mask = make(build)
-        except Exception:
-            build.undo()
-            raise
-        for made in build.created:
-            reading.added[made] = node
-            reading.timeline.position[made] = context.position
+        context.add(build)
         known.append(mask)
     return known[0]

@@ -24,7 +24,7 @@ def number_of(reading: Reading, arg: Any) -> float | None:
     value = reading.values.get(arg)
     if isinstance(value, Columns):
         timeline = reading.timeline
-        if not timeline.unchanged(arg, arg, len(timeline.nodes)):
+        if not timeline.unchanged(arg, arg):
             return None
         constant = value.expr.get(algebra.ONE)
         alone = value.expr == algebra.as_vocab(constant) and constant.is_number

@@ -11,7 +11,8 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import Size, equal, same_shape, shape_of, tensor_of, tied
+from ..graph.builder import Builder
+from ..graph.shapes import Size, equal, requires_grad, same_shape, shape_of, tensor_of, tied
 from ..graph.timeline import INFERENCE, Mode, written_by
 from . import spellings
 from .row_views import RowView, arrangement, row_shape
@@ -101,12 +102,12 @@ class Context:
             return False
         step, timeline = spellings.step_of(arg), self.reading.timeline
         cut = step is not None and step.name == "detach"
-        return cut or timeline.grad_mode(timeline.position[arg]) is False
+        return cut or timeline.grad_mode(arg) is False
 
     def _through(self, arg: Node, axis: int) -> tuple[Node, int, tuple[RowView, ...]] | None:
         """(source, its axis, steps) where `arg` is a view or a cast of `source` and still reads so."""
         timeline = self.reading.timeline
-        if (timeline.grad_mode(timeline.position[arg]) == INFERENCE) != (self.grad_mode == INFERENCE):
+        if (timeline.grad_mode(arg) == INFERENCE) != (self.grad_mode == INFERENCE):
             return None
         written = next(written_by(arg), None)
         if written is not None:  # z.div_(t) is z itself
@@ -124,9 +125,9 @@ class Context:
     def still_alike(self, arg: Node, source: Node) -> bool:
         """Whether a view or copy of `source` still holds what `source` holds."""
         timeline = self.reading.timeline
-        return timeline.shares_storage(arg, source) or (
-            timeline.unchanged(arg, arg, self.position) and timeline.unchanged(source, arg, self.position)
-        )
+        if timeline.shares_storage(arg, source):
+            return True
+        return all(timeline.unchanged(each, arg, self.position) for each in (arg, source))
 
     def opaque(self, arg: Node, axis: int) -> VocabValue:
         """`arg` as logits in its own right, whatever it was made from."""
@@ -151,8 +152,14 @@ class Context:
     def is_edited_view(self, source: Node) -> bool:
         """Whether this node is a view of `source` and either is written later, for the other to see."""
         timeline = self.reading.timeline
-        edited = not timeline.unchanged(self.node, self.node, len(timeline.nodes))
+        edited = not timeline.unchanged(self.node, self.node)
         return edited and timeline.shares_storage(self.node, source)
+
+    def add(self, build: Builder) -> None:
+        """Let what was built beside this node be of the reading, which forgets it where nobody uses it."""
+        for made in build.created:
+            self.reading.added[made] = self.node
+            self.reading.timeline.position[made] = self.position
 
     # Labels
 
@@ -278,8 +285,7 @@ class Context:
         return algebra.columns(self._outside_symbol(arg, "classes", value, like, ""))
 
     def _wants_gradient(self, arg: Node) -> bool:
-        example = tensor_of(arg)
-        return self.grad_mode is True and example is not None and example.requires_grad
+        return self.grad_mode is True and requires_grad(arg)
 
     def _outside_symbol(self, arg: Node, kind: str, value: VocabValue, like: Node, made: str) -> sympy.Symbol:
         known, timeline = self.reading.outside.setdefault(value.logits, {}), self.reading.timeline

@@ -18,7 +18,7 @@ from ..algebra import divergences as joint
 from ..algebra import entries
 from ..algebra.divergences import Divergence
 from ..algebra.entries import Entries
-from ..graph.shapes import Size, equal, example_of, same_shape, shape_of, tensor_of
+from ..graph.shapes import Size, equal, example_of, requires_grad, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..graph.walk import reached
 from . import spellings
@@ -118,7 +118,7 @@ def _places_of_classes(reading: Reading) -> list[tuple[int, Size]]:
 
 def _may_be_of(node: Node, places: list[tuple[int, Size]]) -> bool:
     """Whether what a node sums may be entries of that: the streams of a model are not walked for nothing."""
-    summand = spellings.arguments(node, spellings.step_of(node)).get("input")  # type: ignore[arg-type]
+    summand = spellings.arguments_of(node).get("input")
     if not isinstance(summand, Node) or tensor_of(summand) is None:
         return False
     shape = shape_of(summand)
@@ -133,10 +133,8 @@ def is_loss_of_one(reading: Reading, node: Node) -> bool:
 
 def _learns(reading: Reading, node: Node) -> bool:
     """Whether a gradient flows through a loss of one tensor of logits."""
-    value, timeline = reading.on_logits(node), reading.timeline
-    example = None if value is None else tensor_of(value.logits.node)
-    on = timeline.grad_mode(timeline.position[node]) is True
-    return on and example is not None and example.requires_grad
+    value = reading.on_logits(node)
+    return value is not None and reading.timeline.grad_mode(node) is True and requires_grad(value.logits.node)
 
 
 def _is_of_given(reading: Reading, node: Node) -> bool:
@@ -162,11 +160,11 @@ def _is_of_given(reading: Reading, node: Node) -> bool:
 
 
 def _summed(reader: JointReader, node: Node, name: str) -> Summed | None:
-    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
+    args = spellings.arguments_of(node)
     summand, timeline = args.get("input"), reader.reading.timeline
     if tensor_of(node) is None or not isinstance(summand, Node) or tensor_of(summand) is None:
         return None
-    mode = timeline.grad_mode(timeline.position[node])
+    mode = timeline.grad_mode(node)
     if mode == INFERENCE:
         return None
     is_loss = name == "kl_div"
@@ -209,7 +207,7 @@ def _of_entries(reader: JointReader, node: Node) -> Between | None:
     if spelled is None or spelled[0].name not in _ENDS:
         return None
     (step, args), timeline = spelled, reader.reading.timeline
-    summand, mode = args.get("input"), timeline.grad_mode(timeline.position[node])
+    summand, mode = args.get("input"), timeline.grad_mode(node)
     if not isinstance(summand, Node) or None in (tensor_of(node), tensor_of(summand)) or mode == INFERENCE:
         return None
     entry = EntryReader(reader, summand)
@@ -267,9 +265,8 @@ def _summed_up(
     for kind, places in used.items():
         leaves |= {(name, k): (name, i) for name in KINDS[kind] for i, k in enumerate(places)}
     made = Entries(entries.replaced(term, leaves), len(sides), len(tensors), wanted)
-    return Between(
-        node, node, entry.summand, axis, sides, (Term(made, ()),), wide, tensors, numbers, constants
-    )
+    terms = (Term(made, ()),)
+    return Between(node, node, entry.summand, axis, sides, terms, wide, tensors, numbers, constants)
 
 
 def _sums_as_made(args: dict[str, Any]) -> bool:

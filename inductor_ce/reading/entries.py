@@ -91,7 +91,7 @@ class EntryReader:
         timeline = reading.timeline
         if not same_shape(shape_of(node), shape_of(self.summand)):
             return None
-        if not timeline.unchanged(node, node, len(timeline.nodes)):
+        if not timeline.unchanged(node, node):
             return None
         value = self.joint.of(node)
         if value is None or value.axis is None or value.like is not None:
@@ -108,7 +108,7 @@ class EntryReader:
     def _by_step(self, node: Node, depth: int) -> Term | None:
         """What a function makes of what it is given."""
         timeline = self.joint.reading.timeline
-        spelled, mode = spellings.read(node), timeline.grad_mode(timeline.position[node])
+        spelled, mode = spellings.read(node), timeline.grad_mode(node)
         if spelled is None or mode == INFERENCE:
             return None
         step = _STEPS.get(spelled[0].name)
@@ -131,7 +131,7 @@ class EntryReader:
             return None
         self.axis = axis
         self._wide |= there._wide | {node: frozenset([node, source])}
-        return term if timeline.grad_mode(timeline.position[node]) is True else self.held(term)
+        return term if timeline.grad_mode(node) is True else self.held(term)
 
     def _logit(self, node: Node) -> Term | None:
         """Logits themselves, of which a softmax is read as well."""
@@ -207,7 +207,7 @@ class EntryReader:
         for node in (*self.tensors, *self.numbers, *self.constants):
             read = [user for user in node.users if user in readers]
             first = min(read, key=timeline.position.__getitem__, default=node)
-            if not timeline.unchanged(node, first, len(timeline.nodes)):
+            if not timeline.unchanged(node, first):
                 return False
         return True
 
@@ -287,13 +287,9 @@ class EntryReader:
     def _clamp(self, node: Node, name: str, args: dict[str, Any], depth: int) -> Term | None:
         x = self._numbers(args, depth, "input")
         low, high = self._end(args.get("min"), -math.inf), self._end(args.get("max"), math.inf)
-        if (
-            x is None
-            or low is None
-            or high is None
-            or low > high
-            or self._compares_with_own(x[0], bends=True)
-        ):
+        if x is None or low is None or high is None or low > high:
+            return None
+        if self._compares_with_own(x[0], bends=True):
             return None
         return "clamp", x[0], low, high, float(clamps_pass_ends())
 

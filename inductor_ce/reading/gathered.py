@@ -24,6 +24,7 @@ from ..graph.shapes import constant, equal, same_count, same_shape, shape_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .part_values import Value
+from .row_views import range_of
 from .steps import View
 from .views import viewed
 
@@ -135,8 +136,8 @@ class GatheredReader:
             return None
         if isinstance(index, int) and first == ranks:
             start, end = index % first, index % first + 1
-        elif isinstance(index, slice) and index.step in (None, 1):
-            start, end, _ = index.indices(first)
+        elif (bounds := range_of(index, first)) is not None:
+            start, end = bounds
         else:
             return None
         each = first // ranks
@@ -167,8 +168,7 @@ class GatheredReader:
         if spelled is None or spelled[0].name not in ("logsumexp", "sum", "amax"):
             return None
         step, args = spelled
-        held, dim = self.get(args.get("input")), args.get("dim")
-        dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+        held, dim = self.get(args.get("input")), spellings.one_dim(args.get("dim"))
         if held is None or (held.first, held.last) != (0, held.ranks) or args.get("dtype") is not None:
             return None
         if dim != 0 or not equal(shape_of(args["input"])[0], held.ranks):

@@ -77,12 +77,8 @@ def _put_together(context: Context, args: dict[str, Any], pieces: list[Piece | N
 
 def _alike(value: RowValue | LossValue, first: RowValue | LossValue, version: int) -> bool:
     plain = not arrangement(value.steps) and not value.after and len(_exprs(value)) == 1
-    return (
-        plain
-        and _facts(value) == _facts(first)
-        and value.logits.version == version
-        and not _has_outside(value)
-    )
+    as_first = _facts(value) == _facts(first) and value.logits.version == version
+    return plain and as_first and not _has_outside(value)
 
 
 def _facts(value: RowValue | LossValue) -> tuple[Any, ...]:

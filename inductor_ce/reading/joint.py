@@ -19,7 +19,6 @@ from ..algebra.divergences import Joint
 from ..graph.shapes import Size, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from . import spellings
-from .arithmetic import one_dim
 from .constants import number_of
 from .context import Context, kind_of
 from .losses import REDUCTIONS, modernised
@@ -59,6 +58,8 @@ class JointValue:
 
 @dataclass
 class JointReader:
+    """Reads nodes as values over sides and factors, which it numbers as it meets them."""
+
     reading: Reading
     sides: list[Side] = field(default_factory=list)
     factors: list[RowFactor] = field(default_factory=list)
@@ -83,7 +84,7 @@ class JointReader:
         if value is not None:
             return value
         spelled = spellings.read(node)
-        mode = timeline.grad_mode(timeline.position[node])
+        mode = timeline.grad_mode(node)
         if spelled is None or mode == INFERENCE or spelled[0].name not in _STEPS:
             return None
         value = _STEPS[spelled[0].name](self, node, spelled[1], depth + 1)
@@ -169,7 +170,7 @@ class JointReader:
     def _is_unedited(self, node: Node, since: Node | None = None) -> bool:
         """Whether a node reads everywhere as when it was made, or from where another has read it."""
         timeline = self.reading.timeline
-        return timeline.unchanged(node, node if since is None else since, len(timeline.nodes))
+        return timeline.unchanged(node, node if since is None else since)
 
     def _numbered(self, node: Node, how: str) -> int:
         return place_in(self.factors, RowFactor(self.reading.twins.of(node), how))
@@ -333,7 +334,7 @@ class JointReader:
         """A reduction over what torch.stack has put beside each other."""
         stacked = args.get("input")
         spelled = spellings.read(stacked) if isinstance(stacked, Node) else None
-        dim = one_dim(args.get("dim"))
+        dim = spellings.one_dim(args.get("dim"))
         if spelled is None or spelled[0].name != "stack" or args.get("keepdim"):
             return None
         if not isinstance(dim, int):

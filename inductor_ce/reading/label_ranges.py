@@ -75,7 +75,7 @@ class LabelRanges:
         self._conditions: dict[Node, Condition | None] = {}
 
     def _is_as_made(self, node: Node) -> bool:
-        return self._timeline.unchanged(node, node, len(self._timeline.nodes))
+        return self._timeline.unchanged(node, node)
 
     # Indices
 

@@ -102,7 +102,7 @@ def _before_temperature(reading: Reading, value: VocabValue) -> VocabValue | Non
     """What the logits of a value are made of by a positive number that makes infinite no other than is."""
     node, timeline = value.logits.node, reading.timeline
     spelled = spellings.read(node)
-    if spelled is None or not timeline.unchanged(node, node, len(timeline.nodes)):
+    if spelled is None or not timeline.unchanged(node, node):
         return None
     step, args = spelled
     a, b = args.get("input"), args.get("other")

@@ -16,8 +16,8 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import shape_of, tensor_of
 from .arithmetic import minus, times
 from .context import Context, is_labels
-from .indexing import diagonal
 from .operands import Operands, operands
+from .picks import diagonal
 from .values import Columns, LossValue, Outcome, Reduction, RowValue, Value, VocabValue
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -38,6 +38,7 @@ def modernised(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
+    """As torch has it, over logits, or log-probabilities, that may have been seen before."""
     args = modernised(args)
     value = _class_axis(context, args)
     smoothing = args.get("label_smoothing", 0.0)
@@ -56,6 +57,7 @@ def cross_entropy(context: Context, args: dict[str, Any]) -> Outcome:
 
 
 def nll_loss(context: Context, args: dict[str, Any]) -> Outcome:
+    """As torch has it, over log-probabilities."""
     args = modernised(args)
     known = context.known(args.get("input"))
     if not isinstance(known, VocabValue) or not is_labels(args.get("target")):
@@ -129,9 +131,8 @@ def _from_indices(
         return None
     expr = algebra.expand(-(1 - smoothing) * picked - smoothing * uniform / algebra.V)
     symbols = {q for b, _ in weights.terms for q in b.q}
-    reduction = Reduction(
-        args.get("reduction", "mean"), y, args.get("ignore_index", -100), next(iter(symbols), None)
-    )
+    how, ignored = args.get("reduction", "mean"), args.get("ignore_index", -100)
+    reduction = Reduction(how, y, ignored, next(iter(symbols), None))
     return LossValue(value.logits, value.steps, expr, reduction, value.wide, value.detached)
 
 
@@ -177,9 +178,8 @@ def kl_div(context: Context, args: dict[str, Any]) -> Outcome:
     if not isinstance(read.frame, VocabValue):
         return None
     log_p, q = map(algebra.as_vocab, read.exprs)
-    terms = (_divergence_from_log if args.get("log_target") else _divergence)(
-        context, read.frame, log_p, q, args
-    )
+    divergence = _divergence_from_log if args.get("log_target") else _divergence
+    terms = divergence(context, read.frame, log_p, q, args)
     if terms is None or isinstance(terms, Refusal):
         return terms
     wide = read.wide | {context.node}

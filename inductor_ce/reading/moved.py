@@ -27,14 +27,10 @@ from .views import step_back, viewed
 def before_move(joint: JointReader, node: Node) -> Node | None:
     """What `node` has some rows of, or the same rows elsewhere."""
     spelled, timeline = spellings.read(node), joint.reading.timeline
-    if spelled is None or timeline.grad_mode(timeline.position[node]) == INFERENCE:
+    if spelled is None or timeline.grad_mode(node) == INFERENCE:
         return None
     source = spelled[1].get("input")
-    if (
-        not isinstance(source, Node)
-        or tensor_of(source) is None
-        or not timeline.unchanged(source, source, len(timeline.nodes))
-    ):
+    if not isinstance(source, Node) or tensor_of(source) is None or not timeline.unchanged(source, source):
         return None
     chooses = spelled[0].name in ("getitem", "index_select", "gather")
     return source if chooses or spelled[0].view is not None else None

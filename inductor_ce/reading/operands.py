@@ -15,7 +15,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import same_shape, shape_of, tensor_of
 from . import spellings
 from .context import Context
-from .indexing import fixed_pick
+from .picks import fixed_pick
 from .values import Columns, Logits, OnLogits, Outcome, RowValue, Value, VocabValue, is_shift
 
 Number = int | float
@@ -200,11 +200,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
     if logits is not None:
         yield logits
     spelled = spellings.read(arg)
-    if (
-        spelled is None
-        or spelled[0].name != "exp"
-        or not context.reading.timeline.unchanged(arg, arg, context.position)
-    ):
+    if spelled is None or spelled[0].name != "exp" or not context.is_as_made(arg):
         return
     source = Context(context.reading, arg).vocab(spelled[1].get("input"), axis)
     exp = None if source is None else algebra.exp(source.expr)
@@ -213,6 +209,7 @@ def _seen(context: Context, arg: Node, axis: int) -> Iterator[VocabValue]:
 
 
 def plain(value: algebra.Vocab) -> Expr:
+    """A value of which all columns are alike as a number of each row."""
     constant = value.get(algebra.ONE)
     return constant if value == algebra.as_vocab(constant) else value
 
@@ -252,9 +249,8 @@ def _of_columns(context: Context, args: tuple[Any, ...], known: list[Value | Non
     axes = set()
     whole = tensor_of(context.node)
     whole = tensor_of(args[0]) if whole is None else whole
-    placed = [
-        (a, v.axis) for a, v in zip(args, known, strict=True) if isinstance(v, Columns) and v.axis is not None
-    ]
+    of_labels = [(a, v) for a, v in zip(args, known, strict=True) if isinstance(v, Columns)]
+    placed = [(a, v.axis) for a, v in of_labels if v.axis is not None]
     like, axis = placed[0] if placed else (None, None)
     for arg, value in zip(args, known, strict=True):
         if isinstance(arg, Number) and math.isfinite(arg):

@@ -83,6 +83,7 @@ class PartReader:
         return None if expr is None else Value(expr, self.attached[node])
 
     def read(self, node: Node) -> None:
+        """Take in the next node of the graph: what it makes, or else whom it needs. Raises NotRead."""
         if node.op in ("call_function", "call_method"):
             value = self._value_of(node) or self.gathered.reduced(node)
             if value is not None:
@@ -94,8 +95,7 @@ class PartReader:
         self._use(node)
 
     def _put_result(self, node: Node, value: Value) -> None:
-        position = self.timeline.position[node]
-        on = self.timeline.grad_mode(position) is True
+        on = self.timeline.grad_mode(node) is True
         if value.attached and not on:
             value = Value(value.expr, False)
         written = [*written_by(node)]
@@ -213,7 +213,7 @@ class PartReader:
         example = tensor_of(node)
         if not isinstance(node, Node) or example is None or not self._has_rows(node):
             return None
-        if not self.timeline.unchanged(node, node, len(self.timeline.nodes)):
+        if not self.timeline.unchanged(node, node):
             return None
         return self._of_masks(node) or self._named(node)
 

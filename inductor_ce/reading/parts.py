@@ -13,6 +13,7 @@ from .. import algebra
 from ..algebra import parts
 from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
+from . import spellings
 from .part_reader import PartReader, Step
 from .part_values import NotRead, Parts, Value
 from .views import counted, keeps_order
@@ -56,8 +57,7 @@ def _over(a: Any, b: Any) -> Any:
 
 def _on_last(reader: PartReader, args: dict[str, Any]) -> Value | None:
     """What is wide, if its last dimension is reduced."""
-    source, dim = args.get("input"), args.get("dim")
-    dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+    source, dim = args.get("input"), spellings.one_dim(args.get("dim"))
     value = reader.value(source)
     if value is None or not value.is_wide or not isinstance(source, Node) or not isinstance(dim, int):
         return None
@@ -89,7 +89,7 @@ def _peak(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
     value = _on_last(reader, args)
     if value is None or value.expr != algebra.LOGITS:
         return None
-    if value.attached and reader.timeline.grad_mode(reader.timeline.position[node]) is True:
+    if value.attached and reader.timeline.grad_mode(node) is True:
         raise NotRead  # its gradient goes to one column, or is shared by several
     return Value(parts.MAX_HERE)
 
@@ -140,11 +140,8 @@ def _gather(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | Non
         return None
     sizes = shape_of(source)  # type: ignore[arg-type]
     on_last = isinstance(dim, int) and dim % len(sizes) == len(sizes) - 1
-    return (
-        _picked(reader, node, source, index)
-        if on_last and same_shape(shape_of(index), (*sizes[:-1], 1))
-        else None
-    )
+    picks_one = on_last and same_shape(shape_of(index), (*sizes[:-1], 1))
+    return _picked(reader, node, source, index) if picks_one else None
 
 
 def _getitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:

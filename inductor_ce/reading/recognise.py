@@ -16,7 +16,7 @@ from ..common.findings import Refusal
 from ..graph.exported import has_guards
 from ..graph.timeline import Timeline
 from ..ops.verified import VERIFIED
-from . import arithmetic, indexing, joining, losses, reductions, replaced, spellings, targets
+from . import arithmetic, indexing, joining, losses, picks, reductions, replaced, spellings, targets
 from .arithmetic import or_afterwards
 from .context import Context
 from .steps import STEPS, Step
@@ -46,9 +46,8 @@ def _originals(graph: Graph, nodes: list[Node]) -> set[Node]:
     found: set[Node] = set()
     compared = {node.args[1] for node in graph.find_nodes(op="call_function", target=VERIFIED)}
     for node in reversed(nodes) if compared else ():
-        is_one = all(
-            user in found or (user.target is VERIFIED and user.args[0] is not node) for user in node.users
-        )
+        others = (user for user in node.users if user not in found)
+        is_one = all(user.target is VERIFIED and user.args[0] is not node for user in others)
         if node.users and is_one and node.op != "placeholder":
             found.add(node)
     return found
@@ -77,7 +76,7 @@ def _is_0_at_a_label(value: Outcome) -> bool:
 
 _MODULES = {
     m.__name__.rpartition(".")[2]: m
-    for m in (arithmetic, indexing, joining, losses, reductions, replaced, targets)
+    for m in (arithmetic, indexing, joining, losses, picks, reductions, replaced, targets)
 }
 
 

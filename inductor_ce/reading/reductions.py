@@ -15,7 +15,7 @@ from ..algebra import symbols
 from ..common.findings import Reason, Refusal
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
 from . import indexing, losses, spellings
-from .arithmetic import one_dim, product_of, summed
+from .arithmetic import product_of, summed
 from .class_ranges import of_range
 from .context import Context, axis_of
 from .operands import operands
@@ -39,7 +39,7 @@ def _on_vocab(function: Callable[[algebra.Vocab], algebra.Vocab | None]) -> Func
     """The step of a function of the whole axis that keeps it, such as log_softmax."""
 
     def step(context: Context, args: dict[str, Any]) -> Outcome:
-        dim = _default_dim(args) if args.get("dim") is None else one_dim(args["dim"])
+        dim = _default_dim(args) if args.get("dim") is None else spellings.one_dim(args["dim"])
         value = context.take(args.get("input"), dim, function)
         if value is None or value.after or not _dtype_keeps(args):
             return None if value is None or value.after else _refused_cast(args)
@@ -67,7 +67,7 @@ def _over_vocab(
             return None
         if not _dtype_keeps(args):
             return _refused_cast(args)
-        dim = one_dim(args.get("dim"))
+        dim = spellings.one_dim(args.get("dim"))
         if dim is None:
             return over_all(context, args)
         if reads_logits:
@@ -95,7 +95,7 @@ def _over_classes(how: str, function: Callable[[algebra.Vocab], sympy.Expr | Non
             return over_all(context, args)
         if args.get("dim") is None:
             return losses.reduced(some, how, None)
-        dim = axis_of(args["input"], one_dim(args["dim"]))
+        dim = axis_of(args["input"], spellings.one_dim(args["dim"]))
         expr = function(some.expr) if dim == some.axis else None
         return None if expr is None else some.reduced_to(expr, dim if args.get("keepdim") else None)
 

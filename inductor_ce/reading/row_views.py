@@ -135,6 +135,19 @@ def _index(dim: int, at: int, size: Size) -> Index | None:
     return Index(dim, at % number, number) if number is not None and -number <= at < number else None
 
 
+def range_of(piece: Any, size: Any) -> tuple[int, int] | None:
+    """(the first, the one behind the last) of `size` places that a slice takes one after another.
+
+    None for anything else: a step, a bound or a size that is no number. It may take none.
+    """
+    if not isinstance(piece, slice) or piece.step not in (None, 1) or not isinstance(size, int):
+        return None
+    if not all(bound is None or isinstance(bound, int) for bound in (piece.start, piece.stop)):
+        return None
+    first, end, _ = piece.indices(size)
+    return first, end
+
+
 def index_per_dimension(index: Any, rank: int) -> list[Any] | None:
     """What `x[index]` asks of each dimension of x; None where the index adds dimensions or is a tensor."""
     items = list(index) if isinstance(index, tuple) else [index]

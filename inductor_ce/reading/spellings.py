@@ -94,6 +94,18 @@ def _named(node: Node, step: Step) -> dict[str, Any]:
     return given
 
 
+def arguments_of(node: Node) -> dict[str, Any]:
+    """The arguments by name of a node that is known to be a step."""
+    step = step_of(node)
+    assert step is not None, f"{node} is no step"
+    return arguments(node, step)
+
+
+def one_dim(dim: Any) -> Any:
+    """The dimension in a list of one, as `dim=[-1]` has it; anything else as it is."""
+    return dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
+
+
 def is_repeatable(node: Node) -> bool:
     """Whether a node is a step that may be made again elsewhere, or erased where nobody uses it."""
     step = step_of(node)
@@ -110,6 +122,12 @@ def is_arithmetic_edit(node: Node) -> bool:
     """Whether a node is x.add_(y) or the like, whose functional form keeps the strides of x."""
     step = step_of(node)
     return step is not None and step.keeps_strides
+
+
+def reads_shapes(node: Node) -> bool:
+    """Whether a node is a step that reads no element of what it is given."""
+    step = step_of(node)
+    return step is not None and step.reads_shapes
 
 
 def has_log(node: Node) -> bool:

@@ -148,15 +148,15 @@ _ALONG_THE_VOCABULARY = (
 )
 
 _PICKS = (
-    _row("gather", "indexing.gather", "input dim index", torch.gather, "gather", traits="before_log"),
-    _row("take_along", "indexing.take_along", "input index dim", torch.take_along_dim, "take_along_dim"),
-    _row("take", "indexing.take", "input index", torch.take, "take"),
-    _row("index_select", "indexing.index_select", "input dim index", torch.index_select, "index_select"),
+    _row("gather", "picks.gather", "input dim index", torch.gather, "gather", traits="before_log"),
+    _row("take_along", "picks.take_along", "input index dim", torch.take_along_dim, "take_along_dim"),
+    _row("take", "picks.take", "input index", torch.take, "take"),
+    _row("index_select", "picks.index_select", "input dim index", torch.index_select, "index_select"),
     _row("getitem", "reductions.getitem", "input index", operator.getitem, traits="picks", view=View.SLICE),
     _row("select", "indexing.select", "input dim index", torch.select, "select",
          traits="needs_value picks"),
-    _row("diagonal", "indexing.diagonal", "input offset", torch.diag, "diag", traits="picks"),
-    _row("diagonal", "indexing.diagonal", "input offset dim1 dim2", torch.diagonal, "diagonal",
+    _row("diagonal", "picks.diagonal", "input offset", torch.diag, "diag", traits="picks"),
+    _row("diagonal", "picks.diagonal", "input offset dim1 dim2", torch.diagonal, "diagonal",
          traits="picks"),
     _row("trace", "losses.trace", "input", torch.trace, "trace"),
 )

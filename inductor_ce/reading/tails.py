@@ -81,9 +81,9 @@ def _combined(reading: Reading, values: dict[Node, Summed], node: Node) -> Summe
 def _is_plain(reading: Reading, node: Node, sources: list[Node]) -> bool:
     """Whether a node has the shape of values that nothing else reads, and a gradient as they have."""
     timeline = reading.timeline
-    alone = all(len(s.users) == 1 and timeline.unchanged(s, s, len(timeline.nodes)) for s in sources)
+    alone = all(len(s.users) == 1 and timeline.unchanged(s, s) for s in sources)
     same = tensor_of(node) is not None and all(same_shape(shape_of(node), shape_of(s)) for s in sources)
-    modes = {timeline.grad_mode(timeline.position[each]) for each in (node, *sources)}
+    modes = {timeline.grad_mode(each) for each in (node, *sources)}
     return alone and same and len(modes) == 1
 
 

@@ -14,7 +14,7 @@ from .. import algebra
 from ..common.findings import Refusal
 from ..graph.shapes import constant, equal, same_shape, shape_of, tensor_of
 from .context import Context, is_labels
-from .indexing import label_axis
+from .picks import label_axis
 from .row_views import index_per_dimension, row_shape
 from .values import Columns, Outcome, Value
 
@@ -42,6 +42,7 @@ def full(context: Context, args: dict[str, Any]) -> Value | None:
 
 
 def one_hot(context: Context, args: dict[str, Any]) -> Value | None:
+    """F.one_hot(y), with the classes behind the dimensions of y."""
     y = args.get("input")
     if not is_labels(y):
         return None
@@ -56,9 +57,8 @@ def equals(context: Context, args: dict[str, Any]) -> Value | None:
             shape = shape_of(context.node)
             axis = len(shape) + count[0]
             if equal(shape[axis], count[1]) and _stands_at(y, shape, axis):
-                return Columns(
-                    algebra.indicator(context.loose_label(y, _kept(y, shape, axis), named=False)), axis
-                )
+                symbol = context.loose_label(y, _kept(y, shape, axis), named=False)
+                return Columns(algebra.indicator(symbol), axis)
     return None
 
 
@@ -67,9 +67,8 @@ def _stands_at(y: Node, shape: tuple[Any, ...], axis: int) -> bool:
     rows = tuple(s for i, s in enumerate(shape) if i != axis)
     own = shape_of(y)
     kept = _kept(y, shape, axis)
-    return same_shape(row_shape(y, kept), rows) and (
-        kept is not None or (axis == 0 and len(own) == len(rows))
-    )
+    is_known = kept is not None or (axis == 0 and len(own) == len(rows))
+    return is_known and same_shape(row_shape(y, kept), rows)
 
 
 def _kept(y: Node, shape: tuple[Any, ...], axis: int) -> int | None:
@@ -82,9 +81,7 @@ def differs(context: Context, args: dict[str, Any]) -> Value | None:
 
 
 def negation(context: Context, args: dict[str, Any]) -> Value | None:
-    value, example = context.known(args.get("input")), tensor_of(args.get("input"))
-    is_mask = isinstance(value, Columns) and example is not None and example.dtype == torch.bool
-    return _complement(value) if is_mask else None
+    return _complement(mask_of(context, args.get("input")))
 
 
 def _complement(value: Value | None) -> Columns | None:
@@ -96,9 +93,8 @@ def _complement(value: Value | None) -> Columns | None:
 def mask_of(context: Context, arg: Any) -> Columns | None:
     """A boolean tensor of indicators."""
     value, example = context.known(arg), tensor_of(arg)
-    return (
-        value if isinstance(value, Columns) and example is not None and example.dtype == torch.bool else None
-    )
+    is_mask = example is not None and example.dtype == torch.bool
+    return value if isinstance(value, Columns) and is_mask else None
 
 
 def scatter(context: Context, args: dict[str, Any]) -> Value | None:

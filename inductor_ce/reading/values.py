@@ -199,33 +199,49 @@ def row_expr(value: RowValue | LossValue) -> sympy.Basic:
 
 @dataclass
 class Reading:
-    """What recognition knows of a graph."""
+    """What recognition knows of a graph.
+
+    Attributes:
+        timeline: of the graph.
+        guards: whether what is compiled is asked for its guards before it is called.
+        apart: whether classes that are left out have a weight of 0, and are not taken from a sum over all.
+        originals: what nodes are compared with, under `verify`.
+        values: of nodes; edits: of tensors that are edited, as a one-hot target is, by their version.
+        labels, outside: what symbols stand for in values over some logits; loose: in those that met none yet.
+        joined: nodes that put rows of several losses together.
+        looked_through: nodes without a value, by way of which others are read.
+        chosen: nodes of `added`, by what they are: rows of logits, masks of classes.
+        added: what was added to the graph, each with the node that it is for.
+        refusals: why steps do not read their node.
+        between: of divergences that are left as they were, by each node between: the end, and why.
+        misses, small: what is told of losses that are left; of those over few classes.
+        refused: the nodes of these.
+        taken_back: nodes whose loss takes a class from a sum over all.
+        kept: for whom log-probabilities are kept beside a loss, and the nodes that they are.
+        results: what nodes were replaced by, and where.
+    """
 
     timeline: Timeline
-    guards: bool = False  # whether what is compiled is asked for its guards before it is called
-    apart: bool = False  # classes that are left out have a weight of 0, and are not taken from a sum over all
-    originals: set[Node] = field(default_factory=set)  # what nodes are compared with, under `verify`
+    guards: bool = False
+    apart: bool = False
+    originals: set[Node] = field(default_factory=set)
     values: dict[Node, Value] = field(default_factory=dict)
-    edits: dict[Node, dict[int, Columns]] = field(default_factory=dict)  # by version
+    edits: dict[Node, dict[int, Columns]] = field(default_factory=dict)
     labels: dict[Logits, dict[sympy.Symbol, Label]] = field(default_factory=dict)
     outside: dict[Logits, dict[sympy.Symbol, Outside]] = field(default_factory=dict)
     loose: dict[sympy.Symbol, Label | Outside] = field(default_factory=dict)
     joined: set[Node] = field(default_factory=set)
-    looked_through: set[Node] = field(default_factory=set)  # without a value; others are read by way of them
-    chosen: dict[Hashable, list[Node]] = field(default_factory=dict)  # logits of which rows were taken
-    added: dict[Node, Node] = field(default_factory=dict)  # to the graph, each with the node that it is for
-    refusals: dict[Node, Refusal] = field(default_factory=dict)  # what steps say that do not read their node
-    between: dict[Node, tuple[Node, Refusal]] = field(
-        default_factory=dict
-    )  # divergences left, by what made them
+    looked_through: set[Node] = field(default_factory=set)
+    chosen: dict[Hashable, list[Node]] = field(default_factory=dict)
+    added: dict[Node, Node] = field(default_factory=dict)
+    refusals: dict[Node, Refusal] = field(default_factory=dict)
+    between: dict[Node, tuple[Node, Refusal]] = field(default_factory=dict)
     misses: list[Miss] = field(default_factory=list)
-    small: list[Miss] = field(default_factory=list)  # those over few classes
+    small: list[Miss] = field(default_factory=list)
     refused: set[Node] = field(default_factory=set)
-    taken_back: set[Node] = field(default_factory=set)  # of which something is taken from a sum over all
-    kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)  # what is, beside a loss
-    results: dict[Node, tuple[Node, int]] = field(
-        default_factory=dict
-    )  # what nodes were replaced by, and where
+    taken_back: set[Node] = field(default_factory=set)
+    kept: dict[Node, tuple[str, frozenset[Node]]] = field(default_factory=dict)
+    results: dict[Node, tuple[Node, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.twins = Twins(self.timeline)

@@ -29,9 +29,8 @@ def keeps_order(node: Node, source: Node) -> bool:
     step, args = spelled
     if step.view in (View.SAME, View.RESHAPE):
         return True
-    return (
-        step.name == "getitem" and _is_basic(args["index"]) and same_count(shape_of(node), shape_of(source))
-    )
+    is_basic = step.name == "getitem" and _is_basic(args["index"])
+    return is_basic and same_count(shape_of(node), shape_of(source))
 
 
 def _is_basic(index: Any) -> bool:

@@ -42,7 +42,7 @@ def set_where_zero(timeline: Timeline, node: Node) -> Zeroed | None:
     if spelled is None or spelled[0].name != "mul":
         return None
     between = frozenset({inner, product, *made, *also_made})
-    on = all(timeline.grad_mode(timeline.position[each]) is True for each in (node, *between))
+    on = all(timeline.grad_mode(each) is True for each in (node, *between))
     edited = any(timeline.edits(each) for each in between)
     return Zeroed(spelled[1], p, q, between) if on and not edited else None
 

@@ -43,7 +43,7 @@ def flat_logits(build: Builder, reading: Reading, logits: Logits, place: int, vo
     if rank != 2:
         flat = build("reshape", flat, -1, vocab_size)
     for link in links:
-        flat = build.again(link, dict.fromkeys(link.all_input_nodes, flat))
+        flat = build.again(link, flat)
     return flat
 
 
@@ -203,6 +203,7 @@ def row_sizes(build: Builder, node: Node, axis: int | None) -> list[int | Node]:
 
 
 def size_of(build: Builder, node: Node, dim: int) -> int | Node:
+    """A size as a number, or as a node where it is symbolic."""
     number = constant(shape_of(node)[dim])
     return build("size", node, dim) if number is None else number
 

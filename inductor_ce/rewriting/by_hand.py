@@ -20,9 +20,9 @@ from ..algebra.notation import render
 from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT, calls, calls_in
 from ..common.findings import Site, name_of, user_line
 from ..common.strategies import MATERIALISE
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.functions import Body, function_bodies, inner, joined
-from ..graph.shapes import bytes_of, shape_of, tensor_of
+from ..graph.shapes import bytes_of, requires_grad, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.part_values import Parts
@@ -128,16 +128,14 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
     since = {node: timeline.position[at] for node, at in found.labels.values()}
     for node in read:
         position = timeline.position[node]
-        if position >= place or not timeline.unchanged(
-            node, since.get(node, position + 1), len(timeline.nodes)
-        ):
+        if position >= place or not timeline.unchanged(node, since.get(node, position + 1)):
             return None
-    if not timeline.unchanged(found.logits, found.logits, len(timeline.nodes)):
+    if not timeline.unchanged(found.logits, found.logits):
         return None
     number = next(numbers)
     first = timeline.nodes[place]
     build = Builder(graph, first, like=uses[0].source)
-    try:
+    with undone_on_error([build]):
         logits = found.logits if attached == {True} else build("detach", found.logits)
         emitter = PartRows(build, found, logits, number, {})
         made = []
@@ -145,9 +143,6 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
             emitter.build = later = Builder(graph, use.user, like=use.source)
             made.append((use, emitter.result(use.value.expr, use.source)))
             build.created += later.created
-    except Exception:
-        build.undo()
-        raise
     for use, result in made:
         use.user.replace_input_with(use.source, result)
     _erase(graph, found.steps)
@@ -183,7 +178,7 @@ def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site 
     for base in _bases(timeline):
         if base not in given or base not in both.gradients:
             continue
-        others = [outer for node, outer in given.items() if node is not base and _wants_gradient(outer)]
+        others = [outer for node, outer in given.items() if node is not base and requires_grad(outer)]
         found = read_parts(timeline, base, {}, [both.result, both.gradients[base]], own_backward=True)
         meant = None if found is None or found.whole or others else _meant(found, both.upstream)
         if found is not None and meant is not None:
@@ -191,22 +186,13 @@ def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site 
     return None
 
 
-def _wants_gradient(given: Any) -> bool:
-    example = tensor_of(given)
-    return example is not None and example.requires_grad
-
-
 def _meant(found: Parts, upstream: Node) -> sympy.Expr | None:
     """What has the gradient that the backward computes."""
     loss, dz = found.asked
     g = next((symbol for symbol, node in found.others.items() if node is upstream), None)
-    if (
-        loss is None
-        or dz is None
-        or g is None
-        or isinstance(loss.expr, Vocab)
-        or not loss.expr.has(algebra.LSE)
-    ):
+    if loss is None or dz is None or g is None:
+        return None
+    if isinstance(loss.expr, Vocab) or not loss.expr.has(algebra.LSE):
         return None
     if not isinstance(dz.expr, Vocab) or loss.expr.has(g) or _needs_more(loss.expr):
         return None
@@ -230,7 +216,7 @@ def _inline(
     number = next(numbers)
     outer = dict(given)
     build = Builder(graph, body.call, like=result)
-    try:
+    with undone_on_error([build]):
         for step in inner(body.forward)[1]:
             own = nodes[step]
             if own not in found.steps and all(n in outer for n in own.all_input_nodes):
@@ -241,9 +227,6 @@ def _inline(
         loss = found.asked[0]
         assert loss is not None
         made = emitter.result(loss.expr, result, meant)
-    except Exception:
-        build.undo()
-        raise
     result.replace_all_uses_with(made)
     for node in (result, body.call, *body.call.args[:2]):
         if isinstance(node, Node) and not node.users:

@@ -15,15 +15,15 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..graph.builder import Builder
-from ..graph.shapes import constant, example_of, same_shape, shape_of, tensor_of
+from ..graph.builder import Builder, undone_on_error
+from ..graph.shapes import constant, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.chosen import is_alike, leaves_last
 from ..reading.row_views import index_per_dimension
 from .find_recipe import is_of_each, is_sized_view, with_width
-from .linear_layers import LinearLayer, plain_layer
+from .linear_layers import LinearLayer, logit_classes, plain_layer
 from .rewrite import want_gradients_as
 
 
@@ -57,55 +57,46 @@ def cut_hidden(graph: Graph) -> None:
 
 def wide_source(node: Node) -> Node | None:
     """The one source with rows of as many classes."""
-    wide = [a for a in node.all_input_nodes if _classes(a) and _classes(a) == _classes(node)]
+    wide = [a for a in node.all_input_nodes if logit_classes(a) and logit_classes(a) == logit_classes(node)]
     return wide[0] if len(wide) == 1 else None
 
 
-def _classes(node: Node) -> int | None:
-    example = tensor_of(node)
-    if example is None or example.dim() < 2 or not example.is_floating_point():
-        return None
-    return constant(example.shape[-1])
+def _spelled(node: Node) -> tuple[str, dict[str, Any], int]:
+    """(a step, its arguments, the rank of its source), of a node of which that alone is wide; else blank."""
+    spelled, source = spellings.read(node), node.args[0] if node.args else None
+    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
+        return "", {}, 0
+    return spelled[0].name, spelled[1], len(shape_of(source))
 
 
 def _chooses_rows(node: Node) -> bool:
     """Whether a node takes some rows of its source, by tensors or in steps, whole."""
-    spelled, source = spellings.read(node), node.args[0] if node.args else None
-    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
-        return False
-    step, args = spelled
-    rank = len(shape_of(source))
-    if step.name == "getitem":
+    name, args, rank = _spelled(node)
+    if name == "getitem":
         return leaves_last(args["index"], rank)
     dim = args.get("dim")
-    if step.name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
+    if name not in ("index_select", "gather") or not isinstance(dim, int) or dim % rank == rank - 1:
         return False
-    return step.name == "index_select" or is_alike(args["index"], rank - 1)
+    return name == "index_select" or is_alike(args["index"], rank - 1)
 
 
 def _takes_one(node: Node) -> bool:
     """Whether a node takes one place, as x[:, -1] does, of a dimension of rows, and ranges of others."""
-    spelled, source = spellings.read(node), node.args[0] if node.args else None
-    if spelled is None or not isinstance(source, Node) or wide_source(node) is not source:
-        return False
-    step, args = spelled
-    rank = len(shape_of(source))
-    if step.name == "select":
+    name, args, rank = _spelled(node)
+    if name == "select":
         dim, at = args["dim"], args["index"]
         return isinstance(dim, int) and dim % rank < rank - 1 and isinstance(at, int)
-    index = args["index"] if step.name == "getitem" else ()
-    pieces = index_per_dimension(index, rank)
+    pieces = index_per_dimension(args["index"], rank) if name == "getitem" else None
     return pieces is not None and pieces[-1] == slice(None) and any(isinstance(i, int) for i in pieces)
 
 
 def cuts_rows(node: Node) -> bool:
     """Whether a node takes ranges of rows of its source, whole, from one number to another."""
-    spelled, source = spellings.read(node), node.args[0] if node.args else None
-    if spelled is None or spelled[0].name != "getitem" or wide_source(node) is not source:
+    name, args, _ = _spelled(node)
+    if name != "getitem":
         return False
-    index = spelled[1]["index"]
-    items = index if isinstance(index, tuple) else (index,)
-    numbers = (n for n in node.all_input_nodes if n is not source)
+    items = args["index"] if isinstance(args["index"], tuple) else (args["index"],)
+    numbers = (n for n in node.all_input_nodes if n is not node.args[0])
     return all(map(_is_number, numbers)) and all(i is Ellipsis or isinstance(i, slice) for i in items)
 
 
@@ -135,12 +126,8 @@ def _moved_before(graph: Graph, node: Node) -> bool:
         return False
     places = [source, *reversed(between)] if stays else [node] * (1 + len(between))
     builds = [Builder(graph, place, like=place) for place in places]
-    try:
+    with undone_on_error(builds):
         result = _chosen_first(builds, layer, between, node)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):
@@ -151,7 +138,7 @@ def _moved_before(graph: Graph, node: Node) -> bool:
 def _keeps_gradient(graph: Graph, node: Node, place: Node) -> bool:
     """Whether what a node makes has at a place the gradient, or none, that it has where it stands."""
     timeline = Timeline(graph)
-    here, there = (timeline.grad_mode(timeline.position[each]) for each in (node, place))
+    here, there = (timeline.grad_mode(each) for each in (node, place))
     return here is True or here == there
 
 
@@ -165,11 +152,9 @@ def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:
 def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
     """A number where a builder adds nodes: itself, if it is there, or as it is made of others."""
     if number not in made:
-        made[number] = (
-            number
-            if build.is_behind(number)
-            else build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
-        )
+        if build.is_behind(number):
+            return number
+        made[number] = build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
     return made[number]
 
 
@@ -189,29 +174,24 @@ def _beside(node: Node) -> list[Node]:
 def _may_move(graph: Graph, layer: LinearLayer, chain: list[Node], node: Node) -> bool:
     """Whether the layer and what follows may be computed where the rows are chosen, and of no others."""
     timeline = Timeline(graph)
-    first, here = timeline.position[chain[0]], timeline.position[node]
-    modes = [timeline.position[each] for each in chain]
-    alike = all(timeline.grad_mode(at) == timeline.grad_mode(here) for at in modes)
+    alike = all(timeline.grad_mode(each) == timeline.grad_mode(node) for each in chain)
     operands = [(a, chain[0]) for a in layer.args if isinstance(a, Node)]
     operands += [(a, each) for each in chain[1:] for a in _beside(each)]
-    return (
-        alike
-        and timeline.same_autocast(first, here)
-        and all(timeline.unchanged(a, reader, here) for a, reader in operands)
-    )
+    here = timeline.position[node]
+    unchanged = all(timeline.unchanged(a, reader, here) for a, reader in operands)
+    return alike and unchanged and timeline.same_autocast(chain[0], node)
 
 
 def _is_alone(graph: Graph, chain: list[Node]) -> bool:
     """Whether nothing else reads, or changes, what is between a layer and the rows that are chosen."""
     timeline = Timeline(graph)
-    end = len(timeline.nodes)
-    return all(len(each.users) == 1 and timeline.unchanged(each, each, end) for each in chain)
+    return all(len(each.users) == 1 and timeline.unchanged(each, each) for each in chain)
 
 
 def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node], node: Node) -> Node:
     """The rows of the hidden states, their logits, and what was done to all logits before."""
     build, *others = builds
-    classes, width = _classes(node), constant(shape_of(layer.hidden)[-1])
+    classes, width = logit_classes(node), constant(shape_of(layer.hidden)[-1])
     hidden = layer.hidden
     for view in reversed(between):
         if is_sized_view(view):
@@ -223,9 +203,7 @@ def _chosen_first(builds: list[Builder], layer: LinearLayer, between: list[Node]
         if not is_sized_view(step):
             beside = _beside(step)
             made = build.again(step, {a: a if a in beside else made for a in step.all_input_nodes})
-    if not same_shape(shape_of(made), shape_of(node)):  # how many rows there are depends on data
-        made.meta["example_value"] = build.resized(example_of(made), example_of(node))
-    return made
+    return build.sized_as(made, node)
 
 
 def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
@@ -237,10 +215,10 @@ def _chosen(build: Builder, node: Node, hidden: Node) -> Node:
         own = {n: _known(build, n, known) for n in node.all_input_nodes}
         return build("contiguous", build.again(node, own))
     if spellings.is_step(node, "gather"):
-        index = spellings.arguments(node, spellings.step_of(node))["index"]  # type: ignore[arg-type]
+        index = spellings.arguments_of(node)["index"]
         rows = build(operator.getitem, index, (..., slice(0, 1)))
         sizes = [-1] * (len(shape_of(index)) - 1) + [shape_of(hidden)[-1]]
         rows = build("expand", rows, *sizes)
-        dim = spellings.arguments(node, spellings.step_of(node))["dim"]  # type: ignore[arg-type]
+        dim = spellings.arguments_of(node)["dim"]
         return build(torch.gather, hidden, dim, rows)
     return build.again(node, {n: n for n in node.all_input_nodes} | {source: hidden})

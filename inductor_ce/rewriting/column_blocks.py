@@ -18,7 +18,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..algebra.blocks import Lse, Pick, Span, Sum, Total
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, same_count, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading.block_reader import Blocks, Use
@@ -125,17 +125,15 @@ def _join(graph: Graph, timeline: Timeline, found: Blocks, group: _Group) -> Non
     place = timeline.position[group.blocks[-1]] + 1
     while timeline.nodes[place].op == "placeholder":
         place += 1
-    if not all(timeline.unchanged(block, block, len(timeline.nodes)) for block in group.blocks):
+    if not all(timeline.unchanged(block, block) for block in group.blocks):
         return
     normaliser = next(use for use in group.uses if use.row and any(isinstance(n, Lse) for n in use.row.names))
     builds = [Builder(graph, timeline.nodes[place], like=_like(normaliser))]
-    try:
+    with undone_on_error(builds):
         made = _made(graph, timeline, place, group, builds)
-    except Exception:
-        _undo(builds)
-        raise
     if made is None:
-        _undo(builds)
+        for build in reversed(builds):
+            build.undo()
         return
     for use, result in zip(group.uses, made, strict=True):
         use.user.replace_input_with(use.source, result)
@@ -154,18 +152,12 @@ def _made(
     for use in group.uses:
         builds.append(Builder(graph, use.user, like=_like(use)))
         made.append(_result(builds[-1], group, columns, use))
-        position = timeline.position[use.user]
-        on = timeline.grad_mode(position) is True
+        on = timeline.grad_mode(use.user) is True
         builds[-1].tell_gradients(on)
         wanted = on and example_of(use.source).requires_grad
         if example_of(made[-1]).requires_grad != wanted:
             return None
     return made
-
-
-def _undo(builds: list[Builder]) -> None:
-    for build in reversed(builds):
-        build.undo()
 
 
 def _like(use: Use) -> Node:
@@ -203,9 +195,9 @@ def _result(build: Builder, group: _Group, columns: Node, use: Use) -> Node:
 def _statistic(build: Builder, group: _Group, columns: Node, name: Any) -> Node:
     if name is Total:
         return build(torch.sum, columns, -1)
-    return (
-        build(torch.logsumexp, columns, -1) if isinstance(name, Lse) else _picked(build, group, columns, name)
-    )
+    if isinstance(name, Lse):
+        return build(torch.logsumexp, columns, -1)
+    return _picked(build, group, columns, name)
 
 
 def _picked(build: Builder, group: _Group, columns: Node, pick: Pick) -> Node:

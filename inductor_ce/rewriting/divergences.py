@@ -81,7 +81,7 @@ def fuse_divergences(graph: Graph, reading: Reading, options: Options) -> bool:
         elif refusal is not None:
             reading.between |= dict.fromkeys(each.wide, (each.node, refusal))
     made: dict[Mode, Made] = defaultdict(dict)  # a side made under no_grad has no gradient
-    modes = {f.node: reading.timeline.grad_mode(reading.timeline.position[f.node]) for f in allowed}
+    modes = {f.node: reading.timeline.grad_mode(f.node) for f in allowed}
     now: dict[Node, Node] = {}
     done = [
         each
@@ -127,10 +127,8 @@ def _escaping(reading: Reading, allowed: Iterable[Between]) -> list[Between]:
         reading.looked_through |= inner
         needed = needed_nodes(reading, ends | losses, losses)
         reading.looked_through -= inner
-        position = reading.timeline.position
-        stay = {
-            each.node: sorted((each.wide - {each.node}) & needed, key=position.__getitem__) for each in found
-        }
+        place = reading.timeline.position.__getitem__
+        stay = {each.node: sorted((each.wide - {each.node}) & needed, key=place) for each in found}
         facts = {each.node: _kept(reading, each, stay[each.node], needed) for each in found}
         more = [each for each in found if stay[each.node] and not facts[each.node]]
         if not more:
@@ -189,7 +187,7 @@ def _rewrite(graph: Graph, found: Between, made: Made, now: dict[Node, Node]) ->
 
 
 def _result(build: Builder, found: Between, made: Made) -> Node:
-    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    args = spellings.arguments_of(found.end)
     sides = [_side(build, side, made) for side in found.sides]
     first = sides[min(found.terms[0].divergence.wanted, default=0)].d
     first.meta[FORM] = "; ".join(filter(None, [first.meta[FORM], _form(found)]))
@@ -319,8 +317,7 @@ def _cut(build: Builder, node: Node, index: tuple[slice, ...]) -> Node:
 
 def _is_recorded(node: Node) -> bool:
     """Whether gradients are on where a node stands."""
-    timeline = Timeline(node.graph)
-    return timeline.grad_mode(timeline.position[node]) is True
+    return Timeline(node.graph).grad_mode(node) is True
 
 
 def _without_whole(index: Any) -> tuple[Any, ...]:
@@ -357,7 +354,7 @@ def _how(found: Between, args: dict[str, Any]) -> tuple[str, bool]:
 
 def _form(found: Between) -> str:
     """What is computed, as text."""
-    args = spellings.arguments(found.end, spellings.step_of(found.end))  # type: ignore[arg-type]
+    args = spellings.arguments_of(found.end)
     how, is_loss = _how(found, args)
     if how == "sum" and not is_loss and args.get("dim") is not None:
         how = ""

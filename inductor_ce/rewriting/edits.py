@@ -31,11 +31,10 @@ from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_function_transform, is_higher_order, is_plain_tensor, tree_leaves
 from ..common.failsafe import attempt
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
-from ..reading.arithmetic import one_dim
 from .filled_columns import column_mask, is_number_of
 from .linear_layers import linear_layer
 
@@ -114,11 +113,8 @@ def _made_full(graph: Graph, edit: Node) -> None:
         return
     names = [n for n in timeline.nodes if tensor_of(n) is not None and timeline.shares_storage(n, copy)]
     alone = names[:2] == [copy, edit] and timeline.edits(copy)[0] is edit and len(copy.all_input_nodes) == 1
-    if (
-        not alone
-        or example_of(copy).requires_grad
-        or min(copy.users, key=timeline.position.__getitem__) is not edit
-    ):
+    first = min(copy.users, key=timeline.position.__getitem__)
+    if not alone or example_of(copy).requires_grad or first is not edit:
         return
     build = Builder(graph, copy, like=copy)
     full = _function_of(build, edit, (copy.args[0], *edit.args[1:]), edit.kwargs)
@@ -165,7 +161,8 @@ def _place_of_classes(node: Node) -> tuple[int, Size] | None:
         if spelled is None or spelled[0].name not in _OVER_CLASSES:
             return None
         step, args = spelled
-        example, dim = tensor_of(args.get("input")), 1 if step.is_loss else one_dim(args.get("dim", -1))
+        example = tensor_of(args.get("input"))
+        dim = 1 if step.is_loss else spellings.one_dim(args.get("dim", -1))
     rank = 0 if example is None else example.dim()
     if rank < 2 or not isinstance(dim, int) or not -rank <= dim < rank:
         return None
@@ -243,7 +240,7 @@ class Memory:
 
     def _keeps_gradient(self, edit: Node) -> bool:
         """Whether what is edited has, where it is edited, the gradient that a function gives."""
-        modes = [self.timeline.grad_mode(self.timeline.position[node]) for node in (self.names[0], edit)]
+        modes = [self.timeline.grad_mode(node) for node in (self.names[0], edit)]
         if INFERENCE in modes:
             return False
         examples = map(tensor_of, self.names)
@@ -277,21 +274,19 @@ def _as_functions(graph: Graph, memory: Memory) -> None:
     now: dict[Node, Node] = {}  # what a tensor is behind the last edit
     builds: list[Builder] = []
     try:
-        for edit in memory.edits:
-            builds.append(Builder(graph, edit, like=edit))
-            args = map_arg((edit.args, edit.kwargs), lambda node: now.get(memory.of.get(node, node), node))
-            result = _function_of(builds[-1], edit, *args, memory.of_layers)
-            if not _is_alike(memory.timeline, result, edit):
-                raise _NoFunctionError
-            if edit.target not in ("fill_", "zero_"):
-                builds[-1].tell_gradients(memory.timeline.grad_mode(memory.timeline.position[edit]) is True)
-            now[memory.of[edit]] = result
-            made.append((edit, result))
-    except Exception as error:
-        for build in reversed(builds):
-            build.undo()
-        if not isinstance(error, _NoFunctionError):
-            raise
+        with undone_on_error(builds):
+            for edit in memory.edits:
+                builds.append(Builder(graph, edit, like=edit))
+                args = map_arg((edit.args, edit.kwargs), lambda n: now.get(memory.of.get(n, n), n))
+                result = _function_of(builds[-1], edit, *args, memory.of_layers)
+                if not _is_alike(memory.timeline, result, edit):
+                    raise _NoFunctionError
+                if edit.target not in ("fill_", "zero_"):
+                    on = memory.timeline.grad_mode(edit) is True
+                    builds[-1].tell_gradients(on)
+                now[memory.of[edit]] = result
+                made.append((edit, result))
+    except _NoFunctionError:
         return
     for edit, result in reversed(made):
         _replace(memory, edit, result)
@@ -303,9 +298,7 @@ def _replace(memory: Memory, edit: Node, result: Node) -> None:
     position = memory.position
     position[result] = position[edit]
     for name in [name for name in memory.names if memory.of[name] is memory.of[edit]]:
-        name.replace_all_uses_with(
-            result, delete_user_cb=lambda user: position.get(user, -1) > position[edit]
-        )
+        name.replace_all_uses_with(result, delete_user_cb=lambda u: position.get(u, -1) > position[edit])
 
 
 def _function_of(
@@ -360,7 +353,7 @@ def _is_alike(timeline: Timeline, result: Node, edit: Node) -> bool:
         return False
     examples = [example_of(n) for n in edit.all_input_nodes if tensor_of(n) is not None]
     is_cast = any(e.is_floating_point() and e.dtype != torch.float32 for e in examples)
-    if is_cast and not _is_as_given(edit) and timeline.has_autocast(timeline.position[edit]):
+    if is_cast and not _is_as_given(edit) and timeline.has_autocast(edit):
         return False
     if all(map(equal, a.stride(), b.stride())):
         return True

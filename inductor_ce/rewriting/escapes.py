@@ -91,6 +91,7 @@ def escape(reading: Reading, wide: Sequence[Node], needed: set[Node]) -> Refusal
 
 
 def readers_of_copies(node: Node) -> Iterator[Node]:
+    """Who reads a node, or what it is without its gradient."""
     for user in node.users:
         yield user
         if spellings.is_step(user, "detach"):
@@ -227,9 +228,9 @@ def _why_unread(reading: Reading, node: Node, value: OnLogits) -> Refusal:
             return Refusal(Reason.NOT_UNDERSTOOD, fact)
         if not _stays(reading, user, value) or _waits(reading, user):
             own = reading.refusals.get(node)
-            return (
-                _break(reading, node, value, user) if own is None else Refusal(own.reason, own.sentence(node))
-            )
+            if own is not None:
+                return Refusal(own.reason, own.sentence(node))
+            return _break(reading, node, value, user)
     return Refusal(Reason.NOT_UNDERSTOOD, f"The result of {name_of(node)} is not used.")
 
 
@@ -259,7 +260,7 @@ def _is_over_stack(node: Node, source: Node) -> bool:
     """Whether it is a logsumexp over what `source` has stacked."""
     if not spellings.is_step(node, "logsumexp") or not spellings.is_step(source, "stack"):
         return False
-    dims = [spellings.arguments(n, spellings.step_of(n)).get("dim", 0) for n in (node, source)]  # type: ignore[arg-type]
+    dims = [spellings.arguments_of(n).get("dim", 0) for n in (node, source)]
     rank = len(shape_of(source))
     return all(isinstance(dim, int) for dim in dims) and dims[0] % rank == dims[1] % rank
 

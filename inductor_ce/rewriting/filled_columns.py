@@ -18,10 +18,11 @@ import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
+from ..reading.row_views import range_of
 from .rewrite import want_gradients_as
 
 # A comparison for each: more columns that are listed one by one are nobody's special tokens.
@@ -50,7 +51,7 @@ def _filled_copy(graph: Graph, node: Node) -> Node | None:
     fill = min(fills, key=timeline.position.__getitem__)
     first, last = timeline.position[node], timeline.position[fill]
     early = (user for user in node.users if timeline.position[user] < last)
-    if not all(map(_reads_shapes, early)) or not _is_only_name(timeline, node, last):
+    if not all(map(spellings.reads_shapes, early)) or not _is_only_name(timeline, node, last):
         return None
     if timeline.grad_mode(first) != timeline.grad_mode(last):  # without a gradient, an edit leaves that of z
         return None
@@ -61,16 +62,11 @@ def _edits(node: Node) -> bool:
     return node.target is operator.setitem or node.target in _INDEX_FILLS_IN_PLACE
 
 
-def _reads_shapes(node: Node) -> bool:
-    step = spellings.step_of(node)
-    return step is not None and step.reads_shapes
-
-
 def _is_only_name(timeline: Timeline, node: Node, until: int) -> bool:
     """Whether the memory of a node is read by way of it alone, from some place on, and is the graph's own."""
     chain = [node]
     while (source := _aliased(timeline, chain[-1])) is not None:
-        if not all(user is chain[-1] or _reads_shapes(user) for user in source.users):
+        if not all(user is chain[-1] or spellings.reads_shapes(user) for user in source.users):
             return False
         chain.append(source)
     alike = [each for each in timeline.nodes[:until] if timeline.shares_storage(each, node)]
@@ -90,15 +86,12 @@ def _replaced(graph: Graph, node: Node, fill: Node) -> Node | None:
     if not is_number_of(value, example.dtype):
         return None
     build = Builder(graph, fill, like=node)
-    try:
+    with undone_on_error([build]):
         mask = _mask(build, item, example)
         if mask is None:
             build.undo()
             return None
         result = build("masked_fill", node, mask, value)
-    except Exception:
-        build.undo()
-        raise
     want_gradients_as(node, result)
     if fill.target not in _INDEX_FILLS:
         node.replace_all_uses_with(result, delete_user_cb=lambda user: fill < user)
@@ -176,11 +169,9 @@ def _mask_of(build: Builder, item: Node, classes: int, device: torch.device) -> 
 
 
 def _mask_of_range(build: Builder, item: slice, classes: int, place: Node) -> Node | None:
-    bounds = (item.start, item.stop, item.step)
-    if not all(x is None or isinstance(x, int) for x in bounds):
+    bounds = range_of(item, classes)
+    if bounds is None:
         return None
-    start, stop, step = item.indices(classes)
-    if step != 1:
-        return None
+    start, stop = bounds
     inside = build(operator.ge, place, start)
     return inside if stop == classes else build(torch.logical_and, inside, build(operator.lt, place, stop))

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, Timeline, written_by
 from ..reading import spellings
@@ -113,29 +113,23 @@ def _is_written_first(timeline: Timeline, tensor: Node, edits: list[Node]) -> bo
     position = timeline.position
     last = max(map(position.__getitem__, edits))
     values: list[Any] = [edit.args[2] for edit in edits]
-    modes = {timeline.grad_mode(position[node]) for node in (*edits, *values)}
-    return (
-        all(user in edits or position[user] > last for user in tensor.users)
-        and len(modes) == 1
-        and INFERENCE not in modes
-    )
+    modes = {timeline.grad_mode(node) for node in (*edits, *values)}
+    come_first = all(user in edits or position[user] > last for user in tensor.users)
+    return come_first and len(modes) == 1 and INFERENCE not in modes
 
 
 def _stack(timeline: Timeline, tensor: Node, edits: list[Node], dim: int, found: dict[int, Node]) -> None:
     last = max(edits, key=timeline.position.__getitem__)
     size, any_step = shape_of(tensor)[dim], next(iter(found.values()))
     build, own = Builder(tensor.graph, last.next, like=any_step), example_of(tensor)
-    try:
+    with undone_on_error([build]):
         stacked = build(torch.stack, [found.get(place, any_step) for place in range(size)], dim)
         if example_of(stacked).dtype != own.dtype:
             stacked = build("to", stacked, own.dtype)
-    except Exception:
-        build.undo()
-        raise
     if not all(map(equal, example_of(stacked).stride(), own.stride())):
         build.undo()
         return
-    build.tell_gradients(timeline.grad_mode(timeline.position[last]) is True)
+    build.tell_gradients(timeline.grad_mode(last) is True)
     tensor.replace_all_uses_with(stacked, delete_user_cb=lambda user: user not in edits)
     for edit in edits:
         tensor.graph.erase_node(edit)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_dtensor, local_of
+from ..common.findings import name_of
 from ..distributed.local_logits import LocalLogits, beside, local_part, view_fact
 from ..graph.builder import Builder
 from ..graph.shapes import constant, elements_of, equal, example_of, same_shape, shape_of, tensor_of
@@ -25,7 +26,6 @@ from .recipe_search import (
     Rows,
     Search,
     add,
-    called,
     cast,
     is_known,
     product,
@@ -74,6 +74,18 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     assert search.hidden is not None
     assert search.product is not None
     parts = [hidden, *(p for p in search.parts if p is not search.hidden)]
+    recipe, example = _recipe(search, parts, node), example_of(node)
+    if not is_dtensor(example):
+        return Found(recipe, parts, search.product)
+    parts = [_own_part(search, p, node) for p in parts]
+    spread = LocalLogits.of(example, list(map(example_of, parts)))
+    if spread is None:
+        raise NoRecipe("their number of rows is symbolic, and sharded")
+    return Found(recipe, parts, search.product, spread)
+
+
+def _recipe(search: Search, parts: list[Node], node: Node) -> Recipe:
+    """What has been found, as data: of each rank, where the logits `node` are a DTensor."""
     number = {search.hidden: 0} | {p: i for i, p in enumerate(parts) if i}
 
     def placed(value: Any) -> Any:
@@ -91,21 +103,12 @@ def recipe_of(timeline: Timeline, node: Node, build: Builder) -> Found:
     )
     if len(search.switches) > 1:
         raise NoRecipe("autocast begins or ends between the steps by which they are made")
-    (autocast,) = search.switches
-    example = tensor_of(node)
-    assert example is not None
+    (autocast,), example = search.switches, example_of(node)
     names = ("the hidden states", *(_name(p) for p in parts[1:]))
     own = constant(local_of(example).shape[-1])
     if own is None:
         raise NoRecipe("their number of classes is symbolic")
-    recipe = Recipe(names, steps, own, example.dtype, example.requires_grad, autocast)
-    if not is_dtensor(example):
-        return Found(recipe, parts, search.product)
-    parts = [_own_part(search, p, node) for p in parts]
-    spread = LocalLogits.of(example, list(map(example_of, parts)))
-    if spread is None:
-        raise NoRecipe("their number of rows is symbolic, and sharded")
-    return Found(recipe, parts, search.product, spread)
+    return Recipe(names, steps, own, example.dtype, example.requires_grad, autocast)
 
 
 def _own_part(search: Search, part: Node, logits: Node) -> Node:
@@ -159,12 +162,12 @@ def _taken_in(search: Search, node: Node) -> Rows:
     if layer is not None:
         return product(search, node, layer)
     if spelled is None or any(written_by(node)):
-        raise NoRecipe(f"they are made by {called(node)}")
+        raise NoRecipe(f"they are made by {name_of(node)}")
     step, args = spelled
     source = args.get("input")
     if isinstance(source, Node) and (kept := columns_kept(node)) is not None:
         return _cut(search, node, source, kept)
-    if called(node) in _OF_ROWS and isinstance(source, Node):
+    if name_of(node) in _OF_ROWS and isinstance(source, Node):
         return _rearranged(search, node, source)
     if step.name == "detach" and isinstance(source, Node):
         hidden, of = _rows(search, source)
@@ -174,27 +177,27 @@ def _taken_in(search: Search, node: Node) -> Rows:
         return hidden, cast(search, node, source, of)
     if is_elementwise(step):
         return _elementwise(search, node)
-    raise NoRecipe(f"they are made by {called(node)}")
+    raise NoRecipe(f"they are made by {name_of(node)}")
 
 
 def _rearranged(search: Search, node: Node, source: Node) -> Rows:
     """A view of rows, done to the hidden states instead."""
     before, after = shape_of(source), shape_of(node)
     if not before or not after or not equal(before[-1], after[-1]):
-        raise NoRecipe(f"{called(node)} cuts or moves the classes")
+        raise NoRecipe(f"{name_of(node)} cuts or moves the classes")
     if any(tensor_of(a) is not None for a in node.all_input_nodes if a is not source):
-        raise NoRecipe(f"{called(node)} chooses rows by a tensor")
+        raise NoRecipe(f"{name_of(node)} chooses rows by a tensor")
     hidden, of_rows = _rows(search, source)
     width = constant(shape_of(hidden)[-1])
     if width is None:
         raise NoRecipe("the hidden size is symbolic")
     arguments = tuple(node.args[1:])
-    if called(node) in _SIZED:
+    if name_of(node) in _SIZED:
         arguments = with_width(arguments, _classes(node), width)
     moved = search.build(node.target, hidden, *arguments, **node.kwargs)
     example = example_of(moved)
     if not same_shape(example.shape[:-1], after[:-1]) or not equal(example.shape[-1], width):
-        raise NoRecipe(f"{called(node)} cuts or moves the classes")
+        raise NoRecipe(f"{name_of(node)} cuts or moves the classes")
     for of, view in ((source, node), (hidden, moved)):
         if is_dtensor(example):
             refuse(view_fact(example_of(of), example_of(view)))
@@ -204,7 +207,7 @@ def _rearranged(search: Search, node: Node, source: Node) -> Rows:
 def _cut(search: Search, node: Node, source: Node, kept: slice) -> Rows:
     """Columns that are cut off, as those of a padded vocabulary, of all rows."""
     if is_dtensor(example_of(source)) or not same_shape(shape_of(source)[:-1], shape_of(node)[:-1]):
-        raise NoRecipe(f"{called(node)} cuts the classes, and rows or a DTensor")
+        raise NoRecipe(f"{name_of(node)} cuts the classes, and rows or a DTensor")
     hidden, of = _rows(search, source)
     return hidden, add(search, Instruction(operator.getitem, (of, (..., kept))))
 
@@ -222,7 +225,7 @@ def with_width(sizes: tuple[Any, ...], classes: int | None, width: Any) -> tuple
 
 def is_sized_view(node: Node) -> bool:
     """Whether a node is a view whose sizes are given, or a flattening."""
-    return called(node) in _SIZED or called(node) == "flatten"
+    return name_of(node) in _SIZED or name_of(node) == "flatten"
 
 
 def is_elementwise(step: Step) -> bool:
@@ -241,10 +244,10 @@ def _elementwise(search: Search, node: Node) -> Rows:
     Also of logits that are made of the same hidden states in two ways, as those of an adapter are.
     """
     given = {a: _given(a, node) for a in node.all_input_nodes}
-    wide = [a for a in given if given[a] is a and _is_wide(search, a, node)]
+    wide = [a for a in given if given[a] is a and _is_wide(a, node)]
     made = {a: _rows(search, a) for a in sorted(wide, key=lambda a: _is_adapted(a, wide))}
     if len({hidden for hidden, _ in made.values()}) != 1:
-        raise NoRecipe(f"{called(node)} joins them with other rows")
+        raise NoRecipe(f"{name_of(node)} joins them with other rows")
 
     def argument(a: Node) -> Any:
         return made[a][1] if a in made else shared(search, given[a])
@@ -253,9 +256,8 @@ def _elementwise(search: Search, node: Node) -> Rows:
     refuse_collectives(result, [(x, beside(result, x)) for x in map(example_of, given.values())])
     args, kwargs = map_arg((node.args, node.kwargs), argument)
     (hidden, _), *_ = made.values()
-    return hidden, add(
-        search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node
-    )
+    step = Instruction(node.target, tuple(args), tuple(sorted(kwargs.items())))
+    return hidden, add(search, step, like=node)
 
 
 def _given(source: Node, node: Node) -> Node:
@@ -296,16 +298,16 @@ def _layer_before(node: Node) -> LinearLayer | None:
         node = source
 
 
-def _is_wide(search: Search, source: Node, node: Node) -> bool:
+def _is_wide(source: Node, node: Node) -> bool:
     """Whether a source has rows; raises NoRecipe where some of it differs from row to row, but not all."""
     shape = tensor_of(source)
     if shape is None:
-        raise NoRecipe(f"{called(node)} reads what is no tensor")
+        raise NoRecipe(f"{name_of(node)} reads what is no tensor")
     sizes = tuple(shape.shape)
     if len(sizes) == len(shape_of(node)) and same_shape(sizes, shape_of(node)):
         return math.prod(sizes[:-1]) != 1 or not _is_shared(sizes, _classes(node))
     if not _is_shared(sizes, _classes(node)):
-        raise NoRecipe(f"{called(node)} takes a number for each row")
+        raise NoRecipe(f"{name_of(node)} takes a number for each row")
     return False
 
 
@@ -322,5 +324,5 @@ def is_form(node: Node, classes: int) -> bool:
     if example is None or spelled is None or not example.is_floating_point() or not example.dim():
         return False
     step, _ = spelled
-    known = step.name == "detach" or called(node) in _OF_ROWS or is_of_each(step)
+    known = step.name == "detach" or name_of(node) in _OF_ROWS or is_of_each(step)
     return known and equal(example.shape[-1], classes)

@@ -25,9 +25,8 @@ def fold_rows(graph: Graph) -> None:
         layer = plain_layer(node)
         if layer is None or not any(equal(shape_of(node)[-1], size) for size in classes):
             continue
-        if len(shape_of(layer.hidden)) > 2 and not (
-            example_of(layer.weight).requires_grad or is_contiguous(layer.hidden)
-        ):
+        stays = example_of(layer.weight).requires_grad or is_contiguous(layer.hidden)
+        if len(shape_of(layer.hidden)) > 2 and not stays:
             made = Builder(graph, node, like=node)("contiguous", layer.hidden)
             node.replace_input_with(layer.hidden, made)
 

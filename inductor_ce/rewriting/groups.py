@@ -11,7 +11,7 @@ from .. import algebra
 from ..common.compat.graphs import is_dtensor
 from ..common.findings import Reason, Refusal
 from ..distributed.placements import vocab_dim
-from ..graph.shapes import constant, shape_of, tensor_of
+from ..graph.shapes import constant, requires_grad, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading.values import Label, Logits, LossValue, Outside, Reading, RowValue, row_expr
 from .rematerialise import earliest
@@ -85,8 +85,7 @@ def _is_differentiable(user: Node) -> bool:
 
 
 def wants_gradient(logits: Logits) -> bool:
-    example = tensor_of(logits.node)
-    return example is not None and example.requires_grad
+    return requires_grad(logits.node)
 
 
 def value_of(reading: Reading, node: Node) -> Replaceable:
@@ -147,11 +146,9 @@ def _place(reading: Reading, group: Group, wanted: int) -> int | None:
 
     def fits(place: int) -> bool:
         mode = reading.timeline.grad_mode(place)
-        return (
-            mode is True
-            if group.attached and not group.logits.inference
-            else (mode == INFERENCE) == group.logits.inference
-        )
+        if group.attached and not group.logits.inference:
+            return mode is True
+        return (mode == INFERENCE) == group.logits.inference
 
     wanted = min(max(group.first, wanted), group.last)
     later, earlier = range(wanted, group.last + 1), range(wanted - 1, group.first - 1, -1)
@@ -159,9 +156,8 @@ def _place(reading: Reading, group: Group, wanted: int) -> int | None:
 
 
 def _first_use(reading: Reading, node: Node) -> int:
-    return min(
-        (reading.timeline.position[user] for user in node.users), default=reading.timeline.position[node]
-    )
+    position = reading.timeline.position
+    return min((position[user] for user in node.users), default=position[node])
 
 
 def _label_window(reading: Reading, label: Label) -> tuple[int, int]:

@@ -21,14 +21,15 @@ from torch.fx.node import map_arg
 
 from .. import ops
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
-from ..graph.shapes import constant, equal, example_of, shape_of, tensor_of
+from ..graph.builder import Builder, undone_on_error
+from ..graph.shapes import equal, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..ops.combine import chosen, combined, own_rows
 from ..ops.rows import Rows
 from ..reading import spellings
 from ..reading.steps import Step
 from .find_recipe import is_sized_view, with_width
+from .linear_layers import logit_classes
 from .rewrite import SIZES, want_gradients_as
 
 # A sweep for each: beyond this few, as where many columns are stacked one by one, the copy is the better.
@@ -105,25 +106,18 @@ def _parts(node: Node) -> tuple[tuple[Node, int], ...]:
         return ()
     if rank < 2 or not 1 < len(tensors) <= MAX_PARTS or not is_plain_tensor(example_of(node)):
         return ()
-    sizes = [_classes(t) for t in tensors]
-    if None in sizes or 0 in sizes or _classes(node) is None:
+    sizes = [logit_classes(t) for t in tensors]
+    if None in sizes or 0 in sizes or logit_classes(node) is None:
         return ()
     return tuple(zip(tensors, sizes, strict=True))  # type: ignore[arg-type]
-
-
-def _classes(node: Any) -> int | None:
-    example = tensor_of(node)
-    if example is None or example.dim() < 2 or not example.is_floating_point():
-        return None
-    return constant(example.shape[-1])
 
 
 def _source_of_link(node: Node) -> Node | None:
     """What a node is a view or a function of each element of, the classes last in both."""
     step = spellings.step_of(node)
-    if step is None or _classes(node) is None or not _is_of_each(node, step):
+    if step is None or logit_classes(node) is None or not _is_of_each(node, step):
         return None
-    wide = [a for a in node.all_input_nodes if _classes(a) == _classes(node)]
+    wide = [a for a in node.all_input_nodes if logit_classes(a) == logit_classes(node)]
     return wide[0] if len(wide) == 1 and node.args[:1] == (wide[0],) else None
 
 
@@ -169,7 +163,7 @@ def _may_split(timeline: Timeline, joined: Joined) -> bool:
         return False
     if not all(map(_may_be_of_parts, joined.stats)):
         return False
-    if len({timeline.grad_mode(position[node]) for node in readers}) > 1:
+    if len({timeline.grad_mode(node) for node in readers}) > 1:
         return False
     first = position[joined.links[0]] if joined.links else due
     if not all(timeline.unchanged(part, joined.node, first) for part, _ in joined.parts):
@@ -196,13 +190,8 @@ def _reads_shape(node: Node) -> bool:
         return False
     if spellings.is_step(node, "select"):
         first = dim % rank == rank - 1 and node.args[2] == 0
-        return bool(first) and all(map(_asks_no_element, node.users))
+        return bool(first) and all(map(spellings.reads_shapes, node.users))
     return node.target in SIZES and bool(dim % rank < rank - 1)
-
-
-def _asks_no_element(node: Node) -> bool:
-    step = spellings.step_of(node)
-    return step is not None and step.reads_shapes
 
 
 def _may_be_of_parts(stats: Node) -> bool:
@@ -226,8 +215,9 @@ def _labels_and_weights(stats: Node) -> tuple[list[Node], list[Node]]:
 
 def _split(graph: Graph, joined: Joined) -> Node:
     """Returns the widest part, as statistics are taken of it."""
-    parts, builds = [part for part, _ in joined.parts], []
-    try:
+    parts = [part for part, _ in joined.parts]
+    builds: list[Builder] = []
+    with undone_on_error(builds):
         for before, after in zip((joined.node, *joined.links), (*joined.links, None), strict=True):
             builds.append(Builder(graph, after or joined.stats[0], like=before))
             if before is joined.node:
@@ -238,10 +228,6 @@ def _split(graph: Graph, joined: Joined) -> Node:
         for stats in joined.stats:
             builds.append(Builder(graph, stats, like=stats))
             made.append(_statistics(builds[-1], joined, stats, parts))
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     for stats, result in zip(joined.stats, made, strict=True):
         want_gradients_as(stats, result)
         stats.replace_all_uses_with(result)

@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from ..common.compat.graphs import is_plain_tensor
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
@@ -142,23 +142,20 @@ def _may_move(timeline: Timeline, node: Node, layer: Layer, first: Layer) -> boo
 def _join(graph: Graph, timeline: Timeline, node: Node, layers: list[Layer]) -> None:
     build = Builder(graph, node, like=node)
     first = layers[0]
-    try:
+    with undone_on_error([build]):
         hiddens = {}
         for product, between in layers:
             of: Any = product.args[0]
             for each in between:
-                of = of if _is_of_each(each) else build.again(each, dict.fromkeys(each.all_input_nodes, of))
+                of = of if _is_of_each(each) else build.again(each, of)
             hiddens[between[-1] if between else product] = of
         joined = build.again(node, hiddens)
         target = F.linear if first.product.target is F.linear else torch.matmul
         result = build(target, joined, *first.product.args[1:], **first.product.kwargs)
         result = as_like(timeline, result, first.product)
         for each in filter(_is_of_each, first.between):
-            result = build.again(each, dict.fromkeys(each.all_input_nodes, result))
-        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
+            result = build.again(each, result)
+        build.tell_gradients(timeline.grad_mode(node) is True)
     made, own = example_of(result), example_of(node)
     if made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()

@@ -22,14 +22,14 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..common.compat.graphs import unset_fake_temporarily
-from ..graph.builder import Builder
+from ..common.findings import name_of
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import constant, example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from .arrange import ANY_LABEL, PADS_ROWS, elementwise_source
 from .find_recipe import is_sized_view, with_width
 from .linear_layers import plain_layer
-from .recipe_search import called
 from .rewrite import erase_with_sources
 
 _VIEWS = {"getitem", "select", "narrow", "unsqueeze", "squeeze", "contiguous", "flatten"}
@@ -134,7 +134,7 @@ def _box(views: list[Node], lead: list[int], classes: int) -> Box | None:
 
 def _viewed(view: Node, numbers: Any, classes: int) -> Any:
     """A view of the numbers of rows, which stand for all classes of them; None where it is no such view."""
-    name, args = called(view), view.args[1:]
+    name, args = name_of(view), view.args[1:]
     if numbers is None or view.args[:1] != tuple(view.all_input_nodes):
         return None
     if isinstance(numbers, (list, tuple)):
@@ -174,7 +174,7 @@ def _without_padding(part: Part) -> Part | None:
 def _padding(label: Node) -> Node | None:
     """What filled labels of one a row up where rows had been cut off."""
     while not label.meta.get(PADS_ROWS):
-        if called(label) not in ("reshape", "long") or not isinstance(label.args[0], Node):
+        if name_of(label) not in ("reshape", "long") or not isinstance(label.args[0], Node):
             return None
         label = label.args[0]
     return label if isinstance(label.args[0], Node) and not label.args[0].meta.get(PADS_ROWS) else None
@@ -199,7 +199,7 @@ def _kind(timeline: Timeline, part: Part) -> Hashable:
     """What parts that are joined have in common."""
     _, _, weights, which = part.stats.args
     behind = tuple(tuple(_behind(label, part)) for label in part.labels)
-    mode, example = timeline.grad_mode(timeline.position[part.stats]), example_of(part.stats)
+    mode, example = timeline.grad_mode(part.stats), example_of(part.stats)
     links = tuple((link.target, *_beside(link)) for link in part.links)
     return part.layer, part.lead, which, tuple(weights), behind, links, mode, example.requires_grad  # type: ignore[arg-type]
 
@@ -230,14 +230,14 @@ def _may_move(timeline: Timeline, parts: list[Part]) -> bool:
     if not timeline.unchanged(layer, layer, max(places)):
         return False
     for part, at in zip(parts, places, strict=True):
-        modes = {timeline.grad_mode(timeline.position[each]) for each in (*part.links, part.stats)}
+        modes = {timeline.grad_mode(each) for each in (*part.links, part.stats)}
         given = [*part.labels, *part.stats.args[2]]  # type: ignore[misc]
         as_made = all(timeline.unchanged(link, link, at) for link in part.links)
         as_read = all(timeline.unchanged(each, max(first, timeline.position[each]), at) for each in given)
-        seen = {timeline.grad_mode(timeline.position[each]) for each in part.views}
+        seen = {timeline.grad_mode(each) for each in part.views}
         if not as_made or not as_read or len(modes) > 1 or not seen <= modes | {True}:
             return False
-        if not timeline.same_autocast(timeline.position[layer], at):
+        if not timeline.same_autocast(layer, at):
             return False
     return True
 
@@ -251,15 +251,12 @@ def _join(graph: Graph, timeline: Timeline, parts: list[Part], along: int) -> di
     build = Builder(graph, first, like=first)
     parts = sorted(parts, key=lambda part: part.box[along])
     try:
-        joined = _joined(build, timeline, first, parts, along)
-        own = [joined if part.has_all else _rows_of(build, joined, part) for part in parts]
+        with undone_on_error([build]):
+            joined = _joined(build, timeline, first, parts, along)
+            own = [joined if part.has_all else _rows_of(build, joined, part) for part in parts]
     except _NotHere:
-        build.undo()
         return {}
-    except Exception:
-        build.undo()
-        raise
-    build.tell_gradients(timeline.grad_mode(timeline.position[first]) is True)
+    build.tell_gradients(timeline.grad_mode(first) is True)
     for part, rows in zip(parts, own, strict=True):
         part.stats.replace_all_uses_with(rows)
     sites = {part.stats.kwargs["site"]: first.kwargs["site"] for part in parts}
@@ -277,7 +274,7 @@ def _joined(build: Builder, timeline: Timeline, first: Node, parts: list[Part], 
     if len(shape_of(flat)) != 2:
         flat = build("reshape", flat, -1, shape_of(flat)[-1])
     for link in part.links:
-        flat = build.again(link, dict.fromkeys(link.all_input_nodes, flat))
+        flat = build.again(link, flat)
     labels = [_label(build, timeline, first, parts, along, k) for k in range(len(part.labels))]
     given = [_made_at(build, timeline, first, weight) for weight in weights]  # type: ignore[union-attr, arg-type]
     return build(ops.ROW_STATS, flat, labels, given, which, **first.kwargs)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
@@ -138,7 +138,7 @@ def _axis(node: Node, part: Part) -> int | None:
 
 def _may_move(timeline: Timeline, node: Node, parts: list[Part]) -> bool:
     """Whether the functions give the same, with the same gradients, where the whole is made for good."""
-    if not timeline.unchanged(node, node, len(timeline.nodes)):
+    if not timeline.unchanged(node, node):
         return False
     for part in parts:
         made = [each for each in (part.function, part.view) if each is not None]
@@ -151,8 +151,7 @@ def is_as_made(timeline: Timeline, made: list[Node], node: Node) -> bool:
     """Whether what is made of each other is where the whole is as it was, and has its gradient, or none."""
     place = timeline.position[node]
     return all(
-        timeline.grad_mode(timeline.position[each]) == timeline.grad_mode(place)
-        and timeline.unchanged(each, each, place)
+        timeline.grad_mode(each) == timeline.grad_mode(place) and timeline.unchanged(each, each, place)
         for each in made
     )
 
@@ -167,14 +166,11 @@ def is_alike(timeline: Timeline, made: Node, node: Node, sources: list[Node]) ->
 def _join(graph: Graph, timeline: Timeline, node: Node, parts: list[Part]) -> None:
     build = Builder(graph, node, like=node)
     axis, (name, dtype) = _axis(node, parts[0]), _kind(parts[0].function)
-    try:
+    with undone_on_error([build]):
         joined = _product(build, timeline, node, parts) or _joined(build, node, parts, [p.x for p in parts])
         as_asked = {} if dtype is None else {"dtype": dtype}
         result = as_like(timeline, build(_FUNCTIONS[name], joined, axis, **as_asked), parts[0].function)
-        build.tell_gradients(timeline.grad_mode(timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
+        build.tell_gradients(timeline.grad_mode(node) is True)
     made, own = tensor_of(result), tensor_of(node)
     if made is None or own is None or made.dtype != own.dtype or not same_shape(made.shape, own.shape):
         build.undo()
@@ -220,7 +216,7 @@ def _product(build: Builder, timeline: Timeline, node: Node, parts: list[Part]) 
 def as_like(timeline: Timeline, made: Node, like: Node) -> Node:
     """A node whose example has the dtype of another one: of what autocast casts examples do not know."""
     own, example = example_of(like), example_of(made)
-    if timeline.has_autocast(timeline.position[like]) and example.dtype != own.dtype:
+    if timeline.has_autocast(like) and example.dtype != own.dtype:
         made.meta["example_value"] = example.to(own.dtype)
     return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch.fx import Node
@@ -16,6 +17,7 @@ from ..graph.shapes import example_of, tensor_of
 from ..reading.values import Label, Outside, Reading
 from .arrange import fixed_labels, flat_logits
 from .beside import placements_beside
+from .escapes import read_by
 from .groups import Group
 from .rematerialise import made_before
 
@@ -27,6 +29,12 @@ def reads_elements(node: Node) -> bool:
     """Whether a reader of logits needs all of them: not for what heads make of pieces, nor to see where they
     are."""
     return node.target not in STATISTICS | _OF_A_LAYOUT | {ops.DIVERGENCE}
+
+
+def other_readers(nodes: Collection[Node]) -> Iterator[Node]:
+    """Who else reads elements of logits that nodes have, beside statistics and whoever is given results."""
+    users = (user for node in nodes for user in node.users if node in read_by(user))
+    return (user for user in users if user not in nodes and user.op != "output" and reads_elements(user))
 
 
 def layout_of(build: Builder, reading: Reading, group: Group) -> Dense:

@@ -171,11 +171,8 @@ def _keeps_maximum(reading: Reading, node: Node) -> bool:
 
 def _lacks_maximum(reading: Reading, node: Node) -> bool:
     """Whether a node that keeps its maximum is where a loss ends."""
-    return (
-        _keeps_maximum(reading, node)
-        and algebra.is_normalised(expr_of(reading, node))
-        and any(user not in reading.values for user in node.users)
-    )
+    is_loss = _keeps_maximum(reading, node) and algebra.is_normalised(expr_of(reading, node))
+    return is_loss and any(user not in reading.values for user in node.users)
 
 
 def _maximum_fact(reading: Reading, node: Node) -> Refusal:
@@ -216,12 +213,14 @@ def _is_loss(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
 
 
 def refusal_of_graph(reading: Reading) -> Refusal | None:
+    """Why no loss of a graph may be replaced, if that is so."""
     if any(is_function_transform(node.target) for node in reading.timeline.nodes):
         return TRANSFORMED
     return OWN_BACKWARD if is_function_body(reading.timeline.nodes) else None
 
 
 def refusal_of_logits(logits: Logits) -> Refusal | None:
+    """Why no loss over these logits may be replaced, by their layout, dtype or size."""
     example = tensor_of(logits.node)
     assert example is not None
     if is_dtensor(example):
@@ -328,7 +327,7 @@ def _is_edited_later(reading: Reading, group: Group, node: Node) -> bool:
     timeline = reading.timeline
     if not group.attached or not wants_gradient(group.logits):
         return False
-    return not timeline.unchanged(node, group.place, len(timeline.nodes))
+    return not timeline.unchanged(node, group.place)
 
 
 def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
@@ -340,7 +339,7 @@ def _are_labels_edited_later(reading: Reading, group: Group) -> bool:
     arguments = [node for node in timeline.nodes if node.op == "placeholder"]
     return group.attached and any(
         held.node is not None
-        and not timeline.unchanged(held.node, group.place, len(timeline.nodes))
+        and not timeline.unchanged(held.node, group.place)
         and any(timeline.shares_storage(held.node, argument) for argument in arguments)
         for held in group.labels.values()
     )

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ..common.compat.graphs import is_plain_tensor
 from ..distributed.local_logits import Dims, beside
-from ..graph.shapes import example_of, tensor_of
+from ..graph.shapes import constant, example_of, tensor_of
 from ..reading import spellings
 
 
@@ -61,6 +61,14 @@ def linear_layer(node: Node, spelled: Any) -> LinearLayer | None:
         if example is not None and example.dim() == 2 and isinstance(hidden, Node):
             return LinearLayer(hidden, torch.matmul, (hidden, columns))
     return None
+
+
+def logit_classes(node: object) -> int | None:
+    """V of what may be logits, floating [..., V] with rows; None for all else, and where V is symbolic."""
+    example = tensor_of(node)
+    if example is None or example.dim() < 2 or not example.is_floating_point():
+        return None
+    return constant(example.shape[-1])
 
 
 def plain_layer(node: Node) -> LinearLayer | None:

@@ -9,10 +9,10 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .. import algebra
+from .. import algebra, ops
 from ..algebra import symbols
 from ..graph.builder import Builder
-from ..ops import rows
+from ..ops.table import Statistic
 from .weighed import SUMEXP, SUMEXP_EXTENDED
 
 # The maximum where it stands alone, and nothing beside it tells of NaN.
@@ -48,26 +48,26 @@ def _log_sumexp_extended(build: Builder, m: Node, d: Node) -> Node:
 class _OfRows(NamedTuple):
     """How a symbol is made: `by`, with a builder and the rows that it needs."""
 
-    needs: tuple[rows.Statistic, ...]
+    needs: tuple[Statistic, ...]
     by: Callable[..., Node]
 
 
 # The symbols that are left when all is relative to the maximum.
 OF_ROWS = {
-    symbols.MAX: _OfRows((rows.MAX,), lambda build, m: m),
-    MAX_OR_NAN: _OfRows((rows.MAX, rows.SUMEXP), _max_or_nan),
-    symbols.MAX_SHIFTED: _OfRows((rows.MAX,), lambda build, m: build(torch.sub, m, m)),
+    symbols.MAX: _OfRows((ops.MAX,), lambda build, m: m),
+    MAX_OR_NAN: _OfRows((ops.MAX, ops.SUMEXP), _max_or_nan),
+    symbols.MAX_SHIFTED: _OfRows((ops.MAX,), lambda build, m: build(torch.sub, m, m)),
     symbols.TOP_SHIFTED: _OfRows(
-        (rows.TOP, rows.MAX, rows.ARGMAX), lambda build, top, m, _: build(torch.sub, top, m)
+        (ops.TOP, ops.MAX, ops.ARGMAX), lambda build, top, m, _: build(torch.sub, top, m)
     ),
-    symbols.LOG_SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, d)),
-    LOG_SUMEXP_WIDE: _OfRows((rows.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
-    symbols.LOG_SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _log_sumexp_extended),
-    SUMEXP: _OfRows((rows.SUMEXP,), lambda build, d: d),
-    SUMEXP_EXTENDED: _OfRows((rows.MAX, rows.SUMEXP), _sumexp_extended),
-    symbols.SUM_SHIFTED: _OfRows((rows.SUM,), lambda build, s: s),
-    symbols.MEAN_P_SHIFTED: _OfRows((rows.SUMEXPZ, rows.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
-    symbols.ARGMAX: _OfRows((rows.ARGMAX,), lambda build, first: first),
+    symbols.LOG_SUMEXP: _OfRows((ops.SUMEXP,), lambda build, d: build(torch.log, d)),
+    LOG_SUMEXP_WIDE: _OfRows((ops.SUMEXP,), lambda build, d: build(torch.log, build("double", d))),
+    symbols.LOG_SUMEXP_EXTENDED: _OfRows((ops.MAX, ops.SUMEXP), _log_sumexp_extended),
+    SUMEXP: _OfRows((ops.SUMEXP,), lambda build, d: d),
+    SUMEXP_EXTENDED: _OfRows((ops.MAX, ops.SUMEXP), _sumexp_extended),
+    symbols.SUM_SHIFTED: _OfRows((ops.SUM,), lambda build, s: s),
+    symbols.MEAN_P_SHIFTED: _OfRows((ops.SUMEXPZ, ops.SUMEXP), lambda build, t, d: build(torch.div, t, d)),
+    symbols.ARGMAX: _OfRows((ops.ARGMAX,), lambda build, first: first),
 }
 _MAXIMA_SHIFTED = [s.over_max - symbols.MAX for s in symbols.STATISTICS if symbols.is_maximum(s.symbol)]
 

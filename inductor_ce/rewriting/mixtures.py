@@ -22,7 +22,6 @@ from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
-from ..reading.arithmetic import one_dim
 from ..reading.context import is_labels
 from ..reading.steps import View
 from ..reading.values import Reading, VocabValue
@@ -91,11 +90,11 @@ class Mixture:
     def _kind(self, node: Node, axis: int) -> str:
         """How a node is made of others, "" where it is not read."""
         spelled, timeline = spellings.read(node), self.reading.timeline
-        if spelled is None or timeline.grad_mode(timeline.position[node]) == INFERENCE:
+        if spelled is None or timeline.grad_mode(node) == INFERENCE:
             return ""
         (step, args), shape = spelled, shape_of(node)
         source: Any = args.get("input")
-        dim, rank = one_dim(args.get("dim", 0)), len(shape)
+        dim, rank = spellings.one_dim(args.get("dim", 0)), len(shape)
         if _row(node, axis) is not None:
             return "row"
         if step.view is View.RESHAPE:
@@ -140,7 +139,7 @@ class Mixture:
 
     def _stays(self, node: Node, since: int) -> bool:
         """Whether it is at all picks what it is at a position."""
-        return self.reading.timeline.unchanged(node, since, len(self.reading.timeline.nodes))
+        return self.reading.timeline.unchanged(node, since)
 
     def is_closed(self, picks: set[Node]) -> bool:
         """Whether nothing but picks reads what stands between them and the parts."""
@@ -172,7 +171,7 @@ class Mixture:
             args, kwargs = map_arg((node.args, node.kwargs), sources.__getitem__)
             return build(node.target, *args, **kwargs)
         if kind == "others":
-            dim = one_dim(args["dim"]) % len(shape_of(source))
+            dim = spellings.one_dim(args["dim"]) % len(shape_of(source))
             sizes = [-1] * len(shape_of(source))
             sizes[dim] = size_of(build, source, dim)
             wider = build("expand", build("unsqueeze", index, dim), *sizes)
@@ -180,9 +179,8 @@ class Mixture:
         if kind == "stack":
             dim = args.get("dim", 0) % len(shape)
             own = [build("select", index, dim, k) for k in range(len(args["tensors"]))]
-            return build(
-                torch.stack, [of(*each, axis - 1) for each in zip(args["tensors"], own, strict=True)], dim
-            )
+            made = [of(*each, axis - 1) for each in zip(args["tensors"], own, strict=True)]
+            return build(torch.stack, made, dim)
         if kind == "copies":
             picked, v = of(source, index, axis), size_of(build, node, axis)
             return build(torch.add, picked, _copied(build, args["index"], args["src"], index, v))

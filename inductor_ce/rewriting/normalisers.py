@@ -18,7 +18,7 @@ from ..common.findings import Reason, Refusal
 from ..graph.shapes import equal, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context
-from ..reading.indexing import fixed_pick
+from ..reading.picks import fixed_pick
 from ..reading.values import Logits, LossValue, Reading, RowValue, detached, is_shift, row_expr
 from .escapes import GLUE, is_of_each, is_of_losses, needed_nodes, read_by
 from .groups import expr_of

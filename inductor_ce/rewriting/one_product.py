@@ -20,7 +20,7 @@ from ..graph.builder import Builder
 from ..graph.shapes import constant, equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
-from ..reading.row_views import index_per_dimension
+from ..reading.row_views import index_per_dimension, range_of
 from ..reading.steps import Step, View
 from ..reading.views import dimension_order
 from .find_recipe import is_sized_view
@@ -66,10 +66,10 @@ class OneProduct:
 
     def _check_modes(self, *nodes: Node) -> None:
         """Whether what is computed there is computed as nodes were."""
-        position, mode = self._timeline.position, self._timeline.grad_mode(self._place)
+        mode = self._timeline.grad_mode(self._place)
         for node in nodes:
-            calm = self._timeline.same_autocast(position[node], self._place)
-            if not calm or self._timeline.grad_mode(position[node]) != mode:
+            calm = self._timeline.same_autocast(node, self._place)
+            if not calm or self._timeline.grad_mode(node) != mode:
                 raise NotOne
 
     def _range(self, slices: list[tuple[Node, int, int]], axis: int) -> Node:
@@ -160,12 +160,9 @@ class OneProduct:
         if a is b or not isinstance(a, Node) or not isinstance(b, Node):
             return a is b or (type(a) is type(b) and not isinstance(a, Node) and bool(a == b))
         step = spellings.step_of(a)
-        if (
-            step is None
-            or step is not spellings.step_of(b)
-            or a.target != b.target
-            or a.kwargs.keys() != b.kwargs.keys()
-        ):
+        if step is None or step is not spellings.step_of(b):
+            return False
+        if a.target != b.target or a.kwargs.keys() != b.kwargs.keys():
             return False
         if not _is_of_each(step) and step.view is None:
             return False
@@ -288,14 +285,10 @@ def _start(node: Node, axis: int) -> tuple[Node, int] | None:
 def _first(index: Any, source: Node, axis: int) -> int | None:
     """Where x[:, a:b] begins, if it is a range along the axis and all of the others."""
     pieces, total = index_per_dimension(index, len(shape_of(source))), constant(shape_of(source)[axis])
-    if pieces is None or total is None or not isinstance(pieces[axis], slice):
+    if pieces is None:
         return None
-    taken = pieces.pop(axis)
-    whole = all(piece == slice(None) for piece in pieces) and taken.step in (None, 1)
-    if not whole or not all(isinstance(bound, (int, type(None))) for bound in (taken.start, taken.stop)):
-        return None
-    first: int = taken.indices(total)[0]
-    return first
+    taken = range_of(pieces.pop(axis), total)
+    return taken[0] if taken is not None and all(piece == slice(None) for piece in pieces) else None
 
 
 def _part(parts: Node, index: int, axis: int) -> tuple[Node, int] | None:

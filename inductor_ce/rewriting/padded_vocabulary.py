@@ -16,7 +16,7 @@ import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import equal, shape_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
@@ -70,13 +70,9 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
     if any(len(each.users) > 1 for each in chain) or not _is_as_made(graph, [*chain, node]):
         return False
     builds = [Builder(graph, place, like=place) for place in (source, node)]
-    try:
+    with undone_on_error(builds):
         made = _layer_of(builds[0], layer, kept)
         result = _repeated(builds[1], made, between, node)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     want_gradients_as(node, result)
     node.replace_all_uses_with(result)
     for each in (node, *between, source):
@@ -87,8 +83,8 @@ def _cut_weight(graph: Graph, node: Node) -> bool:
 def _is_as_made(graph: Graph, nodes: list[Node]) -> bool:
     """Whether nothing writes to what these nodes make, and modes are the same for all of them."""
     timeline = Timeline(graph)
-    modes = {timeline.grad_mode(timeline.position[node]) for node in nodes}
-    unchanged = all(timeline.unchanged(node, node, len(timeline.nodes)) for node in nodes)
+    modes = {timeline.grad_mode(node) for node in nodes}
+    unchanged = all(timeline.unchanged(node, node) for node in nodes)
     return len(modes) == 1 and unchanged and _is_in_one_region(timeline, nodes)
 
 
@@ -97,7 +93,7 @@ def _is_in_one_region(timeline: Timeline, nodes: list[Node]) -> bool:
     spelled = ((node, spellings.read(node)) for node in nodes)
     computed = [node for node, as_step in spelled if as_step is not None and is_elementwise(as_step[0])]
     *_, last = (timeline.position[node] for node in nodes)
-    return all(timeline.same_autocast(timeline.position[node], last) for node in computed)
+    return all(timeline.same_autocast(node, last) for node in computed)
 
 
 def _is_of_each(node: Node) -> bool:
@@ -134,7 +130,7 @@ def _repeated(build: Builder, made: Node, between: list[Node], cut: Node) -> Nod
             sizes = with_width(tuple(node.args[1:]), classes_of(node), kept)
             made = build(node.target, made, *sizes, **node.kwargs)
         else:
-            made = build.again(node, dict.fromkeys(node.all_input_nodes, made))
+            made = build.again(node, made)
     if all(equal(a, b) for a, b in zip(shape_of(made), shape_of(cut), strict=True)):
         return made
     *rows, _ = items_of(cut)

@@ -7,10 +7,11 @@ import operator
 from torch.fx import Node
 
 from ..graph.shapes import constant, shape_of, tensor_of
-from ..reading.row_views import index_per_dimension
+from ..reading.row_views import index_per_dimension, range_of
 
 
 def classes_of(node: Node) -> int | None:
+    """V of a tensor [..., V] with rows, of any dtype; None where it is symbolic."""
     example = tensor_of(node)
     return constant(example.shape[-1]) if example is not None and example.dim() > 1 else None
 
@@ -24,17 +25,8 @@ def columns_kept(node: Node) -> slice | None:
     items = items_of(node)
     if before is None or after is None or before <= after or not items:
         return None
-    bounds = _bounds(items[-1], before)
+    bounds = range_of(items[-1], before)
     return slice(*bounds) if bounds is not None and bounds[1] - bounds[0] == after else None
-
-
-def _bounds(columns: slice, classes: int) -> tuple[int, int] | None:
-    """(first, behind the last) of the columns of a slice; None where they are unknown or not side by side."""
-    known = all(x is None or isinstance(x, int) for x in (columns.start, columns.stop))
-    if not known or columns.step not in (None, 1):
-        return None
-    start, stop, _ = columns.indices(classes)
-    return start, stop
 
 
 def items_of(node: Node) -> list[slice]:

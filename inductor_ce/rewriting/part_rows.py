@@ -65,9 +65,8 @@ class PartRows:
 
     def _is_out_of_range(self, y: sympy.Symbol) -> Node:
         column, condition = self.columns[y], self.conditions[y]
-        outside = self.build(
-            torch.logical_or, self.build(torch.lt, column, 0), self.build(torch.ge, column, self.v)
-        )
+        below, above = self.build(torch.lt, column, 0), self.build(torch.ge, column, self.v)
+        outside = self.build(torch.logical_or, below, above)
         return outside if condition is None else self.build(torch.logical_and, outside, condition)
 
     def result(self, expr: sympy.Expr, like: Node, meant: sympy.Expr | None = None) -> Node:

@@ -16,12 +16,12 @@ from torch.fx import Graph, Node
 from .. import algebra
 from ..common.failsafe import attempt
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import hint, same_shape, shape_of, tensor_of
 from ..reading import spellings
 from ..reading.context import Context, is_labels
-from ..reading.indexing import label_axis
 from ..reading.losses import REDUCTIONS, modernised
+from ..reading.picks import label_axis
 from ..reading.values import LossValue, Reading, RowValue, VocabValue, row_expr
 from .arrange import size_of
 from .groups import wants_gradient
@@ -88,11 +88,11 @@ def _mixture(reading: Reading, node: Node, source: Node, options: Options) -> Mi
     """What is picked of, if nothing but picks reads it or there is a backward."""
     axis, timeline = _axis(reading, node, source), reading.timeline
     assert axis is not None
-    mixture, position = Mixture(reading), timeline.position
+    mixture = Mixture(reading)
     if hint(shape_of(source)[axis]) < options.min_vocab or not mixture.covers(source, axis):
         return None
-    modes = {timeline.grad_mode(position[each]) for each in (node, *mixture.inner)}
-    same_autocast = all(timeline.same_autocast(position[n], position[node]) for n in mixture.inner)
+    modes = {timeline.grad_mode(each) for each in (node, *mixture.inner)}
+    same_autocast = all(timeline.same_autocast(each, node) for each in mixture.inner)
     picks = {user for user in source.users if _picked(reading, user) is source}
     fits = len(modes) == 1 and same_autocast and mixture.parts and source in mixture.inner
     if not fits or not (mixture.is_closed(picks) or _learns(reading, mixture)):
@@ -113,21 +113,17 @@ def _rewrite(graph: Graph, mixture: Mixture, node: Node, source: Node, verify: b
     assert axis is not None
     build = Builder(graph, node, like=node)
     pick = functools.partial(mixture.pick, build, source, axis=axis)
-    try:
+    with undone_on_error([build]):
         if step.name == "gather":
             result = pick(index=args["index"])
         elif step.name == "getitem":
             y = build("to", args["index"][axis], torch.int64)  # counts from the end where it is negative
-            y = build(
-                torch.where, build(torch.lt, y, 0), build(torch.add, y, size_of(build, source, axis)), y
-            )
+            is_negative, above = build(torch.lt, y, 0), build(torch.add, y, size_of(build, source, axis))
+            y = build(torch.where, is_negative, above, y)
             result = build("squeeze", pick(index=build("unsqueeze", y, 1)), 1)
         else:
             result = _nll_loss(build, pick, modernised(args))
-        build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
+        build.tell_gradients(reading.timeline.grad_mode(node) is True)
     if verify:
         beside_original(graph, node, result)
         return

@@ -18,13 +18,12 @@ from torch.fx import Graph, Node
 from ..common.compat.dynamo import is_cut, returns_to_program
 from ..common.compat.graphs import is_kept_dynamic
 from ..common.findings import name_of, where_is
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import Size, constant, equal, hint, is_hinted, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
-from .escapes import read_by
 from .find_recipe import Found, NoRecipe, is_form, recipe_of
-from .layouts import STATISTICS, reads_elements
+from .layouts import STATISTICS, other_readers
 from .linear_layers import LinearLayer, linear_layer
 
 LAZY = "The logits that are returned are lazy: they are made if somebody reads them."
@@ -71,15 +70,11 @@ def promise(graph: Graph, fused: Graph, twins: dict[Node, Node], min_vocab: int)
     """
     promised = Promised([], {})
     builds: list[Builder] = []
-    try:
+    with undone_on_error(builds):
         statistics = (node for node in fused.nodes if node.target in STATISTICS)
         products = [*map(_products_of, statistics), *((node,) for node in awaited(graph, twins, min_vocab))]
         for of_one in filter(None, dict.fromkeys(products)):
             _promise_of(of_one, graph, twins, promised, builds)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
     return promised
 
 
@@ -207,7 +202,6 @@ def _forms_of(products: tuple[Node, ...]) -> set[Node]:
 
 
 def _reader(forms: set[Node]) -> str:
-    """Who else reads logits, beside the statistics and whoever is given the results of the graph."""
-    users = (user for node in forms for user in node.users if node in read_by(user))
-    others = (u for u in users if u not in forms and u.op != "output" and reads_elements(u))
-    return next((f"they are also used by {name_of(u)} {where_is(u)}" for u in others), "")
+    """Who else reads logits, in words."""
+    others = (f"they are also used by {name_of(u)} {where_is(u)}" for u in other_readers(forms))
+    return next(others, "")

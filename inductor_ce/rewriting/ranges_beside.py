@@ -20,7 +20,7 @@ from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
 from ..common.failsafe import attempt
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
@@ -80,11 +80,10 @@ def _may_be(reading: Reading, log_p: Node, ranges: list[Node], options: Options)
         return False
     if few_classes(z, value.axis, options) or not cast_keeps(example.dtype, example_of(log_p).dtype):
         return False
-    end = len(timeline.nodes)
-    settled = all(timeline.unchanged(node, node, end) for node in (log_p, *ranges))
-    if not settled or timeline.version(z, end) != value.logits.version:
+    settled = all(timeline.unchanged(node, node) for node in (log_p, *ranges))
+    if not settled or timeline.version(z, len(timeline.nodes)) != value.logits.version:
         return False
-    modes = {timeline.grad_mode(timeline.position[node]) for node in (log_p, *ranges)}
+    modes = {timeline.grad_mode(node) for node in (log_p, *ranges)}
     if len(modes) > 1 or INFERENCE in modes or (True in modes and value.detached):
         return False
     return _has_loss(reading, log_p, value) and log_p not in needed_beside(reading, set(ranges))
@@ -93,9 +92,8 @@ def _may_be(reading: Reading, log_p: Node, ranges: list[Node], options: Options)
 def _has_loss(reading: Reading, log_p: Node, value: VocabValue) -> bool:
     """Whether rows of the very log-probabilities are read as a loss."""
     others = [v for v in reading.values.values() if isinstance(v, (RowValue, LossValue))]
-    return any(
-        v.logits == value.logits and log_p in v.wide and algebra.is_normalised(row_expr(v)) for v in others
-    )
+    alike = (v for v in others if v.logits == value.logits and log_p in v.wide)
+    return any(algebra.is_normalised(row_expr(v)) for v in alike)
 
 
 def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) -> None:
@@ -104,7 +102,7 @@ def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) ->
     axis, z, dtype = value.axis, value.logits.node, example_of(log_p).dtype
     added = added_to_log_probabilities(value)
     builds = [Builder(graph, ranges[0], like=ranges[0])]
-    try:
+    with undone_on_error(builds):
         build = builds[0]
         z = z if example_of(z).dtype == dtype else build("to", z, dtype)
         top = build(torch.amax, build("detach", z), axis, True)
@@ -119,11 +117,7 @@ def _rewrite(graph: Graph, reading: Reading, log_p: Node, ranges: list[Node]) ->
             part = build(torch.sub, build(torch.ops.aten.sub.Tensor, part, top), whole)
             results.append(build(torch.add, part, added) if added else part)
         for build in builds:
-            build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[log_p]) is True)
-    except Exception:
-        for build in reversed(builds):
-            build.undo()
-        raise
+            build.tell_gradients(reading.timeline.grad_mode(log_p) is True)
     for node, result in zip(ranges, results, strict=True):
         node.replace_all_uses_with(result)
         graph.erase_node(node)

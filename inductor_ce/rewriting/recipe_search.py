@@ -10,6 +10,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..common.compat.graphs import enter_autocast, exit_autocast, is_dtensor, is_plain_tensor
+from ..common.findings import name_of
 from ..distributed.local_logits import Dims, step_fact
 from ..graph.builder import Builder
 from ..graph.shapes import example_of, same_shape, shape_of, tensor_of
@@ -45,14 +46,11 @@ class Search:
 
     def unchanged(self, node: Node, since: Node) -> bool:
         """Whether a tensor is at the end of the graph what it is just after the node `since`."""
-        return self.timeline.unchanged(node, since, len(self.timeline.nodes))
-
-
-def called(node: Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
+        return self.timeline.unchanged(node, since)
 
 
 def refuse(fact: str | None) -> None:
+    """Raises NoRecipe with a fact, if there is one."""
     if fact is not None:
         raise NoRecipe(fact)
 
@@ -88,6 +86,7 @@ def _autocast_at(search: Search, node: Node) -> tuple[str, torch.dtype, bool]:
 
 
 def cast(search: Search, node: Node, source: Node, of: Any) -> Any:
+    """The step of a cast on one device; `of` itself, if the dtype stays. Raises NoRecipe."""
     before, after = tensor_of(source), tensor_of(node)
     assert before is not None
     assert after is not None
@@ -137,7 +136,7 @@ def _of_hidden(search: Search, node: Node, reader: Node) -> Any:
         return _layer(search, node, layer, _of_hidden(search, layer.hidden, node))
     source = None if spelled is None else spelled[1].get("input")
     if spelled is None or spelled[0].view is not View.SAME or not isinstance(source, Node):
-        raise NoRecipe(f"{called(node)} joins them with other rows")
+        raise NoRecipe(f"{name_of(node)} joins them with other rows")
     return cast(search, node, source, _of_hidden(search, source, node))
 
 
@@ -175,7 +174,7 @@ def _repeated(search: Search, node: Node, source: Any) -> Any:
         return None
     step = spellings.step_of(node)
     if is_dtensor(tensor_of(node)) and step is not None and step.view in _CUTS:
-        raise NoRecipe(f"{called(node)} cuts or joins a DTensor")
+        raise NoRecipe(f"{name_of(node)} cuts or joins a DTensor")
     of = shared(search, source)
     args, kwargs = map_arg((node.args, node.kwargs), lambda a: of)
     add(search, Instruction(node.target, tuple(args), tuple(sorted(kwargs.items()))), like=node)

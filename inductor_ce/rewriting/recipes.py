@@ -86,9 +86,8 @@ class Recipe:
         values: list[Any] = [rows, *others]
         with self._autocast(build):
             for step in self.steps:
-                values.append(
-                    build(step.target, *_filled(step.args, values), **_filled(dict(step.kwargs), values))
-                )
+                args, kwargs = _filled(step.args, values), _filled(dict(step.kwargs), values)
+                values.append(build(step.target, *args, **kwargs))
         made = values[-1]
         if len(shape_of(made)) == len(lead) + 1:
             return made

@@ -32,9 +32,8 @@ def earliest(reading: Reading, node: Node, position: int, steps: int = MAX_STEPS
 def _can_be_made_again(reading: Reading, node: Node, position: int) -> bool:
     if not spellings.is_repeatable(node) or any(written_by(node)):
         return False
-    may_be_replaced = (
-        isinstance(reading.values.get(node), (RowValue, LossValue)) or node in reading.looked_through
-    )
+    is_read = isinstance(reading.values.get(node), (RowValue, LossValue))
+    may_be_replaced = is_read or node in reading.looked_through
     return not may_be_replaced and reading.timeline.unchanged(node, node, position)
 
 

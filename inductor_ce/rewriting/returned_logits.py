@@ -26,7 +26,7 @@ from ..reading.values import Reading
 from ..reading.views import keeps_order
 from .escapes import is_of_each, read_by
 from .groups import Group
-from .layouts import reads_elements
+from .layouts import other_readers, reads_elements
 from .promises import FACT, INSIDE
 
 RETURNED = "The logits are returned, so all of them are in memory"
@@ -114,12 +114,9 @@ def _copies(root: Node) -> list[Node]:
 
 
 def _reader(copies: list[Node]) -> str | None:
-    """Who else reads the logits, beside the statistics and whoever is given what the graph returns."""
-    users = (user for node in copies for user in node.users if node in read_by(user))
-    others = (user for user in users if user not in copies and user.op != "output" and reads_elements(user))
-    return next(
-        (f"{name_of(u)} {where_is(u)}" for u in others if not (_is_for_losses(u) or _is_unread(u))), None
-    )
+    """Who else reads the logits, in words; None for nobody but losses."""
+    others = (user for user in other_readers(copies) if not (_is_for_losses(user) or _is_unread(user)))
+    return next((f"{name_of(user)} {where_is(user)}" for user in others), None)
 
 
 def _is_unread(node: Node) -> bool:

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from .. import algebra
 from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import user_line
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import equal, example_of, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..ops.verified import ORIGINAL, TAPPED, VERIFIED, new_key
@@ -31,13 +31,10 @@ def rewrite(graph: Graph, reading: Reading, group: Group, site: int, verify: boo
     With `verify` the nodes stay, to be compared with. On an exception the graph is as it was.
     """
     build = Builder(graph, reading.timeline.nodes[group.place], like=group.nodes[0])
-    try:
+    with undone_on_error([build]):
         key = new_key(user_line(group.nodes[0])[0]) if verify else None
         stats = Statistics(build, reading, group, site, key)
         results = [(node, _result(build, stats, reading, group, node)) for node in group.nodes]
-    except Exception:
-        build.undo()
-        raise
     if key is not None:
         results = _beside_originals(graph, reading, group, stats, results, key)
     for node, result in results:
@@ -162,7 +159,7 @@ def _result(build: Builder, stats: Statistics, reading: Reading, group: Group, n
         result = build("detach", result)
     if is_contiguous(node) and not is_contiguous(result):  # as where rows are cut off
         result = build("contiguous", result)
-    edited = not reading.timeline.unchanged(node, node, len(reading.timeline.nodes))
+    edited = not reading.timeline.unchanged(node, node)
     return build("clone", result) if edited else result
 
 

@@ -19,11 +19,10 @@ from ..common.compat.graphs import is_dtensor
 from ..common.failsafe import attempt
 from ..common.findings import name_of
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, same_shape, shape_of, tensor_of
 from ..graph.timeline import INFERENCE
 from ..reading import spellings
-from ..reading.arithmetic import one_dim
 from ..reading.values import Reading, Value, VocabValue
 from ..reading.views import cast_keeps
 from .normalisers import is_of_product, is_read_by_others, needed_beside
@@ -45,17 +44,15 @@ def part_normalisers(graph: Graph, reading: Reading, options: Options) -> bool:
     """Write those that may be so as differences. Returns whether there are any."""
     found = [each for node in reading.timeline.nodes if (each := _read(reading, node)) is not None]
     found = [each for each in found if _may_be(reading, each, options)]
-    done = [
-        each for each in found if attempt(LEFT, _rewrite, graph, reading, each, options.verify)[1] is None
-    ]
-    return bool(done)
+    errors = [attempt(LEFT, _rewrite, graph, reading, each, options.verify)[1] for each in found]
+    return None in errors
 
 
 def _read(reading: Reading, node: Node) -> Found | None:
     if not spellings.is_step(node, "logsumexp"):
         return None
-    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
-    source, dim = args.get("input"), one_dim(args.get("dim"))
+    args = spellings.arguments_of(node)
+    source, dim = args.get("input"), spellings.one_dim(args.get("dim"))
     path: list[Node] = []
     while isinstance(source, Node):
         added = added_to_log_probabilities(reading.values.get(source))
@@ -125,7 +122,7 @@ def _may_be(reading: Reading, found: Found, options: Options) -> bool:
     if timeline.version(z, place) != value.logits.version:
         return False
     first = timeline.position[found.log_p]
-    modes = {timeline.grad_mode(timeline.position[node]) for node in (found.log_p, *found.path, found.node)}
+    modes = {timeline.grad_mode(node) for node in (found.log_p, *found.path, found.node)}
     if len(modes) > 1 or INFERENCE in modes or (True in modes and value.detached):
         return False
     if not timeline.same_autocast(first, place):
@@ -141,9 +138,9 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
     """Where no class is left, the result is -inf, and the normaliser of all has no part in it."""
     value, node = reading.values[found.log_p], found.node
     assert isinstance(value, VocabValue)
-    args = spellings.arguments(node, spellings.step_of(node))  # type: ignore[arg-type]
+    args = spellings.arguments_of(node)
     build = Builder(graph, node, like=node)
-    try:
+    with undone_on_error([build]):
         axis, keepdim = value.axis, bool(args.get("keepdim"))
         z, dtype = value.logits.node, example_of(found.log_p).dtype
         z = z if example_of(z).dtype == dtype else build("to", z, dtype)
@@ -161,17 +158,13 @@ def _rewrite(graph: Graph, reading: Reading, found: Found, verify: bool) -> None
         else:  # of a row that holds +inf, the gradient is NaN
             whole = build(torch.log, build(torch.sum, build(torch.exp, z), axis, keepdim))
         is_finite = build(torch.isfinite, build("detach", whole))
-        whole = build(
-            torch.mul, whole, build(torch.where, is_finite, 1.0, math.nan)
-        )  # as log-probabilities are
+        nan = build(torch.where, is_finite, 1.0, math.nan)  # as log-probabilities are
+        whole = build(torch.mul, whole, nan)
         nothing = build(torch.logical_and, build(torch.eq, part, -math.inf), is_finite)
         result = build(torch.where, nothing, part, build(torch.sub, part, whole))
         if found.added:
             result = build(torch.add, result, found.added)
-        build.tell_gradients(reading.timeline.grad_mode(reading.timeline.position[node]) is True)
-    except Exception:
-        build.undo()
-        raise
+        build.tell_gradients(reading.timeline.grad_mode(node) is True)
     if verify:
         beside_original(graph, node, result)
         return

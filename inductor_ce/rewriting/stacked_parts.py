@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx import Graph, Node
 
-from ..graph.builder import Builder
-from ..graph.shapes import equal, hint, same_shape, shape_of, tensor_of
+from ..graph.builder import Builder, undone_on_error
+from ..graph.shapes import equal, hint, requires_grad, same_shape, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..graph.walk import reached
 from ..reading import spellings
@@ -42,14 +42,14 @@ def take_parts(graph: Graph, min_vocab: int) -> None:
         if example is None or max(map(hint, example.shape), default=0) < min_vocab:
             continue
         timeline = Timeline(graph)
-        parts, dim = _parts(timeline, node)
+        parts, dim = _parts(node)
         taken = list(_taken(node, dim, len(parts), ())) if parts else []
         read = [each for each in taken if each is not None]
         if read and len(read) == len(taken) and _may_be(timeline, node, parts, read):
-            _take(graph, node, dim, parts, read)
+            _take(graph, dim, parts, read)
 
 
-def _parts(timeline: Timeline, node: Node) -> tuple[list[Node], int]:
+def _parts(node: Node) -> tuple[list[Node], int]:
     """What is stacked, and in which dimension; nothing where it is not alike, or read by somebody else."""
     step, args = spellings.read(node) or (None, {})
     tensors, dim = args.get("tensors"), args.get("dim", 0)
@@ -66,12 +66,9 @@ def _parts(timeline: Timeline, node: Node) -> tuple[list[Node], int]:
 def _before_new(part: Any, node: Node, dim: int) -> Node | None:
     """What a part is, of a concatenation, without the dimension of size 1 that a view has put there."""
     step = spellings.step_of(part) if isinstance(part, Node) and [*part.users] == [node] else None
-    if (
-        step is None
-        or not part.args
-        or tensor_of(part) is None
-        or step.view not in (View.RESHAPE, View.SLICE)
-    ):
+    if step is None or not part.args or tensor_of(part) is None:
+        return None
+    if step.view not in (View.RESHAPE, View.SLICE):
         return None
     shape, source = shape_of(part), part.args[0]
     if not equal(shape[dim], 1) or not isinstance(source, Node) or tensor_of(source) is None:
@@ -96,15 +93,13 @@ def _taken(node: Node, dim: int, count: int, chain: tuple[Node, ...]) -> Iterato
     """All that is read of a stack, and of the steps that follow it; None for what is no part."""
     for user in node.users:
         step, args = spellings.read(user) or (None, {})
-        rank = len(shape_of(node))
+        rank, over = len(shape_of(node)), args.get("dim", 0)
         beside = [each for each in user.all_input_nodes if each is not node and tensor_of(each) is not None]
         if step is None or args.get("input") is not node or beside:
             yield None
         elif step.name == "same" and step.view is View.SAME and tensor_of(user) is not None:
             yield from _taken(user, dim, count, (*chain, user))
-        elif (
-            step.name == "unbind" and isinstance(args.get("dim", 0), int) and args.get("dim", 0) % rank == dim
-        ):
+        elif step.name == "unbind" and isinstance(over, int) and over % rank == dim:
             yield from (_unbound(each, count, chain, rank - 1) for each in user.users)
         elif (index := _index(step.name, args, rank)) is not None:
             place = index[dim]
@@ -141,24 +136,19 @@ def _may_be(timeline: Timeline, node: Node, parts: list[Node], taken: list[Taken
     NOTE Gradients
     A part of which nothing that has a gradient is taken has one of zeros by the stack, and none without it.
     """
-    start, end = timeline.position[node], len(timeline.nodes)
-    if any(map(_wants_gradient, parts)):
-        if not _wants_gradient(node):  # without which the parts themselves would have one
+    start = timeline.position[node]
+    if any(map(requires_grad, parts)):
+        if not requires_grad(node):  # without which the parts themselves would have one
             return False
         needed = {each.place for each in taken if _is_differentiated(timeline, each.node)}
-        if len(needed) < len(parts) or not all(map(_wants_gradient, parts)):
+        if len(needed) < len(parts) or not all(map(requires_grad, parts)):
             return False
     if any(node.target in ("as_strided", torch.as_strided) for node in timeline.nodes):
         return False
     read = {each for t in taken for each in (*t.chain, t.node)}
-    modes = {timeline.grad_mode(timeline.position[each]) for each in (node, *read)}
-    unedited = all(timeline.unchanged(each, each, end) for each in (node, *read))
-    return len(modes) == 1 and unedited and all(timeline.unchanged(part, start, end) for part in parts)
-
-
-def _wants_gradient(node: Node) -> bool:
-    example = tensor_of(node)
-    return example is not None and example.requires_grad
+    modes = {timeline.grad_mode(each) for each in (node, *read)}
+    unedited = all(timeline.unchanged(each, each) for each in (node, *read))
+    return len(modes) == 1 and unedited and all(timeline.unchanged(part, start) for part in parts)
 
 
 def _is_differentiated(timeline: Timeline, node: Node) -> bool:
@@ -168,20 +158,16 @@ def _is_differentiated(timeline: Timeline, node: Node) -> bool:
         return [user for user in node.users if user.op == "output" or carries(user)]
 
     def carries(user: Node) -> bool:
-        is_on = timeline.grad_mode(timeline.position[user]) is True
-        return is_on and (tensor_of(user) is None or _wants_gradient(user))
+        is_on = timeline.grad_mode(user) is True
+        return is_on and (tensor_of(user) is None or requires_grad(user))
 
     return any(each.op == "output" for each in reached([node], carriers))
 
 
-def _take(graph: Graph, node: Node, dim: int, parts: list[Node], taken: list[Taken]) -> None:
+def _take(graph: Graph, dim: int, parts: list[Node], taken: list[Taken]) -> None:
     builds = [Builder(graph, each.node, like=each.node) for each in taken]
-    try:
+    with undone_on_error(builds):
         results = [_of_part(*each, parts, dim) for each in zip(builds, taken, strict=True)]
-    except Exception:
-        for build in builds:
-            build.undo()
-        raise
     for each, result in zip(taken, results, strict=True):
         each.node.replace_all_uses_with(result)
     erase_with_sources(each.node for each in taken)

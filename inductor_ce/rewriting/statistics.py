@@ -48,7 +48,7 @@ def _only_losses_read(reading: Reading, group: Group) -> bool:
     """Whether the gradient of the logits is that of the group alone, and dz is in memory as they are."""
     node, timeline = group.logits.node, reading.timeline
     last = group.logits.axis == len(shape_of(node)) - 1
-    if not (group.attached and last and timeline.unchanged(node, node, len(timeline.nodes))):
+    if not (group.attached and last and timeline.unchanged(node, node)):
         return False
     stack, seen = [user for user in node.users if user in timeline.position], set(group.nodes)
     while stack:
@@ -70,6 +70,15 @@ def _power(log_sumexp: sympy.Expr) -> ops.Row:
     return ops.Row(ops.POWER, order=float(log_sumexp.args[0]))
 
 
+def _rows_for(moved: list[sympy.Expr], picks: list[ops.Row], sums: list[ops.Row]) -> ops.Rows:
+    """All rows that shifted expressions are made of, with those of their labels and of what is weighed."""
+    several = [row for row in picks if row.statistic == ops.PICKS]
+    asked = {s for symbol, made in OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
+    others = [ops.Row(s) for s in asked if s not in (ops.MAX, ops.SUMEXP)]
+    powers = {f: _power(f) for expr in moved for f in expr.atoms(algebra.log_sumexp_of)}
+    return ops.Rows.of(len(picks) - len(several), *others, *powers.values(), *sums, *several)
+
+
 def _pick_row(index: int, width: int) -> ops.Row:
     return ops.Row(ops.PICK, index) if width == 1 else ops.Row(ops.PICKS, index, width=width)
 
@@ -85,41 +94,22 @@ class Statistics:
         self, build: Builder, reading: Reading, group: Group, site: int, verify_key: str | None = None
     ):
         self.build, self.logits, self.vocab_size = build, group.logits.node, group.vocab_size
-        self.outside = group.outside
-        exprs = [expr for node in group.nodes for expr in group.exprs_of(node)]
-        moved = [algebra.shifted(expr) for expr in exprs]
-        self.reading, self.place = reading, group.place
+        self.reading, self.place, self.outside = reading, group.place, group.outside
         self.layout = layout_of(build, reading, group)
-        self.named = {
-            y: self._kept(held.node, self._brought(held))
-            for y, held in group.labels.items()
-            if held.node is not None
-        }
-        self.labels = {
-            y: flat_labels(build, self.named[y], held, self.vocab_size)
-            if y in self.named
-            else self.layout.fixed_labels(held.column)
-            for y, held in group.labels.items()
-        }
+        self.named, self.labels = self._labels_of(group)
         self._flat: dict[sympy.Symbol, Node] = {}
         self._known: dict[Any, Node] = {}
+        exprs = [expr for node in group.nodes for expr in group.exprs_of(node)]
+        moved = [algebra.shifted(expr) for expr in exprs]
         picked = [y for y in self.labels if any(y in algebra.picks_of(e) for e in exprs)]
         picked.sort(key=lambda y: group.labels[y].width > 1)
         picks = {y: _pick_row(j, group.labels[y].width) for j, y in enumerate(picked)}
-        several = [row for row in picks.values() if row.statistic == ops.PICKS]
         self._in_rows = {y: build("t", self.labels[y]) for y in self.labels if group.labels[y].width > 1}
         weights, sums = self._weights(moved)
-        asked = {s for symbol, made in OF_ROWS.items() for s in made.needs if _any_has(moved, symbol)}
-        others = [ops.Row(s) for s in asked if s not in (ops.MAX, ops.SUMEXP)]
-        powers = {f: _power(f) for expr in moved for f in expr.atoms(algebra.log_sumexp_of)}
-        self.rows = ops.Rows.of(len(picks) - len(several), *others, *powers.values(), *sums, *several)
+        self.rows = _rows_for(moved, list(picks.values()), list(sums))
         z = self.layout.logits()
-        self.is_tapped = (
-            verify_key is not None
-            and not group.distributed
-            and group.logits.node not in reading.added
-            and _only_losses_read(reading, group)
-        )
+        is_users = not group.distributed and group.logits.node not in reading.added
+        self.is_tapped = verify_key is not None and is_users and _only_losses_read(reading, group)
         if self.is_tapped:
             z = build(TAPPED, z, verify_key, FUSED)
         made = self.layout.statistics(z, [self.labels[y] for y in picked], weights, self.rows, site)
@@ -128,6 +118,20 @@ class Statistics:
         functions |= {function: row for row, function in sums.items()}
         self._of_function = {function: self._rows[row] for function, row in functions.items()}
 
+    def _labels_of(self, group: Group) -> tuple[dict[sympy.Symbol, Node], dict[sympy.Symbol, Node]]:
+        """(the labels that are tensors, as the user has them, all labels as the operators take them)"""
+        named = {
+            y: self._kept(label.node, self._brought(label))
+            for y, label in group.labels.items()
+            if label.node is not None
+        }
+        return named, {
+            y: flat_labels(self.build, named[y], label, self.vocab_size)
+            if y in named
+            else self.layout.fixed_labels(label.column)
+            for y, label in group.labels.items()
+        }
+
     def _brought(self, held: Label | Outside) -> Node:
         assert held.node is not None
         return self.layout.brought(made_before(self.build, self.reading, held.node, self.place), held)
@@ -135,9 +139,7 @@ class Statistics:
     def _kept(self, label: Node, made: Node) -> Node:
         """Labels, copied where the user writes over them later: the backward reads them again."""
         timeline = self.reading.timeline
-        return (
-            made if timeline.unchanged(label, self.place, len(timeline.nodes)) else self.build("clone", made)
-        )
+        return made if timeline.unchanged(label, self.place) else self.build("clone", made)
 
     def _weights(self, exprs: list[sympy.Expr]) -> tuple[list[Node], dict[ops.Row, Any]]:
         """The tensors that are summed against z or p, and the rows that hold these sums."""
@@ -345,12 +347,10 @@ class Statistics:
         terms = sorted(args, key=lambda a: (bool(a.is_number), a.could_extract_minus_sign(), str(a)))
         result = self._emit(terms[0])
         for term in terms[1:]:
-            negative = combine == self._add and term.could_extract_minus_sign()
-            result = (
-                self.build(torch.sub, result, self._emit(-term))
-                if negative
-                else combine(result, self._emit(term))
-            )
+            if combine == self._add and term.could_extract_minus_sign():
+                result = self.build(torch.sub, result, self._emit(-term))
+            else:
+                result = combine(result, self._emit(term))
         return result
 
     def _mul(self, a: Any, b: Any) -> Node:

@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from .. import algebra
 from ..common.failsafe import attempt
 from ..common.options import Options
-from ..graph.builder import Builder
+from ..graph.builder import Builder, undone_on_error
 from ..graph.shapes import example_of, hint, shape_of, tensor_of
 from ..graph.timeline import INFERENCE, written_by
 from ..reading import spellings
@@ -49,9 +49,9 @@ def _may_be(reading: Reading, z: Node, options: Options) -> bool:
         return False
     if not all(isinstance(a, Node) and len(shape_of(a)) == 2 for a in layer.args[:2]):
         return False
-    if timeline.grad_mode(timeline.position[z]) == INFERENCE:
+    if timeline.grad_mode(z) == INFERENCE:
         return False
-    unedited = timeline.unchanged(z, z, len(timeline.nodes))
+    unedited = timeline.unchanged(z, z)
     return unedited and not is_read_by_others(reading, z, needed_beside(reading, set()))
 
 
@@ -65,16 +65,13 @@ def _turn(graph: Graph, z: Node, logits: set[Node]) -> None:
         chain.append(user)
     last = chain[-1]
     build = Builder(graph, last, like=z)
-    try:
+    with undone_on_error([build]):
         columns = weight if layer.target is F.linear else _transposed(build, weight)
         made = build(torch.matmul, columns, _transposed(build, hidden))
         for source, node in itertools.pairwise(chain):
             made = build.again(node, {source: made})
         result = build("t", made)
         build.tell_gradients(example_of(z).requires_grad)
-    except Exception:
-        build.undo()
-        raise
     last.replace_all_uses_with(result)
     for node in reversed(chain):
         graph.erase_node(node)

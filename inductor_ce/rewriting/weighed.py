@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from .. import algebra, ops
 from ..graph.builder import Builder
-from ..ops import rows
+from ..ops.table import Statistic
 
 Product = tuple[sympy.Symbol, ...]
 
@@ -25,7 +25,7 @@ sumexpdot = sympy.Function("sumexpdot", real=True)  # of a weight: sum_i q_i exp
 WEIGHED = (algebra.dot_shifted, algebra.mean_p_of, algebra.mean_pz_shifted)
 
 
-def rows_of(product: Product, of_rows: bool) -> list[tuple[rows.Statistic, Callable[..., sympy.Expr]]]:
+def rows_of(product: Product, of_rows: bool) -> list[tuple[Statistic, Callable[..., sympy.Expr]]]:
     """The rows that hold the sums weighed by a product, and the functions that they are.
 
     What is `of_rows` has another mass in each row.

@@ -18,11 +18,11 @@ from torch.fx import Graph, Node
 
 from ..common.compat.graphs import is_plain_tensor
 from ..graph.builder import Builder
-from ..graph.shapes import constant, example_of, hint, shape_of, tensor_of
+from ..graph.shapes import example_of, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from ..reading import spellings
 from .find_recipe import is_of_each, is_sized_view
-from .linear_layers import plain_layer
+from .linear_layers import logit_classes, plain_layer
 
 _SUMS = ("sum", "mean")
 _LARGEST = ("max", "amax")
@@ -71,15 +71,8 @@ def _is_of_now(timeline: Timeline, node: Node, logits: Node, between: list[Node]
 
 
 def _is_wide(node: Node, min_vocab: int) -> bool:
-    example = tensor_of(node)
-    if (
-        example is None
-        or example.dim() < 2
-        or not example.is_floating_point()
-        or not is_plain_tensor(example)
-    ):
-        return False
-    return constant(example.shape[-1]) is not None and hint(example.shape[-1]) >= min_vocab
+    classes = logit_classes(node)
+    return classes is not None and classes >= min_vocab and is_plain_tensor(example_of(node))
 
 
 def _is_of_layer(node: Node) -> bool:

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import inductor_ce
 from inductor_ce.api import passes
 from inductor_ce.common.strategies import STRATEGIES
-from inductor_ce.heads import plan
+from inductor_ce.heads import extra_memory, plan
 from inductor_ce.heads.fuse import fuse_heads, sentence
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs/integrations.md"
@@ -33,7 +33,7 @@ STEPS = 5
 EAGER, PLAIN, OURS = "eager", "plain torch.compile", "inductor_ce"
 
 # The programs are some hundredths of the size of real ones, and so is what is worth dividing.
-SMALL_SIZES = {"SMALL": 1, "CHUNK_ROWS": 8, "LEAST_COLUMNS": 64, "LITTLE": 0}
+SMALL_SIZES = {"SMALL": 1, "CHUNK_ROWS": 8, "LEAST_COLUMNS": 64}
 
 
 def lines_of(heading: str) -> str:
@@ -188,7 +188,7 @@ def whole(x: Any) -> Tensor:
 
 @contextlib.contextmanager
 def scaled() -> Iterator[None]:
-    with mock.patch.multiple(plan, **SMALL_SIZES):
+    with mock.patch.multiple(plan, **SMALL_SIZES), mock.patch.object(extra_memory, "LITTLE", 0):
         yield
 
 

@@ -270,9 +270,8 @@ def may_overwrite(
 def made_by(z: IRNode, targets: Container[Any]) -> bool:
     """Whether one of these operators has filled the memory of `z`."""
     buffer = buffer_of(z)
-    return any(
-        node.target in targets and buffer_of(value) is buffer for node, value in virtualized.graph.env.items()
-    )
+    made = virtualized.graph.env.items()
+    return any(node.target in targets and buffer_of(value) is buffer for node, value in made)
 
 
 def _only_read_by(products: Container[Any], node: IRNode) -> bool:

@@ -108,9 +108,8 @@ def _is_cast(target: Any) -> bool:
 
 
 def _is_loop(target: Any) -> bool:
-    return _is_cast(target) or (
-        isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-    )
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    return _is_cast(target) or (is_operator and torch.Tag.pointwise in target.tags)
 
 
 def buffer_of(value: Any) -> Any:

@@ -75,36 +75,35 @@ def choose(
     if over is not None:
         # What has been lowered but not realised may read it: realise that first, as it was lowered first.
         virtualized.graph.mark_buffer_mutated(over.get_name())
-    choices: list[Any] = []
-    more: dict[str, Any] = {"mutated_inputs": list(written)} if written else {}
+    given: dict[str, Any] = {"input_nodes": tuple(inputs), "layout": layout, "call_sizes": list(call_sizes)}
+    if written:
+        given["mutated_inputs"] = list(written)
     if zeroed_bytes is not None:
-        more["workspace_arg"] = _zeroed(zeroed_bytes, inputs[0].get_device_or_error())
+        given["workspace_arg"] = _zeroed(zeroed_bytes, inputs[0].get_device_or_error())
+    choices: list[Any] = []
     for configuration in configurations:
-        refused = source.maybe_append_choice(
-            choices,
-            input_nodes=tuple(inputs),
-            layout=layout,
-            call_sizes=list(call_sizes),
-            **more,
-            **configuration,
-            **constants,
-        )
+        refused = source.maybe_append_choice(choices, **given, **configuration, **constants)
         if refused is not None:
             raise refused
-    try:
-        # NOTE return_multi_template
-        # Deferred selection would time the fusions as well and may decide against one. Here a fusion always
-        # saves a pass over [N, V].
-        best = autotune_select_algorithm(
-            source.name, choices, list(inputs), layout, return_multi_template=False
-        )
-    except torch.OutOfMemoryError:
-        best = choices[0].output_node()
-    node = best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
+    node = _fastest(source.name, choices, list(inputs), layout)
     if over is None:
         return node
     buffer_of(node).layout = ir.MutationLayoutSHOULDREMOVE(over)
     return ir.TensorBox(over)
+
+
+def _fastest(name: str, choices: list[Any], inputs: list[IRNode], layout: ir.Layout) -> IRNode:
+    """The output of the fastest choice.
+
+    NOTE return_multi_template
+    Deferred selection would time the fusions as well and may decide against one. Here a fusion always saves a
+    pass over [N, V].
+    """
+    try:
+        best = autotune_select_algorithm(name, choices, inputs, layout, return_multi_template=False)
+    except torch.OutOfMemoryError:
+        best = choices[0].output_node()
+    return best[0] if isinstance(best, tuple) else best  # (node, choice) from 2.12
 
 
 def _zeroed(count: Any, device: torch.device) -> WorkspaceArg:
