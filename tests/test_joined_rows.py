@@ -116,6 +116,13 @@ def early_exits(h, W, y):
     return loss
 
 
+def halves_of_the_batch(h, W, y):
+    """As preference losses have them, shifted by one."""
+    z, t = F.linear(h, W).chunk(2), y.chunk(2)
+    chosen, rejected = (picked(a[:, :-1], b[:, 1:]) for a, b in zip(z, t, strict=True))
+    return -chosen.mean() - F.logsigmoid(0.1 * (chosen.sum(-1) - rejected.sum(-1))).mean()
+
+
 JOINED = {
     early_exits: 3,
     sequence_by_sequence: B,
@@ -129,6 +136,7 @@ JOINED = {
     shifted_by_as_many: B,
     masks_of_each: B,
     three_or_none_of_a_split: 3,
+    halves_of_the_batch: 2,
 }
 
 
@@ -163,6 +171,40 @@ def test_sizes_that_change():
     compiled, _ = compile_without_codegen(sequence_by_sequence, dynamic=True)
     for s in (S, S + 3):
         check(sequence_by_sequence, compiled, inputs(s))
+
+
+def of_some_length(h: Tensor, y: Tensor) -> None:
+    for each in (h, y):
+        torch._dynamo.mark_dynamic(each, 1)
+
+
+JOINED_AT_ANY_LENGTH = [
+    *(early_exits, sequence_by_sequence, in_a_loop_with_weights, class_weights, first_and_others),
+    *(chosen_and_rejected, masks_of_each, three_or_none_of_a_split, halves_of_the_batch),
+]
+
+
+@pytest.mark.parametrize("f", JOINED_AT_ANY_LENGTH, ids=lambda f: f.__name__)
+def test_one_operator_at_any_length(f: Loss):
+    """Of sequences whose length is symbolic, parts of the batch are joined."""
+    backend = Rewritten()
+    compiled = torch.compile(f, backend=backend)
+    for s in (S, 3, S + 3, 1400):
+        given = inputs(s)
+        of_some_length(given[0], given[2])
+        check(f, compiled, given)
+    assert len(backend.final) == backend.count(ops.ROW_STATS) == 1
+
+
+@pytest.mark.parametrize("strategy", ["token_chunks", "vocab_slabs"])
+@pytest.mark.parametrize("f", [sequence_by_sequence, halves_of_the_batch], ids=lambda f: f.__name__)
+def test_one_head_at_any_length(f: Loss, strategy: str):
+    compiled, graphs = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
+    for s in (S, S + 3):
+        given = inputs(s)
+        of_some_length(given[0], given[2])
+        check(f, compiled, given)
+    assert graphs.pieces > 1
 
 
 # What stays apart, and is as it was
@@ -267,6 +309,21 @@ def rows_that_the_user_fills_up(h, W, y):
     return F.cross_entropy(z.view(-1, V), filled.view(-1)) + F.cross_entropy(z[0], y[1])
 
 
+def one_half_twice(h, W, y):
+    """Whose labels are clamped in one loss, and not in the other."""
+    z, t = F.linear(h, W).chunk(2), y.chunk(2)
+    chosen, rejected = (picked(a[:, :-1], b[:, 1:]).sum(-1) for a, b in zip(z, t, strict=True))
+    nll = F.cross_entropy(z[0][:, :-1].reshape(-1, V), t[0][:, 1:].reshape(-1))
+    return nll - F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def from_some_place_on(h, W, y):
+    """Of which fewer rows than the user says are cut off where the sequence is short."""
+    z = F.linear(h, W)
+    early = sum(F.cross_entropy(z[i, :-1], y[i, 1:]) for i in range(B))
+    return early + sum(F.cross_entropy(z[i, -5:], y[i, -5:], reduction="sum") for i in range(B))
+
+
 def backwards(h, W, y):
     z = F.linear(h, W).flip(0)
     return sum(F.cross_entropy(z[i], y[i]) for i in range(B))
@@ -278,7 +335,7 @@ APART = [
     *(one_seen_without_a_gradient, labels_of_parts_that_were_joined, labels_of_what_was_replaced),
     *(classes_that_are_cut_off, a_half_of_the_classes, a_range_of_the_classes),
     *(temperatures_of_their_own, one_without_a_gradient, rows_that_the_user_fills_up, backwards),
-    log_probabilities_of_each,
+    *(log_probabilities_of_each, from_some_place_on, one_half_twice),
 ]
 
 
@@ -287,6 +344,22 @@ def test_numbers(f: Loss, strategy: str, caplog: pytest.LogCaptureFixture):
     compiled, _ = compile_without_codegen(f, strategy=strategy, memory_budget=0.5)
     check(f, compiled, inputs())
     assert sites() > 0
+    assert not caplog.records, "something failed"
+
+
+OF_ONE_LENGTH = codebooks, shifted_by_as_many
+
+
+@pytest.mark.parametrize(
+    "f", [f for f in (*JOINED, *APART) if f not in OF_ONE_LENGTH], ids=lambda f: f.__name__
+)
+def test_numbers_at_any_length(f: Loss, caplog: pytest.LogCaptureFixture):
+    backend = Rewritten()
+    compiled = torch.compile(f, backend=backend)
+    for s in (S, S + 3):
+        given = inputs(s)
+        of_some_length(given[0], given[2])
+        check(f, compiled, given)
     assert not caplog.records, "something failed"
 
 

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from ..common.compat.graphs import fake_mode_of
 from ..common.compat.inductor import decompositions
 from .examples import Examples
-from .shapes import example_of, same_shape, tensor_of
+from .shapes import example_of, same_shape, shape_of, tensor_of
 
 
 class Builder:
@@ -51,6 +51,14 @@ class Builder:
     def comes_after(self, node: Node) -> bool:
         """Whether new nodes may read a node."""
         return node < self._before
+
+    def of_size(self, size: torch.SymInt) -> tuple[Node, int] | None:
+        """(a tensor that new nodes may read, its dimension that has a symbolic size)"""
+        for node in itertools.takewhile(self.comes_after, self._graph.nodes):
+            for dim, each in enumerate(shape_of(node) if tensor_of(node) is not None else ()):
+                if isinstance(each, torch.SymInt) and each.node.expr == size.node.expr:
+                    return node, dim
+        return None
 
     def sized_as(self, made: Node, node: Node) -> Node:
         """What was made in place of a node whose number of rows depends on data: its example has as many."""
@@ -98,13 +106,6 @@ class Builder:
             wanted = on and any(each.requires_grad for each in sources)
             if example.requires_grad != wanted:
                 node.meta[self._key] = example.detach().requires_grad_(wanted)
-
-    def is_behind(self, node: Node) -> bool:
-        """Whether new nodes come behind a node of the graph."""
-        return any(each is node for each in itertools.takewhile(self._is_earlier, self._graph.nodes))
-
-    def _is_earlier(self, node: Node) -> bool:
-        return node is not self._before
 
     def undo(self) -> None:
         """Take back all that was built, which nothing else reads yet."""

@@ -50,8 +50,9 @@ ROWS = (
     "of hidden states that are cut instead, it would be a head"
 )
 SYMBOLIC_ROWS = (
-    "the logits are a part of a linear layer's rows, and parts are put together only where sizes are "
-    "numbers, as under dynamic=False; of hidden states that are cut instead, it would be a head"
+    "the logits are a part of a linear layer's rows, and parts are put together only where it is a number "
+    "how many rows each leaves out, as under dynamic=False; of hidden states that are cut instead, it would "
+    "be a head"
 )
 CONVOLUTION = (
     "a convolution makes the logits; one of size 1 is F.linear(hidden, weight.flatten(1)) "

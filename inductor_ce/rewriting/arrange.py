@@ -203,9 +203,13 @@ def row_sizes(build: Builder, node: Node, axis: int | None) -> list[int | Node]:
 
 
 def size_of(build: Builder, node: Node, dim: int) -> int | Node:
-    """A size as a number, or as a node where it is symbolic."""
-    number = constant(shape_of(node)[dim])
-    return build("size", node, dim) if number is None else number
+    """A size as a number, or as a node where it is symbolic, read off a tensor that there is by then."""
+    size = shape_of(node)[dim]
+    if (number := constant(size)) is not None:
+        return number
+    if not build.comes_after(node):
+        node, dim = build.of_size(size) or (node, dim)  # type: ignore[arg-type]
+    return build("size", node, dim)
 
 
 def first_size(build: Builder, node: Node) -> int | Node:

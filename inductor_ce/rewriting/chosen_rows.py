@@ -152,7 +152,7 @@ def _are_known(graph: Graph, numbers: list[Node], place: Node) -> bool:
 def _known(build: Builder, number: Node, made: dict[Node, Node]) -> Node:
     """A number where a builder adds nodes: itself, if it is there, or as it is made of others."""
     if number not in made:
-        if build.is_behind(number):
+        if build.comes_after(number):
             return number
         made[number] = build.again(number, {n: _known(build, n, made) for n in number.all_input_nodes})
     return made[number]

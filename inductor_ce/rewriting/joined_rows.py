@@ -24,10 +24,10 @@ from .. import ops
 from ..common.compat.graphs import unset_fake_temporarily
 from ..common.findings import name_of
 from ..graph.builder import Builder, undone_on_error
-from ..graph.shapes import constant, example_of, shape_of, tensor_of
+from ..graph.shapes import Size, constant, example_of, same_count, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from .arrange import ANY_LABEL, PADS_ROWS, elementwise_source
+from .arrange import ANY_LABEL, PADS_ROWS, elementwise_source, size_of
 from .find_recipe import is_sized_view, with_width
 from .linear_layers import plain_layer
 from .rewrite import erase_with_sources
@@ -37,7 +37,9 @@ _SEVERAL = {"unbind", "chunk", "split", "tensor_split"}
 _MOST_STEPS = 16
 _LEAST_SHARE = 2  # all rows are computed: no fewer than one of so many is to be wanted
 
-Box = tuple[tuple[int, int], ...]  # (first, end) along each dimension of rows
+_AS_MANY = 1009, 1013  # rows, for which a symbolic size is taken in turn
+
+Cut = tuple[tuple[int, int], ...]  # how many rows are cut off before and behind, along each dimension
 
 
 class Part(NamedTuple):
@@ -46,22 +48,34 @@ class Part(NamedTuple):
     Attributes:
         stats: the `row_stats`.
         layer: the linear layer, [..., V].
-        lead: the sizes of the dimensions that its rows have where the first are cut off.
+        lead: the sizes of the dimensions that its rows have where the first are cut off; one at most is
+            symbolic.
         links: what is done to each logit between the layer and the statistics, first to last.
         views: what else there is between the two.
-        box: which rows.
+        cut: which rows it does not have.
         labels: of these.
         has_all: whether the statistics are of all rows, of which nobody reads others.
     """
 
     stats: Node
     layer: Node
-    lead: tuple[int, ...]
+    lead: tuple[Size, ...]
     links: tuple[Node, ...]
     views: tuple[Node, ...]
-    box: Box
+    cut: Cut
     labels: tuple[Node, ...]
     has_all: bool
+
+    @property
+    def known(self) -> list[int | None]:
+        """`lead`, but None for a symbolic size."""
+        return [constant(size) for size in self.lead]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those of its own rows, but -1 for a symbolic one."""
+        pairs = zip(self.known, self.cut, strict=True)
+        return [-1 if size is None else size - before - behind for size, (before, behind) in pairs]
 
 
 class _NotHere(Exception):
@@ -103,33 +117,47 @@ def _part(stats: Node) -> Part | None:
     links = [each for each in path if elementwise_source(each) is not None]
     others = [each for each in path if each not in links]
     whole = [node, *itertools.takewhile(lambda each: each in links or is_sized_view(each), path)]
-    *lead, classes = map(constant, shape_of(whole[-1]))
-    if classes is None or None in lead or any(constant(shape_of(each)[-1]) != classes for each in whole):
+    *lead, classes = shape_of(whole[-1])
+    v = constant(classes)
+    if v is None or any(constant(shape_of(each)[-1]) != v for each in whole):
         return None
     with unset_fake_temporarily():
-        box = _box([each for each in others if each not in whole], lead, classes)  # type: ignore[arg-type]
-    if box is None:
+        cut = _cut([each for each in others if each not in whole], lead, v)
+    left = [size - sum(each) for size, each in zip(lead, cut or (), strict=cut is not None)]
+    if cut is None or not same_count(left, shape_of(z)[:-1]):  # type: ignore[arg-type]
         return None
-    rows = tuple(lead), tuple(links), tuple(others), box
+    rows = tuple(lead), tuple(links), tuple(others), cut
     part = Part(stats, node, *rows, tuple(labels), has_all=False)  # type: ignore[arg-type]
     return _without_padding(part) or part
 
 
-def _box(views: list[Node], lead: list[int], classes: int) -> Box | None:
-    """The rows [*lead] that views of them leave, if they are ranges in their order.
+def _cut(views: list[Node], lead: list[Size], classes: int) -> Cut | None:
+    """How many of the rows [*lead] views of them cut off, if what is left are ranges in their order.
 
-    The views are made of the numbers of the rows.
+    The views are made of the numbers of the rows, of a symbolic size for two numbers of them: that no
+    other is cut otherwise is seen of how many are left.
     """
+    known = [constant(size) for size in lead]
+    if known.count(None) > 1:
+        return None
+    several = [[many if size is None else size for size in known] for many in _AS_MANY]
+    found = {_cut_of(views, sizes, classes) for sizes in (several if None in known else several[:1])}
+    return found.pop() if len(found) == 1 else None
+
+
+def _cut_of(views: list[Node], lead: list[int], classes: int) -> Cut | None:
+    """The same of known sizes."""
     rows = torch.arange(math.prod(lead)).view(lead)
     numbers: Any = rows.unsqueeze(-1)
     for view in views:
         numbers = _viewed(view, numbers, classes)
     if not isinstance(numbers, Tensor) or not numbers.numel():
         return None
-    ends = (torch.unravel_index(end, lead) for end in (numbers.min(), numbers.max()))
-    box = tuple((int(first), int(last) + 1) for first, last in zip(*ends, strict=True))
-    inside = rows[tuple(slice(*each) for each in box)]
-    return box if torch.equal(inside.flatten(), numbers.flatten()) else None
+    firsts, lasts = (torch.unravel_index(end, lead) for end in (numbers.min(), numbers.max()))
+    inside = rows[tuple(slice(int(a), int(b) + 1) for a, b in zip(firsts, lasts, strict=True))]
+    if not torch.equal(inside.flatten(), numbers.flatten()):
+        return None
+    return tuple((int(a), size - 1 - int(b)) for a, b, size in zip(firsts, lasts, lead, strict=True))
 
 
 def _viewed(view: Node, numbers: Any, classes: int) -> Any:
@@ -148,7 +176,9 @@ def _viewed(view: Node, numbers: Any, classes: int) -> Any:
     example = tensor_of(view)
     if example is None:
         return made if name in _SEVERAL else None
-    return made if tuple(made.shape) == (*example.shape[:-1], 1) else None
+    sizes = [constant(size) for size in example.shape[:-1]]
+    alike = len(sizes) == made.dim() - 1 and made.shape[-1] == 1
+    return made if alike and all(a in (None, b) for a, b in zip(sizes, made.shape, strict=False)) else None
 
 
 def _keeps_classes(view: Node, classes: int) -> bool:
@@ -161,14 +191,15 @@ def _keeps_classes(view: Node, classes: int) -> bool:
 def _without_padding(part: Part) -> Part | None:
     """A part of all rows as one of those whose labels are not filled up; None where they are not alike."""
     padded = [_padding(label) for label in part.labels]
-    found = {(_inner(pad), None if pad is None else tuple(map(constant, shape_of(pad)))) for pad in padded}
-    if len(found) != 1 or part.box != tuple((0, size) for size in part.lead):
+    if not padded or None in padded or any(map(any, part.cut)):
         return None
-    ((box, lead),) = found
-    if box is None or lead is None or math.prod(lead) != math.prod(part.lead):  # type: ignore[arg-type]
+    shapes = {tuple(map(constant, shape_of(pad))) for pad in padded}  # type: ignore[arg-type]
+    (cut, *others), (lead, *_) = {*map(_filled, padded)}, map(shape_of, padded)  # type: ignore[arg-type]
+    known, *differing = shapes
+    if cut is None or others or differing or known.count(None) > 1 or not same_count(lead, part.lead):
         return None
     labels = tuple(pad.args[0] for pad in padded if pad is not None)
-    return part._replace(box=box, lead=lead, labels=labels, has_all=True)  # type: ignore[arg-type]
+    return part._replace(cut=cut, lead=lead, labels=labels, has_all=True)  # type: ignore[arg-type]
 
 
 def _padding(label: Node) -> Node | None:
@@ -180,16 +211,14 @@ def _padding(label: Node) -> Node | None:
     return label if isinstance(label.args[0], Node) and not label.args[0].meta.get(PADS_ROWS) else None
 
 
-def _inner(pad: Node | None) -> Box | None:
-    """Where, of what was filled up, it has what it had."""
-    if pad is None or not isinstance(pad.args[1], (list, tuple)):
+def _filled(pad: Node) -> Cut | None:
+    """How much was filled up, before and behind."""
+    if not isinstance(pad.args[1], (list, tuple)):
         return None
-    sizes = [*map(constant, shape_of(pad))]
-    amounts = [*pad.args[1], *[0] * (2 * len(sizes) - len(pad.args[1]))]
-    if any(not isinstance(number, int) for number in (*sizes, *amounts)):
+    amounts = [*pad.args[1], *[0] * (2 * len(shape_of(pad)) - len(pad.args[1]))]
+    if any(not isinstance(number, int) for number in amounts):
         return None
-    ends = zip(reversed(amounts[::2]), reversed(amounts[1::2]), sizes, strict=True)
-    return tuple((before, size - behind) for before, behind, size in ends)
+    return tuple(zip(reversed(amounts[::2]), reversed(amounts[1::2]), strict=True))
 
 
 # Which parts are joined
@@ -201,7 +230,8 @@ def _kind(timeline: Timeline, part: Part) -> Hashable:
     behind = tuple(tuple(_behind(label, part)) for label in part.labels)
     mode, example = timeline.grad_mode(part.stats), example_of(part.stats)
     links = tuple((link.target, *_beside(link)) for link in part.links)
-    return part.layer, part.lead, which, tuple(weights), behind, links, mode, example.requires_grad  # type: ignore[arg-type]
+    lead, learns = tuple(part.known), example.requires_grad
+    return part.layer, lead, which, tuple(weights), behind, links, mode, learns  # type: ignore[arg-type]
 
 
 def _beside(link: Node) -> tuple[Hashable, ...]:
@@ -213,12 +243,13 @@ def _beside(link: Node) -> tuple[Hashable, ...]:
 
 def _along(parts: list[Part]) -> int | None:
     """The dimension along which two or more parts stand one behind another; None where they do not."""
-    rows = sum(math.prod(end - first for first, end in part.box) for part in parts)
-    if len(parts) < 2 or rows * _LEAST_SHARE < math.prod(parts[0].lead):
+    known = parts[0].known
+    rows = sum(math.prod(size for size in part.sizes if size >= 0) for part in parts)
+    if len(parts) < 2 or rows * _LEAST_SHARE < math.prod(size for size in known if size is not None):
         return None
-    for dim in range(len(parts[0].lead)):
-        ranges = sorted(part.box[dim] for part in parts)
-        if all(a[1] <= b[0] for a, b in itertools.pairwise(ranges)):
+    for dim, size in enumerate(known):
+        ranges = sorted(part.cut[dim] for part in parts)
+        if size is not None and all(size - a[1] <= b[0] for a, b in itertools.pairwise(ranges)):
             return dim
     return None
 
@@ -249,7 +280,7 @@ def _join(graph: Graph, timeline: Timeline, parts: list[Part], along: int) -> di
     """Which sites became which; none where the labels are not known where the first statistics are made."""
     first = min((part.stats for part in parts), key=timeline.position.__getitem__)
     build = Builder(graph, first, like=first)
-    parts = sorted(parts, key=lambda part: part.box[along])
+    parts = sorted(parts, key=lambda part: part.cut[along])
     try:
         with undone_on_error([build]):
             joined = _joined(build, timeline, first, parts, along)
@@ -282,21 +313,21 @@ def _joined(build: Builder, timeline: Timeline, first: Node, parts: list[Part], 
 
 def _label(build: Builder, timeline: Timeline, first: Node, parts: list[Part], along: int, k: int) -> Node:
     """The labels [N], or [N, K], of all rows; any in rows of no part."""
-    lead, pieces = parts[0].lead, []
-    begins = [part.box[along][0] for part in parts[1:]] + [lead[along]]
-    for i, (part, next_begins) in enumerate(zip(parts, begins, strict=True)):
+    rank, size, pieces = len(parts[0].lead), parts[0].known[along] or 0, []
+    for i, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:])):
         label = _made_at(build, timeline, first, part.labels[k])
         if example_of(label).dtype != torch.int64:
             label = build("long", label)
-        sizes = [end - begin for begin, end in part.box]
-        label = build("reshape", label, [*sizes, *_behind(label, part)])
-        pads = [(begin, size - end) for (begin, end), size in zip(part.box, lead, strict=True)]
-        pads[along] = (0 if i else part.box[along][0], next_begins - part.box[along][1])
-        amounts = [0, 0] * (len(shape_of(label)) - len(lead))
+        label = build("reshape", label, [*part.sizes, *_behind(label, part)])
+        before, behind = part.cut[along]
+        until_next = behind if following is None else behind + following.cut[along][0] - size
+        pads = [*part.cut]
+        pads[along] = (0 if i else before, until_next)
+        amounts = [0, 0] * (len(shape_of(label)) - rank)
         amounts += [amount for pair in reversed(pads) for amount in pair]
         pieces.append(build(F.pad, label, amounts, value=ANY_LABEL) if any(amounts) else label)
     whole = build(torch.cat, pieces, along)
-    return build("reshape", whole, [-1, *shape_of(whole)[len(lead) :]]) if len(lead) > 1 else whole
+    return build("reshape", whole, [-1, *shape_of(whole)[rank:]]) if rank > 1 else whole
 
 
 def _behind(label: Node, part: Part) -> list[Any]:
@@ -315,6 +346,8 @@ def _made_at(build: Builder, timeline: Timeline, place: Node, node: Node) -> Nod
         if timeline.unchanged(node, node, here):
             return node
         raise _NotHere
+    if node.target == "size" and len(node.args) == 2:
+        return size_of(build, *node.args)  # type: ignore[arg-type, return-value]
     repeatable = spellings.is_repeatable(node) or PADS_ROWS in node.meta
     may = repeatable and not any(written_by(node)) and timeline.calm_since(at) <= here
     if not may or not all(timeline.unchanged(source, here, at) for source in node.all_input_nodes):
@@ -324,8 +357,16 @@ def _made_at(build: Builder, timeline: Timeline, place: Node, node: Node) -> Nod
 
 def _rows_of(build: Builder, joined: Node, part: Part) -> Node:
     """The statistics [K, n] of a part, of those of all rows [K, N]."""
-    ranges = (slice(None), *(slice(*each) for each in part.box))
+    ranges = (slice(None), *itertools.starmap(_range, zip(part.known, part.cut, strict=True)))
     if len(part.lead) == 1:
         return build(operator.getitem, joined, ranges)
-    own = build(operator.getitem, build("reshape", joined, [-1, *part.lead]), ranges)
+    lead = [-1 if size is None else size for size in part.known]
+    k = shape_of(joined)[0] if -1 in lead else -1
+    own = build(operator.getitem, build("reshape", joined, [k, *lead]), ranges)
     return build("reshape", own, [shape_of(own)[0], -1])
+
+
+def _range(size: int | None, cut: tuple[int, int]) -> slice:
+    """What is left of a dimension, which has so many rows."""
+    before, behind = cut
+    return slice(before, -behind or None) if size is None else slice(before, size - behind)
