@@ -10,7 +10,7 @@ import sympy
 import torch
 import torch.distributed as dist
 from by_hand_cases import LOSSES, NEAR_MISSES, SMOOTHING
-from harness import Graphs, Rewritten, clean_slate
+from harness import Graphs, Rewritten, clean_slate, compile_lazily, misses, sites
 from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, once, spawn
 from reference import assert_fair
@@ -205,6 +205,7 @@ def test_what_is_no_sum_over_ranks(what: str) -> None:
 
 
 D = 8
+LENGTHS = (12, 7, 9)
 
 
 def head_on_rank(rank: int) -> dict[str, Any]:
@@ -251,3 +252,47 @@ def test_a_head_is_in_pieces() -> None:
             assert found["pieces"] > 1
         assert "vocab_slabs in 4 pieces" in of_rank["whole_loss"]["plan"]
         assert "forward_only" in of_rank["without_gradient"]["plan"]
+
+
+def apart_on_rank(rank: int) -> dict[str, Any]:
+    """Losses over batches of several lengths, whose logits are those of a deferred layer."""
+    return Outcomes({name: attempt(apart, rank, LOSSES[name]) for name in COMPILED})
+
+
+def apart(rank: int, loss: Any) -> dict[str, Any]:
+    start, end = columns(rank, dist.get_world_size())
+    generator = torch.Generator().manual_seed(1)
+    h, w = (torch.randn(n, D, generator=generator) for n in (N, V))
+    _, y, upstream = given("smoothed", ROWS, torch.float32)
+    layer = torch.nn.Linear(D, end - start, bias=False)
+    layer.weight.data = w[start:end].contiguous()
+
+    def steps(f: Any) -> list[Tensor]:
+        found = []
+        for n in LENGTHS:
+            leaf = h[:n].clone().requires_grad_()
+            layer.zero_grad()
+            value = f(layer(leaf), y[:n].clone(), start)
+            value.backward(upstream[:n])
+            found += [value.detach(), leaf.grad, layer.weight.grad]
+        return found
+
+    eager = steps(loss)
+    with clean_slate():
+        compiled, graphs = compile_lazily(loss, strategy="vocab_slabs", memory_budget=0.3)
+        inductor_ce.defer(layer)
+        ours = steps(compiled)
+        return {
+            "ours": ours,
+            "eager": eager,
+            "counts": (sites(), misses(), graphs.count(GATHER), graphs.count(REDUCE)),
+        }
+
+
+def test_a_loss_alone_of_several_lengths() -> None:
+    """One graph for the first length and one for all others, each with the head of a deferred layer."""
+    for of_rank in spawn(apart_on_rank, 2):
+        for found in map(of_rank.__getitem__, COMPILED):
+            assert found["counts"] == (2, 0, 2, 0)
+            for ours, eager in zip(found["ours"], found["eager"], strict=True):
+                torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)

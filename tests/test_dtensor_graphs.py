@@ -11,12 +11,16 @@ import dtensor_cases
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
+from by_hand_cases import whole_loss
 from dtensor_cases import Setup, collectives, tensors
 from expecttest import assert_expected_inline
 from harness import compile_without_codegen, misses, sites
+from head_cases import counts
 from kernels import backwards_at_once
 from pairwise import EVERYTHING
+from releases import before
 from test_golden import show
 from torch import Tensor
 from torch._functorch.compile_utils import fx_graph_cse
@@ -90,6 +94,77 @@ def test_collectives_beside_what_is_left():
     compiled(*given)[0].backward()
     assert (sites(), misses()) == (1, 1)
     assert [collectives(gm) for gm in graphs.final] == [{"all_gather_into_tensor": 2}, {}]
+
+
+# NOTE Ranks that hold other columns, in other number, or other rows
+# plan their heads otherwise. One that exchanges what another does not makes both wait for ever.
+
+EVEN = Setup((4,), V=24)
+FEW = Setup((4,), V=5)  # blocks of 2, 2, 1 and no columns
+
+
+def exchanged(f: Any, *given: Tensor, **options: Any) -> list[dict[str, int]]:
+    """What each graph of a compiled function exchanges, the backward's too if there is one."""
+    compiled, graphs = compile_without_codegen(f, **options)
+    loss = compiled(*given)
+    if loss.requires_grad:
+        loss.backward()
+    return [collectives(gm) for gm in graphs.final]
+
+
+def test_a_head_is_not_even_because_another_is():
+    """One is done in three chunks, each of which is exchanged; the other is exchanged once on every rank."""
+    (h, W, y), _ = made(EVEN)
+    (_, few, of_few), _ = made(FEW)
+
+    def both(h, W, few, y, of_few):
+        return bare(h, W, y) + bare(h, few, of_few)
+
+    options = {"strategy": "token_chunks", "memory_budget": 0.4}
+    forward, backward = exchanged(both, h, W, few, y, of_few, **options)
+    assert (forward["all_gather_into_tensor"], backward) == (3 + 1, {})
+    assert counts() == {"token_chunks": 1, "vocab_slabs": 1}
+
+
+def test_rows_are_left_out_on_no_rank_or_on_all():
+    """With fewer columns the logits are small, the head is whole, and no rows are left out."""
+    given, _ = made(FEW)
+    with torch.no_grad():
+        alike = exchanged(bare, *given, memory_budget=0.3)
+    assert alike == [{"all_gather_into_tensor": 1}]
+    assert counts() == {"forward_only": 1}
+
+
+@pytest.mark.skipif(before(2, 12), reason="torch compiles autograd functions wrongly by itself")
+def test_rows_of_losses_by_hand_are_left_out_on_no_rank():
+    """Nobody knows how many columns another rank has; with one, a product is no head."""
+    x = tensors(LINE, -100)
+
+    def loss(h, W, y):
+        rows = whole_loss(F.linear(h, W), y.clamp_min(0), 6)
+        return torch.where(y != -100, rows, 0.0).sum()
+
+    with torch.no_grad():
+        alike = exchanged(loss, x["h"].float(), x["W"][6:12].float(), x["y"], memory_budget=0.3)
+    assert alike == [{"all_gather_into_tensor": 1}]
+    assert counts() == {"forward_only": 1}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_losses_that_are_gathered_are_no_statistics(grad: bool):
+    """Ranks whose batches differ in length share no rows, and their heads are as they are on one rank."""
+    x = tensors(LINE, -100)
+
+    def logged(h, W, y):
+        loss = bare(h, W, y)
+        return loss + 0 * funcol.all_gather_tensor(loss.detach()[None], 0, dist.group.WORLD).sum()
+
+    options = {"strategy": "token_chunks", "memory_budget": 0.4}
+    with torch.set_grad_enabled(grad):
+        given = x["h"].requires_grad_(), x["W"].requires_grad_(), x["y"]
+        forward, *backward = exchanged(logged, *given, **options)
+    assert (forward, any(backward)) == ({"all_gather_into_tensor": 1}, False)
+    assert counts() == {"token_chunks" if grad else "forward_only": 1}
 
 
 # From 2.14 torch keeps apart the equal constants of which only one is also for the backward.

@@ -74,6 +74,9 @@ def joined(body: Body) -> Joined | None:
     nodes: dict[Node, Node] = {}
     for node in [*inputs, gradients[0], *steps]:
         nodes[node] = both.node_copy(node, nodes.__getitem__)
+    for node, given in zip(inputs, body.inputs, strict=True):
+        if isinstance(given, Node):  # as it is now: lazy logits may have been taken apart since it was traced
+            nodes[node].meta[KEY] = given.meta.get(KEY)
     for node, value in zip(gradients[1:], saved, strict=True):
         if not isinstance(value, Node):
             return None
@@ -96,6 +99,6 @@ def _make_examples(graph: Graph) -> None:
         for node in graph.nodes:
             if node.op == "placeholder":
                 example = tensor_of(node)
-                node.meta[KEY] = None if example is None else fresh_like(example)
+                node.meta[KEY] = node.meta.get(KEY) if example is None else fresh_like(example)
             elif node.op in CALLS:
                 node.meta[KEY] = called(node)

@@ -10,7 +10,9 @@ from torch.fx import Graph, Node
 
 from .. import ops
 from ..common.compat.distributed import ALL_GATHER
-from ..graph.walk import args_of, reached
+from ..graph.shapes import equal, shape_of
+from ..graph.walk import args_of, reached, sources_of
+from ..ops.group_rank import GROUP_RANK
 
 aten = torch.ops.aten
 
@@ -112,8 +114,32 @@ def is_row_gradient(node: Node) -> bool:
 
 
 def exchanges(stats: list[Node]) -> list[Node]:
-    """The nodes by which ranks exchange statistics."""
-    return [node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER]
+    """The nodes by which ranks exchange statistics, which are several rows of as many.
+
+    What else ranks gather of a loss, such as the losses of all of them for a log, is none.
+    """
+    n = shape_of(stats[0])[-1]
+    gathers = (node for node in reached(stats, lambda node: node.users) if node.target == ALL_GATHER)
+    shapes = ((node, shape_of(args_of(node)[0])) for node in gathers)
+    return [node for node, shape in shapes if len(shape) == 2 and shape[0] != 1 and equal(shape[1], n)]
+
+
+def ranks_are_alike(stats: list[Node]) -> bool:
+    """Whether all ranks that exchange these statistics, if any, are known to have as many columns.
+
+    Then they have the same graph. It is the rank by which a label is moved to these columns that tells.
+    """
+
+    def sources(node: Node) -> list[Node]:
+        return stats_call(node).labels if node in stats else sources_of(node)
+
+    for gather in exchanges(stats):
+        _, _, group = args_of(gather)
+        ranks = [args_of(node) for node in reached([gather], sources) if node.target == GROUP_RANK]
+        alike = [is_equal for _, of, is_equal in ranks if of == group]
+        if not alike or not all(alike):
+            return False
+    return True
 
 
 _PIECES = {

@@ -22,7 +22,7 @@ from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
-from .calls import exchanges, forget_sites, narrow_args, stats_call
+from .calls import exchanges, forget_sites, narrow_args, ranks_are_alike, stats_call
 from .edited_inputs import copy_edited_inputs
 from .extra_memory import MIB, HeadNumbers
 from .factors import has_16_bit_factors
@@ -343,8 +343,8 @@ def numbers_of(head: find.Head, proof: Proof, escapes: str = "", skips: bool = F
         float16=torch.float16 in {example_of(node).dtype for node in (*head.roots, *head.wide, *head.exits)},
         escapes=escapes,
         varies=proof.why_not,
-        sharded=bool(gathers := exchanges(head.stats)),
-        uneven=not all(map(_is_among_equals, gathers)),
+        sharded=bool(exchanges(head.stats)),
+        uneven=not ranks_are_alike(head.stats),
     )
 
 
@@ -365,10 +365,3 @@ def _has_early_ones(head: find.Head) -> bool:
     gradients = [*head.grads, *head.divergence_grads]
     late = {any(map(is_tangent, reached(narrow_args(node)[-1:], sources_of))) for node in gradients}
     return len(late) > 1
-
-
-def _is_among_equals(gather: Node) -> bool:
-    """Whether all ranks of the group have the same number of columns."""
-    _, _, group = args_of(gather)
-    ranks = gather.graph.find_nodes(op="call_function", target=GROUP_RANK)
-    return any(args_of(node)[1:] == (group, True) for node in ranks)

@@ -13,7 +13,7 @@ from ..common.compat.inductor import uses_cudagraphs
 from ..graph.builder import Builder
 from ..graph.shapes import equal, example_of, hint, shape_of, tensor_of
 from ..graph.walk import args_of, reached, sources_of
-from .calls import exchanges, stats_call
+from .calls import exchanges, ranks_are_alike, stats_call
 from .counted_rows import AllCount, counted_rows
 from .factors import has_16_bit_factors
 from .find import Head, NoHead
@@ -61,6 +61,7 @@ NOT_WORTH_IT = (
 OF_WEIGHTS = "a weight for each row and class would have to be copied"
 OF_TEACHER = "targets are made of the teacher's logits of all rows"
 OF_SIDES = "a divergence is made of all rows"
+NOT_ALIKE = "ranks with different numbers of classes may not decide alike whether rows are left out"
 IF_FINITE = ", of those whose logits may be infinite, or NaN, none"
 
 
@@ -146,6 +147,8 @@ def _check(head: Head) -> None:
     """Raises AllCount where the rows of a piece cannot be those that count, or it would not pay."""
     if head.divergences:
         raise AllCount(OF_SIDES)
+    if not ranks_are_alike(head.stats):
+        raise AllCount(NOT_ALIKE)
     if any(len(shape_of(weight)) == 2 for node in head.stats for weight in stats_call(node).weights):
         raise AllCount(OF_TEACHER if head.teacher else OF_WEIGHTS)
     if any(_is_wide(source, head) for source in head.beside()):

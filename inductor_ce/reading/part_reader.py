@@ -10,6 +10,7 @@ What is found are uses: places where something else reads what was made of stati
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
@@ -36,6 +37,14 @@ def _is_view(node: Node) -> bool:
     spelled = spellings.read(node)
     source = None if spelled is None or spelled[0].view is None else spelled[1].get("input")
     return isinstance(source, Node) and tensor_of(source) is not None and keeps_order(node, source)
+
+
+def _is_idle_size(node: Node) -> bool:
+    """Whether a node is a size, or one of its numbers, that nobody reads, as Dynamo leaves it."""
+    size = node.args[0] if node.target is operator.getitem else node
+    if not isinstance(size, Node) or (size.op, size.target) != ("call_method", "size"):
+        return False
+    return all(user.target is operator.getitem and not user.users for user in size.users)
 
 
 class PartReader:
@@ -89,7 +98,12 @@ class PartReader:
             if value is not None:
                 self._put_result(node, value)
                 return
-            if node in self.pending or node in self.firsts or self.gathered.takes(node):
+            if (
+                node in self.pending
+                or node in self.firsts
+                or self.gathered.takes(node)
+                or _is_idle_size(node)
+            ):
                 self.found.steps.add(node)
                 return
         self._use(node)

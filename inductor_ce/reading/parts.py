@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..algebra import parts
-from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of
+from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of, tied
 from ..graph.timeline import Timeline
 from . import spellings
 from .part_reader import PartReader, Step
@@ -165,10 +165,10 @@ def _label_of(reader: PartReader, source: Any, index: Any) -> Node | None:
     rows, y = index
     sizes, count = shape_of(source), counted(rows)
     example = tensor_of(y)
-    if len(sizes) != 2 or count is None or count[0] != -1 or not equal(count[1], sizes[0]):
+    if len(sizes) != 2 or count is None or count[0] != -1 or example is None or example.dim() != 1:
         return None
-    integers = example is not None and not example.is_floating_point() and example.dtype != torch.bool
-    return y if integers and same_shape(shape_of(y), sizes[:1]) else None
+    integers = not example.is_floating_point() and example.dtype != torch.bool
+    return y if integers and tied((count[1], *example.shape), (sizes[0], sizes[0])) else None
 
 
 def _is_all(reader: PartReader, source: Any, index: Any) -> bool:

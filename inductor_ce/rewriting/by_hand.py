@@ -58,13 +58,21 @@ def _sum_of(body: Body) -> tuple[Node, Any] | None:
     inputs, steps, returned = inner(body.forward)
     gradients, backward, passed = inner(body.backward)
     outputs = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else None
-    tensors = [given for given in body.inputs if isinstance(given, Node)]
-    if len(inputs) != 1 or len(tensors) != 1 or backward or not gradients or not isinstance(outputs, tuple):
+    pairs = zip(inputs, body.inputs, strict=False)
+    given = [(own, outer) for own, outer in pairs if tensor_of(outer) is not None]
+    numbers = [outer for outer in body.inputs if tensor_of(outer) is None]  # sizes, of dynamic shapes
+    if len(inputs) != len(body.inputs) or len(given) != 1 or backward or not gradients:
         return None
-    if not isinstance(passed, tuple) or passed[:1] != (gradients[0],) or any(passed[1:]):
+    if not isinstance(outputs, tuple) or not isinstance(passed, tuple):
         return None
-    group = _group_of_sum(inputs[0], steps, outputs)
-    return None if group is None else (tensors[0], group)
+    if not all(isinstance(number, Node) for number in numbers):
+        return None
+    ((own, outer),) = given
+    at = inputs.index(own)
+    if passed[at : at + 1] != (gradients[0],) or any(passed[:at] + passed[at + 1 :]):
+        return None
+    group = _group_of_sum(own, steps, outputs)
+    return None if group is None else (outer, group)
 
 
 def _group_of_sum(source: Node, steps: list[Node], outputs: tuple[Any, ...]) -> Any:
