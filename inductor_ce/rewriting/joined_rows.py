@@ -38,6 +38,7 @@ _MOST_STEPS = 16
 _LEAST_SHARE = 2  # all rows are computed: no fewer than one of so many is to be wanted
 
 _AS_MANY = 1009, 1013  # rows, for which a symbolic size is taken in turn
+_MOST_BESIDE = 1 << 12  # rows of the other dimensions, which are numbered as often
 
 Cut = tuple[tuple[int, int], ...]  # how many rows are cut off before and behind, along each dimension
 
@@ -123,8 +124,10 @@ def _part(stats: Node) -> Part | None:
         return None
     with unset_fake_temporarily():
         cut = _cut([each for each in others if each not in whole], lead, v)
-    left = [size - sum(each) for size, each in zip(lead, cut or (), strict=cut is not None)]
-    if cut is None or not same_count(left, shape_of(z)[:-1]):  # type: ignore[arg-type]
+    if cut is None:
+        return None
+    left = [size - before - behind for size, (before, behind) in zip(lead, cut, strict=True)]
+    if not same_count(left, shape_of(z)[:-1]):  # type: ignore[arg-type]
         return None
     rows = tuple(lead), tuple(links), tuple(others), cut
     part = Part(stats, node, *rows, tuple(labels), has_all=False)  # type: ignore[arg-type]
@@ -138,10 +141,12 @@ def _cut(views: list[Node], lead: list[Size], classes: int) -> Cut | None:
     other is cut otherwise is seen of how many are left.
     """
     known = [constant(size) for size in lead]
-    if known.count(None) > 1:
+    if None not in known:
+        return _cut_of(views, known, classes)  # type: ignore[arg-type]
+    if known.count(None) > 1 or math.prod(size for size in known if size is not None) > _MOST_BESIDE:
         return None
-    several = [[many if size is None else size for size in known] for many in _AS_MANY]
-    found = {_cut_of(views, sizes, classes) for sizes in (several if None in known else several[:1])}
+    several = ([many if size is None else size for size in known] for many in _AS_MANY)
+    found = {_cut_of(views, sizes, classes) for sizes in several}
     return found.pop() if len(found) == 1 else None
 
 
