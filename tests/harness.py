@@ -32,7 +32,7 @@ from inductor_ce.ops import ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS, SOME_ROW_
 STATISTICS = ROW_STATS, SOME_ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS_GRAD
 
 # Where a process has had as much memory (KiB), what tests left is collected.
-ENOUGH = 11 << 18
+ENOUGH = 18 << 18
 
 # NOTE: classes of graph modules
 # Each graph module has a class of its own, and for each trace FX sets these two of nn.Module, upon which
