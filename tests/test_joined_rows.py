@@ -187,7 +187,7 @@ JOINED_AT_ANY_LENGTH = [
 
 @pytest.mark.parametrize("f", JOINED_AT_ANY_LENGTH, ids=lambda f: f.__name__)
 def test_one_operator_at_any_length(f: Loss, monkeypatch: pytest.MonkeyPatch):
-    """Parts of the batch are joined, of sequences of symbolic length, longer than those that are tried too."""
+    """Parts of the batch are joined, of sequences of symbolic length, longer than was tried too."""
     monkeypatch.setattr(joined_rows, "_AS_MANY", (11, 13))
     backend = Rewritten()
     compiled = torch.compile(f, backend=backend)
