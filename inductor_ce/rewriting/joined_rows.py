@@ -318,7 +318,8 @@ def _joined(build: Builder, timeline: Timeline, first: Node, parts: list[Part], 
 
 def _label(build: Builder, timeline: Timeline, first: Node, parts: list[Part], along: int, k: int) -> Node:
     """The labels [N], or [N, K], of all rows; any in rows of no part."""
-    rank, size, pieces = len(parts[0].lead), parts[0].known[along] or 0, []
+    rank, size, pieces = len(parts[0].lead), parts[0].known[along], []
+    assert size is not None, "parts stand one behind another along a known size"
     for i, (part, following) in enumerate(itertools.zip_longest(parts, parts[1:])):
         label = _made_at(build, timeline, first, part.labels[k])
         if example_of(label).dtype != torch.int64:
@@ -366,8 +367,7 @@ def _rows_of(build: Builder, joined: Node, part: Part) -> Node:
     if len(part.lead) == 1:
         return build(operator.getitem, joined, ranges)
     lead = [-1 if size is None else size for size in part.known]
-    k = shape_of(joined)[0] if -1 in lead else -1
-    own = build(operator.getitem, build("reshape", joined, [k, *lead]), ranges)
+    own = build(operator.getitem, build("reshape", joined, [shape_of(joined)[0], *lead]), ranges)
     return build("reshape", own, [shape_of(own)[0], -1])
 
 
