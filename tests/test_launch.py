@@ -146,7 +146,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     made: list[torch.Tensor] = []
     monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
-    monkeypatch.setattr(launches, "_current_stream", lambda device: "stream")
+    monkeypatch.setattr(launches, "current_stream", lambda device: "stream")
     return made
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..common.compat.graphs import FakeTensor
-from ..common.compat.launches import Grid, Launcher, Placeholder, Tiles
+from ..common.compat.launches import Grid, Launcher, Placeholder, Tiles, note
 from . import ahead
 
 VECTOR = 16  # bytes to which Triton asks whether a pointer is aligned
@@ -83,6 +83,7 @@ class Kernel:
             ahead.compile(self.function, device, grid, (*read, *given, *numbers), options)
             return None
         ahead.wait()
+        note(None)
         read = [tile.of(x) for tile, x in zip(tiles, tensors, strict=True)]
         compiled = self.function[grid](*read, *pointers, *numbers, **options)
         # An interpreter compiles nothing, and for HIP the size of a tensor's storage matters too.

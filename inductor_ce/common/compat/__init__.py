@@ -10,6 +10,7 @@ probing for the capability where one can, so that no other file knows which torc
     inductor      Inductor's configuration, passes and lowerings
     templates     its Triton templates
     launches      how compiled Triton kernels are launched
+    driver        CUDA's driver: graphs of launches
     loops         what Inductor computes in one loop
     stand_ins     fake tensors for what is being lowered
     distributed   process groups

@@ -17,6 +17,7 @@ with of_supported_torch():
     from torch._guards import CompileContext, TracingContext
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
     from torch.nn._reduction import legacy_get_string as legacy_reduction
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves, tree_map
 
 if torch.distributed.is_available():
@@ -25,6 +26,7 @@ if torch.distributed.is_available():
 __all__ = [
     "FakeTensor",
     "FakeTensorMode",
+    "TorchDispatchMode",
     "enable_python_dispatcher",
     "legacy_reduction",
     "tree_leaves",

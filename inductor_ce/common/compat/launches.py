@@ -7,11 +7,12 @@ do is known. Others launch as Triton does.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Tiles:
 
     def __init__(self, x: Tensor, block: list[int]):
         anywhere = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        self._dtype = x.dtype
         self._known = {**vars(TensorDescriptor.from_tensor(anywhere, block)), "base": None}
 
     def of(self, x: Tensor | Placeholder) -> TensorDescriptor:
@@ -59,6 +61,9 @@ class Tiles:
         made.__dict__.update(self._known)
         made.base = x
         return made
+
+    def at(self, address: int) -> TensorDescriptor:
+        return self.of(Placeholder(self._dtype, address))
 
 
 class _Direct(NamedTuple):
@@ -73,6 +78,22 @@ class _Direct(NamedTuple):
     launch: Callable[..., None]
     encode: Sequence[Callable[[Any], list[Any]]]
     before: tuple[Any, ...]
+
+
+class Noted(NamedTuple):
+    """A launch that has been done.
+
+    Attributes:
+        launcher: by what.
+        grid: of how many programs.
+        tiled: where the tensors are of which tiles are read.
+        given: the other arguments, tensors as where they are.
+    """
+
+    launcher: Launcher
+    grid: Grid
+    tiled: tuple[int, ...]
+    given: tuple[int, ...]
 
 
 class Launcher:
@@ -94,23 +115,44 @@ class Launcher:
 
     def __call__(self, grid: Grid, given: Sequence[Any], tensors: Sequence[Tensor] = ()) -> None:
         direct = self._direct
-        if direct is None or _is_listened_to():
+        if direct is None or is_listened_to():
+            note(None)
             tiles = (tile.of(x) for tile, x in zip(self._tiles, tensors, strict=True))
             self._compiled[grid](*tiles, *given)
             return
-        encoded: list[Any] = []
-        for i, x in enumerate(tensors):
-            address = x.data_ptr()
-            found = self._encoded[i].get(address)
-            encoded += self._encode(i, address, x) if found is None else found
-        direct.launch(*grid, _current_stream(self._device), *direct.before, *encoded, *given)
+        tiled = tuple(x.data_ptr() for x in tensors)
+        note(Noted(self, grid, tiled, tuple(given)))
+        direct.launch(*self.arguments(grid, given, tiled, current_stream(self._device)))
 
-    def _encode(self, i: int, address: int, x: Tensor) -> list[Any]:
+    @property
+    def launch(self) -> Callable[..., None]:
+        """What `arguments` are for, in C."""
         assert self._direct is not None
-        made = self._direct.encode[i](self._tiles[i].of(x))
+        return self._direct.launch
+
+    def arguments(
+        self, grid: Grid, given: Sequence[Any], tiled: Sequence[int], stream: int
+    ) -> tuple[Any, ...]:
+        """Those of `launch`, for tensors that are at `tiled`."""
+        assert self._direct is not None
+        encoded: list[Any] = []
+        for i, address in enumerate(tiled):
+            found = self._encoded[i].get(address)
+            encoded += self._encode(i, address) if found is None else found
+        return *grid, stream, *self._direct.before, *encoded, *given
+
+    def _encode(self, i: int, address: int) -> list[Any]:
+        assert self._direct is not None
+        made = self._direct.encode[i](self._tiles[i].at(address))
         if len(self._encoded[i]) < MOST_TILES:
             self._encoded[i][address] = made
         return made
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, ...]:
+        """Which of the arguments that are given, beside tensors in tiles, are tensors."""
+        types = [*self._compiled.src.signature.values()][len(self._tiles) :]
+        return tuple(i for i, name in enumerate(types) if name.startswith("*"))
 
 
 def compiled_for(function: Any, arguments: Sequence[Any]) -> tuple[Any, ...]:
@@ -145,11 +187,28 @@ def compile_ahead(
     triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
+@contextlib.contextmanager
+def noting() -> Iterator[list[Noted | None]]:
+    """What this thread launches within; None stands for what another call may launch in another way."""
+    before, _of_thread.noted = getattr(_of_thread, "noted", None), []
+    try:
+        yield _of_thread.noted
+    finally:
+        _of_thread.noted = before
+
+
+def note(launch: Noted | None) -> None:
+    noted = getattr(_of_thread, "noted", None)
+    if noted is not None:
+        noted.append(launch)
+
+
+_of_thread = threading.local()
 _beginning = threading.Lock()
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds for CPUs have none
+current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # builds for CPUs have none
 
 
-def _is_listened_to() -> bool:
+def is_listened_to() -> bool:
     """Whether somebody, such as a profiler, is to be told of launches."""
     return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
@@ -157,7 +216,7 @@ def _is_listened_to() -> bool:
 def _direct(compiled: Any, tiles: int) -> _Direct | None:
     """None where it is not known."""
     driver, run = sys.modules.get("triton.backends.nvidia.driver"), getattr(compiled, "run", None)
-    if driver is None or not triton.__version__.startswith(SEEN) or _current_stream is None:
+    if driver is None or not triton.__version__.startswith(SEEN) or current_stream is None:
         return None
     if not isinstance(run, driver.CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
         return None
