@@ -27,6 +27,7 @@ from inductor_ce import Options, Report
 from inductor_ce.api.deferral import compile_deferring
 from inductor_ce.api.passes import fuse_losses, publish
 from inductor_ce.ops import ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS, SOME_ROW_STATS_GRAD
+from inductor_ce.ops.chunks import CHUNKS
 
 # The operators that make statistics, of all rows or of those that count.
 STATISTICS = ROW_STATS, SOME_ROW_STATS, ROW_STATS_GRAD, SOME_ROW_STATS_GRAD
@@ -147,7 +148,8 @@ class Graphs:
     @property
     def pieces(self) -> int:
         """How often statistics are made, of all rows or of those that count."""
-        return sum(self.count(op) for op in STATISTICS)
+        rolled = (node.args[8] for node in self.nodes if node.target == CHUNKS)
+        return sum(self.count(op) for op in STATISTICS) + sum(map(len, rolled))
 
 
 class Rewritten:

@@ -61,7 +61,7 @@ def run(
     source: str,
     name: str,
     grid: tuple[int, ...],
-    arguments: list[torch.Tensor],
+    arguments: list[Any],
     *outputs: torch.Tensor,
     order: Sequence[int] | None = None,
 ) -> None:
@@ -91,11 +91,11 @@ def _run(
     source: str,
     name: str,
     grid: tuple[int, ...],
-    arguments: list[torch.Tensor],
+    arguments: list[Any],
     places: list[int],
     order: Sequence[int] | None,
 ) -> Any:
-    with _only_in(arguments), _in_order(order):
+    with _only_in([a for a in arguments if isinstance(a, torch.Tensor)]), _in_order(order):
         kernel = load_kernel(source, name)
         kernel.fn.__globals__.update(range=_range, libdevice=_Libdevice)
         kernel[grid](*arguments)

@@ -19,6 +19,7 @@ import torch
 import torch._inductor.config
 import torch.nn.functional as F
 from harness import compile_without_codegen
+from test_one_read import of_cross_entropy
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -30,12 +31,14 @@ from inductor_ce.common.compat.stand_ins import stand_ins
 from inductor_ce.heads import skip
 from inductor_ce.ops import (
     ahead,
+    chunks,
     counted,
     counted_kernels,
     label_kernels,
     label_products,
     launch,
     lowering,
+    one_read_kernel,
     product_kernels,
     products,
 )
@@ -293,6 +296,8 @@ def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -
     label, columns = (fake(n, dtype=torch.int64) for n in (64, 128))
     counts, runs = fake(64, dtype=torch.bool), fake(3, 64, dtype=torch.int32)
     entries, often = fake(64, 1, dtype=torch.float32), fake(128, D, dtype=torch.float32)
+    given_rows, program = fake(64, dtype=torch.float32), of_cross_entropy(1).where_given().encode()
+    of_rows = [label], [], [given_rows], "max,sumexp,pick", program, [32, 64]
     given: dict[Any, tuple[Any, ...]] = {
         label_products.product_but: (w, kept, dz, h, [label], columns, 0, True, True),
         products.product_into: (w, dz.t(), h, 0, True),
@@ -305,7 +310,8 @@ def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -
         counted.row_order: (counts,),
         counted.take_rows: (h, label, counts, []),
         counted.product_to_rows: (h, dz, w, 0),
-        counted.frequent_rows: (kept, h, None, None),
+        counted.frequent_rows: (kept, h, label, counts),
+        chunks.chunks: (h, w.t(), None, *of_rows, counts, w, h, [label], 128, True),
     }
     number = fake(2, dtype=torch.int32, device="cpu") if host else None
     rest = {"left": fake(2, dtype=torch.int32), "host": number, "piece": 1}
@@ -324,8 +330,9 @@ def test_every_operator_is_rehearsed(host: bool, asked: list[tuple[Any, ...]]) -
     ahead.wait()
     assert {*given, *lowering.WITHOUT_KERNELS} == {*lowering.DIRECT}
     names = {"_take_out", "_put_back", "_sum_rows", "_sort_tiles", "_merge_tiles", "_take_frequent"}
-    names |= {"_add_rows", "_scale", "_fill_order", "_fill_rows"}
-    assert {name for name, *_ in asked} == names | (set() if host else {"_multiply"})
+    names |= {"_add_rows", "_scale", "_fill_order", "_fill_rows", "_frequent", "_sum_parts", "_multiply"}
+    names |= {"_fill_left", "_fill_numbers", "_fill_statistics", "_clear", one_read_kernel.NAME}
+    assert {name for name, *_ in asked} == names
 
 
 @pytest.mark.gpu

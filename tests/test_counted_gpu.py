@@ -1,4 +1,7 @@
-"""Rows that do not count, on a GPU: numbers, CUDA graphs, and nobody waits."""
+"""Rows that do not count, on a GPU: numbers, CUDA graphs, and nobody waits.
+
+Each step of a chunk is an operator of its own here; chunks as one operator have tests of theirs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import inductor_ce
-from inductor_ce.heads import skip
+from inductor_ce.heads import rolled, skip
 from inductor_ce.ops import counted_kernels
 
 pytestmark = pytest.mark.gpu
@@ -25,6 +28,7 @@ SHARES = [0.0, 0.5, 0.9, 1.0]
 def _in_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
     monkeypatch.setattr(skip, "LOOKED_WORK", 0)
+    monkeypatch.setattr(rolled, "DEVICES", ())
     with inductor_ce.install(strategy="token_chunks", memory_budget=0.3):
         yield
 

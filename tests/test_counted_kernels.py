@@ -18,9 +18,19 @@ from pairwise import EVERYTHING
 from torch import Tensor
 
 from inductor_ce import ops
-from inductor_ce.ops import counted, counted_kernels, gemm, lowering, operators, product_kernels, products
+from inductor_ce.ops import (
+    counted,
+    counted_kernels,
+    gemm,
+    lowering,
+    operators,
+    product_kernels,
+    products,
+    sum_kernels,
+)
 
 KERNELS = "inductor_ce.ops.product_kernels"
+SUMS = "inductor_ce.ops.sum_kernels"
 SHARED = 227 * 1024  # bytes of shared memory that a program of an H200 may have
 
 
@@ -365,7 +375,7 @@ def test_products_of_any_sizes(seed: int) -> None:
 def test_sums_of_rows(left: int) -> None:
     dz, limit = torch.randn(200, 70), torch.tensor(left, dtype=torch.int32)
     for end in (limit, left):
-        parts, *_ = interpreted("sums_over_rows", torch.full((4, 70), 7.0), dz, end)
+        parts, *_ = interpreter.call(SUMS, "sums_over_rows", torch.full((4, 70), 7.0), dz, end)
         torch.testing.assert_close(parts.sum(0), dz[:left].sum(0), rtol=1e-5, atol=1e-5)
 
 
@@ -390,7 +400,7 @@ def test_sums_of_rows(left: int) -> None:
         ),
         *(
             (
-                counted_kernels._sum_rows,
+                sum_kernels._sum_rows,
                 {"parts": "*fp32", "dz": "*bf16"} | left,
                 {"ON_DEVICE": int(bool(left)), "PARTS": 4, "COLUMNS": 64, "ROWS": 128},
             )

@@ -105,6 +105,22 @@ def test_the_device_looks_where_it_saves_more_than_it_costs_the_host(
     assert looks(*head_of("none"), LOOKED_WORK - 1) == RECORDING
 
 
+def test_the_device_looks_where_one_operator_launches_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever hides launches, and also at how many there are where all are computed."""
+
+    def looks_rolled(body: str, work: int = LOOKED_WORK) -> str:
+        head, counts = head_of(body)
+        assert skip._is_told_on_device(head, work) == (work >= LOOKED_WORK and not in_graphs)
+        return skip._who_looks(head, counts, work, True)
+
+    in_graphs = False
+    assert looks_rolled("none") == looks_rolled("attention") == DEVICE
+    assert looks_rolled("attention", LOOKED_WORK - 1) == HOST
+    in_graphs = True
+    monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
+    assert looks_rolled("attention") == RECORDING
+
+
 def test_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(skip, "uses_cudagraphs", lambda patches: True)
     assert looks(*head_of("attention")) == RECORDING
@@ -117,6 +133,7 @@ def test_what_products_need_beside_is_planned(looks: str, bytes_: int) -> None:
     _, counts = head_of("none")
     assert skip.bytes_beside(skip.ToCompute("", counts, looks)) == bytes_
     assert skip.bytes_beside(skip.ALL) == 0
+    assert skip.bytes_beside(skip.ToCompute("", looks=looks)) == bytes_
 
 
 def test_all_count_where_neither_can_look(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,30 @@ OPERATORS = in_folder(
             "tests/test_counted_kernels.py -k test_product_over_rows",
         ),
         (
+            *("tapes: tensors that overlap otherwise are taken for the same", "tapes.py"),
+            "if _overlaps([*given, *made]) != self._overlaps:",
+            "if False:",
+            "tests/test_tapes.py",
+        ),
+        (
+            *("tapes: what a library does is not noticed", "tapes.py"),
+            "if others.seen or len(done) < len(launches):",
+            "if len(done) < len(launches):",
+            "tests/test_tapes.py",
+        ),
+        (
+            *("chunks: a chunk's gradient of the weight in the place of the sum", "chunks.py"),
+            "(own[0], piece > 0, False)",
+            "(own[0], False, False)",
+            "tests/test_chunks.py -k test_it_makes",
+        ),
+        (
+            *("frequent rows: rows that do not count are summed", "sum_kernels.py"),
+            "here = here & (tl.load(counted + i, mask=here, other=0) != 0)",
+            "here = here & (tl.load(counted + i, mask=here, other=0) >= 0)",
+            "tests/test_chunks.py -k test_frequent_rows",
+        ),
+        (
             *("reference op: gradient written over z", "operators.py"),
             "return dz.to(z.dtype).contiguous()",
             "return z.copy_(dz.to(z.dtype))",

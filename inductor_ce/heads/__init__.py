@@ -20,6 +20,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
                     of which `cut_rows` may be none
     sides           what is counted, and told, of the sides of a divergence, each with a linear layer
     token_chunks    some rows at a time; vocab_slabs, some columns
+    rolled          token chunks as one operator
     read_once       whether one kernel makes statistics and gradient of a piece
     whole_logits    logits in memory, whose gradient is made with their statistics
     between         what lies between statistics and coefficients, made anew; `row_programs`, read as a

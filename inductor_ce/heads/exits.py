@@ -9,7 +9,7 @@ from ..ops import ROW_GRAD_AGAIN
 from ..ops.products import ONCE_MADE
 from .find import Head, source_of_exit
 from .gradients import Exit
-from .kinds import BIAS, ROW_SUMS
+from .kinds import BIAS, HIDDEN, ROW_SUMS, WEIGHT, WEIGHT_T
 from .loops import shared_sums
 from .pieces import Pieces
 from .plan import Plan
@@ -48,6 +48,14 @@ class Exits:
 
     def __bool__(self) -> bool:
         return bool(self._sums or self._others)
+
+    def of_each_kind(self) -> tuple[Exit | None, Exit | None, Exit | None]:
+        """The gradients of hidden states, weight and bias, where there are no others."""
+        kinds = (HIDDEN,), (WEIGHT, WEIGHT_T), (BIAS,)
+        hidden, weight, bias = (
+            next((each for each in self._others if each.kind in kind), None) for kind in kinds
+        )
+        return hidden, weight, bias
 
     def go_on(self, nodes: list[Node], out: Node) -> None:
         """Let one gradient, that of the only exit in `nodes`, add to a sum begun for another head."""

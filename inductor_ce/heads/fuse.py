@@ -230,7 +230,7 @@ def _fuse_loop(graph: Graph, loop: list[find.Head], options: Options) -> list[Pl
         with undone_on_error([build]):
             for i, (head, proof) in enumerate(zip(loop, proofs, strict=True)):
                 work = plan.work_of_piece(numbers[i], plans[i].pieces)
-                computed = rows_to_compute(build, head, proof, work)
+                computed = rows_to_compute(build, head, proof, work, alone=False)
                 plans[i] = _telling(plans[i], computed, head, why_whole[i])
                 made |= token_chunks(build, head, proof, plans[i], state, computed)
             order = _ordered(graph, made)

@@ -46,7 +46,7 @@ class Exit:
         self._is_packed = pieces.packing is not None and not self.is_summed
         self._out: Node | None = None
         self._parts: list[Node] = []
-        self._operand = None if self.kind == BIAS else self._other_factor()
+        self.operand = None if self.kind == BIAS else self._other_factor()
         self._beside = None
         if plan.pieces > 1:
             self._beside = self._narrow_sum() if first is None else first._beside
@@ -65,6 +65,26 @@ class Exit:
         if self.kind == WEIGHT_T:
             return self._transposed(self.pieces.factor(left))
         return self.pieces.factor(right)
+
+    @property
+    def sum_dtype(self) -> torch.dtype:
+        """That in which pieces are put together."""
+        return torch.float32 if self._wide else self.dtype
+
+    @property
+    def beside(self) -> tuple[list[Node], int]:
+        """(the labels whose entries are left out of the sum, if any are, how many rows are made beside it)"""
+        return ([], 0) if self._beside is None else (self._beside.head_labels, self._beside.often)
+
+    def is_made(self, out: Node, *beside: Node) -> None:
+        """All pieces have been added, and what is left out is `beside`: see `NarrowSum.is_made`."""
+        if self.kind == BIAS:
+            self._parts = [out]
+            return
+        self._out = out
+        if self._beside is not None:
+            assert self.operand is not None
+            self._beside.is_made(self.node, self.operand, *beside)
 
     def goes_on(self, out: Node) -> None:
         """Add to a sum that was begun for another head, or side."""
@@ -90,8 +110,8 @@ class Exit:
         """
         if self.kind == BIAS:
             return self._add_bias(dz, piece), dz
-        assert self._operand is not None
-        other = self._operand
+        assert self.operand is not None
+        other = self.operand
         out = self._empty(other) if self._out is None else self._out
         if self._beside is not None:
             begun = self._out is not None
@@ -110,8 +130,7 @@ class Exit:
 
     def _empty(self, operand: Node) -> Node:
         rows = self.pieces.n if self.kind == HIDDEN else self.pieces.head.v
-        dtype = torch.float32 if self._wide else self.dtype
-        return empty(self.build, [rows, self._width(operand)], dtype, example_of(operand).device)
+        return empty(self.build, [rows, self._width(operand)], self.sum_dtype, example_of(operand).device)
 
     def _to_rows(self, out: Node, dz: Node, other: Node, piece: Range) -> Node:
         """The product of a piece goes to the rows of `out` that are the piece's, in the order of pieces."""

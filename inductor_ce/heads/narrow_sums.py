@@ -10,8 +10,8 @@ import torch
 from torch.fx import Node
 
 from ..graph.shapes import example_of
+from ..ops.chunk_memory import width_of_kept
 from ..ops.counted import FREQUENT_ROWS
-from ..ops.gemm import ALIGNED
 from ..ops.label_products import COMPLETE, MOST_FREQUENT, PRODUCT_BUT
 from ..ops.products import ONCE_MADE
 from .nodes import empty, in_place
@@ -28,18 +28,28 @@ class NarrowSum:
 
     Args:
         pieces: of the head.
+
+    Attributes:
+        head_labels: the labels, of all rows.
+        often: how many rows are made beside it.
     """
 
     def __init__(self, pieces: Pieces):
         self._build, self._pieces = pieces.build, pieces
         packing = pieces.packing
         labels = pieces.head.labels()
+        self.head_labels, self.often = labels, min(OFTEN, pieces.head.v)
         self._labels = labels if packing is None else [packing.all_counted(y, -1) for y in labels]
-        self._often = min(OFTEN, pieces.head.v)
-        frequent = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self._often)
+        frequent = self._build(MOST_FREQUENT, self._labels, pieces.head.v, self.often)
         self._columns, self._runs = (self._build(operator.getitem, frequent, i) for i in range(2))
         self._rows: dict[Node, Node] = {}
         self._kept: dict[Node, Node] = {}
+        self._made: dict[Node, Node] = {}
+
+    def is_made(self, product: Node, rows: Node, kept: Node, often: Node, runs: Node) -> None:
+        """What `add` keeps of all pieces, the rows of the most frequent labels, and where those are."""
+        self._rows[product], self._kept[product], self._made[product] = rows, kept, often
+        self._runs = runs
 
     def add(
         self, product: Node, rows: Node, out: Node, dz: Node, piece: Range, begun: bool, last: bool
@@ -70,7 +80,7 @@ class NarrowSum:
 
     def _room(self, dz: Node) -> Node:
         """For what is kept of all rows, each of which begins where libraries are fast."""
-        width = -(-(self._often + len(self._labels)) // ALIGNED) * ALIGNED
+        width = width_of_kept(self.often, len(self._labels))
         return empty(self._build, [self._pieces.n, width], example_of(dz).dtype, example_of(dz).device)
 
     def complete(self, out: Node, scaled: Callable[[Node], Node]) -> Node:
@@ -99,14 +109,16 @@ class NarrowSum:
 
     def _entries(self, product: Node) -> Node:
         """Those at the labels, [N, K] in float32, in the order of the rows, 0 where rows do not count."""
-        kept = self._columns_kept(product, self._often, self._often + len(self._labels))
+        kept = self._columns_kept(product, self.often, self.often + len(self._labels))
         if self._pieces.packing is not None:
             return self._pieces.packing.put_back(kept, torch.float32)
         return self._build(ONCE_MADE, kept, torch.float32, [])
 
     def _frequent_rows(self, product: Node) -> Node:
         """The rows of the whole gradient that are those of the most frequent labels, in float32."""
+        if product in self._made:
+            return self._made[product]
         packing = self._pieces.packing
         order = [None, None] if packing is None else packing.order()
-        given = (self._columns_kept(product, 0, self._often), self._rows[product], *order)
+        given = (self._columns_kept(product, 0, self.often), self._rows[product], *order)
         return self._build(FREQUENT_ROWS, *given, **({} if packing is None else packing.all_limit()))

@@ -136,14 +136,13 @@ class Pieces:
     def product(self, product: Product, piece: Range, after: list[Node]) -> Node:
         """The piece of a product of the head, or of another of the same rows."""
         build, bias = self.build, product.bias
-        hidden, columns = self._factors[product]
+        hidden, columns, own = self.factors_of(product)
         if self.dim == ROWS:
             hidden = self.rows(hidden, piece, after)
         else:
             columns = self.cut(columns, piece)
             if bias is not None and equal(shape_of(bias)[0], self.head.v):
                 bias = self.cut(bias, piece, 0)
-        own = [example_of(product.node).dtype] if self._is_narrow[product] else []
         return build(LOGITS, hidden, columns, bias, after, *own, **self.limit(piece))
 
     def wide_gradients(
@@ -263,6 +262,11 @@ class Pieces:
         both = self.build(op, z, *constants, given, text.encode(), *more, **chained)
         packed, dz = (self.build(operator.getitem, both, i) for i in range(2))
         return {node: packed}, {source_of_exit(exit_, self.head): dz for exit_ in self.head.exits}
+
+    def factors_of(self, product: Product) -> tuple[Node, Node, list[torch.dtype]]:
+        """(hidden states [N, D], columns [D, V], the dtype of their product if it is not that of both)"""
+        own = [example_of(product.node).dtype] if self._is_narrow[product] else []
+        return *self._factors[product], own
 
     def divergence(self, node: Node, made: dict[Node, Node], piece: Range, *rows: list[Node]) -> Node:
         """The `divergence` of a piece, of whose sides the maxima and the sums are given."""

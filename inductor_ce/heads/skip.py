@@ -22,6 +22,7 @@ from .packing import DEVICE, HOST, RECORDING, is_light
 from .pieces import CAST
 from .plan import LOOKED_WORK
 from .proof import Proof
+from .rolled import is_offered
 
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
     from ..ops import counted_kernels
@@ -71,7 +72,7 @@ class ToCompute(NamedTuple):
     Attributes:
         told: what is told of them, or why all are computed; "" for nothing to tell.
         rows: bool [N]; None for all.
-        looks: who looks at how many they are, as `Packing` has it.
+        looks: who looks at how many they are, as `Packing` has it; all of them, where all are computed.
     """
 
     told: str
@@ -82,14 +83,19 @@ class ToCompute(NamedTuple):
 ALL = ToCompute("")
 
 
-def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int) -> ToCompute:
-    """Which rows are computed by pieces of which each is so much work, N V D."""
+def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int, alone: bool = True) -> ToCompute:
+    """Which rows are computed by pieces of which each is so much work, N V D.
+
+    The head is `alone`, or one in a loop.
+    """
+    is_rolled = alone and is_offered(head, proof.facts)
     try:
         _check(head)
         counted = counted_rows(build, head, proof)
-        looks = _who_looks(head, counted.rows, work)
+        looks = _who_looks(head, counted.rows, work, is_rolled)
     except (AllCount, NoHead) as why:
-        return ToCompute(str(why))
+        is_told = is_rolled and _is_told_on_device(head, work)
+        return ToCompute(str(why), looks=DEVICE if is_told else HOST)
     texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
     told = f"rows that do not count are skipped: `{' and '.join(texts)}`"
     rows = _of_any_rank(build, head, counted.rows)
@@ -98,20 +104,23 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int) -> ToCo
 
 def bytes_beside(computed: ToCompute) -> int:
     """Bytes that a product needs beside a piece where the host does not look."""
-    return 0 if computed.rows is None or computed.looks == HOST else counted_kernels.PARTS_BYTES
+    return 0 if computed.looks == HOST else counted_kernels.PARTS_BYTES
 
 
-def _who_looks(head: Head, counts: Node, work: int) -> str:
+def _who_looks(head: Head, counts: Node, work: int, is_rolled: bool = False) -> str:
     """Who looks at how many rows count.
 
-    The host may where it is told before a body begins that keeps the device busy meanwhile. Whether rows are
-    left out at all is the same on all ranks that share the classes, whatever these have of their own.
+    The device does where one operator launches all chunks. Of others the host may where it is told before a
+    body begins that keeps the device busy meanwhile. Whether rows are left out at all is the same on all
+    ranks that share the classes, whatever these have of their own.
 
     Raises:
         AllCount: the device would have to, and cannot, or it would not pay.
     """
     if example_of(head.product).device.type != "cuda":
         return HOST
+    if is_rolled and _is_told_on_device(head, work):
+        return DEVICE
     in_graphs = uses_cudagraphs({})
     if not in_graphs and is_light(reached([counts], sources_of), head.n) and _has_body(head):
         return HOST
@@ -123,6 +132,11 @@ def _who_looks(head: Head, counts: Node, work: int) -> str:
     if is_of_ranks and not in_graphs:
         return HOST
     raise AllCount(NOT_ON_DEVICE)
+
+
+def _is_told_on_device(head: Head, work: int) -> bool:
+    """Whether one operator has products that read on the device how many rows there are, and it pays."""
+    return work >= LOOKED_WORK and not uses_cudagraphs({}) and _has_products_on_device(head)
 
 
 def _has_body(head: Head) -> bool:

@@ -16,9 +16,12 @@ Out:  Inductor IR: Triton templates on GPUs, Inductor's own loops elsewhere.
     counted         rows that count, before those that do not
     products        the matrix products of heads, in order and in place; `label_products`, those without
                     the entries at labels; `product_kernels` and `label_kernels` beside them, and
-                    `counted_kernels`, where the device alone knows how many rows count
+                    `counted_kernels`, where the device alone knows how many rows count, and `sum_kernels`
+    chunks          a head in token chunks as one operator, with `chunk_memory`; `one_read_kernel`, the
+                    template of `one_read` as a kernel that it launches
     gemm            one matrix product, by a library
-    launch          launches a Triton kernel again; `ahead`, compiles what will be launched
+    launch          launches a Triton kernel again, and `tapes` all that an operator has launched; `ahead`,
+                    compiles what will be launched
     verified        both ways side by side, for the option `verify`
     lowering        to `templates/`, or to `loops` and `divergence_loops`; `one_read_lowering`, what is read
                     once, and `with_templates`, what both share

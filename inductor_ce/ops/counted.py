@@ -36,7 +36,7 @@ from . import gemm
 from .gemm import ANY_STRIDES, by_device
 
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
-    from . import counted_kernels
+    from . import counted_kernels, sum_kernels
 
 ALIGNED = 64  # rows
 TAKEN_BYTES = 16 * 2**20  # of the rows that are taken at once where all are read
@@ -60,9 +60,14 @@ def row_order(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     order, place = (torch.empty_like(counts, dtype=torch.int64) for _ in range(2))
     count = counts.new_empty(1, dtype=torch.int32)
+    make_order(counts, order, place, count)
+    return order, place, count
+
+
+def make_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
+    """They become what `row_order` returns."""
     (fill,) = by_device(counts, _fill_order)
     fill(counts, order, place, count)
-    return order, place, count
 
 
 def _fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> None:
@@ -75,6 +80,39 @@ def _fill_order(counts: Tensor, order: Tensor, place: Tensor, count: Tensor) -> 
 def _(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     index = torch.empty_like(counts, dtype=torch.int64)
     return index, torch.empty_like(index), counts.new_empty(1, dtype=torch.int32)
+
+
+def make_left(left: Tensor, count: Tensor | int, step: int) -> None:
+    """`left` [P] becomes what operators are given of so many rows, [1] or a number, in pieces of `step`."""
+    (fill,) = by_device(left, _fill_left)
+    fill(left, count, step)
+
+
+def _fill_left(left: Tensor, count: Tensor | int, step: int) -> None:
+    rest = count - step * torch.arange(len(left), dtype=torch.int32, device=left.device)
+    left.copy_((rest + (ALIGNED - 1)) & -ALIGNED)
+
+
+def make_numbers(out: Tensor, x: Tensor, order: Tensor | None, counts: Tensor, otherwise: int) -> None:
+    """`out` [N] becomes numbers x [N] in an order, or theirs; another one for rows that do not count."""
+    (fill,) = by_device(out, _fill_numbers)
+    fill(out, x, order, counts, otherwise)
+
+
+def _fill_numbers(out: Tensor, x: Tensor, order: Tensor | None, counts: Tensor, otherwise: int) -> None:
+    if order is not None:
+        x, counts = x[order], counts[order]
+    out.copy_(x).masked_fill_(~counts, otherwise)
+
+
+def put_back_statistics(out: Tensor, made: Tensor, place: Tensor, counts: Tensor) -> None:
+    """`out` [K, N] becomes `made` [K, N] in the order of the rows, 1 in those that do not count."""
+    (fill,) = by_device(out, _fill_statistics)
+    fill(out, made, place, counts)
+
+
+def _fill_statistics(out: Tensor, made: Tensor, place: Tensor, counts: Tensor) -> None:
+    out.copy_(torch.where(counts, made[:, place], 1.0))
 
 
 @torch.library.custom_op("inductor_ce::host_copy", mutates_args=())
@@ -207,9 +245,22 @@ def take_rows(
     What is in `after` is made before.
     """
     taken = _empty_rows(x, rows, dtype=dtype)
+    make_rows(taken, x, rows, counted, left, host, piece)
+    return taken
+
+
+def make_rows(
+    taken: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    counted: Tensor,
+    left: Tensor | None,
+    host: Tensor | None,
+    piece: int,
+) -> None:
+    """`taken` [n, D] becomes what `take_rows` returns, in the rows that are computed."""
     (fill,) = by_device(x, _fill_rows)
     fill(x, rows, counted, limit_of_piece(left, host, piece, rows.shape[0]), taken)
-    return taken
 
 
 def _fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: int, taken: Tensor) -> None:
@@ -227,13 +278,27 @@ def product_to_rows(
     out: Tensor, a: Tensor, b: Tensor, start: int, left: Tensor, host: Tensor | None, piece: int
 ) -> None:
     """Rows start..start + n of `out` become a [n, K] times b [K, M], as many as are computed."""
+    make_product_to_rows(out, a, b, start, left, host, piece)
+
+
+def make_product_to_rows(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    start: int,
+    left: Tensor,
+    host: Tensor | None,
+    piece: int,
+    room: Tensor | None = None,
+) -> None:
+    """The same; see `counted_kernels.product_of_rows` for `room`."""
     most = a.shape[0]
     n = rows_of_piece(left, host, piece, most)
     if n is None:
         rows = out.narrow(0, start, most)
         if is_to_load(left, rows, a, b):
             gemm.product(rows, a, b, False)
-        if not counted_kernels.product_of_rows(rows, a, b, left.select(0, piece)):
+        if not counted_kernels.product_of_rows(rows, a, b, left.select(0, piece), room=room):
             gemm.product(rows, a, b, False)
     elif n:
         gemm.product(out.narrow(0, start, n), a.narrow(0, 0, n), b, False)
@@ -256,18 +321,38 @@ def frequent_rows(
     """kept' [R, N] times rows [N, M], in float32.
 
     `kept` has its rows in `order` [N], if that is given. Of those that do not count, or are not computed,
-    neither factor is looked at; where the device alone knows these, they are 0 in `kept`. Some rows are
-    taken after others: never is there a copy of all.
+    neither factor is looked at; where the device alone knows these, they are 0 in `kept`. Never is there a
+    copy of all rows.
     """
     made = _empty_frequent_rows(kept, rows)
-    n = rows_of_piece(left, host, 0, len(rows))
-    if n is None:
-        n = len(rows)
+    make_frequent_rows(made, kept, rows, order, counted, left, host)
+    return made
+
+
+def make_frequent_rows(
+    made: Tensor,
+    kept: Tensor,
+    rows: Tensor,
+    order: Tensor | None,
+    counted: Tensor | None,
+    left: Tensor | None,
+    host: Tensor | None,
+    room: Tensor | None = None,
+) -> None:
+    """`made` becomes it; see `sum_kernels.frequent_rows` for `room`."""
+    has_kernel = kept.is_cuda and kept.dtype == rows.dtype and kept.itemsize == 2 and kept.stride(1) == 1
+    if has_kernel and (order is not None or room is not None):
+        limit = limit_of_piece(left, host, 0, len(rows))
+        sum_kernels.frequent_rows(made, kept, rows, order, counted, limit, room)
+        return
     if order is None or counted is None:
         gemm.product(made, kept.t(), rows, False)
-        return made
+        return
+    n = rows_of_piece(left, host, 0, len(rows))
+    n = len(rows) if n is None else n
     if not n:
-        return made.zero_()
+        made.zero_()
+        return
     (fill,) = by_device(rows, _fill_rows)
     most = max(TAKEN_BYTES // (rows.shape[1] * rows.itemsize) // ALIGNED, 1) * ALIGNED
     taken = rows.new_empty((min(n, most), rows.shape[1]))
@@ -275,7 +360,6 @@ def frequent_rows(
         count = min(n - start, most)
         fill(rows, order[start:], counted[start:], count, taken)
         gemm.product(made, kept[start : start + count].t(), taken[:count], start > 0)
-    return made
 
 
 @frequent_rows.register_fake

@@ -30,7 +30,6 @@ RATES = ((WIDE, 1.0), (TALL, 0.98), (NARROW, 0.93))  # elements in the same time
 LONG = 8192  # terms of a sum that is worth dividing
 MOST_PARTS = 144  # of sums: as many as there are processors, and some
 ROWS_ADDED = 16
-COLUMNS, ROWS_OF_SUMS, PARTS = 64, 128, 4
 
 
 def has_tiles(x: Tensor) -> bool:
@@ -59,13 +58,19 @@ def has_product(out: Tensor, a: Tensor, b: Tensor) -> bool:
 
 
 def product_of_rows(
-    out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None = None
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    left: Tensor | int,
+    bias: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> bool:
     """Row i of `out` [n, M] becomes a [n, K] b [K, M], plus bias [M], for i < left. Some more are written.
 
-    The bias is contiguous. Whether it has been done: there is not a product for all factors.
+    The bias is contiguous. Whether it has been done: there is not a product for all factors. Parts of sums
+    go to `room`, PARTS_BYTES that are nobody's, if that is given.
     """
-    return _product(out, a, b, left, bias, accumulate=False, over=False)
+    return _product(out, a, b, left, bias, accumulate=False, over=False, room=room)
 
 
 def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulate: bool) -> bool:
@@ -73,7 +78,13 @@ def product_over_rows(out: Tensor, a: Tensor, b: Tensor, left: Tensor, accumulat
     return _product(out, a, b, left, None, accumulate, over=True)
 
 
-PARTS_BYTES = MOST_PARTS * WIDE["M"] * WIDE["N"] * 4  # of the parts of sums
+PARTS_BYTES = MOST_PARTS * WIDE["M"] * WIDE["N"] * 4  # of the parts of sums, at most
+
+
+def bytes_of_parts(dtype: torch.dtype) -> int:
+    """Of a product in a dtype, at most."""
+    tile = NARROW if dtype.itemsize > 2 else WIDE
+    return MOST_PARTS * tile["M"] * tile["N"] * 4
 
 
 @dataclass(slots=True)
@@ -103,7 +114,14 @@ _known: dict[tuple[Any, ...], _How | None] = {}  # of MOST at most
 
 
 def _product(
-    out: Tensor, a: Tensor, b: Tensor, left: Tensor | int, bias: Tensor | None, accumulate: bool, over: bool
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    left: Tensor | int,
+    bias: Tensor | None,
+    accumulate: bool,
+    over: bool,
+    room: Tensor | None = None,
 ) -> bool:
     uses = left.__class__ is not int, None if bias is None else bias.dtype, accumulate, over
     which = (out.get_device(), *((x.shape, x.stride(), x.dtype) for x in (out, a, b)), uses)
@@ -116,7 +134,9 @@ def _product(
     if how is None or not is_aligned(out):
         return False
     a, b = _aligned(a), _aligned(b)
-    parts = None if how.parts is None else out.new_empty(how.parts, dtype=torch.float32)
+    parts = None if how.parts is None else room
+    if how.parts is not None and room is None:
+        parts = out.new_empty(how.parts, dtype=torch.float32)
     beside = 0 if bias is None else bias, 0 if parts is None else parts, left
     launch = None if isinstance(out, FakeTensor) else how.launch
     if launch is not None:
@@ -331,40 +351,3 @@ def _add_parts(
         rows, columns = (i_tile * M + i)[:, None], (j_tile * N + j)[None, :]
         place = out + rows.to(tl.int64) * row + columns
         tl.store(place, total.to(out.dtype.element_ty), mask=(rows < m) & (columns < n))
-
-
-def sums_over_rows(parts: Tensor, dz: Tensor, left: Tensor | int) -> None:
-    """`parts` [P, V] become sums that add up to that over the first `left` rows of dz [n, V]."""
-    n, v = dz.shape
-    if v:
-        grid, on_device = (cdiv(v, COLUMNS), len(parts), 1), isinstance(left, Tensor)
-        sizes = len(parts), COLUMNS, ROWS_OF_SUMS
-        _sum_rows(grid, (parts, dz, left), n, v, *dz.stride(), on_device, *sizes)
-
-
-@Kernel
-@triton.jit(do_not_specialize_on_alignment=["left"])
-def _sum_rows(
-    parts,
-    dz,
-    left,
-    n,
-    v,
-    row,
-    column,
-    ON_DEVICE: tl.constexpr,
-    PARTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    limit = left
-    if ON_DEVICE:
-        limit = tl.load(left)
-    n = tl.minimum(limit, n)
-    j = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(tl.program_id(1) * ROWS, n, PARTS * ROWS):
-        i = start + tl.arange(0, ROWS)
-        place = dz + i.to(tl.int64)[:, None] * row + j.to(tl.int64)[None, :] * column
-        total += tl.load(place, mask=(i < n)[:, None] & (j < v)[None, :], other=0.0).to(tl.float32)
-    tl.store(parts + tl.program_id(1) * v + j, tl.sum(total, 0), mask=j < v)

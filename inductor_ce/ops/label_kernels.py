@@ -5,6 +5,9 @@ Letters as in `product_kernels.py`; K labels of each of N rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,8 +23,8 @@ COUNTED_AT_ONCE = 2048
 WIDTH = 1024
 
 
-def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
-    """What `label_products.most_frequent` returns.
+def find_runs(columns: Tensor, runs: Tensor, v: int, room: Tensor | None, *labels: Tensor) -> None:
+    """What `label_products.most_frequent` returns. `room` is memory of `room_of_runs`, if it is given.
 
     NOTE Sort. A library's sort takes the host longer than all of this. Here tiles of the labels are sorted,
     by counting for each label those of its tile that come before it. How many of each other tile do is then
@@ -38,7 +41,7 @@ def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
     n, bins = count // len(labels), count // r + 2
     tiles = cdiv(n, TILE)
     size = tiles * TILE * len(labels)
-    room = runs.new_empty(2 * size + count + bins)
+    room = runs.new_empty(room_of_runs(r, labels)) if room is None else room.view(torch.int32)
     block = _power_of_2(bins)
     for k, label in enumerate(labels):
         numbers = k * tiles * TILE, k * n, n, v, size, count, bins, label.stride(0)
@@ -48,6 +51,12 @@ def find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
     _merge_tiles(grid, (room, runs), count, v, size, bins, *sizes)
     grid, sizes = (cdiv(count, COUNTED_AT_ONCE), 1, 1), (COUNTED_AT_ONCE, block, _power_of_2(r))
     _take_frequent(grid, (room, runs, columns), count, r, size, bins, *sizes)
+
+
+def room_of_runs(r: int, labels: Sequence[Tensor]) -> int:
+    """How many numbers of 32 bits `find_runs` needs for a time."""
+    n = labels[0].shape[0]
+    return len(labels) * (2 * cdiv(n, TILE) * TILE + n) + n * len(labels) // max(r, 1) + 2
 
 
 def _power_of_2(size: int) -> int:

@@ -51,6 +51,24 @@ def product_but(
     where the host knows that none of the piece is, left as they are. For the product the entries at the
     labels become 0 in dz, and with `restore` what they were thereafter.
     """
+    add_product_but(out, kept, dz, b, labels, columns, start, accumulate, restore, left, host, piece)
+
+
+def add_product_but(
+    out: Tensor,
+    kept: Tensor,
+    dz: Tensor,
+    b: Tensor,
+    labels: list[Tensor],
+    columns: Tensor,
+    start: int,
+    accumulate: bool,
+    restore: bool,
+    left: Tensor | None,
+    host: Tensor | None,
+    piece: int,
+) -> None:
+    """What `product_but` does."""
     rows, first = kept.narrow(0, start, len(dz)), columns.shape[0]
     take_out, put_back = by_device(dz, _take_out, _put_back)
     limit = limit_of_piece(left, host, piece, len(dz))
@@ -115,13 +133,19 @@ def most_frequent(labels: list[Tensor], v: int, count: int) -> tuple[Tensor, Ten
     R classes it is, if it is the first such label, else -1.
     """
     columns, runs = _empty_runs(labels, v, count)
-    (find_runs,) = by_device(columns, _find_runs)
-    find_runs(columns, runs, v, *labels)
+    make_runs(columns, runs, v, labels)
     return columns, runs
 
 
-def _find_runs(columns: Tensor, runs: Tensor, v: int, *labels: Tensor) -> None:
-    """What `most_frequent` returns."""
+def make_runs(
+    columns: Tensor, runs: Tensor, v: int, labels: list[Tensor], room: Tensor | None = None
+) -> None:
+    """They become what `most_frequent` returns; see `label_kernels.find_runs` for `room`."""
+    (find_runs,) = by_device(columns, _find_runs)
+    find_runs(columns, runs, v, room, *labels)
+
+
+def _find_runs(columns: Tensor, runs: Tensor, v: int, room: Tensor | None, *labels: Tensor) -> None:
     label = torch.cat(labels).long()
     key, place = label.masked_fill((label < 0) | (label >= v), v).sort(stable=True)
     classes, count = key[key < v].unique_consecutive(return_counts=True)

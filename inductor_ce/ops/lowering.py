@@ -24,6 +24,7 @@ from ..common.sources import sources
 from . import (
     ahead,
     as_read,
+    chunks,
     counted,
     divergence_loops,
     group_rank,
@@ -62,7 +63,7 @@ DIRECT = (
     counted.frequent_rows,
     *(label_products.product_but, label_products.complete, label_products.most_frequent),
     *(products.logits, products.product_into, products.column_sums, products.once_made),
-    products.times_in_place,
+    *(products.times_in_place, chunks.chunks),
 )
 WITHOUT_KERNELS = (counted.host_copy, counted.recorded)
 BY_NAME = (group_rank, verified)  # modules with operators that generated code calls through the dispatcher

@@ -17,6 +17,8 @@ COLUMNS_AT_ONCE = 128
 WIDTH = 1024
 ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
+PIECES_AT_ONCE = 64
+ALIGNED = 64  # rows, as `counted.ALIGNED`
 
 
 def take_out(
@@ -124,6 +126,19 @@ def _scale(x, factor, n, m, row_stride, stride, ROWS: tl.constexpr, WIDTH: tl.co
             tl.store(place, (value * by).to(x.dtype.element_ty), mask=inside)
 
 
+def clear(x: Tensor) -> None:
+    """x, which is contiguous, becomes 0."""
+    if n := x.numel():
+        _clear((cdiv(n, WIDTH), 1, 1), (x,), n, WIDTH)
+
+
+@Kernel
+@triton.jit
+def _clear(x, n, WIDTH: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    tl.store(x + i, tl.zeros([WIDTH], x.dtype.element_ty), mask=i < n)
+
+
 def split(x: Tensor, terms: Tensor) -> None:
     """`terms` [T * n, K] become 16-bit numbers that add up to x [n, K], the largest first.
 
@@ -190,6 +205,74 @@ def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
     tl.store(order + to, row.to(tl.int64), mask=inside)
     if first == 0:
         tl.store(count, total)
+
+
+def fill_left(left: Tensor, count: Tensor | int, step: int) -> None:
+    """See `counted.make_left`."""
+    p = left.shape[0]
+    sizes = isinstance(count, Tensor), PIECES_AT_ONCE, ALIGNED
+    _fill_left((cdiv(p, PIECES_AT_ONCE), 1, 1), (left, count), p, step, *sizes)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["count", "p", "step"])
+def _fill_left(left, count, p, step, ON_DEVICE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if ON_DEVICE:
+        count = tl.load(count)
+    rest = count - i * step + (ALIGNED - 1)
+    tl.store(left + i, rest & -ALIGNED, mask=i < p)
+
+
+def fill_numbers(out: Tensor, x: Tensor, order: Tensor | None, counts: Tensor, otherwise: int) -> None:
+    """See `counted.make_numbers`."""
+    if n := out.shape[0]:
+        given = out, x, 0 if order is None else order, counts
+        sizes = n, x.stride(0), counts.stride(0), otherwise, order is not None, WIDTH
+        _fill_numbers((cdiv(n, WIDTH), 1, 1), given, *sizes)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["n", "otherwise"])
+def _fill_numbers(
+    out,
+    x,
+    order,
+    counts,
+    n,
+    stride,
+    counts_stride,
+    otherwise,
+    HAS_ORDER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    source = i.to(tl.int64)
+    if HAS_ORDER:
+        source = tl.load(order + i, mask=i < n, other=0)
+    counted = tl.load(counts + source * counts_stride, mask=i < n, other=0) != 0
+    value = tl.load(x + source * stride, mask=counted & (i < n), other=0)
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out + i, tl.where(counted, value.to(kind), otherwise.to(kind)), mask=i < n)
+
+
+def fill_statistics(out: Tensor, made: Tensor, place: Tensor, counts: Tensor) -> None:
+    """See `counted.put_back_statistics`."""
+    k, n = out.shape
+    if n:
+        strides = made.stride(0), out.stride(0), counts.stride(0)
+        _fill_statistics((cdiv(n, WIDTH), k, 1), (out, made, place, counts), n, *strides, WIDTH)
+
+
+@Kernel
+@triton.jit(do_not_specialize=["n"])
+def _fill_statistics(out, made, place, counts, n, row, out_row, counts_stride, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    k = tl.program_id(1).to(tl.int64)
+    counted = tl.load(counts + i * counts_stride, mask=i < n, other=0) != 0
+    source = tl.load(place + i, mask=i < n, other=0)
+    value = tl.load(made + k * row + source, mask=counted & (i < n), other=1.0)
+    tl.store(out + k * out_row + i, value, mask=i < n)
 
 
 def fill_rows(x: Tensor, rows: Tensor, counted: Tensor, left: Tensor | int, taken: Tensor) -> None:

@@ -39,7 +39,7 @@ from .gemm import ANY_STRIDES, aligned_strides, by_device
 from .operators import stats_dtype
 
 if importlib.util.find_spec("triton"):  # which torch's builds for GPUs bring
-    from . import counted_kernels
+    from . import counted_kernels, sum_kernels
 
 
 @torch.library.custom_op("inductor_ce::logits", mutates_args=())
@@ -55,7 +55,22 @@ def logits(
 ) -> Tensor:
     """a [n, D] times b [D, V], plus `bias` [V] or [1], in `dtype`, which is that of the factors or float32
     beside 16-bit ones. What is in `after` is not read; it is made before."""
-    z, most = _empty_logits(a, b, dtype), a.shape[0]
+    z = empty_logits(a, b, dtype)
+    make_logits(z, a, b, bias, left, host, piece)
+    return z
+
+
+def make_logits(
+    z: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    left: Tensor | None,
+    host: Tensor | None,
+    piece: int,
+) -> None:
+    """z [n, V] becomes what `logits` returns, for the rows that are computed."""
+    most = a.shape[0]
     if bias is not None:
         bias = bias.expand(b.shape[1]).contiguous()  # as the kernel, and who takes a part of it, has it
     n = rows_of_piece(left, host, piece, most)
@@ -63,12 +78,11 @@ def logits(
         if is_to_load(left, z, a, b):
             _fill_logits(z, a, b, bias)
         if counted_kernels.product_of_rows(z, a, b, left.select(0, piece), bias):
-            return z
+            return
     if n is None or n == most:
         _fill_logits(z, a, b, bias)
     elif n:
         _fill_logits(z[:n], a[:n], b, bias)
-    return z
 
 
 def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
@@ -83,7 +97,7 @@ def _fill_logits(z: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
         torch.addmm(bias[part], a, b[:, part], out=z[:, part])
 
 
-def _empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
+def empty_logits(a: Tensor, b: Tensor, dtype: torch.dtype | None) -> Tensor:
     """[n, V]. On a GPU each row begins where it can be read and written 16 bytes at a time, and ends there.
 
     V need not be a multiple of 8 (GPT-2's is 50257), and libraries have slower products for unaligned rows.
@@ -103,7 +117,7 @@ def _(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    return _empty_logits(a, b, dtype)
+    return empty_logits(a, b, dtype)
 
 
 @torch.library.custom_op("inductor_ce::product_into", mutates_args=("out",), tags=ANY_STRIDES)
@@ -185,9 +199,14 @@ def column_sums(dz: Tensor, left: Tensor | None = None, host: Tensor | None = No
     On a GPU by a kernel that needs no memory. A sum over rows needs much.
     """
     if dz.device.type == "cuda" and dz.itemsize < 4:
-        parts = dz.new_empty((counted_kernels.PARTS, dz.shape[1]), dtype=torch.float32)
-        counted_kernels.sums_over_rows(parts, dz, limit_of_piece(left, host, piece, len(dz)))
+        parts = dz.new_empty((sum_kernels.PARTS, dz.shape[1]), dtype=torch.float32)
+        sum_kernels.sums_over_rows(parts, dz, limit_of_piece(left, host, piece, len(dz)))
         return parts.sum(0)
+    return sums_of_columns(dz, left, host, piece)
+
+
+def sums_of_columns(dz: Tensor, left: Tensor | None, host: Tensor | None, piece: int) -> Tensor:
+    """The same, by the library."""
     n = rows_of_piece(left, host, piece, len(dz))
     if n is None and left is not None:
         dz = computed_rows(dz, left, piece)

@@ -38,8 +38,11 @@ class Limit(NamedTuple):
 
 def template_named(name: str, grid: Any) -> Any:
     """The template of a file, behind the law."""
-    text = "".join((TEMPLATES / f"{file}.py.jinja").read_text() for file in ("law", name))
-    return templates.template(f"inductor_ce_{name}", text, grid)
+    return templates.template(f"inductor_ce_{name}", template_text(name), grid)
+
+
+def template_text(name: str) -> str:
+    return "".join((TEMPLATES / f"{file}.py.jinja").read_text() for file in ("law", name))
 
 
 def lowered(
