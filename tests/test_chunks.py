@@ -14,7 +14,7 @@ from test_one_read import of_cross_entropy, soft_cap
 from torch import Tensor
 
 from inductor_ce.common.strategies import TOKEN_CHUNKS
-from inductor_ce.heads import packing, rolled, token_chunks
+from inductor_ce.heads import rolled, skip
 from inductor_ce.ops import chunks, one_read_kernel, one_read_lowering
 from inductor_ce.ops.one_read import Given
 from inductor_ce.ops.row_program import RowProgram, coefficients
@@ -90,7 +90,7 @@ def test_factors_that_do_not_fit() -> None:
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also on a CPU, whose host always knows how many rows count."""
     monkeypatch.setattr(rolled, "DEVICES", ("cpu",))
-    monkeypatch.setattr(token_chunks, "DEVICE", packing.HOST)
+    monkeypatch.setattr(skip, "_is_told_on_device", lambda head, work: True)
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     done: list[Any] = []
     do = chunks._Body.do
 
-    def counted(self: Any) -> None:
+    def counted(self: Any, made: list[Tensor]) -> None:
         done.append(self._how.ends)
-        do(self)
+        do(self, made)
 
     monkeypatch.setattr(chunks._Body, "do", counted)
     return done
@@ -144,7 +144,7 @@ def wanted(
     labels, weights, given = rows[:1], rows[1:], kinds
     steps = tuple(tuple(x.stride(0) if x.dim() else 0 for x in some) for some in (labels, weights, given))
     read = tuple(Given.of(k, x.dtype, x.dim() > 0) for k, x in enumerate(given))
-    return one_read_kernel.Wanted(*texts, read, z.shape[1], z.itemsize, z.stride(0), steps, limited)
+    return one_read_kernel.Wanted(*texts, read, z.shape[1], z.itemsize, z.stride(0), steps)
 
 
 def in_place(
@@ -165,8 +165,8 @@ def in_place(
     )
     packed = torch.full((which.count(",") + 1, n + 3), torch.nan)
     words = torch.zeros(n, kernel.words, dtype=torch.int64)
-    limits = [] if left is None else [torch.tensor(left, dtype=torch.int32)]
-    arguments: list[Any] = [dz, packed[:, 1:-2], words, *rows, *given, *limits, n, packed.stride(0)]
+    limit = torch.tensor(n if left is None else left, dtype=torch.int32)
+    arguments: list[Any] = [dz, packed[:, 1:-2], words, *rows, *given, limit, n, packed.stride(0)]
     interpreter.run(kernel.source, one_read_kernel.NAME, kernel.grid(n), arguments, dz, arguments[1])
     assert packed[:, [0, -2, -1]].isnan().all()
     return packed[:, 1:-2], dz
@@ -216,7 +216,7 @@ def test_rows_that_are_not_computed_are_left(left: int) -> None:
 @pytest.mark.parametrize("count", [0, 1, 64, 5000])
 def test_rows_left_of_each_piece(count: int, p: int, on_device: bool) -> None:
     left, given = torch.full((p,), -7, dtype=torch.int32), torch.tensor([count], dtype=torch.int32)
-    left, *_ = interpreter.call(KERNELS, "fill_left", left, given if on_device else count, 96)
+    left, *_ = interpreter.call(KERNELS, "fill_left", left, given if on_device else count, 96, 64)
     assert left.tolist() == [-(-(count - 96 * i) // 64) * 64 for i in range(p)]
 
 

@@ -111,7 +111,7 @@ def test_the_device_looks_where_one_operator_launches_all(monkeypatch: pytest.Mo
     def looks_rolled(body: str, work: int = LOOKED_WORK) -> str:
         head, counts = head_of(body)
         assert skip._is_told_on_device(head, work) == (work >= LOOKED_WORK and not in_graphs)
-        return skip._who_looks(head, counts, work, True)
+        return skip._who_looks(head, counts, work, skip._is_told_on_device(head, work))
 
     in_graphs = False
     assert looks_rolled("none") == looks_rolled("attention") == DEVICE

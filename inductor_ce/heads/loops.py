@@ -41,11 +41,6 @@ class Loop:
     def is_last(self) -> bool:
         return self.left == 1
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is no other head in it."""
-        return self.is_last and self.out is None and not self.after
-
 
 def weight_exits(head: Head) -> list[Node]:
     return [node for node, kind in head.exits.items() if kind in (WEIGHT, WEIGHT_T)]

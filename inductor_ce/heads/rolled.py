@@ -31,7 +31,7 @@ def is_offered(head: Head, facts: Facts) -> bool:
     There is where one kernel makes a chunk's statistics and gradient, and where that gradient is read for
     hidden states, weight and bias alone, and for one of each.
     """
-    device, kinds = example_of(head.product).device, sorted(map(_KINDS.get, head.exits.values()), key=str)
+    device, kinds = example_of(head.product).device, [_KINDS.get(kind) for kind in head.exits.values()]
     if device.type not in DEVICES or torch.version.hip or not importlib.util.find_spec("triton"):
         return False
     if None in kinds or len(set(kinds)) < len(kinds):

@@ -73,11 +73,13 @@ class ToCompute(NamedTuple):
         told: what is told of them, or why all are computed; "" for nothing to tell.
         rows: bool [N]; None for all.
         looks: who looks at how many they are, as `Packing` has it; all of them, where all are computed.
+        is_rolled: whether all pieces are one operator, see `rolled.py`.
     """
 
     told: str
     rows: Node | None = None
     looks: str = HOST
+    is_rolled: bool = False
 
 
 ALL = ToCompute("")
@@ -88,18 +90,17 @@ def rows_to_compute(build: Builder, head: Head, proof: Proof, work: int, alone: 
 
     The head is `alone`, or one in a loop.
     """
-    is_rolled = alone and is_offered(head, proof.facts)
+    is_rolled = alone and is_offered(head, proof.facts) and _is_told_on_device(head, work)
     try:
         _check(head)
         counted = counted_rows(build, head, proof)
         looks = _who_looks(head, counted.rows, work, is_rolled)
     except (AllCount, NoHead) as why:
-        is_told = is_rolled and _is_told_on_device(head, work)
-        return ToCompute(str(why), looks=DEVICE if is_told else HOST)
+        return ToCompute(str(why), None, DEVICE if is_rolled else HOST, is_rolled)
     texts = dict.fromkeys(_text(node, is_true, head) for node, is_true in counted.conditions.items())
     told = f"rows that do not count are skipped: `{' and '.join(texts)}`"
     rows = _of_any_rank(build, head, counted.rows)
-    return ToCompute(told + IF_FINITE * counted.if_finite, rows, looks)
+    return ToCompute(told + IF_FINITE * counted.if_finite, rows, looks, is_rolled)
 
 
 def bytes_beside(computed: ToCompute) -> int:
@@ -119,7 +120,7 @@ def _who_looks(head: Head, counts: Node, work: int, is_rolled: bool = False) -> 
     """
     if example_of(head.product).device.type != "cuda":
         return HOST
-    if is_rolled and _is_told_on_device(head, work):
+    if is_rolled:
         return DEVICE
     in_graphs = uses_cudagraphs({})
     if not in_graphs and is_light(reached([counts], sources_of), head.n) and _has_body(head):

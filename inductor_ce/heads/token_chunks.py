@@ -26,13 +26,13 @@ from .calls import narrow_args, stats_call
 from .exits import Exits
 from .find import Head
 from .loops import Loop, weight_exits
-from .packing import DEVICE, Packing
+from .packing import Packing
 from .pieces import ROWS, Pieces
 from .plan import Plan
 from .proof import Proof
 from .ranges import Range, ranges
 from .read_once import Once, read_once
-from .rolled import by_one_operator, is_offered
+from .rolled import by_one_operator
 from .skip import ALL, ToCompute
 from .taught import Taught
 
@@ -198,16 +198,14 @@ def token_chunks(
     if loop.out is not None:
         exits.go_on(weight_exits(head), loop.out)
     once = read_once(head, proof.facts)
-    is_rolled = (
-        once is not None and loop.is_alone and computed.looks == DEVICE and is_offered(head, proof.facts)
-    )
-    if once is not None and is_rolled:
+    if once is not None and computed.is_rolled:
         program = coefficients.early.given(once.program)
         parts, after = by_one_operator(pieces, chunks, exits, program, once.chain)
     else:
         parts, after = _made_in_chunks(chunks, coefficients, exits, once, loop.after)
     parts |= coefficients.gathered | coefficients.divergences
-    whole = {node: of_node[0] if is_rolled else pieces.whole(of_node) for node, of_node in parts.items()}
+    joined = operator.itemgetter(0) if computed.is_rolled else pieces.whole
+    whole = {node: joined(of_node) for node, of_node in parts.items()}
     whole |= taught.whole() if taught else {}
     if exits:
         whole = {node: build(ONCE_MADE, x, example_of(x).dtype, after) for node, x in whole.items()}

@@ -70,11 +70,6 @@ class Read(NamedTuple):
             return [self.a]
         return [self.a, self.beside]
 
-    @property
-    def is_limited(self) -> bool:
-        """Whether the device is told how many rows a chunk has: a GPU is, so that it looks at all of them."""
-        return self.counts is not None or self.a.is_cuda
-
     def kinds(self, how: How) -> Rows:
         return Rows.decode(how.which, len(self.labels), len(self.weights))
 
@@ -99,17 +94,16 @@ class Read(NamedTuple):
             made.append(new((n,), dtype=torch.int64))
         return made
 
-    def scratch(self, how: How) -> Sizes:
-        """Size and dtype of all that is needed for a time."""
+    def scratch(self, how: How, words: int) -> Sizes:
+        """Size and dtype of all that is needed for a time; by the kernel so many words for each row."""
         n, v, dtype = self.a.shape[0], self.b.shape[1], how.logits or self.a.dtype
         row, _ = aligned_strides(v, self.a.device)
-        sizes: Sizes = {"z": ((how.longest, row), dtype), "room": ((self._room(how, dtype),), torch.float32)}
-        if how.sums:
-            sizes["sums"] = ((sum_kernels.PARTS if self.a.is_cuda else 1, v), torch.float32)
+        sizes: Sizes = {"z": ((how.longest, row), dtype), "room": ((self._room(how, words),), torch.float32)}
+        if how.sums and self.a.is_cuda and dtype.itemsize < 4:
+            sizes["sums"] = ((sum_kernels.PARTS, v), torch.float32)
         if self.but:
             sizes["columns"] = ((how.often,), torch.int64)
-        if self.is_limited:
-            sizes["left"] = ((len(how.ends),), torch.int32)
+        sizes["left"] = ((len(how.ends),), torch.int32)
         if self.counts is None:
             return sizes
         sizes |= {"order": ((n,), torch.int64), "count": ((1,), torch.int32), "counted": ((n,), torch.bool)}
@@ -121,18 +115,18 @@ class Read(NamedTuple):
             sizes[f"taken {k}"] = ((how.longest, x.shape[1]), x.dtype)
         return sizes
 
-    def _room(self, how: How, dtype: torch.dtype) -> int:
+    def _room(self, how: How, words: int) -> int:
         """Numbers in float32 of what kernels need: of several, one after another, the largest."""
         if not self.a.is_cuda:
             return 0
-        needed = [0]
+        needed = [how.longest * words * WORD]
         if self.but:
             needed.append(label_kernels.room_of_runs(how.often, self.but))
         if self.rows is not None:
-            needed.append(counted_kernels.bytes_of_parts(how.hidden or dtype) // 4)
+            needed.append(counted_kernels.bytes_of_parts(how.hidden or self.a.dtype) // 4)
         if self.but and self.beside is not None:
             needed.append(sum_kernels.room_of_frequent_rows(len(self.a), how.often, self.beside.shape[1]))
-        return max(*needed, how.longest * self.kernel(how).words * WORD)
+        return max(needed)
 
     def kernel(self, how: How) -> one_read_kernel.RowKernel:
         """What makes statistics and gradient of a chunk."""
@@ -143,11 +137,7 @@ class Read(NamedTuple):
         kinds = tuple((x.dtype, x.dim() > 0) for x in given)
         like = self.b.shape[1], how.logits or self.a.dtype, self.a.device
         texts = how.which, how.program, how.chain
-        return one_read_kernel.kernel_for(like, tuple(map(tuple, steps)), kinds, texts, self.is_limited)
-
-    def empty_scratch(self, how: How) -> Tensor:
-        sizes = self.scratch(how).values()
-        return self.a.new_empty(sum(_bytes(*size) for size in sizes), dtype=torch.uint8)
+        return one_read_kernel.kernel_for(like, tuple(map(tuple, steps)), kinds, texts)
 
 
 def _bytes(size: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -164,6 +154,10 @@ def _is_same(a: Tensor, b: Tensor) -> bool:
     if isinstance(a, FakeTensor) or isinstance(b, FakeTensor):
         return False
     return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)
+
+
+def bytes_of(sizes: Sizes) -> int:
+    return sum(_bytes(*size) for size in sizes.values())
 
 
 def divided(memory: Tensor, sizes: Sizes) -> dict[str, Tensor]:

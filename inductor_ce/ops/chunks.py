@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.compat.graphs import FakeTensor
-from .chunk_memory import WORD, How, Read, divided
+from .chunk_memory import WORD, How, Read, bytes_of, divided
 from .counted import (
     limit_of_piece,
     make_frequent_rows,
@@ -88,17 +88,11 @@ def chunks(
     """
     read = Read(a, b, bias, labels, weights, given, counts, rows, beside, but)
     how = How(which, program, chain, (*ends,), often, sums, logits, hidden, weight)
-
-    def make() -> list[Tensor]:
-        return [*read.empty(how), read.empty_scratch(how)]
-
-    def do(made: Sequence[Tensor]) -> None:
-        _Body(read, how, made).do()
-
+    body = _Body(read, how)
     if a.is_cuda and not isinstance(a, FakeTensor):
-        made = _tapes.run(how, read.tensors(), make, do)
+        made = _tapes.run(how, read.tensors(), body.make, body.do)
     else:
-        do(made := make())
+        body.do(made := body.make())
     return [*made[:-1]]
 
 
@@ -131,35 +125,41 @@ def _(
 
 
 class _Body:
-    """All that is done.
+    """What is done, by `body.do(body.make())`.
 
     Args:
         read, how: what `chunks` is given.
-        made: what it returns, to be written, and what is needed for a time.
     """
 
-    def __init__(self, read: Read, how: How, made: Sequence[Tensor]):
+    def __init__(self, read: Read, how: How):
         self._read, self._how = read, how
+
+    def make(self) -> list[Tensor]:
+        """What `chunks` returns, to be written, and behind it what is needed for a time."""
+        read, how = self._read, self._how
+        self._kernel = read.kernel(how) if read.a.is_cuda else None
+        self._sizes = read.scratch(how, 0 if self._kernel is None else self._kernel.words)
+        return [*read.empty(how), read.a.new_empty(bytes_of(self._sizes), dtype=torch.uint8)]
+
+    def do(self, made: Sequence[Tensor]) -> None:
+        read, how = self._read, self._how
         *results, scratch = made
-        self._parts = divided(scratch, read.scratch(how))
+        self._parts = divided(scratch, self._sizes)
         self._made = self._stats = results.pop(0)
         self._hidden = results.pop(0) if read.rows is not None else None
         self._weight = results.pop(0) if read.beside is not None else None
         self._kept, self._often, self._runs = (results.pop(0) if read.but else None for _ in range(3))
         self._sums = results.pop(0) if how.sums else None
         self._place = results.pop(0) if read.counts is not None else None
-        self._sources = read.sources()
+        self._sources, self._left = read.sources(), self._parts["left"]
         self._labels, self._given, self._but = read.labels, read.given, read.but
-        self._left: Tensor | None = None
-        self._kernel = read.kernel(how) if scratch.is_cuda else None
+        self._do_all()
 
-    def do(self) -> None:
+    def _do_all(self) -> None:
         n, step = self._read.a.shape[0], self._how.ends[0]
         if self._read.counts is not None and self._place is not None:
             self._order_rows(self._read.counts, self._place)
-        if self._read.is_limited:
-            self._left = self._parts["left"]
-            make_left(self._left, self._parts.get("count", n), step)
+        make_left(self._left, self._parts.get("count", n), step)
         if self._runs is not None:
             self._find_frequent(self._runs)
         pieces = self._how.pieces
@@ -170,6 +170,8 @@ class _Body:
         if self._kept is not None and self._often is not None:
             kept, which = self._kept.narrow(1, 0, len(self._often)), (self._parts.get("order"), self._counted)
             make_frequent_rows(self._often, kept, self._sources[-1], *which, self._left, None, self._room)
+        if self._sums is not None and "sums" in self._parts:
+            sum_kernels.add_up(self._sums, self._parts["sums"])
         if self._read.counts is not None and self._place is not None:
             put_back_statistics(self._made, self._stats, self._place, self._read.counts)
 
@@ -242,28 +244,22 @@ class _Body:
             return
         words = self._room.narrow(0, 0, len(z) * kernel.words * WORD).view(torch.int64)
         product_kernels.clear(words)
-        left = None if self._left is None else self._left.select(0, piece)
-        kernel(z, stats, labels, weights, given, left, words)
+        kernel(z, stats, labels, weights, given, self._left.select(0, piece), words)
 
     def _add_to_sums(self, dz: Tensor, piece: int) -> None:
-        if self._sums is None:
-            return
-        if dz.is_cuda and dz.itemsize < 4:
+        parts = self._parts.get("sums")
+        if parts is not None:
             limit = limit_of_piece(self._left, None, piece, len(dz))
-            sum_kernels.sums_over_rows(self._parts["sums"], dz, limit, piece > 0)
-            sum_kernels.add_up(self._sums, self._parts["sums"])
-            return
-        made = sums_of_columns(dz, self._left, None, piece)
-        self._sums.copy_(made if piece == 0 else self._sums + made)
+            sum_kernels.sums_over_rows(parts, dz, limit, piece > 0)
+        elif self._sums is not None:
+            made = sums_of_columns(dz, self._left, None, piece)
+            self._sums.copy_(made if piece == 0 else self._sums + made)
 
     def _add_to_hidden(self, dz: Tensor, piece: int, *own: int) -> None:
-        rows, left = self._read.rows, self._left
-        if self._hidden is None or rows is None:
-            return
-        if left is None:
-            add_product(self._hidden.narrow(0, *own), dz, rows, False, None, None, piece)
-        else:
-            make_product_to_rows(self._hidden, dz, rows, own[0], left, None, piece, self._room)
+        if self._hidden is not None and self._read.rows is not None:
+            make_product_to_rows(
+                self._hidden, dz, self._read.rows, own[0], self._left, None, piece, self._room
+            )
 
     def _add_to_weight(self, dz: Tensor, rows: Tensor, piece: int, *own: int) -> None:
         limit = self._left, None, piece

@@ -85,12 +85,12 @@ def _(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def make_left(left: Tensor, count: Tensor | int, step: int) -> None:
     """`left` [P] becomes what operators are given of so many rows, [1] or a number, in pieces of `step`."""
     (fill,) = by_device(left, _fill_left)
-    fill(left, count, step)
+    fill(left, count, step, ALIGNED)
 
 
-def _fill_left(left: Tensor, count: Tensor | int, step: int) -> None:
+def _fill_left(left: Tensor, count: Tensor | int, step: int, aligned: int) -> None:
     rest = count - step * torch.arange(len(left), dtype=torch.int32, device=left.device)
-    left.copy_((rest + (ALIGNED - 1)) & -ALIGNED)
+    left.copy_((rest + (aligned - 1)) & -aligned)
 
 
 def make_numbers(out: Tensor, x: Tensor, order: Tensor | None, counts: Tensor, otherwise: int) -> None:

@@ -28,8 +28,7 @@ from .gemm import ANY_STRIDES, by_device
 from .products import add_product
 
 
-@torch.library.custom_op("inductor_ce::product_but", mutates_args=("out", "kept", "dz"), tags=ANY_STRIDES)
-def product_but(
+def add_product_but(
     out: Tensor,
     kept: Tensor,
     dz: Tensor,
@@ -51,24 +50,6 @@ def product_but(
     where the host knows that none of the piece is, left as they are. For the product the entries at the
     labels become 0 in dz, and with `restore` what they were thereafter.
     """
-    add_product_but(out, kept, dz, b, labels, columns, start, accumulate, restore, left, host, piece)
-
-
-def add_product_but(
-    out: Tensor,
-    kept: Tensor,
-    dz: Tensor,
-    b: Tensor,
-    labels: list[Tensor],
-    columns: Tensor,
-    start: int,
-    accumulate: bool,
-    restore: bool,
-    left: Tensor | None,
-    host: Tensor | None,
-    piece: int,
-) -> None:
-    """What `product_but` does."""
     rows, first = kept.narrow(0, start, len(dz)), columns.shape[0]
     take_out, put_back = by_device(dz, _take_out, _put_back)
     limit = limit_of_piece(left, host, piece, len(dz))
@@ -79,6 +60,11 @@ def add_product_but(
     add_product(out, dz.t(), b, accumulate, left, host, piece)
     for k, label in reversed([*enumerate(labels)]) if restore else ():
         put_back(dz, label, rows, first + k)
+
+
+product_but = torch.library.custom_op(
+    "inductor_ce::product_but", add_product_but, mutates_args=("out", "kept", "dz"), tags=ANY_STRIDES
+)
 
 
 def _take_out(

@@ -47,7 +47,6 @@ class Wanted(NamedTuple):
         itemsize: bytes of a logit.
         row: how many elements lie between the first logits of two rows.
         strides: of the labels, the weights and the given numbers, each along its only dimension.
-        limited: whether rows end at a number on the device.
     """
 
     which: str
@@ -58,7 +57,6 @@ class Wanted(NamedTuple):
     itemsize: int
     row: int
     strides: tuple[tuple[int, ...], ...]
-    limited: bool
 
     def one(self) -> OneRead:
         labels, weights, _ = self.strides
@@ -70,8 +68,8 @@ class Wanted(NamedTuple):
 class RowKernel:
     """`kernel(z, stats, labels, weights, given, left, words)` launches it for the rows of z [n, V].
 
-    The gradient becomes z. `stats` [K, n] are columns of a matrix. `left` is [], or None where all rows
-    count. Of `words`, int64 [n, W], all are 0.
+    The gradient becomes z. `stats` [K, n] are columns of a matrix. `left` [] says how many rows are
+    computed. Of `words`, int64 [n, W], all are 0.
 
     Attributes:
         words: W.
@@ -95,12 +93,11 @@ class RowKernel:
         labels: Sequence[Tensor],
         weights: Sequence[Tensor],
         given: Sequence[Tensor],
-        left: Tensor | None,
+        left: Tensor,
         words: Tensor,
     ) -> None:
         if n := len(z):
-            limits = [] if left is None else [left]
-            pointers = z, stats, words, *labels, *weights, *given, *limits
+            pointers = z, stats, words, *labels, *weights, *given, left
             self._kernel(self.grid(n), pointers, n, stats.stride(0), **self._options)
 
     def grid(self, n: int) -> Grid:
@@ -112,7 +109,6 @@ def kernel_for(
     strides: tuple[tuple[int, ...], ...],
     given: tuple[tuple[torch.dtype, bool], ...],
     texts: tuple[str, str, str],
-    limited: bool,
 ) -> RowKernel:
     """The kernel for logits as `products.logits` makes them, [n, V], and what is beside them.
 
@@ -121,12 +117,11 @@ def kernel_for(
         strides: of labels, weights and given numbers, each along its only dimension.
         given: of each number the dtype, and whether each row has its own.
         texts: the arguments `which`, `program` and `chain` of `row_stats_grad`.
-        limited: whether rows end at a number on the device.
     """
     v, dtype, device = like
     row, _ = aligned_strides(v, device)
     read = tuple(Given.of(k, *each) for k, each in enumerate(given))
-    return _kept(Wanted(*texts, read, v, dtype.itemsize, row, strides, limited))
+    return _kept(Wanted(*texts, read, v, dtype.itemsize, row, strides))
 
 
 @functools.lru_cache(MOST)
@@ -146,7 +141,6 @@ class _Hooks:
             for of_kind, steps in zip(names, (labels, weights, given), strict=True)
             for name, step in zip(of_kind, steps, strict=True)
         }
-        self._limits = ["left"] if wanted.limited else []
 
     def all(self) -> dict[str, Callable[..., str]]:
         hooks = self.def_kernel, self.size, self.stride, self.load_input, self.store_output
@@ -154,7 +148,7 @@ class _Hooks:
 
     def def_kernel(self, *_: str) -> str:
         """The head of the function, and its constants."""
-        own = [*self._steps, *self._limits]
+        own = [*self._steps, "left"]
         arguments = ["z", "stats", "ws_ptr", *own, "n", "stats_stride"]
         once = ["n", "stats_stride"]  # for which no other code would be better
         head = f"@triton.jit(do_not_specialize={once}, do_not_specialize_on_alignment={['stats', *own]})\n"
@@ -184,7 +178,7 @@ class _Hooks:
 
 def _written(wanted: Wanted, one: OneRead, constants: dict[str, Any]) -> str:
     known = constants | _Hooks(wanted, one, constants).all()
-    known |= {"ROWS": one.rows, "ONE": one, "OVER": 1, "PIECE": 0 if wanted.limited else -1}
+    known |= {"ROWS": one.rows, "ONE": one, "OVER": 1, "PIECE": 0}
     template = Environment(undefined=StrictUndefined).from_string(template_text("row_stats_grad"))
     return HEADER + template.render(**known)
 

@@ -18,7 +18,6 @@ WIDTH = 1024
 ROWS_AT_ONCE = 32
 COUNTED_AT_ONCE = 2048
 PIECES_AT_ONCE = 64
-ALIGNED = 64  # rows, as `counted.ALIGNED`
 
 
 def take_out(
@@ -207,10 +206,10 @@ def _fill_order(counts, order, place, count, n, stride, BLOCK: tl.constexpr):
         tl.store(count, total)
 
 
-def fill_left(left: Tensor, count: Tensor | int, step: int) -> None:
-    """See `counted.make_left`."""
+def fill_left(left: Tensor, count: Tensor | int, step: int, aligned: int) -> None:
+    """See `counted.make_left`; what is left becomes a multiple of `aligned`, a power of two."""
     p = left.shape[0]
-    sizes = isinstance(count, Tensor), PIECES_AT_ONCE, ALIGNED
+    sizes = isinstance(count, Tensor), PIECES_AT_ONCE, aligned
     _fill_left((cdiv(p, PIECES_AT_ONCE), 1, 1), (left, count), p, step, *sizes)
 
 

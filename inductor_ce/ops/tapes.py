@@ -72,29 +72,29 @@ class _Bound:
         self.graph: LaunchGraph | None = None
 
     def __call__(self) -> None:
-        is_recorded = torch.cuda.is_current_stream_capturing()
-        if self.graph is not None and not is_recorded:
+        if torch.cuda.is_current_stream_capturing():
+            _launch_all(self._known)
+        elif self.graph is not None:
             self.graph.launch(self._stream)
-            return
-        for launch, arguments in self._known:
-            launch(*arguments)
-        self._left -= not is_recorded
-        if not self._left and len(_with_graphs) < MOST_GRAPHS:
-            self._left = -1
-            self.graph, _ = attempt("kernels are launched one by one", self._recorded)
+        else:
+            _launch_all(self._known)
+            self._left -= 1
+            if self._left == 0 and len(_with_graphs) < MOST_GRAPHS:
+                self.graph, _ = attempt("kernels are launched one by one", self._recorded)
 
     def _bound_to(self, stream: int) -> list[Launch]:
         return [launch.arguments(self._begins, stream) for launch in self._launches]
 
     def _recorded(self) -> LaunchGraph:
         with torch.cuda.device(self._device):
-            made = LaunchGraph(self._launch_all)
+            made = LaunchGraph(lambda stream: _launch_all(self._bound_to(stream)))
         _with_graphs.add(self)
         return made
 
-    def _launch_all(self, stream: int) -> None:
-        for launch, arguments in self._bound_to(stream):
-            launch(*arguments)
+
+def _launch_all(launches: Sequence[Launch]) -> None:
+    for launch, arguments in launches:
+        launch(*arguments)
 
 
 _with_graphs = weakref.WeakSet[_Bound]()

@@ -121,7 +121,8 @@ class Launcher:
             self._compiled[grid](*tiles, *given)
             return
         tiled = tuple(x.data_ptr() for x in tensors)
-        note(Noted(self, grid, tiled, tuple(given)))
+        if is_noting():
+            note(Noted(self, grid, tiled, tuple(given)))
         direct.launch(*self.arguments(grid, given, tiled, current_stream(self._device)))
 
     @property
@@ -197,10 +198,13 @@ def noting() -> Iterator[list[Noted | None]]:
         _of_thread.noted = before
 
 
+def is_noting() -> bool:
+    return getattr(_of_thread, "noted", None) is not None
+
+
 def note(launch: Noted | None) -> None:
-    noted = getattr(_of_thread, "noted", None)
-    if noted is not None:
-        noted.append(launch)
+    if is_noting():
+        _of_thread.noted.append(launch)
 
 
 _of_thread = threading.local()
