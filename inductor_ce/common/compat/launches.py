@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import MockTensor, knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-SEEN = "3.6."
+SEEN = "3.6.", "3.7.", "3.8.", "3.9."
 MOST_TILES = 256  # encodings that are kept of the tiles of one argument
 
 Grid = tuple[int, int, int]
@@ -73,11 +73,13 @@ class _Direct(NamedTuple):
         launch: the function in C.
         encode: what it is given of the tiles of a tensor, one for each of the first arguments.
         before: its arguments between the stream and those of the kernel.
+        together: whether those of the kernel are one argument.
     """
 
     launch: Callable[..., None]
     encode: Sequence[Callable[[Any], list[Any]]]
     before: tuple[Any, ...]
+    together: bool
 
 
 class Noted(NamedTuple):
@@ -140,7 +142,8 @@ class Launcher:
         for i, address in enumerate(tiled):
             found = self._encoded[i].get(address)
             encoded += self._encode(i, address) if found is None else found
-        return *grid, stream, *self._direct.before, *encoded, *given
+        own = *encoded, *given
+        return *grid, stream, *self._direct.before, *([own] if self._direct.together else own)
 
     def _encode(self, i: int, address: int) -> list[Any]:
         assert self._direct is not None
@@ -222,17 +225,40 @@ def _direct(compiled: Any, tiles: int) -> _Direct | None:
     driver, run = sys.modules.get("triton.backends.nvidia.driver"), getattr(compiled, "run", None)
     if driver is None or not triton.__version__.startswith(SEEN) or current_stream is None:
         return None
-    if not isinstance(run, driver.CudaLauncher) or run.global_scratch_size or run.profile_scratch_size:
+    if not isinstance(run, driver.CudaLauncher) or _has_more_arguments(run):
         return None
     launch, encode = run.launch, []
     if inspect.isfunction(launch):  # which encodes tiles, and calls the function in C
         inside = inspect.getclosurevars(launch).nonlocals
-        launch, kinds = inside["launcher"], inside["tensordesc_meta"]
-        if inside["tensordesc_indices"] != {*range(len(kinds))}:  # those are not the first arguments
+        launch, kinds = inside["launcher"], inside["tensordesc_meta"] or ()
+        tiled = inside.get("tensordesc_indices", inside.get("relevant_paths"))
+        if {*tiled} != {*range(len(kinds))}:  # those are not the first arguments
             return None
-        encode = [functools.partial(driver.make_tensordesc_arg, metadata=kind) for kind in kinds]
+        encode = [_encoder(driver.make_tensordesc_arg, kind) for kind in kinds]
     if len(encode) != tiles:
         return None
-    flags, nobody = (run.launch_cooperative_grid, run.launch_pdl), (None, None, None)
-    before = compiled.function, *flags, None, None, compiled.packed_metadata, *nobody
-    return _Direct(launch, encode, before)
+    return _Direct(launch, encode, _before(compiled, run), _is_together(run))
+
+
+def _is_together(run: Any) -> bool:
+    """Whether one function in C launches any kernel, which is so since 3.7."""
+    return hasattr(run, "arg_annotations")
+
+
+def _before(compiled: Any, run: Any) -> tuple[Any, ...]:
+    function = compiled.function, run.launch_cooperative_grid, run.launch_pdl
+    nobody, no_scratch = (None,) * 3, (None,) * 2
+    if _is_together(run):
+        kinds = run.arg_annotations, run.kernel_signature
+        return *function, compiled.packed_metadata, *nobody, *no_scratch, *kinds
+    return *function, *no_scratch, compiled.packed_metadata, *nobody
+
+
+def _has_more_arguments(run: Any) -> bool:
+    """Whether a kernel is given memory, or what instruments it, at each launch."""
+    return bool(run.global_scratch_size or run.profile_scratch_size or getattr(run, "gsan_enabled", False))
+
+
+def _encoder(function: Callable[..., list[Any]], kind: Any) -> Callable[[Any], list[Any]]:
+    unused = (None,) * (len(inspect.signature(function).parameters) - 2)  # since 3.8 there is a third
+    return lambda tile: function(tile, kind, *unused)
