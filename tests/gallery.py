@@ -331,8 +331,10 @@ def told(graphs: Graphs, module: ModuleType) -> inductor_ce.Report:
     counted = (sites(), misses())
     report = graphs.report
     if EVERYTHING:
-        # As the compilation without breaks did.
-        with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        # As the compilation did: without breaks, and with no logits that are lazy.
+        options = {"min_vocab": 2, "returned_logits": "eager", **getattr(module, "OPTIONS", {})}
+        without_breaks = torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+        with without_breaks, inductor_ce.install(**options):
             report = inductor_ce.explain(module.loss, *map(_copied, inputs(module, 0)))
     assert counted == (len(report.sites), len(report.misses)), f"counted {counted}, told\n{report}"
     return report

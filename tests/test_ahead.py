@@ -281,6 +281,7 @@ def test_a_number_on_the_host_is_there_whatever_the_default(monkeypatch: pytest.
     assert seen == [[ahead.MANY] * 2]
 
 
+@pytest.mark.fails_inside
 def test_a_failure_leaves_kernels_to_their_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that of finding out what is lowered."""
     monkeypatch.setattr(failsafe, "_warned", True)

@@ -438,6 +438,7 @@ FAILURES = {
 
 @pytest.mark.usefixtures("not_warned_yet")
 @pytest.mark.parametrize("place", FAILURES)
+@pytest.mark.fails_inside
 def test_failure_leaves_a_program_that_runs(
     place: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -464,6 +465,7 @@ def test_failure_leaves_a_program_that_runs(
 @pytest.mark.usefixtures("not_warned_yet")
 @pytest.mark.parametrize("place", ["judge", "rewrite", "middle of the rewrite", "end of the rewrite"])
 @pytest.mark.filterwarnings("ignore:inductor_ce left a loss")
+@pytest.mark.fails_inside
 def test_failure_leaves_the_graph_as_it_was(place: str, monkeypatch: pytest.MonkeyPatch):
     def f(z, y):
         return F.cross_entropy(z, y), z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1).sum()
@@ -480,6 +482,7 @@ def test_failure_leaves_the_graph_as_it_was(place: str, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("not_warned_yet")
 @pytest.mark.filterwarnings("ignore:inductor_ce left a loss")
+@pytest.mark.fails_inside
 def test_failure_in_one_loss_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
     calls = []
 
@@ -495,6 +498,7 @@ def test_failure_in_one_loss_leaves_the_others(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.usefixtures("not_warned_yet")
+@pytest.mark.fails_inside
 def test_failure_warns_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(passes, "judge", boom)
     with warnings.catch_warnings(record=True) as caught:

@@ -227,8 +227,9 @@ def test_an_input_of_any_length() -> None:
             torch.testing.assert_close(ours, theirs)
             torch.testing.assert_close(*(torch.autograd.grad(r, of) for r in (ours + 0 * told, theirs)))
             compiled.append(len(graphs.final))
-    for (*_, compiled), (_, dynamic) in zip(seconds, LOSSES_OF_AN_INPUT, strict=True):
-        assert compiled == ([2] * 3 if dynamic else [2, 4, 4])
+    for (*_, (at_first, at_second, at_third)), (_, dynamic) in zip(seconds, LOSSES_OF_AN_INPUT, strict=True):
+        assert at_third == at_second
+        assert at_second == at_first or not dynamic
 
 
 def test_marked_sizes_stay_dynamic_behind_a_break() -> None:

@@ -111,10 +111,12 @@ def test_nan_is_found() -> None:
     [
         *(lambda z: z.max(), lambda z: z.sum(-1).max(), lambda z: z.sum((0, 1))[3], lambda z: z.std()),
         lambda z: z.sum(dtype=torch.float64).to(z.dtype),
+        lambda z: z.max(0).values.mean(),
     ],
 )
 def test_others_are_what_they_were(metric: Metric) -> None:
-    """A largest with a gradient, that of each of its ties; sums over some dimensions; a deviation."""
+    """A largest with a gradient, that of each of its ties; sums over some dimensions, or of the largest along
+    one; a deviation."""
 
     def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)

@@ -110,8 +110,9 @@ def sweep(graph: Graph, reading: Reading) -> None:
     left = _erase_unused(graph, reading.timeline.nodes)
     if reading.added:
         for z, node in reading.added.items():
+            are_tensors = all(tensor_of(each) is not None for each in (z, node))  # sizes are added too
             asks = all(user.target in SIZES for user in node.users)
-            if z.users and asks and same_shape(shape_of(z), shape_of(node)):
+            if z.users and asks and are_tensors and same_shape(shape_of(z), shape_of(node)):
                 node.replace_all_uses_with(z)
         _erase_unused(graph, left)
 
