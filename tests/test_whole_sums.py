@@ -99,6 +99,17 @@ def test_logged(name: str) -> None:
     check(f, ours, torch.float32)
 
 
+def test_beside_a_scale_and_a_bias() -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = w[0, 0].detach().exp() * F.linear(h, w) + w[:, 0].detach()
+        return ce(z, y), z.detach().max()
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    ours = measured(compiled, torch.float32)
+    assert counts()["token_chunks"] == 1
+    check(f, ours, torch.float32)
+
+
 def test_nan_is_found() -> None:
     def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)

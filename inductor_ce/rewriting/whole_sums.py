@@ -145,16 +145,15 @@ def _is_wide(node: Node, min_vocab: int) -> bool:
 
 def _is_of_layer(node: Node) -> bool:
     """Whether a tensor is a function of each element of what a linear layer makes, classes last."""
-    classes = shape_of(node)[-1]
     while plain_layer(node) is None:
-        spelled, sources = spellings.read(node), node.all_input_nodes
-        if spelled is None or len(sources) != 1 or tensor_of(sources[0]) is None:
-            return False  # such as of several that were cut
-        if shape_of(sources[0])[-1:] != (classes,):
+        spelled, sources = spellings.read(node), [a for a in node.all_input_nodes if tensor_of(a) is not None]
+        wide = [source for source in sources if len(shape_of(source)) > 1]
+        if spelled is None or len(wide) != 1 or shape_of(wide[0])[-1:] != shape_of(node)[-1:]:
             return False
-        if not (spelled[0].name == "detach" or is_sized_view(node) or is_of_each(spelled[0])):
+        is_same = (spelled[0].name == "detach" or is_sized_view(node)) and len(sources) == 1
+        if not is_same and not is_of_each(spelled[0]):
             return False
-        node = sources[0]
+        (node,) = wide
     return True
 
 
