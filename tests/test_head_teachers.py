@@ -284,6 +284,65 @@ def test_it_is_told() -> None:
     assert site.rows == "targets are made of the teacher's logits of all rows"
 
 
+# The teacher's best class, beside its weights
+
+
+def best_of_logits(q: Tensor) -> Tensor:
+    return q.argmax(-1)
+
+
+def best_by_max(q: Tensor) -> Tensor:
+    return torch.max(q, -1)[1]
+
+
+def best_of_probabilities(q: Tensor) -> Tensor:
+    return (q / 2).softmax(-1).argmax(-1)
+
+
+@pytest.mark.parametrize("best", [best_of_logits, best_by_max, best_of_probabilities])
+def test_its_best_class(best: Callable[[Tensor], Tensor]) -> None:
+    """The first of those that are alike, as of logits that are whole numbers many are."""
+
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        s, q = F.linear(h, W), frozen(t, U)
+        return (_kl_of(s, q / 2) * mask).sum() / mask.sum(), best(q)
+
+    inputs = Given(*(x.round() for x in given()[:5]), given().mask).to(torch.float64)
+    compiled, graphs = in_chunks(loss)
+    classes, wanted = (f(*inputs)[1] for f in (compiled, loss))
+    assert torch.equal(classes, wanted)
+    torch._dynamo.reset()
+    ours, naive = (measured(lambda *x, f=f: f(*x)[0], inputs) for f in (compiled, loss))
+    for each, right in zip(ours, naive, strict=True):
+        assert_fair(each, right, right)
+    assert largest(graphs.final[-2]) <= -(-N // 2) * V
+
+
+def test_its_best_class_as_a_label() -> None:
+    """The student's loss waits for it: the teacher stays whole, and the numbers are right."""
+
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        s, q = F.linear(h, W), frozen(t, U)
+        return _kl_of(s, q).mean() + F.cross_entropy(s, q.argmax(-1))
+
+    inputs = given().to(torch.float64)
+    compiled, _ = in_chunks(loss)
+    for ours, naive in zip(measured(compiled, inputs), measured(loss, inputs), strict=True):
+        assert_fair(ours, naive, naive)
+
+
+def test_the_best_class_of_no_teacher_is_left() -> None:
+    def loss(h: Tensor, W: Tensor, t: Tensor, U: Tensor, b: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        s = F.linear(h, W)
+        return F.cross_entropy(s, torch.arange(len(mask))), frozen(t, U).argmax(-1)
+
+    with inductor_ce.install(min_vocab=2):
+        h, W, *others = given()
+        report = inductor_ce.explain(loss, h.requires_grad_(), W.requires_grad_(), *others)
+    assert [site.form for site in report.sites] == ["mean[y != -100](lse - pick(y))"]
+    assert not report.misses
+
+
 # The teacher stays whole
 
 

@@ -28,6 +28,10 @@ METRICS: dict[str, Metric] = {
     "mean of what is flat": lambda z: z.flatten().mean(),
     "mean of a view": lambda z: torch.mean(z.view(-1, V).float()).to(z.dtype),
     "nothing": lambda z: z.sum() * 0,
+    "mean of some samples": lambda z: z[:2].mean(),
+    "means of parts": lambda z: sum(i * part.mean() for i, part in enumerate(z.split([1, 2]), 1)),
+    "sum of a range": lambda z: z.to(torch.promote_types(z.dtype, torch.float32))[:, 1:-1].sum().to(z.dtype),
+    "mean of a range of a part": lambda z: z.chunk(2, dim=-2)[1][..., 1:, :].clone().mean(),
 }
 WITHOUT_GRADIENT: dict[str, Metric] = {
     "max": lambda z: z.detach().max(),
@@ -35,6 +39,9 @@ WITHOUT_GRADIENT: dict[str, Metric] = {
     "amax": lambda z: z.detach().amax(),
     "NaN": lambda z: z.detach().isnan().any().to(z.dtype),
     "mean": lambda z: z.detach().mean(),
+    "means of chosen and rejected": lambda z: z[:2].detach().mean() + z[2:].detach().mean(),
+    "means of halves": lambda z: torch.stack([half.detach().float().mean() for half in z.chunk(2, 1)]).sum(),
+    "max of a sample": lambda z: z.detach()[1].max(),
 }
 
 
@@ -92,6 +99,17 @@ def test_logged(name: str) -> None:
     check(f, ours, torch.float32)
 
 
+def test_beside_a_scale_and_a_bias() -> None:
+    def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = w[0, 0].detach().exp() * F.linear(h, w) + w[:, 0].detach()
+        return ce(z, y), z.detach().max()
+
+    compiled, _ = compile_without_codegen(f, memory_budget=0.3)
+    ours = measured(compiled, torch.float32)
+    assert counts()["token_chunks"] == 1
+    check(f, ours, torch.float32)
+
+
 def test_nan_is_found() -> None:
     def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)
@@ -111,12 +129,14 @@ def test_nan_is_found() -> None:
     [
         *(lambda z: z.max(), lambda z: z.sum(-1).max(), lambda z: z.sum((0, 1))[3], lambda z: z.std()),
         lambda z: z.sum(dtype=torch.float64).to(z.dtype),
+        *(lambda z: z[:, -1].mean(), lambda z: z[..., 5:].mean(), lambda z: z.chunk(2, -1)[0].mean()),
+        *(lambda z: z[[0, 2]].mean(), lambda z: z[:, ::2].mean(), lambda z: z[None].mean()),
         lambda z: z.max(0).values.mean(),
     ],
 )
 def test_others_are_what_they_were(metric: Metric) -> None:
     """A largest with a gradient, that of each of its ties; sums over some dimensions, or of the largest along
-    one; a deviation."""
+    one; a deviation; few rows, some classes, rows that are chosen."""
 
     def f(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w)
@@ -140,7 +160,22 @@ def flat_without_a_gradient(z: Tensor) -> Tensor:
     return flat.mean()
 
 
-@pytest.mark.parametrize("metric", [seen_before_the_edit, flat_without_a_gradient])
+def part_without_a_gradient(z: Tensor) -> Tensor:
+    with torch.no_grad():
+        part = z[:2]
+    return part.mean()
+
+
+def part_before_the_edit(z: Tensor) -> Tensor:
+    part = z[:2].clone()
+    z.nan_to_num_(0.0)
+    return part.isnan().any().to(z.dtype)
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [seen_before_the_edit, flat_without_a_gradient, part_without_a_gradient, part_before_the_edit],
+)
 def test_what_is_between_is_of_another_time(metric: Metric) -> None:
     """Logits are edited, or gradients are off, between what the sum is of and the sum."""
 
@@ -151,7 +186,7 @@ def test_what_is_between_is_of_another_time(metric: Metric) -> None:
 
     compiled, _ = compile_without_codegen(f, memory_budget=0.3)
     h, w, y = given()
-    h[1, 2, 3] = math.nan if metric is seen_before_the_edit else 1.0
+    h[1, 2, 3] = math.nan if metric in (seen_before_the_edit, part_before_the_edit) else 1.0
     w.requires_grad_()
     ours, theirs = (
         (*results, *torch.autograd.grad(results[0], w)) for results in (compiled(h, w, y), f(h, w, y))

@@ -45,6 +45,7 @@ from ..rewriting.joined_layers import join_layers
 from ..rewriting.joined_rows import join_rows
 from ..rewriting.joined_steps import join_steps
 from ..rewriting.legal import is_function_body, judge
+from ..rewriting.lone_parts import take_lone_parts
 from ..rewriting.padded_vocabulary import unpad
 from ..rewriting.picked_mixtures import pick_parts
 from ..rewriting.ranges_beside import part_ranges
@@ -143,6 +144,7 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
 
 # Steps before losses are read, of what has at least `min_vocab` classes, each with what its failure leaves.
 _BEFORE_READING: tuple[tuple[str, Callable[[Graph, int], None]], ...] = (
+    ("a part that is all stays a part", take_lone_parts),
     ("sums of all logits stay as they are", sum_by_rows),
     ("blocks of columns stay apart", join_blocks),
     ("steps that are written into a tensor stay so", stack_steps),

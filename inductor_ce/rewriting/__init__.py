@@ -30,6 +30,7 @@ Out:  the same graph with one `row_stats` a group and torch operations on its ro
     joined_rows       losses of parts of a linear layer's rows, by one operator
     joined_steps      probabilities of steps, as those of joined logits; joined_layers, logits of steps, as
                       those of joined hidden states; filled_steps, what is written step by step, as a stack
+    lone_parts        the only part that a tensor is cut into, as the tensor
     stacked_parts     what is taken of several heads' logits that are stacked, of the heads' own
     chosen_rows       likewise where rows are chosen of a linear layer's result
     folded_rows       likewise where rows are cut off hidden states before a frozen layer

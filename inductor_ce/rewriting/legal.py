@@ -29,7 +29,7 @@ from .compared import reads_as_written
 from .escapes import escape, needed_nodes, tell_unread
 from .groups import Group, expr_of, grouped, headline, value_of, wants_gradient
 from .kept import for_whom, is_spared, is_target, may_keep
-from .normalisers import is_normaliser_alone, picked_beside, read_fixed_picks
+from .normalisers import best_of_teachers, is_normaliser_alone, picked_beside, read_fixed_picks
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -82,8 +82,8 @@ def judge(reading: Reading, options: Options) -> list[Group]:
     read_fixed_picks(reading)
     ends = _ends(reading, options)
     losses = {logits: nodes for logits, nodes in ends.items() if _is_loss(reading, logits, nodes)}
-    picked = picked_beside(reading, losses, ends)
-    for logits, nodes in (losses | picked).items():
+    picked, best = (find(reading, losses, ends) for find in (picked_beside, best_of_teachers))
+    for logits, nodes in (losses | picked | best).items():
         refusal = (
             few_classes(logits.node, logits.axis, options)
             or everywhere
@@ -93,8 +93,8 @@ def judge(reading: Reading, options: Options) -> list[Group]:
         if refusal is not None:
             reading.miss(headline(reading, nodes), refusal)
             continue
-        allowed = _without_escapes(reading, nodes)
-        if logits in picked or _is_loss(reading, logits, allowed):
+        allowed = nodes if logits in best else _without_escapes(reading, nodes)
+        if logits in picked or logits in best or _is_loss(reading, logits, allowed):
             groups += _not_refused(reading, grouped(reading, logits, allowed))
     replaced = {node for group in groups for node in group.nodes}
     tell_unread(reading, replaced, options.min_vocab, everywhere)

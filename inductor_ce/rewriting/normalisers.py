@@ -4,7 +4,8 @@ An energy, the denominator of a loss whose numerator is another tensor, the logi
 from the head. The statistics are those of any loss, and so is the gradient. But where anything else reads the
 logits as well, they are in memory, and so may be their gradient; and an outer sum, as in a forward algorithm,
 plain Inductor never has in memory. Both are better left. Logits picked from the same product are no such
-reader: they are picked again from it, so that it need not be in memory for them.
+reader: they are picked again from it, so that it need not be in memory for them. Nor is the best class of a
+teacher's logits, whose head makes it with the weights.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from collections import defaultdict
 from torch.fx import Node
 
 from .. import algebra
+from ..common.compat.graphs import is_plain_tensor
 from ..common.findings import Reason, Refusal
-from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import equal, example_of, same_shape, shape_of, tensor_of
+from ..graph.walk import reached
 from ..reading import spellings
 from ..reading.context import Context
 from ..reading.picks import fixed_pick
 from ..reading.values import Logits, LossValue, Reading, RowValue, detached, is_shift, row_expr
 from .escapes import GLUE, is_of_each, is_of_losses, needed_nodes, read_by
-from .groups import expr_of
-from .linear_layers import linear_layer
+from .groups import expr_of, value_of
+from .linear_layers import linear_layer, logit_classes
 
 # What a loss takes of logits beside their normaliser. Where one of these reads them, that is no other reader.
 OF_LOSSES = ("gather", "take_along", "take", "index_select", "getitem", "select", "diagonal", "amax", "max")
@@ -113,6 +116,38 @@ def picked_beside(
         and _product(logits.node) in roots
         and all(_is_picked(reading, node) for node in nodes)
     }
+
+
+def best_of_teachers(
+    reading: Reading, losses: dict[Logits, list[Node]], ends: dict[Logits, list[Node]]
+) -> dict[Logits, list[Node]]:
+    """The nodes that have the best class of logits, and nothing else of them, where a loss has a weight for
+    each row and class made of the same product: so that a teacher's best class is made with its weights."""
+    others = {z: nodes for z, nodes in ends.items() if z not in losses}
+    found = {z: nodes for z, nodes in others.items() if _are_best(reading, z, nodes)}
+    if not found:
+        return {}
+    values = [value_of(reading, node) for nodes in losses.values() for node in nodes]
+    brought = {node for value in values for node in reading.brought(value) if logit_classes(node) is not None}
+    taught = set(reached(brought, _before))
+    return {z: nodes for z, nodes in found.items() if not taught.isdisjoint(_layers(z.node))}
+
+
+def _are_best(reading: Reading, logits: Logits, nodes: list[Node]) -> bool:
+    is_plain = is_plain_tensor(example_of(logits.node))
+    return is_plain and all(expr_of(reading, node) == algebra.ARGMAX for node in nodes)
+
+
+def _layers(node: Node) -> list[Node]:
+    """The linear layers of which a tensor with classes is made."""
+    return [each for each in reached([node], _before) if linear_layer(each, spellings.read(each)) is not None]
+
+
+def _before(node: Node) -> list[Node]:
+    """What with classes a node is made of, up to linear layers."""
+    if linear_layer(node, spellings.read(node)) is not None:
+        return []
+    return [source for source in node.all_input_nodes if logit_classes(source) is not None]
 
 
 def _products(node: Node) -> set[Node]:
