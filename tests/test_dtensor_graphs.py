@@ -5,6 +5,7 @@ EXPECTTEST_ACCEPT=1 accepts new graphs; read the diff.
 
 import inspect
 import re
+from dataclasses import replace
 from typing import Any
 
 import dtensor_cases
@@ -14,7 +15,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 import torch.nn.functional as F
 from by_hand_cases import whole_loss
-from dtensor_cases import Setup, collectives, tensors
+from dtensor_cases import Exchanged, Setup, collectives, tensors
 from expecttest import assert_expected_inline
 from harness import compile_without_codegen, misses, sites
 from head_cases import counts
@@ -110,6 +111,24 @@ def exchanged(f: Any, *given: Tensor, **options: Any) -> list[dict[str, int]]:
     if loss.requires_grad:
         loss.backward()
     return [collectives(gm) for gm in graphs.final]
+
+
+@pytest.mark.parametrize("lengths", [(9000, 3000), (3000, 9000)], ids=str)
+def test_exchanges_do_not_tell_for_how_many_rows_a_rank_was_compiled_first(lengths: tuple[int, int]):
+    """It may be compiled anew alone, for its own reasons."""
+
+    def exchanges_of(n: int) -> dict[str, int]:
+        (h, W, y), _ = made(replace(EVEN, N=n))
+        with Exchanged() as forward:
+            compiled(h, W, y)
+        return forward.counts
+
+    compiled, _ = compile_without_codegen(bare, dynamic=True)
+    found = {n: exchanges_of(n) for n in lengths}
+    for n in lengths:
+        torch._dynamo.reset()
+        assert exchanges_of(n) == found[n]
+    assert found[3000] != found[9000]
 
 
 def test_a_head_is_not_even_because_another_is():

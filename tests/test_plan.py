@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 import inductor_ce.heads.plan
 from inductor_ce.common.strategies import FORWARD_ONLY, MATERIALISE, STRATEGIES, TOKEN_CHUNKS, VOCAB_SLABS
+from inductor_ce.heads.agreed import MOST_ROWS, alike
 from inductor_ce.heads.extra_memory import HeadNumbers
 from inductor_ce.heads.plan import MOST_PIECES, Plan, plan
 
@@ -251,6 +252,22 @@ def test_ranks_with_other_numbers_of_classes_decide_alike(strategy: str, budget:
     heads = [replace(GEMMA, sharded=True, v=v) for v in (1, 500, 64000, 256000)]
     ((chosen, pieces),) = {(p.strategy, p.pieces) for p in (plan(head, strategy, budget) for head in heads)}
     assert (chosen, pieces) == ("token_chunks", {0.1: 10, 0.3: 4}.get(budget, 4))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "token_chunks"])
+@pytest.mark.parametrize("v", [500, 64000])
+def test_rows_for_which_ranks_exchange_as_often(strategy: str, v: int) -> None:
+    """By which what is compiled for symbolic rows is guarded: where lengths vary there is little of it."""
+
+    def exchanges(n: int) -> int:
+        return plan(replace(GEMMA, sharded=True, v=v, n=n), strategy).pieces
+
+    bounds = {alike(exchanges, n) for n in range(8, 40_000, 97)}
+    assert 2 <= len(bounds) <= 4
+    for least, most in bounds:
+        assert exchanges(least) == exchanges((least + min(most, 10**6)) // 2) == exchanges(most)
+        assert exchanges(least - 1) != exchanges(least) or least <= 2
+        assert most == MOST_ROWS or exchanges(most + 1) != exchanges(most)
 
 
 def test_uneven_shards_exchange_once() -> None:

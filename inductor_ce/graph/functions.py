@@ -10,7 +10,7 @@ from torch.fx import Graph, Node
 
 from ..common.compat.graphs import autograd_function_apply, fake_mode_of, fresh_like, set_grad_enabled
 from .exported import CALLS, KEY, called
-from .shapes import tensor_of
+from .shapes import number_of, tensor_of
 
 
 class Body(NamedTuple):
@@ -100,5 +100,5 @@ def _make_examples(graph: Graph) -> None:
             if node.op == "placeholder":
                 example = tensor_of(node)
                 node.meta[KEY] = node.meta.get(KEY) if example is None else fresh_like(example)
-            elif node.op in CALLS:
+            elif node.op in CALLS and number_of(node) is None:  # a number is what it was, wherever it is from
                 node.meta[KEY] = called(node)

@@ -22,6 +22,19 @@ def tensor_of(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def number_of(node: object) -> torch.SymInt | torch.SymFloat | None:
+    """The number that a node stands for, which is none of the program's constants."""
+    value = node.meta.get("example_value", node.meta.get("val")) if isinstance(node, Node) else None
+    return value if isinstance(value, (torch.SymInt, torch.SymFloat)) else None
+
+
+def value_of(node: Node) -> int | float:
+    """The number that a node stands for in the example. What is compiled is called for that number alone."""
+    number = number_of(node)
+    assert number is not None, f"{node} is no number"
+    return int(number) if isinstance(number, torch.SymInt) else float(number)
+
+
 def example_of(node: Node) -> torch.Tensor:
     """The tensor that a node stands for, which has one."""
     example = tensor_of(node)
@@ -63,6 +76,19 @@ def tied(a: Sequence[Size], b: Sequence[Size]) -> bool:
     if len(a) != len(b) or not all(equal(x, y) or _is_equal_in_example(x, y) for x, y in pairs):
         return False
     return all(bool(x == y) and equal(x, y) for x, y in pairs)
+
+
+def decided_equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """Whether two shapes are equal where what was compiled is called: either way a guard says so.
+
+    What is decided by this is decided alike whichever of the sizes are symbolic.
+    """
+    return len(a) == len(b) and all(map(_is_decided_equal, a, b))
+
+
+def _is_decided_equal(a: Size, b: Size) -> bool:
+    known = all(isinstance(x, int) or x.node.has_hint() for x in (a, b))
+    return bool(a == b) if known else equal(a, b)
 
 
 def _is_equal_in_example(a: Size, b: Size) -> bool:

@@ -7,6 +7,7 @@ Out:  the same with each head in token chunks, vocabulary slabs or forward only,
                     what they are given
     no_head         why there is none, in words
     plan            numbers in, a plan out, with its `extra_memory`; never looks at free memory or a clock
+    agreed          of how many rows a plan is, where ranks have to exchange alike
     proof           may the gradient be made in the forward? by `row_locality`, of which rows a value is,
                     at the sizes of the example and at `other_sizes`; `facts`, what is known of a node, by
                     `row_rules`

@@ -22,6 +22,7 @@ from ..graph.walk import args_of, reached, sources_of
 from ..ops.group_rank import GROUP_RANK
 from ..ops.products import COLUMN_SUMS
 from . import find, plan, sizes
+from .agreed import agree
 from .calls import exchanges, forget_sites, narrow_args, ranks_are_alike, stats_call
 from .edited_inputs import copy_edited_inputs
 from .extra_memory import MIB, HeadNumbers
@@ -126,6 +127,7 @@ def _fuse(graph: Graph, head: find.Head, options: Options, why_whole: str = "") 
 
     numbers = numbers_of(head, proof, alone, not head.divergences)
     asked = options.strategy, options.memory_budget
+    agree(head.n, numbers, *asked)
     wanted = plan.plan(numbers, *asked)
     if wanted.strategy == MATERIALISE:
         return _kept_whole(graph, head, wanted)

@@ -147,8 +147,10 @@ def _alike(head: HeadNumbers, strategy: str, memory_budget: int | float | None) 
     """What every rank decides, whose classes may be fewer: ranks exchange statistics once a chunk.
 
     The other strategies exchange them once, whatever the pieces, so that each rank may choose for itself.
+    Usually there are as many chunks as a power of two says: where lengths vary, what is compiled for each
+    number of chunks is little then.
     """
-    pieces = _usual_chunks(head)
+    pieces = 1 << round(math.log2(_usual_chunks(head)))
     if isinstance(memory_budget, float):
         pieces = max(1, math.ceil(1 / memory_budget))
     pieces = _pieces(head.n, max(pieces, 2) if strategy == TOKEN_CHUNKS else pieces)

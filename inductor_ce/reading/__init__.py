@@ -19,7 +19,8 @@ Out:  a `Reading`: for each node that is made of logits its value, and the label
                  made of the same logits; moved, entries of chosen rows, or seen by views
     parts        losses whose ranks know themselves that each has some of the classes: the steps;
                  part_reader, what the storages of such a program hold while it runs, and gathered,
-                 what they hold of several ranks; part_values, what is known then
+                 what they hold of several ranks; row_numbers, what has a number for each row, also
+                 where there is one column; part_values, what is known then
     blocks       losses whose classes come in blocks, with statistics carried from one to the next: the steps;
                  block_reader, what storages hold then, and label_ranges, which labels a block has
     aten         lets graphs of ATen operators call torch, before anything is read

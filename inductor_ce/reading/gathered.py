@@ -16,15 +16,15 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import sympy
+import torch
 from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.distributed import ALL_GATHER, WAIT, calls
-from ..graph.shapes import constant, equal, same_count, same_shape, shape_of
+from ..graph.shapes import Size, decided_equal, number_of, shape_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .part_values import Value
-from .row_views import range_of
 from .steps import View
 from .views import viewed
 
@@ -51,6 +51,18 @@ class OfThisRank(Protocol):
     def over_ranks(self, expr: sympy.Expr, attached: bool | None, how: Any, group: Any) -> Value | None: ...
 
 
+def _multiple(bound: Any, each: Size, most: int) -> int | None:
+    """How many times `each` a bound of a slice is, of at most so many; None where it is another number."""
+    if bound is None:
+        return most
+    given = bound if isinstance(bound, int) else number_of(bound)
+    if not isinstance(given, (int, torch.SymInt)):
+        return None
+    counts = (k for k in range(-most, most + 1) if k >= 0 or isinstance(given, int))
+    found = next((k for k in counts if decided_equal([given], [k * each])), None)
+    return found + most if found is not None and found < 0 else found
+
+
 class GatheredReader:
     """What storages hold of several ranks.
 
@@ -72,7 +84,7 @@ class GatheredReader:
         return self._held.get(node)
 
     def _is_of(self, node: Node, ranks: int) -> bool:
-        return equal(math.prod(shape_of(node)), ranks * math.prod(self._reader.sizes[:-1]))
+        return decided_equal([math.prod(shape_of(node))], [ranks * math.prod(self._reader.sizes[:-1])])
 
     def takes(self, node: Node) -> bool:
         """Whether a node holds such numbers, or makes room for them. It is noted then."""
@@ -111,7 +123,7 @@ class GatheredReader:
     def _copied(self, target: Any, source: Any) -> Gathered | None:
         """x.copy_(y), into room that was made for it."""
         held = self.get(source)
-        if held is None or self.has(target) or not same_shape(shape_of(target), shape_of(source)):
+        if held is None or self.has(target) or not decided_equal(shape_of(target), shape_of(source)):
             return None
         return held if self._is_of(target, held.last - held.first) else None
 
@@ -122,8 +134,8 @@ class GatheredReader:
             return None  # with a gradient it would have that of every rank
         found = Gathered(value.expr, group, ranks, 0, ranks)
         rows = shape_of(source)  # type: ignore[arg-type]
-        one_after_another = len(rows) > 0 and same_count(rows, self._reader.sizes[:-1])
-        return found if one_after_another and self._is_of(node, ranks) else None
+        as_many = decided_equal([math.prod(rows)], [math.prod(self._reader.sizes[:-1])])
+        return found if len(rows) > 0 and as_many and self._is_of(node, ranks) else None
 
     def _part(self, node: Node, args: dict[str, Any]) -> Gathered | None:
         """x[i] and x[i * N : (i + 1) * N]"""
@@ -131,19 +143,18 @@ class GatheredReader:
         if held is None:
             return None
         sizes, ranks = shape_of(args["input"]), held.last - held.first
-        first = constant(sizes[0]) if sizes else None
-        if not first or first % ranks:
-            return None
-        if isinstance(index, int) and first == ranks:
-            start, end = index % first, index % first + 1
-        elif (bounds := range_of(index, first)) is not None:
-            start, end = bounds
-        else:
-            return None
+        first = sizes[0] if sizes else 0
         each = first // ranks
-        if start % each or end % each or end <= start:
+        if not decided_equal([each * ranks], [first]) or decided_equal([each], [0]):
             return None
-        return dataclasses.replace(held, first=held.first + start // each, last=held.first + end // each)
+        if isinstance(index, int) and decided_equal([each], [1]) and -ranks <= index < ranks:
+            index = slice(index % ranks, index % ranks + 1)
+        if not isinstance(index, slice) or index.step not in (None, 1):
+            return None
+        start, end = (_multiple(bound, each, ranks) for bound in (index.start or 0, index.stop))
+        if start is None or end is None or end <= start:
+            return None
+        return dataclasses.replace(held, first=held.first + start, last=held.first + end)
 
     def _joined(self, node: Node, args: dict[str, Any]) -> Gathered | None:
         """Parts put together again, in the order of the ranks."""
@@ -171,7 +182,7 @@ class GatheredReader:
         held, dim = self.get(args.get("input")), spellings.one_dim(args.get("dim"))
         if held is None or (held.first, held.last) != (0, held.ranks) or args.get("dtype") is not None:
             return None
-        if dim != 0 or not equal(shape_of(args["input"])[0], held.ranks):
+        if dim != 0 or not decided_equal(shape_of(args["input"])[:1], [held.ranks]):
             return None
         over_ranks = self._reader.over_ranks
         if step.name != "logsumexp":

@@ -22,11 +22,12 @@ from .. import algebra
 from ..algebra import parts
 from ..algebra.parts import Picked
 from ..common.compat.distributed import ALL_REDUCE, WAIT, calls
-from ..graph.shapes import equal, same_shape, shape_of, tensor_of
+from ..graph.shapes import decided_equal, number_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .gathered import GatheredReader
 from .part_values import NotRead, Parts, Use, Value
+from .row_numbers import RowNumbers
 from .views import keeps_order, viewed
 
 Step = Callable[["PartReader", Node, dict[str, Any]], Value | None]
@@ -75,6 +76,8 @@ class PartReader:
         self.pending: dict[Node, Value] = {}  # by the node of a collective that has not been waited for
         self.firsts: dict[Node, Value] = {}  # by the node of what has several results, of the first of them
         self.strange: set[Node] = set()  # other views of what has a value
+        self.behind: set[Node] = set()  # what uses are read for
+        self.of_rows = RowNumbers(self.sizes, self._is_row)
         self.gathered = GatheredReader(self)
         self._put(base, Value(algebra.LOGITS, None if own_backward else example.requires_grad or None))
 
@@ -131,6 +134,8 @@ class PartReader:
     def _use(self, node: Node) -> None:
         for source in node.all_input_nodes:
             value = self.value(source)
+            if source in self.behind or (value is not None and not value.is_wide):
+                self.behind.add(node)
             if value is None:
                 if source in self.pending or source in self.firsts or self.gathered.has(source):
                     raise NotRead
@@ -141,10 +146,10 @@ class PartReader:
                 raise NotRead
             example = tensor_of(node)
             if example is not None and self.timeline.shares_storage(source, node):
-                if not value.is_wide:
+                if not value.is_wide and not self.timeline.unchanged(source, node):
                     raise NotRead
                 self.strange.add(node)
-            elif not value.is_wide:
+            if not value.is_wide:
                 self.found.uses.append(Use(node, source, value))
 
     # Steps
@@ -175,7 +180,7 @@ class PartReader:
         if node.op != "call_method" or node.target != "copy_" or node.kwargs or len(node.args) != 2:
             return None
         target, source = node.args
-        alike = isinstance(target, Node) and same_shape(shape_of(target), shape_of(source))  # type: ignore
+        alike = isinstance(target, Node) and decided_equal(shape_of(target), shape_of(source))  # type: ignore
         return self.value(source) if alike else None
 
     def _collective(self, node: Node) -> Value | None:
@@ -217,6 +222,10 @@ class PartReader:
 
     # Numbers of rows
 
+    def _is_row(self, node: Node) -> bool:
+        value = self.value(node)
+        return value is not None and not value.is_wide
+
     def row(self, node: Any) -> sympy.Expr | None:
         """What has a number for each row, and any number."""
         if isinstance(node, (int, float)) and not isinstance(node, bool):
@@ -224,17 +233,13 @@ class PartReader:
         value = self.value(node)
         if value is not None:
             return None if value.is_wide else value.expr
-        example = tensor_of(node)
-        if not isinstance(node, Node) or example is None or not self._has_rows(node):
+        if number_of(node) is not None:
+            return self._number(node)
+        if not isinstance(node, Node) or node in self.behind or not self.of_rows.has(node):
             return None
         if not self.timeline.unchanged(node, node):
             return None
         return self._of_masks(node) or self._named(node)
-
-    def _has_rows(self, node: Node) -> bool:
-        sizes = shape_of(node)
-        count = math.prod(self.sizes[:-1])
-        return equal(math.prod(sizes), count) and bool(sizes)
 
     def _of_masks(self, node: Node) -> sympy.Expr | None:
         """A number made of masks."""
@@ -257,8 +262,9 @@ class PartReader:
             return a if a.free_symbols & {*self.found.masks} or a.is_number else None
         if step.name in ("not", "neg"):
             return 1 - a if step.name == "not" else -a
-        b = self.row(args.get("other"))
-        if step.name not in ("sub", "rsub", "mul", "add") or len(node.all_input_nodes) != 1 or b is None:
+        other, tensors = args.get("other"), [n for n in node.all_input_nodes if tensor_of(n) is not None]
+        b = (self._number(other) if step.name == "mul" else None) or self.row(other)
+        if step.name not in ("sub", "rsub", "mul", "add") or len(tensors) != 1 or b is None:
             return None
         if args.get("alpha", 1) != 1:
             return None
@@ -312,7 +318,8 @@ class PartReader:
             if value is not None and value.is_wide:
                 exprs.append(value.expr)
                 continue
-            row = self._number(arg) if isinstance(arg, (int, float)) else self.row(arg)
+            number = self._number(arg)
+            row = self.row(arg) if number is None else number
             if row is None or not self._broadcasts(arg, node, any(self.is_wide(x) for x in given)):
                 return None
             exprs.append(row)
@@ -321,11 +328,16 @@ class PartReader:
         expr = function(*exprs)
         return None if expr is None else Value(expr, attached)
 
-    def _number(self, number: float) -> sympy.Expr | None:
-        if not math.isfinite(number):
+    def _number(self, given: Any) -> sympy.Expr | None:
+        """The symbol of a number, or of a node that is one."""
+        numbers = self.found.numbers
+        value = given if isinstance(given, (int, float)) else number_of(given)
+        if value is None or (isinstance(value, (int, float)) and not math.isfinite(value)):
             return None
-        symbol = sympy.Symbol(f"n{len(self.found.numbers) + 1}", real=True, positive=number > 0 or None)
-        self.found.numbers[symbol] = algebra.number(number)
+        symbol = sympy.Symbol(f"n{len(numbers) + 1}", real=True)
+        numbers[symbol] = algebra.number(value) if isinstance(value, (int, float)) else value.node.expr
+        if isinstance(given, Node):
+            self.found.scalars[symbol] = given
         return symbol
 
     def is_wide(self, node: Any) -> bool:
@@ -334,12 +346,10 @@ class PartReader:
 
     def _broadcasts(self, arg: Any, node: Node, wide: bool) -> bool:
         """Whether a row's number meets that row."""
-        if not isinstance(arg, Node):
+        if tensor_of(arg) is None:
             return True
         sizes, result = shape_of(arg), shape_of(node)
-        if wide:
-            return same_shape(sizes, (*result[:-1], 1))
-        return same_shape(sizes, result)
+        return decided_equal(sizes, (*result[:-1], 1) if wide else result)
 
     def attachment(self, given: list[Any]) -> bool | None:
         found = {v.attached for x in given if (v := self.value(x)) is not None} - {None}

@@ -55,8 +55,10 @@ class Parts:
         numbers: those of the program that are not masks'. NOTE A rank may have numbers of its own, and all
             must read alike, or one of them would wait in a collective for the others. So what is read depends
             on no number, but for whether a backward is the gradient of its forward.
+        scalars: the nodes of those that are no constants, as sizes that are symbolic.
         picked: the labels of whole rows.
         asked: the values of the nodes that were asked for.
+        since: the position from which the logits are what was read.
     """
 
     logits: Node
@@ -67,8 +69,10 @@ class Parts:
     masks: dict[sympy.Symbol, Node] = field(default_factory=dict)
     others: dict[sympy.Symbol, Node] = field(default_factory=dict)
     numbers: dict[sympy.Symbol, sympy.Expr] = field(default_factory=dict)
+    scalars: dict[sympy.Symbol, Node] = field(default_factory=dict)
     picked: dict[sympy.Symbol, Picked] = field(default_factory=dict)
     asked: list[Value | None] = field(default_factory=list)
+    since: int = 0
 
     @property
     def whole(self) -> list[Use]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import sympy
@@ -11,13 +13,14 @@ from torch.fx import Node
 
 from .. import algebra
 from ..algebra import parts
-from ..graph.shapes import equal, same_count, same_shape, shape_of, tensor_of, tied
+from ..graph.shapes import decided_equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
 from .part_reader import PartReader, Step
 from .part_values import NotRead, Parts, Value
 from .views import counted, keeps_order
 
+_SAME = ("same", "reshape", "detach")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -111,9 +114,10 @@ def _view(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
     if after not in FLOATS or (value.is_wide and not _keeps(before, after, value)):
         return None
     sizes = shape_of(node)
-    if value.is_wide and not (sizes and equal(sizes[-1], reader.sizes[-1])):
+    if value.is_wide and not (sizes and decided_equal(sizes[-1:], reader.sizes[-1:])):
         return None
-    return value if same_count(sizes, shape_of(source)) else None
+    counts = math.prod(sizes), math.prod(shape_of(source))
+    return value if decided_equal(counts[:1], counts[1:]) else None
 
 
 def _keeps(before: torch.dtype, after: torch.dtype, value: Value) -> bool:
@@ -140,7 +144,7 @@ def _gather(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | Non
         return None
     sizes = shape_of(source)  # type: ignore[arg-type]
     on_last = isinstance(dim, int) and dim % len(sizes) == len(sizes) - 1
-    picks_one = on_last and same_shape(shape_of(index), (*sizes[:-1], 1))
+    picks_one = on_last and decided_equal(shape_of(index), (*sizes[:-1], 1)) and reader.of_rows.has(index)
     return _picked(reader, node, source, index) if picks_one else None
 
 
@@ -154,8 +158,15 @@ def _getitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | No
         return _picked(reader, node, source, index[1])  # type: ignore[index]
     if _is_all(reader, source, index):
         return reader.value(source)
-    whole = isinstance(source, Node) and tensor_of(source) is not None and keeps_order(node, source)
-    return _view(reader, node, args) if whole else None
+    return _view(reader, node, args) if _takes_all(reader, node, source, index) else None
+
+
+def _takes_all(reader: PartReader, node: Node, source: Any, index: Any) -> bool:
+    """Whether x[index] has all of x: of what is wide by the index alone, for ranks have other columns."""
+    if not isinstance(source, Node) or tensor_of(source) is None or not keeps_order(node, source):
+        return False
+    pieces = index if isinstance(index, tuple) else (index,)
+    return not reader.is_wide(source) or all(piece in (None, ..., slice(None)) for piece in pieces)
 
 
 def _label_of(reader: PartReader, source: Any, index: Any) -> Node | None:
@@ -168,7 +179,7 @@ def _label_of(reader: PartReader, source: Any, index: Any) -> Node | None:
     if len(sizes) != 2 or count is None or count[0] != -1 or example is None or example.dim() != 1:
         return None
     integers = not example.is_floating_point() and example.dtype != torch.bool
-    return y if integers and tied((count[1], *example.shape), (sizes[0], sizes[0])) else None
+    return y if integers and decided_equal((count[1], *example.shape), (sizes[0], sizes[0])) else None
 
 
 def _is_all(reader: PartReader, source: Any, index: Any) -> bool:
@@ -176,7 +187,8 @@ def _is_all(reader: PartReader, source: Any, index: Any) -> bool:
     if not reader.is_wide(source) or not isinstance(index, (tuple, list)) or len(index) != 2:
         return False
     sizes, count = shape_of(source), counted(index[0])
-    return len(sizes) == 2 and index[1] == slice(None) and count == (-1, sizes[0])
+    rows = count is not None and count[0] == -1 and decided_equal([count[1]], sizes[:1])
+    return len(sizes) == 2 and index[1] == slice(None) and rows
 
 
 def _scattered(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
@@ -186,7 +198,10 @@ def _scattered(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | 
     if value is None or not value.is_wide or row is None or not isinstance(index, Node):
         return None
     sizes = shape_of(source)  # type: ignore[arg-type]
-    alike = same_shape(shape_of(index), (*sizes[:-1], 1)) and same_shape(shape_of(given), shape_of(index))  # type: ignore
+    one = (*sizes[:-1], 1)
+    alike = decided_equal(shape_of(index), one) and decided_equal(shape_of(given), one)  # type: ignore[arg-type]
+    if not reader.of_rows.has(index):
+        return None
     if not isinstance(dim, int) or dim % len(sizes) != len(sizes) - 1 or not alike:
         return None
     gain = algebra.indicator(reader.label(index, node)) * row
@@ -219,7 +234,9 @@ def _filled(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | Non
     if value is None or value.is_wide or number != 0 or example is None or example.dtype != torch.bool:
         return None
     condition = reader.row(mask)
-    if condition is None or not parts.is_here(value.expr) or not same_shape(shape_of(mask), shape_of(source)):  # type: ignore
+    if condition is None or not parts.is_here(value.expr):
+        return None
+    if not decided_equal(shape_of(mask), shape_of(source)):  # type: ignore[arg-type]
         return None
     return Value(sympy.expand(value.expr * (1 - condition)), value.attached)
 
@@ -235,16 +252,16 @@ def _where(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None
         condition = reader.row(mask)
         if condition is None or not isinstance(mask, Node) or not parts.is_here(value.expr):
             return None
-        if not same_shape(shape_of(mask), shape_of(node)):
+        if not decided_equal(shape_of(mask), shape_of(node)):
             return None
         return Value(sympy.expand(value.expr * (condition if when else 1 - condition)), value.attached)
     return None
 
 
 def _zeros(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
-    """Zeros like what rows have."""
+    """Zeros like what rows have, not of a shape that is asked for, which may be that of the columns."""
     value = reader.value(args.get("input"))
-    alike = value is not None and not value.is_wide and same_shape(shape_of(node), shape_of(args["input"]))
+    alike = node.target is torch.zeros_like and value is not None and not value.is_wide
     return Value(sympy.Integer(0)) if alike else None
 
 
@@ -287,6 +304,7 @@ def read_parts(
     asked: Sequence[Node] = (),
     *,
     own_backward: bool = False,
+    since: int | None = None,
 ) -> Parts | None:
     """Read a graph as a loss over the columns `base` of this rank.
 
@@ -297,10 +315,17 @@ def read_parts(
             it is, each with that and the group.
         asked: nodes whose values at the end are wanted.
         own_backward: whether the graph holds a backward beside its forward, so that nothing has a gradient.
+        since: the position from which the logits are what is read, by default behind `base`. Of what stands
+            before it views of them are read, which see what was written.
     """
     reader = PartReader(timeline, base, sums, own_backward, STEPS)
+    first = timeline.position[base] + 1
+    reader.found.since = since = first if since is None else since
     try:
-        for node in timeline.nodes[timeline.position[base] + 1 :]:
+        for node in timeline.nodes[first:since]:
+            if timeline.shares_storage(node, base) and any(map(partial(spellings.is_step, node), _SAME)):
+                reader.read(node)
+        for node in timeline.nodes[since:]:
             reader.read(node)
     except NotRead:
         return None

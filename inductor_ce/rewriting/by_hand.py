@@ -22,7 +22,7 @@ from ..common.findings import Site, name_of, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder, undone_on_error
 from ..graph.functions import Body, function_bodies, inner, joined
-from ..graph.shapes import bytes_of, requires_grad, shape_of, tensor_of
+from ..graph.shapes import bytes_of, number_of, requires_grad, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
 from ..reading.part_values import Parts
@@ -43,8 +43,8 @@ def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site]:
             sites.append(_rewrite_function(graph, body, numbers))
     timeline = Timeline(graph)
     sums = {body.call: summed for body in function_bodies(graph) if (summed := _sum_of(body)) is not None}
-    for base in _bases(timeline):
-        found = read_parts(timeline, base, sums)
+    for base, first in _bases(timeline).items():
+        found = read_parts(timeline, base, sums, since=_edited(timeline, base, first))
         sites.append(None if found is None else _rewrite_uses(graph, timeline, found, numbers))
     return [site for site in sites if site is not None]
 
@@ -90,9 +90,9 @@ def _group_of_sum(source: Node, steps: list[Node], outputs: tuple[Any, ...]) -> 
     return reduced.args[2] if not ends and outputs == (result,) and reduced.args[:2] == what else None
 
 
-def _bases(timeline: Timeline) -> list[Node]:
-    """The logits of whose rows somebody takes the maximum, or logsumexp."""
-    found: list[Node] = []
+def _bases(timeline: Timeline) -> dict[Node, Node]:
+    """The logits of whose rows somebody takes the maximum, or logsumexp, each with who does so first."""
+    found: dict[Node, Node] = {}
     for node in timeline.nodes:
         spelled = spellings.read(node)
         if spelled is None or spelled[0].name not in ("amax", "max", "logsumexp"):
@@ -103,9 +103,21 @@ def _bases(timeline: Timeline) -> list[Node]:
         example = tensor_of(base)
         if example is None or example.dim() < 2 or not example.is_floating_point():
             continue
-        if isinstance(base, Node) and base not in found:
-            found.append(base)
+        if isinstance(base, Node):
+            found.setdefault(base, node)
     return found
+
+
+def _edited(timeline: Timeline, base: Node, first: Node) -> int:
+    """Behind which node logits are as they are first read: the rank with padding may alone have filled it.
+
+    What is written has no gradient of its own, or they are read from where they are made.
+    """
+    start, _ = timeline.window(base, timeline.position[first])
+    own = timeline.position[base] + 1
+    edits = [node for node in timeline.edits(base) if own <= timeline.position[node] < start]
+    given = [n for node in edits for n in node.all_input_nodes if not timeline.shares_storage(n, base)]
+    return own if any(map(requires_grad, given)) else start
 
 
 def _same_logits(node: Node) -> Node | None:
@@ -138,7 +150,7 @@ def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Itera
         position = timeline.position[node]
         if position >= place or not timeline.unchanged(node, since.get(node, position + 1)):
             return None
-    if not timeline.unchanged(found.logits, found.logits):
+    if not timeline.unchanged(found.logits, found.since):
         return None
     number = next(numbers)
     first = timeline.nodes[place]
@@ -225,7 +237,8 @@ def _inline(
     outer = dict(given)
     build = Builder(graph, body.call, like=result)
     with undone_on_error([build]):
-        for step in inner(body.forward)[1]:
+        numbers_of_backward = [n for n in inner(body.backward)[1] if number_of(n) is not None]
+        for step in [*inner(body.forward)[1], *numbers_of_backward]:
             own = nodes[step]
             if own not in found.steps and all(n in outer for n in own.all_input_nodes):
                 with graph.inserting_before(body.call):

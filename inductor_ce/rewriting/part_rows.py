@@ -15,7 +15,7 @@ from ..algebra import parts, symbols
 from ..common.compat.distributed import group_size
 from ..distributed.by_hand import stats_of_ranks
 from ..graph.builder import Builder
-from ..graph.shapes import example_of, shape_of
+from ..graph.shapes import example_of, shape_of, tensor_of, value_of
 from ..reading.part_values import Parts
 
 SUM_SHIFTED = sympy.Symbol("sum_here_shifted", real=True)
@@ -26,6 +26,7 @@ class PartRows:
 
     def __init__(self, build: Builder, found: Parts, logits: Node, site: int, outer: dict[Node, Any]):
         self.build, self.found, self.outer = build, found, outer
+        self.scalars = {s: outer.get(n, n) for s, n in found.scalars.items() if n in outer or not outer}
         self.v = shape_of(logits)[-1]
         self.z = logits if len(shape_of(logits)) == 2 else build("reshape", logits, [-1, self.v])
         self.conditions = {y: self._condition(picked.condition) for y, picked in found.picked.items()}
@@ -88,28 +89,54 @@ class PartRows:
 
     def _have_one_gradient(self, expr: sympy.Expr, meant: sympy.Expr) -> bool:
         """Whether two expressions differ by what has none."""
-        gap = algebra.expand((expr - meant).subs(self.found.numbers).subs(parts.V_HERE, self.v))
+        gap = algebra.expand((expr - meant).subs(self.found.numbers).subs(parts.V_HERE, int(self.v)))
         return not gap.has(algebra.LSE, parts.SUM_HERE) and not gap.atoms(algebra.pick)
 
     def _row(self, expr: sympy.Expr) -> Any:
         """An expression, of which the maximum vanishes before it is rounded, where one rank has the label."""
-        moved = algebra.shifted(expr.subs({**self.found.numbers, parts.V_HERE: int(self.v)}))
+        moved = algebra.shifted(expr.subs({**self._constants(), parts.V_HERE: int(self.v)}))
         moved = algebra.expand(moved.subs(parts.SUM_HERE, int(self.v) * algebra.MAX + SUM_SHIFTED))
-        return self._emit(sympy.collect(moved, [algebra.MAX, symbols.MAX_SHIFTED]))
+        made = self._emit(sympy.collect(moved, [algebra.MAX, symbols.MAX_SHIFTED]))
+        if tensor_of(made) is not None:
+            return made
+        return self.build(torch.add, self.build(torch.mul, self.d, 0.0), made)  # as of a rank's own 0
+
+    def _constants(self) -> dict[sympy.Symbol, sympy.Expr]:
+        """The numbers that need no node. For one that has none here, what was compiled is of its value."""
+        numbers, scalars = self.found.numbers, self.found.scalars
+        values = {s: algebra.number(value_of(scalars[s])) for s in scalars.keys() - self.scalars.keys()}
+        return {s: values.get(s, n) for s, n in numbers.items() if s not in self.scalars}
 
     def _emit(self, expr: sympy.Expr) -> Any:
         build = self.build
         if expr.is_number:
             return int(expr) if expr.is_Integer else float(expr)
+        if expr.free_symbols <= self.scalars.keys():
+            return self._number(expr)
         if expr.is_Add or expr.is_Mul:
-            terms = sorted(expr.args, key=lambda a: (bool(a.is_number), str(a)))
+            numbers = [a for a in expr.args if a.free_symbols <= self.scalars.keys()]
+            terms = sorted((a for a in expr.args if a not in numbers), key=str)
             combine = torch.add if expr.is_Add else torch.mul
-            return functools.reduce(lambda a, b: build(combine, a, b), map(self._emit, terms))
+            made = functools.reduce(lambda a, b: build(combine, a, b), map(self._emit, terms))
+            return build(combine, made, self._emit(expr.func(*numbers))) if numbers else made
         if isinstance(expr, (sympy.exp, sympy.log)):
             return build(getattr(torch, expr.func.__name__), self._emit(expr.args[0]))
         if expr.is_Pow:
             return build(torch.pow, self._emit(expr.base), self._emit(expr.exp))
         return self._symbol(expr)
+
+    def _number(self, expr: sympy.Expr) -> Any:
+        """An expression of numbers that are no constants."""
+        if expr in self.scalars:
+            return self.scalars[expr]
+        if expr.is_Add or expr.is_Mul:
+            combine = operator.add if expr.is_Add else operator.mul
+            return functools.reduce(lambda a, b: self.build(combine, a, b), map(self._emit, expr.args))
+        if expr.is_Pow and expr.exp.is_Integer:
+            power = self.build(operator.pow, self._emit(expr.base), abs(int(expr.exp)))
+            return power if expr.exp > 0 else self.build(operator.truediv, 1, power)
+        values = {s: algebra.number(value_of(node)) for s, node in self.scalars.items()}
+        return self._emit(expr.subs(values))
 
     def _symbol(self, key: sympy.Expr) -> Any:
         build = self.build
