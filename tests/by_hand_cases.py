@@ -229,6 +229,36 @@ def regions_of_copies(z: Tensor, y: Tensor, start: int) -> Tensor:
     return total.log() + peak - picked
 
 
+class InPlaceOfEachRank(FromEachRank):
+    """In the place of what is given, and the gradient as it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        dist.all_reduce(x.contiguous())
+        return x
+
+
+class ContiguousFromEachRank(FromEachRank):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+
+def regions_in_place(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """What was summed is read by the name that it had, and by its new one."""
+    with torch.no_grad():
+        peak = z.max(-1).values
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    own_total = (z - peak[..., None]).exp().sum(-1)
+    total = InPlaceOfEachRank.apply(own_total)
+    inside, own = own_columns(y, start, z.shape[-1])
+    picked = torch.where(inside, torch.gather(z, -1, own[..., None])[..., 0], 0.0)
+    both = 0.5 * total.log() + 0.5 * own_total.log()
+    return both + peak - ContiguousFromEachRank.apply(picked)
+
+
 class OutOfPlace(WholeLoss):
     """With a backward that keeps the probabilities, and broadcasts its upstream gradient by an index."""
 
@@ -249,7 +279,7 @@ LOSSES: dict[str, Loss] = {
     f.__name__: f
     for f in (
         *(whole_loss, smoothed, scaled_backward, out_of_place, log_probability),
-        *(regions, regions_of_copies, moved_sums, without_gradient),
+        *(regions, regions_of_copies, regions_in_place, moved_sums, without_gradient),
         *(gathered_normalisers, gathered_in_one_tensor, gathered_loss),
     )
 }

@@ -45,7 +45,7 @@ COMPILED = ("whole_loss", "regions")
 CASES = {
     (2, ROWS, torch.float32): [*LOSSES, *NEAR_MISSES],
     (2, SQUARE, torch.bfloat16): ["whole_loss", "smoothed", "log_probability", "gathered_in_one_tensor"],
-    (4, ROWS, torch.float32): ["whole_loss", "regions", "gathered_normalisers"],
+    (4, ROWS, torch.float32): ["whole_loss", "regions", "regions_in_place", "gathered_normalisers"],
 }
 
 
@@ -210,7 +210,8 @@ LENGTHS = (12, 7, 9)
 
 def head_on_rank(rank: int) -> dict[str, Any]:
     """The same behind a linear layer whose classes are spread, with what is told of the plan."""
-    return Outcomes({name: attempt(head, rank, name) for name in ("whole_loss", "without_gradient")})
+    names = "whole_loss", "regions_in_place", "without_gradient"
+    return Outcomes({name: attempt(head, rank, name) for name in names})
 
 
 def head(rank: int, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from ..graph.shapes import decided_equal, number_of, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .gathered import GatheredReader
-from .part_values import NotRead, Parts, Use, Value
+from .part_values import NotRead, Parts, Summed, Use, Value
 from .row_numbers import RowNumbers
 from .views import keeps_order, viewed
 
@@ -62,7 +62,7 @@ class PartReader:
         self,
         timeline: Timeline,
         base: Node,
-        sums: Mapping[Node, tuple[Node, Any]],
+        sums: Mapping[Node, Summed],
         own_backward: bool,
         steps: Mapping[str, Step],
     ):
@@ -160,10 +160,13 @@ class PartReader:
         if calls(node, WAIT):
             return self.pending.get(node.args[0])  # type: ignore[arg-type]
         if node in self.sums:
-            source, group = self.sums[node]
+            source, group, in_place = self.sums[node]
             value = self._over_ranks(self.value(source), "sum", group)
             if value is not None:
                 self.firsts[node] = value
+            if value is not None and in_place:
+                self.refuse_edit_of_others(source)
+                self.exprs[self.timeline.storage(source)] = value.expr
             return None
         if node.op == "call_method" and node.target in ("scatter_add", "scatter_add_"):
             given = dict(zip(("input", "dim", "index", "src"), node.args, strict=False))

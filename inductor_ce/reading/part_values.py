@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 from torch.fx import Node
@@ -30,6 +30,17 @@ class Value:
     @property
     def is_wide(self) -> bool:
         return isinstance(self.expr, algebra.Vocab)
+
+
+class Summed(NamedTuple):
+    """What a function sums over the ranks of a group, and hands the gradient of the sum to as it is.
+
+    `in_place` tells whether it is the sum thereafter.
+    """
+
+    source: Node
+    group: Any
+    in_place: bool
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ..graph.shapes import decided_equal, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
 from .part_reader import PartReader, Step
-from .part_values import NotRead, Parts, Value
+from .part_values import NotRead, Parts, Summed, Value
 from .views import counted, keeps_order
 
 _SAME = ("same", "reshape", "detach")
@@ -300,7 +300,7 @@ STEPS: dict[str, Step] = {
 def read_parts(
     timeline: Timeline,
     base: Node,
-    sums: Mapping[Node, tuple[Node, Any]],
+    sums: Mapping[Node, Summed],
     asked: Sequence[Node] = (),
     *,
     own_backward: bool = False,
@@ -311,8 +311,7 @@ def read_parts(
     Args:
         timeline: of the graph.
         base: the logits, of which the last dimension are classes.
-        sums: nodes that sum something over the ranks of a group, and give the gradient of the sum to it as
-            it is, each with that and the group.
+        sums: nodes that sum something over the ranks of a group, each with that.
         asked: nodes whose values at the end are wanted.
         own_backward: whether the graph holds a backward beside its forward, so that nothing has a gradient.
         since: the position from which the logits are what is read, by default behind `base`. Of what stands

@@ -25,7 +25,7 @@ from ..graph.functions import Body, function_bodies, inner, joined
 from ..graph.shapes import bytes_of, number_of, requires_grad, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from ..reading.part_values import Parts
+from ..reading.part_values import Parts, Summed
 from ..reading.parts import read_parts
 from ..reading.steps import View
 from ..reading.views import viewed
@@ -53,8 +53,8 @@ def _has_collective(graph: Graph) -> bool:
     return bool(calls_in(graph, ALL_REDUCE) or calls_in(graph, ALL_GATHER))
 
 
-def _sum_of(body: Body) -> tuple[Node, Any] | None:
-    """(what is summed over the ranks of a group, the group), where the gradient is handed through."""
+def _sum_of(body: Body) -> Summed | None:
+    """What a function sums over the ranks of a group, where it hands the gradient through."""
     inputs, steps, returned = inner(body.forward)
     gradients, backward, passed = inner(body.backward)
     outputs = returned[0] if isinstance(returned, tuple) and len(returned) == 2 else None
@@ -71,23 +71,26 @@ def _sum_of(body: Body) -> tuple[Node, Any] | None:
     at = inputs.index(own)
     if passed[at : at + 1] != (gradients[0],) or any(passed[:at] + passed[at + 1 :]):
         return None
-    group = _group_of_sum(own, steps, outputs)
-    return None if group is None else (outer, group)
+    found = _group_of_sum(own, steps, outputs)
+    return None if found is None else Summed(outer, *found)
 
 
-def _group_of_sum(source: Node, steps: list[Node], outputs: tuple[Any, ...]) -> Any:
-    """The group over which `steps` sum a tensor or, in place, a copy of it, and nothing more."""
-    own = None
-    if steps and name_of(steps[0]) == "clone" and steps[0].all_input_nodes == [source]:
-        own, *steps = steps
+def _group_of_sum(source: Node, steps: list[Node], outputs: tuple[Any, ...]) -> tuple[Any, bool] | None:
+    """(the group over which `steps` sum a tensor, or a copy of it, and nothing more; whether in its place)"""
+    own, steps = source, list(steps)
+    while steps and name_of(steps[0]) in ("clone", "contiguous") and steps[0].args == (own,):
+        own = steps.pop(0)
     if len(steps) < 2 or not calls(steps[0], ALL_REDUCE) or not calls(steps[1], WAIT):
         return None
     reduced, whole, *ends = steps
-    result = whole
-    if own is not None and len(ends) == 1 and (ends[0].target, ends[0].args) == ("copy_", (own, whole)):
-        result, ends = own, []
-    what = (source if own is None else own, "sum")
-    return reduced.args[2] if not ends and outputs == (result,) and reduced.args[:2] == what else None
+    results, in_place = [whole], False
+    if ends and (ends[0].target, ends[0].args) == ("copy_", (own, whole)):
+        in_place = Timeline.storage(own) == Timeline.storage(source)
+        results, ends = [own, *([source] if in_place else [])], ends[1:]
+    if ends and ends[0].target == "view_as" and ends[0].args[0] in results:
+        results = [ends.pop(0)]
+    alike = len(outputs) == 1 and outputs[0] in results and reduced.args[:2] == (own, "sum")
+    return (reduced.args[2], in_place) if alike and not ends else None
 
 
 def _bases(timeline: Timeline) -> dict[Node, Node]:
