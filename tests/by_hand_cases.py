@@ -364,6 +364,31 @@ def scaled_in_place(z: Tensor, y: Tensor, start: int) -> Tensor:
         return total.log() + peak - funcol.all_reduce(picked * (1.0 + start), "sum", dist.group.WORLD)
 
 
+def overwritten(z: Tensor, y: Tensor, start: int) -> Tensor:
+    """The logits themselves, as Megatron-LM does with those in float32."""
+    with torch.no_grad():
+        peak = z.amax(-1)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        total = z.sub_(peak[..., None]).exp().sum(-1)
+        dist.all_reduce(total)
+        return total.log()
+
+
+def entropy(z: Tensor, y: Tensor, start: int) -> Tensor:
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    e = (z - peak[..., None]).exp()
+    total = FromEachRank.apply(e.sum(-1))
+    return total.log() + peak - FromEachRank.apply((e * z).sum(-1)) / total
+
+
+def gradient_lost(z: Tensor, y: Tensor, start: int) -> Tensor:
+    with torch.no_grad():
+        peak = funcol.all_reduce(z.amax(-1), "max", dist.group.WORLD)
+    total = (z - peak[..., None]).exp().sum(-1)
+    return funcol.all_reduce(total, "sum", dist.group.WORLD).log() + peak
+
+
 def averaged_normalisers(z: Tensor, y: Tensor, start: int) -> Tensor:
     with torch.no_grad():
         of_ranks = funcol.all_gather_tensor(torch.logsumexp(z, -1)[None], 0, dist.group.WORLD)
@@ -398,5 +423,8 @@ NEAR_MISSES: dict[str, Loss] = {
         averaged_normalisers,
         without_one_rank,
         gathered_and_kept,
+        overwritten,
+        entropy,
+        gradient_lost,
     )
 }

@@ -21,6 +21,7 @@ import inductor_ce
 from inductor_ce import algebra
 from inductor_ce.algebra import parts
 from inductor_ce.common.compat.distributed import calls
+from inductor_ce.common.findings import Reason
 from inductor_ce.distributed.by_hand import stats_of_ranks
 
 # It keeps every step of such a function beside its result, and loses gradients: with any backend.
@@ -96,12 +97,14 @@ def one(rank: int, name: str, loss: Any, rows: tuple[int, ...], dtype: torch.dty
         gathers = fused + sum(calls(node, GATHER) for node in nodes)
         counts = gathers, sum(calls(node, REDUCE) for node in nodes), len(backend.report.sites)
         misses = [miss.reason.name for miss in backend.report.misses]
+        facts = [miss.message for miss in backend.report.misses if miss.reason is Reason.BY_HAND]
     return {
         "ours": ours,
         "eager": measured(loss, own, y, start, upstream),
         "counts": counts,
         "fused": fused,
         "misses": misses,
+        "facts": facts,
     }
 
 
@@ -157,6 +160,23 @@ def test_what_looks_alike_is_left(name: str) -> None:
         assert found["fused"] == 0  # a normaliser of one rank's own columns may be fused, as any is
         for ours, eager in zip(found["ours"], found["eager"], strict=True):
             torch.testing.assert_close(ours, eager)
+
+
+FACTS = {
+    "overwritten": "The logits, or another tensor that was given, are edited in place by sub_ at ",
+    "entropy": "What has a number for each class is read by ",
+    "probabilities_kept": "What has a number for each class is read by ",
+    "gradient_lost": "Gradients are on, and none goes through the sum over ranks by all_reduce at ",
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_what_is_left_is_told(name: str) -> None:
+    for of_rank in ranks_of(2, ROWS, torch.float32):
+        (fact,) = of_rank[name]["facts"]
+        assert fact.startswith(FACTS[name])
+        assert "by_hand_cases.py:" in fact
+        assert "so the loss is left as it was. docs/tensor_parallel.md says which" in fact
 
 
 def test_logits_that_a_rank_scales_are_its_own() -> None:

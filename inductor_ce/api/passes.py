@@ -114,7 +114,8 @@ def fuse_losses(graph: Graph, options: Options, numbers: Iterator[int] | None = 
     numbers = numbers or numbers_of_compilation()
     if not options.verify:
         by_hand, _ = attempt(LEFT, rewrite_by_hand, graph, numbers)
-        report.sites += by_hand or []
+        report.sites += [each for each in by_hand or [] if isinstance(each, Site)]
+        report.misses += [each for each in by_hand or [] if isinstance(each, Miss)]
     attempt(LEFT, read_aten, graph)
     attempt(LEFT, forget_no_copies, graph)
     attempt("edits in place stay as they are", make_functional, graph, options.min_vocab)

@@ -38,6 +38,10 @@ class Reason(enum.Enum):
         "Shard the vocabulary over at most one dimension of the mesh, and the rows of the labels like those "
         "of the logits."
     )
+    BY_HAND = (
+        "docs/tensor_parallel.md says which losses by collectives of their own are read; logits that are a "
+        "DTensor need none, nor does inductor_ce.cross_entropy with a group."
+    )
     LOCAL_PART = "Read the loss by full_tensor(), or redistribute it first."
     OWN_BACKWARD = "Write the loss in plain PyTorch, outside the autograd.Function, and it is fused."
     BACKWARD_IN_GRAPH = "Capture the forward alone, and let torch.compile differentiate it."

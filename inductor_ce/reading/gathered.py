@@ -47,7 +47,7 @@ class OfThisRank(Protocol):
     sizes: Any
 
     def value(self, node: Any) -> Value | None: ...
-    def refuse_edit_of_others(self, target: Node) -> None: ...
+    def refuse_edit_of_others(self, node: Node, target: Node) -> None: ...
     def over_ranks(self, expr: sympy.Expr, attached: bool | None, how: Any, group: Any) -> Value | None: ...
 
 
@@ -92,7 +92,7 @@ class GatheredReader:
         if made is None:
             return self._makes_room(node)
         for target in written_by(node):
-            self._reader.refuse_edit_of_others(target)
+            self._reader.refuse_edit_of_others(node, target)
         for holder in (*written_by(node), node):
             self._held[holder] = made
             self._storages.add(self._reader.timeline.storage(holder))

@@ -117,7 +117,7 @@ class PartReader:
             value = Value(value.expr, False)
         written = [*written_by(node)]
         for target in written:
-            self.refuse_edit_of_others(target)
+            self.refuse_edit_of_others(node, target)
             for alias in self.attached:
                 if self.timeline.shares_storage(alias, target):
                     self.attached[alias] = value.attached
@@ -126,10 +126,10 @@ class PartReader:
             self._put(node, value)
         self.found.steps.add(node)
 
-    def refuse_edit_of_others(self, target: Node) -> None:
+    def refuse_edit_of_others(self, node: Node, target: Node) -> None:
         arguments = (n for n in self.timeline.nodes if n.op == "placeholder")
         if any(self.timeline.shares_storage(target, n) for n in (*arguments, self.found.logits)):
-            raise NotRead
+            raise NotRead(node, "The logits, or another tensor that was given, are edited in place by {step}")
 
     def _use(self, node: Node) -> None:
         for source in node.all_input_nodes:
@@ -138,16 +138,16 @@ class PartReader:
                 self.behind.add(node)
             if value is None:
                 if source in self.pending or source in self.firsts or self.gathered.has(source):
-                    raise NotRead
+                    raise NotRead(node, "What ranks exchange is read by {step}")
                 continue
             if value.is_wide and value.expr != algebra.LOGITS:
-                raise NotRead  # probabilities that somebody else needs
+                raise NotRead(node, "What has a number for each class is read by {step}")
             if any(self.timeline.shares_storage(source, written) for written in written_by(node)):
-                raise NotRead
+                raise NotRead(node, "What the loss is made of is edited by {step}")
             example = tensor_of(node)
             if example is not None and self.timeline.shares_storage(source, node):
                 if not value.is_wide and not self.timeline.unchanged(source, node):
-                    raise NotRead
+                    raise NotRead(node, "What the loss is made of is edited behind {step}")
                 self.strange.add(node)
             if not value.is_wide:
                 self.found.uses.append(Use(node, source, value))
@@ -165,7 +165,7 @@ class PartReader:
             if value is not None:
                 self.firsts[node] = value
             if value is not None and in_place:
-                self.refuse_edit_of_others(source)
+                self.refuse_edit_of_others(node, source)
                 self.exprs[self.timeline.storage(source)] = value.expr
             return None
         if node.op == "call_method" and node.target in ("scatter_add", "scatter_add_"):
@@ -190,7 +190,7 @@ class PartReader:
         source, how, group = node.args[:3]
         value = self.value(source)
         if value is not None and value.attached and how == "sum":
-            raise NotRead  # it has no gradient
+            raise NotRead(node, "Gradients are on, and none goes through the sum over ranks by {step}")
         reduced = self._over_ranks(value, how, group)
         if reduced is not None:
             self.pending[node] = reduced
@@ -217,7 +217,7 @@ class PartReader:
         if result is None:
             return None
         if found.group not in (None, group):
-            raise NotRead
+            raise NotRead(found.logits, "Ranks of two groups exchange parts of {step}")
         found.group = group
         total, picked = result
         found.picked |= picked
@@ -314,7 +314,7 @@ class PartReader:
         given = [args.get("input"), args.get("other")]
         if not any(self.value(x) is not None for x in given):
             return None
-        attached = self.attachment(given)
+        attached = self.attachment(node, given)
         exprs: list[Any] = []
         for arg in given:
             value = self.value(arg)
@@ -354,8 +354,8 @@ class PartReader:
         sizes, result = shape_of(arg), shape_of(node)
         return decided_equal(sizes, (*result[:-1], 1) if wide else result)
 
-    def attachment(self, given: list[Any]) -> bool | None:
+    def attachment(self, node: Node, given: list[Any]) -> bool | None:
         found = {v.attached for x in given if (v := self.value(x)) is not None} - {None}
         if len(found) > 1:
-            raise NotRead
+            raise NotRead(node, "A gradient flows through some of what is joined by {step}")
         return next(iter(found), None)

@@ -11,10 +11,15 @@ from torch.fx import Node
 from .. import algebra
 from ..algebra import parts
 from ..algebra.parts import Picked
+from ..common.findings import Reason, Refusal
 
 
 class NotRead(Exception):
-    """This is no such loss."""
+    """This is no such loss, for a fact about a node."""
+
+    def __init__(self, node: Node, fact: str):
+        super().__init__(fact)
+        self.node, self.refusal = node, Refusal(Reason.BY_HAND, f"{fact}, so the loss is left as it was.")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,7 @@ class Parts:
         picked: the labels of whole rows.
         asked: the values of the nodes that were asked for.
         since: the position from which the logits are what was read.
+        not_read: why it is no such loss after all, where ranks have exchanged something of it by then.
     """
 
     logits: Node
@@ -84,6 +90,7 @@ class Parts:
     picked: dict[sympy.Symbol, Picked] = field(default_factory=dict)
     asked: list[Value | None] = field(default_factory=list)
     since: int = 0
+    not_read: NotRead | None = None
 
     @property
     def whole(self) -> list[Use]:

@@ -93,7 +93,7 @@ def _peak(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
     if value is None or value.expr != algebra.LOGITS:
         return None
     if value.attached and reader.timeline.grad_mode(node) is True:
-        raise NotRead  # its gradient goes to one column, or is shared by several
+        raise NotRead(node, "A gradient flows through the maximum by {step}")
     return Value(parts.MAX_HERE)
 
 
@@ -205,7 +205,7 @@ def _scattered(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | 
     if not isinstance(dim, int) or dim % len(sizes) != len(sizes) - 1 or not alike:
         return None
     gain = algebra.indicator(reader.label(index, node)) * row
-    return Value(value.expr + gain, reader.attachment([source, given]))
+    return Value(value.expr + gain, reader.attachment(node, [source, given]))
 
 
 def _setitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
@@ -223,7 +223,7 @@ def _setitem(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | No
         if row is None or now is None:
             return None
         gain = algebra.indicator(label) * sympy.expand(row - now)
-        return Value(value.expr + gain, reader.attachment([source, given]))
+        return Value(value.expr + gain, reader.attachment(node, [source, given]))
     return _filled(reader, node, {"input": source, "mask": index, "value": given})
 
 
@@ -326,7 +326,7 @@ def read_parts(
                 reader.read(node)
         for node in timeline.nodes[since:]:
             reader.read(node)
-    except NotRead:
-        return None
+    except NotRead as why:
+        reader.found.not_read = why
     reader.found.asked = [reader.value(node) for node in asked]
     return reader.found if reader.found.group is not None else None

@@ -18,35 +18,39 @@ from .. import algebra, ops
 from ..algebra import Vocab, parts
 from ..algebra.notation import render
 from ..common.compat.distributed import ALL_GATHER, ALL_REDUCE, WAIT, calls, calls_in
-from ..common.findings import Site, name_of, user_line
+from ..common.findings import Miss, Site, make_miss, name_of, user_line
 from ..common.strategies import MATERIALISE
 from ..graph.builder import Builder, undone_on_error
 from ..graph.functions import Body, function_bodies, inner, joined
 from ..graph.shapes import bytes_of, number_of, requires_grad, shape_of, tensor_of
 from ..graph.timeline import Timeline, written_by
 from ..reading import spellings
-from ..reading.part_values import Parts, Summed
+from ..reading.part_values import NotRead, Parts, Summed
 from ..reading.parts import read_parts
 from ..reading.steps import View
 from ..reading.views import viewed
 from .part_rows import PartRows
 
 
-def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site]:
-    """Rewrite every such loss that is understood. What is not stays as it is."""
+def rewrite_by_hand(graph: Graph, numbers: Iterator[int]) -> list[Site | Miss]:
+    """Rewrite every such loss that is understood. What is not stays as it is, and is told."""
     bodies = list(function_bodies(graph))
     if not any(map(_has_collective, [graph, *(body.forward for body in bodies)])):
         return []
-    sites: list[Site | None] = []
+    told: list[Site | Miss | None] = []
     for body in bodies:
         if _sum_of(body) is None and _has_collective(body.forward):
-            sites.append(_rewrite_function(graph, body, numbers))
+            told.append(_rewrite_function(graph, body, numbers))
     timeline = Timeline(graph)
     sums = {body.call: summed for body in function_bodies(graph) if (summed := _sum_of(body)) is not None}
     for base, first in _bases(timeline).items():
         found = read_parts(timeline, base, sums, since=_edited(timeline, base, first))
-        sites.append(None if found is None else _rewrite_uses(graph, timeline, found, numbers))
-    return [site for site in sites if site is not None]
+        told.append(None if found is None else _rewrite_uses(graph, timeline, found, numbers))
+    return [each for each in told if each is not None]
+
+
+def _miss(why: NotRead) -> Miss:
+    return make_miss(why.node, why.refusal.reason, why.refusal.sentence(why.node))
 
 
 def _has_collective(graph: Graph) -> bool:
@@ -136,8 +140,12 @@ def _same_logits(node: Node) -> Node | None:
 # In the graph itself
 
 
-def _rewrite_uses(graph: Graph, timeline: Timeline, found: Parts, numbers: Iterator[int]) -> Site | None:
+def _rewrite_uses(
+    graph: Graph, timeline: Timeline, found: Parts, numbers: Iterator[int]
+) -> Site | Miss | None:
     uses = found.whole
+    if found.not_read is not None:
+        return _miss(found.not_read)
     if not any(use.value.expr.has(algebra.LSE) for use in uses):  # type: ignore[union-attr]
         return None
     if any(_needs_more(use.value.expr) for use in uses) or _is_kept_as_edited(found):
@@ -191,7 +199,7 @@ def _erase(graph: Graph, steps: set[Node]) -> None:
 # In a function with a backward of its own
 
 
-def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site | None:
+def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site | Miss | None:
     both = joined(body)
     if both is None:
         return None
@@ -203,6 +211,8 @@ def _rewrite_function(graph: Graph, body: Body, numbers: Iterator[int]) -> Site 
             continue
         others = [outer for node, outer in given.items() if node is not base and requires_grad(outer)]
         found = read_parts(timeline, base, {}, [both.result, both.gradients[base]], own_backward=True)
+        if found is not None and found.not_read is not None:
+            return _miss(found.not_read)
         meant = None if found is None or found.whole or others else _meant(found, both.upstream)
         if found is not None and meant is not None:
             return _inline(graph, body, found, meant, nodes, given, numbers)

@@ -27,7 +27,7 @@ class PartRows:
     def __init__(self, build: Builder, found: Parts, logits: Node, site: int, outer: dict[Node, Any]):
         self.build, self.found, self.outer = build, found, outer
         self.scalars = {s: outer.get(n, n) for s, n in found.scalars.items() if n in outer or not outer}
-        self.v = shape_of(logits)[-1]
+        self.v = int(shape_of(logits)[-1])  # what was compiled is for as many columns
         self.z = logits if len(shape_of(logits)) == 2 else build("reshape", logits, [-1, self.v])
         self.conditions = {y: self._condition(picked.condition) for y, picked in found.picked.items()}
         self.columns = {y: self._column(y) for y in found.picked}
@@ -89,13 +89,13 @@ class PartRows:
 
     def _have_one_gradient(self, expr: sympy.Expr, meant: sympy.Expr) -> bool:
         """Whether two expressions differ by what has none."""
-        gap = algebra.expand((expr - meant).subs(self.found.numbers).subs(parts.V_HERE, int(self.v)))
+        gap = algebra.expand((expr - meant).subs(self.found.numbers).subs(parts.V_HERE, self.v))
         return not gap.has(algebra.LSE, parts.SUM_HERE) and not gap.atoms(algebra.pick)
 
     def _row(self, expr: sympy.Expr) -> Any:
         """An expression, of which the maximum vanishes before it is rounded, where one rank has the label."""
-        moved = algebra.shifted(expr.subs({**self._constants(), parts.V_HERE: int(self.v)}))
-        moved = algebra.expand(moved.subs(parts.SUM_HERE, int(self.v) * algebra.MAX + SUM_SHIFTED))
+        moved = algebra.shifted(expr.subs({**self._constants(), parts.V_HERE: self.v}))
+        moved = algebra.expand(moved.subs(parts.SUM_HERE, self.v * algebra.MAX + SUM_SHIFTED))
         made = self._emit(sympy.collect(moved, [algebra.MAX, symbols.MAX_SHIFTED]))
         if tensor_of(made) is not None:
             return made
