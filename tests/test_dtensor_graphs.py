@@ -128,7 +128,8 @@ def test_exchanges_do_not_tell_for_how_many_rows_a_rank_was_compiled_first(lengt
     for n in lengths:
         torch._dynamo.reset()
         assert exchanges_of(n) == found[n]
-    assert found[3000] != found[9000]
+    if max(found[9000].values()) > 1:  # no head is in chunks where torch makes the weight's sizes symbols too
+        assert found[3000] != found[9000]
 
 
 def test_a_head_is_not_even_because_another_is():
