@@ -34,9 +34,7 @@ class Driver:
         triton.runtime.driver.set_active(active)
         launches.current_stream = active.get_current_stream
         self._build = driver.CudaLauncher.__init__
-        driver.CudaLauncher.__init__ = lambda launcher, source, metadata: self._load(
-            launcher, source, metadata
-        )
+        driver.CudaLauncher.__init__ = lambda *given: self._load(*given)
 
     def _load(self, launcher: Any, source: Any, metadata: Any) -> None:
         """Say what the kernel that is loaded next has for parameters."""

@@ -9,7 +9,7 @@ import pytest
 import sympy
 import torch
 import torch.distributed as dist
-from by_hand_cases import LOSSES, NEAR_MISSES, SMOOTHING
+from by_hand_cases import LOSSES, NEAR_MISSES, SMOOTHING, measured
 from harness import Graphs, Rewritten, clean_slate, compile_lazily, misses, sites
 from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, once, spawn
@@ -66,14 +66,6 @@ def columns(rank: int, size: int) -> tuple[int, int]:
     """(first, last + 1) of a rank: they have not as many."""
     bounds = [0, 7, 40] if size == 2 else [0, 7, 20, 21, 40]
     return bounds[rank], bounds[rank + 1]
-
-
-def measured(f: Any, z: Tensor, y: Tensor, start: int, upstream: Tensor) -> list[Tensor]:
-    leaf = z.clone().requires_grad_()
-    loss = f(leaf * 1.0, y.clone(), start)
-    if loss.requires_grad:
-        loss.backward(upstream.to(loss.dtype))
-    return [loss.detach(), *([] if leaf.grad is None else [leaf.grad])]
 
 
 def on_rank(rank: int, rows: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from by_hand_cases import LOSSES, NEAR_MISSES
+from by_hand_cases import LOSSES, NEAR_MISSES, measured
 from by_hand_forms import FORMS
 from harness import Rewritten, clean_slate
 from pairwise import EVERYTHING
 from ranks import Outcomes, attempt, once, spawn
 from releases import before
-from torch import Tensor
 from torch.fx import Graph
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -83,14 +82,6 @@ RUN = {
     TWO: [*FORMS, "smoothed", "gathered_normalisers"],
     FOUR: ["one_hot", "view_filled", "share_of_columns"],
 }
-
-
-def measured(loss: Any, z: Tensor, y: Tensor, start: int, upstream: Tensor) -> list[Tensor]:
-    leaf = z.clone().requires_grad_()
-    value = loss(leaf * 1.0, y.clone(), start)
-    if value.requires_grad:
-        value.backward(upstream.to(value.dtype))
-    return [value.detach(), *([] if leaf.grad is None else [leaf.grad])]
 
 
 def on_rank(rank: int, ranks: tuple[tuple[int, bool], ...]) -> dict[str, Any]:

@@ -22,16 +22,8 @@ def test_a_launch_past_triton_is_its_own(tmp_path: Path) -> None:
     build = [COMPILER, "-shared", "-fPIC", "-w", f"-I{headers}", HERE / "fake_driver.c", "-o", library]
     subprocess.run(build, check=True)
     (tmp_path / "libcuda.so").symlink_to(library)
-    changed = {
-        "TRITON_LIBCUDA_PATH": tmp_path,
-        "LD_LIBRARY_PATH": tmp_path,
-        "TRITON_CACHE_DIR": tmp_path / "cache",
-    }
-    environment = {
-        **os.environ,
-        **{name: str(value) for name, value in changed.items()},
-        "TRITON_INTERPRET": "0",
-    }
+    paths = dict.fromkeys(("TRITON_LIBCUDA_PATH", "LD_LIBRARY_PATH", "TRITON_CACHE_DIR"), str(tmp_path))
+    environment = {**os.environ, **paths, "TRITON_INTERPRET": "0"}
     command = [sys.executable, "-W", "ignore", HERE / "launched_again.py", library]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == f"checked {triton.__version__}\n", done.stderr

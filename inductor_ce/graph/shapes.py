@@ -86,6 +86,11 @@ def decided_equal(a: Sequence[Size], b: Sequence[Size]) -> bool:
     return len(a) == len(b) and all(map(_is_decided_equal, a, b))
 
 
+def decided_same_count(a: Sequence[Size], b: Sequence[Size]) -> bool:
+    """The same of how many numbers there are."""
+    return decided_equal([math.prod(a)], [math.prod(b)])
+
+
 def _is_decided_equal(a: Size, b: Size) -> bool:
     known = all(isinstance(x, int) or x.node.has_hint() for x in (a, b))
     return bool(a == b) if known else equal(a, b)

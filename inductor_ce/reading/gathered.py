@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..common.compat.distributed import ALL_GATHER, WAIT, calls
-from ..graph.shapes import Size, decided_equal, number_of, shape_of
+from ..graph.shapes import Size, decided_equal, decided_same_count, number_of, shape_of
 from ..graph.timeline import Timeline, written_by
 from . import spellings
 from .part_values import Value
@@ -84,7 +83,7 @@ class GatheredReader:
         return self._held.get(node)
 
     def _is_of(self, node: Node, ranks: int) -> bool:
-        return decided_equal([math.prod(shape_of(node))], [ranks * math.prod(self._reader.sizes[:-1])])
+        return decided_same_count(shape_of(node), (ranks, *self._reader.sizes[:-1]))
 
     def takes(self, node: Node) -> bool:
         """Whether a node holds such numbers, or makes room for them. It is noted then."""
@@ -134,7 +133,7 @@ class GatheredReader:
             return None  # with a gradient it would have that of every rank
         found = Gathered(value.expr, group, ranks, 0, ranks)
         rows = shape_of(source)  # type: ignore[arg-type]
-        as_many = decided_equal([math.prod(rows)], [math.prod(self._reader.sizes[:-1])])
+        as_many = decided_same_count(rows, self._reader.sizes[:-1])
         return found if len(rows) > 0 and as_many and self._is_of(node, ranks) else None
 
     def _part(self, node: Node, args: dict[str, Any]) -> Gathered | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from torch.fx import Node
 
 from .. import algebra
 from ..algebra import parts
-from ..graph.shapes import decided_equal, shape_of, tensor_of
+from ..graph.shapes import decided_equal, decided_same_count, shape_of, tensor_of
 from ..graph.timeline import Timeline
 from . import spellings
 from .part_reader import PartReader, Step
@@ -116,8 +115,7 @@ def _view(reader: PartReader, node: Node, args: dict[str, Any]) -> Value | None:
     sizes = shape_of(node)
     if value.is_wide and not (sizes and decided_equal(sizes[-1:], reader.sizes[-1:])):
         return None
-    counts = math.prod(sizes), math.prod(shape_of(source))
-    return value if decided_equal(counts[:1], counts[1:]) else None
+    return value if decided_same_count(sizes, shape_of(source)) else None
 
 
 def _keeps(before: torch.dtype, after: torch.dtype, value: Value) -> bool:

@@ -8,12 +8,11 @@ that keeps it, or made of such tensors by operations on each number.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from torch.fx import Node
 
-from ..graph.shapes import Size, constant, decided_equal, shape_of, tensor_of
+from ..graph.shapes import Size, constant, decided_same_count, shape_of, tensor_of
 from . import spellings
 from .views import keeps_order
 
@@ -43,7 +42,7 @@ class RowNumbers:
             return False
         if node not in self._known:
             sizes = shape_of(node)
-            as_many = bool(sizes) and decided_equal([math.prod(sizes)], [math.prod(self._rows)])
+            as_many = bool(sizes) and decided_same_count(sizes, self._rows)
             self._known[node] = as_many and (constant(sizes[-1]) != 1 or self._is_made_so(node))
         return self._known[node]
 

@@ -25,7 +25,7 @@ _CUTS = ("split", "chunk", "unbind")
 def take_lone_parts(graph: Graph, min_vocab: int) -> None:
     """Let a view of all take what a cut into one part gives, of tensors with at least `min_vocab` entries
     along a dimension."""
-    timeline, gone = Timeline(graph), set[Node]()
+    timeline, gone = None, set[Node]()
     for node in list(graph.nodes):
         if node in gone:
             continue
@@ -38,6 +38,7 @@ def take_lone_parts(graph: Graph, min_vocab: int) -> None:
         taken = [node] if tensor_of(node) is not None else [*node.users]
         if call is None or not all(user is node or _takes_the_first(user) for user in taken):
             continue
+        timeline = timeline or Timeline(graph)
         build = Builder(graph, node, like=taken[0])
         whole = build(call[0], source, call[1])
         build.tell_gradients(timeline.grad_mode(node) is True)
